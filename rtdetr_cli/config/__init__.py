@@ -1,0 +1,1 @@
+"""The only home of pydantic: what a preset and a run are."""

@@ -1,0 +1,182 @@
+"""What every reader returns and everything else consumes: a dataset's records as flat arrays.
+
+A forked loader worker that touches a Python object writes to its reference count, which copies the page it lies
+on: a dataset kept as lists of dicts grows in every worker until memory is gone. Arrays have one count for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Category:
+    """One class of the dataset: its own id (any integer) and its name."""
+
+    id: int
+    name: str
+
+
+class FlatStrings:
+    """An immutable sequence of strings in two arrays, safe to share with forked workers."""
+
+    __slots__ = ("_bytes", "_offsets")
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        encoded = [s.encode("utf-8", "surrogateescape") for s in strings]
+        self._offsets = np.zeros(len(encoded) + 1, np.int64)
+        np.cumsum([len(e) for e in encoded], out=self._offsets[1:])
+        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: int) -> str:
+        start, stop = self._offsets[index], self._offsets[index + 1]
+        return self._bytes[start:stop].tobytes().decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Annotations:
+    """The boxes of one picture.
+
+    Attributes:
+        boxes_xyxy_px: (N, 4) float64, pixels of the upright picture, clipped to it.
+        labels: (N,) int64, contiguous: the position in `Dataset.categories`.
+        areas: (N,) float64, square pixels; the mask's where the dataset gives one, else width times height.
+        crowd: (N,) bool; crowds are left out of training and ignored by the metrics' rules.
+        annotation_ids: (N,) int64.
+    """
+
+    boxes_xyxy_px: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    areas: NDArray[np.float64]
+    crowd: NDArray[np.bool_]
+    annotation_ids: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dataset:
+    """One split of a dataset, checked: every box is finite, has an area and lies inside its picture.
+
+    N pictures, M boxes; the boxes of picture i are rows `offsets[i]:offsets[i + 1]`.
+
+    Attributes:
+        name: the dataset's name, for run folders and reports.
+        split: `train`, `val` or `test`.
+        format: `coco`, `roboflow`, `yolo` or `voc`.
+        root: the folder that relative `file_names` start from.
+        categories: in the order of the contiguous labels.
+        file_names: N paths, relative to `root` (or absolute when the dataset says so).
+        image_ids: (N,) int64, the dataset's own.
+        sizes_wh: (N, 2) int32, width and height in pixels of the upright picture (after EXIF orientation).
+        offsets: (N + 1,) int64.
+        boxes_xyxy_px, labels, areas, crowd, annotation_ids: M rows, see `Annotations`.
+    """
+
+    name: str
+    split: str
+    format: str
+    root: Path
+    categories: tuple[Category, ...]
+    file_names: FlatStrings
+    image_ids: NDArray[np.int64]
+    sizes_wh: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    boxes_xyxy_px: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    areas: NDArray[np.float64]
+    crowd: NDArray[np.bool_]
+    annotation_ids: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.file_names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names in label order."""
+        return tuple(c.name for c in self.categories)
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """The dataset's own category ids in label order."""
+        return tuple(c.id for c in self.categories)
+
+    def path(self, index: int) -> Path:
+        """Return the path of one picture."""
+        return self.root / self.file_names[index]
+
+    def annotations(self, index: int) -> Annotations:
+        """Return the boxes of one picture (views, not copies)."""
+        rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        return Annotations(
+            self.boxes_xyxy_px[rows], self.labels[rows], self.areas[rows], self.crowd[rows], self.annotation_ids[rows]
+        )
+
+    def subset(self, indices: Sequence[int] | NDArray[np.integer], *, split: str = "") -> Dataset:
+        """Return the pictures at `indices`, in that order, with their boxes."""
+        keep = np.asarray(indices, np.int64)
+        counts = (self.offsets[1:] - self.offsets[:-1])[keep]
+        offsets = np.zeros(len(keep) + 1, np.int64)
+        np.cumsum(counts, out=offsets[1:])
+        rows = np.concatenate(
+            [np.arange(self.offsets[i], self.offsets[i + 1]) for i in keep] or [np.zeros(0, np.int64)]
+        ).astype(np.int64)
+        return replace(
+            self,
+            split=split or self.split,
+            file_names=FlatStrings([self.file_names[int(i)] for i in keep]),
+            image_ids=self.image_ids[keep],
+            sizes_wh=self.sizes_wh[keep],
+            offsets=offsets,
+            boxes_xyxy_px=self.boxes_xyxy_px[rows],
+            labels=self.labels[rows],
+            areas=self.areas[rows],
+            crowd=self.crowd[rows],
+            annotation_ids=self.annotation_ids[rows],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that the doctor noticed. `code` is stable; `severity` is `error`, `warning` or `info`."""
+
+    code: str
+    severity: str
+    message: str
+    file: str = ""
+    line: int = 0
+    image_id: int | str | None = None
+    annotation_id: int | str | None = None
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Splits:
+    """A whole dataset as found on disk.
+
+    Attributes:
+        source: what the user named.
+        fingerprint: sha256 over categories, file names, sizes and boxes; `--resume` refuses another.
+        findings: what the annotation checks noticed (never an error: those were raised).
+        split_made: True when the val part was drawn from one file by us.
+    """
+
+    source: Path
+    name: str
+    format: str
+    categories: tuple[Category, ...]
+    train: Dataset | None
+    val: Dataset | None
+    test: Dataset | None
+    fingerprint: str
+    findings: tuple[Finding, ...] = ()
+    split_made: bool = False

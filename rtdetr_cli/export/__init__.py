@@ -1,0 +1,1 @@
+"""Graphs made for deployment, and the gate that they pass."""

@@ -1,0 +1,1 @@
+"""From pictures to detections, through one interface to every backend."""

@@ -1,0 +1,1 @@
+"""RT-DETRv2, and the files that hold it."""

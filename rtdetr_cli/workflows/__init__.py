@@ -1,0 +1,1 @@
+"""What joins training, evaluation and export."""
