@@ -1,0 +1,151 @@
+"""The command line: which commands there are, and how every error leaves the program.
+
+Start-up is part of the product: only the module of the command that is called is imported, and no command's module
+imports torch, numpy, pydantic or rich before its function runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import typer
+
+from rtdetr_cli import __version__
+from rtdetr_cli.cli.aliases import translate
+from rtdetr_cli.errors import EnvironmentProblem, RtdetrError, UsageError
+
+# name -> (module below rtdetr_cli.cli, attribute). The order is that of `rtdetr --help`.
+COMMANDS = {
+    "demo": ("demo", "demo"),
+    "presets": ("presets", "app"),
+    "validate": ("validate", "validate"),
+    "train": ("train", "train"),
+    "finetune-discrete": ("finetune_discrete", "finetune_discrete"),
+    "eval": ("eval", "evaluate_command"),
+    "predict": ("predict", "predict"),
+    "export": ("export", "export"),
+    "benchmark": ("benchmark", "benchmark"),
+    "compare": ("compare", "compare"),
+    "info": ("info", "info"),
+    "weights": ("weights", "app"),
+    "doctor": ("doctor", "doctor"),
+}
+
+SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "no_args_is_help": True}
+
+
+def build(only: str | None = None) -> typer.Typer:
+    """Build the application, with every command or with the one that is going to run."""
+    app = typer.Typer(
+        help="Finetune RT-DETRv2 on your own pictures, and deploy it.",
+        add_completion=True,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+        **SETTINGS,
+    )
+
+    @app.callback()
+    def root(
+        version: bool = typer.Option(False, "--version", "-V", help="Print the version and leave."),
+    ) -> None:
+        pass  # --version is answered in `run`, before anything is built
+
+    for name, (module_name, attribute) in COMMANDS.items():
+        if only is not None and name != only:
+            continue
+        target = getattr(import_module(f"rtdetr_cli.cli.{module_name}"), attribute)
+        if isinstance(target, typer.Typer):
+            app.add_typer(target, name=name)
+        else:
+            app.command(name=name)(target)
+    return app
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command line and return its exit code; every error is said here."""
+    arguments = list(argv)
+    if arguments[:1] in (["--version"], ["-V"]):
+        sys.stdout.write(f"rtdetr {__version__}\n")
+        return 0
+    # Where a shell asks for completions, the words come in the environment.
+    completing = "_RTDETR_COMPLETE" in os.environ
+    name = None if completing else command_named(arguments)
+    as_json = "--json" in arguments
+    try:
+        command = typer.main.get_command(build(name))
+        if name is not None:
+            leaf = command.commands[name]  # type: ignore[attr-defined]
+            known = {flag for p in leaf.params for flag in (*p.opts, *p.secondary_opts)}
+            arguments = translate(name, arguments, known)
+        code = command.main(args=arguments, prog_name="rtdetr", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except RtdetrError as error:
+        return report(error, as_json=as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.stderr.write("interrupted\n")
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe has gone (`| head`): nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except ImportError as error:
+        missing = (error.name or "").partition(".")[0]
+        if not missing or missing == "rtdetr_cli":
+            raise
+        problem = EnvironmentProblem(
+            f"the package {missing} is not installed or does not import: {error}",
+            hint=f"pip install {missing}",
+            code="package-missing",
+        )
+        return report(problem, as_json=as_json)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return report(RtdetrError(f"{where}{error.strerror or error}", code="os"), as_json=as_json)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's own usage errors carry it, in every version of typer
+            raise
+        said = sentence(error.format_message())
+        if not said:  # no arguments: the help has been asked for
+            sys.stdout.write(error.ctx.get_help() + "\n" if hasattr(error, "ctx") else "")
+            return 2
+        hint = f"rtdetr {name} --help" if name else "rtdetr --help"
+        return report(UsageError(said, hint=hint), as_json=as_json)
+
+
+def command_named(arguments: list[str]) -> str | None:
+    """Return the command that the arguments name, or None; a known alias is replaced in place."""
+    from rtdetr_cli.cli.aliases import COMMAND_ALIASES
+
+    if not arguments:
+        return None
+    arguments[0] = COMMAND_ALIASES.get(arguments[0], arguments[0])
+    return arguments[0] if arguments[0] in COMMANDS else None
+
+
+def sentence(text: str) -> str:
+    """Return click's message in our voice: lower case at the start, no full stop at the end."""
+    text = " ".join(text.split()).rstrip(".")
+    return text[:1].lower() + text[1:]
+
+
+def report(error: RtdetrError, *, as_json: bool) -> int:
+    """Say an error for people on stderr, or as one JSON line on stdout, and return its exit code."""
+    from rtdetr_cli.cli import terminal
+
+    if as_json:
+        terminal.emit_json(
+            {
+                "error": {
+                    "code": error.code,
+                    "message": error.message,
+                    "hint": error.hint,
+                    "exit_code": error.exit_code,
+                }
+            }
+        )
+    else:
+        terminal.complain(error.message, error.hint)
+    return error.exit_code
