@@ -1,0 +1,190 @@
+"""Read a picture as upright RGB, and resize it: the one decoder and the one stretch that everything shares.
+
+Training, evaluation, prediction, the export gate and the doctor all read through `open_picture`, so a file has one
+meaning: upright after EXIF, three channels, eight bits. Pillow decodes, not OpenCV: on JPEG both give the same bits
+in the same time (2.2 ms at 640x480, one core), but OpenCV fills the missing part of a truncated file with grey and
+says nothing, and Pillow's resize is the antialiased one that the published weights were trained with.
+
+This module never imports torch.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from rtdetr_cli.errors import DataError
+
+MAX_PIXELS = 178_956_970
+"""Larger pictures are refused as decompression bombs (half a gibibyte once decoded); Pillow's own hard limit."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
+"""What is read. Pillow knows more, among them formats that start other programs (EPS), which a dataset must not."""
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
+
+# A picture between half the limit and the limit is read; Pillow's warning about it would land in a progress bar.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class PictureError(DataError):
+    """A picture that cannot be used; `code` says which fault it has.
+
+    Codes: `picture-missing`, `picture-empty` (zero bytes), `picture-unreadable` (not a picture, or not one of
+    `FORMATS`), `picture-truncated` (the header is fine, the pixels are not all there), `picture-bomb`,
+    `picture-samples` (samples without an agreed range, such as floats).
+    """
+
+    default_code = "picture-unreadable"
+
+
+class _NoRange(Exception):
+    """Samples of 32 bits: of which kind."""
+
+
+def read_picture(source: Path | bytes, *, reduce_to: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """Decode a picture to (H, W, 3) uint8 RGB, upright.
+
+    EXIF orientation is applied; 16-bit samples keep their high byte; palette, grey and CMYK become RGB; alpha is
+    dropped, as in the published preprocessing; of an animation the first frame is taken.
+
+    Args:
+        source: a file, or its bytes.
+        reduce_to: height and width that are enough. A JPEG is then decoded at the smallest of 1/8, 1/4, 1/2 and 1
+            that still covers both; other formats are decoded in full.
+
+    Raises:
+        PictureError: the picture is missing, broken, too large or of a kind that has no agreed meaning.
+    """
+    return np.array(open_picture(source, reduce_to=reduce_to), np.uint8)
+
+
+def open_picture(source: Path | bytes, *, reduce_to: tuple[int, int] | None = None) -> Image.Image:
+    """Decode as `read_picture` does, but return Pillow's picture: one copy less for who crops or resizes it."""
+    with _faults(source), _stream(source) as stream, Image.open(stream, formats=FORMATS) as image:
+        _refuse_bomb(image.size)
+        turned = _orientation(image)
+        if reduce_to is not None:
+            height, width = reduce_to
+            # Pillow acts on JPEG alone, and never goes below what is asked on either side.
+            image.draft(None, (height, width) if turned in _SIDEWAYS else (width, height))
+        image.load()
+        upright = _as_rgb(image)
+        if turned in _UPRIGHT:
+            upright = upright.transpose(_UPRIGHT[turned])
+        return upright
+
+
+def picture_size(source: Path | bytes) -> tuple[int, int]:
+    """Return width and height in pixels of the upright picture, from its header alone.
+
+    Raises:
+        PictureError: the header is missing or broken, or promises a decompression bomb.
+    """
+    with _faults(source), _stream(source) as stream, Image.open(stream, formats=FORMATS) as image:
+        _refuse_bomb(image.size)
+        width, height = image.size
+        return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
+
+
+def stretch(picture: NDArray[np.uint8], hw: tuple[int, int]) -> NDArray[np.uint8]:
+    """Resize (H, W, 3) uint8 to height and width `hw`: bilinear, antialiased, not keeping the aspect.
+
+    The one resize of the project, equal to the published preprocessing. OpenCV's bilinear has no antialiasing and
+    differs by 4 grey levels on average when it shrinks.
+    """
+    height, width = hw
+    if picture.shape[:2] == (height, width):
+        return picture
+    return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR), np.uint8)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 where there is none or where it is nonsense."""
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # EXIF is foreign binary data: whatever it makes the parser do, the pixels may still be good
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    mode = image.mode
+    if mode == "RGB":
+        return image
+    if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM", "JPEG2000")):
+        # Pillow's own conversion clips at 255, which turns a 16-bit picture white.
+        samples = np.asarray(image).astype(np.uint16)
+        return Image.fromarray((samples >> 8).astype(np.uint8)).convert("RGB")
+    if mode in ("I", "F"):
+        raise _NoRange("integer" if mode == "I" else "floating-point")
+    if mode in ("P", "PA"):
+        # By way of RGBA, since Pillow warns about palettes with transparency otherwise; the colours are the same.
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
+
+
+def _refuse_bomb(size: tuple[int, int]) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{size[0]}x{size[1]}")
+
+
+@contextmanager
+def _stream(source: Path | bytes) -> Iterator[BinaryIO]:
+    if isinstance(source, bytes):
+        yield io.BytesIO(source)
+    else:
+        with open(source, "rb") as file:
+            yield file
+
+
+@contextmanager
+def _faults(source: Path | bytes) -> Iterator[None]:
+    """Turn whatever decoding raises into a `PictureError` that names the file and its fault."""
+    name = "the picture" if isinstance(source, bytes) else str(source)
+    try:
+        yield
+    except _NoRange as kind:
+        raise PictureError(
+            f"{name} has 32-bit {kind} samples, which have no agreed range",
+            hint="save it with 8 or 16 bits a sample",
+            code="picture-samples",
+        ) from None
+    except FileNotFoundError:
+        raise PictureError(f"{name} does not exist", code="picture-missing") from None
+    except IsADirectoryError:
+        raise PictureError(f"{name} is a folder, not a picture") from None
+    except PermissionError:
+        raise PictureError(f"{name} may not be read by this user") from None
+    except Image.DecompressionBombError:
+        raise PictureError(
+            f"{name} has more than {MAX_PIXELS:,} pixels, too many to decode safely",
+            hint="make it smaller, or leave it out",
+            code="picture-bomb",
+        ) from None
+    except Image.UnidentifiedImageError:
+        if (len(source) if isinstance(source, bytes) else source.stat().st_size) == 0:
+            raise PictureError(f"{name} is empty (zero bytes)", code="picture-empty") from None
+        raise PictureError(f"{name} is not a picture of a known format ({', '.join(FORMATS)})") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise anything on broken data: OSError, SyntaxError, struct.error...
+        raise PictureError(f"{name} does not decode: {error}", code="picture-truncated") from None
