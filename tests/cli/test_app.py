@@ -1,0 +1,141 @@
+"""The frame of the command line: start-up, errors, aliases, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from rtdetr_cli.cli.aliases import FLAG_ALIASES, translate
+from rtdetr_cli.cli.app import COMMANDS
+
+HEAVY = ("torch", "torchvision", "numpy", "pydantic", "onnx", "onnxruntime", "openvino", "rich", "PIL", "cv2", "scipy",
+         "albumentations", "matplotlib", "jinja2", "hotcoco", "pycocotools")  # fmt: skip
+
+
+def modules_after(*arguments: str) -> set[str]:
+    """Run a command line in a fresh interpreter and return the heavy packages it imported."""
+    code = (
+        "import sys\n"
+        "from rtdetr_cli.cli.app import run\n"
+        f"code = run({list(arguments)!r})\n"
+        f"sys.stderr.write('\\nLOADED ' + ' '.join(m for m in {HEAVY!r} if m in sys.modules))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(ran.stderr.rpartition("LOADED")[2].split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([c, "--help"] for c in COMMANDS)])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    assert modules_after(*arguments) == set()
+
+
+def test_help_lists_every_command(rtdetr) -> None:
+    ran = rtdetr("--help")
+    assert ran.code == 0
+    for name in COMMANDS:
+        assert f"\n  {name} " in ran.out
+
+
+def test_module_runs_as_the_program_does() -> None:
+    ran = subprocess.run([sys.executable, "-m", "rtdetr_cli", "--version"], capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("rtdetr ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["nonsense"], 2, "no such command 'nonsense'"),
+        (["presets", "--nonsense"], 2, "no such option: --nonsense"),
+        (["presets", "show", "r19"], 2, "did you mean r18?"),
+        (["presets", "show", "gone.toml"], 2, "gone.toml does not exist"),
+        (["presets", "diff", "r18"], 2, "missing argument"),
+        (["train", "--epochs", "many", "--data", "x"], 2, "'many' is not a valid"),
+    ],
+)
+def test_usage_errors_are_one_sentence(rtdetr, arguments: list[str], code: int, said: str) -> None:
+    ran = rtdetr(*arguments)
+    assert ran.code == code
+    assert ran.out == ""
+    assert said in ran.err.lower() or said in ran.err
+    assert ran.err.startswith("error: ")
+    assert "Traceback" not in ran.err
+
+
+def test_errors_are_json_when_asked(rtdetr) -> None:
+    ran = rtdetr("presets", "show", "r19", "--json")
+    assert ran.code == 2
+    assert ran.json["error"]["code"] == "preset-unknown"
+    assert ran.json["error"]["exit_code"] == 2
+    assert ran.json["schema_version"] == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "meant"),
+    [
+        ("train", ["train", "--batch_size=4"], ["train", "--batch=4"]),
+        ("train", ["train", "--batch-size", "4"], ["train", "--batch", "4"]),
+        ("train", ["train", "--output_dir", "x"], ["train", "--out", "x"]),
+        ("train", ["train", "--use-amp"], ["train", "--precision", "auto"]),
+        ("train", ["train", "--model", "x.pth"], ["train", "--weights", "x.pth"]),
+        ("train", ["train", "--effective_batch", "8"], ["train", "--effective-batch", "8"]),
+        ("train", ["train", "--nonsense"], ["train", "--nonsense"]),
+        ("train", ["train", "--", "--batch_size"], ["train", "--", "--batch_size"]),
+    ],
+)
+def test_foreign_names_become_ours(command: str, typed: list[str], meant: list[str]) -> None:
+    known = {"--batch", "--out", "--precision", "--weights", "--effective-batch"}
+    assert translate(command, typed, known) == meant
+
+
+def test_models_named_by_a_flag_become_positional() -> None:
+    assert translate("eval", ["eval", "--model=a.onnx"], {"--data"}) == ["eval", "a.onnx"]
+    assert translate("predict", ["predict", "--source", "a.jpg"], {"--weights"}) == ["predict", "a.jpg"]
+    assert translate("export", ["export", "--format=onnx,openvino"], {"--onnx", "--openvino"}) == [
+        "export", "--onnx", "--openvino",
+    ]  # fmt: skip
+
+
+def test_every_alias_leads_to_a_flag_that_some_command_has() -> None:
+    import typer
+
+    from rtdetr_cli.cli.app import build
+
+    group = typer.main.get_command(build())
+    known = {flag for c in group.commands.values() for p in c.params for flag in (*p.opts, *p.secondary_opts)}
+    for old, new in FLAG_ALIASES.items():
+        for flag in new:
+            assert not flag.startswith("--") or flag in known, f"{old} -> {flag}"
+
+
+def test_val_is_eval(rtdetr) -> None:
+    assert rtdetr("val", "--help").out == rtdetr("eval", "--help").out
+
+
+def test_presets_in_json(rtdetr) -> None:
+    ran = rtdetr("presets", "list", "--json")
+    names = [p["name"] for p in ran.json["presets"]]
+    assert names == ["tiny", "r18", "r34", "r50m", "r50", "r101"]
+
+
+def test_presets_diff_says_what_and_why(rtdetr) -> None:
+    ran = rtdetr("presets", "diff", "r18", "r50")
+    assert "optim.lr_backbone" in ran.out
+    assert "1e-05" in ran.out
+    assert "a tenth of the head's rate" in ran.out
+    assert "model.heads" not in ran.out
+
+
+def test_preset_shown_as_toml_can_be_read_again(rtdetr, tmp_path) -> None:
+    copied = tmp_path / "mine.toml"
+    copied.write_text(rtdetr("presets", "show", "r18", "--toml").out)
+    again = rtdetr("presets", "show", copied, "--json").json["preset"]
+    assert again == rtdetr("presets", "show", "r18", "--json").json["preset"]
+
+
+def test_json_has_no_infinity() -> None:
+    from rtdetr_cli.cli.terminal import finite
+
+    assert json.dumps(finite({"a": float("nan"), "b": [float("inf"), 1.5]})) == '{"a": null, "b": [null, 1.5]}'
