@@ -78,7 +78,9 @@ def installed(package: str) -> str:
 
 def _python() -> Iterator[Check]:
     version = platform.python_version()
-    yield Check("python", "ok" if sys.version_info >= (3, 11) else "fail", f"{version} on {platform.platform(terse=True)}")
+    yield Check(
+        "python", "ok" if sys.version_info >= (3, 11) else "fail", f"{version} on {platform.platform(terse=True)}"
+    )
     yield Check("rtdetr-cli", "ok", installed("rtdetr-cli") or "from a checkout that is not installed")
 
 
@@ -94,7 +96,9 @@ def _packages() -> Iterator[Check]:
         caution = ""
         if package == "tensorrt":
             caution = TENSORRT_CAUTION.get(".".join(version.split(".")[:2]), "")
-        yield Check(package, "warn" if caution else "ok" if version else "none", version or f"not installed: {purpose}", caution)
+        yield Check(
+            package, "warn" if caution else "ok" if version else "none", version or f"not installed: {purpose}", caution
+        )
 
 
 def _name_clash() -> Iterator[Check]:
@@ -123,7 +127,9 @@ def _processor() -> Iterator[Check]:
         flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
         pass
-    wide = [name for name, flag in (("AVX512-BF16", "avx512_bf16"), ("AMX", "amx_bf16"), ("AVX2", "avx2")) if flag in flags]
+    wide = [
+        name for name, flag in (("AVX512-BF16", "avx512_bf16"), ("AMX", "amx_bf16"), ("AVX2", "avx2")) if flag in flags
+    ]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Check("processor", "ok", f"{cores} cores" + (f", {', '.join(wide)}" if wide else ""))
 

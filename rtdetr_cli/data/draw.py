@@ -1,0 +1,270 @@
+"""Boxes drawn on pictures, pleasant to look at: for `predict`, the reports and the plots of a run.
+
+Line and text follow the size of the picture, so that a 64 px crop and a 12 MP photograph look alike on a page.
+All lines are drawn before all labels, best score last and on top; a label looks for a free place beside its box
+and never leaves the picture. Text is Pillow's own scalable font; a name that it has no letters for falls back to
+fonts that are usually there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Colour = tuple[int, int, int]
+Rectangle = tuple[float, float, float, float]
+
+# Lightness and chroma (OKLCH) of successive rounds of hues: neighbours on the wheel differ in lightness too.
+_ROUNDS = ((0.70, 0.19), (0.80, 0.15), (0.60, 0.20), (0.88, 0.11), (0.66, 0.12))
+_GOLDEN_ANGLE = 137.50776
+_FIRST_HUE = 28.0
+_ELLIPSIS = "…"
+_MOST_COVERED = 0.4  # of the picture, by labels
+_FALLBACK_FONTS = (
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "wqy-microhei.ttc",
+    "Arial Unicode.ttf",
+    "msyh.ttc",
+    "PingFang.ttc",
+)
+
+
+@cache
+def colour(label: int) -> Colour:
+    """Return the colour (red, green, blue; 0 to 255) of a class: always the same for the same label.
+
+    Hues step by the golden angle, so that any first n classes are spread over the wheel; lightness is equal to the
+    eye (OKLCH), so that no class shouts.
+    """
+    lightness, chroma = _ROUNDS[(label // 8) % len(_ROUNDS)]
+    hue = math.radians(_FIRST_HUE + _GOLDEN_ANGLE * label)
+    while True:
+        linear = _oklch_to_linear(lightness, chroma, hue)
+        if (min(linear) >= -1e-3 and max(linear) <= 1.001) or chroma < 0.01:
+            break
+        chroma *= 0.96  # a screen cannot show this colour: towards grey, hue and lightness kept
+    red, green, blue = (round(255 * _gamma(min(max(channel, 0.0), 1.0))) for channel in linear)
+    return red, green, blue
+
+
+def draw_boxes(
+    picture: NDArray[np.uint8],
+    boxes_xyxy_px: NDArray[np.floating] | Sequence[Sequence[float]],
+    labels: NDArray[np.integer] | Sequence[int],
+    names: Sequence[str],
+    *,
+    scores: NDArray[np.floating] | Sequence[float] | None = None,
+) -> NDArray[np.uint8]:
+    """Return a copy of a picture with boxes and their class names drawn on it.
+
+    Args:
+        picture: (H, W, 3) uint8, RGB.
+        boxes_xyxy_px: (N, 4) pixels; parts outside the picture are not seen.
+        labels: (N,) contiguous labels; they choose name and colour.
+        names: class names in label order; a label beyond them is called `class 7`.
+        scores: (N,) 0 to 1, shown beside the name as a percentage; None shows names only (ground truth).
+    """
+    image = Image.fromarray(np.ascontiguousarray(picture))
+    boxes = np.asarray(boxes_xyxy_px, np.float64).reshape(-1, 4)
+    classes = [int(label) for label in labels]
+    if not len(boxes):
+        return np.array(image)
+    if scores is None:
+        # Small boxes last: a label of a small thing must not vanish under that of a large one.
+        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        order = np.argsort(-areas, kind="stable")
+    else:
+        order = np.argsort(np.asarray(scores, np.float64), kind="stable")
+
+    pen = ImageDraw.Draw(image)
+    line, text_px = _sizes(image.width, image.height, len(boxes))
+    for index in order:
+        _draw_outline(pen, boxes[index], colour(classes[index]), line, image.size)
+
+    placed: list[Rectangle] = []
+    plates: list[tuple[Rectangle, str, ImageFont.FreeTypeFont, Colour]] = []
+    room = _MOST_COVERED * image.width * image.height
+    for index in reversed(order):  # the best choose their places first
+        label = classes[index]
+        name = names[label] if 0 <= label < len(names) else f"class {label}"
+        score = "" if scores is None else f" {min(max(float(scores[index]), 0.0), 1.0):.0%}"
+        font = _font(text_px, name)
+        text = _shorten(name, score, font, image.width - 2 * _padding(text_px))
+        size = (font.getlength(text) + 2 * _padding(text_px), sum(_line_metrics(font)) + _padding(text_px))
+        room -= size[0] * size[1]
+        if room < 0 and placed:
+            break  # the rest keep their colours: labels everywhere would hide the picture
+        where = _place(boxes[index], size, image.size, line, placed)
+        placed.append(where)
+        plates.append((where, text, font, colour(label)))
+    for where, text, font, fill in reversed(plates):
+        _draw_plate(pen, where, text, font, fill, text_px)
+    return np.array(image)
+
+
+def _sizes(width: int, height: int, count: int) -> tuple[int, int]:
+    """Return line width and text size in pixels for a picture; a crowd gets a finer pen."""
+    side = math.sqrt(width * height)
+    crowd = 1.0 if count <= 25 else max(0.7, (25 / count) ** 0.25)
+    return max(1, round(side / 260 * crowd)), max(9, round((4 + side / 46) * crowd))
+
+
+def _padding(text_px: int) -> int:
+    return max(1, round(text_px / 4))
+
+
+def _draw_outline(
+    pen: ImageDraw.ImageDraw, box: NDArray[np.float64], fill: Colour, line: int, size: tuple[int, int]
+) -> None:
+    """Draw one box, its line inside the box's edge and inside the picture, with a thin dark hem for bright grounds."""
+    width, height = size
+    x1, y1 = (min(max(float(v), 0.0), limit - 1.0) for v, limit in zip(box[:2], size, strict=True))
+    x2, y2 = (min(max(float(v) - 1.0, 0.0), limit - 1.0) for v, limit in zip(box[2:], size, strict=True))
+    if box[2] <= 0 or box[3] <= 0 or box[0] >= width or box[1] >= height:
+        return
+    corners = (round(x1), round(y1), max(round(x1), round(x2)), max(round(y1), round(y2)))
+    inner = (corners[0] + line, corners[1] + line, corners[2] - line, corners[3] - line)
+    if line > 2 and inner[2] > inner[0] and inner[3] > inner[1]:
+        pen.rectangle(inner, outline=tuple(channel // 2 for channel in fill), width=max(1, line // 4))
+    pen.rectangle(corners, outline=fill, width=line)
+
+
+def _draw_plate(
+    pen: ImageDraw.ImageDraw, where: Rectangle, text: str, font: ImageFont.FreeTypeFont, fill: Colour, text_px: int
+) -> None:
+    """Draw a label: a plate in the class's colour, text in black or white, whichever reads better."""
+    x1, y1, x2, y2 = (round(v) for v in where)
+    radius = text_px / 5 if text_px >= 14 else 0
+    pen.rounded_rectangle((x1, y1, x2 - 1, y2 - 1), radius=radius, fill=fill)
+    ascent, _ = _line_metrics(font)
+    pen.text(
+        (x1 + _padding(text_px), y1 + _padding(text_px) / 2 + ascent),
+        text,
+        font=font,
+        fill=_ink(fill),
+        anchor="ls",
+    )
+
+
+def _place(
+    box: NDArray[np.float64], label_size: tuple[float, float], size: tuple[int, int], line: int, placed: list[Rectangle]
+) -> Rectangle:
+    """Choose the label's rectangle: the first of the usual places that is free, else the least covered one."""
+    width, height = label_size
+    x1, y1, x2, y2 = (float(v) for v in box)
+    candidates = (
+        (x1, y1 - height),  # on top of the box
+        (x1, y1),  # inside, top left
+        (x2 - width, y1 - height),
+        (x1, y2),  # below
+        (x2 - width, y1),
+        (x1, y2 - height),
+        (x2 - width, y2 - height),
+        (x2, y1),  # to the right
+        (x1 - width, y1),
+    )
+    best: Rectangle | None = None
+    least = math.inf
+    for rank, (left, top) in enumerate(candidates):
+        inside_x = min(max(left, 0.0), max(0.0, size[0] - width))
+        inside_y = min(max(top, 0.0), max(0.0, size[1] - height))
+        moved = abs(inside_x - left) + abs(inside_y - top)
+        where = (inside_x, inside_y, inside_x + width, inside_y + height)
+        covered = sum(_overlap(where, other) for other in placed) / (width * height)
+        cost = covered + (0.15 if moved > line else 0.0) + 0.01 * rank
+        if cost < least:
+            best, least = where, cost
+        if covered == 0 and moved <= line:
+            break
+    assert best is not None
+    return best
+
+
+def _overlap(a: Rectangle, b: Rectangle) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _shorten(name: str, score: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """Return name and score, the name cut so that both fit the picture."""
+    if font.getlength(name + score) <= width:
+        return name + score
+    for length in range(len(name) - 1, 0, -1):
+        text = name[:length].rstrip() + _ELLIPSIS + score
+        if font.getlength(text) <= width:
+            return text
+    return score.strip() or name[:1]
+
+
+@lru_cache(maxsize=256)
+def _font(size: int, text: str) -> ImageFont.FreeTypeFont:
+    """Return a font of that size in pixels that has the letters of a text, Pillow's own when it can."""
+    own = ImageFont.load_default(size)
+    assert isinstance(own, ImageFont.FreeTypeFont)
+    if text.isascii() or _has_letters(own, text):
+        return own
+    for candidate in _fallback_paths():
+        try:
+            font = ImageFont.truetype(candidate, size)
+        except OSError:
+            continue
+        if _has_letters(font, text):
+            return font
+    return own
+
+
+@cache
+def _fallback_paths() -> tuple[str, ...]:
+    """Return fonts to try, first the wide one that matplotlib brings (found, not imported)."""
+    spec = find_spec("matplotlib")
+    bundled = [str(Path(spec.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf")] if spec and spec.origin else []
+    return (*bundled, *_FALLBACK_FONTS)
+
+
+def _has_letters(font: ImageFont.FreeTypeFont, text: str) -> bool:
+    missing = bytes(font.getmask("\U0010ffff"))  # never assigned: the font's mark for a letter it lacks
+    return all(bytes(font.getmask(letter)) != missing for letter in set(text) if not letter.isspace())
+
+
+@lru_cache(maxsize=64)
+def _line_metrics(font: ImageFont.FreeTypeFont) -> tuple[float, float]:
+    """Return the heights above and below the base line that capitals and descenders really take."""
+    _, top, _, bottom = font.getbbox("Ag%|", anchor="ls")
+    return float(-top), float(bottom)
+
+
+def _ink(ground: Colour) -> Colour:
+    """Return black or white, whichever stands out more on a ground (WCAG relative luminance)."""
+    red, green, blue = (_linear(channel / 255) for channel in ground)
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    return (0, 0, 0) if (luminance + 0.05) ** 2 > 0.05 * 1.05 else (255, 255, 255)
+
+
+def _linear(channel: float) -> float:
+    return channel / 12.92 if channel <= 0.04045 else float(((channel + 0.055) / 1.055) ** 2.4)
+
+
+def _gamma(channel: float) -> float:
+    return 12.92 * channel if channel <= 0.0031308 else float(1.055 * channel ** (1 / 2.4) - 0.055)
+
+
+def _oklch_to_linear(lightness: float, chroma: float, hue: float) -> tuple[float, float, float]:
+    """Convert OKLCH (hue in radians) to linear sRGB; the matrices are those of B. Ottosson's definition."""
+    a, b = chroma * math.cos(hue), chroma * math.sin(hue)
+    long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
+    medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
+    short = (lightness - 0.0894841775 * a - 1.2914855480 * b) ** 3
+    return (
+        4.0767416621 * long - 3.3077115913 * medium + 0.2309699292 * short,
+        -1.2684380046 * long + 2.6097574011 * medium - 0.3413193965 * short,
+        -0.0041960863 * long - 0.7034186147 * medium + 1.7076147010 * short,
+    )
