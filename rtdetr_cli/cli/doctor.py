@@ -34,7 +34,5 @@ def doctor(
         if check.advice:
             terminal.out(f"{check.state}  {check.name}: {check.advice}")
     if failed:
-        raise EnvironmentProblem(
-            f"this machine is not fit: {', '.join(c.name for c in failed)}", code="doctor-failed"
-        )
+        raise EnvironmentProblem(f"this machine is not fit: {', '.join(c.name for c in failed)}", code="doctor-failed")
     terminal.out("this machine is fit")

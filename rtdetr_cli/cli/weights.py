@@ -106,7 +106,9 @@ def verify(as_json: Json = False) -> None:
 
 
 @app.command("import")
-def import_(file: Annotated[Path, typer.Argument(help="A file fetched by other means.")], as_json: Json = False) -> None:
+def import_(
+    file: Annotated[Path, typer.Argument(help="A file fetched by other means.")], as_json: Json = False
+) -> None:
     """Copy a file into the cache, hash-checked."""
     from rtdetr_cli.model import hub
 

@@ -24,9 +24,7 @@ class ModelSpec(Schema):
         18, description="ResNet-vd depth; 10 is one block a stage and is ours, for `tiny`"
     )
     width: Positive = Field(64, description="channels of the first residual stage; the published nets have 64")
-    freeze_at: int = Field(
-        -1, ge=-1, le=4, description="-1 trains all; 0 freezes the stem; n the stem and n stages"
-    )
+    freeze_at: int = Field(-1, ge=-1, le=4, description="-1 trains all; 0 freezes the stem; n the stem and n stages")
     freeze_norm: bool = Field(False, description="backbone batch norms become constants")
     hidden_dim: Positive = Field(256, description="encoder width")
     encoder_ffn: Positive = Field(1024, description="feed-forward width of the encoder's attention layer")

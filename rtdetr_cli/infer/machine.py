@@ -5,6 +5,7 @@ Each check is small and stands alone; none of them changes anything.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -123,13 +124,10 @@ def _name_clash() -> Iterator[Check]:
 
 def _processor() -> Iterator[Check]:
     flags = ""
-    try:
+    with contextlib.suppress(OSError):  # not a Linux: the extensions stay unnamed
         flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        pass
-    wide = [
-        name for name, flag in (("AVX512-BF16", "avx512_bf16"), ("AMX", "amx_bf16"), ("AVX2", "avx2")) if flag in flags
-    ]
+    extensions = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX", "avx2": "AVX2"}
+    wide = [name for flag, name in extensions.items() if flag in flags]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Check("processor", "ok", f"{cores} cores" + (f", {', '.join(wide)}" if wide else ""))
 

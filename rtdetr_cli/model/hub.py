@@ -97,7 +97,9 @@ def published(file: str) -> Published:
 
         close = difflib.get_close_matches(file, PUBLISHED, n=1)
         meant = f" (did you mean {close[0]}?)" if close else ""
-        raise ModelError(f"no published file is called {file}{meant}", hint="rtdetr weights list", code="weights-unknown")
+        raise ModelError(
+            f"no published file is called {file}{meant}", hint="rtdetr weights list", code="weights-unknown"
+        )
     return PUBLISHED[file]
 
 
@@ -208,7 +210,9 @@ def _reason(error: Exception) -> str:
     if response is not None:
         return f"the server answered {response.status_code}"
     kind = type(error).__name__
-    return {"ConnectionError": "no connection", "ConnectTimeout": "no answer", "ReadTimeout": "no answer"}.get(kind, kind)
+    return {"ConnectionError": "no connection", "ConnectTimeout": "no answer", "ReadTimeout": "no answer"}.get(
+        kind, kind
+    )
 
 
 def _recorded() -> dict[str, str]:
