@@ -93,7 +93,7 @@ def _packages() -> Iterator[Check]:
         else:
             yield Check(package, "fail", "not installed", f"pip install {package}  ({purpose})")
     for package, purpose in OPTIONAL.items():
-        version = installed(package) or ("mlflow" == package and installed("mlflow-skinny")) or ""
+        version = installed(package) or (package == "mlflow" and installed("mlflow-skinny")) or ""
         caution = ""
         if package == "tensorrt":
             caution = TENSORRT_CAUTION.get(".".join(version.split(".")[:2]), "")
