@@ -1,0 +1,99 @@
+"""Detections of a whole split as flat arrays: small, quick to join, free of pictures and raw outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtdetr_cli.infer.detections import Detections
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DetectionTable:
+    """The detections of many pictures, one row each, in the labels of the dataset.
+
+    Attributes:
+        image_index: (D,) int64, position of the picture in its `Dataset`.
+        labels: (D,) int64, contiguous labels of the dataset.
+        scores: (D,) float64, 0 to 1.
+        boxes_xyxy_px: (D, 4) float64, pixels of the upright picture.
+    """
+
+    image_index: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    boxes_xyxy_px: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @classmethod
+    def empty(cls) -> DetectionTable:
+        """Return a table without rows."""
+        return cls(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros((0, 4)))
+
+    @classmethod
+    def join(cls, parts: Sequence[DetectionTable]) -> DetectionTable:
+        """Return the rows of all parts, ordered by picture and best first, whatever the order of the parts.
+
+        Sharded evaluation joins the ranks' tables; a picture that two ranks saw must be in one part only.
+        """
+        if not parts:
+            return cls.empty()
+        image_index = np.concatenate([p.image_index for p in parts])
+        scores = np.concatenate([p.scores for p in parts])
+        order = np.lexsort((-scores, image_index))
+        return cls(
+            image_index[order],
+            np.concatenate([p.labels for p in parts])[order],
+            scores[order],
+            np.concatenate([p.boxes_xyxy_px for p in parts])[order],
+        )
+
+    def rows(self, keep: NDArray[np.bool_] | NDArray[np.int64]) -> DetectionTable:
+        """Return the rows chosen by a mask or by positions."""
+        return DetectionTable(self.image_index[keep], self.labels[keep], self.scores[keep], self.boxes_xyxy_px[keep])
+
+    def of_pictures(self, kept: NDArray[np.int64]) -> DetectionTable:
+        """Return the rows of the pictures `kept` (ascending), numbered by their position in it."""
+        position = np.searchsorted(kept, self.image_index)
+        inside = position < len(kept)
+        inside[inside] = kept[position[inside]] == self.image_index[inside]
+        chosen = self.rows(inside)
+        return DetectionTable(position[inside].astype(np.int64), chosen.labels, chosen.scores, chosen.boxes_xyxy_px)
+
+
+class TableBuilder:
+    """Collect the detections of pictures as they come.
+
+    Args:
+        label_map: (model classes,) the dataset's label for each of the model's, -1 for none; None keeps them.
+    """
+
+    def __init__(self, label_map: NDArray[np.int64] | None = None) -> None:
+        self._label_map = label_map
+        self._parts: list[DetectionTable] = []
+        self.not_finite = 0  # rows dropped because a score or box was NaN or infinite
+
+    def add(self, image_index: int, found: Detections) -> None:
+        """Add one picture's detections: copies of a few kilobytes, so that batches can be freed."""
+        labels = np.asarray(found.labels, np.int64)
+        boxes = np.asarray(found.boxes_xyxy_px, np.float64).reshape(-1, 4)
+        scores = np.asarray(found.scores, np.float64)
+        finite = np.isfinite(scores) & np.isfinite(boxes).all(axis=1)
+        self.not_finite += int(len(finite) - np.count_nonzero(finite))
+        if self._label_map is not None:
+            known = (labels >= 0) & (labels < len(self._label_map))
+            labels = np.where(known, self._label_map[np.where(known, labels, 0)], -1)
+        keep = finite & (labels >= 0)
+        rows = int(np.count_nonzero(keep))
+        self._parts.append(
+            DetectionTable(np.full(rows, image_index, np.int64), labels[keep], scores[keep], boxes[keep])
+        )
+
+    def build(self) -> DetectionTable:
+        """Return everything added, by picture and best first."""
+        return DetectionTable.join(self._parts)

@@ -1,0 +1,134 @@
+"""Datasets and detections for the evaluation's tests, made from plain arrays or from the public pair."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rtdetr_cli.data.records import Category, Dataset, FlatStrings
+from rtdetr_cli.evaluate.table import DetectionTable
+
+EVAL_PAIR = Path(__file__).parents[4] / "shared" / "data" / "eval_pair"
+
+
+def make_dataset(
+    *,
+    pictures: int,
+    names: tuple[str, ...],
+    image_index: Any = (),
+    labels: Any = (),
+    boxes_xywh: Any = (),
+    areas: Any = None,
+    crowd: Any = None,
+    size_wh: tuple[int, int] = (640, 480),
+    image_ids: Any = None,
+    category_ids: tuple[int, ...] | None = None,
+) -> Dataset:
+    order = np.argsort(np.asarray(image_index, np.int64), kind="stable")
+    where = np.asarray(image_index, np.int64)[order]
+    boxes = np.asarray(boxes_xywh, np.float64).reshape(-1, 4)[order].copy()
+    area = boxes[:, 2] * boxes[:, 3] if areas is None else np.asarray(areas, np.float64)[order]
+    boxes[:, 2:] += boxes[:, :2]
+    return Dataset(
+        name="made",
+        split="val",
+        format="coco",
+        root=Path("pictures"),
+        categories=tuple(Category(i, n) for i, n in zip(category_ids or range(1, len(names) + 1), names, strict=True)),
+        file_names=FlatStrings([f"{i:04d}.jpg" for i in range(pictures)]),
+        image_ids=np.arange(pictures) if image_ids is None else np.asarray(image_ids, np.int64),
+        sizes_wh=np.tile(np.array([size_wh], np.int32), (pictures, 1)),
+        offsets=np.searchsorted(where, np.arange(pictures + 1)).astype(np.int64),
+        boxes_xyxy_px=boxes,
+        labels=np.asarray(labels, np.int64)[order],
+        areas=area,
+        crowd=np.zeros(len(where), bool) if crowd is None else np.asarray(crowd, bool)[order],
+        annotation_ids=np.arange(len(where)),
+    )
+
+
+def make_table(image_index: Any, labels: Any, boxes_xywh: Any, scores: Any) -> DetectionTable:
+    boxes = np.asarray(boxes_xywh, np.float64).reshape(-1, 4).copy()
+    boxes[:, 2:] += boxes[:, :2]
+    return DetectionTable(
+        np.asarray(image_index, np.int64), np.asarray(labels, np.int64), np.asarray(scores, np.float64), boxes
+    )
+
+
+def make_random(
+    *, seed: int, pictures: int = 40, classes: int = 3, detections: int = 120, crowds: float = 0.1
+) -> tuple[Dataset, DetectionTable]:
+    """Boxes with mask-like areas and crowds; detections near them or anywhere, many with equal scores."""
+    random = np.random.default_rng(seed)
+    count = pictures * 6
+    image_index = np.sort(random.integers(0, pictures, count))
+    labels = random.integers(0, classes, count)
+    wh = np.exp(random.normal(4, 0.9, (count, 2))).clip(4, 400)
+    boxes = np.concatenate([random.random((count, 2)) * 200, wh], axis=1)
+    dataset = make_dataset(
+        pictures=pictures,
+        names=tuple(f"class {k}" for k in range(classes)),
+        image_index=image_index,
+        labels=labels,
+        boxes_xywh=boxes,
+        areas=wh[:, 0] * wh[:, 1] * random.uniform(0.3, 1, count),
+        crowd=random.random(count) < crowds,
+    )
+    rows = pictures * detections
+    where = np.repeat(np.arange(pictures), detections)
+    source = random.integers(0, count, rows)
+    source = np.where(random.random(rows) < 0.5, np.searchsorted(image_index, where).clip(max=count - 1), source)
+    found = boxes[source] + random.normal(0, 0.1, (rows, 4)) * boxes[source][:, [2, 3, 2, 3]]
+    found[:, 2:] = found[:, 2:].clip(1)
+    scores = np.round(random.random(rows), 2)
+    order = np.lexsort((-scores, where))
+    return dataset, make_table(where[order], labels[source][order], found[order], scores[order])
+
+
+@dataclass(frozen=True)
+class Make:
+    """The makers above, for tests to call: a conftest cannot be imported from."""
+
+    dataset = staticmethod(make_dataset)
+    table = staticmethod(make_table)
+    random = staticmethod(make_random)
+
+
+@pytest.fixture(scope="session")
+def make() -> Make:
+    return Make()
+
+
+@pytest.fixture(scope="session")
+def eval_pair() -> tuple[Dataset, DetectionTable]:
+    """The public pair: 100 pictures of COCO val2014 with crowds and mask areas, and 734 detections."""
+    if not EVAL_PAIR.is_dir():
+        pytest.skip(f"the evaluation pair is not at {EVAL_PAIR}")
+    truth = json.loads((EVAL_PAIR / "ground_truth.json").read_text())
+    found = json.loads((EVAL_PAIR / "detections.json").read_text())
+    positions = {image["id"]: i for i, image in enumerate(truth["images"])}
+    labels = {c["id"]: k for k, c in enumerate(truth["categories"])}
+    marks = truth["annotations"]
+    dataset = make_dataset(
+        pictures=len(positions),
+        names=tuple(c["name"] for c in truth["categories"]),
+        image_index=[positions[a["image_id"]] for a in marks],
+        labels=[labels[a["category_id"]] for a in marks],
+        boxes_xywh=[a["bbox"] for a in marks],
+        areas=[a["area"] for a in marks],
+        crowd=[a["iscrowd"] for a in marks],
+        image_ids=list(positions),
+        category_ids=tuple(labels),
+    )
+    sizes = np.array([(i["width"], i["height"]) for i in truth["images"]], np.int32)
+    return replace(dataset, sizes_wh=sizes), make_table(
+        [positions[d["image_id"]] for d in found],
+        [labels[d["category_id"]] for d in found],
+        [d["bbox"] for d in found],
+        [d["score"] for d in found],
+    )
