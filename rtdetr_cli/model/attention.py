@@ -1,0 +1,261 @@
+"""Self-attention, and the deformable cross-attention of RT-DETRv2 (arXiv 2407.17140, section 3.1).
+
+The deformable attention reads each level at its own number of points, either between pixels (`bilinear`, what
+`grid_sample` does) or at one pixel (`discrete`, which every runtime can do). Three forms of the same arithmetic:
+
+* `grid_sample`: one call a level; the fastest to train.
+* `gather`: bilinear as one flat gather of four corners over all levels; equal to the former within rounding, for
+  graphs without GridSample and for training that must repeat itself on CUDA.
+* discrete: one flat gather.
+
+Departures from the official code: discrete coordinates are clamped by width and height each (it clamps both by the
+height), and `nearest` rounding is offered beside its own, which lies half a pixel further than the nearest pixel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Sampling = Literal["bilinear", "discrete"]
+Rounding = Literal["published", "nearest"]
+Operator = Literal["grid_sample", "gather"]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with positions added to queries and keys; parameters named as torch names them."""
+
+    def __init__(self, *, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, positions: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (B, N, C).
+            positions: (B or 1, N, C), added for queries and keys, not for values.
+            hidden: (N, N) bool; True where a row must not see a column.
+        """
+        batch, tokens, dim = x.shape
+        weight_qk, weight_v = self.in_proj_weight[: 2 * dim], self.in_proj_weight[2 * dim :]
+        qk = functional.linear(x + positions, weight_qk, self.in_proj_bias[: 2 * dim])
+        v = functional.linear(x, weight_v, self.in_proj_bias[2 * dim :])
+        q, k = qk[..., :dim], qk[..., dim:]
+        q, k, v = (t.reshape(batch, tokens, self.heads, dim // self.heads).transpose(1, 2) for t in (q, k, v))
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=None if hidden is None else ~hidden)
+        projected: Tensor = self.out_proj(out.transpose(1, 2).reshape(batch, tokens, dim))
+        return projected
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Levels:
+    """The sizes of the feature maps that the decoder reads, and per-point constants made of them.
+
+    Attributes:
+        shapes: (height, width) of each level, finest first.
+        sizes_wh: (P, 2) float32, width and height of the level that each sampling point reads.
+        limits_wh: (P, 2) int64, the last column and row of that level.
+        widths: (P,) int64.
+        starts: (P,) int64, where that level begins among the tokens.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    sizes_wh: Tensor
+    limits_wh: Tensor
+    widths: Tensor
+    starts: Tensor
+
+    @classmethod
+    def of(cls, shapes: Sequence[tuple[int, int]], num_points: Sequence[int], device: torch.device) -> Levels:
+        """Make the constants of levels of these shapes on `device`."""
+        sizes, starts, start = [], [], 0
+        for (height, width), points in zip(shapes, num_points, strict=True):
+            sizes += [[width, height]] * points
+            starts += [start] * points
+            start += height * width
+        sizes_wh = torch.tensor(sizes, device=device)
+        return cls(
+            tuple(shapes),
+            sizes_wh.float(),
+            sizes_wh - 1,
+            sizes_wh[:, 0].contiguous(),
+            torch.tensor(starts, device=device),
+        )
+
+
+class DeformableAttention(nn.Module):
+    """Each query reads a few points of every level around its reference box.
+
+    Args:
+        dim: channels of queries and values.
+        heads: attention heads.
+        num_points: sampling points of each level, such as (4, 4, 4) or (2, 4, 6).
+    """
+
+    num_points_scale: Tensor
+
+    def __init__(self, *, dim: int, heads: int, num_points: Sequence[int]) -> None:
+        super().__init__()
+        self.dim = dim
+        self.heads = heads
+        self.num_points = tuple(num_points)
+        total = sum(self.num_points)
+        self.sampling: Sampling = "bilinear"
+        self.rounding: Rounding = "published"
+        self.operator: Operator = "grid_sample"
+        self.offset_scale = 0.5
+        self.register_buffer("num_points_scale", torch.tensor([1 / n for n in self.num_points for _ in range(n)]))
+        self.sampling_offsets = nn.Linear(dim, heads * total * 2)
+        self.attention_weights = nn.Linear(dim, heads * total)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Point the heads in different directions, one step further for each point (Deformable DETR)."""
+        angles = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
+        directions = torch.stack([angles.cos(), angles.sin()], -1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)  # (heads, 2)
+        steps = torch.cat([torch.arange(1, n + 1) for n in self.num_points]).float()
+        nn.init.zeros_(self.sampling_offsets.weight)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_((directions[:, None] * steps[None, :, None]).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def set_sampling(
+        self, method: Sampling, rounding: Rounding = "published", operator: Operator | None = None
+    ) -> None:
+        """Choose how maps are read; discrete sampling passes no gradient to its offsets, so they are frozen."""
+        self.sampling, self.rounding = method, rounding
+        self.operator = operator or self.operator
+        for parameter in self.sampling_offsets.parameters():
+            parameter.requires_grad_(method == "bilinear")
+
+    def forward(self, query: Tensor, reference_cxcywh: Tensor, memory: Tensor, levels: Levels) -> Tensor:
+        """Read the memory.
+
+        Args:
+            query: (B, Q, C), positions already added.
+            reference_cxcywh: (B, Q, 4), 0 to 1.
+            memory: (B, N, C), the tokens of all levels.
+            levels: their sizes.
+
+        Returns:
+            (B, Q, C).
+        """
+        batch, queries, _ = query.shape
+        tokens = memory.shape[1]
+        total = sum(self.num_points)
+        value = self.value_proj(memory).reshape(batch, tokens, self.heads, self.dim // self.heads)
+        offsets = self.sampling_offsets(query).reshape(batch, queries, self.heads, total, 2)
+        weights = self.attention_weights(query).reshape(batch, queries, self.heads, total).softmax(-1)
+
+        reference = reference_cxcywh[:, :, None, None]  # (B, Q, 1, 1, 4)
+        scale = self.num_points_scale.to(offsets.dtype)[:, None]
+        locations = reference[..., :2] + offsets * scale * reference[..., 2:] * self.offset_scale  # (B, Q, H, P, 2)
+
+        if self.sampling == "discrete":
+            read = read_discrete(value, locations, weights, levels, rounding=self.rounding)
+        elif self.operator == "gather":
+            read = read_bilinear_gather(value, locations, weights, levels)
+        else:
+            read = read_bilinear(value, locations, weights, levels, self.num_points)
+        projected: Tensor = self.output_proj(read)
+        return projected
+
+
+def read_bilinear(
+    value: Tensor, locations: Tensor, weights: Tensor, levels: Levels, num_points: Sequence[int]
+) -> Tensor:
+    """Read between pixels with `grid_sample`; what lies outside a map is zero.
+
+    Args:
+        value: (B, N, H, c), tokens of all levels by head.
+        locations: (B, Q, H, P, 2) as (x, y), 0 to 1.
+        weights: (B, Q, H, P).
+        levels: sizes of the maps.
+        num_points: points of each level, sum P.
+
+    Returns:
+        (B, Q, H * c).
+    """
+    batch, _, heads, channels = value.shape
+    queries = locations.shape[1]
+    dtype = torch.promote_types(value.dtype, locations.dtype)  # half values are read at full-precision places
+    maps = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)  # (B*H, c, N)
+    grid = (2 * locations - 1).to(dtype).transpose(1, 2).flatten(0, 1)  # (B*H, Q, P, 2)
+    sampled, start, point = [], 0, 0
+    for (height, width), points in zip(levels.shapes, num_points, strict=True):
+        level = maps[:, :, start : start + height * width].unflatten(2, (height, width))
+        sampled.append(
+            functional.grid_sample(level, grid[:, :, point : point + points], "bilinear", "zeros", align_corners=False)
+        )
+        start, point = start + height * width, point + points
+    by_head = weights.transpose(1, 2).flatten(0, 1)[:, None]  # (B*H, 1, Q, P)
+    read = (torch.cat(sampled, -1) * by_head).sum(-1)  # (B*H, c, Q)
+    return read.reshape(batch, heads * channels, queries).transpose(1, 2).to(value.dtype)
+
+
+def read_bilinear_gather(value: Tensor, locations: Tensor, weights: Tensor, levels: Levels) -> Tensor:
+    """Do what `read_bilinear` does as one gather of the four pixels around each point; same arguments."""
+    pixels = locations * levels.sizes_wh.to(locations.dtype) - 0.5  # (B, Q, H, P, 2)
+    corner = pixels.floor()
+    share = pixels - corner
+    low = corner.to(torch.int64)
+    x, y = _both(low[..., 0]), _both(low[..., 1])  # (B, Q, H, P, 2): this pixel and the next
+    limit_x, limit_y = levels.limits_wh[:, 0, None], levels.limits_wh[:, 1, None]
+    inside_x, inside_y = (x >= 0) & (x <= limit_x), (y >= 0) & (y <= limit_y)
+    share_x = torch.stack([1 - share[..., 0], share[..., 0]], -1) * inside_x
+    share_y = torch.stack([1 - share[..., 1], share[..., 1]], -1) * inside_y
+    x, y = torch.minimum(x.clamp(min=0), limit_x), torch.minimum(y.clamp(min=0), limit_y)
+    index = (y * levels.widths[:, None])[..., None] + x[..., None, :] + levels.starts[:, None, None]
+    by_corner = (share_y[..., None] * share_x[..., None, :]) * weights[..., None, None]  # (B, Q, H, P, 2, 2)
+    return _gather(value, index.flatten(3), by_corner.flatten(3))
+
+
+def read_discrete(
+    value: Tensor, locations: Tensor, weights: Tensor, levels: Levels, *, rounding: Rounding = "published"
+) -> Tensor:
+    """Read one pixel for each point; what lies outside takes the border's. Arguments as `read_bilinear`.
+
+    `published` truncates location * size + 0.5, which the released discrete weights were trained with; `nearest`
+    takes the pixel that the location lies in.
+    """
+    shift = 0.5 if rounding == "published" else 0.0
+    pixels = (locations * levels.sizes_wh.to(locations.dtype) + shift).to(torch.int64)
+    pixels = torch.minimum(pixels.clamp(min=0), levels.limits_wh)  # truncation and floor agree from 0 on
+    index = pixels[..., 1] * levels.widths + pixels[..., 0] + levels.starts
+    return _gather(value, index, weights)
+
+
+def _both(low: Tensor) -> Tensor:
+    """Return each index and the one after it in a new last axis."""
+    return torch.stack([low, low + 1], -1)
+
+
+def _gather(value: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Sum the rows of `value` (B, N, H, c) named by `index` (B, Q, H, S), weighted by `weights` (B, Q, H, S)."""
+    batch, tokens, heads, channels = value.shape
+    queries, samples = index.shape[1], index.shape[3]
+    by_head = value.transpose(1, 2).reshape(batch * heads * tokens, channels)
+    first_row = torch.arange(batch * heads, device=value.device).reshape(batch, 1, heads, 1) * tokens
+    rows = by_head.index_select(0, (index + first_row).flatten())
+    rows = rows.reshape(batch * queries * heads, samples, channels)
+    flat_weights = weights.to(value.dtype).reshape(batch * queries * heads, 1, samples)
+    return torch.bmm(flat_weights, rows).reshape(batch, queries, heads * channels)

@@ -1,0 +1,171 @@
+"""ResNet-vd, the backbone of the published RT-DETRv2 (He et al. 2018, "Bag of Tricks", variant D).
+
+Three 3x3 convolutions in the stem, the stride of a bottleneck in its 3x3, and an average pool before the 1x1 of a
+shortcut that shrinks. `width` scales every stage, and `depth` 10 has one basic block a stage: both are ours, for the
+`tiny` preset. Frozen stages keep their batch norms' statistics too, where the official code lets them drift.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rtdetr_cli.model.layers import ConvNorm, FrozenBatchNorm2d
+
+BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """Return the projection of a stage's first block."""
+    projection = ConvNorm(in_channels=in_channels, out_channels=out_channels)
+    if stride == 1:
+        return projection
+    return nn.Sequential(OrderedDict(pool=nn.AvgPool2d(2, 2, ceil_mode=True), conv=projection))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut (depth below 50)."""
+
+    expansion = 1
+
+    def __init__(self, *, in_channels: int, channels: int, stride: int, project: bool) -> None:
+        super().__init__()
+        self.short = _shortcut(in_channels, channels, stride) if project else nn.Identity()
+        self.branch2a = ConvNorm(
+            in_channels=in_channels, out_channels=channels, kernel=3, stride=stride, act=nn.ReLU(inplace=True)
+        )
+        self.branch2b = ConvNorm(in_channels=channels, out_channels=channels, kernel=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C', H / stride, W / stride)."""
+        return functional.relu(self.branch2b(self.branch2a(x)) + self.short(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions around a shortcut (depth 50 and more)."""
+
+    expansion = 4
+
+    def __init__(self, *, in_channels: int, channels: int, stride: int, project: bool) -> None:
+        super().__init__()
+        self.branch2a = ConvNorm(in_channels=in_channels, out_channels=channels, act=nn.ReLU(inplace=True))
+        self.branch2b = ConvNorm(
+            in_channels=channels, out_channels=channels, kernel=3, stride=stride, act=nn.ReLU(inplace=True)
+        )
+        self.branch2c = ConvNorm(in_channels=channels, out_channels=channels * self.expansion)
+        self.short = _shortcut(in_channels, channels * self.expansion, stride) if project else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C', H / stride, W / stride)."""
+        return functional.relu(self.branch2c(self.branch2b(self.branch2a(x))) + self.short(x))
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution; the first one may shrink and projects its shortcut."""
+
+    def __init__(
+        self, *, block: type[BasicBlock | Bottleneck], in_channels: int, channels: int, count: int, stride: int
+    ) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = []
+        for i in range(count):
+            blocks.append(
+                block(
+                    in_channels=in_channels if i == 0 else channels * block.expansion,
+                    channels=channels,
+                    stride=stride if i == 0 else 1,
+                    project=i == 0,
+                )
+            )
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the blocks."""
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class ResNet(nn.Module):
+    """Pictures in, maps of strides 8, 16 and 32 out.
+
+    Args:
+        depth: 10, 18, 34, 50 or 101.
+        width: channels of the first stage; the stem's scale with it.
+        freeze_at: -1 trains all, 0 freezes the stem, n the stem and n stages.
+        freeze_norm: every batch norm becomes a constant.
+
+    Attributes:
+        out_channels: of the three maps.
+    """
+
+    def __init__(self, *, depth: int, width: int = 64, freeze_at: int = -1, freeze_norm: bool = False) -> None:
+        super().__init__()
+        block: type[BasicBlock | Bottleneck] = Bottleneck if depth >= 50 else BasicBlock
+        half = width // 2
+        self.conv1 = nn.Sequential(
+            OrderedDict(
+                conv1_1=ConvNorm(in_channels=3, out_channels=half, kernel=3, stride=2, act=nn.ReLU(inplace=True)),
+                conv1_2=ConvNorm(in_channels=half, out_channels=half, kernel=3, act=nn.ReLU(inplace=True)),
+                conv1_3=ConvNorm(in_channels=half, out_channels=width, kernel=3, act=nn.ReLU(inplace=True)),
+            )
+        )
+        stages: list[nn.Module] = []
+        in_channels = width
+        for i, count in enumerate(BLOCKS[depth]):
+            channels = width * 2**i
+            stages.append(
+                Stage(block=block, in_channels=in_channels, channels=channels, count=count, stride=1 if i == 0 else 2)
+            )
+            in_channels = channels * block.expansion
+        self.res_layers = nn.ModuleList(stages)
+        self.out_channels = tuple(width * 2**i * block.expansion for i in (1, 2, 3))
+        self._frozen_parts = 0
+        if freeze_norm:
+            freeze_norms(self)
+        self.freeze(freeze_at)
+
+    def freeze(self, at: int) -> None:
+        """Freeze the stem (0), the stem and `at` stages (1 to 4), or nothing (-1)."""
+        self._frozen_parts = at + 1
+        for i, part in enumerate([self.conv1, *self.res_layers]):
+            if i < self._frozen_parts:
+                for parameter in part.parameters():
+                    parameter.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> ResNet:
+        """Set the mode; norms of frozen parts stay as they are."""
+        super().train(mode)
+        for part in [self.conv1, *self.res_layers][: self._frozen_parts]:
+            part.eval()
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Map (B, 3, H, W) to three maps (B, C_l, H / s, W / s), s = 8, 16, 32."""
+        x: Tensor = self.conv1(images)
+        x = functional.max_pool2d(x, 3, stride=2, padding=1)
+        maps = []
+        for i, stage in enumerate(self.res_layers):
+            x = stage(x)
+            if i > 0:
+                maps.append(x)
+        return maps
+
+
+def freeze_norms(module: nn.Module) -> None:
+    """Replace every batch norm below `module` by a constant one of the same values."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(channels=child.num_features, eps=child.eps)
+            frozen.to(child.weight.device)
+            with torch.no_grad():
+                for part in ("weight", "bias", "running_mean", "running_var"):
+                    cast(Tensor, getattr(frozen, part)).copy_(getattr(child, part))
+            setattr(module, name, frozen)
+        else:
+            freeze_norms(child)

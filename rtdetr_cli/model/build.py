@@ -1,0 +1,51 @@
+"""From a `ModelSpec` to a detector: the one file of the model that knows the configuration."""
+
+from __future__ import annotations
+
+from rtdetr_cli.config.schema import ModelSpec
+from rtdetr_cli.model.attention import Rounding, Sampling
+from rtdetr_cli.model.backbone import ResNet
+from rtdetr_cli.model.decoder import Decoder
+from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.model.encoder import HybridEncoder
+
+
+def build_detector(
+    spec: ModelSpec,
+    *,
+    num_classes: int,
+    sampling: Sampling = "bilinear",
+    rounding: Rounding = "published",
+) -> RTDETR:
+    """Build a detector with the published initialisation; torch's global generator draws it, nothing is fetched.
+
+    Args:
+        spec: the sizes.
+        num_classes: K.
+        sampling: how the decoder reads the maps; `discrete` freezes the sampling offsets.
+        rounding: of discrete sampling.
+    """
+    backbone = ResNet(depth=spec.depth, width=spec.width, freeze_at=spec.freeze_at, freeze_norm=spec.freeze_norm)
+    encoder = HybridEncoder(
+        in_channels=backbone.out_channels,
+        hidden_dim=spec.hidden_dim,
+        heads=spec.heads,
+        ffn=spec.encoder_ffn,
+        layers=spec.encoder_layers,
+        expansion=spec.expansion,
+        depth_mult=spec.depth_mult,
+    )
+    decoder = Decoder(
+        num_classes=num_classes,
+        feature_dim=spec.hidden_dim,
+        dim=spec.decoder_dim,
+        heads=spec.heads,
+        ffn=spec.decoder_ffn,
+        layers=spec.decoder_layers,
+        eval_layers=spec.eval_layers,
+        num_points=spec.num_points,
+        queries=spec.queries,
+    )
+    model = RTDETR(backbone=backbone, encoder=encoder, decoder=decoder)
+    model.set_sampling(sampling, rounding)
+    return model

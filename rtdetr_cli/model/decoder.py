@@ -1,0 +1,289 @@
+"""Query selection and the decoder of RT-DETRv2 (arXiv 2407.17140; arXiv 2304.08069, section 4.3).
+
+The tokens of three maps are scored, the best become queries, and each decoder layer refines their boxes. In training
+every layer's output is judged, and a layer's box also passes a gradient to the layer before it (look forward twice);
+at inference any layer can be the last, and fewer queries can be asked for, without retraining.
+
+Departures from the official code: anchors are finite (an invalid one is a large logit, whose sigmoid is exactly 1
+as well), are made on the device for whatever size comes, and boxes are predicted for the selected tokens only, as
+nothing else is used; fewer tokens than queries work; float16 is kept from overflowing as in the official v1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rtdetr_cli.model.attention import DeformableAttention, Levels, Operator, Rounding, Sampling, SelfAttention
+from rtdetr_cli.model.denoising import DenoisingGroup
+from rtdetr_cli.model.layers import MLP, ConvNorm, Tables, add_bounded, inverse_sigmoid
+
+INVALID_ANCHOR = 50.0
+"""Logit of anchors too near the border; its sigmoid is exactly 1 in float32 and float64, like the published inf."""
+
+
+class Anchors(NamedTuple):
+    """One starting box for each token: logits (1, N, 4) of cxcywh, and which of them count (1, N, 1) bool."""
+
+    logits: Tensor
+    valid: Tensor
+
+
+def anchor_table(
+    shapes: Sequence[tuple[int, int]], device: torch.device | None = None, margin: float = 1e-2
+) -> Anchors:
+    """Return the anchors of maps of these (height, width), in float32 whatever the model's type."""
+    levels = []
+    for i, (height, width) in enumerate(shapes):
+        y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
+        x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+        side = torch.full((height, width), 0.05 * 2.0**i, device=device)
+        boxes = torch.stack([x.expand(height, width), y[:, None].expand(height, width), side, side], -1)
+        levels.append(boxes.reshape(1, height * width, 4))
+    boxes = torch.cat(levels, 1)
+    valid = ((boxes > margin) & (boxes < 1 - margin)).all(-1, keepdim=True)
+    logits = torch.log(boxes / (1 - boxes))
+    return Anchors(torch.where(valid, logits, INVALID_ANCHOR), valid)
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among queries, deformable attention to the maps, feed-forward; post-norm."""
+
+    def __init__(self, *, dim: int, heads: int, ffn: int, num_points: Sequence[int]) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(dim=dim, heads=heads)
+        self.norm1 = nn.LayerNorm(dim)
+        self.cross_attn = DeformableAttention(dim=dim, heads=heads, num_points=num_points)
+        self.norm2 = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, ffn)
+        self.linear2 = nn.Linear(ffn, dim)
+        self.norm3 = nn.LayerNorm(dim)
+        for linear in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(linear.weight)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        reference_cxcywh: Tensor,
+        memory: Tensor,
+        levels: Levels,
+        hidden: Tensor | None,
+    ) -> Tensor:
+        """Refine queries (B, Q, C) with their positions (B, Q, C) and boxes (B, Q, 4)."""
+        x = self.norm1(add_bounded(x, self.self_attn(x, positions, hidden)))
+        x = self.norm2(add_bounded(x, self.cross_attn(x + positions, reference_cxcywh, memory, levels)))
+        return cast(Tensor, self.norm3(add_bounded(x, self.linear2(functional.relu(self.linear1(x))))))
+
+
+class DecoderStack(nn.Module):
+    """The layers, under the published name."""
+
+    def __init__(self, *, layers: int, dim: int, heads: int, ffn: int, num_points: Sequence[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            DecoderLayer(dim=dim, heads=heads, ffn=ffn, num_points=num_points) for _ in range(layers)
+        )
+
+
+class TokenProjection(nn.Module):
+    """Linear and layer norm of the tokens, before they are scored."""
+
+    def __init__(self, *, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N, C) to (B, N, C)."""
+        return cast(Tensor, self.norm(self.proj(x)))
+
+
+class LayerOutput(NamedTuple):
+    """What one layer says of every query: logits (B, Q, K) and boxes (B, Q, 4) cxcywh, 0 to 1."""
+
+    logits: Tensor
+    boxes_cxcywh: Tensor
+
+
+class Decoder(nn.Module):
+    """Three maps in, predictions of one or all layers out.
+
+    Args:
+        num_classes: K.
+        feature_dim: channels of the maps.
+        dim, heads, ffn: of the decoder.
+        layers: that are trained.
+        eval_layers: used at inference.
+        num_points: sampling points of each map.
+        queries: Q.
+
+    Attributes:
+        eval_layers, eval_queries: what inference uses; change them with `RTDETR.set_inference`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        feature_dim: int,
+        dim: int,
+        heads: int,
+        ffn: int,
+        layers: int,
+        eval_layers: int,
+        num_points: Sequence[int],
+        queries: int,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.dim = dim
+        self.num_points = tuple(num_points)
+        self.num_layers = layers
+        self.eval_layers = eval_layers
+        self.num_queries = queries
+        self.eval_queries = queries
+        self._tables = Tables()
+        self._published_anchors: dict[tuple[tuple[int, int], ...], Anchors] = {}
+        self.input_proj = nn.ModuleList(ConvNorm(in_channels=feature_dim, out_channels=dim) for _ in num_points)
+        self.decoder = DecoderStack(layers=layers, dim=dim, heads=heads, ffn=ffn, num_points=num_points)
+        self.denoising_class_embed = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes)
+        self.query_pos_head = MLP(in_dim=4, hidden_dim=2 * dim, out_dim=dim, layers=2)
+        self.enc_output = TokenProjection(dim=dim)
+        self.enc_score_head = nn.Linear(dim, num_classes)
+        self.enc_bbox_head = MLP(in_dim=dim, hidden_dim=dim, out_dim=4, layers=3)
+        self.dec_score_head = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(layers))
+        self.dec_bbox_head = nn.ModuleList(MLP(in_dim=dim, hidden_dim=dim, out_dim=4, layers=3) for _ in range(layers))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Start from a prior of 1 % for every class and from boxes that are their anchors."""
+        for score_head in [self.enc_score_head, *self.dec_score_head]:
+            nn.init.constant_(cast(nn.Linear, score_head).bias, -math.log(99))
+        for bbox_head in [self.enc_bbox_head, *self.dec_bbox_head]:
+            last = cast(nn.Linear, cast(MLP, bbox_head).layers[-1])
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        nn.init.xavier_uniform_(self.enc_output.proj.weight)
+        for linear in self.query_pos_head.layers:
+            nn.init.xavier_uniform_(cast(nn.Linear, linear).weight)
+        for proj in self.input_proj:
+            nn.init.xavier_uniform_(cast(ConvNorm, proj).conv.weight)
+        nn.init.normal_(self.denoising_class_embed.weight[:-1])
+
+    # ---- what can be changed after building ----
+
+    def set_sampling(
+        self, method: Sampling, rounding: Rounding = "published", operator: Operator | None = None
+    ) -> None:
+        """Choose how every layer reads the maps; see `DeformableAttention.set_sampling`."""
+        for layer in self.decoder.layers:
+            cast(DecoderLayer, layer).cross_attn.set_sampling(method, rounding, operator)
+
+    def keep_published_anchors(self, shapes: Sequence[tuple[int, int]], logits: Tensor, valid: Tensor) -> None:
+        """Use a published file's own anchors for maps of these shapes, at inference only.
+
+        An exponential average kept by multiplying and adding has drifted off the analytic anchors by up to 2e-4, and
+        the weights were evaluated with it. Training makes anchors anew, as the official code does.
+        """
+        finite = torch.where(torch.isfinite(logits), logits, INVALID_ANCHOR)
+        self._published_anchors[tuple(shapes)] = Anchors(finite.detach().float(), valid.detach().bool())
+
+    # ---- forward ----
+
+    def forward(
+        self, maps: Sequence[Tensor], group: DenoisingGroup | None = None
+    ) -> tuple[list[LayerOutput], LayerOutput | None]:
+        """Predict.
+
+        Args:
+            maps: three (B, C, H, W), finest first.
+            group: denoising queries; training only.
+
+        Returns:
+            The outputs of all layers in training, each over the D denoising queries and then the Q selected ones,
+            and that of the query selection; at inference the last layer's only, and None.
+        """
+        memory, levels = self._tokens(maps)
+        queries = self.num_queries if self.training else self.eval_queries
+        content, unactivated, encoder_output = self._select(memory, levels, queries)
+        hidden = None
+        if self.training:
+            content, unactivated, hidden = self._join(content, unactivated, group)
+        outputs = self._refine(content, torch.sigmoid(unactivated), memory, levels, hidden)
+        return outputs, encoder_output
+
+    def _tokens(self, maps: Sequence[Tensor]) -> tuple[Tensor, Levels]:
+        """Project and flatten the maps to memory (B, N, C)."""
+        projected: list[Tensor] = [proj(x) for proj, x in zip(self.input_proj, maps, strict=True)]
+        shapes = tuple((int(x.shape[2]), int(x.shape[3])) for x in projected)
+        device = projected[0].device
+        levels = self._tables.get(("levels", shapes, device), lambda: Levels.of(shapes, self.num_points, device))
+        return torch.cat([x.flatten(2).transpose(1, 2) for x in projected], 1), levels
+
+    def _anchors(self, levels: Levels, device: torch.device) -> Anchors:
+        if not self.training and levels.shapes in self._published_anchors:
+            published = self._published_anchors[levels.shapes]
+            return self._tables.get(
+                ("published", levels.shapes, device),
+                lambda: Anchors(published.logits.to(device), published.valid.to(device)),
+            )
+        return self._tables.get(("anchors", levels.shapes, device), lambda: anchor_table(levels.shapes, device))
+
+    def _select(self, memory: Tensor, levels: Levels, queries: int) -> tuple[Tensor, Tensor, LayerOutput | None]:
+        """Return content (B, Q, C), boxes (B, Q, 4) as logits, both detached, and what the encoder loss judges."""
+        anchors = self._anchors(levels, memory.device)
+        tokens = self.enc_output(anchors.valid.to(memory.dtype) * memory)  # (B, N, C)
+        logits = self.enc_score_head(tokens)  # (B, N, K)
+        best = logits.max(-1).values.topk(min(queries, logits.shape[1]), dim=1).indices  # (B, Q)
+
+        content = _take(tokens, best)
+        starts = _take(anchors.logits.expand(memory.shape[0], -1, -1), best)
+        unactivated = self.enc_bbox_head(content) + starts  # (B, Q, 4), float32 or more
+        judged = LayerOutput(_take(logits, best), torch.sigmoid(unactivated)) if self.training else None
+        return content.detach(), unactivated.detach(), judged
+
+    def _join(
+        self, content: Tensor, unactivated: Tensor, group: DenoisingGroup | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Put the denoising queries before the selected ones."""
+        if group is None:
+            # Every parameter gets a gradient in every step, so that data-parallel ranks and micro-batches agree.
+            return content + 0.0 * self.denoising_class_embed.weight.sum().to(content.dtype), unactivated, None
+        total = group.size + content.shape[1]  # fewer when there are fewer tokens than queries
+        embedded = self.denoising_class_embed(group.class_ids).to(content.dtype)
+        return (
+            torch.cat([embedded, content], 1),
+            torch.cat([group.boxes_unactivated.to(unactivated.dtype), unactivated], 1),
+            group.attention_mask[:total, :total],
+        )
+
+    def _refine(
+        self, x: Tensor, reference: Tensor, memory: Tensor, levels: Levels, hidden: Tensor | None
+    ) -> list[LayerOutput]:
+        """Run the layers on queries x (B, Q, C) with boxes `reference` (B, Q, 4)."""
+        outputs: list[LayerOutput] = []
+        looked: Tensor | None = None  # the boxes before, with their gradient
+        last = self.num_layers if self.training else self.eval_layers
+        for i in range(last):
+            positions = self.query_pos_head(reference.to(x.dtype))
+            x = self.decoder.layers[i](x, positions, reference, memory, levels, hidden)
+            if not self.training and i < last - 1:
+                reference = torch.sigmoid(self.dec_bbox_head[i](x) + inverse_sigmoid(reference))
+                continue
+            delta = self.dec_bbox_head[i](x)
+            refined = torch.sigmoid(delta + inverse_sigmoid(reference))
+            boxes = refined if looked is None else torch.sigmoid(delta + inverse_sigmoid(looked))
+            outputs.append(LayerOutput(self.dec_score_head[i](x), boxes))
+            looked, reference = refined, refined.detach()
+        return outputs
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Return rows `index` (B, Q) of x (B, N, C)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -1,0 +1,176 @@
+"""The smallest pieces that several parts of the detector share: convolution with norm, frozen norm, MLP, boxes.
+
+Names of parameters follow the published state dict (`conv`, `norm`, `layers.N`), so its files load without a map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Value = TypeVar("Value")
+_TABLES_KEPT = 48
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """A batch norm whose four vectors are constants.
+
+    They are buffers, so the optimiser never sees them; `num_batches_tracked` of a file is dropped on load.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, *, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def _load_from_state_dict(  # type: ignore[no-untyped-def]
+        self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs
+    ) -> None:
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale and shift (B, C, H, W)."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.to(x.dtype)[None, :, None, None] + shift.to(x.dtype)[None, :, None, None]
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, batch norm, activation (or none)."""
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int,
+        kernel: int = 1,
+        stride: int = 1,
+        act: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=(kernel - 1) // 2, bias=False)
+        self.norm: nn.Module = nn.BatchNorm2d(out_channels)
+        self.act = act if act is not None else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C', H', W')."""
+        return cast(Tensor, self.act(self.norm(self.conv(x))))
+
+    @torch.no_grad()
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Return the weight and bias of the one convolution that equals this one's convolution and norm.
+
+        The arithmetic is float64, so the fold itself adds no error beyond the last rounding.
+        """
+        norm = cast(nn.BatchNorm2d, self.norm)  # or a FrozenBatchNorm2d: the same four vectors
+        mean, variance = cast(Tensor, norm.running_mean).double(), cast(Tensor, norm.running_var).double()
+        scale = norm.weight.double() / (variance + norm.eps).sqrt()
+        return self.conv.weight.double() * scale[:, None, None, None], norm.bias.double() - mean * scale
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Fold the norm into the convolution, in place; afterwards it must not be trained."""
+        if isinstance(self.norm, nn.Identity):
+            return
+        weight, bias = self.folded()
+        old = self.conv
+        self.conv = convolution(weight.to(old.weight.dtype), bias.to(old.weight.dtype), stride=old.stride[0])
+        self.norm = nn.Identity()
+
+
+def convolution(weight: Tensor, bias: Tensor, *, stride: int = 1) -> nn.Conv2d:
+    """Make a `same`-padded convolution of the given weight (C', C, k, k) and bias (C',)."""
+    out_channels, in_channels, kernel, _ = weight.shape
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=(kernel - 1) // 2).to(weight)
+    conv.weight.data = weight
+    conv.bias.data = bias  # type: ignore[union-attr]
+    return conv
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, *, in_dim: int, hidden_dim: int, out_dim: int, layers: int) -> None:
+        super().__init__()
+        sizes = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_dim) to (..., out_dim)."""
+        for layer in self.layers[:-1]:
+            x = functional.relu(layer(x))
+        return cast(Tensor, self.layers[-1](x))
+
+
+class Tables:
+    """A small memory of tensors that depend on the input's size only: positions, anchors, level sizes.
+
+    They are computed on the device that needs them and are no part of the state dict, so a model file never limits
+    the sizes that a model can take. Nothing is remembered while a graph is being traced; a table that was made
+    before the trace (one forward pass does it) becomes a constant of the exported graph.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, object] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """Return the table of `key`, making it if needed."""
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return make()  # the compiler fuses it; reading a dict would put a guard on every entry
+        if key in self._kept:
+            return cast(Value, self._kept[key])
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return make()
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used in training later
+            value = make()
+        while len(self._kept) >= _TABLES_KEPT:
+            self._kept.pop(next(iter(self._kept)))
+        self._kept[key] = value
+        return value
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Tables:
+        return Tables()
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Return the logit of x, clipped to [0, 1] and kept `eps` away from both ends."""
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def add_bounded(residual: Tensor, update: Tensor) -> Tensor:
+    """Add, and where the update is float16 keep the sum within float16's range.
+
+    The published v1 code clamps before the decoder's last norm, since activations beyond 65504 became infinite and
+    then NaN in long float16 training; its v2 code lost that. Here float32 and bfloat16 are never touched.
+    """
+    total = residual + update
+    if update.dtype == torch.float16:
+        limit = torch.finfo(torch.float16).max
+        total = total.clamp(-limit, limit)
+    return total
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """Turn (..., 4) boxes from centre and size to corners, in the same unit."""
+    centre, half = boxes[..., :2], boxes[..., 2:] * 0.5
+    return torch.cat([centre - half, centre + half], -1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """Turn (..., 4) boxes from corners to centre and size, in the same unit."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(low + high) * 0.5, high - low], -1)

@@ -1,0 +1,34 @@
+"""From predictions to detections, as published: the best pairs of query and class, nothing suppressed or cut."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rtdetr_cli.model.layers import cxcywh_to_xyxy
+
+
+def select_detections(
+    logits: Tensor, boxes_cxcywh: Tensor, sizes_wh: Tensor, top_k: int = 300
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take the `top_k` best of all pairs of query and class.
+
+    One query may give several classes. Boxes are not cut at the picture's border.
+
+    Args:
+        logits: (B, Q, K).
+        boxes_cxcywh: (B, Q, 4), 0 to 1.
+        sizes_wh: (B, 2), width and height of the original pictures in pixels.
+        top_k: detections of a picture; fewer when there are fewer pairs.
+
+    Returns:
+        labels (B, N) int64, boxes_xyxy_px (B, N, 4) and scores (B, N), best first.
+    """
+    classes = logits.shape[2]
+    flat = logits.flatten(1)
+    values, index = flat.topk(min(top_k, flat.shape[1]), dim=1)
+    query = torch.div(index, classes, rounding_mode="trunc")
+    labels = index - query * classes
+    boxes = cxcywh_to_xyxy(boxes_cxcywh) * sizes_wh.to(boxes_cxcywh.dtype).repeat(1, 2)[:, None]
+    boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
+    return labels, boxes, torch.sigmoid(values)

@@ -1,0 +1,141 @@
+"""The training loss of RT-DETRv2: varifocal classification, L1 and GIoU of boxes, for every layer.
+
+Terms of all layers are computed together. Everything is float32 (or float64, when the model is), whatever the
+autocast; nothing here asserts, waits for the device, or hides a value that is not a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rtdetr_cli.model.denoising import DenoisingGroup
+from rtdetr_cli.model.detector import Outputs, Prediction
+from rtdetr_cli.model.layers import cxcywh_to_xyxy
+from rtdetr_cli.train.matcher import Matches, MatchingCosts, iou_and_giou, match
+
+
+@dataclass(frozen=True, slots=True)
+class LossWeights:
+    """Weights of the three terms."""
+
+    vfl: float = 1.0
+    bbox: float = 5.0
+    giou: float = 2.0
+
+
+class Criterion:
+    """Turn outputs and targets into weighted terms.
+
+    Args:
+        num_classes: K.
+        weights: of the terms.
+        costs: of the matching.
+        alpha, gamma: of the varifocal loss (arXiv 2008.13367).
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        weights: LossWeights | None = None,
+        costs: MatchingCosts | None = None,
+        alpha: float = 0.75,
+        gamma: float = 2.0,
+    ) -> None:
+        self.num_classes = num_classes
+        self.weights = weights or LossWeights()
+        self.costs = costs or MatchingCosts()
+        self.alpha = alpha
+        self.gamma = gamma
+
+    def __call__(
+        self, outputs: Outputs, boxes_cxcywh: Sequence[Tensor], labels: Sequence[Tensor], *, num_boxes: float
+    ) -> dict[str, Tensor]:
+        """Return every term, weighted; their sum is the loss.
+
+        Args:
+            outputs: of the model in training mode.
+            boxes_cxcywh: for each picture (N, 4), 0 to 1.
+            labels: for each picture (N,) int64, below K.
+            num_boxes: boxes of the effective batch, over all micro-batches and averaged over ranks; at least 1 is
+                used, so a batch without objects has a loss too.
+
+        Returns:
+            `loss_vfl`, `loss_bbox`, `loss_giou` of the last layer, and the same with `_aux_i`, `_dn_i`, `_enc_0`.
+        """
+        device = outputs.main.logits.device
+        predictions = [outputs.main, *outputs.aux]
+        suffixes = ["", *(f"_aux_{i}" for i in range(len(outputs.aux)))]
+        if outputs.encoder is not None:
+            predictions.append(outputs.encoder)
+            suffixes.append("_enc_0")
+        with torch.autocast(device.type, enabled=False):
+            target_boxes = torch.cat(list(boxes_cxcywh)).to(device, non_blocking=True)
+            target_labels = torch.cat(list(labels)).to(device, non_blocking=True)
+            matches = match(predictions, boxes_cxcywh, labels, costs=self.costs)
+            normaliser = max(float(num_boxes), 1.0)
+            terms = self._terms(predictions, suffixes, matches, target_boxes, target_labels, normaliser)
+            if outputs.denoising and outputs.group is not None:
+                group = outputs.group
+                copies = Matches(*_denoising_pairs(group, boxes_cxcywh, len(outputs.denoising), device))
+                terms |= self._terms(
+                    outputs.denoising,
+                    [f"_dn_{i}" for i in range(len(outputs.denoising))],
+                    copies,
+                    target_boxes,
+                    target_labels,
+                    normaliser * group.num_groups * group.share,
+                )
+        return terms
+
+    def _terms(
+        self,
+        predictions: Sequence[Prediction],
+        suffixes: Sequence[str],
+        matches: Matches,
+        target_boxes: Tensor,
+        target_labels: Tensor,
+        normaliser: float,
+    ) -> dict[str, Tensor]:
+        """Compute the terms of S predictions of one shape at once."""
+        logits = torch.stack([p.logits for p in predictions]).flatten(1, 2)  # (S, B * Q, K)
+        boxes = torch.stack([p.boxes_cxcywh for p in predictions]).flatten(1, 2)
+        dtype = torch.promote_types(boxes.dtype, torch.float32)
+        logits, boxes = logits.to(dtype), boxes.to(dtype)
+        found = boxes.gather(1, matches.rows[..., None].expand(-1, -1, 4))  # (S, M, 4)
+        wanted = target_boxes.to(dtype)[matches.targets]
+        iou, giou = iou_and_giou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted))
+
+        # One flat index for (row, class): the matched cell is aimed at the IoU, every other at zero.
+        cells = matches.rows * logits.shape[2] + target_labels[matches.targets]
+        aim = torch.zeros_like(logits).flatten(1).scatter(1, cells, iou.detach())
+        matched = torch.zeros_like(aim).scatter(1, cells, 1.0)
+        flat = logits.flatten(1)
+        weight = self.alpha * flat.detach().sigmoid() ** self.gamma * (1 - matched) + aim
+        vfl = functional.binary_cross_entropy_with_logits(flat, aim, weight=weight, reduction="none").sum(1)
+
+        weights = self.weights
+        by_term = {
+            "loss_vfl": weights.vfl * vfl / normaliser,
+            "loss_bbox": weights.bbox * (found - wanted).abs().sum((1, 2)) / normaliser,
+            "loss_giou": weights.giou * (1 - giou).sum(1) / normaliser,
+        }
+        return {name + s: values[i] for i, s in enumerate(suffixes) for name, values in by_term.items()}
+
+
+def _denoising_pairs(
+    group: DenoisingGroup, boxes_cxcywh: Sequence[Tensor], layers: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return rows and targets (layers, M) of the denoising queries, which are the same for every layer."""
+    rows, targets, start = [], [], 0
+    for picture, (positives, of_picture) in enumerate(zip(group.positives, group.targets, strict=True)):
+        rows.append(positives + picture * group.size)
+        targets.append(of_picture + start)
+        start += len(boxes_cxcywh[picture])
+    both = torch.stack([torch.cat(rows), torch.cat(targets)]).to(device, non_blocking=True)
+    return both[0].expand(layers, -1), both[1].expand(layers, -1)

@@ -1,0 +1,142 @@
+"""Which query answers for which annotated box: a bipartite matching of least cost (DETR, arXiv 2005.12872).
+
+The costs of every layer and picture are computed together on the device and cross to the host once a step, where
+the official code copies once for each layer and picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rtdetr_cli.model.detector import Prediction
+from rtdetr_cli.model.layers import cxcywh_to_xyxy
+
+_NOT_A_NUMBER_COST = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class MatchingCosts:
+    """Weights and focal parameters of the costs."""
+
+    classification: float = 2.0
+    l1: float = 5.0
+    giou: float = 2.0
+    alpha: float = 0.25
+    gamma: float = 2.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Matches:
+    """Matched pairs of S layers, the same number M in each.
+
+    Attributes:
+        rows: (S, M) int64, picture * Q + query.
+        targets: (S, M) int64, index into the boxes of all pictures one after the other.
+    """
+
+    rows: Tensor
+    targets: Tensor
+
+
+def iou_and_giou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> tuple[Tensor, Tensor]:
+    """Return IoU and generalised IoU (arXiv 1902.09630) of boxes whose shapes broadcast to (..., 4).
+
+    Boxes without area give 0, not NaN.
+    """
+    low = torch.maximum(boxes_xyxy[..., :2], others_xyxy[..., :2])
+    high = torch.minimum(boxes_xyxy[..., 2:], others_xyxy[..., 2:])
+    intersection = (high - low).clamp(min=0).prod(-1)
+    area = (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).prod(-1)
+    other = (others_xyxy[..., 2:] - others_xyxy[..., :2]).prod(-1)
+    union = area + other - intersection
+    iou = intersection / union.clamp(min=1e-9)
+    outer_low = torch.minimum(boxes_xyxy[..., :2], others_xyxy[..., :2])
+    outer_high = torch.maximum(boxes_xyxy[..., 2:], others_xyxy[..., 2:])
+    outer = (outer_high - outer_low).clamp(min=0).prod(-1)
+    return iou, iou - (outer - union) / outer.clamp(min=1e-9)
+
+
+@torch.no_grad()
+def cost_matrix(
+    logits: Tensor, boxes_cxcywh: Tensor, target_boxes: Tensor, target_labels: Tensor, costs: MatchingCosts
+) -> Tensor:
+    """Return the costs (..., B, Q, M) of giving each of M padded targets to each of Q queries.
+
+    Args:
+        logits: (..., B, Q, K).
+        boxes_cxcywh: (..., B, Q, 4).
+        target_boxes: (B, M, 4) cxcywh.
+        target_labels: (B, M) int64.
+        costs: their weights.
+    """
+    index = target_labels[:, None].expand(*logits.shape[:-1], -1)
+    p = logits.gather(-1, index).sigmoid()  # (..., B, Q, M)
+    positive = costs.alpha * (1 - p) ** costs.gamma * -(p + 1e-8).log()
+    negative = (1 - costs.alpha) * p**costs.gamma * -(1 - p + 1e-8).log()
+    l1 = torch.cdist(boxes_cxcywh, target_boxes.expand(*boxes_cxcywh.shape[:-2], -1, -1), p=1)
+    _, giou = iou_and_giou(cxcywh_to_xyxy(boxes_cxcywh)[..., :, None, :], cxcywh_to_xyxy(target_boxes)[..., None, :, :])
+    return costs.l1 * l1 + costs.classification * (positive - negative) - costs.giou * giou
+
+
+def match(
+    predictions: Sequence[Prediction],
+    boxes_cxcywh: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    *,
+    costs: MatchingCosts | None = None,
+) -> Matches:
+    """Match every layer's queries with every picture's boxes.
+
+    Args:
+        predictions: of S layers, all with B pictures and Q queries.
+        boxes_cxcywh: for each picture (N, 4), 0 to 1.
+        labels: for each picture (N,) int64.
+        costs: their weights; the published ones by default.
+
+    Returns:
+        min(Q, N) pairs of each picture and layer, on the predictions' device. A prediction that is not a number is a
+        bad match, never an error: the training loop judges the loss.
+    """
+    device = predictions[0].logits.device
+    layers = len(predictions)
+    counts = [len(b) for b in boxes_cxcywh]
+    if sum(counts) == 0:
+        none = torch.zeros(layers, 0, dtype=torch.int64, device=device)
+        return Matches(none, none)
+    logits = torch.stack([p.logits for p in predictions]).detach()  # (S, B, Q, K)
+    boxes = torch.stack([p.boxes_cxcywh for p in predictions]).detach()
+    dtype = torch.promote_types(boxes.dtype, torch.float32)
+    with torch.autocast(device.type, enabled=False):
+        cost = cost_matrix(
+            logits.to(dtype),
+            boxes.to(dtype),
+            pad_sequence(list(boxes_cxcywh), batch_first=True).to(device, dtype),
+            pad_sequence(list(labels), batch_first=True).to(device),
+            costs or MatchingCosts(),
+        )
+        bad = _NOT_A_NUMBER_COST
+        host = cost.nan_to_num(nan=bad, posinf=bad, neginf=-bad).cpu().numpy()  # the one transfer
+    return _assign(host, counts, device)
+
+
+def _assign(cost: np.ndarray, counts: Sequence[int], device: torch.device) -> Matches:
+    """Solve the assignments of cost (S, B, Q, M) on the host and send the pairs back."""
+    layers, _, queries, _ = cost.shape
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    pairs: list[np.ndarray] = []
+    for layer in range(layers):
+        of_layer = []
+        for picture, count in enumerate(counts):
+            if count:
+                query, target = linear_sum_assignment(cost[layer, picture, :, :count])
+                of_layer.append(np.stack([picture * queries + query, starts[picture] + target]))
+        pairs.append(np.concatenate(of_layer, 1))
+    both = torch.from_numpy(np.stack(pairs)).to(device, non_blocking=True)  # (S, 2, M)
+    return Matches(both[:, 0], both[:, 1])
