@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from rtdetr_cli.errors import DataError
 
@@ -180,7 +180,7 @@ def _faults(source: Path | bytes) -> Iterator[None]:
             hint="make it smaller, or leave it out",
             code="picture-bomb",
         ) from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         if (len(source) if isinstance(source, bytes) else source.stat().st_size) == 0:
             raise PictureError(f"{name} is empty (zero bytes)", code="picture-empty") from None
         raise PictureError(f"{name} is not a picture of a known format ({', '.join(FORMATS)})") from None
