@@ -11,6 +11,7 @@ best suitor, and the rejected propose again: a few rounds over arrays in place o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,21 +129,9 @@ def match(dataset: Dataset, table: DetectionTable, *, iou: float = 0.5) -> Match
         iou: least overlap of a match.
     """
     rows, boxes = len(table), len(dataset.labels)
-    classes = max(len(dataset.categories), 1)
-    order = np.lexsort((-table.scores, table.labels))
-    by_group = np.lexsort((-table.scores, table.image_index * classes + table.labels))
-    group = (table.image_index * classes + table.labels)[by_group]
-    new = np.ones(rows, bool)
-    new[1:] = group[1:] != group[:-1]
-    starts = np.flatnonzero(new)
-    place = np.arange(rows) - np.repeat(starts, np.diff(np.append(starts, rows)))
-    rank = np.empty(rows, np.int64)  # place among the detections of the picture and class
-    rank[by_group] = place
+    rank = _ranks(dataset, table)
     cut = rank >= MAX_PER_CLASS
-
-    pairs = overlapping_pairs(dataset, table, least_iou=min(iou, 1 - 1e-10))
-    keep = ~cut[pairs.rows]
-    pairs = Pairs(pairs.rows[keep], pairs.boxes[keep], pairs.ious[keep])
+    pairs = _counted_pairs(dataset, table, cut, iou)
     found_area = np.prod(xywh(table.boxes_xyxy_px)[:, 2:], axis=1)
 
     fate = np.zeros((len(SIZES), rows), np.int8)
@@ -153,17 +142,57 @@ def match(dataset: Dataset, table: DetectionTable, *, iou: float = 0.5) -> Match
         ignored = dataset.crowd | (dataset.areas < least) | (dataset.areas > most)
         counted[size] = ~ignored
         taken = _settle(pairs, rank, ignored, dataset.crowd, rows)
-        has = taken >= 0
-        fate[size] = np.where(has, TRUE, FALSE)
-        fate[size, has] = np.where(ignored[taken[has]], IGNORED, TRUE)
-        fate[size, ~has & ((found_area < least) | (found_area > most))] = IGNORED
-        fate[size, cut] = CUT
+        fate[size] = _fates(taken, ignored, cut)
+        fate[size, (fate[size] == FALSE) & ((found_area < least) | (found_area > most))] = IGNORED
         if size == 0:
             matched_box = taken
-            one_to_one = has & ~dataset.crowd[np.where(has, taken, 0)] if boxes else has
-            found_by[taken[one_to_one]] = np.flatnonzero(one_to_one)
+            one_to_one = np.flatnonzero(taken >= 0)
+            one_to_one = one_to_one[~dataset.crowd[taken[one_to_one]]]
+            found_by[taken[one_to_one]] = one_to_one
+    order = np.lexsort((-table.scores, table.labels))
     class_offsets = np.searchsorted(table.labels[order], np.arange(len(dataset.categories) + 1))
     return MatchTable(fate, matched_box, found_by, counted, order, class_offsets)
+
+
+def fates_at(dataset: Dataset, table: DetectionTable, ious: Sequence[float]) -> NDArray[np.int8]:
+    """Return the fates, (T, D), at several IoUs among boxes of every size; see `MatchTable.fate`."""
+    rank = _ranks(dataset, table)
+    cut = rank >= MAX_PER_CLASS
+    pairs = _counted_pairs(dataset, table, cut, min(ious))
+    found = np.zeros((len(ious), len(table)), np.int8)
+    for position, iou in enumerate(ious):
+        keep = pairs.ious >= min(iou, 1 - 1e-10)
+        enough = Pairs(pairs.rows[keep], pairs.boxes[keep], pairs.ious[keep])
+        taken = _settle(enough, rank, dataset.crowd, dataset.crowd, len(table))
+        found[position] = _fates(taken, dataset.crowd, cut)
+    return found
+
+
+def _ranks(dataset: Dataset, table: DetectionTable) -> NDArray[np.int64]:
+    """Return each detection's place among those of its picture and class, (D,), 0 the best."""
+    group = table.image_index * max(len(dataset.categories), 1) + table.labels
+    order = np.lexsort((-table.scores, group))
+    grouped = group[order]
+    new = np.ones(len(table), bool)
+    new[1:] = grouped[1:] != grouped[:-1]
+    starts = np.flatnonzero(new)
+    rank = np.empty(len(table), np.int64)
+    rank[order] = np.arange(len(table)) - np.repeat(starts, np.diff(np.append(starts, len(table))))
+    return rank
+
+
+def _counted_pairs(dataset: Dataset, table: DetectionTable, cut: NDArray[np.bool_], iou: float) -> Pairs:
+    pairs = overlapping_pairs(dataset, table, least_iou=min(iou, 1 - 1e-10))
+    keep = ~cut[pairs.rows]
+    return Pairs(pairs.rows[keep], pairs.boxes[keep], pairs.ious[keep])
+
+
+def _fates(taken: NDArray[np.int64], ignored: NDArray[np.bool_], cut: NDArray[np.bool_]) -> NDArray[np.int8]:
+    fate = np.zeros(len(taken), np.int8)
+    has = taken >= 0
+    fate[has] = np.where(ignored[taken[has]], IGNORED, TRUE)
+    fate[cut] = CUT
+    return fate
 
 
 def _settle(

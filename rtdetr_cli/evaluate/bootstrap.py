@@ -1,0 +1,282 @@
+"""How sure an AP is: resample the pictures, and see how far the number moves.
+
+A split is one draw of pictures; another draw would give another AP. The bootstrap draws N of the N pictures with
+replacement, many times, and takes the middle 95 % of the APs (Efron 1979). Detections are matched once: a resample
+only weighs each picture by how often it was drawn, and AP is computed from weighted counts.
+
+hotcoco's `compare` has a bootstrap, but it evaluates the *set* of pictures drawn and forgets how often each was:
+its standard errors come out at three quarters of the right ones (0.0109 against 0.0141 for AR of 40 made pictures,
+where evaluating copies of the pictures gives 0.0141). So this is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.errors import DataError
+from rtdetr_cli.evaluate.coco import picture_numbers
+from rtdetr_cli.evaluate.matching import TRUE, box_images, fates_at
+from rtdetr_cli.evaluate.table import DetectionTable
+
+IOUS = tuple(0.5 + 0.05 * step for step in range(10))
+CONFIDENCE = 0.95
+RESAMPLES_AT_ONCE = 250  # bounds the memory: one float32 a resample and true positive of a class
+FEW_PICTURES = 30
+WIDE = 0.05  # half an interval above which a split is called too small
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A number, and between what it lies with 95 % confidence."""
+
+    value: float
+    lower: float
+    upper: float
+    pictures: int
+
+    @property
+    def half(self) -> float:
+        """Half the interval's width, for `0.412 ± 0.028`."""
+        return (self.upper - self.lower) / 2
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ± {self.half:.3f} ({CONFIDENCE:.0%}, {self.pictures} pictures)".replace("%", " %")
+
+    def to_json(self) -> dict[str, float | int]:
+        """Return the figures by name."""
+        return {
+            "value": self.value,
+            "lower": self.lower,
+            "upper": self.upper,
+            "half": self.half,
+            "confidence": CONFIDENCE,
+            "pictures": self.pictures,
+        }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Resamples:
+    """AP under each of B resamples of the pictures.
+
+    Attributes:
+        ap: (B, K, 3) AP, AP50 and AP75 of each class; NaN where the resample holds no box of it.
+        pictures: N.
+    """
+
+    ap: NDArray[np.float64]
+    pictures: int
+
+    def overall(self, which: str = "AP") -> NDArray[np.float64]:
+        """Return (B,) the mean over classes of `AP`, `AP50` or `AP75`, without resamples that hold no box at all."""
+        values = self.ap[:, :, ("AP", "AP50", "AP75").index(which)]
+        defined = ~np.isnan(values)
+        some = defined.any(axis=1)
+        total = np.where(defined, values, 0).sum(axis=1)
+        mean: NDArray[np.float64] = total[some] / defined.sum(axis=1)[some]
+        return mean
+
+    def interval(self, value: float, which: str = "AP") -> Interval:
+        """Return the interval of a number over all classes."""
+        return _interval(value, self.overall(which), self.pictures)
+
+    def class_interval(self, value: float, label: int) -> Interval:
+        """Return the interval of one class's AP."""
+        values = self.ap[:, label, 0]
+        return _interval(value, values[~np.isnan(values)], self.pictures)
+
+
+def _interval(value: float, drawn: NDArray[np.float64], pictures: int) -> Interval:
+    tail = (1 - CONFIDENCE) / 2
+    lower, upper = np.quantile(drawn, [tail, 1 - tail]) if len(drawn) else (value, value)
+    return Interval(value, float(lower), float(upper), pictures)
+
+
+def draw_weights(pictures: int, resamples: int, *, seed: int = 0) -> NDArray[np.float32]:
+    """Return (N, B): how often each picture is in each resample."""
+    random = np.random.default_rng(seed)
+    weights = np.empty((pictures, resamples), np.float32)
+    for column in range(resamples):
+        weights[:, column] = np.bincount(random.integers(0, pictures, pictures), minlength=pictures)
+    return weights
+
+
+def resample(dataset: Dataset, table: DetectionTable, *, resamples: int = 1000, seed: int = 0) -> Resamples:
+    """Compute AP under resamples of the pictures; equal seeds draw equal pictures, so that two models pair up.
+
+    Args:
+        dataset: N pictures with boxes in K classes.
+        table: D detections.
+        resamples: B.
+        seed: of the draw.
+
+    Raises:
+        DataError: there is nothing to be sure about: no pictures or no boxes.
+    """
+    if not len(dataset) or not np.any(~dataset.crowd):
+        raise DataError(
+            f"the {dataset.split} split of {dataset.name} has no boxes, so there is no AP to give an interval for",
+            code="empty-split",
+        )
+    fates = fates_at(dataset, table, IOUS)
+    # Equal scores rank by picture number, as in the evaluators.
+    order = np.lexsort((picture_numbers(dataset)[table.image_index], -table.scores, table.labels))
+    class_offsets = np.searchsorted(table.labels[order], np.arange(len(dataset.categories) + 1))
+    images = box_images(dataset)
+    ap = np.full((resamples, len(dataset.categories), 3), np.nan)
+    weights = draw_weights(len(dataset), resamples, seed=seed)
+    for start in range(0, resamples, RESAMPLES_AT_ONCE):
+        some = slice(start, start + RESAMPLES_AT_ONCE)
+        drawn = np.ascontiguousarray(weights[:, some])
+        for label in range(len(dataset.categories)):
+            mine = images[(dataset.labels == label) & ~dataset.crowd]
+            if not len(mine):
+                continue
+            boxes = np.bincount(mine, minlength=len(dataset)).astype(np.float32) @ drawn  # (b,)
+            rows = order[class_offsets[label] : class_offsets[label + 1]]
+            per_iou = _weighted_ap(table.image_index[rows], fates[:, rows], boxes, drawn)
+            ap[some, label] = np.stack([per_iou.mean(axis=0), per_iou[0], per_iou[5]], axis=1)
+            ap[some, label][boxes == 0] = np.nan
+    return Resamples(ap, len(dataset))
+
+
+def _weighted_ap(
+    images: NDArray[np.int64], fates: NDArray[np.int8], boxes: NDArray[np.float32], drawn: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Return (T, b) AP of one class at each IoU under b weightings of the pictures.
+
+    Between two true positives precision only falls, so the envelope needs the true positives' rows alone; what
+    lies between them is summed by one sparse product.
+
+    Args:
+        images: (D,) picture of each detection, best first.
+        fates: (T, D).
+        boxes: (b,) weighted number of boxes.
+        drawn: (N, b) weights.
+    """
+    from scipy.sparse import csr_matrix
+
+    steps, width = fates.shape[0], drawn.shape[1]
+    result = np.zeros((steps, width))
+    hit = fates == TRUE
+    useful = np.flatnonzero(hit.any(axis=0))
+    if not len(useful):
+        return result
+    last = int(useful[-1]) + 1
+    # The weight of all rows up to each true positive: rows between two of them are one line of a sparse matrix.
+    step = np.searchsorted(useful, np.arange(last))
+
+    def summed(keep: NDArray[np.bool_]) -> NDArray[np.float32]:
+        inside = np.flatnonzero(keep[:last])
+        ones = np.ones(len(inside), np.float32)
+        lines = csr_matrix((ones, (step[inside], images[inside])), shape=(len(useful), len(drawn)))
+        total: NDArray[np.float32] = np.cumsum(lines @ drawn, axis=0)
+        return total
+
+    # A fate below zero (in a crowd, beyond the hundred) is no false positive. It is rare and differs between IoUs.
+    always = np.all(fates >= 0, axis=0)
+    sometimes = (fates >= 0) & ~always
+    common = summed(always)
+    at_least_one = np.maximum(boxes, 1)
+    for t in range(steps):
+        mine = hit[t, useful]
+        if not mine.any():
+            continue
+        hits = np.cumsum(drawn[images[useful[mine]]], axis=0)  # (P, b)
+        kept = common[mine]
+        if sometimes[t].any():
+            kept = kept + summed(sometimes[t])[mine]
+        precision = np.divide(hits, kept, out=np.zeros_like(hits), where=kept > 0)
+        envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+        # How many of the recall points 0, 0.01, ... 1 each true positive is the first to reach.
+        reached = np.floor(hits / at_least_one * np.float32(100) + np.float32(1e-4)) + 1
+        reached[hits == 0] = 0
+        gained = np.diff(reached, axis=0, prepend=np.zeros((1, width), np.float32))
+        result[t] = (gained * envelope).sum(axis=0) / 101
+    return result
+
+
+def too_small(interval: Interval) -> str:
+    """Return a sentence when a split is too small to tell much, else an empty string."""
+    if interval.pictures >= FEW_PICTURES and interval.half <= WIDE:
+        return ""
+    return (
+        f"the split is too small to tell much: with {interval.pictures} pictures AP is known to ± {interval.half:.3f}; "
+        "four times as many pictures would halve that"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- two models
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two models on the same pictures.
+
+    Attributes:
+        a, b: each one's AP with its interval.
+        difference: B minus A with the interval of the paired difference.
+        better: share of resamples in which B is the better.
+        verdict: `b`, `a` or `undecided`.
+    """
+
+    a: Interval
+    b: Interval
+    difference: Interval
+    better: float
+    verdict: str
+
+    def sentence(self, name_a: str = "A", name_b: str = "B") -> str:
+        """Say in plain words what the figures tell."""
+        low, high = f"{self.difference.lower:+.3f}", f"{self.difference.upper:+.3f}"
+        gap = self.difference.value
+        between = f"95 % interval {low} to {high}, {self.difference.pictures} pictures"
+        if self.difference.lower == self.difference.upper == 0:
+            return f"{name_a} and {name_b} give the same AP on every resample: there is nothing to choose between them"
+        if self.verdict != "undecided":
+            better, worse = (name_b, name_a) if self.verdict == "b" else (name_a, name_b)
+            return f"{better} is better than {worse} by {abs(gap):.3f} AP ({between} for B minus A)"
+        needed = self.pictures_needed()
+        more = f"; it would take about {needed:,} pictures to tell a difference of this size" if needed else ""
+        return f"no difference can be told: {name_b} minus {name_a} is {gap:+.3f} AP ({between}){more}"
+
+    def pictures_needed(self) -> int | None:
+        """Return how many pictures would part two models this far apart, or None when that cannot be said."""
+        gap = abs(self.difference.value)
+        if gap < 0.001 or self.verdict != "undecided":
+            return None
+        wanted = self.difference.pictures * (self.difference.half / gap) ** 2
+        digits = max(0, int(math.log10(max(wanted, 1))) - 1)
+        return max(self.difference.pictures + 1, int(math.ceil(wanted / 10**digits) * 10**digits))
+
+
+def compare(
+    dataset: Dataset,
+    tables: tuple[DetectionTable, DetectionTable],
+    values: tuple[float, float],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[Comparison, tuple[Resamples, Resamples]]:
+    """Compare two models' detections picture by picture: both are judged on the same resamples.
+
+    Args:
+        dataset: the pictures that both have seen.
+        tables: detections of A and B.
+        values: AP of A and B.
+        resamples: how many.
+        seed: of the draw.
+    """
+    drawn_a = resample(dataset, tables[0], resamples=resamples, seed=seed)
+    drawn_b = resample(dataset, tables[1], resamples=resamples, seed=seed)
+    gaps = drawn_b.overall() - drawn_a.overall()
+    difference = _interval(values[1] - values[0], gaps, len(dataset))
+    verdict = "b" if difference.lower > 0 else "a" if difference.upper < 0 else "undecided"
+    comparison = Comparison(
+        drawn_a.interval(values[0]), drawn_b.interval(values[1]), difference, float((gaps > 0).mean()), verdict
+    )
+    return comparison, (drawn_a, drawn_b)
