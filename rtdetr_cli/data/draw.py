@@ -26,7 +26,7 @@ _ROUNDS = ((0.70, 0.19), (0.80, 0.15), (0.60, 0.20), (0.88, 0.11), (0.66, 0.12))
 _GOLDEN_ANGLE = 137.50776
 _FIRST_HUE = 28.0
 _ELLIPSIS = "…"
-_MOST_COVERED = 0.4  # of the picture, by labels
+_MOST_COVERED = 0.3  # of the picture, by labels
 _FALLBACK_FONTS = (
     "DejaVuSans.ttf",
     "NotoSans-Regular.ttf",

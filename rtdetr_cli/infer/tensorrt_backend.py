@@ -1,0 +1,164 @@
+"""TensorRT 10 and 11: a thin runner of a serialised engine. Memory comes from torch, which is always installed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtdetr_cli.errors import EnvironmentProblem, ModelError
+from rtdetr_cli.infer.graph import GraphBackend, Port
+from rtdetr_cli.model.header import ModelHeader
+
+_TYPES = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "UINT8": np.uint8,
+    "INT8": np.int8,
+    "BOOL": np.bool_,
+}
+
+
+class TensorrtBackend(GraphBackend):
+    """An engine with its buffers. An engine runs only where it was built: same GPU kind, same TensorRT version."""
+
+    kind = "tensorrt"
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: Any = "auto",
+        imgsz: tuple[int, int] | None = None,
+    ) -> None:
+        """Open an engine.
+
+        Args:
+            path: the `.engine`, its header in `header_path(path)` beside it.
+            device: `auto`, `0`, `cuda:1`; or a torch device that the buffers shall lie on.
+            imgsz: (height, width); engines built for a range only.
+
+        Raises:
+            EnvironmentProblem: TensorRT or the GPU is missing.
+            ModelError: the engine was made elsewhere or by another version, or does not keep the contract.
+        """
+        tensorrt = import_tensorrt()
+        import torch
+
+        from rtdetr_cli.infer.torch_backend import choose_device
+
+        if isinstance(device, torch.device):
+            self._device = device
+        else:
+            self._device = choose_device(device)
+            if self._device.type != "cuda":
+                raise EnvironmentProblem(
+                    f"{path.name} needs a CUDA device, and "
+                    + ("there is none" if device == "auto" else f"--device is {device}"),
+                    hint="use the .onnx or .safetensors file on the CPU",
+                    code="device-missing",
+                )
+        self._stream: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        # The logger and the runtime must live as long as the engine.
+        self._logger = tensorrt.Logger(tensorrt.Logger.ERROR)
+        self._runtime = tensorrt.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._engine is None:
+            raise ModelError(
+                f"{path} does not open in TensorRT {tensorrt.__version__}: it is truncated, or was built by another "
+                "version or for another GPU",
+                hint="build it again on this machine: rtdetr export MODEL --trt-fp16",
+                code="model-unreadable",
+            )
+        self._context = self._engine.create_execution_context()
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        inputs = [n for n in names if self._engine.get_tensor_mode(n) == tensorrt.TensorIOMode.INPUT]
+        self._outputs = [n for n in names if n not in inputs]
+        self._buffers: dict[str, Any] = {}
+        most = None
+        if "images" in inputs and self._engine.get_tensor_shape("images")[0] < 0:
+            _, _, largest = self._engine.get_tensor_profile_shape("images", 0)
+            most = int(largest[0])
+        super().__init__(
+            path,
+            header=read_engine_header(path),
+            inputs=[self._port(name) for name in inputs],
+            outputs=self._outputs,
+            imgsz=imgsz,
+            most=most,
+        )
+
+    def _port(self, name: str) -> Port:
+        shape = tuple(int(n) if n >= 0 else None for n in self._engine.get_tensor_shape(name))
+        return Port(name, np.dtype(self._dtype(name)), shape)
+
+    def _dtype(self, name: str) -> type[np.generic]:
+        kind = self._engine.get_tensor_dtype(name)
+        spelled = getattr(kind, "name", str(kind).rpartition(".")[2])
+        if spelled not in _TYPES:
+            raise ModelError(
+                f"the engine's tensor {name} is of type {spelled}, which is not read", code="model-foreign"
+            )
+        return _TYPES[spelled]
+
+    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run one batch; return every output by name."""
+        import torch
+
+        stream = self._stream.cuda_stream if self._stream is not None else 0
+        with torch.cuda.stream(self._stream):  # a no-op for None
+            held = []
+            for name, array in feeds.items():
+                tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+                held.append(tensor)
+                if not self._context.set_input_shape(name, tuple(array.shape)):
+                    raise ModelError(
+                        f"{self.path.name} was not built for {name} of {'x'.join(map(str, array.shape))}",
+                        hint="build it with another --batch or --imgsz, or --dynamic",
+                        code="model-run",
+                    )
+                self._context.set_tensor_address(name, tensor.data_ptr())
+            results = {}
+            for name in self._outputs:
+                shape = tuple(int(n) for n in self._context.get_tensor_shape(name))
+                buffer = self._buffers.get(name)
+                if buffer is None or tuple(buffer.shape) != shape:
+                    kind = torch.from_numpy(np.zeros(0, self._dtype(name))).dtype
+                    buffer = self._buffers[name] = torch.empty(shape, dtype=kind, device=self._device)
+                self._context.set_tensor_address(name, buffer.data_ptr())
+                results[name] = buffer
+            if not self._context.execute_async_v3(stream):
+                raise ModelError(f"TensorRT could not run {self.path.name}", code="model-run")
+            if self._stream is not None:
+                self._stream.synchronize()
+            del held
+            return {name: buffer.cpu().numpy().copy() for name, buffer in results.items()}
+
+
+def import_tensorrt() -> Any:
+    """Import the package, or say how to install it."""
+    try:
+        import tensorrt
+    except ImportError:
+        raise EnvironmentProblem(
+            "TensorRT is not installed", hint="pip install 'rtdetr-cli[tensorrt]'", code="package-missing"
+        ) from None
+    return tensorrt
+
+
+def header_path(engine: Path) -> Path:
+    """Return where the header of an engine lies: an engine has no room for foreign data."""
+    return engine.with_name(engine.name + ".json")
+
+
+def read_engine_header(engine: Path) -> ModelHeader | None:
+    """Return the header beside an engine, or None when there is none."""
+    beside = header_path(engine)
+    if not beside.is_file():
+        return None
+    return ModelHeader.from_json(beside.read_text(encoding="utf-8"), source=str(beside))
