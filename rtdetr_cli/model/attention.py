@@ -202,7 +202,7 @@ def read_bilinear(
     grid = (2 * locations - 1).to(dtype).transpose(1, 2).flatten(0, 1)  # (B*H, Q, P, 2)
     sampled, start, point = [], 0, 0
     for (height, width), points in zip(levels.shapes, num_points, strict=True):
-        level = maps[:, :, start : start + height * width].unflatten(2, (height, width))
+        level = maps[:, :, start : start + height * width].reshape(-1, channels, height, width)
         sampled.append(
             functional.grid_sample(level, grid[:, :, point : point + points], "bilinear", "zeros", align_corners=False)
         )

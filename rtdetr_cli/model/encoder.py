@@ -178,5 +178,5 @@ class HybridEncoder(nn.Module):
             (height, width, x.device), lambda: position_table(height, width, channels, x.device)
         )
         tokens = x.flatten(2).transpose(1, 2)
-        tokens = self.encoder[0](tokens, positions.to(x.dtype))
+        tokens = cast(Tensor, self.encoder[0](tokens, positions.to(x.dtype)))
         return tokens.transpose(1, 2).reshape(-1, channels, height, width)

@@ -6,6 +6,7 @@ Names of parameters follow the published state dict (`conv`, `norm`, `layers.N`)
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from itertools import pairwise
 from typing import TypeVar, cast
 
 import torch
@@ -106,7 +107,7 @@ class MLP(nn.Module):
     def __init__(self, *, in_dim: int, hidden_dim: int, out_dim: int, layers: int) -> None:
         super().__init__()
         sizes = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_dim) to (..., out_dim)."""
@@ -132,7 +133,7 @@ class Tables:
             return make()  # the compiler fuses it; reading a dict would put a guard on every entry
         if key in self._kept:
             return cast(Value, self._kept[key])
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if torch.compiler.is_exporting():
             return make()
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used in training later
             value = make()
