@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rtdetr_cli.errors import EnvironmentProblem
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +35,30 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The class name of every row."""
+        return tuple(class_name(self.names, label) for label in self.labels.tolist())
+
+    def to_supervision(self) -> Any:
+        """Return the rows as `supervision.Detections`, class names under `data["class_name"]`.
+
+        Raises:
+            EnvironmentProblem: the package supervision is not installed.
+        """
+        try:
+            import supervision
+        except ImportError:
+            raise EnvironmentProblem(
+                "supervision is not installed", hint="pip install 'rtdetr-cli[supervision]'", code="package-missing"
+            ) from None
+        return supervision.Detections(
+            xyxy=self.boxes_xyxy_px.astype(np.float32).reshape(-1, 4),
+            confidence=self.scores.astype(np.float32),
+            class_id=self.labels.astype(int),
+            data={"class_name": np.array(self.class_names, dtype=str)},
+        )
+
     def keep(self, mask: NDArray[Any]) -> Detections:
         """Return the rows chosen by a boolean mask or by indices."""
         return Detections(
@@ -42,3 +69,13 @@ class Detections:
             self.names,
             self.category_ids,
         )
+
+
+def class_name(names: Sequence[str], label: int) -> str:
+    """Return a label's name, `class 7` where a foreign graph carries none."""
+    return names[label] if 0 <= label < len(names) else f"class {label}"
+
+
+def category_id(category_ids: Sequence[int], label: int) -> int:
+    """Return a label's id in the dataset, the label itself where a foreign graph carries none."""
+    return category_ids[label] if 0 <= label < len(category_ids) else label

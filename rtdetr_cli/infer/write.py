@@ -1,0 +1,182 @@
+"""Detections as documents and files: JSON lines, COCO results, YOLO labels, annotated pictures and videos."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtdetr_cli.errors import RtdetrError
+from rtdetr_cli.infer.detections import Detections, category_id
+
+SCHEMA_VERSION = 1
+# Pixels to a hundredth and scores to five digits: finer than any two runtimes agree.
+_PIXEL_DIGITS, _SCORE_DIGITS = 2, 5
+_SAVED_AS = {".jpg": ".jpg", ".jpeg": ".jpg", ".jpe": ".jpg", ".jfif": ".jpg", ".png": ".png", ".webp": ".webp"}
+
+
+def picture_document(image: str, found: Detections, *, frame: int | None = None) -> dict[str, Any]:
+    """Return the document of one picture, as in `rtdetr predict --json`; a frame of a video has its number."""
+    document: dict[str, Any] = {"image": image, "width": found.size_wh[0], "height": found.size_wh[1]}
+    if frame is not None:
+        document["frame"] = frame
+    document["detections"] = [
+        {
+            "label": name,
+            "category_id": category_id(found.category_ids, label),
+            "score": round(score, _SCORE_DIGITS),
+            "box_xyxy": [round(value, _PIXEL_DIGITS) for value in box],
+        }
+        for name, label, score, box in zip(
+            found.class_names,
+            found.labels.tolist(),
+            found.scores.tolist(),
+            found.boxes_xyxy_px.tolist(),
+            strict=True,
+        )
+    ]
+    return document
+
+
+def json_line(document: Mapping[str, Any]) -> str:
+    """Return a document as one line of JSON with the schema's version."""
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **document}, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "replace").decode("utf-8")  # a file name may hold bytes that are no text
+
+
+def coco_rows(image_id: int | str, found: Detections) -> list[dict[str, Any]]:
+    """Return one picture's rows of a COCO results file."""
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_id(found.category_ids, label),
+            "bbox": [round(v, _PIXEL_DIGITS) for v in (x1, y1, x2 - x1, y2 - y1)],
+            "score": round(score, _SCORE_DIGITS),
+        }
+        for label, score, (x1, y1, x2, y2) in zip(
+            found.labels.tolist(), found.scores.tolist(), found.boxes_xyxy_px.tolist(), strict=True
+        )
+    ]
+
+
+def yolo_lines(found: Detections) -> str:
+    """Return one picture's YOLO label file: label, centre, width and height as fractions of the picture."""
+    width, height = found.size_wh
+    lines = []
+    for label, (x1, y1, x2, y2) in zip(found.labels.tolist(), found.boxes_xyxy_px.tolist(), strict=True):
+        values = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
+        lines.append(" ".join([str(label), *(f"{value:.6f}" for value in values)]) + "\n")
+    return "".join(lines)
+
+
+def summary(found: Detections) -> str:
+    """Say what is in a picture in a few words: `3 person, 1 car`, most frequent first."""
+    counts: dict[str, int] = {}
+    for name in found.class_names:
+        counts[name] = counts.get(name, 0) + 1
+    ranked = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{number} {name}" for name, number in ranked) or "nothing found"
+
+
+def save_picture(picture: NDArray[np.uint8], folder: Path, name: Path, suffix: str) -> Path:
+    """Write an annotated picture and return its path: JPEG, PNG and WebP keep their kind, the rest become PNG."""
+    from PIL import Image
+
+    path = folder / (str(name) + _SAVED_AS.get(suffix.lower(), ".png"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Thin coloured lines and small letters suffer from JPEG's usual halving of colour.
+    options: dict[str, Any] = {".jpg": {"quality": 92, "subsampling": 0}, ".webp": {"quality": 90}}.get(path.suffix, {})
+    with Aside(path) as aside:
+        Image.fromarray(picture).save(
+            aside, format={".jpg": "JPEG", ".png": "PNG", ".webp": "WEBP"}[path.suffix], **options
+        )
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Aside(path) as aside:
+        aside.write_text(text, encoding="utf-8", errors="replace")
+
+
+class Aside:
+    """A path to write to, renamed to the real one when all went well and removed when not."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.aside = path.with_name(f".{path.stem}.part{path.suffix}")
+
+    def __enter__(self) -> Path:
+        return self.aside
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            os.replace(self.aside, self.path)
+        else:
+            self.aside.unlink(missing_ok=True)
+
+
+class VideoFile:
+    """A video written frame by frame, under its real name once it is whole."""
+
+    def __init__(self, path: Path, *, size_wh: tuple[int, int], rate: float) -> None:
+        """Start a file.
+
+        Args:
+            path: the `.mp4` to write.
+            size_wh: width and height of every frame in pixels.
+            rate: frames a second.
+
+        Raises:
+            RtdetrError: OpenCV cannot write it.
+        """
+        import cv2
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._guard = Aside(path)
+        self._writer = cv2.VideoWriter(str(self._guard.aside), cv2.VideoWriter.fourcc(*"mp4v"), rate, size_wh)
+        if not self._writer.isOpened():
+            self._guard.aside.unlink(missing_ok=True)
+            raise RtdetrError(f"{path} cannot be written as a video", code="video-write")
+
+    def add(self, frame: NDArray[np.uint8]) -> None:
+        """Add one (H, W, 3) RGB frame."""
+        self._writer.write(np.ascontiguousarray(frame[:, :, ::-1]))
+
+    def __enter__(self) -> VideoFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._writer.release()
+        self._guard.__exit__(kind, *rest)
+
+
+def new_folder(parent: Path, stem: str) -> Path:
+    """Make and return the first of `stem-01`, `stem-02`, ... that does not exist."""
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = parent / f"{stem}-{number:02d}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+            continue
+        return folder
+
+
+def numbered_id(stem: str) -> int | str:
+    """Return a picture's id for COCO results without a dataset: COCO names its files by it, else the stem itself."""
+    return int(stem) if stem.isdecimal() else stem
+
+
+def unique_ids(stems: Sequence[str]) -> list[int | str]:
+    """Return an id for each picture of a list, by `numbered_id` where that keeps them apart, else the stems."""
+    ids = [numbered_id(stem) for stem in stems]
+    return ids if len(set(ids)) == len(ids) else list(stems)
