@@ -1,0 +1,398 @@
+"""The pictures of a run: what it learns from, how it went, and what it sees.
+
+Pure functions from arrays to a figure or a picture; `save` writes either. Matplotlib is used through its objects
+alone: pyplot keeps global state, opens windows where it can and is not safe beside threads.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from rtdetr_cli.data.draw import colour, draw_boxes
+from rtdetr_cli.data.pictures import PictureError, read_picture
+from rtdetr_cli.data.records import Dataset
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from rtdetr_cli.evaluate.table import DetectionTable
+
+FOLDER = "plots"
+LABELS, BATCH, CURVES, PREDICTIONS = "labels.png", "batch_00.jpg", "curves.png", "predictions.jpg"
+TINY_PX = 8  # a side below it is less than one cell of the finest feature map
+MOST_CLASSES = 24
+MOST_POINTS = 20_000
+DPI = 110
+INK, FAINT, GROUND = "#1f2430", "#8a90a0", "#ffffff"
+BLUE, ORANGE, GREEN, RED = "#2f6fde", "#e07b16", "#2a9d5c", "#d1403f"
+GAP_PX = 6
+
+
+# ---- labels -----------------------------------------------------------------------------------------------------
+
+
+def labels_figure(dataset: Dataset, imgsz: tuple[int, int]) -> Figure:
+    """Draw what there is to learn: boxes in each class, their sizes as the network sees them, and where they lie.
+
+    Args:
+        dataset: the training pictures; crowds are left out, as in training.
+        imgsz: height and width of the network's input in pixels.
+    """
+    kept = ~dataset.crowd
+    labels = dataset.labels[kept]
+    boxes = _stretched(dataset, imgsz)[kept]
+    figure = _figure(12.6, 4.5)
+    left, middle, right = figure.subplots(1, 3, gridspec_kw={"width_ratios": [1.15, 1, 1]})
+    counts = np.bincount(labels, minlength=len(dataset.categories))
+    _draw_counts(left, counts, dataset.names)
+    _draw_sizes(middle, boxes, labels, imgsz)
+    _draw_positions(right, boxes, imgsz)
+    empty = int(np.count_nonzero(np.diff(np.append(0, np.cumsum(kept))[dataset.offsets]) == 0))
+    said = f"{dataset.name}, {dataset.split}: {len(dataset):,} pictures, {len(labels):,} boxes"
+    if empty:
+        said += f", {empty:,} pictures without a box"
+    figure.suptitle(said, x=0.012, ha="left", fontsize=11, color=INK, parse_math=False)
+    return figure
+
+
+def _stretched(dataset: Dataset, imgsz: tuple[int, int]) -> NDArray[np.float64]:
+    """Return all boxes, (M, 4) xyxy, in pixels of the stretched picture."""
+    picture = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))
+    scale = np.array([imgsz[1], imgsz[0]]) / dataset.sizes_wh.astype(np.float64).reshape(-1, 2)
+    return dataset.boxes_xyxy_px * np.tile(scale, 2)[picture]
+
+
+def _draw_counts(axes: Axes, counts: NDArray[np.int64], names: Sequence[str]) -> None:
+    order = np.argsort(-counts, kind="stable")
+    shown = order[:MOST_CLASSES]
+    at = np.arange(len(shown))
+    axes.barh(at, counts[shown], color=[_shade(int(label)) for label in shown], height=0.72)
+    axes.set_yticks(at, [_short(names[int(label)]) for label in shown], parse_math=False)
+    axes.invert_yaxis()
+    most = max(1, int(counts.max(initial=0)))
+    for place, label in enumerate(shown):
+        axes.text(counts[label] + most * 0.015, place, f"{counts[label]:,}", va="center", fontsize=8, color=INK)
+    axes.set_xlim(0, most * 1.18)
+    title = "boxes in each class"
+    if len(order) > len(shown):
+        rest = int(counts[order[MOST_CLASSES:]].sum())
+        title += f" (the first {len(shown)} of {len(order)}; the others have {rest:,})"
+    _dress(axes, title, grid="x")
+
+
+def _draw_sizes(axes: Axes, boxes: NDArray[np.float64], labels: NDArray[np.int64], imgsz: tuple[int, int]) -> None:
+    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0.5)
+    # The rare classes last and on top; evenly thinned out, so that the same data give the same picture.
+    shown = np.argsort(-np.bincount(labels, minlength=1)[labels], kind="stable")
+    if len(shown) > MOST_POINTS:
+        shown = shown[np.linspace(0, len(shown) - 1, MOST_POINTS).astype(np.int64)]
+    alpha = float(np.clip(60 / math.sqrt(max(1, len(shown))), 0.08, 0.7))
+    shades = [_shade(int(label)) for label in labels[shown]]
+    axes.scatter(sides[shown, 0], sides[shown, 1], s=9, c=shades or None, alpha=alpha, linewidths=0, rasterized=True)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    low = 2.0 ** math.floor(math.log2(min(float(sides.min(initial=TINY_PX)), TINY_PX / 2)))
+    axes.set_xlim(low, imgsz[1] * 1.12)
+    axes.set_ylim(low, imgsz[0] * 1.12)
+    axes.fill_between([low, TINY_PX], low, imgsz[0] * 1.12, color=RED, alpha=0.07, linewidth=0)
+    axes.fill_between([TINY_PX, imgsz[1] * 1.12], low, TINY_PX, color=RED, alpha=0.07, linewidth=0)
+    tiny = int(np.count_nonzero(sides.min(1) < TINY_PX)) if len(sides) else 0
+    if tiny:
+        told = f"{tiny:,} ({tiny / len(sides):.1%}) with a side under {TINY_PX} px"
+        axes.text(0.03, 0.97, told, transform=axes.transAxes, va="top", fontsize=8, color=RED)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("width, px", fontsize=8, color=INK)
+    axes.set_ylabel("height, px", fontsize=8, color=INK)
+    _dress(axes, f"sizes at the network's {imgsz[1]} wide, {imgsz[0]} high", grid="both")
+
+
+def _draw_positions(axes: Axes, boxes: NDArray[np.float64], imgsz: tuple[int, int]) -> None:
+    height, width = imgsz
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    cells = int(np.clip(math.sqrt(max(1, len(boxes))) / 2, 8, 40))
+    counts, _, _ = np.histogram2d(centres[:, 1], centres[:, 0], bins=(cells, cells), range=[[0, height], [0, width]])
+    shown = axes.imshow(
+        counts, cmap="YlGnBu", extent=(0, width, height, 0), aspect="equal", interpolation="nearest", vmin=0
+    )
+    bar = axes.figure.colorbar(shown, ax=axes, fraction=0.046, pad=0.03)
+    bar.ax.tick_params(labelsize=8, colors=INK)
+    bar.outline.set_visible(False)
+    axes.set_xlabel("x, px", fontsize=8, color=INK)
+    _dress(axes, "box centres, boxes in each cell", grid="")
+
+
+# ---- curves -----------------------------------------------------------------------------------------------------
+
+
+def curves_figure(rows: Sequence[Mapping[str, float | None]], *, best_epoch: int = 0) -> Figure:
+    """Draw how a run went: losses, accuracy and learning rate over the epochs.
+
+    Args:
+        rows: of `metrics.csv`: `epoch` (from 1), `loss`, `lr`, `AP`, `AP50`, `AP75` and the loss terms; None where
+            there is no value.
+        best_epoch: from 1; 0 for none.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure(12.6, 4.1)
+    loss_axes, score_axes, rate_axes = figure.subplots(1, 3, gridspec_kw={"width_ratios": [1.15, 1.15, 0.8]})
+    epochs = _column(rows, "epoch")
+    style: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(rows) <= 30 else {}
+
+    # ---- losses -------------------------------------------------------------------------------------------------
+    parts = (
+        ("loss", "sum over all layers", INK, 1.9),
+        ("loss_vfl", "classes, last layer", BLUE, 1.3),
+        ("loss_bbox", "L1, last layer", ORANGE, 1.3),
+        ("loss_giou", "GIoU, last layer", GREEN, 1.3),
+    )
+    top = 0.0
+    for key, name, shade, line in parts:
+        values = _column(rows, key)
+        if np.isfinite(values).any():
+            loss_axes.plot(epochs, values, color=shade, linewidth=line, label=name, **style)
+            top = max(top, float(np.nanmax(values)))
+    if top:
+        loss_axes.set_yscale("log")
+        loss_axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        loss_axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if _leading_digit(value) in (2, 5) else "")
+        loss_axes.tick_params(which="minor", labelsize=8, labelcolor=INK)
+    _dress(loss_axes, "losses (log scale)", grid="both", legend=bool(top))
+
+    # ---- scores -------------------------------------------------------------------------------------------------
+    highest = 0.0
+    for key, shade, line in (("AP50", BLUE, 1.4), ("AP75", GREEN, 1.1), ("AP", INK, 2.0)):
+        values = _column(rows, key)
+        known = np.isfinite(values)
+        if known.any():
+            score_axes.plot(epochs[known], values[known], color=shade, linewidth=line, label=key, **style)
+            highest = max(highest, float(values[known].max()))
+    scores = _column(rows, "AP")
+    at = np.flatnonzero((epochs == best_epoch) & np.isfinite(scores))
+    if len(at):
+        score = float(scores[at[-1]])
+        score_axes.axvline(best_epoch, color=RED, linewidth=0.9, linestyle=(0, (4, 3)))
+        score_axes.plot([best_epoch], [score], marker="o", markersize=7, color="none", markeredgecolor=RED, zorder=5)
+        late = best_epoch > (epochs.min() + epochs.max()) / 2
+        score_axes.annotate(
+            f"best AP {score:.3f}\nepoch {best_epoch}",
+            (best_epoch, 0.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(-6 if late else 6, 6),
+            textcoords="offset points",
+            ha="right" if late else "left",
+            va="bottom",
+            fontsize=8.5,
+            color=RED,
+        )
+    score_axes.set_ylim(0, min(1.0, max(0.05, highest * 1.12)) if highest < 0.9 else 1.0)
+    _dress(score_axes, "accuracy on the val pictures", grid="both", legend=highest > 0)
+
+    # ---- rate ---------------------------------------------------------------------------------------------------
+    rates = _column(rows, "lr")
+    if np.isfinite(rates).any():
+        rate_axes.plot(epochs, rates, color=BLUE, linewidth=1.5, **style)
+        rate_axes.set_ylim(0, float(np.nanmax(rates)) * 1.12 or 1)
+        rate_axes.yaxis.set_major_formatter(lambda value, _: _rate(value))
+    _dress(rate_axes, "learning rate at the epoch's end", grid="both")
+
+    for axes in (loss_axes, score_axes, rate_axes):
+        axes.set_xlabel("epoch", fontsize=8, color=INK)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if len(rows):
+            axes.set_xlim(min(0.5, float(epochs.min()) - 0.5), float(epochs.max()) + 0.5)
+    return figure
+
+
+def _column(rows: Sequence[Mapping[str, float | None]], key: str) -> NDArray[np.float64]:
+    values = [row.get(key) for row in rows]
+    return np.array([math.nan if value is None else float(value) for value in values], np.float64)
+
+
+def _leading_digit(value: float) -> int:
+    return round(value / 10 ** math.floor(math.log10(value))) if value > 0 else 0
+
+
+def _rate(value: float) -> str:
+    """Return a rate as people write it: `8e-5`."""
+    return re.sub(r"e-0?", "e-", f"{value:.3g}" if value >= 0.001 or not value else f"{value:.2e}".replace(".00", ""))
+
+
+# ---- pictures ---------------------------------------------------------------------------------------------------
+
+
+def batch_picture(
+    images: NDArray[np.uint8],
+    boxes_cxcywh: Sequence[NDArray[np.floating]],
+    labels: Sequence[NDArray[np.integer]],
+    names: Sequence[str],
+    *,
+    most: int = 16,
+    side: int = 400,
+) -> NDArray[np.uint8]:
+    """Lay out a training batch, as the network gets it, with its boxes.
+
+    Args:
+        images: (B, 3, H, W) uint8 RGB.
+        boxes_cxcywh: for each picture (N, 4), 0 to 1.
+        labels: for each picture (N,) contiguous.
+        names: class names in label order.
+        most: pictures shown.
+        side: longest side of one in pixels.
+    """
+    tiles = []
+    for image, boxes, own in list(zip(images, boxes_cxcywh, labels, strict=True))[:most]:
+        picture = _fitted(np.ascontiguousarray(image.transpose(1, 2, 0)), side)
+        height, width = picture.shape[:2]
+        centre, size = np.split(np.asarray(boxes, np.float64).reshape(-1, 4), 2, axis=1)
+        xyxy = np.concatenate([centre - size / 2, centre + size / 2], 1) * np.tile([width, height], 2)
+        tiles.append(draw_boxes(picture, xyxy, own, names))
+    square = max(1, math.ceil(math.sqrt(len(tiles))))
+    return _grid(tiles, columns=min((square, square + 1), key=lambda columns: -len(tiles) % columns))
+
+
+def choose_pictures(dataset: Dataset, count: int) -> list[int]:
+    """Choose pictures to show, evenly over the split; those without a box only where others are too few."""
+    boxes = np.diff(dataset.offsets)
+    filled, empty = np.flatnonzero(boxes > 0), np.flatnonzero(boxes == 0)
+    chosen = filled[np.linspace(0, len(filled) - 1, min(count, len(filled))).round().astype(np.int64)]
+    return sorted(int(i) for i in np.concatenate([chosen, empty[: count - len(chosen)]]))
+
+
+def predictions_picture(
+    dataset: Dataset,
+    table: DetectionTable,
+    *,
+    threshold: float,
+    pictures: Sequence[int] | None = None,
+    side: int = 460,
+) -> NDArray[np.uint8]:
+    """Lay out pictures with their true boxes on the left and what the model found on the right.
+
+    Args:
+        dataset: the split.
+        table: detections in it.
+        threshold: lowest score shown.
+        pictures: positions in the split; eight chosen evenly by default. Those that cannot be read are left out.
+        side: longest side of a picture in pixels.
+    """
+    tiles = []
+    for index in choose_pictures(dataset, 8) if pictures is None else pictures:
+        try:
+            whole = read_picture(dataset.path(index), reduce_to=(side, side))
+        except PictureError:
+            continue
+        width_px = int(dataset.sizes_wh[index][0])
+        picture = _fitted(whole, side)
+        scale = picture.shape[1] / width_px
+        true = dataset.annotations(index)
+        mine = table.rows((table.image_index == index) & (table.scores >= threshold))
+        pair = [
+            draw_boxes(picture, true.boxes_xyxy_px * scale, true.labels, dataset.names),
+            draw_boxes(picture, mine.boxes_xyxy_px * scale, mine.labels, dataset.names, scores=mine.scores),
+        ]
+        tiles.append(_grid([_titled(pair[0], "truth"), _titled(pair[1], "prediction")], columns=2))
+    return _grid(tiles, columns=2 if len(tiles) > 1 else 1, gap=3 * GAP_PX)
+
+
+def _fitted(picture: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Return a picture whose longest side is `side`; boxes are drawn after, to stay legible."""
+    height, width = picture.shape[:2]
+    scale = side / max(height, width)
+    if scale == 1:
+        return picture
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    filtering = Image.Resampling.BILINEAR if scale < 1 else Image.Resampling.BICUBIC
+    return np.array(Image.fromarray(picture).resize(size, filtering), np.uint8)
+
+
+def _titled(picture: NDArray[np.uint8], title: str) -> NDArray[np.uint8]:
+    strip = Image.new("RGB", (picture.shape[1], 22), GROUND)
+    pen = ImageDraw.Draw(strip)
+    pen.text((2, 3), title, fill=INK, font=ImageFont.load_default(14))
+    return np.concatenate([np.array(strip), picture])
+
+
+def _grid(tiles: Sequence[NDArray[np.uint8]], *, columns: int, gap: int = GAP_PX) -> NDArray[np.uint8]:
+    """Lay tiles out in rows, each centred in its cell, on white."""
+    if not tiles:
+        return np.full((64, 64, 3), 255, np.uint8)
+    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
+    widths = [max(row[c].shape[1] for row in rows if c < len(row)) for c in range(min(columns, len(tiles)))]
+    heights = [max(tile.shape[0] for tile in row) for row in rows]
+    shape = (sum(heights) + gap * (len(heights) + 1), sum(widths) + gap * (len(widths) + 1), 3)
+    sheet = np.full(shape, 255, np.uint8)
+    top = gap
+    for row, height in zip(rows, heights, strict=True):
+        left = gap
+        for tile, width in zip(row, widths, strict=False):
+            y, x = top + (height - tile.shape[0]) // 2, left + (width - tile.shape[1]) // 2
+            sheet[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
+            left += width + gap
+        top += height + gap
+    return sheet
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
+def save(shown: Figure | NDArray[np.uint8], path: Path) -> Path:
+    """Write a figure or a picture, whole or not at all; the suffix chooses the format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    if isinstance(shown, np.ndarray):
+        Image.fromarray(shown).save(partial, quality=88)
+    else:
+        with warnings.catch_warnings():
+            # A class name may have letters that the font lacks; a box in their place is no reason for a warning.
+            warnings.filterwarnings("ignore", "Glyph")
+            shown.savefig(partial, dpi=DPI, facecolor=GROUND)
+    os.replace(partial, path)
+    return path
+
+
+# ---- dress ------------------------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _dress(axes: Axes, title: str, *, grid: str, legend: bool = False) -> None:
+    axes.set_title(title, loc="left", fontsize=9.5, color=INK, parse_math=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        axes.spines[side].set_color(FAINT)
+    axes.tick_params(which="major", labelsize=8, colors=FAINT, labelcolor=INK)
+    if grid:
+        axes.grid(axis=grid, color=FAINT, alpha=0.22, linewidth=0.6)  # type: ignore[arg-type]
+        axes.set_axisbelow(True)
+    if legend:
+        axes.legend(fontsize=8, frameon=False, labelcolor=INK)
+
+
+def _shade(label: int) -> tuple[float, float, float]:
+    red, green, blue = colour(label)
+    return red / 255, green / 255, blue / 255
+
+
+def _short(name: str, most: int = 22) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
