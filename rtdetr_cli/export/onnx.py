@@ -1,0 +1,293 @@
+"""One self-contained ONNX file: traced, looked over, and carrying all that prediction needs as metadata."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.version_converter
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from rtdetr_cli.errors import ExportError
+from rtdetr_cli.export.gate import Interface, TensorSpec
+from rtdetr_cli.model.header import METADATA_KEY, ModelHeader
+
+MAX_BATCH = 1024
+TRACED_OPSET = 18  # what torch's translations are written for; 17 is converted from it
+# Data-dependent shapes and branches: runtimes fall back to the CPU for them, or refuse the graph.
+BANNED = ("NonZero", "If", "Loop", "Scan", "NonMaxSuppression", "Unique", "Compress")
+TYPES = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.INT64: "int64",
+    TensorProto.INT32: "int32",
+    TensorProto.UINT8: "uint8",
+}
+LARGEST_FILE = 2**31 - 1
+
+
+def trace(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    *,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    dynamic: bool,
+    opset: int,
+) -> onnx.ModelProto:
+    """Trace a module into an ONNX graph.
+
+    Args:
+        module: in eval mode.
+        inputs: example inputs, batch first; at least two elements where `dynamic`, since tracing freezes a one.
+        input_names: of the graph.
+        output_names: of the graph.
+        dynamic: leave the first dimension of all inputs open, as one and the same.
+        opset: 17 or 18.
+
+    Raises:
+        ExportError: the exporter failed, or gave another opset than asked.
+    """
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    shapes = tuple({0: batch} for _ in inputs) if dynamic else None
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                tuple(inputs),
+                dynamo=True,
+                opset_version=TRACED_OPSET,
+                input_names=list(input_names),
+                output_names=list(output_names),
+                dynamic_shapes=shapes,
+                external_data=False,
+                verbose=False,
+            )
+            assert program is not None
+            model: onnx.ModelProto = program.model_proto
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise ExportError(
+            f"torch {torch.__version__} could not export the model to ONNX: {lines[0] if lines else type(error).__name__}"
+        ) from error
+    strip(model)
+    if opset != TRACED_OPSET:
+        drop_defaults(model)
+        try:
+            model = onnx.version_converter.convert_version(model, opset)
+        except Exception as error:
+            raise ExportError(
+                f"the graph cannot be written for opset {opset}: {str(error).splitlines()[0]}", hint="leave out --opset"
+            ) from error
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter's chatter about its own internals off the terminal."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._dynamo")
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def strip(model: onnx.ModelProto) -> None:
+    """Drop what the exporter notes about its own source files: paths of this machine, and a third of small files."""
+    for node in model.graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
+        value.ClearField("metadata_props")
+        value.ClearField("doc_string")
+    model.graph.ClearField("metadata_props")
+    model.ClearField("metadata_props")
+
+
+def drop_defaults(model: onnx.ModelProto) -> None:
+    """Remove attributes that opset 17 does not know and that say what it does anyway; the converter leaves them."""
+    defaults = {"noop_with_empty_axes": 0, "antialias": 0, "keep_aspect_ratio_policy": b"stretch"}
+    for node in model.graph.node:
+        for attribute in list(node.attribute):
+            if defaults.get(attribute.name) == helper.get_attribute_value(attribute):
+                node.attribute.remove(attribute)
+
+
+def operators(model: onnx.ModelProto) -> Counter[str]:
+    """Count the operators of a graph, those inside branches and functions too."""
+    counts: Counter[str] = Counter()
+
+    def visit(nodes: Sequence[onnx.NodeProto]) -> None:
+        for node in nodes:
+            counts[node.op_type] += 1
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    visit(attribute.g.node)
+
+    visit(model.graph.node)
+    for function in model.functions:
+        visit(function.node)
+    return counts
+
+
+def audit(model: onnx.ModelProto, *, norms: int, gridsample: bool = False) -> Counter[str]:
+    """Look a graph over for what runtimes are known to get wrong, and return its operators.
+
+    Args:
+        model: the graph.
+        norms: layer norms of the network, each of which must have stayed one operator.
+        gridsample: whether GridSample was asked for.
+
+    Raises:
+        ExportError: naming everything found.
+    """
+    counts = operators(model)
+    problems = [f"{counts[name]} {name}" for name in BANNED if counts[name]]
+    if counts["GridSample"] and not gridsample:
+        problems.append(f"{counts['GridSample']} GridSample")
+    if counts["LayerNormalization"] != norms:
+        problems.append(f"{counts['LayerNormalization']} LayerNormalization where the network has {norms}")
+    foreign = sorted({node.domain for node in model.graph.node if node.domain not in ("", "ai.onnx")})
+    if foreign:
+        problems.append(f"operators of {', '.join(foreign)}")
+    infinite = [t.name for t in tensors(model) if not finite(t)]
+    if infinite:
+        problems.append(f"constants that are not finite ({', '.join(infinite[:3])})")
+    if any(t.data_location == TensorProto.EXTERNAL for t in model.graph.initializer):
+        problems.append("weights outside the file")
+    if problems:
+        raise ExportError(
+            f"the exported graph has {'; '.join(problems)}", hint="report this: the exporter has changed", code="graph"
+        )
+    return counts
+
+
+def tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
+    """Go through the constants of a graph."""
+    yield from model.graph.initializer
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                yield attribute.t
+
+
+def finite(tensor: TensorProto) -> bool:
+    """Tell whether a constant holds neither NaN nor infinities."""
+    if tensor.data_type not in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE):
+        return True
+    return bool(np.isfinite(numpy_helper.to_array(tensor)).all())
+
+
+def embed(model: onnx.ModelProto, header: ModelHeader) -> None:
+    """Write the header into the graph's metadata, in place of an earlier one."""
+    kept = [(p.key, p.value) for p in model.metadata_props if p.key != METADATA_KEY]
+    model.ClearField("metadata_props")
+    for key, value in (*kept, (METADATA_KEY, header.to_json())):
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
+    model.producer_name, model.producer_version = "rtdetr-cli", header.version
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Write the graph as one file, whole or not at all.
+
+    Raises:
+        ExportError: it does not fit one file, or is no valid graph.
+    """
+    size = model.ByteSize()
+    if size > LARGEST_FILE:
+        raise ExportError(f"the graph has {size / 2**30:.1f} GiB, more than the 2 GiB that one ONNX file may have")
+    data = model.SerializeToString()
+    try:
+        onnx.checker.check_model(data)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"the exported graph is not valid ONNX: {str(error).splitlines()[0]}") from error
+    aside = path.with_name(path.name + ".part")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def describe(path: Path) -> Interface:
+    """Read the inputs and outputs of a file."""
+    graph = onnx.load(path, load_external_data=False).graph
+
+    def spec(value: onnx.ValueInfoProto) -> TensorSpec:
+        tensor = value.type.tensor_type
+        shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+        return TensorSpec(value.name, TYPES.get(tensor.elem_type, str(tensor.elem_type)), shape)
+
+    return Interface(tuple(map(spec, graph.input)), tuple(map(spec, graph.output)))
+
+
+def prepend_preprocessing(model: onnx.ModelProto, imgsz: tuple[int, int]) -> None:
+    """Let the graph take uint8 pictures, (1, any height, any width, RGB), in place of its float input.
+
+    The resize is bilinear with antialiasing and rounds to whole grey levels, as the one outside does: Pillow's
+    differs by at most one level in few pixels, because it rounds once more between the two axes.
+    """
+    graph = model.graph
+    images = next(value for value in graph.input if value.name == "images")
+    inner = "images_float"
+    for node in graph.node:
+        for position, name in enumerate(node.input):
+            if name == "images":
+                node.input[position] = inner
+    batch = images.type.tensor_type.shape.dim[0]
+    taken = helper.make_tensor_value_info(
+        "images",
+        TensorProto.UINT8,
+        [batch.dim_value if batch.HasField("dim_value") else batch.dim_param, "height", "width", 3],
+    )
+    images.CopyFrom(taken)
+    height, width = imgsz
+    constants = [
+        numpy_helper.from_array(np.array([height, width], np.int64), "preprocess_size"),
+        numpy_helper.from_array(np.array([0, 3], np.int64), "preprocess_ends"),
+        numpy_helper.from_array(np.array([2, 1], np.int64), "preprocess_split"),
+        numpy_helper.from_array(np.array(255, np.float32), "preprocess_white"),
+        numpy_helper.from_array(np.array(0, np.float32), "preprocess_black"),
+    ]
+    nodes = [
+        helper.make_node("Transpose", ["images"], ["preprocess_planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Cast", ["preprocess_planes"], ["preprocess_float"], to=TensorProto.FLOAT),
+        helper.make_node(
+            "Resize",
+            ["preprocess_float", "", "", "preprocess_size"],
+            ["preprocess_resized"],
+            mode="linear",
+            antialias=1,
+            axes=[2, 3],
+            coordinate_transformation_mode="half_pixel",
+        ),
+        helper.make_node("Round", ["preprocess_resized"], ["preprocess_levels"]),
+        helper.make_node("Clip", ["preprocess_levels", "preprocess_black", "preprocess_white"], ["preprocess_clipped"]),
+        helper.make_node("Div", ["preprocess_clipped", "preprocess_white"], [inner]),
+    ]
+    used = {name for node in nodes for name in node.input}
+    graph.initializer.extend(c for c in constants if c.name in used)
+    old = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *old])
