@@ -42,7 +42,8 @@ def map_classes(names: Sequence[str], dataset: Dataset) -> ClassMap:
     if tuple(names) == own:
         return ClassMap(None)
     if not names:
-        return ClassMap(None, ("the model carries no class names: its labels are taken in the dataset's order",))
+        in_order = np.arange(len(own), dtype=np.int64)
+        return ClassMap(in_order, ("the model carries no class names: its labels are taken in the dataset's order",))
     if all(_NAMELESS.fullmatch(name.strip()) for name in names) and len(names) == len(own):
         return ClassMap(None, ("the model's classes have no names: they are taken in the dataset's order",))
     positions: dict[str, int] = {}

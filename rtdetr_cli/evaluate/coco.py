@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ EVALUATORS = ("hotcoco", "pycocotools")
 SIZES = ("all", "small", "medium", "large")
 # Square pixels, as COCO has them: small up to 32 x 32, large from 96 x 96.
 AREA_RANGES = ((0.0, 1e10), (0.0, 1024.0), (1024.0, 9216.0), (9216.0, 1e10))
-FALLBACK_LACKS = "pycocotools gives no intervals (--ci), no error kinds and gains (TIDE) and no confusion matrix"
+FALLBACK_LACKS = "what fixing each kind of error would gain (TIDE) and the confusion matrix need hotcoco"
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +108,21 @@ def coco_metrics(dataset: Dataset, table: DetectionTable, *, evaluator: str = "h
     if evaluator == "pycocotools":
         return _with_pycocotools(dataset, table)
     raise UsageError(f"there is no evaluator {evaluator!r}", hint=f"one of: {', '.join(EVALUATORS)}")
+
+
+def without_crowds(dataset: Dataset) -> Dataset:
+    """Return the dataset without its crowd boxes."""
+    keep = ~dataset.crowd
+    counts = np.bincount(np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))[keep], minlength=len(dataset))
+    return replace(
+        dataset,
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        boxes_xyxy_px=dataset.boxes_xyxy_px[keep],
+        labels=dataset.labels[keep],
+        areas=dataset.areas[keep],
+        crowd=dataset.crowd[keep],
+        annotation_ids=dataset.annotation_ids[keep],
+    )
 
 
 def picture_numbers(dataset: Dataset) -> NDArray[np.int64]:

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.data.records import Dataset
-from rtdetr_cli.errors import DataError
+from rtdetr_cli.errors import DataError, EnvironmentProblem
 from rtdetr_cli.evaluate.classes import map_classes
-from rtdetr_cli.evaluate.coco import SIZES, CocoResult, coco_metrics
+from rtdetr_cli.evaluate.coco import FALLBACK_LACKS, SIZES, CocoResult, coco_metrics
 from rtdetr_cli.evaluate.matching import MatchTable, match
 from rtdetr_cli.evaluate.table import DetectionTable, TableBuilder
 from rtdetr_cli.evaluate.thresholds import Point, best_point, points_at, score_curve
@@ -166,10 +166,18 @@ def metrics_from(
 ) -> Evaluation:
     """Judge detections: the pure part of `evaluate`, also for a table joined from several processes.
 
+    Where hotcoco is not installed pycocotools stands in, with a note on what it lacks.
+
     Raises:
         DataError: the split has no pictures.
     """
-    result = coco_metrics(dataset, table, evaluator=evaluator)
+    try:
+        result = coco_metrics(dataset, table, evaluator=evaluator)
+    except EnvironmentProblem as problem:
+        if evaluator != "hotcoco":
+            raise
+        result = coco_metrics(dataset, table, evaluator="pycocotools")
+        notes = (*notes, f"{problem.message}: pycocotools is taken in its place; {FALLBACK_LACKS}")
     if not np.any(~dataset.crowd):
         notes = (*notes, f"the {dataset.split} split of {dataset.name} has no boxes, so AP is not defined")
     return Evaluation(
@@ -192,12 +200,14 @@ class Detected:
         table: detections in the dataset's labels.
         unreadable: (picture, reason) by position.
         not_finite: rows dropped because the network gave NaN or infinity.
+        beyond: rows dropped because their label is none that the label map knows.
         network_seconds: time inside the backend.
     """
 
     table: DetectionTable
     unreadable: tuple[tuple[int, str], ...]
     not_finite: int
+    beyond: int
     network_seconds: float
 
 
@@ -233,7 +243,7 @@ def detect(
                 builder.add(index, detections)
         if progress is not None:
             progress(len(indices) + len(faults))
-    return Detected(builder.build(), tuple(unreadable), builder.not_finite, spent)
+    return Detected(builder.build(), tuple(unreadable), builder.not_finite, builder.beyond, spent)
 
 
 def _batches(
@@ -286,6 +296,11 @@ def evaluate(
     notes = list(classes.notes)
     if found.not_finite:
         notes.append(f"{found.not_finite} detections were NaN or infinite and left out: the model has diverged")
+    if found.beyond:
+        notes.append(
+            f"{found.beyond} detections have a label beyond the dataset's {len(dataset.categories)} classes and are left "
+            "out: was the model trained for another dataset?"
+        )
     table, kept = found.table, dataset
     if found.unreadable:
         if len(found.unreadable) == len(dataset):

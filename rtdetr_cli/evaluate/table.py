@@ -77,6 +77,7 @@ class TableBuilder:
         self._label_map = label_map
         self._parts: list[DetectionTable] = []
         self.not_finite = 0  # rows dropped because a score or box was NaN or infinite
+        self.beyond = 0  # rows dropped because the label map does not reach their label
 
     def add(self, image_index: int, found: Detections) -> None:
         """Add one picture's detections: copies of a few kilobytes, so that batches can be freed."""
@@ -87,6 +88,7 @@ class TableBuilder:
         self.not_finite += int(len(finite) - np.count_nonzero(finite))
         if self._label_map is not None:
             known = (labels >= 0) & (labels < len(self._label_map))
+            self.beyond += int(len(known) - np.count_nonzero(known))
             labels = np.where(known, self._label_map[np.where(known, labels, 0)], -1)
         keep = finite & (labels >= 0)
         rows = int(np.count_nonzero(keep))

@@ -1,0 +1,144 @@
+"""Which split of which dataset a model is judged on: the one named, or the one it was trained with."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rtdetr_cli.data.read import load_splits
+from rtdetr_cli.data.records import Dataset, Splits
+from rtdetr_cli.errors import DataError, UsageError
+from rtdetr_cli.model.header import ModelHeader
+
+
+@dataclass(frozen=True, slots=True)
+class OwnData:
+    """The dataset that a run was trained with, as its settings name it."""
+
+    source: Path
+    images: Path | None
+    val_fraction: float
+    seed: int
+
+
+def own_data(model: Path, header: ModelHeader | None = None) -> OwnData | None:
+    """Return the dataset of the run that a model file lies in (also in its `export/`), or that its header names.
+
+    A relative path is looked for from here, and from where the run was started.
+    """
+    for folder in (model.parent, model.parent.parent):
+        settings = _settings(folder)
+        if settings.get("data"):
+            started = _started_in(folder)
+            images = settings.get("images")
+            return OwnData(
+                _found(Path(settings["data"]), started),
+                _found(Path(images), started) if images else None,
+                float(settings.get("val_fraction", 0.2)),
+                int(settings.get("seed", 0)),
+            )
+    named = (header.dataset if header else {}).get("source")
+    return OwnData(Path(str(named)), None, 0.2, 0) if named else None
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "config.toml"
+    if not path.is_file():
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _started_in(folder: Path) -> Path | None:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return Path(str(manifest["cwd"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _found(path: Path, started: Path | None) -> Path:
+    return started / path if started and not path.is_absolute() and not path.exists() else path
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chosen:
+    """A split to judge on, and what a reader should know about how it came to be."""
+
+    dataset: Dataset
+    splits: Splits
+    notes: tuple[str, ...]
+
+
+def choose_split(
+    source: Path | None,
+    *,
+    split: str = "val",
+    images: Path | None = None,
+    model: Path | None = None,
+    header: ModelHeader | None = None,
+    pictures: bool = True,
+) -> Chosen:
+    """Load the split that a model is to be judged on.
+
+    A dataset without a val split is judged whole, except the one that the model was trained with: there the part
+    that training held out is drawn again.
+
+    Args:
+        source: the dataset, or None for the model's own.
+        split: `train`, `val` or `test`.
+        images: folder of the pictures.
+        model: path of the model file.
+        header: the model's.
+        pictures: False when detections come from a file, and the pictures need not be there.
+
+    Raises:
+        UsageError: no dataset is named and the model does not know its own.
+        DataError: the dataset cannot be read, or has no such split, or it is empty.
+    """
+    own = own_data(model, header) if model is not None else None
+    notes: list[str] = []
+    if source is None:
+        if own is None:
+            raise UsageError(
+                "no dataset is named, and the model does not say what it was trained on",
+                hint="--data DATA names a dataset",
+                code="data-missing",
+            )
+        if not own.source.exists():
+            raise DataError(
+                f"the dataset that the model was trained with, {own.source}, is not there any more",
+                hint="--data DATA names another",
+                code="dataset-missing",
+            )
+        source, images = own.source, images or own.images
+        notes.append(f"data {source} (the model's own)")
+    same_draw = own is not None and own.source.exists() and own.source.resolve() == source.resolve()
+    fraction, seed = (own.val_fraction, own.seed) if own is not None and same_draw else (0.2, 0)
+    splits = load_splits(source, images=images, val_fraction=fraction, seed=seed, pictures=pictures)
+    trained_on = str((header.dataset if header else {}).get("fingerprint", ""))
+    if splits.split_made:
+        if same_draw or (trained_on and trained_on == splits.fingerprint):
+            notes.append(f"{splits.name} has no val split: the part that training held out is taken")
+        else:
+            splits = load_splits(source, images=images, split_single=False, pictures=pictures)
+    elif same_draw and trained_on and trained_on != splits.fingerprint:
+        notes.append(f"{splits.name} has changed since the model was trained")
+    found: dict[str, Dataset | None] = {"train": splits.train, "val": splits.val, "test": splits.test}
+    if split not in found:
+        raise UsageError(f"there is no split {split!r}", hint="--split train, val or test", code="split")
+    dataset = found[split]
+    there = [f"{name} ({len(part)} pictures)" for name, part in found.items() if part is not None]
+    if dataset is None or not len(dataset):
+        state = "has no" if dataset is None else "has an empty"
+        raise DataError(
+            f"{splits.name} {state} {split} split; it has {', '.join(there) or 'nothing'}",
+            hint="--split names another; or rtdetr validate DATA --resplit 0.8,0.2 --to DIR",
+            code="empty-split",
+        )
+    return Chosen(dataset, splits, tuple(notes))
