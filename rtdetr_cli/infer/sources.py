@@ -10,8 +10,10 @@ from pathlib import Path
 
 from rtdetr_cli.errors import DataError, UsageError
 
-PICTURE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif .jp2 .tga".split())
-VIDEO_SUFFIXES = frozenset(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .ts".split())
+_PICTURES = ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif .jp2 .tga"
+_VIDEOS = ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .ts"
+PICTURE_SUFFIXES = frozenset(_PICTURES.split())
+VIDEO_SUFFIXES = frozenset(_VIDEOS.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def _expand(word: str, *, alone: bool) -> list[tuple[Path, Path]]:
         if not files:
             raise DataError(
                 f"the folder {word} holds no pictures or videos",
-                hint=f"looked for {', '.join(sorted(PICTURE_SUFFIXES))} and {', '.join(sorted(VIDEO_SUFFIXES))}",
+                hint=f"looked for {_PICTURES} {_VIDEOS}",
                 code="no-pictures",
             )
         return [(p, path) for p in files]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,7 +56,7 @@ def detect_pictures(
     batch: int = 1,
     keep: bool = False,
     threads: int | None = None,
-) -> Iterator[Seen]:
+) -> Generator[Seen, None, None]:
     """Run a backend over files or arrays, in order; an unreadable file comes back with its error.
 
     Args:
@@ -81,7 +81,7 @@ def detect_pictures(
     yield from _through(backend, jobs, batch)
 
 
-def detect_frames(backend: Backend, video: Video, *, batch: int = 1, keep: bool = True) -> Iterator[Seen]:
+def detect_frames(backend: Backend, video: Video, *, batch: int = 1, keep: bool = True) -> Generator[Seen, None, None]:
     """Run a backend over the frames of a video, in order."""
 
     def ready(position: int) -> _Ready | None:
@@ -157,11 +157,11 @@ def _prepare(position: int, picture: NDArray[np.uint8], hw: tuple[int, int], kee
     return _Ready(position, picture if keep else None, stretch(picture, hw), size)
 
 
-def _through(backend: Backend, jobs: Iterator[_Ready], batch: int) -> Iterator[Seen]:
+def _through(backend: Backend, jobs: Iterator[_Ready], batch: int) -> Generator[Seen, None, None]:
     """Gather what is ready into batches, run them, and hand everything on in its order."""
     waiting: list[_Ready] = []
 
-    def flush() -> Iterator[Seen]:
+    def flush() -> Generator[Seen, None, None]:
         good = [job for job in waiting if job.stretched is not None]
         found: Iterator[Detections] = iter(())
         share = 0.0

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.infer.detections import Detections, category_id
+from rtdetr_cli.infer.sources import Source
 
 SCHEMA_VERSION = 1
 # Pixels to a hundredth and scores to five digits: finer than any two runtimes agree.
@@ -83,19 +84,22 @@ def summary(found: Detections) -> str:
     return ", ".join(f"{number} {name}" for name, number in ranked) or "nothing found"
 
 
-def save_picture(picture: NDArray[np.uint8], folder: Path, name: Path, suffix: str) -> Path:
-    """Write an annotated picture and return its path: JPEG, PNG and WebP keep their kind, the rest become PNG."""
+def saved_name(source: Source) -> str:
+    """Return the relative path of an annotated copy: JPEG, PNG and WebP keep their kind, other pictures become PNG."""
+    suffix = ".mp4" if source.video else _SAVED_AS.get(source.path.suffix.lower(), ".png")
+    return str(source.name) + suffix
+
+
+def save_picture(picture: NDArray[np.uint8], path: Path) -> None:
+    """Write an annotated picture, whole or not at all."""
     from PIL import Image
 
-    path = folder / (str(name) + _SAVED_AS.get(suffix.lower(), ".png"))
     path.parent.mkdir(parents=True, exist_ok=True)
     # Thin coloured lines and small letters suffer from JPEG's usual halving of colour.
     options: dict[str, Any] = {".jpg": {"quality": 92, "subsampling": 0}, ".webp": {"quality": 90}}.get(path.suffix, {})
+    kind = {".jpg": "JPEG", ".png": "PNG", ".webp": "WEBP"}[path.suffix]
     with Aside(path) as aside:
-        Image.fromarray(picture).save(
-            aside, format={".jpg": "JPEG", ".png": "PNG", ".webp": "WEBP"}[path.suffix], **options
-        )
-    return path
+        Image.fromarray(picture).save(aside, format=kind, **options)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -171,12 +175,70 @@ def new_folder(parent: Path, stem: str) -> Path:
         return folder
 
 
-def numbered_id(stem: str) -> int | str:
-    """Return a picture's id for COCO results without a dataset: COCO names its files by it, else the stem itself."""
-    return int(stem) if stem.isdecimal() else stem
+class Results:
+    """The result files of a prediction, fed picture by picture: `predictions.jsonl`, `predictions.json`, `labels/`.
+
+    JSON lines are written as they come, so that a long run that is stopped leaves what it had; the COCO file is one
+    document and written whole at the end.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        names: Sequence[str],
+        lines: bool = False,
+        coco: bool = False,
+        txt: bool = False,
+        image_ids: Mapping[str, int | str] | None = None,
+    ) -> None:
+        """Say what is wanted.
+
+        Args:
+            folder: exists.
+            names: class names in label order, for `labels/classes.txt`.
+            lines: write `predictions.jsonl`.
+            coco: write `predictions.json`.
+            txt: write `labels/NAME.txt`.
+            image_ids: COCO ids by the name of a source; the name itself for others.
+        """
+        self.folder, self.names, self.txt = folder, tuple(names), txt
+        self.image_ids = dict(image_ids or {})
+        self._lines = (folder / "predictions.jsonl").open("w", encoding="utf-8") if lines else None
+        self._rows: list[dict[str, Any]] | None = [] if coco else None
+
+    def add(self, source: Source, found: Detections, *, frame: int | None = None) -> None:
+        """Take one picture, or one frame of a video."""
+        name = str(source.name) if frame is None else f"{source.name}_{frame:06d}"
+        if self._lines is not None:
+            self._lines.write(json_line(picture_document(str(source.path), found, frame=frame)) + "\n")
+        if self._rows is not None:
+            self._rows.extend(coco_rows(self.image_ids.get(name, name), found))
+        if self.txt:
+            write_text(self.folder / "labels" / f"{name}.txt", yolo_lines(found))
+
+    def close(self) -> None:
+        """Finish the files."""
+        if self._lines is not None:
+            self._lines.close()
+        if self._rows is not None:
+            write_text(self.folder / "predictions.json", json.dumps(self._rows))
+        if self.txt and self.names:
+            write_text(self.folder / "labels" / "classes.txt", "".join(f"{name}\n" for name in self.names))
 
 
-def unique_ids(stems: Sequence[str]) -> list[int | str]:
-    """Return an id for each picture of a list, by `numbered_id` where that keeps them apart, else the stems."""
-    ids = [numbered_id(stem) for stem in stems]
-    return ids if len(set(ids)) == len(ids) else list(stems)
+def coco_image_ids(sources: Sequence[Source], by_file: Mapping[str, int] | None = None) -> dict[str, int | str]:
+    """Return the COCO image id of each source by its name.
+
+    From a dataset by file name where it is known; else the number that COCO's file names are; else the name.
+    """
+    ids: dict[str, int | str] = {}
+    for source in sources:
+        stem = source.path.stem
+        ids[str(source.name)] = int(stem) if stem.isascii() and stem.isdecimal() else str(source.name)
+    if len(set(ids.values())) < len(ids):  # 7.jpg and 007.jpg, or the same number in two folders
+        ids = {name: name for name in ids}
+    for source in sources:
+        if by_file and source.path.name in by_file:
+            ids[str(source.name)] = by_file[source.path.name]
+    return ids

@@ -1,0 +1,108 @@
+"""A whole prediction as a stream of typed events: what was found, what was drawn, what could not be read."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtdetr_cli.data.draw import draw_boxes
+from rtdetr_cli.data.pictures import PictureError
+from rtdetr_cli.infer.backend import Backend
+from rtdetr_cli.infer.detections import Detections
+from rtdetr_cli.infer.pictures import read_ahead
+from rtdetr_cli.infer.selection import Selection
+from rtdetr_cli.infer.sources import Source
+from rtdetr_cli.infer.stream import Seen, Video, detect_frames, detect_pictures
+from rtdetr_cli.infer.write import VideoFile, save_picture, saved_name
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Predicted:
+    """A picture, or a frame of a video, is done; `seconds` is its share of the network's time."""
+
+    source: Source
+    found: Detections
+    seconds: float
+    frame: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unreadable:
+    """A picture or video could not be read."""
+
+    source: Source
+    error: PictureError
+
+
+def predict_pictures(
+    sources: Sequence[Source],
+    backend: Backend,
+    selection: Selection,
+    *,
+    batch: int = 1,
+    draw_to: Path | None = None,
+) -> Generator[Predicted | Unreadable, None, None]:
+    """Predict pictures in their order; annotated copies are drawn and written in threads.
+
+    Args:
+        sources: pictures, no videos.
+        backend: the model.
+        selection: which rows count.
+        batch: pictures in one run of the network.
+        draw_to: folder of the annotated copies, or None for none.
+    """
+
+    def finish(seen: Seen) -> Predicted | Unreadable:
+        source = sources[seen.position]
+        if seen.found is None:
+            return Unreadable(source, seen.error or PictureError(f"{source.path} cannot be read"))
+        found = selection.apply(seen.found)
+        if draw_to is not None and seen.picture is not None:
+            save_picture(_drawn(seen, found), draw_to / saved_name(source))
+        return Predicted(source, found, seen.seconds)
+
+    seen = detect_pictures(backend, [s.path for s in sources], batch=batch, keep=draw_to is not None)
+    with closing(seen):
+        if draw_to is None:
+            yield from map(finish, seen)
+        else:
+            yield from read_ahead(finish, seen)
+
+
+def predict_video(
+    source: Source,
+    video: Video,
+    backend: Backend,
+    selection: Selection,
+    *,
+    batch: int = 1,
+    draw_to: Path | None = None,
+) -> Generator[Predicted, None, None]:
+    """Predict a video frame by frame; the annotated copy gets its name when it is whole."""
+    seen_frames = detect_frames(backend, video, batch=batch, keep=draw_to is not None)
+    with closing(seen_frames):
+        if draw_to is None:
+            for seen in seen_frames:
+                assert seen.found is not None
+                yield Predicted(source, selection.apply(seen.found), seen.seconds, seen.position)
+            return
+
+        def draw(seen: Seen) -> tuple[Seen, Detections, NDArray[np.uint8]]:
+            assert seen.found is not None
+            found = selection.apply(seen.found)
+            return seen, found, _drawn(seen, found)
+
+        with VideoFile(draw_to / saved_name(source), size_wh=video.size_wh, rate=video.rate) as copy:
+            for seen, found, frame in read_ahead(draw, seen_frames):
+                copy.add(frame)
+                yield Predicted(source, found, seen.seconds, seen.position)
+
+
+def _drawn(seen: Seen, found: Detections) -> NDArray[np.uint8]:
+    assert seen.picture is not None
+    return draw_boxes(seen.picture, found.boxes_xyxy_px, found.labels, found.names, scores=found.scores)
