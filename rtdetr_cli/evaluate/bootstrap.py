@@ -27,6 +27,7 @@ IOUS = tuple(0.5 + 0.05 * step for step in range(10))
 CONFIDENCE = 0.95
 RESAMPLES_AT_ONCE = 250  # bounds the memory: one float32 a resample and true positive of a class
 FEW_PICTURES = 30
+FEW_WITH_CLASS = 5  # a class of fewer pictures has resamples too much alike, and an interval that is far too narrow
 WIDE = 0.05  # half an interval above which a split is called too small
 
 
@@ -66,10 +67,12 @@ class Resamples:
     Attributes:
         ap: (B, K, 3) AP, AP50 and AP75 of each class; NaN where the resample holds no box of it.
         pictures: N.
+        with_class: (K,) pictures that hold a box of each class.
     """
 
     ap: NDArray[np.float64]
     pictures: int
+    with_class: NDArray[np.int64]
 
     def overall(self, which: str = "AP") -> NDArray[np.float64]:
         """Return (B,) the mean over classes of `AP`, `AP50` or `AP75`, without resamples that hold no box at all."""
@@ -84,10 +87,12 @@ class Resamples:
         """Return the interval of a number over all classes."""
         return _interval(value, self.overall(which), self.pictures)
 
-    def class_interval(self, value: float, label: int) -> Interval:
-        """Return the interval of one class's AP."""
+    def class_interval(self, value: float, label: int) -> Interval | None:
+        """Return the interval of one class's AP; None where too few pictures hold the class for one to mean much."""
         values = self.ap[:, label, 0]
-        return _interval(value, values[~np.isnan(values)], self.pictures)
+        if self.with_class[label] < FEW_WITH_CLASS:
+            return None
+        return _interval(value, values[~np.isnan(values)], int(self.with_class[label]))
 
 
 def _interval(value: float, drawn: NDArray[np.float64], pictures: int) -> Interval:
@@ -141,7 +146,9 @@ def resample(dataset: Dataset, table: DetectionTable, *, resamples: int = 1000, 
             per_iou = _weighted_ap(table.image_index[rows], fates[:, rows], boxes, drawn)
             ap[some, label] = np.stack([per_iou.mean(axis=0), per_iou[0], per_iou[5]], axis=1)
             ap[some, label][boxes == 0] = np.nan
-    return Resamples(ap, len(dataset))
+    plain = ~dataset.crowd
+    holds = np.unique(images[plain] * len(dataset.categories) + dataset.labels[plain]) % len(dataset.categories)
+    return Resamples(ap, len(dataset), np.bincount(holds, minlength=len(dataset.categories)))
 
 
 def _weighted_ap(

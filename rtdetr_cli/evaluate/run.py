@@ -298,8 +298,8 @@ def evaluate(
         notes.append(f"{found.not_finite} detections were NaN or infinite and left out: the model has diverged")
     if found.beyond:
         notes.append(
-            f"{found.beyond} detections have a label beyond the dataset's {len(dataset.categories)} classes and are left "
-            "out: was the model trained for another dataset?"
+            f"{found.beyond} detections have a label beyond the dataset's {len(dataset.categories)} classes and are "
+            "left out: was the model trained for another dataset?"
         )
     table, kept = found.table, dataset
     if found.unreadable:

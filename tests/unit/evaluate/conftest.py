@@ -13,8 +13,6 @@ import pytest
 from rtdetr_cli.data.records import Category, Dataset, FlatStrings
 from rtdetr_cli.evaluate.table import DetectionTable
 
-EVAL_PAIR = Path(__file__).parents[4] / "shared" / "data" / "eval_pair"
-
 
 def make_dataset(
     *,
@@ -105,12 +103,10 @@ def make() -> Make:
 
 
 @pytest.fixture(scope="session")
-def eval_pair() -> tuple[Dataset, DetectionTable]:
+def pair(eval_pair: Path) -> tuple[Dataset, DetectionTable]:
     """The public pair: 100 pictures of COCO val2014 with crowds and mask areas, and 734 detections."""
-    if not EVAL_PAIR.is_dir():
-        pytest.skip(f"the evaluation pair is not at {EVAL_PAIR}")
-    truth = json.loads((EVAL_PAIR / "ground_truth.json").read_text())
-    found = json.loads((EVAL_PAIR / "detections.json").read_text())
+    truth = json.loads((eval_pair / "ground_truth.json").read_text())
+    found = json.loads((eval_pair / "detections.json").read_text())
     positions = {image["id"]: i for i, image in enumerate(truth["images"])}
     labels = {c["id"]: k for k, c in enumerate(truth["categories"])}
     marks = truth["annotations"]

@@ -8,7 +8,7 @@ import pytest
 
 from rtdetr_cli.data.records import Dataset
 from rtdetr_cli.errors import DataError, UsageError
-from rtdetr_cli.evaluate.coco import EVALUATORS, METRICS, coco_metrics
+from rtdetr_cli.evaluate.coco import EVALUATORS, METRICS, coco_metrics, without_crowds
 from rtdetr_cli.evaluate.run import metrics_from
 from rtdetr_cli.evaluate.table import DetectionTable
 
@@ -33,20 +33,6 @@ PAIR = {
 }
 
 
-def without_crowds(dataset: Dataset) -> Dataset:
-    keep = ~dataset.crowd
-    images = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))[keep]
-    return replace(
-        dataset,
-        offsets=np.searchsorted(images, np.arange(len(dataset) + 1)),
-        boxes_xyxy_px=dataset.boxes_xyxy_px[keep],
-        labels=dataset.labels[keep],
-        areas=dataset.areas[keep],
-        crowd=dataset.crowd[keep],
-        annotation_ids=dataset.annotation_ids[keep],
-    )
-
-
 def with_box_areas(dataset: Dataset) -> Dataset:
     return replace(dataset, areas=np.prod(dataset.boxes_xyxy_px[:, 2:] - dataset.boxes_xyxy_px[:, :2], axis=1))
 
@@ -54,9 +40,9 @@ def with_box_areas(dataset: Dataset) -> Dataset:
 @pytest.mark.parametrize("evaluator", EVALUATORS)
 @pytest.mark.parametrize(("crowds", "area"), list(PAIR))
 def test_the_public_pair_gives_the_published_numbers(
-    eval_pair: tuple[Dataset, DetectionTable], evaluator: str, crowds: bool, area: str
+    pair: tuple[Dataset, DetectionTable], evaluator: str, crowds: bool, area: str
 ) -> None:
-    dataset, table = eval_pair
+    dataset, table = pair
     dataset = dataset if crowds else without_crowds(dataset)
     dataset = dataset if area == "mask" else with_box_areas(dataset)
     found = coco_metrics(dataset, table, evaluator=evaluator).metrics

@@ -1,0 +1,416 @@
+"""`rtdetr eval`: how good a model is, how sure that is, and where it goes wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rtdetr_cli.errors import GateError, RtdetrError, UsageError
+
+if TYPE_CHECKING:
+    from rtdetr_cli.evaluate.bootstrap import Interval
+    from rtdetr_cli.evaluate.errors_analysis import ErrorAnalysis
+    from rtdetr_cli.evaluate.run import Evaluation
+    from rtdetr_cli.evaluate.source import Chosen
+    from rtdetr_cli.evaluate.thresholds import Calibration, Point
+
+
+def evaluate_command(
+    model: Annotated[
+        Path | None, typer.Argument(help="Model file or run folder; the newest run when left out.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", "-d", help="Dataset; the one that the model was trained with when left out."),
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures, when it cannot be guessed.")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="COCO results made by anything, in place of a model.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
+    batch: Annotated[str, typer.Option("--batch", "-b", help="Pictures at once.")] = "auto",
+    layers: Annotated[int | None, typer.Option(min=1, help="Use only this many decoder layers.")] = None,
+    queries: Annotated[int | None, typer.Option(min=1, help="Use only this many queries.")] = None,
+    imgsz: Annotated[str | None, typer.Option(help="Input size, 640 or 480x640 (height first).")] = None,
+    sampling: Annotated[
+        str | None, typer.Option(help="bilinear or discrete, for a published file, which cannot say.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, or a GPU: 0.")] = "auto",
+    calibrate: Annotated[
+        str | None,
+        typer.Option(help="f1, or precision=0.9: find score thresholds and store them in the model."),
+    ] = None,
+    ci: Annotated[
+        int, typer.Option(min=0, max=100_000, help="Resamples for a 95 % interval of AP, such as 1000; 0 for none.")
+    ] = 0,
+    fail_under: Annotated[
+        float | None, typer.Option(help="Leave with exit code 6 when AP is below this fraction.")
+    ] = None,
+    save_json: Annotated[Path | None, typer.Option(help="Write the detections as COCO results.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one page with tables, plots and pictures.")] = None,
+    evaluator: Annotated[str, typer.Option(help="hotcoco or pycocotools.")] = "hotcoco",
+    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")] = False,
+) -> None:
+    """Judge a model, or detections made by anything, by COCO's metrics; say how sure they are and what goes wrong."""
+    from rtdetr_cli.cli import terminal
+    from rtdetr_cli.cli.select import parse_size, resolve_model
+
+    # ------------------------------------------------------------------------------- refuse before heavy work
+    size = parse_size(imgsz) if imgsz else None
+    _refuse_clashes(
+        predictions,
+        {
+            "MODEL": model,
+            "--layers": layers,
+            "--queries": queries,
+            "--imgsz": imgsz,
+            "--sampling": sampling,
+            "--calibrate": calibrate,
+        },
+        data,
+    )
+    if evaluator not in ("hotcoco", "pycocotools"):
+        raise UsageError(f"there is no evaluator {evaluator!r}", hint="--evaluator hotcoco or pycocotools")
+    if fail_under is not None and not 0 <= fail_under <= 1:
+        raise UsageError(
+            f"--fail-under {fail_under:g} is not a fraction from 0 to 1", hint="an AP of 40 is --fail-under 0.4"
+        )
+    if batch != "auto" and not (batch.isdecimal() and int(batch) > 0):
+        raise UsageError(f"--batch {batch} is not a number of pictures", hint="--batch 8, or --batch auto")
+    for target in (save_json, html):
+        if target is not None:
+            _writable(target)
+    if calibrate is not None:
+        from rtdetr_cli.evaluate.thresholds import parse_target
+
+        parse_target(calibrate)
+
+    # ------------------------------------------------------------------------------------------------ evaluate
+    facts: dict[str, Any]
+    if predictions is not None:
+        from rtdetr_cli.evaluate.results import read_results
+        from rtdetr_cli.evaluate.run import metrics_from
+        from rtdetr_cli.evaluate.source import choose_split
+
+        chosen = choose_split(data, split=split, images=images, pictures=html is not None)
+        table = read_results(predictions, chosen.dataset)
+        evaluation = metrics_from(chosen.dataset, table, evaluator, notes=chosen.notes)
+        facts, what = {"predictions": str(predictions)}, str(predictions)
+        path = None
+    else:
+        path = resolve_model(model)
+        if calibrate is not None:
+            from rtdetr_cli.evaluate.stored import refuse_to_store
+
+            refuse_to_store(path)
+        chosen, evaluation, facts = _run_model(
+            path,
+            data=data,
+            images=images,
+            split=split,
+            batch=batch,
+            evaluator=evaluator,
+            options={
+                "device": device,
+                "imgsz": size,
+                "layers": layers,
+                "queries": queries,
+                "sampling": sampling,
+            },
+        )
+        what = f"{path} ({facts['kind']}, {facts['imgsz'][0]}x{facts['imgsz'][1]})"
+    for note in evaluation.notes:
+        terminal.warn(note)
+    for name, reason in evaluation.unreadable[:5]:
+        terminal.warn(f"{name}: {reason}")
+
+    # ----------------------------------------------------------------------------------- how sure, where wrong
+    interval: Interval | None = None
+    class_intervals: dict[str, Any] = {}
+    ap = evaluation.metrics["AP"]
+    if ci and ap is not None:
+        from rtdetr_cli.evaluate.bootstrap import resample
+
+        drawn = resample(evaluation.dataset, evaluation.table, resamples=ci)
+        interval = drawn.interval(ap)
+        for label, row in enumerate(evaluation.per_class):
+            known = drawn.class_interval(row["AP"], label) if row["AP"] is not None else None
+            if known is not None:
+                class_intervals[row["name"]] = known
+    calibration = _calibrate(path, evaluation, calibrate, facts) if calibrate and path is not None else None
+    from rtdetr_cli.evaluate.errors_analysis import analyse
+
+    analysis = analyse(evaluation, calibration.thresholds.per_class if calibration else None)
+    if calibration:
+        analysis = _named(analysis, f"calibrated now ({calibration.thresholds.target})")
+
+    # -------------------------------------------------------------------------------------------------- results
+    document = _document(evaluation, analysis, interval, class_intervals, calibration, facts)
+    if save_json is not None:
+        _save_results(save_json, evaluation)
+        document["saved"] = {"results": str(save_json)}
+    if html is not None:
+        from rtdetr_cli.evaluate.report import write_page
+
+        with terminal.progress(None, "page"):
+            write_page(html, evaluation, analysis, model=what, interval=interval, calibration=calibration)
+        document.setdefault("saved", {})["html"] = str(html)
+    if fail_under is not None:
+        document["gate"] = {"fail_under": fail_under, "passed": ap is not None and ap >= fail_under}
+    if as_json:
+        terminal.emit_json(document)
+    else:
+        _show(evaluation, analysis, what, chosen, interval, class_intervals, calibration, document)
+    if interval is not None:
+        from rtdetr_cli.evaluate.bootstrap import too_small
+
+        if said := too_small(interval):
+            terminal.warn(said)
+    if fail_under is not None and (ap is None or ap < fail_under):
+        reason = "AP is not defined" if ap is None else f"AP {ap:.4f} is below {fail_under:g}"
+        failure = GateError(f"{reason} (--fail-under)", code="fail-under")
+        if not as_json:
+            raise failure
+        terminal.complain(failure.message)  # stdout already has its one document
+        raise typer.Exit(failure.exit_code)
+
+
+def _refuse_clashes(predictions: Path | None, others: dict[str, object], data: Path | None) -> None:
+    if predictions is None:
+        return
+    clash = [name for name, value in others.items() if value is not None]
+    if clash:
+        raise UsageError(
+            f"--predictions takes the place of a model, so {' and '.join(clash)} cannot be used with it",
+            hint="rtdetr eval --predictions results.json --data DATA",
+            code="clash",
+        )
+    if data is None:
+        raise UsageError(
+            "--predictions needs the dataset that the pictures are from", hint="--data DATA", code="data-missing"
+        )
+
+
+def _writable(path: Path) -> None:
+    """Refuse an output that cannot be written, before the work and not after it."""
+    import os
+
+    if path.is_dir():
+        raise RtdetrError(f"{path} is a folder, and a file is to be written there", code="not-writable")
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise RtdetrError(f"{path} cannot be written: {folder} does not let it", code="not-writable")
+
+
+def _run_model(
+    path: Path,
+    *,
+    data: Path | None,
+    images: Path | None,
+    split: str,
+    batch: str,
+    evaluator: str,
+    options: dict[str, Any],
+) -> tuple[Chosen, Evaluation, dict[str, Any]]:
+    from rtdetr_cli.cli import terminal
+    from rtdetr_cli.evaluate.run import evaluate
+    from rtdetr_cli.evaluate.source import choose_split
+    from rtdetr_cli.infer.backend import open_backend
+
+    if data is not None and not data.exists():
+        choose_split(data, split=split)  # says what is wrong before the model is loaded
+    backend = open_backend(path, **options)
+    chosen = choose_split(data, split=split, images=images, model=path, header=backend.header)
+    for note in chosen.notes:
+        terminal.say(note)
+    at_once = int(batch) if batch != "auto" else backend.fixed_batch or _batch_for(backend.kind, options["device"])
+    with terminal.progress(len(chosen.dataset), "eval") as bar:
+        evaluation = evaluate(backend, chosen.dataset, batch=at_once, progress=bar.advance, evaluator=evaluator)
+    header = backend.header
+    facts = {
+        "model": str(path),
+        "kind": backend.kind,
+        "imgsz": list(backend.imgsz),
+        "identity": header.identity,
+        "layers": options["layers"] or header.layers or None,
+        "queries": options["queries"] or header.queries,
+        "sampling": header.sampling,
+        "names": list(header.names),
+    }
+    return chosen, evaluation, facts
+
+
+def _batch_for(kind: str, device: str) -> int:
+    """Return a batch that keeps the device busy: a GPU wants many pictures, a CPU only few."""
+    if kind != "torch" or device == "cpu":
+        return 4
+    import torch
+
+    return 16 if torch.cuda.is_available() else 4
+
+
+def _calibrate(path: Path, evaluation: Evaluation, target: str, facts: dict[str, Any]) -> Calibration:
+    from rtdetr_cli.cli import terminal
+    from rtdetr_cli.evaluate.classes import map_classes
+    from rtdetr_cli.evaluate.stored import stale_exports, store_thresholds
+    from rtdetr_cli.evaluate.thresholds import calibrate
+
+    found = calibrate(evaluation.dataset, evaluation.table, evaluation.matches, target)
+    labels = map_classes(facts["names"], evaluation.dataset).labels
+    header = store_thresholds(path, found.thresholds, labels)
+    facts["stale_exports"] = [str(p) for p in stale_exports(path, header)]
+    for note in found.notes:
+        terminal.warn(note)
+    for stale in facts["stale_exports"]:
+        terminal.warn(f"{stale} was exported before and carries other thresholds: export it again")
+    return found
+
+
+def _named(analysis: ErrorAnalysis, origin: str) -> ErrorAnalysis:
+    from dataclasses import replace
+
+    return replace(analysis, origin=origin)
+
+
+def _save_results(path: Path, evaluation: Evaluation) -> None:
+    import json
+
+    from rtdetr_cli.evaluate.results import coco_results
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(coco_results(evaluation.dataset, evaluation.table)), encoding="utf-8")
+
+
+def _document(
+    evaluation: Evaluation,
+    analysis: ErrorAnalysis,
+    interval: Interval | None,
+    class_intervals: dict[str, Any],
+    calibration: Calibration | None,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    document = evaluation.to_json()
+    document["model"] = {k: v for k, v in facts.items() if k not in ("names", "stale_exports")}
+    document["errors"] = analysis.to_json()
+    if interval is not None:
+        document["interval"] = interval.to_json()
+        for row in document["per_class"]:
+            if row["name"] in class_intervals:
+                row["interval"] = class_intervals[row["name"]].to_json()
+    if calibration is not None:
+        thresholds = calibration.thresholds
+        overall, classes = evaluation.at_thresholds(thresholds)
+        document["calibration"] = {
+            "target": thresholds.target,
+            "overall": thresholds.overall,
+            "per_class": [
+                {"name": name, **point.to_json()} for name, point in zip(evaluation.dataset.names, classes, strict=True)
+            ],
+            "at_thresholds": overall.to_json(),
+            "notes": list(calibration.notes),
+            "stale_exports": facts["stale_exports"],
+        }
+    return document
+
+
+def _show(
+    evaluation: Evaluation,
+    analysis: ErrorAnalysis,
+    what: str,
+    chosen: Chosen,
+    interval: Interval | None,
+    class_intervals: dict[str, Any],
+    calibration: Calibration | None,
+    document: dict[str, Any],
+) -> None:
+    from rtdetr_cli.cli import terminal
+    from rtdetr_cli.evaluate.coco import METRICS
+    from rtdetr_cli.evaluate.errors_analysis import KINDS
+
+    dataset = evaluation.dataset
+    terminal.out(
+        f"{what} on {dataset.name} {dataset.split}: {len(dataset)} pictures, {document['boxes']} boxes, "
+        f"{len(dataset.categories)} classes ({evaluation.evaluator})"
+    )
+    if interval is not None:
+        terminal.out(f"AP {interval}")
+    terminal.out("")
+    terminal.table(METRICS, [[evaluation.metrics[name] for name in METRICS]])
+    rows: list[list[object]] = []
+    for row in evaluation.per_class:
+        known = class_intervals.get(row["name"])
+        rows.append(
+            [
+                row["name"],
+                row["boxes"],
+                row["AP"],
+                *([None if known is None else f"± {known.half:.3f}"] if interval is not None else []),
+                *(row[key] for key in ("AP50", "precision", "recall", "f1", "threshold", "APs", "APm", "APl")),
+            ]
+        )
+    columns = ["class", "boxes", "AP", *(["95 %"] if interval is not None else []), "AP50"]
+    terminal.table(
+        [*columns, "P", "R", "F1", "score", "APs", "APm", "APl"],
+        rows,
+        title="By class (precision, recall and F1 at the score of its best F1)",
+    )
+    terminal.table(
+        ("size", "AP", "AP50", "P", "R", "F1", "score"),
+        [
+            [size, *(figures[k] for k in ("AP", "AP50", "precision", "recall", "f1", "threshold"))]
+            for size, figures in evaluation.by_size.items()
+        ],
+        title="By size of the box (small to 32x32 px, large from 96x96 px)",
+    )
+    _show_thresholds(evaluation, calibration)
+    terminal.table(
+        ("error", "count", "AP50 gained if fixed"),
+        [[kind, analysis.counts[kind], None if analysis.gains is None else analysis.gains[kind]] for kind in KINDS],
+        title=f"Errors (counted at score {analysis.origin})",
+    )
+    empty = analysis.empty
+    if empty["pictures"]:
+        terminal.out(
+            f"on the {empty['pictures']} pictures without objects: {empty['false_positives']} false positives "
+            f"on {empty['with_false_positives']}"
+        )
+    worst = [f"{dataset.file_names[p.picture]} ({p.missed} missed, {p.wrong} wrong)" for p in analysis.worst(3)]
+    if worst:
+        terminal.out(f"worst pictures: {', '.join(worst)}")
+    if analysis.suspects:
+        terminal.out(f"{len(analysis.suspects)} annotations look doubtful: --html FILE shows them, --json lists them")
+    if evaluation.seconds:
+        rate = len(dataset) / max(evaluation.seconds["total"], 1e-9)
+        terminal.say(f"{terminal.duration(evaluation.seconds['total'])}, {rate:.1f} pictures a second")
+
+
+def _show_thresholds(evaluation: Evaluation, calibration: Calibration | None) -> None:
+    from rtdetr_cli.cli import terminal
+
+    def said(point: Point) -> str:
+        figures = (("precision", point.precision), ("recall", point.recall), ("F1", point.f1))
+        return ", ".join(f"{name} {terminal.show(value)}" for name, value in figures)
+
+    thresholds = calibration.thresholds if calibration else evaluation.thresholds
+    if thresholds is None:
+        best = evaluation.best
+        if best.threshold is not None:
+            terminal.out(f"one score for all classes, best F1: {best.threshold:.3f} gives {said(best)}")
+        return
+    overall, classes = evaluation.at_thresholds(thresholds)
+    where = "stored in the model now" if calibration else "stored in the model"
+    terminal.table(
+        ("class", "threshold", "precision", "recall", "F1"),
+        [
+            *(
+                [name, p.threshold, p.precision, p.recall, p.f1]
+                for name, p in zip(evaluation.dataset.names, classes, strict=True)
+            ),
+            ["all", thresholds.overall, overall.precision, overall.recall, overall.f1],
+        ],
+        title=f"Thresholds for {thresholds.target}, {where} (the last row's figures are at those of the classes)",
+    )

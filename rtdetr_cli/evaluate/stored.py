@@ -1,0 +1,96 @@
+"""Put calibrated thresholds into a model file, and name the exports that do not carry them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtdetr_cli.errors import RtdetrError, UsageError
+from rtdetr_cli.model.files import read_header, rewrite_header
+from rtdetr_cli.model.header import METADATA_KEY, ModelHeader, Thresholds
+
+STORING_SUFFIX = ".safetensors"
+
+
+def refuse_to_store(path: Path) -> None:
+    """Refuse a model file that cannot take thresholds, before anything is run.
+
+    Raises:
+        UsageError: it is an export or a published checkpoint.
+        ModelError: it is no model of ours.
+    """
+    if path.suffix.lower() != STORING_SUFFIX:
+        raise UsageError(
+            f"--calibrate stores thresholds in a {STORING_SUFFIX} model, and {path.name} is none",
+            hint="calibrate the model of the run; exports made afterwards carry its thresholds",
+            code="calibrate-kind",
+        )
+    read_header(path)
+
+
+def store_thresholds(path: Path, thresholds: Thresholds, label_map: NDArray[np.int64] | None) -> ModelHeader:
+    """Write thresholds into a model's header; tensors and identity stay as they are.
+
+    Args:
+        path: a model file of ours.
+        thresholds: in the labels of the dataset they were found on.
+        label_map: (model classes,) the dataset's label of each class, -1 for none; None when they are the same.
+
+    Returns:
+        The header as written. A class that the dataset does not have gets the overall threshold.
+    """
+    header = read_header(path)
+    if label_map is not None:
+        own = tuple(thresholds.per_class[k] if k >= 0 else thresholds.overall for k in label_map.tolist())
+        thresholds = replace(thresholds, per_class=own)
+    return rewrite_header(path, replace(header, thresholds=thresholds))
+
+
+def stale_exports(path: Path, header: ModelHeader) -> list[Path]:
+    """Return the exports of a model's run folder that carry other thresholds than the model now has."""
+    folder = path.parent / "export"
+    if not folder.is_dir():
+        return []
+    stale = []
+    for export in sorted(folder.rglob("*")):
+        if export.suffix.lower() not in (".onnx", ".xml", ".engine") or not export.is_file():
+            continue
+        carried = exported_header(export)
+        if carried is not None and carried.thresholds != header.thresholds:
+            stale.append(export)
+    return stale
+
+
+def exported_header(export: Path) -> ModelHeader | None:
+    """Return the header that an export carries, without loading the model; None for a foreign or unreadable one."""
+    try:
+        if export.suffix.lower() == ".onnx":
+            import onnx
+
+            model = onnx.load(str(export), load_external_data=False)
+            text = next((p.value for p in model.metadata_props if p.key == METADATA_KEY), "")
+        elif export.suffix.lower() == ".xml":
+            text = _in_xml(export)
+        else:
+            beside = export.with_name(export.name + ".json")
+            text = beside.read_text(encoding="utf-8") if beside.is_file() else ""
+        return ModelHeader.from_json(text, source=str(export)) if text else None
+    except (RtdetrError, OSError, ValueError, RuntimeError):
+        return None
+    except Exception as error:
+        # A truncated ONNX file raises protobuf's own error, which has no common base that is not Exception.
+        if type(error).__name__ != "DecodeError":
+            raise
+        return None
+
+
+def _in_xml(path: Path) -> str:
+    """Return the header in an OpenVINO file's runtime information, `<rtdetr value="...">`."""
+    from defusedxml.ElementTree import parse
+
+    root = parse(path).getroot()
+    found = None if root is None else root.find(f".//{METADATA_KEY}")
+    return "" if found is None else str(found.get("value") or found.text or "")
