@@ -55,6 +55,7 @@ def evaluate_command(
 ) -> None:
     """Judge a model, or detections made by anything, by COCO's metrics; say how sure they are and what goes wrong."""
     from rtdetr_cli.cli import terminal
+    from rtdetr_cli.cli.judging import parse_batch, run_model
     from rtdetr_cli.cli.select import parse_size, resolve_model
 
     # ------------------------------------------------------------------------------- refuse before heavy work
@@ -77,8 +78,7 @@ def evaluate_command(
         raise UsageError(
             f"--fail-under {fail_under:g} is not a fraction from 0 to 1", hint="an AP of 40 is --fail-under 0.4"
         )
-    if batch != "auto" and not (batch.isdecimal() and int(batch) > 0):
-        raise UsageError(f"--batch {batch} is not a number of pictures", hint="--batch 8, or --batch auto")
+    parse_batch(batch)
     for target in (save_json, html):
         if target is not None:
             _writable(target)
@@ -105,7 +105,7 @@ def evaluate_command(
             from rtdetr_cli.evaluate.stored import refuse_to_store
 
             refuse_to_store(path)
-        chosen, evaluation, facts = _run_model(
+        chosen, evaluation, facts = run_model(
             path,
             data=data,
             images=images,
@@ -204,53 +204,6 @@ def _writable(path: Path) -> None:
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise RtdetrError(f"{path} cannot be written: {folder} does not let it", code="not-writable")
-
-
-def _run_model(
-    path: Path,
-    *,
-    data: Path | None,
-    images: Path | None,
-    split: str,
-    batch: str,
-    evaluator: str,
-    options: dict[str, Any],
-) -> tuple[Chosen, Evaluation, dict[str, Any]]:
-    from rtdetr_cli.cli import terminal
-    from rtdetr_cli.evaluate.run import evaluate
-    from rtdetr_cli.evaluate.source import choose_split
-    from rtdetr_cli.infer.backend import open_backend
-
-    if data is not None and not data.exists():
-        choose_split(data, split=split)  # says what is wrong before the model is loaded
-    backend = open_backend(path, **options)
-    chosen = choose_split(data, split=split, images=images, model=path, header=backend.header)
-    for note in chosen.notes:
-        terminal.say(note)
-    at_once = int(batch) if batch != "auto" else backend.fixed_batch or _batch_for(backend.kind, options["device"])
-    with terminal.progress(len(chosen.dataset), "eval") as bar:
-        evaluation = evaluate(backend, chosen.dataset, batch=at_once, progress=bar.advance, evaluator=evaluator)
-    header = backend.header
-    facts = {
-        "model": str(path),
-        "kind": backend.kind,
-        "imgsz": list(backend.imgsz),
-        "identity": header.identity,
-        "layers": options["layers"] or header.layers or None,
-        "queries": options["queries"] or header.queries,
-        "sampling": header.sampling,
-        "names": list(header.names),
-    }
-    return chosen, evaluation, facts
-
-
-def _batch_for(kind: str, device: str) -> int:
-    """Return a batch that keeps the device busy: a GPU wants many pictures, a CPU only few."""
-    if kind != "torch" or device == "cpu":
-        return 4
-    import torch
-
-    return 16 if torch.cuda.is_available() else 4
 
 
 def _calibrate(path: Path, evaluation: Evaluation, target: str, facts: dict[str, Any]) -> Calibration:

@@ -94,6 +94,13 @@ class Resamples:
             return None
         return _interval(value, values[~np.isnan(values)], int(self.with_class[label]))
 
+    def class_gap(self, other: Resamples, value: float, label: int) -> Interval | None:
+        """Return the interval of this model's AP of a class minus another's on the same resamples, or None."""
+        gaps = self.ap[:, label, 0] - other.ap[:, label, 0]
+        if self.with_class[label] < FEW_WITH_CLASS:
+            return None
+        return _interval(value, gaps[~np.isnan(gaps)], int(self.with_class[label]))
+
 
 def _interval(value: float, drawn: NDArray[np.float64], pictures: int) -> Interval:
     tail = (1 - CONFIDENCE) / 2
