@@ -113,7 +113,7 @@ def half_program(
     shapes = tuple({0: batch} for _ in inputs) if dynamic else None
     with quiet(), torch.no_grad():
         program = torch.export.export(module, tuple(inputs), dynamic_shapes=shapes)
-        graph_module = cast(fx.GraphModule, program.module(check_guards=False))
+        graph_module = program.module(check_guards=False)
     graph = graph_module.graph
     types: dict[fx.Node, torch.dtype] = {}
     casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}

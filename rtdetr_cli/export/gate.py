@@ -191,7 +191,9 @@ def box_iou(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[
         sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
         shared = np.prod(np.maximum(sides, 0), axis=-1)
         union = np.prod(a[..., 2:] - a[..., :2], axis=-1) + np.prod(b[..., 2:] - b[..., :2], axis=-1) - shared
-        return np.where(union > 0, shared / np.where(union > 0, union, 1), (a == b).all(-1).astype(np.float64))
+        same = (a == b).all(-1).astype(np.float64)
+        ious: NDArray[np.float64] = np.where(union > 0, shared / np.where(union > 0, union, 1), same)
+    return ious
 
 
 def choose_floor(answers: Sequence[Detections]) -> float:
@@ -415,6 +417,7 @@ class Gate:
         tol_ap: float | None = None,
         interface: tuple[Interface, Interface] | None = None,
         dynamic: bool | None = None,
+        any_size: bool = False,
         twin: Backend | None = None,
         limits: Limits | None = None,
     ) -> Verdict:
@@ -426,6 +429,7 @@ class Gate:
             tol_ap: largest difference of AP in place of the default.
             interface: the tensors found in the file and those wanted.
             dynamic: whether the batch was asked to be open; None does not ask.
+            any_size: the graph resizes by itself: give it the pictures as they are, one by one.
             twin: for half precision, a backend that really computes in half (see `export.fp16`).
             limits: in place of the precision's own.
         """
@@ -435,7 +439,7 @@ class Gate:
         ours = self.answers()
         contract = self._contract(candidate, interface, dynamic, limits)
         try:
-            theirs = self._ask(candidate)
+            theirs = self._ask_originals(candidate) if any_size else self._ask(candidate)
         except Exception as error:
             told = f"the export does not run: {error.message if isinstance(error, RtdetrError) else first_line(error)}"
             return Verdict(precision, limits, len(ours.found), contract, Part(False, (told,)), Part(None))
@@ -471,7 +475,7 @@ class Gate:
             waiting.clear()
 
         for index, picture, size, fault in prefetch(self.paths, backend.imgsz, threads=self.threads):
-            if picture is None:
+            if picture is None or size is None:
                 faults.append(str(fault))
                 continue
             waiting.append((index, picture, size))
@@ -482,6 +486,19 @@ class Gate:
             raise DataError(f"none of the {len(self.paths)} pictures to verify on can be read: {faults[0]}")
         order = np.argsort(indices, kind="stable")
         return Answers([found[i] for i in order], [indices[i] for i in order])
+
+    def _ask_originals(self, backend: Backend) -> Answers:
+        from rtdetr_cli.data.pictures import read_picture
+
+        answers = Answers([], [])
+        for index in self.answers().indices:
+            picture = read_picture(self.paths[index])
+            size = np.array([[picture.shape[1], picture.shape[0]]], np.int64)
+            answers.found.extend(backend.run(picture[None], size))
+            answers.indices.append(index)
+            if self.progress is not None:
+                self.progress(1)
+        return answers
 
     def _contract(
         self,
@@ -515,7 +532,7 @@ class Gate:
             return Part(None, (), {"why_not": "AP is undefined on these pictures"})
         delta = scores[1] - scores[0]
         figures = {"ap_model": scores[0], "ap_export": scores[1], "ap_delta": delta}
-        findings = ()
+        findings: tuple[str, ...] = ()
         if abs(delta) > limits.tol_ap:
             findings = (
                 f"AP goes from {scores[0]:.4f} to {scores[1]:.4f}, which is more than the tolerance {limits.tol_ap}",

@@ -162,9 +162,12 @@ def output_names(options: ExportOptions) -> list[str]:
     return ["logits", "boxes_cxcywh"] if options.raw else ["labels", "boxes", "scores"]
 
 
-def interface_of(options: ExportOptions, imgsz: tuple[int, int], *, queries: int, classes: int) -> Interface:
+def interface_of(
+    options: ExportOptions, imgsz: tuple[int, int], *, tokens: int, queries: int, classes: int
+) -> Interface:
     """Return the tensors that an export made with these options must have."""
     batch = None if options.dynamic else options.batch
+    queries = min(queries, tokens)
     if options.preprocess:
         images = TensorSpec("images", "uint8", (batch, None, None, 3))
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,13 +18,14 @@ from torch import Tensor, nn
 
 from rtdetr_cli.errors import ExportError
 from rtdetr_cli.export.gate import Interface, TensorSpec
+from rtdetr_cli.model.files import written_aside
 from rtdetr_cli.model.header import METADATA_KEY, ModelHeader
 
 MAX_BATCH = 1024
 TRACED_OPSET = 18  # what torch's translations are written for; 17 is converted from it
 # Data-dependent shapes and branches: runtimes fall back to the CPU for them, or refuse the graph.
 BANNED = ("NonZero", "If", "Loop", "Scan", "NonMaxSuppression", "Unique", "Compress")
-TYPES = {
+TYPES: dict[int, str] = {
     TensorProto.FLOAT: "float32",
     TensorProto.FLOAT16: "float16",
     TensorProto.INT64: "int64",
@@ -76,9 +76,8 @@ def trace(
             model: onnx.ModelProto = program.model_proto
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        raise ExportError(
-            f"torch {torch.__version__} could not export the model to ONNX: {lines[0] if lines else type(error).__name__}"
-        ) from error
+        told = lines[0] if lines else type(error).__name__
+        raise ExportError(f"torch {torch.__version__} could not export the model to ONNX: {told}") from error
     strip(model)
     if opset != TRACED_OPSET:
         drop_defaults(model)
@@ -219,15 +218,8 @@ def save(model: onnx.ModelProto, path: Path) -> None:
         onnx.checker.check_model(data)
     except onnx.checker.ValidationError as error:
         raise ExportError(f"the exported graph is not valid ONNX: {str(error).splitlines()[0]}") from error
-    aside = path.with_name(path.name + ".part")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(path) as aside:
+        aside.write_bytes(data)
 
 
 def describe(path: Path) -> Interface:

@@ -1,0 +1,381 @@
+"""From a model to verified files: write aside, hold against the model, record the verdict, and only then name."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from rtdetr_cli import __version__
+from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.errors import RtdetrError
+from rtdetr_cli.export import onnx as onnx_file
+from rtdetr_cli.export.gate import Gate, Interface, Verdict
+from rtdetr_cli.export.graph import (
+    DeployGraph,
+    ExportOptions,
+    count_norms,
+    deployable,
+    example_inputs,
+    input_names,
+    interface_of,
+    output_names,
+)
+from rtdetr_cli.infer.backend import Backend, open_backend
+from rtdetr_cli.infer.torch_backend import TorchBackend
+from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.model.files import written_aside
+from rtdetr_cli.model.header import ModelHeader
+
+PARITY_FILE = "parity.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """One exported model.
+
+    Attributes:
+        path: the file, under its final name; or `*.failed.*` where the gate did not pass.
+        format: `onnx`, `openvino` or `tensorrt`.
+        precision: `fp32` or `fp16`.
+        verdict: the gate's, or None where it was left out.
+        operators: of the graph, by name.
+        seconds: to make and to judge it.
+    """
+
+    path: Path
+    format: str
+    precision: str
+    verdict: Verdict | None = None
+    operators: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """True unless the gate failed."""
+        return self.verdict is None or self.verdict.passed
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "path": str(self.path),
+            "format": self.format,
+            "precision": self.precision,
+            "gate": None if self.verdict is None else self.verdict.to_json(),
+            "bytes": size_of(self.path),
+            "seconds": round(self.seconds, 2),
+        }
+
+
+@dataclass(eq=False)
+class Work:
+    """What the formats of one export share."""
+
+    header: ModelHeader
+    out: Path
+    stem: str
+    options: ExportOptions
+    graph: DeployGraph
+    imgsz: tuple[int, int]
+    norms: int
+    interface: Interface
+    tell: Callable[[str], None]
+    cache: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """Inputs to trace with; an open batch is traced with two, since tracing freezes a one."""
+        options = self.options
+        return example_inputs(options, self.imgsz, batch=max(2, options.batch) if options.dynamic else options.batch)
+
+    def traced(self, module: torch.nn.Module) -> onnx.ModelProto:
+        """Trace a module and look the graph over."""
+        options = self.options
+        model = onnx_file.trace(
+            module,
+            self.inputs,
+            input_names=input_names(options),
+            output_names=output_names(options),
+            dynamic=options.dynamic,
+            opset=options.opset,
+        )
+        onnx_file.audit(model, norms=self.norms, gridsample=options.gridsample)
+        if options.preprocess:
+            onnx_file.prepend_preprocessing(model, self.imgsz)
+        return model
+
+    def half(self) -> torch.fx.GraphModule:
+        """Return the half-precision program, made once for the graph, the engine and the twin."""
+        if "half" not in self.cache:
+            from rtdetr_cli.export.fp16 import half_program
+
+            self.cache["half"] = half_program(self.graph, self.inputs, dynamic=self.options.dynamic)
+        return self.cache["half"]  # type: ignore[no-any-return]
+
+    def header_for(self, format: str, precision: str, **facts: Any) -> ModelHeader:
+        """Return the header that an artefact carries."""
+        extra = {
+            **{key: value for key, value in self.header.extra.items() if key != "gate"},
+            "format": format,
+            "precision": precision,
+            "opset": self.options.opset,
+            "operator": "gridsample" if self.options.gridsample else "gather",
+            "preprocess_in_graph": self.options.preprocess,
+            "source_identity": self.header.identity,
+            "versions": {
+                "rtdetr-cli": __version__,
+                "torch": torch.__version__,
+                "onnx": onnx.__version__,
+                "python": platform.python_version(),
+            },
+            **facts,
+        }
+        return replace(self.header, extra=extra, version=__version__)
+
+
+@dataclass(eq=False)
+class Draft:
+    """A file that carries a name of its own until the gate has spoken."""
+
+    path: Path
+    final: Path
+    format: str
+    precision: str
+    record: Callable[[Path, dict[str, Any]], None]
+    interface: Interface | None = None
+    twin: Backend | None = None
+    operators: dict[str, int] = field(default_factory=dict)
+
+
+def export_model(
+    model: RTDETR,
+    header: ModelHeader,
+    out: Path,
+    options: ExportOptions | None = None,
+    *,
+    pictures: Dataset | Sequence[Path] | None = None,
+    stem: str = "model",
+    tol_ap: float | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int], None] | None = None,
+    device: str = "auto",
+) -> list[Artefact]:
+    """Export a model, and hold every file against it.
+
+    A file is written as `<stem>.unverified.*`, judged, and renamed: to its final name, or to `<stem>.failed.*`. The
+    verdicts lie in `parity.json` beside the files and in the metadata of each.
+
+    Args:
+        model: as loaded or trained; it is not changed.
+        header: of the model, with the layers, queries and sampling that are set.
+        out: folder, made if needed.
+        options: formats and shapes.
+        pictures: a split with labels, or paths, for the gate; None leaves the gate out.
+        stem: of the files' names.
+        tol_ap: largest difference of AP, 0 to 1.
+        tell: is told what is being done, one line a step.
+        progress: is told how many pictures the gate has answered.
+        device: of the model and of ONNX Runtime in the gate.
+
+    Returns:
+        One artefact a format, passed or not.
+
+    Raises:
+        UsageError: options that clash.
+        ExportError: a graph that could not be made.
+        EnvironmentProblem: a package or device that a format needs is missing; what was made before stays.
+        RtdetrError: the folder cannot be written.
+    """
+    options = options or ExportOptions()
+    options.check()
+    imgsz = options.imgsz or header.imgsz
+    sampling, rounding = model.sampling
+    header = replace(
+        header, imgsz=imgsz, layers=model.layers, queries=model.queries, sampling=sampling, rounding=rounding
+    )
+    make_folder(out)
+    graph = DeployGraph(deployable(model, gridsample=options.gridsample), raw=options.raw).eval()
+    norms = count_norms(graph, example_inputs(options, imgsz, batch=1))
+    work = Work(
+        header,
+        out,
+        stem,
+        options,
+        graph,
+        imgsz,
+        norms,
+        interface_of(options, imgsz, tokens=token_count(imgsz), queries=header.queries, classes=len(header.names)),
+        tell,
+    )
+    gate = None
+    if pictures is not None:
+        gate = Gate(TorchBackend(model, header, device=device), pictures, progress=progress)
+    artefacts: list[Artefact] = []
+    try:
+        for name in options.formats:
+            start = time.perf_counter()
+            draft = DRAFTS[name](work)
+            artefact = judge(work, draft, gate, tol_ap=tol_ap, device=device)
+            artefacts.append(replace(artefact, seconds=time.perf_counter() - start))
+    finally:
+        if artefacts:
+            write_parity(out / PARITY_FILE, work.header, artefacts)
+    return artefacts
+
+
+def judge(work: Work, draft: Draft, gate: Gate | None, *, tol_ap: float | None, device: str) -> Artefact:
+    """Open a draft, hold it against the model, write the verdict into it, and give it its name."""
+    verdict: Verdict | None = None
+    try:
+        if gate is not None:
+            work.tell(f"gate  {draft.format} {draft.precision} against the model on {len(gate.paths)} pictures")
+            candidate = open_backend(draft.path, device=device if draft.format != "openvino" else "auto")
+            interface = None if draft.interface is None else (draft.interface, work.interface)
+            verdict = gate.judge(
+                candidate,
+                precision=draft.precision,
+                tol_ap=tol_ap,
+                interface=interface,
+                dynamic=work.options.dynamic,
+                any_size=work.options.preprocess,
+                twin=draft.twin,
+            )
+            del candidate
+        draft.record(draft.path, {"gate": {"passed": None} if verdict is None else verdict.to_json()})
+    except BaseException:
+        for part in files_of(draft.path):
+            part.unlink(missing_ok=True)
+        raise
+    final = draft.final if verdict is None or verdict.passed else marked(draft.final, "failed")
+    rename(draft.path, final)
+    if verdict is None or verdict.passed:
+        for part in files_of(marked(draft.final, "failed")):
+            part.unlink(missing_ok=True)  # of an earlier try
+    return Artefact(final, draft.format, draft.precision, verdict, draft.operators)
+
+
+# ----------------------------------------------------------------------------------------------------- formats
+
+
+def draft_onnx(work: Work) -> Draft:
+    """Write the float32 graph."""
+    work.tell(f"onnx  opset {work.options.opset}")
+    return onnx_draft(work, work.traced(work.graph), work.out / f"{work.stem}.onnx", "fp32")
+
+
+def draft_fp16(work: Work) -> Draft:
+    """Write the typed half-precision graph, with its twin."""
+    from rtdetr_cli.export.fp16 import ISLANDS, HalfTwin
+
+    work.tell("onnx  float16, sensitive parts float32")
+    islands = [{"name": island.name, "why": island.why} for island in ISLANDS]
+    draft = onnx_draft(work, work.traced(work.half()), work.out / f"{work.stem}-fp16.onnx", "fp16", islands=islands)
+    if not work.options.raw:
+        fixed = None if work.options.dynamic else work.options.batch
+        draft.twin = HalfTwin(work.half(), work.header, imgsz=work.imgsz, fixed_batch=fixed)
+    return draft
+
+
+def onnx_draft(work: Work, model: onnx.ModelProto, final: Path, precision: str, **facts: Any) -> Draft:
+    """Write a graph under a name that says it is not verified."""
+    path = marked(final, "unverified")
+    header = work.header_for("onnx", precision, **facts)
+
+    def record(path: Path, verdict: dict[str, Any]) -> None:
+        onnx_file.embed(model, replace(header, extra={**header.extra, **verdict}))
+        onnx_file.save(model, path)
+
+    record(path, {"gate": {"passed": None}})
+    counts = dict(sorted(onnx_file.operators(model).items()))
+    return Draft(path, final, "onnx", precision, record, onnx_file.describe(path), operators=counts)
+
+
+def draft_openvino(work: Work) -> Draft:
+    """Write OpenVINO's files."""
+    from rtdetr_cli.export.openvino import OpenvinoFile
+
+    work.tell("openvino  float16-compressed weights")
+    made = OpenvinoFile(work.traced(work.graph))
+    final = work.out / f"{work.stem}.xml"
+    path = marked(final, "unverified")
+    header = work.header_for(
+        "openvino", "fp16", versions={**work.header_for("", "").extra["versions"], **made.versions}
+    )
+
+    def record(path: Path, verdict: dict[str, Any]) -> None:
+        made.save(path, replace(header, extra={**header.extra, **verdict}))
+
+    record(path, {"gate": {"passed": None}})
+    return Draft(path, final, "openvino", "fp16", record, made.interface(), operators=made.operators())
+
+
+DRAFTS: dict[str, Callable[[Work], Draft]] = {
+    "onnx": draft_onnx,
+    "fp16": draft_fp16,
+    "openvino": draft_openvino,
+}
+
+
+# ------------------------------------------------------------------------------------------------------- files
+
+
+def token_count(imgsz: tuple[int, int]) -> int:
+    """Return how many tokens an input has: the queries that can be selected, at most."""
+    return sum((imgsz[0] // stride) * (imgsz[1] // stride) for stride in (8, 16, 32))
+
+
+def marked(path: Path, mark: str) -> Path:
+    """Return the path with a mark before its suffix: `best.failed.onnx`."""
+    return path.with_name(f"{path.stem}.{mark}{path.suffix}")
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return all files of an artefact: OpenVINO keeps its weights beside, an engine its header."""
+    beside = {".xml": path.with_suffix(".bin"), ".engine": path.with_name(path.name + ".json")}.get(path.suffix)
+    return [path] if beside is None else [beside, path]
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give an artefact its name; the file that names the others last."""
+    for old, new in zip(files_of(source), files_of(target), strict=True):
+        old.replace(new)
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of an artefact."""
+    return sum(part.stat().st_size for part in files_of(path) if part.exists())
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder, or say why not, before any work is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".rtdetr-write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RtdetrError(
+            f"{folder} cannot be written: {error.strerror or error}",
+            hint="choose another with --out",
+            code="not-writable",
+        ) from error
+
+
+def write_parity(path: Path, header: ModelHeader, artefacts: Sequence[Artefact]) -> None:
+    """Write the verdicts and figures of one export."""
+    document = {
+        "schema_version": 1,
+        "model": {"identity": header.identity, "preset": header.preset, "names": list(header.names)},
+        "imgsz": list(header.imgsz),
+        "artefacts": [{**a.to_json(), "operators": a.operators} for a in artefacts],
+    }
+    with contextlib.suppress(FileNotFoundError), written_aside(path) as aside:
+        aside.write_text(json.dumps(document, indent=1, allow_nan=False, default=float) + "\n", encoding="utf-8")
