@@ -61,7 +61,7 @@ def compare(
         "difference": found.difference.to_json(),
         "probability_b_better": found.better,
         "verdict": found.verdict,
-        "sentence": found.sentence(name_a, name_b),
+        "sentence": found.sentence(),
         "pictures": len(dataset),
         "resamples": ci,
         "per_class": [],

@@ -82,7 +82,7 @@ def test_a_model_against_itself_and_against_a_better_one(make: Any) -> None:
     better, _ = compare(dataset, (table, truth), (value, 1.0))
     assert better.verdict == "b"
     assert better.better == 1
-    assert better.sentence("old", "new").startswith(f"new is better than old by {1 - value:.3f} AP (95 % interval +")
+    assert better.sentence("old", "new").startswith(f"new is better than old by {1 - value:.3f} AP (95 %: ")
     worse, _ = compare(dataset, (truth, table), (1.0, value))
     assert worse.sentence("old", "new").startswith("old is better than new")
 
