@@ -69,6 +69,10 @@ class RunSettings(Schema):
     name: str = Field("", description="name of the run's folder; made from preset and dataset if empty")
     log: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field((), description="loggers besides the CSV file")
 
+    sampling: Literal["bilinear", "discrete"] = Field(
+        "bilinear", description="how the decoder reads the maps; discrete freezes the sampling offsets"
+    )
+    rounding: Literal["published", "nearest"] = Field("published", description="of discrete sampling")
     schedule: Literal["scaled", "official"] = Field(
         "scaled", description="scaled: a function of the run's length; official: the published, absolute values"
     )

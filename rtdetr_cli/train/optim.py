@@ -19,9 +19,7 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 BETAS = (0.9, 0.999)
 
 
-def parameter_groups(
-    model: nn.Module, optim: OptimSpec, *, lr: float, lr_backbone: float
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, optim: OptimSpec, *, lr: float, lr_backbone: float) -> list[dict[str, Any]]:
     """Sort the trainable parameters into groups of one rate and one weight decay.
 
     Norm parameters never decay, wherever `optim.decay_free` says so; `head-norm-bias` adds the biases of encoder and
@@ -123,9 +121,7 @@ class Stepper:
     def state_dict(self) -> dict[str, Any]:
         """Return moments, step counts and the loss scale."""
         return {
-            "moments": [
-                {k: v for k, v in self.optimizer.state[p].items()} for p in self.parameters
-            ],
+            "moments": [dict(self.optimizer.state[p].items()) for p in self.parameters],
             "scale": self.scale,
             "growth": self.growth,
         }

@@ -1,0 +1,435 @@
+"""`rtdetr train`: finetune a detector. The words of it; the work is `workflows/finetune.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rtdetr_cli.workflows.finetune import BeginReport, DryReport, EndReport, Event
+
+FLAGS_OF_THE_COMMAND = ("resume", "dry_run", "set_values", "config_file", "as_json")
+
+
+def train(
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", "-d", help="COCO JSON, Roboflow folder, YOLO data.yaml or VOC folder; required."),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures, if they are not beside the JSON.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option("--preset", "-p", help="tiny, r18, r34, r50m, r50, r101. [r18]")] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", "-w", help="Start: coco, imagenet, none, or a model file. [coco]")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", "-e", help="Passes over the pictures. [50]")] = None,
+    batch: Annotated[
+        str | None, typer.Option("--batch", "-b", help="Pictures on the device at once, or auto. [auto]")
+    ] = None,
+    effective_batch: Annotated[int | None, typer.Option(help="Pictures in a step of the optimizer. [16]")] = None,
+    imgsz: Annotated[str | None, typer.Option(help="Input size: 640, or height first 480x640. [the preset's]")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate. [the preset's, scaled to the effective batch]")
+    ] = None,
+    lr_backbone: Annotated[float | None, typer.Option(help="The backbone's. [the preset's share of --lr]")] = None,
+    aug: Annotated[str | None, typer.Option(help="recipe, light, none, or an Albumentations file. [recipe]")] = None,
+    freeze: Annotated[
+        str | None, typer.Option(help="What stays as it is: preset, none, stem, backbone, encoder. [preset]")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16. [auto]")] = None,
+    compile_: Annotated[bool | None, typer.Option("--compile", help="Compile backbone and encoder.")] = None,
+    workers: Annotated[str | None, typer.Option(help="Processes that load pictures, or auto. [auto]")] = None,
+    cache: Annotated[str | None, typer.Option(help="Keep decoded pictures: none, ram or disk. [none]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, 0, or several: 0,1. [auto]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random. [0]")] = None,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic", help="CUDA: gather sampling, deterministic kernels.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many epochs without a better AP; 0: never. [0]")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run; needs no other flag.")
+    ] = None,
+    overfit: Annotated[int | None, typer.Option(metavar="N", help="Learn the first N pictures by heart.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, try the worst step, say time, memory and disk.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs. [runs]")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run; an existing one is refused.")] = None,
+    log: Annotated[str | None, typer.Option(help="Besides the CSV: tensorboard,wandb,mlflow.")] = None,
+    set_values: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as schedule=official.")
+    ] = None,
+    config_file: Annotated[Path | None, typer.Option("--config", help="TOML of settings, such as a run's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON document on one line.")] = False,
+) -> None:
+    """Finetune a detector on your own pictures."""
+    given = {
+        "data": data and str(data),
+        "images": images and str(images),
+        "preset": preset,
+        "weights": weights,
+        "epochs": epochs,
+        "batch": _number_or_word(batch),
+        "effective_batch": effective_batch,
+        "imgsz": imgsz,
+        "lr": lr,
+        "lr_backbone": lr_backbone,
+        "aug": aug,
+        "freeze": freeze,
+        "precision": precision,
+        "compile": compile_,
+        "workers": _number_or_word(workers),
+        "cache": cache,
+        "device": device,
+        "seed": seed,
+        "deterministic": deterministic,
+        "patience": patience,
+        "overfit": overfit,
+        "out": out and str(out),
+        "name": name,
+        "log": tuple(w for w in log.split(",") if w) if log is not None else None,
+    }
+    flags: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if imgsz is not None:
+        from rtdetr_cli.cli.select import parse_size
+
+        flags["imgsz"] = parse_size(imgsz)
+    sets = set_values or []
+    if resume is not None and (dry_run or config_file is not None):
+        from rtdetr_cli.errors import UsageError
+
+        raise UsageError(f"--resume goes with neither {'--dry-run' if dry_run else '--config'} nor new settings")
+    if resume is None:
+        _refuse_missing(flags, sets, config_file)
+
+    from rtdetr_cli.config.run import resolve_run
+
+    config = resolve_run(flags, sets=sets, config_file=config_file) if resume is None else None
+    if config is not None:
+        _refuse_early(config.settings.data)
+
+    from rtdetr_cli.workflows import finetune as workflow
+
+    with workflow.stop_on_signals() as stop:
+        if resume is not None:
+            events = workflow.resume(resume, flags=flags, sets=sets, stop=stop)
+        else:
+            assert config is not None
+            import sys
+
+            events = workflow.finetune(config, stop=stop, argv=sys.argv, dry_run=dry_run)
+        render(events, as_json=as_json)
+
+
+def _number_or_word(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.lstrip("-").isdecimal() else text
+
+
+def _refuse_missing(flags: dict[str, Any], sets: list[str], config_file: Path | None) -> None:
+    """Refuse a call without a dataset, before anything is imported."""
+    if "data" not in flags and config_file is None and not any(w.startswith("data=") for w in sets):
+        from rtdetr_cli.errors import UsageError
+
+        raise UsageError(
+            "no dataset is named: --data is required",
+            hint="rtdetr train --preset r18 --data my.json",
+            code="data-missing",
+        )
+
+
+def _refuse_early(data: str | None) -> None:
+    """Refuse a dataset that is not there, before torch is imported."""
+    if data is not None and not Path(data).exists():
+        from rtdetr_cli.errors import DataError
+
+        raise DataError(f"the dataset {data} does not exist", hint="check the path", code="dataset-missing")
+
+
+# ---- words ------------------------------------------------------------------------------------------------------
+
+
+def render(events: Iterator[Event], *, as_json: bool = False) -> dict[str, Any]:
+    """Say what happens, on stderr, and the result on stdout; return the result as plain values."""
+    from rtdetr_cli.cli import terminal
+    from rtdetr_cli.train import loop
+    from rtdetr_cli.workflows import finetune as workflow
+
+    begun: workflow.BeginReport | None = None
+    bar = _StepBar()
+    result: dict[str, Any] = {}
+    loader_bound_told = False
+    try:
+        for event in events:
+            match event:
+                case workflow.BeginReport():
+                    begun = event
+                    _say_beginning(event)
+                    bar.begin(event)
+                case loop.StepReport():
+                    bar.step(event)
+                    for picture, reason in event.replaced:
+                        bar.say(f"warning: picture {picture} was replaced: {reason}")
+                case loop.EpochReport():
+                    assert begun is not None
+                    bar.say(epoch_line(event, bar.seconds_left(event)))
+                    if event.waited_share > 0.3 and event.epoch > 0 and not loader_bound_told:
+                        loader_bound_told = True
+                        bar.say(
+                            f"warning: {event.waited_share:.0%} of the time goes into waiting for pictures: "
+                            f"--cache ram, or more --workers than {begun.workers}"
+                        )
+                case loop.SkippedReport():
+                    bar.say(skipped_line(event, begun))
+                case loop.MemoryReport():
+                    bar.say(
+                        f"warning: out of memory at step {event.step + 1}: micro-batch {event.micro_batch_before} -> "
+                        f"{event.micro_batch}, same effective batch; the step is run again"
+                    )
+                case loop.WentBackReport():
+                    bar.say(
+                        f"warning: went back from step {event.step} to step {event.to_step}, "
+                        f"with {event.rate_scale:.3g} of the learning rate"
+                    )
+                case workflow.DryReport():
+                    bar.end()
+                    assert begun is not None
+                    result = dry_document(event, begun)
+                    if not as_json:
+                        _show_dry(event, begun)
+                case workflow.EndReport():
+                    bar.end()
+                    result = end_document(event)
+                    if not as_json:
+                        _show_end(event)
+                case _:
+                    pass
+    finally:
+        bar.end()
+    if as_json:
+        terminal.emit_json(result)
+    return result
+
+
+def _say_beginning(report: BeginReport) -> None:
+    from importlib.metadata import version
+
+    from rtdetr_cli import __version__
+    from rtdetr_cli.cli import terminal
+
+    preset, splits = report.config.preset, report.splits
+    warned = sum(f.severity == "warning" for f in splits.findings)
+    parts = [
+        f"rtdetr {__version__}",
+        f"torch {'.'.join(version('torch').split('.')[:2])} {report.device} {report.precision}",
+        f" preset {preset.name} ({report.parameters / 1e6:.1f}M)",
+        f" data {splits.name}: {report.train_pictures}/{report.val_pictures} pictures, "
+        f"{len(splits.categories)} class{'es' if len(splits.categories) != 1 else ''}"
+        + (f", {warned} warning{'s' if warned > 1 else ''} (rtdetr validate)" if warned else ""),
+    ]
+    terminal.say("  ".join(parts))
+    table = report.transfer
+    if table is None:
+        terminal.say(f"start  {report.start}" if report.resumed is None else "start  the run's own checkpoint")
+    else:
+        terminal.say(f"start  {report.start}: {table.tensors_loaded} of {table.tensors_total} tensors")
+        if table.by_class:
+            kept = [
+                f"{r.name}" if r.name == r.source_name else f"{r.name} <- {r.source_name}"
+                for r in table.classes
+                if r.source_name
+            ]
+            fresh = [r.name for r in table.classes if r.source_name is None]
+            if kept:
+                terminal.say(f"  carried over by name  {_some(kept)}")
+            if fresh:
+                terminal.say(f"  made anew             {_some(fresh)}")
+            terminal.say(f"  in  {_some(list(table.by_class), 3)}")
+    terminal.say(report.plan.line(report.micro_batch))
+    for choice in report.plan.choices:
+        terminal.say(f"  {choice.name:<20} {choice.value:<34} {choice.reason}")
+    terminal.say(f"  {'precision':<20} {report.precision:<34} {report.precision_reason}")
+    if report.folder is not None:
+        terminal.say(f"run  {report.folder}")
+    if report.resumed is not None:
+        terminal.say(f"resumed at epoch {report.resumed[0] + 1}, step {report.resumed[1]}")
+    for warning in report.warnings:
+        terminal.warn(warning)
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def epoch_line(report: Any, seconds_left: float) -> str:
+    """Return one epoch on one line."""
+    from rtdetr_cli.cli import terminal
+
+    parts = [f"epoch {report.epoch + 1}/{report.epochs}", f"loss {report.loss:.2f}"]
+    if report.metrics is not None:
+        best = f" (best {report.best_score:.3f} @{report.best_epoch + 1})" if report.best_epoch >= 0 else ""
+        parts.append(f"AP {terminal.show(report.metrics.get('AP'))}{best}")
+        parts.append(f"AP50 {terminal.show(report.metrics.get('AP50'))}")
+    parts += [f"{report.memory_bytes / 1e9:.1f} GB", terminal.duration(report.seconds)]
+    if report.epoch + 1 < report.epochs:
+        parts.append(f"{terminal.duration(seconds_left)} left")
+    return "  ".join(parts)
+
+
+def skipped_line(report: Any, begun: BeginReport | None) -> str:
+    """Return what is said of a step that was not taken."""
+    skipped = report.skipped
+    if skipped.scale_only:
+        return f"step {report.step + 1} skipped: the float16 loss scale was too high and has been halved"
+    files = ""
+    if begun is not None and begun.splits.train is not None:
+        names = [begun.splits.train.file_names[i] for i in skipped.pictures[:4] if i < len(begun.splits.train)]
+        files = f" ({', '.join(names)}{', ...' if len(skipped.pictures) > 4 else ''})"
+    left = f"; evidence in {skipped.evidence}" if skipped.evidence else ""
+    return (
+        f"warning: step {report.step + 1} skipped: {skipped.term} is not finite{files}, "
+        f"{skipped.in_a_row} in a row{left}"
+    )
+
+
+def end_document(report: EndReport) -> dict[str, Any]:
+    """Return the result of a run as plain values."""
+    return {
+        "run": str(report.folder),
+        "best": str(report.best),
+        "metrics": dict(report.metrics),
+        "best_epoch": report.best_epoch + 1,
+        "epochs": report.epochs,
+        "stopped": report.reason,
+        "seconds": round(report.seconds, 1),
+    }
+
+
+def dry_document(report: DryReport, begun: BeginReport) -> dict[str, Any]:
+    """Return the rehearsal as plain values."""
+    return {
+        "plan": [{"name": c.name, "value": c.value, "reason": c.reason} for c in begun.plan.choices],
+        "micro_batch": begun.micro_batch,
+        "seconds": {
+            "step": report.step_seconds,
+            "worst_step": report.worst_seconds,
+            "evaluation": report.evaluation_seconds,
+            "total": report.total_seconds,
+        },
+        "memory_bytes": report.memory_bytes,
+        "memory_total": report.memory_total,
+        "disk_bytes": report.disk_bytes,
+        "disk_free": report.disk_free,
+        "warnings": list(begun.warnings),
+    }
+
+
+def _show_dry(report: DryReport, begun: BeginReport) -> None:
+    from rtdetr_cli.cli import terminal
+
+    evaluations = sum(begun.plan.evaluates(e) for e in range(begun.plan.epochs))
+    terminal.table(
+        ("what", "value", "of"),
+        [
+            ("step", f"{report.step_seconds:.2f} s", f"{begun.plan.total_steps} steps"),
+            ("worst step", f"{report.worst_seconds:.2f} s", "largest scale, most boxes"),
+            ("evaluation", f"{report.evaluation_seconds:.1f} s", f"{evaluations} of {begun.val_pictures} pictures"),
+            ("whole run", terminal.duration(report.total_seconds), f"{begun.plan.epochs} epochs"),
+            ("memory", f"{report.memory_bytes / 1e9:.1f} GB", f"{report.memory_total / 1e9:.1f} GB"),
+            ("disk", f"{report.disk_bytes / 1e9:.2f} GB", f"{report.disk_free / 1e9:.1f} GB free"),
+        ],
+        title="dry run: nothing was trained or written",
+    )
+
+
+def _show_end(report: EndReport) -> None:
+    from rtdetr_cli.cli import terminal
+
+    metrics = report.metrics
+    terminal.table(
+        ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "best epoch", "time"),
+        [
+            (
+                *(metrics.get(k) for k in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")),
+                f"{report.best_epoch + 1} of {report.epochs}",
+                terminal.duration(report.seconds),
+            )
+        ],
+    )
+    terminal.out(f"best  {report.best}")
+    if report.reason == "patience":
+        terminal.say("stopped early: no better AP within --patience")
+    if report.explanation:
+        terminal.warn(f"the pictures were not learned by heart: {report.explanation}")
+
+
+class _StepBar:
+    """A bar of steps on a terminal; nothing in a pipe, where an epoch is one line."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+        self._done: list[float] = []
+
+    def begin(self, report: BeginReport) -> None:
+        from rtdetr_cli.cli import terminal
+
+        self._epochs = report.plan.epochs
+        if not terminal.is_terminal() or report.folder is None:
+            return
+        import sys
+
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(compact=True),
+            console=Console(file=sys.stderr, highlight=False),
+            transient=True,
+        )
+        done = report.resumed[1] if report.resumed else 0
+        self._task = self._bar.add_task("step", total=report.plan.total_steps, completed=done, facts="")
+        self._bar.start()
+
+    def step(self, report: Any) -> None:
+        if self._bar is not None:
+            facts = (
+                f"loss {report.loss:.2f}  lr {report.lr:.2g}  {1 / report.seconds:.1f} steps/s  "
+                f"{report.memory_bytes / 1e9:.1f} GB"
+            )
+            self._bar.update(
+                self._task,
+                completed=report.step + 1,
+                facts=facts,
+                description=f"epoch {report.epoch + 1}/{self._epochs}",
+            )
+
+    def say(self, line: str) -> None:
+        from rtdetr_cli.cli import terminal
+
+        if self._bar is None:
+            terminal.say(line)
+        else:
+            from rich.text import Text
+
+            self._bar.console.print(Text(line), soft_wrap=True)
+
+    def seconds_left(self, report: Any) -> float:
+        """Estimate from the last epochs of this process; the first one is slow and soon forgotten."""
+        self._done.append(report.seconds)
+        recent = self._done[-5:] if len(self._done) < 3 else self._done[1:][-5:]
+        return sum(recent) / len(recent) * (report.epochs - report.epoch - 1)
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,781 @@
+"""The training loop: a straight line that yields a typed report of everything that happens.
+
+Nothing random is left to chance or order. Batches depend on (seed, epoch, index); the denoising noise and the scale
+of a step on (seed, step). So the place in the run, the tensors and the moments of the optimizer are all that has to
+be kept for a killed run to go on bit for bit.
+
+The effective batch is one batch of the loader. It is cut into micro-batches here, after the denoising group has been
+drawn and the boxes counted for the whole, so that the gradient is that of the whole however it is cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rtdetr_cli.config.schema import ModelSpec
+from rtdetr_cli.data.loader import Batch, TrainLoader
+from rtdetr_cli.errors import RtdetrError
+from rtdetr_cli.model.denoising import DenoisingGroup, draw_denoising
+from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.train import memory
+from rtdetr_cli.train.checkpoint import load_checkpoint, save_checkpoint
+from rtdetr_cli.train.guard import GO_BACKS, Figures, Guard, Skipped, diverged
+from rtdetr_cli.train.losses import Criterion
+from rtdetr_cli.train.optim import MovingAverage, NormStatistics, Stepper
+from rtdetr_cli.train.plan import Plan
+from rtdetr_cli.train.run_folder import RunFolder
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+SCORE = "AP"
+
+
+# ---- reports ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One step that was taken; told a step later.
+
+    Attributes:
+        epoch, index, step: from 0; `index` counts within the epoch, `step` from the start of the run.
+        loss: sum of the weighted terms.
+        terms: weighted loss terms by name.
+        norm: global gradient norm before clipping.
+        lr: of the head.
+        seconds: of the step, the wait for the loader included.
+        waited: seconds of it that the loader took.
+        memory_bytes: peak on the device, or of this process on a CPU.
+        replaced: (picture, reason) of pictures that could not be read and were replaced.
+    """
+
+    epoch: int
+    index: int
+    step: int
+    loss: float
+    terms: Mapping[str, float]
+    norm: float
+    lr: float
+    seconds: float
+    waited: float
+    memory_bytes: int
+    replaced: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedReport:
+    """One step that was not taken, since a loss or gradient was not finite."""
+
+    epoch: int
+    step: int
+    skipped: Skipped
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """The device was full: the micro-batch was cut, and the same step run again."""
+
+    step: int
+    micro_batch_before: int
+    micro_batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class WentBackReport:
+    """Too many steps in a row were skipped: the run goes on from an earlier state at a lower rate."""
+
+    step: int
+    to_step: int
+    rate_scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class EpochReport:
+    """One epoch, evaluated or not.
+
+    Attributes:
+        epoch: from 0.
+        epochs: of the whole run.
+        step: steps made so far.
+        lr: of the head at its last step.
+        loss: mean over its steps; NaN if all were skipped.
+        terms: mean weighted loss terms.
+        metrics: of the moving average, or None where this epoch was not evaluated.
+        improved: this is the best so far, and was written.
+        best_score, best_epoch: so far; the epoch from 0, or -1.
+        seconds: of the epoch with its evaluation, in this process.
+        waited_share: share of the training time that the loader took.
+        memory_bytes: peak.
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    lr: float
+    loss: float
+    terms: Mapping[str, float]
+    metrics: Mapping[str, float] | None
+    improved: bool
+    best_score: float
+    best_epoch: int
+    seconds: float
+    waited_share: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SavedReport:
+    """A checkpoint was written. `reason` is `start`, `time`, `steps`, `epoch` or `stop`."""
+
+    path: Path
+    reason: str
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedReport:
+    """The run is over. `reason` is `done` or `patience`."""
+
+    reason: str
+    epochs: int
+    best_score: float
+    best_epoch: int
+
+
+Report = StepReport | SkippedReport | MemoryReport | WentBackReport | EpochReport | SavedReport | FinishedReport
+
+
+class Interrupted(RtdetrError):
+    """A signal asked for an end; the checkpoint is written. The exit code is 128 + the signal."""
+
+    default_code = "interrupted"
+
+    def __init__(self, number: int, *, step: int, folder: Path) -> None:
+        super().__init__(
+            f"{'interrupted' if number == signal.SIGINT else 'terminated'} after step {step}; the checkpoint is saved",
+            hint=f"rtdetr train --resume {folder}",
+        )
+        self.exit_code = 128 + number
+
+
+class EvaluationStopped(Exception):
+    """Raised by `evaluate_model` when a signal came while it ran."""
+
+
+# ---- state ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Place:
+    """Where a run stands; saved whole.
+
+    Attributes:
+        epoch: the current one; batch: the next of it; step: updates made or skipped so far.
+        micro_batch: pictures on the device at once, as found by trial.
+        rate_scale: lowered each time the run went back.
+        best_score, best_epoch: of the evaluation; -1 for none.
+        waited: evaluated epochs since then.
+        loss_sums, loss_steps: of the current epoch.
+    """
+
+    micro_batch: int
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    rate_scale: float = 1.0
+    went_back: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
+    best_score: float = -1.0
+    best_epoch: int = -1
+    waited: int = 0
+    finished: str = ""
+    loss_sums: dict[str, float] = field(default_factory=dict)
+    loss_steps: int = 0
+
+    def take(self, saved: Mapping[str, Any]) -> None:
+        """Become what was saved."""
+        for key, value in saved.items():
+            setattr(self, key, dict(value) if isinstance(value, dict) else value)
+
+
+@dataclass(slots=True)
+class Learner:
+    """Everything that learns, on its device.
+
+    Attributes:
+        model: in training mode but for what is frozen.
+        average: its moving average, which is evaluated and deployed.
+        stepper: the optimizer.
+        criterion: the losses.
+        spec: for the denoising group.
+        device: where it lies.
+        autocast: type of the network's arithmetic, or None for float32.
+        norms: running statistics, to take a forward pass back.
+    """
+
+    model: RTDETR
+    average: MovingAverage
+    stepper: Stepper
+    criterion: Criterion
+    spec: ModelSpec
+    device: torch.device
+    autocast: torch.dtype | None
+    norms: NormStatistics
+
+    def train_mode(self) -> None:
+        """Switch to training; norms whose parameters are all frozen keep their statistics."""
+        self.model.train()
+        for module in self.model.modules():
+            own = list(module.parameters(recurse=False))
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and own and not any(p.requires_grad for p in own):
+                module.eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all tensors."""
+        return {
+            "model": dict(self.model.state_dict()),
+            "average": dict(self.average.module.state_dict()),
+            "stepper": self.stepper.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned, in place."""
+        self.model.load_state_dict(state["model"])
+        self.average.module.load_state_dict(state["average"])
+        self.stepper.load_state_dict(state["stepper"])
+
+
+@dataclass(frozen=True, slots=True)
+class LoopOptions:
+    """What the loop needs to know besides the plan.
+
+    Attributes:
+        seed: of the run.
+        patience: evaluated epochs without a better score before the end; 0 for never.
+        checkpoint_seconds: between saves within an epoch.
+        checkpoint_steps: the same in steps; 0 for none.
+        identity: what the checkpoint must match when it is resumed: settings and dataset fingerprint.
+        rank, world_size: of this process.
+    """
+
+    seed: int
+    patience: int = 0
+    checkpoint_seconds: float = 300.0
+    checkpoint_steps: int = 0
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    rank: int = 0
+    world_size: int = 1
+
+
+class StopFlag:
+    """Set by a signal handler, read by the loop between steps."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __bool__(self) -> bool:
+        return self.number != 0
+
+
+# ---- the loop ---------------------------------------------------------------------------------------------------
+
+
+def train(
+    learner: Learner,
+    place: Place,
+    *,
+    loader: TrainLoader,
+    plan: Plan,
+    options: LoopOptions,
+    folder: RunFolder,
+    evaluate_model: Callable[[nn.Module], Mapping[str, float]],
+    write_best: Callable[[nn.Module, Mapping[str, float], int], None],
+    stop: StopFlag,
+) -> Iterator[Report]:
+    """Train from `place` to the end of the plan.
+
+    Args:
+        learner: what learns; changed in place.
+        place: where to begin; changed in place.
+        loader: gives effective batches.
+        plan: rates, moving average, augmentation and scales by step and epoch.
+        options: seed, patience, saves.
+        folder: where `metrics.csv` and `last.ckpt` go.
+        evaluate_model: measures a model on the val split; must leave no trace in the model's tensors.
+        write_best: writes the model that deploys, with its metrics and epoch.
+        stop: set by a signal; the step in hand is finished and saved.
+
+    Yields:
+        Reports in the order of events.
+
+    Raises:
+        Interrupted: `stop` was set; the checkpoint is written.
+        RtdetrError: one picture does not fit into memory, the disk is full, or training diverged.
+    """
+    # ---- set up -------------------------------------------------------------------------------------------------
+    guard = Guard(folder.path, scaled=learner.stepper.scaled, in_a_row=place.in_a_row)
+    timing = _Timing()
+
+    def learned() -> Iterator[Report]:
+        """Read the figures of the step that was queued last."""
+        figures = guard.collect()
+        if figures is not None:
+            yield _account(place, figures, timing)
+            place.in_a_row = guard.in_a_row
+
+    def save(reason: str) -> SavedReport:
+        state = snapshot(learner, place, options.identity, folder.metrics_offset())
+        path = save_checkpoint(folder.path, state)
+        timing.saved_at = time.monotonic()
+        return SavedReport(path, reason, place.epoch, place.step)
+
+    if not folder.checkpoint.exists():
+        # Whatever happens from here on, there is a state to go back to; and a full disk is known at once.
+        yield save("start")
+
+    while place.epoch < plan.epochs and not place.finished:
+        # ---- epoch ----------------------------------------------------------------------------------------------
+        epoch = place.epoch
+        timing.begin_epoch(learner.device)
+        learner.train_mode()
+        batches = loader.epoch(epoch, strong=epoch < plan.strong_until, start=place.batch)
+        went_back = False
+
+        while place.batch < plan.steps_per_epoch:
+            # ---- batch ------------------------------------------------------------------------------------------
+            timing.begin_step()
+            try:
+                batch = next(batches)
+            except (RuntimeError, OSError):
+                # A Ctrl-C reaches the loader's workers as well; what they drop has not been used yet.
+                if not stop:
+                    raise
+                batch = None
+            timing.got_batch()
+            if batch is None:
+                break
+            share = plan.rate(place.step) * place.rate_scale
+            learner.stepper.set_rate(share)
+            size = step_size(plan, epoch=epoch, step=place.step, seed=options.seed)
+            group = step_denoising(learner, batch, step=place.step, seed=options.seed)
+            num_boxes = float(max(1, sum(len(labels) for labels in batch.labels)))
+
+            # ---- step -------------------------------------------------------------------------------------------
+            learner.norms.keep()
+            while True:
+                rows = memory.micro_batches(len(batch.labels), place.micro_batch)
+                try:
+                    names, terms = accumulate(learner, batch, rows=rows, size=size, group=group, num_boxes=num_boxes)
+                except Exception as error:
+                    if not memory.is_out_of_memory(error):
+                        raise
+                else:
+                    break
+                # Outside the handler, whose traceback would hold on to the memory.
+                learner.stepper.zero_grad()
+                learner.norms.restore()
+                memory.release(learner.device)
+                before = max(r.stop - r.start for r in rows)
+                place.micro_batch = memory.smaller(before, where=str(learner.device))
+                yield MemoryReport(place.step, before, place.micro_batch)
+            yield from learned()
+            found_inf, norm = learner.stepper.step(terms.sum())
+            scale = learner.stepper.scale.clone() if learner.stepper.scaled else learner.stepper.scale
+            learner.norms.restore_where(found_inf)
+            learner.average.update(plan.ema_weight(place.step + 1))
+            learner.stepper.zero_grad()
+
+            # ---- log --------------------------------------------------------------------------------------------
+            guard.submit(
+                epoch=epoch,
+                index=place.batch,
+                step=place.step,
+                names=names,
+                terms=terms,
+                found_inf=found_inf,
+                norm=norm,
+                scale=scale,
+                batch=batch,
+                rows=rows,
+            )
+            timing.end_step(place.step, lr=plan.lr * share, device=learner.device, replaced=batch.replaced)
+            place.batch += 1
+            place.step += 1
+
+            if guard.must_go_back():
+                rate_scale, times, best = (
+                    place.rate_scale / 2,
+                    place.went_back + 1,
+                    (place.best_score, place.best_epoch),
+                )
+                if times > GO_BACKS:
+                    raise diverged(guard.in_a_row, place.rate_scale, folder.path)
+                at = place.step
+                state, _ = load_checkpoint(folder.path)
+                restore(learner, place, state, folder)
+                place.rate_scale, place.went_back, place.in_a_row = rate_scale, times, 0
+                place.best_score, place.best_epoch = max(best, (place.best_score, place.best_epoch))
+                guard.forget()
+                yield WentBackReport(at, place.step, rate_scale)
+                went_back = True
+                break
+
+            # ---- save -------------------------------------------------------------------------------------------
+            due = "steps" if options.checkpoint_steps and place.step % options.checkpoint_steps == 0 else ""
+            if time.monotonic() - timing.saved_at > options.checkpoint_seconds:
+                due = "time"
+            if stop:
+                break
+            if due:
+                yield from learned()
+                yield save(due)
+
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
+        if went_back:
+            continue
+        yield from learned()
+        if stop:
+            yield save("stop")
+            raise Interrupted(stop.number, step=place.step, folder=folder.path)
+        timing.end_training()
+
+        # ---- evaluate -------------------------------------------------------------------------------------------
+        metrics: Mapping[str, float] | None = None
+        improved = False
+        if plan.evaluates(epoch):
+            try:
+                metrics = evaluate_model(learner.average.module)
+            except EvaluationStopped:
+                # The epoch's steps are made and nothing is counted yet: a resumed run begins with the evaluation.
+                yield save("stop")
+                raise Interrupted(stop.number, step=place.step, folder=folder.path) from None
+            score = metrics.get(SCORE, -1.0)
+            score = score if score == score else -1.0
+            better = score > place.best_score
+            # Among equals the later one: a run that has not found anything yet has at least learned longer.
+            improved = better or score == place.best_score or place.best_epoch < 0
+            place.waited = 0 if better else place.waited + 1
+            if improved:
+                place.best_score, place.best_epoch = score, epoch
+                write_best(learner.average.module, metrics, epoch)
+        report = timing.epoch_report(plan, place, metrics, improved, learner)
+        folder.add_metrics(_row(report))
+        yield report
+
+        # ---- save -----------------------------------------------------------------------------------------------
+        place.epoch, place.batch = epoch + 1, 0
+        place.loss_sums, place.loss_steps = {}, 0
+        if options.patience and place.waited >= options.patience:
+            place.finished = "patience"
+        elif place.epoch == plan.epochs:
+            place.finished = "done"
+        yield save("epoch")
+        if stop and not place.finished:
+            raise Interrupted(stop.number, step=place.step, folder=folder.path)
+
+    yield FinishedReport(place.finished or "done", place.epoch, place.best_score, place.best_epoch)
+
+
+# ---- one step ---------------------------------------------------------------------------------------------------
+
+
+def accumulate(
+    learner: Learner,
+    batch: Batch,
+    *,
+    rows: Sequence[slice],
+    size: tuple[int, int],
+    group: DenoisingGroup | None,
+    num_boxes: float,
+) -> tuple[tuple[str, ...], Tensor]:
+    """Add up the gradients of one effective batch, a micro-batch at a time.
+
+    Args:
+        learner: its model's gradients are added to.
+        batch: the effective batch.
+        rows: micro-batches.
+        size: (height, width) to train at in pixels.
+        group: denoising queries of the whole batch, on the CPU.
+        num_boxes: normaliser of the whole batch.
+
+    Returns:
+        Names of the loss terms, and their values, (micro-batches, terms) float32 on the device, detached.
+    """
+    device = learner.device
+    images = batch.images.to(device, non_blocking=True)
+    boxes, labels = targets_on(device, batch)
+    group = group.to(device) if group is not None else None
+    names: tuple[str, ...] = ()
+    kept = []
+    for part in rows:
+        inputs = as_input(images[part], size)
+        with torch.autocast(device.type, learner.autocast, enabled=learner.autocast is not None):
+            outputs = learner.model(inputs, group.rows(part) if group is not None else None)
+        terms = learner.criterion(outputs, boxes[part], labels[part], num_boxes=num_boxes)
+        names = tuple(terms)
+        stacked = torch.stack(list(terms.values()))
+        (stacked.sum() * learner.stepper.scale).backward()
+        kept.append(stacked.detach())
+    return names, torch.stack(kept)
+
+
+def as_input(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Turn uint8 pictures on the device into the network's input.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+        size: (height, width) to resize to, with antialiased bilinear filtering as everywhere else.
+
+    Returns:
+        (B, 3, *size) float32 from 0 to 1, channels last.
+    """
+    inputs = images.to(torch.float32, memory_format=torch.channels_last) / 255
+    if inputs.shape[-2:] != torch.Size(size):
+        inputs = functional.interpolate(inputs, size=size, mode="bilinear", antialias=True, align_corners=False)
+        inputs = inputs.clamp_(0, 1).contiguous(memory_format=torch.channels_last)
+    return inputs
+
+
+def targets_on(device: torch.device, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+    """Move boxes and labels to the device, in one transfer each."""
+    if device.type == "cpu":
+        return list(batch.boxes_cxcywh), list(batch.labels)
+    counts = [len(labels) for labels in batch.labels]
+    boxes = torch.cat(list(batch.boxes_cxcywh)).pin_memory().to(device, non_blocking=True)
+    labels = torch.cat(list(batch.labels)).pin_memory().to(device, non_blocking=True)
+    return list(boxes.split(counts)), list(labels.split(counts))
+
+
+def step_size(plan: Plan, *, epoch: int, step: int, seed: int) -> tuple[int, int]:
+    """Draw the (height, width) of a step from (seed, step)."""
+    base = plan.scales[len(plan.scales) // 2]
+    if epoch >= plan.multi_scale_until:
+        return base
+    return random.Random(f"scale {seed} {step}").choice(plan.scales)
+
+
+def step_denoising(learner: Learner, batch: Batch, *, step: int, seed: int) -> DenoisingGroup | None:
+    """Draw the denoising queries of an effective batch from (seed, step), on the CPU."""
+    spec = learner.spec
+    if not spec.denoising:
+        return None
+    digest = hashlib.sha256(f"denoising {seed} {step}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return draw_denoising(
+        batch.boxes_cxcywh,
+        batch.labels,
+        num_classes=learner.model.num_classes,
+        queries=spec.queries,
+        wanted=spec.denoising,
+        label_noise=spec.label_noise,
+        box_noise=spec.box_noise,
+        generator=generator,
+    )
+
+
+def worst_batch(plan: Plan, *, most_boxes: int, num_classes: int, seed: int = 0) -> Batch:
+    """Make a batch of noise with as many boxes in each picture as the fullest one has.
+
+    It is given at the largest scale, so that no resizing comes before the step.
+    """
+    height, width = plan.scales[-1] if plan.multi_scale_until else plan.scales[len(plan.scales) // 2]
+    generator = torch.Generator().manual_seed(seed)
+    count = plan.effective_batch
+    images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
+    boxes = [torch.rand((most_boxes, 4), generator=generator) * 0.25 + 0.25 for _ in range(count)]
+    labels = [torch.randint(0, num_classes, (most_boxes,), generator=generator) for _ in range(count)]
+    return Batch(images, tuple(boxes), tuple(labels), tuple(range(count)), ())
+
+
+def worst_step(learner: Learner, plan: Plan, *, most_boxes: int, micro_batch: int, parts: int | None = None) -> None:
+    """Run forward and backward at the largest scale with the most boxes; nothing is left of it.
+
+    Args:
+        learner: left as it was.
+        plan: for scales and batch.
+        most_boxes: in one picture of the dataset.
+        micro_batch: pictures at once.
+        parts: micro-batches to run; all of them if None.
+    """
+    batch = worst_batch(plan, most_boxes=most_boxes, num_classes=learner.model.num_classes)
+    learner.train_mode()
+    learner.norms.keep()
+    size = (int(batch.images.shape[-2]), int(batch.images.shape[-1]))
+    group = step_denoising(learner, batch, step=0, seed=0)
+    num_boxes = float(max(1, most_boxes * plan.effective_batch))
+    rows = memory.micro_batches(plan.effective_batch, micro_batch)[:parts]
+    try:
+        accumulate(learner, batch, rows=rows, size=size, group=group, num_boxes=num_boxes)
+        if learner.device.type == "cuda":
+            torch.cuda.synchronize(learner.device)
+    finally:
+        learner.stepper.zero_grad()
+        learner.norms.restore()
+        memory.release(learner.device)
+
+
+# ---- saving and going back --------------------------------------------------------------------------------------
+
+
+def snapshot(learner: Learner, place: Place, identity: Mapping[str, Any], metrics_offset: int) -> dict[str, Any]:
+    """Gather everything that a run needs to go on."""
+    return {
+        "identity": dict(identity),
+        "place": asdict(place),
+        "learner": learner.state_dict(),
+        "generators": _generators(),
+        "metrics_offset": metrics_offset,
+    }
+
+
+def restore(learner: Learner, place: Place, state: Mapping[str, Any], folder: RunFolder) -> None:
+    """Become what `snapshot` gathered; rows of `metrics.csv` written since are taken back."""
+    learner.load_state_dict(state["learner"])
+    place.take(state["place"])
+    _set_generators(state["generators"])
+    folder.truncate_metrics(state["metrics_offset"])
+
+
+def _generators() -> dict[str, Any]:
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (str(name), torch.from_numpy(np.asarray(keys).copy()), int(position), int(has_gauss), float(gauss)),
+        "python": random.getstate(),
+    }
+
+
+def _set_generators(saved: Mapping[str, Any]) -> None:
+    torch.set_rng_state(saved["torch"])
+    if torch.cuda.is_available() and len(saved["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(saved["cuda"])
+    name, keys, position, has_gauss, gauss = saved["numpy"]
+    np.random.set_state((name, keys.numpy(), position, has_gauss, gauss))
+    version, state, gauss_next = saved["python"]
+    random.setstate((version, tuple(state), gauss_next))
+
+
+# ---- accounts ---------------------------------------------------------------------------------------------------
+
+
+class _Stopwatch(NamedTuple):
+    seconds: float
+    waited: float
+    lr: float
+    memory_bytes: int
+    replaced: tuple[tuple[int, str], ...]
+
+
+class _Timing:
+    """Seconds and bytes of steps and epochs."""
+
+    def __init__(self) -> None:
+        now = time.monotonic()
+        self.saved_at = self.epoch_at = self.step_at = self.batch_at = now
+        self.steps: dict[int, _Stopwatch] = {}
+        self.waited = self.trained = 0.0
+        self.lr = 0.0
+
+    def begin_epoch(self, device: torch.device) -> None:
+        self.epoch_at = time.monotonic()
+        self.waited = self.trained = 0.0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def begin_step(self) -> None:
+        self.step_at = time.monotonic()
+
+    def got_batch(self) -> None:
+        self.batch_at = time.monotonic()
+        self.waited += self.batch_at - self.step_at
+
+    def end_step(self, step: int, *, lr: float, device: torch.device, replaced: tuple[tuple[int, str], ...]) -> None:
+        now = time.monotonic()
+        self.lr = lr
+        self.steps[step] = _Stopwatch(
+            now - self.step_at, self.batch_at - self.step_at, lr, peak_bytes(device), replaced
+        )
+
+    def end_training(self) -> None:
+        self.trained = time.monotonic() - self.epoch_at
+
+    def epoch_report(
+        self, plan: Plan, place: Place, metrics: Mapping[str, float] | None, improved: bool, learner: Learner
+    ) -> EpochReport:
+        steps = max(1, place.loss_steps)
+        terms = {name: total / steps for name, total in place.loss_sums.items()}
+        return EpochReport(
+            epoch=place.epoch,
+            epochs=plan.epochs,
+            step=place.step,
+            lr=plan.lr * plan.rate(place.step - 1) * place.rate_scale,
+            loss=sum(terms.values()) if place.loss_steps else float("nan"),
+            terms=terms,
+            metrics=metrics,
+            improved=improved,
+            best_score=place.best_score,
+            best_epoch=place.best_epoch,
+            seconds=time.monotonic() - self.epoch_at,
+            waited_share=self.waited / self.trained if self.trained > 0 else 0.0,
+            memory_bytes=peak_bytes(learner.device),
+        )
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the peak of memory on a CUDA device, or this process's resident memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _account(place: Place, figures: Figures, timing: _Timing) -> StepReport | SkippedReport:
+    watch = timing.steps.pop(figures.step)
+    if figures.skipped is not None:
+        place.skipped += 1
+        return SkippedReport(figures.epoch, figures.step, figures.skipped)
+    for name, value in figures.terms.items():
+        place.loss_sums[name] = place.loss_sums.get(name, 0.0) + value
+    place.loss_steps += 1
+    return StepReport(
+        epoch=figures.epoch,
+        index=figures.index,
+        step=figures.step,
+        loss=figures.loss,
+        terms=figures.terms,
+        norm=figures.norm,
+        lr=watch.lr,
+        seconds=watch.seconds,
+        waited=watch.waited,
+        memory_bytes=watch.memory_bytes,
+        replaced=watch.replaced,
+    )
+
+
+def _row(report: EpochReport) -> dict[str, float | int | None]:
+    row: dict[str, float | int | None] = {
+        "epoch": report.epoch + 1,
+        "step": report.step,
+        "lr": report.lr,
+        "loss": report.loss,
+    }
+    row.update({name: (report.metrics or {}).get(name) for name in METRICS})
+    row.update(report.terms)
+    return row

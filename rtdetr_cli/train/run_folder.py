@@ -1,0 +1,183 @@
+"""The folder of one run: what lies in it, and who may write it when."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rtdetr_cli.errors import RtdetrError, UsageError
+from rtdetr_cli.train.checkpoint import CHECKPOINT, sync_folder
+
+BEST = "best.safetensors"
+CONFIG = "config.toml"
+MANIFEST = "manifest.json"
+METRICS = "metrics.csv"
+LOG = "train.log"
+
+
+class RunFolder:
+    """One run on disk: `config.toml`, `manifest.json`, `metrics.csv`, `train.log`, weights and evidence.
+
+    `metrics.csv` holds nothing that depends on the clock, so that two runs of the same settings write the same bytes;
+    times and memory go to `train.log`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, out: Path, *, name: str, stem: str) -> RunFolder:
+        """Make a new folder: `out/name`, or `out/stem-NN` with the next free number.
+
+        Raises:
+            UsageError: a run of that name exists.
+            RtdetrError: the folder cannot be made or written.
+        """
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if name:
+                path = out / name
+                refuse_existing(out, name)
+                path.mkdir(parents=True)
+            else:
+                path = _numbered(out, re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "run")
+            probe = path / ".probe"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise RtdetrError(
+                f"the output folder {out} cannot be written: {error.strerror or error}",
+                hint="--out DIR names another",
+                code="not-writable",
+            ) from error
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open the folder of a run that was begun.
+
+        Raises:
+            UsageError: it is no run.
+        """
+        if not path.is_dir():
+            raise UsageError(
+                f"the run {path} does not exist", hint="--resume takes a folder of runs/", code="run-missing"
+            )
+        if not (path / CONFIG).is_file() or not (path / MANIFEST).is_file():
+            raise UsageError(
+                f"{path} is not a run of rtdetr train: it has no {CONFIG}",
+                hint="rtdetr train --weights FILE starts a new run from a model file",
+                code="run-missing",
+            )
+        return cls(path)
+
+    @property
+    def best(self) -> Path:
+        """The model to deploy."""
+        return self.path / BEST
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file to resume from."""
+        return self.path / CHECKPOINT
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a small text file whole: aside, synced, renamed."""
+        partial, final = self.path / f".{name}.partial", self.path / name
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, final)
+        sync_folder(self.path)
+        return final
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Write `manifest.json`."""
+        self.write(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, default=str) + "\n")
+
+    def manifest(self) -> dict[str, Any]:
+        """Read `manifest.json`."""
+        found: dict[str, Any] = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        return found
+
+    # ---- metrics.csv ------------------------------------------------------------------------------------------
+
+    def metrics_offset(self) -> int:
+        """Return the length of `metrics.csv` in bytes."""
+        path = self.path / METRICS
+        return path.stat().st_size if path.exists() else 0
+
+    def truncate_metrics(self, offset: int) -> None:
+        """Take back every row after `offset`: the epochs that are going to be run again."""
+        path = self.path / METRICS
+        if path.exists() and path.stat().st_size > offset:
+            with path.open("r+b") as file:
+                file.truncate(offset)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def add_metrics(self, row: Mapping[str, float | int | None]) -> None:
+        """Append one epoch; the first row makes the heading, later ones follow it."""
+        path = self.path / METRICS
+        heading = self._heading()
+        with path.open("a", encoding="utf-8", newline="") as file:
+            if not heading:
+                heading = list(row)
+                file.write(",".join(heading) + "\n")
+            file.write(",".join(_cell(row.get(key)) for key in heading) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _heading(self) -> list[str]:
+        path = self.path / METRICS
+        if not path.exists():
+            return []
+        with path.open(encoding="utf-8") as file:
+            first = file.readline().rstrip("\n")
+        return first.split(",") if first else []
+
+    # ---- train.log --------------------------------------------------------------------------------------------
+
+    def log(self, line: str) -> None:
+        """Append a line, with the time, to `train.log`."""
+        with (self.path / LOG).open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+
+
+def refuse_existing(out: Path, name: str) -> None:
+    """Refuse a name that is taken, or is no name of a folder.
+
+    Raises:
+        UsageError: so it is.
+    """
+    if Path(name).name != name or name in (".", ".."):
+        raise UsageError(f"--name {name} is not the name of a folder", hint="--out DIR says where it lies")
+    if (out / name).exists():
+        raise UsageError(
+            f"the run {out / name} exists",
+            hint=f"another --name, or rtdetr train --resume {out / name}",
+            code="run-exists",
+        )
+
+
+def _numbered(out: Path, stem: str) -> Path:
+    taken = [int(m[1]) for p in out.iterdir() if (m := re.fullmatch(rf"{re.escape(stem)}-(\d+)", p.name))]
+    number = max(taken, default=0) + 1
+    while True:
+        path = out / f"{stem}-{number:02d}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
+def _cell(value: float | int | None) -> str:
+    return "" if value is None else repr(value)
