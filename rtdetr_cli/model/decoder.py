@@ -35,14 +35,18 @@ class Anchors(NamedTuple):
 
 
 def anchor_table(
-    shapes: Sequence[tuple[int, int]], device: torch.device | None = None, margin: float = 1e-2
+    shapes: Sequence[tuple[int, int]],
+    device: torch.device | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    margin: float = 1e-2,
 ) -> Anchors:
-    """Return the anchors of maps of these (height, width), in float32 whatever the model's type."""
+    """Return the anchors of maps of these (height, width); half precision would be too coarse for them."""
     levels = []
     for i, (height, width) in enumerate(shapes):
-        y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
-        x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
-        side = torch.full((height, width), 0.05 * 2.0**i, device=device)
+        y = (torch.arange(height, dtype=dtype, device=device) + 0.5) / height
+        x = (torch.arange(width, dtype=dtype, device=device) + 0.5) / width
+        side = torch.full((height, width), 0.05 * 2.0**i, dtype=dtype, device=device)
         boxes = torch.stack([x.expand(height, width), y[:, None].expand(height, width), side, side], -1)
         levels.append(boxes.reshape(1, height * width, 4))
     boxes = torch.cat(levels, 1)
@@ -226,18 +230,22 @@ class Decoder(nn.Module):
         levels = self._tables.get(("levels", shapes, device), lambda: Levels.of(shapes, self.num_points, device))
         return torch.cat([x.flatten(2).transpose(1, 2) for x in projected], 1), levels
 
-    def _anchors(self, levels: Levels, device: torch.device) -> Anchors:
+    def _anchors(self, levels: Levels, like: Tensor) -> Anchors:
+        """Return the anchors of these levels on the device of `like`, in its type but at least float32."""
+        device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
         if not self.training and levels.shapes in self._published_anchors:
             published = self._published_anchors[levels.shapes]
             return self._tables.get(
-                ("published", levels.shapes, device),
-                lambda: Anchors(published.logits.to(device), published.valid.to(device)),
+                ("published", levels.shapes, device, dtype),
+                lambda: Anchors(published.logits.to(device, dtype), published.valid.to(device)),
             )
-        return self._tables.get(("anchors", levels.shapes, device), lambda: anchor_table(levels.shapes, device))
+        return self._tables.get(
+            ("anchors", levels.shapes, device, dtype), lambda: anchor_table(levels.shapes, device, dtype=dtype)
+        )
 
     def _select(self, memory: Tensor, levels: Levels, queries: int) -> tuple[Tensor, Tensor, LayerOutput | None]:
         """Return content (B, Q, C), boxes (B, Q, 4) as logits, both detached, and what the encoder loss judges."""
-        anchors = self._anchors(levels, memory.device)
+        anchors = self._anchors(levels, memory)
         tokens = self.enc_output(anchors.valid.to(memory.dtype) * memory)  # (B, N, C)
         logits = self.enc_score_head(tokens)  # (B, N, K)
         best = logits.max(-1).values.topk(min(queries, logits.shape[1]), dim=1).indices  # (B, Q)
