@@ -24,7 +24,7 @@ from rtdetr_cli.data.records import Category
 from rtdetr_cli.data.text import MAX_BYTES, Oddities, read_text
 
 _BLANK = re.compile(r"[ \t\n\r]*").match
-_scan = json.JSONDecoder().scan_once
+_scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 _INT64 = 1 << 63
 _INT32 = 1 << 31
 
@@ -235,9 +235,9 @@ def read_coco(dataset: RawDataset, files: dict[str, tuple[Path, Path]]) -> None:
     for split, (path, _) in files.items():
         shown = dataset.show(path)
         dataset.label_paths[shown] = path
-        document = _read_document(path, shown, split, dataset.findings, oddities)
-        if document is not None:
-            documents[split] = document
+        read = _read_document(path, shown, split, dataset.findings, oddities)
+        if read is not None:
+            documents[split] = read
     oddities.report(dataset.findings)
     names = _categories(documents, dataset.findings)
     ids = sorted(names)
@@ -406,7 +406,7 @@ def _split(document: _Document, text: str, labels: dict[int, int], root: Path) -
     box_keys, _ = _keys(document.box_images)
     category_keys, _ = _keys(document.box_categories)
     pictures = np.fromiter((position_of.get(k, -1) for k in box_keys), np.int64, len(box_keys))  # type: ignore[arg-type]
-    classes = np.fromiter((labels.get(k, -1) for k in category_keys), np.int64, len(category_keys))  # type: ignore[call-overload]
+    classes = np.fromiter((labels.get(k, -1) for k in category_keys), np.int64, len(category_keys))  # type: ignore[arg-type]
     annotation_keys, odd = _keys(document.annotation_ids)
     if odd:
         row = odd[0]
@@ -530,5 +530,5 @@ def sound_name(name: str) -> bool:
 
 
 def _native(name: str) -> str:
-    """Return a file name with this system's separators: files made on Windows say `images\\a.jpg`."""
+    """Return a file name with this system's separators: files made on Windows have the other one."""
     return name if "\\" not in name else name.replace("\\", "/")

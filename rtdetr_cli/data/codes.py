@@ -42,7 +42,7 @@ _TABLE = (
         "picture-missing",
         "error",
         "a listed picture is not on disk",
-        "The labels name a picture that does not exist. Training would stop in the middle of an epoch when it is drawn.",
+        "The labels name a picture that does not exist. Training would stop in the middle of an epoch.",
         "put the picture back, remove its entry, or name the right folder with --images",
         _LEAVE_OUT,
     ),
@@ -91,8 +91,8 @@ _TABLE = (
         "picture-outside",
         "error",
         "a picture outside the dataset's folder",
-        "The path leaves the dataset's folder by `..`, as an absolute path, or through a link. A dataset from elsewhere "
-        "could name any file of this machine, and a copy of the folder would lack the picture.",
+        "The path leaves the dataset's folder by `..`, as an absolute path, or through a link. A dataset from "
+        "elsewhere could name any file of this machine, and a copy of the folder would lack the picture.",
         "move the picture into the folder, or name the folder of the pictures with --images",
         _LEAVE_OUT,
     ),
@@ -134,8 +134,8 @@ _TABLE = (
         "picture-exif-orientation",
         "info",
         "pictures turned by their EXIF orientation",
-        "The stored pixels are turned or mirrored when the picture is opened. Training, evaluation, prediction and this "
-        "check all apply it, so boxes refer to the upright picture.",
+        "The stored pixels are turned or mirrored when the picture is opened. Training, evaluation, prediction and "
+        "this check all apply it, so boxes refer to the upright picture.",
         "check one with --html",
     ),
     Code(
@@ -283,8 +283,8 @@ _TABLE = (
         "box-inverted",
         "error",
         "a box of negative width or height",
-        "Its right edge lies left of its left edge, or its bottom above its top. Swapped corners and a wrong convention "
-        "(corners read as width and height) look the same.",
+        "Its right edge lies left of its left edge, or its bottom above its top. Swapped corners and a wrong "
+        "convention (corners read as width and height) look the same.",
         "correct or remove the box",
         _DROP,
     ),
@@ -300,7 +300,7 @@ _TABLE = (
         "box-outside",
         "error",
         "a box wholly outside its picture",
-        "No pixel of the picture lies in the box: it belongs to another picture, or coordinates and sizes are mixed up.",
+        "No pixel of the picture lies in the box: it belongs to another picture, or coordinates are mixed up.",
         "correct or remove the box",
         _DROP,
     ),
@@ -401,6 +401,13 @@ _TABLE = (
         "one category id with two names",
         "Two entries or two splits give the same id different names, so a label has two meanings.",
         "give both splits the same categories",
+    ),
+    Code(
+        "category-count",
+        "error",
+        "a number of classes that is not that of the names",
+        "`nc` and the list of names disagree, so labels may speak of classes without a name.",
+        "correct nc or the names",
     ),
     Code(
         "category-malformed",
@@ -562,7 +569,8 @@ _TABLE = (
         "label-missing",
         "warning",
         "a picture without a label file",
-        "It counts as a picture without objects. An empty label file says so on purpose; a missing one may be an accident.",
+        "It counts as a picture without objects. An empty label file says so on purpose; a missing one may be an "
+        "accident.",
         "add an empty label file if there is nothing on it",
         "writes an empty label file",
     ),
@@ -589,6 +597,14 @@ _TABLE = (
         "YOLO labels run from 0 to 1. The box is clipped to the picture.",
         "clip it with --fix",
         "clips the box to the picture",
+    ),
+    Code(
+        "yolo-path",
+        "warning",
+        "a path: that does not exist",
+        "`path:` names a folder of another machine. The folder of the data.yaml is used.",
+        "correct or remove path:",
+        "removes the line",
     ),
     Code(
         "voc-filename",
@@ -637,8 +653,8 @@ _TABLE = (
         "split-made",
         "info",
         "no val split: one was drawn",
-        "One part of the pictures, drawn with the seed, is kept for measuring. Pictures that look alike may fall on both "
-        "sides.",
+        "One part of the pictures, drawn with the seed, is kept for measuring. Pictures that look alike may fall on "
+        "both sides.",
         "make leak-free splits with --resplit",
     ),
 )

@@ -37,7 +37,9 @@ class RawSplit:
         annotation_ids: (M,) int64.
         box_lines: (M,) int32.
         box_entries: (M,) int32.
+        said_beyond: (M,) bool, boxes that the reader has already called beyond the picture.
         usable: (N,) bool, False once a check found that the picture cannot be used.
+        shares: True while boxes and areas are shares of the picture, which are scaled once its size is known.
     """
 
     split: str
@@ -57,11 +59,14 @@ class RawSplit:
     annotation_ids: NDArray[np.int64]
     box_lines: NDArray[np.int32]
     box_entries: NDArray[np.int32]
+    said_beyond: NDArray[np.bool_] = field(init=False)
+    shares: bool = field(default=False, init=False)
     declared: NDArray[np.bool_] = field(init=False)
     usable: NDArray[np.bool_] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.declared = (self.sizes_wh > 0).all(1)
+        self.declared = np.all(self.sizes_wh > 0, axis=1)
+        self.said_beyond = np.zeros(len(self.box_pictures), np.bool_)
         self.usable = np.ones(len(self.file_names), np.bool_)
 
     def __len__(self) -> int:
@@ -85,6 +90,18 @@ class RawSplit:
         x1, y1, x2, y2 = self.boxes_xyxy_px[box].tolist()
         return Spot(self.split, int(self.box_pictures[box]), int(self.box_entries[box]), (x1, y1, x2, y2))
 
+    def scale_shares(self) -> None:
+        """Turn shares into pixels; boxes of pictures whose size is not known are dropped."""
+        if not self.shares:
+            return
+        self.shares = False
+        sizes = self.sizes_wh[self.box_pictures].astype(np.float64)
+        self.boxes_xyxy_px = self.boxes_xyxy_px * np.concatenate([sizes, sizes], 1)
+        self.areas = self.areas * sizes[:, 0] * sizes[:, 1]
+        known = sizes[:, 0] > 0
+        if not known.all():
+            self.keep_boxes(known)
+
     def keep_boxes(self, keep: NDArray[np.bool_]) -> None:
         """Drop the boxes where `keep` is False."""
         for name in _BOX_ROWS:
@@ -107,7 +124,14 @@ _BOX_ROWS = (
     "annotation_ids",
     "box_lines",
     "box_entries",
+    "said_beyond",
 )
+
+PICTURE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".avif", ".jp2", ".tga", ".ico"),
+)
+"""What a file in a folder of pictures must end in, to count as one."""
 
 
 @dataclass(slots=True, eq=False)
@@ -137,9 +161,10 @@ class RawDataset:
     def show(self, path: Path) -> str:
         """Return a path for people: relative to the dataset's folder where it lies below it."""
         try:
-            return str(path.relative_to(self.folder))
+            shown = str(path.relative_to(self.folder))
         except ValueError:
             return str(path)
+        return shown if shown != "." else str(path)
 
 
 @dataclass(slots=True)
@@ -159,6 +184,7 @@ class Rows:
     annotation_ids: list[int] = field(default_factory=list)
     box_lines: list[int] = field(default_factory=list)
     box_entries: list[int] = field(default_factory=list)
+    said_beyond: list[int] = field(default_factory=list)
 
     def add_picture(self, file_name: str, *, image_id: int, size_wh: tuple[int, int], label_file: str) -> int:
         """Add a picture and return its position; an empty `label_file` stands for none."""
@@ -181,8 +207,11 @@ class Rows:
         area: float = float("nan"),
         crowd: bool = False,
         annotation_id: int = 0,
+        beyond: bool = False,
     ) -> None:
-        """Add a box; `annotation_id` 0 stands for none."""
+        """Add a box; `annotation_id` 0 stands for none, `beyond` for a box already called beyond the picture."""
+        if beyond:
+            self.said_beyond.append(len(self.boxes))
         self.box_pictures.append(picture)
         self.boxes.append(box_xyxy_px)
         self.labels.append(label)
@@ -198,7 +227,7 @@ class Rows:
         annotation_ids = np.asarray(self.annotation_ids, np.int64)
         if not annotation_ids.all() or len(np.unique(annotation_ids)) != len(annotation_ids):
             annotation_ids = np.arange(1, len(annotation_ids) + 1, dtype=np.int64)
-        return RawSplit(
+        split = RawSplit(
             split=name,
             root=root,
             label_files=self.label_files,
@@ -217,3 +246,5 @@ class Rows:
             box_lines=np.asarray(self.box_lines, np.int32),
             box_entries=np.asarray(self.box_entries, np.int32),
         )
+        split.said_beyond[self.said_beyond] = True
+        return split

@@ -10,11 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from rtdetr_cli.data.checks import check_boxes, check_files, check_structure, measure_pictures
+from rtdetr_cli.data.checks import (
+    check_boxes,
+    check_copies,
+    check_equal_splits,
+    check_files,
+    check_structure,
+    groups_by_path,
+    measure_pictures,
+)
 from rtdetr_cli.data.coco import read_coco
 from rtdetr_cli.data.raw import RawDataset, RawSplit
 from rtdetr_cli.data.records import Dataset, Finding, FlatStrings, Splits
 from rtdetr_cli.data.voc import VocSplit, read_voc
+from rtdetr_cli.data.yolo import read_yolo
 from rtdetr_cli.errors import DataError
 
 ROBOFLOW_FILE = "_annotations.coco.json"
@@ -64,6 +73,8 @@ def load_splits(
         raw.splits["val"].split = "val"
     check_boxes(raw)
     check_structure(raw)
+    groups = groups_by_path(raw)
+    check_copies(raw, groups, check_equal_splits(raw, groups))
     refuse_errors(raw)
     return to_splits(raw)
 
@@ -188,6 +199,7 @@ def take(split: RawSplit, pictures: np.typing.NDArray[np.bool_], name: str) -> R
         box_lines=split.box_lines[boxes],
         box_entries=split.box_entries[boxes],
     )
+    part.shares, part.said_beyond = split.shares, split.said_beyond[boxes]
     part.declared, part.usable = split.declared[pictures], split.usable[pictures]
     return part
 
@@ -211,12 +223,17 @@ def read_raw(source: Path, *, images: Path | None = None) -> RawDataset:
         suffix = source.suffix.lower()
         if suffix == ".json":
             return _coco_file(source, images)
+        if suffix in (".yaml", ".yml"):
+            return _yolo_file(source, images)
         raise DataError(f"{source} is not {_FORMATS}", hint="name the folder or its label file", code="format-unknown")
     return _folder(source, images)
 
 
 def _folder(folder: Path, images: Path | None) -> RawDataset:
     found: list[tuple[str, Path]] = []
+    yaml_file = _yaml_of(folder)
+    if yaml_file is not None:
+        found.append(("yolo", yaml_file))
     roboflow = {split: path for split, path in _split_folders(folder).items() if (path / ROBOFLOW_FILE).is_file()}
     if roboflow or (folder / ROBOFLOW_FILE).is_file():
         found.append(("roboflow", folder))
@@ -236,6 +253,8 @@ def _folder(folder: Path, images: Path | None) -> RawDataset:
         kinds = " and ".join(f"{kind} ({path.relative_to(folder) or '.'})" for kind, path in found)
         raise DataError(f"{folder} holds more than one dataset: {kinds}", hint="name the one that is meant")
     kind = found[0][0]
+    if yaml_file is not None:
+        return _yolo_file(yaml_file, images, source=folder)
     roots = _roots(folder, images)
     raw = RawDataset(source=folder, name=_name(folder), format=kind, folder=folder, roots=roots)
     if kind == "roboflow":
@@ -384,6 +403,34 @@ def _first_names(json_file: Path) -> list[str]:
         if len(names) >= 32:
             break
     return names
+
+
+# ---- YOLO
+
+
+def _yolo_file(path: Path, images: Path | None, *, source: Path | None = None) -> RawDataset:
+    home = path.parent
+    name = path.stem if path.stem not in ("data", "dataset") else _name(home)
+    raw = RawDataset(source=source or path, name=name, format="yolo", folder=home, roots=_roots(home, images))
+    read_yolo(raw, path, images)
+    return raw
+
+
+def _yaml_of(folder: Path) -> Path | None:
+    for name in ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml"):
+        if (folder / name).is_file():
+            return folder / name
+    files = [p for p in sorted(folder.glob("*.y*ml")) if p.suffix in (".yaml", ".yml") and _looks_like_yolo(p)]
+    return files[0] if len(files) == 1 else None
+
+
+def _looks_like_yolo(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1 << 16)
+    except OSError:
+        return False
+    return re.search(rb"^names\s*:", head, re.MULTILINE) is not None and b"train" in head
 
 
 # ---- VOC

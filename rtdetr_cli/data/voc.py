@@ -15,9 +15,9 @@ from xml.etree.ElementTree import Element, ParseError
 from defusedxml import ElementTree
 from defusedxml.common import DefusedXmlException
 
-from rtdetr_cli.data.codes import Findings, Spot
 from rtdetr_cli.data.coco import sound_name
-from rtdetr_cli.data.raw import RawDataset, Rows
+from rtdetr_cli.data.codes import Findings, Spot
+from rtdetr_cli.data.raw import PICTURE_SUFFIXES, RawDataset, Rows
 from rtdetr_cli.data.records import Category
 from rtdetr_cli.data.text import Oddities, read_text
 
@@ -48,7 +48,7 @@ def read_voc(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
     parsed: dict[str, list[tuple[str, str, Element | None, str]]] = {}
     for split, on_disk in splits.items():
         listing = _listing(on_disk.xml_folder)
-        entries = []
+        entries: list[tuple[str, str, Element | None, str]] = []
         for name in on_disk.names:
             path = on_disk.xml_folder / f"{name}.xml"
             shown = dataset.show(path)
@@ -312,21 +312,3 @@ def _object_lines(text: str) -> list[int]:
         last = match.start()
         lines.append(line)
     return lines
-
-
-PICTURE_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".avif",
-    ".jp2",
-    ".tga",
-    ".ico",
-)

@@ -1,0 +1,533 @@
+"""Read YOLO: a `data.yaml`, pictures in folders or lists, and one text file a picture.
+
+A line is `class cx cy w h` in shares of the picture, or `class x1 y1 x2 y2 ...`, a polygon, which becomes its
+bounding box. The YAML is read as plain text values: a class called `no` or `0101` stays what it is.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rtdetr_cli.data.coco import JSONFault, line_of, scan_value, sound_name
+from rtdetr_cli.data.codes import Findings, Spot
+from rtdetr_cli.data.raw import PICTURE_SUFFIXES, RawDataset, Rows
+from rtdetr_cli.data.records import Category
+from rtdetr_cli.data.text import MAX_BYTES, Oddities, read_text
+
+IDS_FILE = "rtdetr_ids.json"
+"""What our own writer keeps beside the labels: ids, areas and crowds, which YOLO has no place for."""
+
+_MAX_YAML_BYTES = 1 << 20
+_SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+_ROUNDING = 1e-3
+_CLASS_FILES = frozenset({"classes.txt", "labels.txt", "obj.names"})
+
+
+class _RepeatedKey(yaml.MarkedYAMLError):
+    """A key that stands twice in one mapping."""
+
+
+class _Plain(yaml.BaseLoader):
+    """Builds only text, lists and mappings, and refuses a key that appears twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise _RepeatedKey(problem=f"the key {key.value!r} appears twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+@dataclass(slots=True)
+class YoloFile:
+    """What a `data.yaml` says.
+
+    Attributes:
+        base: the folder that the splits' paths start from.
+        classes: class number in the label files -> name.
+        category_ids: class number -> the dataset's own id; the number itself unless our writer kept another.
+        splits: split -> the folders and lists it names.
+        keypoints: numbers that follow each box in a pose dataset.
+    """
+
+    base: Path
+    classes: dict[int, str]
+    category_ids: dict[int, int]
+    splits: dict[str, list[str]]
+    keypoints: int
+
+
+def read_yolo(dataset: RawDataset, path: Path, images: Path | None) -> None:
+    """Read a `data.yaml` and everything it names into `dataset`."""
+    oddities = Oddities()
+    shown = dataset.show(path)
+    dataset.label_paths[shown] = path
+    described = _read_yaml(dataset, path, shown, images, oddities)
+    if described is None:
+        return
+    numbers = sorted(described.classes, key=lambda n: described.category_ids[n])
+    dataset.categories = tuple(Category(described.category_ids[n], described.classes[n]) for n in numbers)
+    labels = {number: label for label, number in enumerate(numbers)}
+    kept = _read_ids(dataset, described.base, oddities)
+    first = 1
+    label_files: set[str] = set()
+    for split, entries in described.splits.items():
+        pictures = _pictures(dataset, described, split, entries, shown, oddities)
+        if pictures is None:
+            continue
+        rows = _split(dataset, described, split, pictures, labels, kept.get(split, {}), first, oddities, label_files)
+        dataset.splits[split] = rows.split(split, described.base)
+        dataset.splits[split].shares = True
+        first += len(pictures)
+    _orphans(dataset, described, label_files)
+    oddities.report(dataset.findings)
+
+
+# ---- data.yaml
+
+
+def _read_yaml(dataset: RawDataset, path: Path, shown: str, images: Path | None, oddities: Oddities) -> YoloFile | None:
+    findings = dataset.findings
+    text = read_text(path, shown, findings, oddities, limit=_MAX_YAML_BYTES)
+    if text is None:
+        return None
+    try:
+        document = yaml.load(text, _Plain)
+    except _RepeatedKey as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        findings.add("file-repeated-key", str(error.problem), file=shown, line=line)
+        return None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or "a character that YAML does not allow"
+        findings.add("file-malformed", f"is no valid YAML: {problem}", file=shown, line=mark.line + 1 if mark else 1)
+        return None
+    except RecursionError:
+        findings.add("file-bounds", "is nested too deeply", file=shown, line=1)
+        return None
+    except (ValueError, TypeError, AttributeError) as error:  # PyYAML on odd input, such as a mapping as a key
+        findings.add("file-malformed", f"is no valid YAML: {error}", file=shown, line=1)
+        return None
+    if not isinstance(document, dict):
+        findings.add("file-malformed", "holds no keys: it is not a data.yaml", file=shown, line=1)
+        return None
+    classes = _class_names(document, shown, text, findings)
+    if classes is None:
+        return None
+    base = _base(dataset, document, path, shown, text, images)
+    splits: dict[str, list[str]] = {}
+    for split, keys in _SPLIT_KEYS.items():
+        for key in keys:
+            value = document.get(key)
+            if value in (None, "", "null", "~"):
+                continue
+            entries = value if isinstance(value, list) else [value]
+            if not entries or not all(isinstance(entry, str) and sound_name(entry) for entry in entries):
+                findings.add(
+                    "file-malformed",
+                    f"says {key}: {str(value)[:60]}, which is no path and no list of paths",
+                    file=shown,
+                    line=_line(text, key),
+                )
+            else:
+                splits.setdefault(split, entries)
+    if "train" not in splits and not any(f.severity == "error" for f in findings):
+        findings.add("split-missing", "names no train split", file=shown, line=1)
+    return YoloFile(base, classes, _category_ids(document, classes), splits, _keypoints(document))
+
+
+def _class_names(document: dict[Any, Any], shown: str, text: str, findings: Findings) -> dict[int, str] | None:
+    names, line = document.get("names"), _line(text, "names")
+    count = _whole(document.get("nc"))
+    classes: dict[int, str] = {}
+    if isinstance(names, list):
+        pairs: list[tuple[Any, Any]] = list(enumerate(names))
+    elif isinstance(names, dict):
+        pairs = list(names.items())
+    elif names is None and count is not None and 0 < count <= 100_000:
+        return {number: f"class_{number}" for number in range(count)}
+    else:
+        findings.add("category-none", "has no list of names", file=shown, line=line)
+        return None
+    sound = True
+    for key, name in pairs:
+        number = _whole(key)
+        if number is None or number < 0 or not isinstance(name, str) or not sound_name(name.strip()):
+            findings.add(
+                "category-malformed", f"has the class {str(key)[:40]}: {str(name)[:40]!r}", file=shown, line=line
+            )
+            sound = False
+        elif number in classes:
+            findings.add("category-conflict", f"has class {number} twice", file=shown, line=line)
+            sound = False
+        else:
+            classes[number] = name.strip()
+    if count is not None and count != len(pairs):
+        findings.add(
+            "category-count",
+            f"says nc: {count}, but names has {len(pairs)} classes",
+            file=shown,
+            line=_line(text, "nc"),
+        )
+    if not classes and sound:
+        findings.add("category-none", "has no names", file=shown, line=line)
+    return classes if sound else None
+
+
+def _category_ids(document: dict[Any, Any], classes: dict[int, str]) -> dict[int, int]:
+    kept = document.get("category_ids")
+    numbers = sorted(classes)
+    if isinstance(kept, list) and len(kept) == len(numbers):
+        ids = [_whole(value) for value in kept]
+        if len({i for i in ids if i is not None}) == len(numbers):
+            return {number: int(i) for number, i in zip(numbers, ids, strict=True) if i is not None}
+    return {number: number for number in numbers}
+
+
+def _keypoints(document: dict[Any, Any]) -> int:
+    shape = document.get("kpt_shape")
+    if isinstance(shape, list) and len(shape) == 2:
+        points, each = _whole(shape[0]), _whole(shape[1])
+        if points is not None and each is not None and 0 < points < 1000 and each in (2, 3):
+            return points * each
+    return 0
+
+
+def _base(
+    dataset: RawDataset, document: dict[Any, Any], path: Path, shown: str, text: str, images: Path | None
+) -> Path:
+    """Return the folder that the splits start from; the dataset's folder is then that one too."""
+    home = path.parent
+    if images is not None:
+        return images
+    said = document.get("path")
+    if not isinstance(said, str) or said in ("", ".", "./") or not sound_name(said):
+        return home
+    for candidate in (home / said, Path(said)):
+        if candidate.is_dir():
+            dataset.roots = (*dataset.roots, candidate)
+            return candidate
+    dataset.findings.add(
+        "yolo-path",
+        f"says path: {said[:200]}, which does not exist; the folder of the file is used",
+        file=shown,
+        line=_line(text, "path"),
+    )
+    return home
+
+
+def _whole(value: Any) -> int | None:
+    text = str(value).strip()
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+
+
+def _line(text: str, key: str) -> int:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip().startswith(f"{key}:"):
+            return number
+    return 1
+
+
+# ---- pictures
+
+
+def _pictures(
+    dataset: RawDataset, described: YoloFile, split: str, entries: list[str], shown: str, oddities: Oddities
+) -> list[Path] | None:
+    """Return the pictures of a split, or None with a finding."""
+    found: list[Path] = []
+    for entry in entries:
+        where = _locate(described.base, entry)
+        if where is None:
+            dataset.findings.add(
+                "split-missing",
+                f"says {split}: {entry}, which is neither a folder nor a list in {described.base}",
+                file=shown,
+                spot=Spot(split),
+            )
+            return None
+        if where.is_dir():
+            if not _inside(dataset, where):
+                dataset.findings.add(
+                    "picture-outside",
+                    f"says {split}: {entry}, which lies outside the dataset's folder",
+                    file=shown,
+                    spot=Spot(split),
+                    hint="set path: to the folder that holds every split",
+                )
+                return None
+            found += _pictures_below(where)
+        else:
+            found += _listed(dataset, described, where, oddities)
+    return found
+
+
+def _inside(dataset: RawDataset, folder: Path) -> bool:
+    real = os.path.realpath(folder)
+    roots = [os.path.realpath(root) for root in dataset.roots]
+    return any(real == root or real.startswith(root.rstrip(os.sep) + os.sep) for root in roots)
+
+
+def _locate(base: Path, entry: str) -> Path | None:
+    """Return the folder or list that a split names; Roboflow writes `../train/images` for `train/images`."""
+    candidates = [base / entry]
+    stripped = entry
+    while stripped.startswith("../"):
+        stripped = stripped[3:]
+        candidates.append(base / stripped)
+    for candidate in candidates:
+        try:
+            if candidate.is_dir() or (candidate.is_file() and candidate.suffix.lower() == ".txt"):
+                return candidate
+        except OSError:  # a name too long for the file system
+            return None
+    return None
+
+
+def _pictures_below(folder: Path) -> list[Path]:
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        for name in sorted(files):
+            if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES:
+                found.append(Path(parent, name))
+    return found
+
+
+def _listed(dataset: RawDataset, described: YoloFile, path: Path, oddities: Oddities) -> list[Path]:
+    shown = dataset.show(path)
+    text = read_text(path, shown, dataset.findings, oddities)
+    if text is None:
+        return []
+    lines = [line.strip() for line in text.splitlines()]
+    names = [line for line in lines if line and sound_name(line)]
+    bases = [described.base, path.parent]
+    best = max(bases, key=lambda b: sum(os.path.lexists(os.path.join(b, name)) for name in names[:32]))
+    return [best / name for name in names]
+
+
+def label_path(picture: Path) -> Path:
+    """Return the label file of a picture: the last folder called `images` becomes `labels`."""
+    parts = list(picture.parts)
+    for position in range(len(parts) - 2, -1, -1):
+        if parts[position] == "images":
+            parts[position] = "labels"
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
+# ---- labels
+
+
+def _split(
+    dataset: RawDataset,
+    described: YoloFile,
+    split: str,
+    pictures: list[Path],
+    labels: dict[int, int],
+    kept: dict[str, Any],
+    first_id: int,
+    oddities: Oddities,
+    label_files: set[str],
+) -> Rows:
+    rows = Rows()
+    listings: dict[str, set[str]] = {}
+    numbered = f"names has {len(labels)} classes"
+    if labels:
+        numbered += f" ({min(labels)} to {max(labels)})"
+    base = described.base
+    for position, path in enumerate(pictures):
+        try:
+            name = str(path.relative_to(base))
+        except ValueError:
+            name = str(path)
+        label = label_path(path)
+        folder = str(label.parent)
+        if folder not in listings:
+            try:
+                listings[folder] = set(os.listdir(folder))
+            except OSError:
+                listings[folder] = set()
+        own = kept.get(name)
+        own = own if isinstance(own, dict) else {}
+        image_id = own.get("id")
+        image_id = image_id if type(image_id) is int and abs(image_id) < 1 << 62 else first_id + position
+        if label.name not in listings[folder]:
+            rows.add_picture(name, image_id=image_id, size_wh=(0, 0), label_file="")
+            dataset.findings.add(
+                "label-missing",
+                f"has no label file ({dataset.show(label)})",
+                file=dataset.show(path),
+                image_id=image_id,
+                spot=Spot(split, position),
+            )
+            continue
+        shown = dataset.show(label)
+        label_files.add(str(label))
+        dataset.label_paths[shown] = label
+        picture = rows.add_picture(name, image_id=image_id, size_wh=(0, 0), label_file=shown)
+        text = read_text(label, shown, dataset.findings, oddities)
+        if text is None:
+            continue
+        boxes = own.get("boxes")
+        lines = [(number, line) for number, line in enumerate(text.split("\n")) if line.strip()]
+        facts = boxes if isinstance(boxes, list) and len(boxes) == len(lines) else None
+        for count, (number, line) in enumerate(lines):
+            _line_of_label(
+                dataset.findings,
+                rows,
+                picture,
+                number,
+                line,
+                labels,
+                numbered,
+                described.keypoints,
+                facts[count] if facts else None,
+                Spot(split, picture, number),
+                shown,
+            )
+    if len(set(rows.image_ids)) != len(rows.image_ids):
+        rows.image_ids = list(range(first_id, first_id + len(rows.image_ids)))
+    return rows
+
+
+def _line_of_label(
+    findings: Findings,
+    rows: Rows,
+    picture: int,
+    number: int,
+    line: str,
+    labels: dict[int, int],
+    numbered: str,
+    keypoints: int,
+    facts: Any,
+    spot: Spot,
+    shown: str,
+) -> None:
+    where: dict[str, Any] = {
+        "file": shown,
+        "line": number + 1,
+        "image_id": rows.image_ids[picture],
+        "spot": spot,
+    }
+    words = line.split()
+    try:
+        values = [float(word) for word in words]
+    except ValueError:
+        wrong = next(word for word in words if not _is_number(word))
+        findings.add("box-not-number", f"has {wrong[:40]!r}, which is no number", **where)
+        return
+    if len(values) == 5 + keypoints:
+        values = values[:5]
+    elif keypoints or len(values) < 7 or len(values) % 2 == 0:
+        wanted = f"{5 + keypoints}" if keypoints else "5, or a class and three points or more"
+        findings.add("label-columns", f"has {len(values)} columns in place of {wanted}", **where)
+        return
+    if not all(map(math.isfinite, values)):
+        findings.add("box-not-finite", f"has the values {' '.join(words[:7])[:80]}", **where)
+        return
+    label = labels.get(int(values[0])) if values[0].is_integer() else None
+    if label is None:
+        findings.add("category-unknown", f"has class {words[0][:20]}, but {numbered}", **where)
+        return
+    shares = values[1:]
+    low, high = min(shares), max(shares)
+    if high > 2 or low < -1:
+        findings.add("label-pixels", f"has {(low if low < -1 else high):g}, which is no share of the picture", **where)
+        return
+    beyond = low < -_ROUNDING or high > 1 + _ROUNDING
+    if len(shares) == 4:
+        cx, cy, w, h = shares
+        box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+        area = float("nan")
+        if w < 0 or h < 0:
+            beyond = False  # said as an inverted box
+    else:
+        xs, ys = shares[0::2], shares[1::2]
+        box = (min(xs), min(ys), max(xs), max(ys))
+        area = abs(sum(xs[i - 1] * ys[i] - xs[i] * ys[i - 1] for i in range(len(xs)))) / 2
+        # The points' area in shares; scaled with the boxes once the picture's size is known.
+    if beyond:
+        findings.add("label-beyond-one", f"has {(high if high > 1 else low):g}, beyond 0 to 1", **where)
+    identifier, crowd = 0, False
+    if isinstance(facts, list) and len(facts) == 3:
+        identifier = facts[0] if type(facts[0]) is int and 0 < facts[0] < 1 << 62 else 0
+        crowd = facts[2] == 1
+        area = float(facts[1]) if isinstance(facts[1], float) and math.isfinite(facts[1]) else area
+    rows.add_box(
+        picture,
+        box,
+        label,
+        line=number + 1,
+        entry=number,
+        area=area,
+        crowd=crowd,
+        annotation_id=identifier,
+        beyond=beyond,
+    )
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+# ---- what our writer kept, and files without a picture
+
+
+def _read_ids(dataset: RawDataset, base: Path, oddities: Oddities) -> dict[str, dict[str, Any]]:
+    path = base / IDS_FILE
+    if not path.is_file():
+        return {}
+    shown = dataset.show(path)
+    text = read_text(path, shown, dataset.findings, oddities, limit=MAX_BYTES)
+    if text is None:
+        return {}
+    try:
+        document, _ = scan_value(text, len(text) - len(text.lstrip(" \t\r\n")))
+    except JSONFault as fault:
+        dataset.findings.add(fault.code, fault.message, file=shown, line=line_of(text, fault.position))
+        return {}
+    splits = document.get("splits") if isinstance(document, dict) else None
+    if not isinstance(splits, dict):
+        return {}
+    return {split: pictures for split, pictures in splits.items() if isinstance(pictures, dict)}
+
+
+def _orphans(dataset: RawDataset, described: YoloFile, label_files: set[str]) -> None:
+    folders = {os.path.dirname(file) for file in label_files}
+    for folder in sorted(folders):
+        pictures: set[str] | None = None
+        for name in sorted(os.listdir(folder)):
+            path = os.path.join(folder, name)
+            if not name.endswith(".txt") or name in _CLASS_FILES or path in label_files:
+                continue
+            if pictures is None:
+                pictures = _stems_of(Path(folder))
+            if name[:-4] not in pictures:
+                dataset.findings.add("label-orphan", "has no picture", file=dataset.show(Path(path)))
+
+
+def _stems_of(label_folder: Path) -> set[str]:
+    """Return the names, without suffix, of the pictures whose labels lie in a folder."""
+    parts = list(label_folder.parts)
+    for position in range(len(parts) - 1, -1, -1):
+        if parts[position] == "labels":
+            parts[position] = "images"
+            break
+    try:
+        files = os.listdir(Path(*parts))
+    except OSError:
+        return set()
+    return {os.path.splitext(f)[0] for f in files if os.path.splitext(f)[1].lower() in PICTURE_SUFFIXES}
