@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,13 @@ class Skipped:
     evidence: Path | None
     in_a_row: int
     scale_only: bool = False
+
+    @classmethod
+    def of_all(cls, told: Sequence[Skipped]) -> Skipped:
+        """Join what the processes of a run say of one step: each knows its own pictures only."""
+        first = next((s for s in told if s.pictures), told[0])
+        evidence = next((s.evidence for s in told if s.evidence is not None), None)
+        return replace(first, pictures=tuple(i for s in told for i in s.pictures), evidence=evidence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +99,7 @@ class Guard:
         step: int,
         names: tuple[str, ...],
         terms: Tensor,
+        totals: Tensor,
         found_inf: Tensor,
         norm: Tensor,
         scale: Tensor,
@@ -105,14 +113,15 @@ class Guard:
             index: of the batch in the epoch.
             step: from the start of the run.
             names: of the loss terms.
-            terms: (micro-batches, terms) on the device.
+            terms: (micro-batches, terms) on the device, of this process.
+            totals: (terms,) on the device, of the whole effective batch.
             found_inf: () on the device, 1 where the step was skipped.
             norm: () on the device, of the gradient.
             scale: () on the device, of the loss.
             batch: the effective batch, kept for evidence until the figures are read.
             rows: the micro-batches.
         """
-        values = torch.cat([torch.stack([found_inf, norm, scale]), terms.flatten()])
+        values = torch.cat([torch.stack([found_inf, norm, scale]), totals, terms.flatten()])
         event = None
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -130,23 +139,23 @@ class Guard:
         if pending.event is not None:
             pending.event.synchronize()
         found_inf, norm, scale, *flat = pending.values.tolist()
-        terms = np.asarray(flat).reshape(len(pending.rows), len(pending.names))
+        totals = np.asarray(flat[: len(pending.names)])
+        terms = np.asarray(flat[len(pending.names) :]).reshape(len(pending.rows), len(pending.names))
         skipped = None
         if found_inf:
             # A float16 gradient may overflow while the scale is being found; a loss or a scale of one may not.
-            scale_only = self.scaled and bool(np.isfinite(terms).all()) and scale > 1
+            scale_only = self.scaled and bool(np.isfinite(totals).all()) and scale > 1
             if not scale_only:
                 self.in_a_row += 1
-            skipped = self._explain(pending, terms, norm, scale, scale_only)
+            skipped = self._explain(pending, terms, totals, norm, scale, scale_only)
         else:
             self.in_a_row = 0
-        sums = terms.sum(0)
         return Figures(
             epoch=pending.epoch,
             index=pending.index,
             step=pending.step,
-            loss=float(sums.sum()),
-            terms={name: float(value) for name, value in zip(pending.names, sums, strict=True)},
+            loss=float(totals.sum()),
+            terms={name: float(value) for name, value in zip(pending.names, totals, strict=True)},
             norm=norm,
             skipped=skipped,
         )
@@ -164,15 +173,21 @@ class Guard:
         self,
         pending: _Pending,
         terms: np.ndarray[tuple[int, int], np.dtype[np.float64]],
+        totals: np.ndarray[tuple[int], np.dtype[np.float64]],
         norm: float,
         scale: float,
         scale_only: bool,
     ) -> Skipped:
         bad_rows, bad_terms = np.nonzero(~np.isfinite(terms))
         indices = pending.batch.image_indices
-        pictures = tuple(i for row in sorted(set(bad_rows.tolist())) for i in indices[pending.rows[row]]) or indices
-        term = pending.names[int(bad_terms.min())] if len(bad_terms) else "gradient"
-        path = None if scale_only else self._leave_evidence(pending, terms, norm, scale, term, pictures)
+        pictures = tuple(i for row in sorted(set(bad_rows.tolist())) for i in indices[pending.rows[row]])
+        bad = bad_terms if len(bad_terms) else np.flatnonzero(~np.isfinite(totals))
+        term = pending.names[int(bad.min())] if len(bad) else "gradient"
+        if not len(bad):
+            pictures = tuple(indices)
+        # Without pictures the fault is another process's, and so is the evidence.
+        leave = pictures and not scale_only
+        path = self._leave_evidence(pending, terms, norm, scale, term, pictures) if leave else None
         return Skipped(term, tuple(pictures), path, self.in_a_row, scale_only)
 
     def _leave_evidence(

@@ -15,7 +15,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,8 @@ from rtdetr_cli.train.losses import Criterion
 from rtdetr_cli.train.optim import MovingAverage, NormStatistics, Stepper
 from rtdetr_cli.train.plan import Plan
 from rtdetr_cli.train.run_folder import RunFolder
+from rtdetr_cli.train.sync_norm import Chorus
+from rtdetr_cli.train.team import SOLO, Team, Whole
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 SCORE = "AP"
@@ -224,6 +226,8 @@ class Learner:
         device: where it lies.
         autocast: type of the network's arithmetic, or None for float32.
         norms: running statistics, to take a forward pass back.
+        team: the processes that make the same steps.
+        chorus: the norms that average over all of them, or None.
     """
 
     model: RTDETR
@@ -234,6 +238,8 @@ class Learner:
     device: torch.device
     autocast: torch.dtype | None
     norms: NormStatistics
+    team: Team = SOLO
+    chorus: Chorus | None = None
 
     def train_mode(self) -> None:
         """Switch to training; norms whose parameters are all frozen keep their statistics."""
@@ -268,7 +274,6 @@ class LoopOptions:
         checkpoint_seconds: between saves within an epoch.
         checkpoint_steps: the same in steps; 0 for none.
         identity: what the checkpoint must match when it is resumed: settings and dataset fingerprint.
-        rank, world_size: of this process.
     """
 
     seed: int
@@ -276,8 +281,6 @@ class LoopOptions:
     checkpoint_seconds: float = 300.0
     checkpoint_steps: int = 0
     identity: Mapping[str, Any] = field(default_factory=dict)
-    rank: int = 0
-    world_size: int = 1
 
 
 class StopFlag:
@@ -326,6 +329,9 @@ def train(
         RtdetrError: one picture does not fit into memory, the disk is full, or training diverged.
     """
     # ---- set up -------------------------------------------------------------------------------------------------
+    team = learner.team
+    # What every process knows of `stop`; a team learns of it with the next step's targets.
+    agreed = StopFlag() if team.many else stop
     guard = Guard(folder.path, scaled=learner.stepper.scaled, in_a_row=place.in_a_row)
     timing = _Timing()
 
@@ -333,16 +339,18 @@ def train(
         """Read the figures of the step that was queued last."""
         figures = guard.collect()
         if figures is not None:
+            if figures.skipped is not None:
+                figures = replace(figures, skipped=Skipped.of_all(team.gather(figures.skipped)))
             yield _account(place, figures, timing)
             place.in_a_row = guard.in_a_row
 
     def save(reason: str) -> SavedReport:
-        state = snapshot(learner, place, options.identity, folder.metrics_offset())
-        path = save_checkpoint(folder.path, state)
+        if team.leads:
+            save_checkpoint(folder.path, snapshot(learner, place, options.identity, folder.metrics_offset()))
         timing.saved_at = time.monotonic()
-        return SavedReport(path, reason, place.epoch, place.step)
+        return SavedReport(folder.checkpoint, reason, place.epoch, place.step)
 
-    if not folder.checkpoint.exists():
+    if team.leads and not folder.checkpoint.exists():
         # Whatever happens from here on, there is a state to go back to; and a full disk is known at once.
         yield save("start")
 
@@ -365,26 +373,44 @@ def train(
                     raise
                 batch = None
             timing.got_batch()
-            if batch is None:
+            whole = team.share(
+                batch.boxes_cxcywh if batch is not None else (),
+                batch.labels if batch is not None else (),
+                pictures=plan.effective_batch // team.size,
+                stop=stop.number,
+                save_due=time.monotonic() - timing.saved_at > options.checkpoint_seconds,
+                replaced=batch.replaced if batch is not None else (),
+                broken=batch is None,
+            )
+            if team.many:
+                agreed.number = whole.stop
+            if batch is None or whole.broken:
                 break
             share = plan.rate(place.step) * place.rate_scale
             learner.stepper.set_rate(share)
             size = step_size(plan, epoch=epoch, step=place.step, seed=options.seed)
-            group = step_denoising(learner, batch, step=place.step, seed=options.seed)
-            num_boxes = float(max(1, sum(len(labels) for labels in batch.labels)))
+            group = step_denoising(learner, whole, step=place.step, seed=options.seed)
+            group = group.rows(whole.mine) if group is not None else None
+            num_boxes = float(max(1, sum(len(labels) for labels in whole.labels)))
 
             # ---- step -------------------------------------------------------------------------------------------
             learner.norms.keep()
             while True:
                 rows = memory.micro_batches(len(batch.labels), place.micro_batch)
+                full = False
                 try:
                     names, terms = accumulate(learner, batch, rows=rows, size=size, group=group, num_boxes=num_boxes)
                 except Exception as error:
                     if not memory.is_out_of_memory(error):
                         raise
-                else:
-                    break
+                    full = True
                 # Outside the handler, whose traceback would hold on to the memory.
+                if learner.chorus is not None:
+                    # Norms that average over all processes want micro-batches of one number from all.
+                    learner.chorus.finish(len(rows), learner.device)
+                    full = team.any(full)
+                if not full:
+                    break
                 learner.stepper.zero_grad()
                 learner.norms.restore()
                 memory.release(learner.device)
@@ -392,7 +418,8 @@ def train(
                 place.micro_batch = memory.smaller(before, where=str(learner.device))
                 yield MemoryReport(place.step, before, place.micro_batch)
             yield from learned()
-            found_inf, norm = learner.stepper.step(terms.sum())
+            totals = team.add_up_gradients(learner.stepper.parameters, terms.sum(0))
+            found_inf, norm = learner.stepper.step(totals.sum())
             scale = learner.stepper.scale.clone() if learner.stepper.scaled else learner.stepper.scale
             learner.norms.restore_where(found_inf)
             learner.average.update(plan.ema_weight(place.step + 1))
@@ -405,13 +432,14 @@ def train(
                 step=place.step,
                 names=names,
                 terms=terms,
+                totals=totals,
                 found_inf=found_inf,
                 norm=norm,
                 scale=scale,
                 batch=batch,
                 rows=rows,
             )
-            timing.end_step(place.step, lr=plan.lr * share, device=learner.device, replaced=batch.replaced)
+            timing.end_step(place.step, lr=plan.lr * share, device=learner.device, replaced=whole.replaced)
             place.batch += 1
             place.step += 1
 
@@ -424,8 +452,8 @@ def train(
                 if times > GO_BACKS:
                     raise diverged(guard.in_a_row, place.rate_scale, folder.path)
                 at = place.step
-                state, _ = load_checkpoint(folder.path)
-                restore(learner, place, state, folder)
+                state = team.tell(load_checkpoint(folder.path)[0] if team.leads else None)
+                restore(learner, place, state, folder if team.leads else None)
                 place.rate_scale, place.went_back, place.in_a_row = rate_scale, times, 0
                 place.best_score, place.best_epoch = max(best, (place.best_score, place.best_epoch))
                 guard.forget()
@@ -435,9 +463,8 @@ def train(
 
             # ---- save -------------------------------------------------------------------------------------------
             due = "steps" if options.checkpoint_steps and place.step % options.checkpoint_steps == 0 else ""
-            if time.monotonic() - timing.saved_at > options.checkpoint_seconds:
-                due = "time"
-            if stop:
+            due = "time" if whole.save_due else due
+            if agreed:
                 break
             if due:
                 yield from learned()
@@ -449,10 +476,11 @@ def train(
         if went_back:
             continue
         yield from learned()
-        if stop:
+        if agreed:
             yield save("stop")
-            raise Interrupted(stop.number, step=place.step, folder=folder.path)
+            raise Interrupted(agreed.number, step=place.step, folder=folder.path)
         timing.end_training()
+        team.refuse_drift(learner.stepper.parameters)
 
         # ---- evaluate -------------------------------------------------------------------------------------------
         metrics: Mapping[str, float] | None = None
@@ -463,7 +491,7 @@ def train(
             except EvaluationStopped:
                 # The epoch's steps are made and nothing is counted yet: a resumed run begins with the evaluation.
                 yield save("stop")
-                raise Interrupted(stop.number, step=place.step, folder=folder.path) from None
+                raise Interrupted(team.greatest(stop.number), step=place.step, folder=folder.path) from None
             score = metrics.get(SCORE, -1.0)
             score = score if score == score else -1.0
             better = score > place.best_score
@@ -472,9 +500,11 @@ def train(
             place.waited = 0 if better else place.waited + 1
             if improved:
                 place.best_score, place.best_epoch = score, epoch
-                write_best(learner.average.module, metrics, epoch)
+                if team.leads:
+                    write_best(learner.average.module, metrics, epoch)
         report = timing.epoch_report(plan, place, metrics, improved, learner)
-        folder.add_metrics(_row(report))
+        if team.leads:
+            folder.add_metrics(_row(report))
         yield report
 
         # ---- save -----------------------------------------------------------------------------------------------
@@ -485,8 +515,9 @@ def train(
         elif place.epoch == plan.epochs:
             place.finished = "done"
         yield save("epoch")
-        if stop and not place.finished:
-            raise Interrupted(stop.number, step=place.step, folder=folder.path)
+        agreed.number = team.greatest(stop.number)
+        if agreed and not place.finished:
+            raise Interrupted(agreed.number, step=place.step, folder=folder.path)
 
     yield FinishedReport(place.finished or "done", place.epoch, place.best_score, place.best_epoch)
 
@@ -517,6 +548,8 @@ def accumulate(
         Names of the loss terms, and their values, (micro-batches, terms) float32 on the device, detached.
     """
     device = learner.device
+    if learner.chorus is not None:
+        learner.chorus.begin()
     images = batch.images.to(device, non_blocking=True)
     boxes, labels = targets_on(device, batch)
     group = group.to(device) if group is not None else None
@@ -569,7 +602,7 @@ def step_size(plan: Plan, *, epoch: int, step: int, seed: int) -> tuple[int, int
     return random.Random(f"scale {seed} {step}").choice(plan.scales)
 
 
-def step_denoising(learner: Learner, batch: Batch, *, step: int, seed: int) -> DenoisingGroup | None:
+def step_denoising(learner: Learner, batch: Batch | Whole, *, step: int, seed: int) -> DenoisingGroup | None:
     """Draw the denoising queries of an effective batch from (seed, step), on the CPU."""
     spec = learner.spec
     if not spec.denoising:
@@ -643,12 +676,13 @@ def snapshot(learner: Learner, place: Place, identity: Mapping[str, Any], metric
     }
 
 
-def restore(learner: Learner, place: Place, state: Mapping[str, Any], folder: RunFolder) -> None:
-    """Become what `snapshot` gathered; rows of `metrics.csv` written since are taken back."""
+def restore(learner: Learner, place: Place, state: Mapping[str, Any], folder: RunFolder | None) -> None:
+    """Become what `snapshot` gathered; rows of `metrics.csv` written since are taken back, where there is a folder."""
     learner.load_state_dict(state["learner"])
     place.take(state["place"])
     _set_generators(state["generators"])
-    folder.truncate_metrics(state["metrics_offset"])
+    if folder is not None:
+        folder.truncate_metrics(state["metrics_offset"])
 
 
 def _generators() -> dict[str, Any]:

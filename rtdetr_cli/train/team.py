@@ -46,6 +46,7 @@ class Whole:
         stop: the signal that any process was sent, 0 for none.
         save_due: rank 0 wants a checkpoint after the step.
         broken: a process has no batch: it was stopped inside its loader.
+        replaced: (picture, reason) of pictures that any process could not read and has replaced.
     """
 
     boxes_cxcywh: Sequence[Tensor]
@@ -54,6 +55,7 @@ class Whole:
     stop: int
     save_due: bool
     broken: bool
+    replaced: tuple[tuple[int, str], ...] = ()
 
 
 class Team:
@@ -136,6 +138,7 @@ class Team:
         stop: int = 0,
         save_due: bool = False,
         broken: bool = False,
+        replaced: tuple[tuple[int, str], ...] = (),
     ) -> Whole:
         """Learn the targets of the whole effective batch, and agree on what follows the step.
 
@@ -146,15 +149,16 @@ class Team:
             stop: see `Whole`.
             save_due: see `Whole`; rank 0's counts.
             broken: see `Whole`.
+            replaced: by this process.
         """
         if not self.many:
-            return Whole(boxes_cxcywh, labels, slice(0, len(labels)), stop, save_due, broken)
+            return Whole(boxes_cxcywh, labels, slice(0, len(labels)), stop, save_due, broken, replaced)
         counts = [0] * pictures if broken else [len(one) for one in labels]
-        mine = torch.tensor([stop, int(save_due), int(broken), *counts], dtype=torch.int64)
+        mine = torch.tensor([stop, int(save_due), int(broken), len(replaced), *counts], dtype=torch.int64)
         heads = torch.empty((self.size, len(mine)), dtype=torch.int64)
         with _peers():
             dist.all_gather(list(heads.unbind()), mine)
-        table = heads[:, 3:]
+        table = heads[:, 4:]
         most = int(table.sum(1).max())
         sent = torch.zeros((self.size, most, 5))
         if most:
@@ -176,6 +180,8 @@ class Team:
             stop=int(heads[:, 0].max()),
             save_due=bool(heads[0, 1]),
             broken=bool(heads[:, 2].any()),
+            # Rare, and text: only then does it go round.
+            replaced=tuple(r for own in self.gather(replaced) for r in own) if bool(heads[:, 3].any()) else (),
         )
 
     # ---- the device's side ----------------------------------------------------------------------------------------
