@@ -16,7 +16,7 @@ import torch
 
 from rtdetr_cli import __version__
 from rtdetr_cli.data.records import Dataset
-from rtdetr_cli.errors import RtdetrError
+from rtdetr_cli.errors import EnvironmentProblem, RtdetrError, UsageError
 from rtdetr_cli.export import onnx as onnx_file
 from rtdetr_cli.export.gate import Gate, Interface, Verdict
 from rtdetr_cli.export.graph import (
@@ -30,12 +30,19 @@ from rtdetr_cli.export.graph import (
     output_names,
 )
 from rtdetr_cli.infer.backend import Backend, open_backend
+from rtdetr_cli.infer.tensorrt_backend import header_path
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.model.files import written_aside
 from rtdetr_cli.model.header import ModelHeader
 
 PARITY_FILE = "parity.json"
+ENGINE_BATCH = 8  # the largest batch of a dynamic engine, where no larger one is asked for
+
+
+def gate_rounds(formats: Sequence[str]) -> int:
+    """Return how often the gate's pictures are answered: by the model, each format, and the float16 twin."""
+    return 1 + len(formats) + ("fp16" in formats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +95,7 @@ class Work:
     norms: int
     interface: Interface
     tell: Callable[[str], None]
+    build_progress: Callable[[str, int, int], None] | None = None
     cache: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -166,6 +174,7 @@ def export_model(
     tol_ap: float | None = None,
     tell: Callable[[str], None] = lambda text: None,
     progress: Callable[[int], None] | None = None,
+    build_progress: Callable[[str, int, int], None] | None = None,
     device: str = "auto",
 ) -> list[Artefact]:
     """Export a model, and hold every file against it.
@@ -183,6 +192,7 @@ def export_model(
         tol_ap: largest difference of AP, 0 to 1.
         tell: is told what is being done, one line a step.
         progress: is told how many pictures the gate has answered.
+        build_progress: is told the phase of a TensorRT build, the steps done and all of them.
         device: of the model and of ONNX Runtime in the gate.
 
     Returns:
@@ -196,6 +206,8 @@ def export_model(
     """
     options = options or ExportOptions()
     options.check()
+    if "trt-fp16" in options.formats and "fp16" not in options.formats[: options.formats.index("trt-fp16")]:
+        raise UsageError("the format trt-fp16 is built from fp16, which must come before it")
     imgsz = options.imgsz or header.imgsz
     sampling, rounding = model.sampling
     header = replace(
@@ -214,6 +226,7 @@ def export_model(
         norms,
         interface_of(options, imgsz, tokens=token_count(imgsz), queries=header.queries, classes=len(header.names)),
         tell,
+        build_progress,
     )
     gate = None
     if pictures is not None:
@@ -222,9 +235,13 @@ def export_model(
     try:
         for name in options.formats:
             start = time.perf_counter()
-            draft = DRAFTS[name](work)
-            artefact = judge(work, draft, gate, tol_ap=tol_ap, device=device)
-            artefacts.append(replace(artefact, seconds=time.perf_counter() - start))
+            if name == "trt-fp16" and not work.cache["fp16"].passed:
+                tell("tensorrt  not built, since the graph that it would be built from did not pass")
+                continue
+            artefact = judge(work, DRAFTS[name](work), gate, tol_ap=tol_ap, device=device)
+            artefact = replace(artefact, seconds=time.perf_counter() - start)
+            artefacts.append(artefact)
+            work.cache[name] = artefact
     finally:
         if artefacts:
             write_parity(out / PARITY_FILE, work.header, artefacts)
@@ -237,7 +254,7 @@ def judge(work: Work, draft: Draft, gate: Gate | None, *, tol_ap: float | None, 
     try:
         if gate is not None:
             work.tell(f"gate  {draft.format} {draft.precision} against the model on {len(gate.paths)} pictures")
-            candidate = open_backend(draft.path, device=device if draft.format != "openvino" else "auto")
+            candidate = open_backend(draft.path, device="auto" if draft.format in ("openvino", "tensorrt") else device)
             interface = None if draft.interface is None else (draft.interface, work.interface)
             verdict = gate.judge(
                 candidate,
@@ -317,10 +334,54 @@ def draft_openvino(work: Work) -> Draft:
     return Draft(path, final, "openvino", "fp16", record, made.interface(), operators=made.operators())
 
 
+def draft_engine(work: Work) -> Draft:
+    """Build the TensorRT engine of the float16 graph that has just been verified.
+
+    Raises:
+        EnvironmentProblem: this machine cannot build it; the graph lies ready, and the hint says how to go on.
+    """
+    from rtdetr_cli.export.tensorrt import build_engine, profile_shapes, trtexec_command
+
+    graph: Artefact = work.cache["fp16"]
+    final = work.out / f"{work.stem}.engine"
+    path = marked(final, "unverified")
+    most = max(work.options.batch, ENGINE_BATCH) if work.options.dynamic else work.options.batch
+    shapes = profile_shapes(work.interface, most=most)
+    work.tell(f"tensorrt  strongly typed, batch {'1 to ' if work.options.dynamic else ''}{most}")
+    try:
+        if not torch.cuda.is_available():
+            raise EnvironmentProblem("no CUDA device", code="device-missing")
+        built = build_engine(
+            graph.path,
+            path,
+            interface=work.interface,
+            operators=graph.operators,
+            most=most,
+            cache_path=work.out / "tensorrt.cache",
+            progress=work.build_progress,
+        )
+    except EnvironmentProblem as error:
+        raise EnvironmentProblem(
+            f"the engine cannot be built here ({error.message}); the typed graph {graph.path} is ready",
+            hint=f"on the machine that will run it: {trtexec_command(graph.path, final, shapes)}",
+            code=error.code,
+        ) from error
+    versions = {**work.header_for("", "").extra["versions"], "tensorrt": built.version}
+    header = work.header_for("tensorrt", "fp16", versions=versions, layers_by_type=built.layers)
+
+    def record(path: Path, verdict: dict[str, Any]) -> None:
+        text = replace(header, extra={**header.extra, **verdict}).to_json()
+        header_path(path).write_text(text + "\n", encoding="utf-8")
+
+    record(path, {"gate": {"passed": None}})
+    return Draft(path, final, "tensorrt", "fp16", record, built.interface, operators=dict(built.layers))
+
+
 DRAFTS: dict[str, Callable[[Work], Draft]] = {
     "onnx": draft_onnx,
     "fp16": draft_fp16,
     "openvino": draft_openvino,
+    "trt-fp16": draft_engine,
 }
 
 
@@ -339,7 +400,7 @@ def marked(path: Path, mark: str) -> Path:
 
 def files_of(path: Path) -> list[Path]:
     """Return all files of an artefact: OpenVINO keeps its weights beside, an engine its header."""
-    beside = {".xml": path.with_suffix(".bin"), ".engine": path.with_name(path.name + ".json")}.get(path.suffix)
+    beside = {".xml": path.with_suffix(".bin"), ".engine": header_path(path)}.get(path.suffix)
     return [path] if beside is None else [beside, path]
 
 

@@ -1,0 +1,187 @@
+"""`rtdetr export`: files for deployment, each shown to detect what the model detects before it gets its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rtdetr_cli.errors import DataError, GateError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rtdetr_cli.data.records import Dataset
+    from rtdetr_cli.export.run import Artefact
+    from rtdetr_cli.model.header import ModelHeader
+
+
+def export(
+    model: Annotated[
+        Path | None, typer.Argument(help="Weights or run folder; the newest run when left out.", show_default=False)
+    ] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="ONNX, float32; what is made when no format is named.")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="ONNX typed float16, the parts that need it float32.")] = False,
+    trt_fp16: Annotated[
+        bool, typer.Option("--trt-fp16", help="TensorRT engine of the float16 graph, built and checked here.")
+    ] = False,
+    openvino: Annotated[
+        bool, typer.Option("--openvino", help="OpenVINO .xml and .bin, float16-compressed weights.")
+    ] = False,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Leave the batch open.")] = False,
+    batch: Annotated[
+        int, typer.Option("--batch", "-b", min=1, help="Fixed batch; with --dynamic the largest of an engine.")
+    ] = 1,
+    imgsz: Annotated[str | None, typer.Option(help="Input size, 640 or 480x640 (height first).")] = None,
+    opset: Annotated[int, typer.Option(help="18, or 17 for older runtimes.")] = 18,
+    layers: Annotated[int | None, typer.Option(min=1, help="Use only this many decoder layers.")] = None,
+    queries: Annotated[int | None, typer.Option(min=1, help="Use only this many queries.")] = None,
+    sampling: Annotated[
+        str | None, typer.Option(help="bilinear or discrete, for a published file, which cannot say.")
+    ] = None,
+    gridsample: Annotated[
+        bool, typer.Option("--gridsample", help="The GridSample operator in place of the gather.")
+    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="No post-processing: logits and boxes_cxcywh.")] = False,
+    preprocess: Annotated[
+        bool, typer.Option("--preprocess-in-graph", help="Take uint8 pictures of any size and resize in the graph.")
+    ] = False,
+    verify: Annotated[
+        Path | None,
+        typer.Option(help="Dataset or folder of pictures for the gate; the run's own val split when left out."),
+    ] = None,
+    tol_ap: Annotated[float, typer.Option(help="Largest difference of AP between model and export.")] = 0.002,
+    no_gate: Annotated[bool, typer.Option("--no-gate", help="Do not hold the export against the model.")] = False,
+    device: Annotated[str, typer.Option(help="Where the gate runs: auto, cpu, or a GPU: 0.")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder; export/ in the run, or beside the model.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")] = False,
+) -> None:
+    """Deploy a model; a file that does not detect what the model detects is not called done."""
+    from rtdetr_cli.cli import terminal
+    from rtdetr_cli.cli.select import parse_size, resolve_model
+
+    size = parse_size(imgsz) if imgsz else None
+    if no_gate and verify is not None:
+        raise UsageError("--verify and --no-gate exclude each other")
+    if not 0 <= tol_ap <= 1:
+        raise UsageError(f"--tol-ap {tol_ap:g} is not a fraction from 0 to 1")
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file, not a folder")
+    path = resolve_model(model)
+    if path.suffix.lower() in (".onnx", ".xml", ".engine"):
+        raise UsageError(
+            f"{path} is an export already", hint="name the weights that it was made of: .safetensors or .pth"
+        )
+
+    from rtdetr_cli.export.graph import ExportOptions
+    from rtdetr_cli.export.run import export_model, gate_rounds
+
+    wanted = {"onnx": onnx, "fp16": fp16 or trt_fp16, "trt-fp16": trt_fp16, "openvino": openvino}
+    formats = tuple(name for name, asked in wanted.items() if asked) or ("onnx",)
+    options = ExportOptions(formats, size, batch, dynamic, opset, gridsample, raw, preprocess)
+    options.check()
+
+    from rtdetr_cli.model.weights import load_model
+
+    loaded, header = load_model(path, sampling=sampling, layers=layers, queries=queries)
+    pictures = None if no_gate else _pictures(verify, path, header)
+    folder = out or (path.parent / "export")
+    rounds = 0 if pictures is None else gate_rounds(options.formats) * min(len(pictures), 200)
+    with terminal.progress(rounds or None, "gate") as bar:
+        artefacts = export_model(
+            loaded,
+            header,
+            folder,
+            options,
+            pictures=pictures,
+            stem=path.stem,
+            tol_ap=tol_ap,
+            tell=terminal.say,
+            progress=bar.advance,
+            device=device,
+        )
+    if no_gate:
+        terminal.warn("--no-gate: nobody has looked whether these files detect what the model detects")
+    _report(artefacts, as_json)
+
+
+def _pictures(verify: Path | None, model: Path, header: ModelHeader) -> Dataset | Sequence[Path]:
+    """Return what the gate looks at: a split with labels, or pictures without."""
+    from rtdetr_cli.cli import terminal
+    from rtdetr_cli.evaluate.source import choose_split
+
+    try:
+        chosen = choose_split(verify, model=model, header=header)
+    except UsageError as error:
+        if error.code != "data-missing":
+            raise
+        raise UsageError(
+            f"there are no pictures to hold the export against: {model.name} does not say what it was trained on",
+            hint="--verify DATA or a folder of pictures; or --no-gate to go without",
+            code="no-pictures",
+        ) from None
+    except DataError as error:
+        if verify is None:
+            raise DataError(
+                error.message,
+                hint="--verify DATA or a folder of pictures; or --no-gate to go without",
+                code=error.code,
+            ) from None
+        if error.code != "format-unknown" or not verify.is_dir():
+            raise
+        from rtdetr_cli.infer.sources import find_sources
+
+        found = [source.path for source in find_sources([str(verify)]) if not source.video]
+        terminal.say(f"verify {verify}: {len(found)} pictures without labels, so no AP")
+        return found
+    for note in chosen.notes:
+        terminal.say(note)
+    return chosen.dataset
+
+
+def _report(artefacts: Sequence[Artefact], as_json: bool) -> None:
+    from rtdetr_cli.cli import terminal
+
+    failed = [a for a in artefacts if not a.passed]
+    if as_json:
+        terminal.emit_json({"artefacts": [a.to_json() for a in artefacts]})
+    else:
+        terminal.table(
+            ("file", "precision", "MB", "matched", "score error", "AP model", "AP export", "gate"),
+            [_row(a) for a in artefacts],
+        )
+    if not failed:
+        return
+    told = "; ".join(f"{a.path.name}: {a.verdict.summary}" for a in failed if a.verdict is not None)
+    error = GateError(
+        f"the export does not detect what the model detects: {told}",
+        hint="the figures are in parity.json; --tol-ap allows more AP to be lost, --no-gate skips the check",
+        code="parity",
+    )
+    if not as_json:
+        raise error
+    # The document is out already; a second one would break who reads one line.
+    terminal.complain(error.message, error.hint)
+    raise typer.Exit(error.exit_code)
+
+
+def _row(artefact: Artefact) -> tuple[object, ...]:
+    from rtdetr_cli.export.run import size_of
+
+    size = size_of(artefact.path) / 1e6
+    if artefact.verdict is None:
+        return (str(artefact.path), artefact.precision, round(size, 1), None, None, None, None, "not run")
+    agreement, ap = artefact.verdict.agreement.figures, artefact.verdict.ap.figures
+    return (
+        str(artefact.path),
+        artefact.precision,
+        round(size, 1),
+        agreement.get("matched"),
+        agreement.get("score_error"),
+        ap.get("ap_model"),
+        ap.get("ap_export"),
+        "passed" if artefact.passed else "FAILED " + ", ".join(artefact.verdict.failed_parts),
+    )
