@@ -154,8 +154,14 @@ def _refuse_early(data: str | None) -> None:
 # ---- words ------------------------------------------------------------------------------------------------------
 
 
-def render(events: Iterator[Event], *, as_json: bool = False) -> dict[str, Any]:
-    """Say what happens, on stderr, and the result on stdout; return the result as plain values."""
+def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: bool = True) -> dict[str, Any]:
+    """Say what happens, on stderr, and the result on stdout; return the result as plain values.
+
+    Args:
+        events: of `workflows.finetune`.
+        as_json: the result is one JSON line, else a table.
+        result_on_stdout: False where the run is a part of something larger that has a result of its own.
+    """
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.train import loop
     from rtdetr_cli.workflows import finetune as workflow
@@ -205,13 +211,13 @@ def render(events: Iterator[Event], *, as_json: bool = False) -> dict[str, Any]:
                 case workflow.EndReport():
                     bar.end()
                     result = end_document(event)
-                    if not as_json:
+                    if result_on_stdout and not as_json:
                         _show_end(event)
                 case _:
                     pass
     finally:
         bar.end()
-    if as_json:
+    if as_json and result_on_stdout:
         terminal.emit_json(result)
     return result
 
