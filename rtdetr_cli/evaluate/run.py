@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.data.records import Dataset
 from rtdetr_cli.errors import DataError, EnvironmentProblem
-from rtdetr_cli.evaluate.classes import map_classes
+from rtdetr_cli.evaluate.classes import ClassMap, map_classes
 from rtdetr_cli.evaluate.coco import FALLBACK_LACKS, SIZES, CocoResult, coco_metrics
 from rtdetr_cli.evaluate.matching import MatchTable, match
 from rtdetr_cli.evaluate.table import DetectionTable, TableBuilder
@@ -210,6 +210,21 @@ class Detected:
     beyond: int
     network_seconds: float
 
+    @classmethod
+    def join(cls, parts: Sequence[tuple[NDArray[np.int64], Detected]]) -> Detected:
+        """Return what several processes found in shares of one split.
+
+        Args:
+            parts: for each process the positions of its pictures in the split, and what it found in them.
+        """
+        return cls(
+            table=DetectionTable.join([replace(f.table, image_index=own[f.table.image_index]) for own, f in parts]),
+            unreadable=tuple(sorted((int(own[i]), reason) for own, f in parts for i, reason in f.unreadable)),
+            not_finite=sum(f.not_finite for _, f in parts),
+            beyond=sum(f.beyond for _, f in parts),
+            network_seconds=max(f.network_seconds for _, f in parts),
+        )
+
 
 def detect(
     backend: Backend,
@@ -293,6 +308,31 @@ def evaluate(
     start = time.perf_counter()
     found = detect(backend, dataset, batch=batch, threads=threads, progress=progress, label_map=classes.labels)
     took = time.perf_counter() - start
+    return conclude(dataset, found, classes, seconds=took, stored=backend.header.thresholds, evaluator=evaluator)
+
+
+def conclude(
+    dataset: Dataset,
+    found: Detected,
+    classes: ClassMap,
+    *,
+    seconds: float,
+    stored: Thresholds | None = None,
+    evaluator: str = "hotcoco",
+) -> Evaluation:
+    """Judge what was found in a whole split, by one process or joined from several.
+
+    Args:
+        dataset: the split.
+        found: in all its pictures.
+        classes: of the model and the dataset.
+        seconds: that detecting took.
+        stored: the model's thresholds.
+        evaluator: `hotcoco` or `pycocotools`.
+
+    Raises:
+        DataError: no picture could be read.
+    """
     notes = list(classes.notes)
     if found.not_finite:
         notes.append(f"{found.not_finite} detections were NaN or infinite and left out: the model has diverged")
@@ -318,10 +358,10 @@ def evaluate(
         kept,
         table,
         evaluator,
-        thresholds=_stored(backend.header.thresholds, classes.labels, len(dataset.categories)),
+        thresholds=_stored(stored, classes.labels, len(dataset.categories)),
         notes=tuple(notes),
         unreadable=tuple((dataset.file_names[i], reason) for i, reason in found.unreadable),
-        seconds={"network": found.network_seconds, "total": took},
+        seconds={"network": found.network_seconds, "total": seconds},
     )
 
 
