@@ -13,9 +13,8 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,18 +78,68 @@ def read_picture(source: Path | bytes, *, reduce_to: tuple[int, int] | None = No
 
 def open_picture(source: Path | bytes, *, reduce_to: tuple[int, int] | None = None) -> Image.Image:
     """Decode as `read_picture` does, but return Pillow's picture: one copy less for who crops or resizes it."""
-    with _faults(source), _stream(source) as stream, Image.open(stream, formats=FORMATS) as image:
-        _refuse_bomb(image.size)
-        turned = _orientation(image)
-        if reduce_to is not None:
-            height, width = reduce_to
-            # Pillow acts on JPEG alone, and never goes below what is asked on either side.
-            image.draft(None, (height, width) if turned in _SIDEWAYS else (width, height))
-        image.load()
-        upright = _as_rgb(image)
-        if turned in _UPRIGHT:
-            upright = upright.transpose(_UPRIGHT[turned])
-        return upright
+    with opened(source) as file:
+        return file.decode(file.divisor(reduce_to) if reduce_to is not None else 1)
+
+
+@contextmanager
+def opened(source: Path | bytes) -> Iterator[PictureFile]:
+    """Open a picture and read its header; the pixels wait for `PictureFile.decode`.
+
+    Raises:
+        PictureError: the header is missing or broken, or promises a decompression bomb.
+    """
+    with ExitStack() as stack:
+        with _faults(source):
+            stream = stack.enter_context(io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb"))
+            image = stack.enter_context(Image.open(stream, formats=FORMATS))
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            file = PictureFile(image, source)
+        yield file
+
+
+class PictureFile:
+    """An open picture whose header has been read. It can be decoded once.
+
+    Attributes:
+        size_wh: width and height of the upright picture in pixels.
+        scalable: whether it can be decoded at a half, a quarter or an eighth for less work (JPEG).
+    """
+
+    __slots__ = ("_image", "_source", "_turned", "scalable", "size_wh")
+
+    def __init__(self, image: Image.Image, source: Path | bytes) -> None:
+        self._image = image
+        self._source = source
+        self._turned = _orientation(image)
+        width, height = image.size
+        self.size_wh = (height, width) if self._turned in _SIDEWAYS else (width, height)
+        self.scalable = image.format in ("JPEG", "MPO")
+
+    def divisor(self, hw: tuple[int, int]) -> int:
+        """Return 8, 4, 2 or 1: the most that the sides can be divided by and still cover `hw`."""
+        return divisor(self.size_wh, hw) if self.scalable else 1
+
+    def decode(self, divisor: int = 1) -> Image.Image:
+        """Return the upright RGB picture, its sides divided by `divisor` and rounded up.
+
+        Raises:
+            PictureError: the pixels are broken or of a kind that has no agreed meaning.
+        """
+        image = self._image
+        with _faults(self._source):
+            if divisor > 1:
+                # Asked for the rounded-down sides, Pillow takes exactly this divisor.
+                image.draft(None, (image.width // divisor, image.height // divisor))
+            image.load()
+            upright = _as_rgb(image)
+            return upright.transpose(_UPRIGHT[self._turned]) if self._turned in _UPRIGHT else upright
+
+
+def divisor(size_wh: tuple[int, int], hw: tuple[int, int]) -> int:
+    """Return the largest of 8, 4, 2, 1 by which a picture's sides can be divided and still cover `hw`."""
+    return next((d for d in (8, 4, 2) if size_wh[0] // d >= hw[1] and size_wh[1] // d >= hw[0]), 1)
 
 
 def picture_size(source: Path | bytes) -> tuple[int, int]:
@@ -99,10 +148,8 @@ def picture_size(source: Path | bytes) -> tuple[int, int]:
     Raises:
         PictureError: the header is missing or broken, or promises a decompression bomb.
     """
-    with _faults(source), _stream(source) as stream, Image.open(stream, formats=FORMATS) as image:
-        _refuse_bomb(image.size)
-        width, height = image.size
-        return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
+    with opened(source) as file:
+        return file.size_wh
 
 
 def stretch(picture: NDArray[np.uint8], hw: tuple[int, int]) -> NDArray[np.uint8]:
@@ -140,20 +187,6 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         # By way of RGBA, since Pillow warns about palettes with transparency otherwise; the colours are the same.
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
-
-
-def _refuse_bomb(size: tuple[int, int]) -> None:
-    if size[0] * size[1] > MAX_PIXELS:
-        raise Image.DecompressionBombError(f"{size[0]}x{size[1]}")
-
-
-@contextmanager
-def _stream(source: Path | bytes) -> Iterator[BinaryIO]:
-    if isinstance(source, bytes):
-        yield io.BytesIO(source)
-    else:
-        with open(source, "rb") as file:
-            yield file
 
 
 @contextmanager
