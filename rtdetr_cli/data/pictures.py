@@ -91,7 +91,7 @@ def opened(source: Path | bytes) -> Iterator[PictureFile]:
     """
     with ExitStack() as stack:
         with _faults(source):
-            stream = stack.enter_context(io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb"))
+            stream = io.BytesIO(source) if isinstance(source, bytes) else source
             image = stack.enter_context(Image.open(stream, formats=FORMATS))
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
