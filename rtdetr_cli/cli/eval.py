@@ -309,7 +309,7 @@ def _show(
     terminal.table(
         [*columns, "P", "R", "F1", "score", "APs", "APm", "APl"],
         rows,
-        title="By class (precision, recall and F1 at the score of its best F1)",
+        title="By class, precision and recall at its best F1",
     )
     terminal.table(
         ("size", "AP", "AP50", "P", "R", "F1", "score"),
@@ -317,14 +317,15 @@ def _show(
             [size, *(figures[k] for k in ("AP", "AP50", "precision", "recall", "f1", "threshold"))]
             for size, figures in evaluation.by_size.items()
         ],
-        title="By size of the box (small to 32x32 px, large from 96x96 px)",
+        title="By size, small to 32x32, large from 96x96",
     )
     _show_thresholds(evaluation, calibration)
     terminal.table(
         ("error", "count", "AP50 gained if fixed"),
         [[kind, analysis.counts[kind], None if analysis.gains is None else analysis.gains[kind]] for kind in KINDS],
-        title=f"Errors (counted at score {analysis.origin})",
+        title="Errors",
     )
+    terminal.out(f"errors are counted at score {analysis.origin}; the gains are over all detections")
     empty = analysis.empty
     if empty["pictures"]:
         terminal.out(
@@ -363,7 +364,7 @@ def _show_thresholds(evaluation: Evaluation, calibration: Calibration | None) ->
                 [name, p.threshold, p.precision, p.recall, p.f1]
                 for name, p in zip(evaluation.dataset.names, classes, strict=True)
             ),
-            ["all", thresholds.overall, overall.precision, overall.recall, overall.f1],
+            ["all, each at its own", thresholds.overall, overall.precision, overall.recall, overall.f1],
         ],
-        title=f"Thresholds for {thresholds.target}, {where} (the last row's figures are at those of the classes)",
+        title=f"Thresholds for {thresholds.target}, {where}",
     )

@@ -94,6 +94,10 @@ class Resamples:
             return None
         return _interval(value, values[~np.isnan(values)], int(self.with_class[label]))
 
+    def gap(self, other: Resamples, value: float) -> Interval:
+        """Return the interval of this model's AP minus another's on the same resamples."""
+        return _interval(value, self.overall() - other.overall(), self.pictures)
+
     def class_gap(self, other: Resamples, value: float, label: int) -> Interval | None:
         """Return the interval of this model's AP of a class minus another's on the same resamples, or None."""
         gaps = self.ap[:, label, 0] - other.ap[:, label, 0]
@@ -295,7 +299,7 @@ def compare(
     drawn_a = resample(dataset, tables[0], resamples=resamples, seed=seed)
     drawn_b = resample(dataset, tables[1], resamples=resamples, seed=seed)
     gaps = drawn_b.overall() - drawn_a.overall()
-    difference = _interval(values[1] - values[0], gaps, len(dataset))
+    difference = drawn_b.gap(drawn_a, values[1] - values[0])
     verdict = "b" if difference.lower > 0 else "a" if difference.upper < 0 else "undecided"
     comparison = Comparison(
         drawn_a.interval(values[0]), drawn_b.interval(values[1]), difference, float((gaps > 0).mean()), verdict
