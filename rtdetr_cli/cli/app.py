@@ -134,7 +134,11 @@ def sentence(text: str) -> str:
 def report(error: RtdetrError, *, as_json: bool) -> int:
     """Say an error for people on stderr, or as one JSON line on stdout, and return its exit code."""
     from rtdetr_cli.cli import terminal
+    from rtdetr_cli.train import launch
 
+    if launch.supervised():  # one process of several: the one that started it says the error, once
+        launch.leave_word(error)
+        return error.exit_code
     if as_json:
         terminal.emit_json(
             {

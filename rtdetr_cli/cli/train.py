@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rtdetr_cli.config.run import RunConfig
     from rtdetr_cli.workflows.finetune import BeginReport, DryReport, EndReport, Event
 
 FLAGS_OF_THE_COMMAND = ("resume", "dry_run", "set_values", "config_file", "as_json")
@@ -116,6 +119,7 @@ def train(
 
     from rtdetr_cli.workflows import finetune as workflow
 
+    _start_processes(given, sets, config_file, resume, dry_run, as_json, config)
     with workflow.stop_on_signals() as stop:
         if resume is not None:
             events = workflow.resume(resume, flags=flags, sets=sets, stop=stop)
@@ -124,7 +128,61 @@ def train(
             import sys
 
             events = workflow.finetune(config, stop=stop, argv=sys.argv, dry_run=dry_run)
-        render(events, as_json=as_json)
+        if _leads():
+            render(events, as_json=as_json)
+        else:
+            deque(events, maxlen=0)  # another process of the run speaks for all
+
+
+def _start_processes(
+    given: dict[str, Any],
+    sets: list[str],
+    config_file: Path | None,
+    resume: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    config: RunConfig | None,
+) -> None:
+    """Start a process for each device and wait, where several are named; return where this one is to train.
+
+    Raises:
+        typer.Exit: the run is over.
+    """
+    from rtdetr_cli.train import launch
+    from rtdetr_cli.train.team import launched, parse_devices
+    from rtdetr_cli.workflows import finetune as workflow
+
+    if launched():
+        if launch.supervised():
+            launch.end_with_starter()
+        return
+    if config is None:
+        assert resume is not None
+        config = workflow.config_of(resume)
+    devices = parse_devices(config.settings.device)
+    if len(devices) == 1:
+        return
+    if resume is None:
+        workflow.refuse_early(config)
+    argv = ["train", *(word for key, value in given.items() for word in _flag(key, value))]
+    argv += [word for value in sets for word in ("--set", value)]
+    argv += [word for key, value in {"config": config_file, "resume": resume}.items() for word in _flag(key, value)]
+    argv += ["--dry-run"] * dry_run + ["--json"] * as_json
+    raise typer.Exit(launch.supervise(argv, devices))
+
+
+def _leads() -> bool:
+    from rtdetr_cli.train.team import launched
+
+    return not launched() or int(os.environ["RANK"]) == 0
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    """Return a setting as it is written on the command line."""
+    if value is None or value is False:
+        return []
+    name = f"--{key.replace('_', '-')}"
+    return [name] if value is True else [name, ",".join(value) if isinstance(value, tuple) else str(value)]
 
 
 def _number_or_word(text: str | None) -> int | str | None:

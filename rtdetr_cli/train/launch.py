@@ -64,11 +64,13 @@ def supervise(argv: Sequence[str], devices: Sequence[str]) -> int:
         finally:
             for member in members:
                 member.kill()
-    if failed is None:
-        return 0
-    if failed.code in STOPPED:
-        return failed.code
-    raise failed.error()
+        if failed is None:
+            return 0
+        if failed.code in STOPPED:
+            if not members[0].said.is_file():
+                return failed.code
+            failed = members[0]
+        raise failed.error()
 
 
 class _Member:

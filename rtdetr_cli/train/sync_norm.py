@@ -68,6 +68,7 @@ class Chorus:
         Args:
             micro_batches: of the step.
             device: of the model.
+            dtype: of its norms.
         """
         silence = torch.zeros((self.team.size, 2 * self.width + 1), device=device, dtype=dtype)
         while self.said < 2 * self.layers * micro_batches:

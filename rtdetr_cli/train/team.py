@@ -101,6 +101,15 @@ class Team:
             dist.all_gather_object(found, value)
         return found
 
+    def collect(self, value: Any) -> list[Any]:
+        """Return every process's value to rank 0, and an empty list to the others."""
+        if not self.many:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with _peers():
+            dist.gather_object(value, found if self.leads else None)
+        return found if self.leads else []
+
     def tell(self, value: Any) -> Any:
         """Return rank 0's value."""
         if not self.many:
@@ -333,10 +342,15 @@ def join(setting: str) -> Team:
         setting: of `--device`: one device for each process of this host, or `auto`, or `cpu` for all.
 
     Raises:
-        UsageError: as many devices as processes were not named.
+        UsageError: the number of devices is not that of the processes.
         EnvironmentProblem: a device is not there, or the others cannot be reached.
     """
     if not launched():
+        if len(parse_devices(setting)) > 1:
+            raise UsageError(
+                f"--device {setting} needs a process for each device, and this is one",
+                hint="rtdetr train starts them itself; torchrun -m rtdetr_cli train ... does as well",
+            )
         return SOLO
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local, here = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
@@ -374,18 +388,18 @@ def join(setting: str) -> Team:
     return Team(rank=rank, size=size, device=device, shares_device=len(set(devices)) < len(devices))
 
 
-def share_of(effective_batch: int, team: Team) -> int:
-    """Return how many pictures of the effective batch are this process's.
+def share_of(effective_batch: int, size: int) -> int:
+    """Return how many pictures of the effective batch each of `size` processes has.
 
     Raises:
         UsageError: it cannot be shared evenly; then the gradients would weigh pictures differently.
     """
-    if effective_batch % team.size:
-        low = effective_batch // team.size * team.size
-        either = " or ".join(str(n) for n in (low, low + team.size) if n)
+    if effective_batch % size:
+        low = effective_batch // size * size
+        either = " or ".join(str(n) for n in (low, low + size) if n)
         raise UsageError(
-            f"--effective-batch {effective_batch} cannot be shared evenly by {team.size} processes",
+            f"--effective-batch {effective_batch} cannot be shared evenly by {size} processes",
             hint=f"--effective-batch {either}",
             code="batch-clash",
         )
-    return effective_batch // team.size
+    return effective_batch // size

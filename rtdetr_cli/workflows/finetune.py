@@ -34,8 +34,9 @@ from rtdetr_cli.data.augment import load_augmentation
 from rtdetr_cli.data.loader import TrainLoader
 from rtdetr_cli.data.read import load_splits
 from rtdetr_cli.data.records import Dataset, Splits
-from rtdetr_cli.errors import DataError, EnvironmentProblem, ModelError, UsageError
-from rtdetr_cli.evaluate.run import evaluate
+from rtdetr_cli.errors import DataError, ModelError, UsageError
+from rtdetr_cli.evaluate.classes import ClassMap, map_classes
+from rtdetr_cli.evaluate.run import Detected, Evaluation, conclude, detect
 from rtdetr_cli.infer.torch_backend import TorchBackend, choose_device
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.detector import RTDETR
@@ -65,6 +66,8 @@ from rtdetr_cli.train.optim import MovingAverage, NormStatistics, Stepper, param
 from rtdetr_cli.train.plan import Plan, make_plan
 from rtdetr_cli.train.precision import choose_precision
 from rtdetr_cli.train.run_folder import CONFIG, RunFolder, refuse_existing
+from rtdetr_cli.train.sync_norm import synchronise_norms
+from rtdetr_cli.train.team import SOLO, Team, join, launched, parse_devices, share_of
 
 # Settings that say where things lie and how the machine is used; a resumed run may not change them either, but they
 # do not make it another run for the checkpoint.
@@ -184,6 +187,7 @@ class Prepared:
     val_set: Dataset
     plan: Plan
     learner: Learner
+    team: Team
     loader: TrainLoader
     header: ModelHeader
     precision: str
@@ -218,21 +222,40 @@ def finetune(
     """
     began = time.monotonic()
     refuse_early(config)
-    prepared = prepare(config)
+    team = join(config.settings.device)
+    prepared = prepare(config, team)
     micro = resolve_micro_batch(prepared)
     place = Place(micro_batch=micro)
     if dry_run:
         yield begin_report(prepared, place, None, None)
         yield rehearse(prepared, micro)
+        team.leave()
         return
-    settings = config.settings
-    folder = RunFolder.create(
-        Path(settings.out), name=settings.name, stem=f"{Path(config.preset.name).stem}-{prepared.splits.name}"
-    )
-    folder.write(CONFIG, config.to_toml())
-    folder.write_manifest(manifest(prepared, argv))
+    folder = make_folder(prepared, argv)
     yield begin_report(prepared, place, folder, None)
     yield from run(prepared, place, folder, stop or StopFlag(), began)
+    team.leave()
+
+
+def config_of(path: Path) -> RunConfig:
+    """Return the settings of a run that was begun.
+
+    Raises:
+        UsageError: it is no run.
+    """
+    return resolve_run({}, config_file=RunFolder.open(path).path / CONFIG)
+
+
+def make_folder(prepared: Prepared, argv: Sequence[str]) -> RunFolder:
+    """Make the run's folder with its settings and manifest; the first process does, and tells the others its name."""
+    config, team = prepared.config, prepared.team
+    folder = None
+    if team.leads:
+        stem = f"{Path(config.preset.name).stem}-{prepared.splits.name}"
+        folder = RunFolder.create(Path(config.settings.out), name=config.settings.name, stem=stem)
+        folder.write(CONFIG, config.to_toml())
+        folder.write_manifest(manifest(prepared, argv))
+    return RunFolder(Path(team.tell(str(folder.path) if folder is not None else "")))
 
 
 def resume(
@@ -252,10 +275,18 @@ def resume(
         ModelError: the checkpoint cannot be read.
     """
     began = time.monotonic()
-    folder = RunFolder.open(path)
-    config = resolve_run({}, config_file=path / CONFIG)
-    refuse_changes(config, flags or {}, sets, path)
-    state, damaged = load_checkpoint(path)
+    config = config_of(path) if (path / CONFIG).is_file() else None
+    # Another host may have neither the folder nor a say: the first process reads for all.
+    team = join(config.settings.device if config is not None else "auto")
+    state: dict[str, Any] = {}
+    damaged = ""
+    if team.leads:
+        folder = RunFolder.open(path)
+        assert config is not None
+        refuse_changes(config, flags or {}, sets, path)
+        state, damaged = load_checkpoint(path)
+    folder = RunFolder(path)
+    config, state, damaged = team.tell((config, state, damaged))
     if state["place"]["finished"]:
         done = state["place"]["epoch"]
         raise UsageError(
@@ -263,22 +294,24 @@ def resume(
             hint=f"rtdetr train --weights {folder.best} --data ... trains further, as a new run",
             code="run-finished",
         )
-    prepared = prepare(config, pretrained=False)
+    prepared = prepare(config, team, pretrained=False)
     if damaged:
         prepared.warnings.append(damaged)
     check_identity(state["identity"], identity(prepared), path)
-    then = folder.manifest().get("versions", {})
-    for name, version in versions().items():
-        if name in ("torch", "rtdetr-cli", "cpu threads", "device") and then.get(name, version) != version:
+    then = folder.manifest().get("versions", {}) if team.leads else {}
+    for name, version in versions(team).items():
+        if name not in ("python", "numpy") and then.get(name, version) != version:
             prepared.warnings.append(
                 f"{name} was {then[name]} and is {version} now: the run goes on, but not bit for bit as it would have"
             )
     place = Place(micro_batch=1)
-    restore(prepared.learner, place, state, folder)
+    restore(prepared.learner, place, state, folder if team.leads else None)
     del state
-    folder.log(f"resumed at epoch {place.epoch + 1}, step {place.step}")
+    if team.leads:
+        folder.log(f"resumed at epoch {place.epoch + 1}, step {place.step}")
     yield begin_report(prepared, place, folder, (place.epoch, place.step))
     yield from run(prepared, place, folder, stop or StopFlag(), began)
+    team.leave()
 
 
 def run(prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, began: float) -> Iterator[Event]:
@@ -286,6 +319,8 @@ def run(prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, beg
     config, learner = prepared.config, prepared.learner
     settings = config.settings
     evaluator = Evaluator(prepared, place, stop)
+    # Only now: trying out how much fits is each process's own affair.
+    learner.chorus = synchronise_norms(learner.model, prepared.team)
 
     def write_best(model: nn.Module, metrics: Mapping[str, float | None], epoch: int) -> None:
         known = {name: value for name, value in metrics.items() if value is not None}
@@ -316,7 +351,7 @@ def run(prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, beg
         stop=stop,
     ):
         if isinstance(report, FinishedReport):
-            if not best and folder.best.is_file():
+            if not best and prepared.team.leads and folder.best.is_file():
                 from rtdetr_cli.model.weights import read_header
 
                 best = dict(read_header(folder.best).metrics)
@@ -382,11 +417,12 @@ def refuse_early(config: RunConfig) -> None:
         raise RtdetrError(
             f"the output folder {settings.out} cannot be written", hint="--out DIR names another", code="not-writable"
         )
-    if "," in settings.device:
-        raise EnvironmentProblem(
-            f"--device {settings.device}: several devices are not supported yet", hint="--device 0"
-        )
-    choose_device(settings.device)
+    if not launched():
+        # Those of a process that is one of many are looked at when it joins the others.
+        devices = parse_devices(settings.device)
+        for device in devices:
+            choose_device(device)
+        share_of(settings.effective_batch, len(devices))
 
 
 def refuse_changes(config: RunConfig, flags: Mapping[str, Any], sets: Sequence[str], path: Path) -> None:
@@ -476,17 +512,19 @@ def identity(prepared: Prepared) -> dict[str, Any]:
 # ---- preparing --------------------------------------------------------------------------------------------------
 
 
-def prepare(config: RunConfig, *, pretrained: bool = True) -> Prepared:
+def prepare(config: RunConfig, team: Team = SOLO, *, pretrained: bool = True) -> Prepared:
     """Load dataset and weights and put everything that learns on its device.
 
     Args:
         config: the resolved settings.
+        team: the processes of the run.
         pretrained: False when the tensors come from a checkpoint anyway.
     """
     settings, preset = config.settings, config.preset
     warnings: list[str] = []
-    device = choose_device(settings.device)
+    device = choose_device(team.device if team.many else settings.device)
     chosen = choose_precision(settings.precision, device)
+    batch_size = share_of(settings.effective_batch, team.size)
     augmentation = load_augmentation("none" if settings.overfit and not config.given("aug") else settings.aug)
 
     # ---- data
@@ -498,6 +536,8 @@ def prepare(config: RunConfig, *, pretrained: bool = True) -> Prepared:
         seed=settings.seed,
     )
     train_set, val_set = training_sets(splits, config, warnings)
+    alike = {k: v for k, v in versions(team).items() if k in ("torch", "rtdetr-cli")}
+    refuse_differences(team, {"dataset": splits.fingerprint, "precision": chosen.name, **alike})
 
     # ---- plan
     spec = resolve_freezing(config, warnings)
@@ -516,24 +556,28 @@ def prepare(config: RunConfig, *, pretrained: bool = True) -> Prepared:
         spec, num_classes=len(train_set.categories), sampling=settings.sampling, rounding=settings.rounding
     )
     table, start = None, f"random weights, seed {settings.seed}"
-    if pretrained and settings.weights != "none":
+    if pretrained and settings.weights != "none" and team.leads:
         table, start = load_start(model, config, train_set)
     freeze(model, settings.freeze)
     if settings.deterministic and device.type == "cuda" and settings.sampling == "bilinear":
         # The backward pass of grid_sample adds in no fixed order; that of a gather can.
         model.set_sampling("bilinear", operator="gather")
     model = model.to(device=device, memory_format=torch.channels_last)
+    team.spread(list(model.state_dict().values()))
     learner = make_learner(model, config, spec, plan, device, chosen.dtype)
+    learner.team = team
 
     workers = choose_workers(device) if settings.workers == "auto" else settings.workers
     loader = TrainLoader(
         train_set,
         imgsz=config.imgsz,
-        batch_size=settings.effective_batch,
+        batch_size=batch_size,
         seed=settings.seed,
         augmentation=augmentation,
         workers=workers,
         cache=settings.cache,
+        rank=team.rank,
+        world_size=team.size,
         pin_memory=device.type == "cuda",
     )
     header = ModelHeader(
@@ -562,6 +606,7 @@ def prepare(config: RunConfig, *, pretrained: bool = True) -> Prepared:
         val_set=val_set,
         plan=plan,
         learner=learner,
+        team=team,
         loader=loader,
         header=header,
         precision=chosen.name,
@@ -682,6 +727,7 @@ def load_start(model: RTDETR, config: RunConfig, train_set: Dataset) -> tuple[Tr
 def choose_workers(device: torch.device) -> int:
     """Return how many processes load pictures: on a CPU they compete with the network for the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if device.type == "cuda":
         return max(1, min(8, cores - 1))
     return 1 if cores <= 4 else min(4, cores // 4)
@@ -689,23 +735,27 @@ def choose_workers(device: torch.device) -> int:
 
 def resolve_micro_batch(prepared: Prepared) -> int:
     """Return how many pictures go onto the device at once."""
-    settings, learner, plan = prepared.config.settings, prepared.learner, prepared.plan
+    settings, learner, team = prepared.config.settings, prepared.learner, prepared.team
+    own = share_of(settings.effective_batch, team.size)
+    plan = replace(prepared.plan, effective_batch=own)
     if isinstance(settings.batch, int):
-        return min(settings.batch, settings.effective_batch)
+        return min(settings.batch, own)
     most = prepared.most_boxes
 
     def attempt(micro: int) -> None:
         worst_step(learner, plan, most_boxes=most, micro_batch=micro, parts=1)
 
     one = memory.saved_bytes(lambda: worst_forward(prepared))
-    release = learner.device.type == "cuda"
-    return memory.fitting_micro_batch(
-        settings.effective_batch,
+    free = memory.free_bytes(learner.device)
+    found = memory.fitting_micro_batch(
+        own,
         bytes_for_one=one,
-        free=memory.free_bytes(learner.device),
-        attempt=attempt if release else None,
+        # Processes on CPUs share the host's memory.
+        free=free if learner.device.type == "cuda" else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        attempt=attempt if learner.device.type == "cuda" else None,
         where=str(learner.device),
     )
+    return team.least(found)
 
 
 def worst_forward(prepared: Prepared) -> object:
@@ -730,30 +780,53 @@ def worst_forward(prepared: Prepared) -> object:
 
 
 class Evaluator:
-    """Measures a model on the val split, in float32: the figures that `rtdetr eval` gives for the same weights."""
+    """Measures a model on the val split, in float32: the figures that `rtdetr eval` gives for the same weights.
+
+    Each process looks at its share of the pictures; the first judges all that was found, once.
+    """
 
     def __init__(self, prepared: Prepared, place: Place, stop: StopFlag) -> None:
         self.prepared = prepared
         self.batch = max(1, min(16, place.micro_batch))
         self.stop = stop
+        self.last: Evaluation | None = None  # the first process's
 
     def __call__(self, model: nn.Module) -> dict[str, float | None]:
         """Return the twelve numbers.
 
         Raises:
-            EvaluationStopped: a signal came.
+            EvaluationStopped: a signal came, to whichever process.
         """
         assert isinstance(model, RTDETR)
-        prepared = self.prepared
+        prepared, team = self.prepared, self.prepared.team
+        began = time.monotonic()
+        classes = map_classes(prepared.header.names, prepared.val_set)
+        mine = np.arange(team.rank, len(prepared.val_set), team.size)
         backend = TorchBackend(model, prepared.header, device=prepared.learner.device)
+        found = self._detect(backend, prepared.val_set.subset(mine), classes)
+        if team.any(found is None):
+            raise EvaluationStopped
+        parts = team.collect((mine, found))
+        metrics: dict[str, float | None] = {}
+        if team.leads:
+            took = time.monotonic() - began
+            self.last = conclude(prepared.val_set, Detected.join(parts), classes, seconds=took)
+            metrics = dict(self.last.metrics)
+        told: dict[str, float | None] = team.tell(metrics)
+        return told
+
+    def _detect(self, backend: TorchBackend, share: Dataset, classes: ClassMap) -> Detected | None:
+        """Return what is found in a share; None when a signal came."""
         while True:
             try:
-                return dict(evaluate(backend, prepared.val_set, batch=self.batch, progress=self._watch).metrics)
+                return detect(backend, share, batch=self.batch, progress=self._watch, label_map=classes.labels)
+            except EvaluationStopped:
+                return None
             except Exception as error:
                 if not memory.is_out_of_memory(error):
                     raise
-            memory.release(prepared.learner.device)
-            self.batch = memory.smaller(self.batch, where=str(prepared.learner.device))
+            memory.release(self.prepared.learner.device)
+            self.batch = memory.smaller(self.batch, where=str(self.prepared.learner.device))
 
     def _watch(self, done: int) -> None:
         if self.stop:
@@ -797,7 +870,8 @@ def explain_overfit(prepared: Prepared, score: float) -> str:
 
 def rehearse(prepared: Prepared, micro: int) -> DryReport:
     """Run a worst-case step, a few real ones and one evaluation, and work out what the run will cost."""
-    learner, plan, settings = prepared.learner, prepared.plan, prepared.config.settings
+    learner, settings = prepared.learner, prepared.config.settings
+    plan = replace(prepared.plan, effective_batch=prepared.loader.batch_size)
     worst_step(learner, plan, most_boxes=prepared.most_boxes, micro_batch=micro, parts=1)  # warms kernels up
     if learner.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(learner.device)
@@ -896,7 +970,26 @@ def begin_report(
     )
 
 
-def versions() -> dict[str, str]:
+def refuse_differences(team: Team, own: Mapping[str, str]) -> None:
+    """Refuse a run whose processes would not do the same.
+
+    Raises:
+        UsageError: it names what differs, and where.
+    """
+    told = team.gather(dict(own))
+    for key, value in told[0].items():
+        for rank, other in enumerate(told):
+            if other[key] != value:
+                short = "another one" if key == "dataset" else other[key]
+                raise UsageError(
+                    f"the processes of the run differ: {key} is {value[:12]} in process 0, {short} in process {rank}",
+                    hint="the same dataset, GPUs and versions on every host"
+                    + (", or --precision fp32" if key == "precision" else ""),
+                    code="team-differs",
+                )
+
+
+def versions(team: Team = SOLO) -> dict[str, str]:
     """Return what the numbers of a run depend on."""
     return {
         "rtdetr-cli": rtdetr_cli.__version__,
@@ -905,6 +998,7 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "cpu threads": str(torch.get_num_threads()),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "processes": str(team.size),
     }
 
 
@@ -913,7 +1007,7 @@ def manifest(prepared: Prepared, argv: Sequence[str]) -> dict[str, Any]:
     return {
         "argv": list(argv or sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": versions(),
+        "versions": versions(prepared.team),
         "dataset": {"source": str(prepared.splits.source), **prepared.header.dataset, "format": prepared.splits.format},
         "weights": prepared.start,
         "precision": prepared.precision,
