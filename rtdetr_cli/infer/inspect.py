@@ -15,8 +15,16 @@ from rtdetr_cli.infer.graph import FINISHED, PICTURES, RAW, first_line
 from rtdetr_cli.model.header import METADATA_KEY, ModelHeader
 
 _TYPE_NAMES = {
-    **{"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp16": "float16"},
-    **{"float": "float32", "i64": "int64", "i32": "int32", "u8": "uint8"},
+    "f64": "float64",
+    "f32": "float32",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "fp32": "float32",
+    "fp16": "float16",
+    "float": "float32",
+    "i64": "int64",
+    "i32": "int32",
+    "u8": "uint8",
 }
 
 
