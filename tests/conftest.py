@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -49,6 +51,43 @@ def eval_pair() -> Path:
 def parity() -> Path:
     """Reference numbers of the official code."""
     return shared_data("parity")
+
+
+@pytest.fixture(scope="session")
+def shapes() -> ModuleType:
+    """The module that made the small trained detector of `golden/`: its names, ids, size, and its pictures."""
+    path = REPOSITORY / "tests/golden/shapes.py"
+    spec = importlib.util.spec_from_file_location("golden_shapes", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def shapes_model(shapes: ModuleType) -> Path:
+    """The small trained detector: 3 classes, thresholds, an input that is no square."""
+    path: Path = shapes.WEIGHTS
+    return path
+
+
+@pytest.fixture(scope="session")
+def shapes_data(shapes: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A COCO JSON of 16 pictures that the small detector knows, the pictures beside it."""
+    path: Path = shapes.write_dataset(tmp_path_factory.mktemp("shapes"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def shapes_onnx(shapes_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small trained detector as an ONNX graph with an open batch; not gated."""
+    from rtdetr_cli.export.run import ExportOptions, export_model
+    from rtdetr_cli.model.weights import load_model
+
+    model, header = load_model(shapes_model)
+    folder = tmp_path_factory.mktemp("onnx")
+    return export_model(model, header, folder, ExportOptions(dynamic=True), stem="shapes")[0].path
 
 
 @dataclass(frozen=True)
