@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rtdetr_cli.model.header import ModelHeader
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from rtdetr_cli.data.generate import generate_dataset
+
+    folder = tmp_path_factory.mktemp("benchmark") / "shapes"
+    generate_dataset(folder, train=2, val=6, imgsz=64, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(shapes: Path) -> Path:
+    import torch
+
+    from rtdetr_cli.config.presets import load_preset
+    from rtdetr_cli.data.read import load_splits
+    from rtdetr_cli.model.build import build_detector
+    from rtdetr_cli.model.weights import save_model
+
+    splits = load_splits(shapes)
+    assert splits.val is not None
+    preset = load_preset("tiny")
+    torch.manual_seed(0)
+    detector = build_detector(preset.model, num_classes=len(splits.categories))
+    header = ModelHeader(
+        names=splits.val.names,
+        category_ids=splits.val.category_ids,
+        imgsz=(64, 64),
+        architecture=preset.model.model_dump(),
+        layers=detector.layers,
+        queries=detector.queries,
+    )
+    path = shapes.parent / "model.safetensors"
+    save_model(path, detector.state_dict(), header)
+    return path
+
+
+def test_runtimes_side_by_side(rtdetr: Callable[..., Any], model: Path, shapes: Path) -> None:
+    ran = rtdetr(
+        *("benchmark", model, "--data", shapes, "--backends", "torch,onnx"),
+        *("--warmup", 1, "--runs", 3, "--threads", 1, "--json"),
+    )
+    assert ran.code == 0, ran.err
+    torch_row, onnx_row = ran.json["rows"]
+    assert (torch_row["backend"], onnx_row["backend"]) == ("torch", "onnx")
+    assert onnx_row["ap"] == pytest.approx(torch_row["ap"], abs=0.02)
+    assert torch_row["loss"] is None
+    assert onnx_row["loss"]["value"] == pytest.approx(onnx_row["ap"] - torch_row["ap"])
+    for row in ran.json["rows"]:
+        times = row["times"]
+        assert set(times) == {"preprocess", "network", "postprocess", "total"}
+        assert all(0 < part["median"] <= part["p90"] for part in times.values())
+        assert times["network"]["median"] < times["total"]["median"]
+    assert ran.json["environment"]["versions"]["torch"]
+    assert ran.json["front"]
+
+
+def test_a_sweep_writes_its_table_document_and_plot(
+    rtdetr: Callable[..., Any], model: Path, shapes: Path, tmp_path: Path
+) -> None:
+    ran = rtdetr(
+        *("benchmark", model, "--data", shapes, "--sweep", "layers=1/3,queries=20/100", "--out", tmp_path / "b"),
+        *("--warmup", 0, "--runs", 2),
+    )
+    assert ran.code == 0, ran.err
+    document = json.loads((tmp_path / "b" / "benchmark.json").read_text())
+    settings = [(row["layers"], row["queries"]) for row in document["rows"]]
+    assert settings == [(3, 100), (1, 20), (1, 100), (3, 20)]
+    lines = (tmp_path / "b" / "benchmark.md").read_text().splitlines()
+    assert len(lines) == 2 + 4
+    assert len({line.count("|") for line in lines}) == 1
+    assert (tmp_path / "b" / "benchmark.png").read_bytes()[:4] == b"\x89PNG"
+    assert "nothing is both quicker and better" in ran.out
+
+
+def test_without_a_dataset_there_is_latency_alone(rtdetr: Callable[..., Any], model: Path) -> None:
+    ran = rtdetr("benchmark", model, "--backends", "torch", "--warmup", 0, "--runs", 2, "--batch", 2, "--json")
+    assert ran.code == 0, ran.err
+    assert "AP not at all" in ran.err
+    (row,) = ran.json["rows"]
+    assert row["ap"] is None
+    assert not row["front"]
+    assert row["pictures_per_second"] == pytest.approx(2000 / row["times"]["total"]["median"])
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--backends", "torch,coreml"], 2, "no backend 'coreml'"),
+        (["--backends", ""], 2, "names no backend"),
+        (["--sweep", "depth"], 2, "'depth' is nothing to sweep"),
+        (["--sweep", "layers,layers"], 2, "named twice"),
+        (["--sweep", "layers=4"], 2, "1 to 3 layers"),
+        (["--sweep", "imgsz=100"], 2, "multiples of 32"),
+        (["--data", "nowhere"], 3, "does not exist"),
+    ],
+)
+def test_words_that_cannot_be_meant(
+    rtdetr: Callable[..., Any], model: Path, words: list[str], code: int, said: str
+) -> None:
+    ran = rtdetr("benchmark", model, *words)
+    assert ran.code == code
+    assert said in ran.err
+
+
+def test_a_runtime_that_is_not_installed(
+    rtdetr: Callable[..., Any], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rtdetr_cli.workflows import benchmark
+
+    monkeypatch.setitem(benchmark.PACKAGES, "tensorrt", "no_such_package")
+    ran = rtdetr("benchmark", model, "--backends", "tensorrt")
+    assert ran.code == 7
+    assert "pip install no_such_package" in ran.err
+    named, skipped = benchmark.choose_backends(None)
+    assert "tensorrt" not in named
+    assert skipped[-1].reason == "no_such_package is not installed"
+
+
+def test_an_export_cannot_be_swept(rtdetr: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"x")
+    ran = rtdetr("benchmark", tmp_path / "m.onnx", "--sweep", "layers")
+    assert ran.code == 2
+    assert "nothing can be swept" in ran.err

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def worse(eval_pair: Path, tmp_path: Path) -> Path:
+    """The public detections with every box moved a little: a small loss, in every picture."""
+    random = np.random.default_rng(0)
+    rows = json.loads((eval_pair / "detections.json").read_text())
+    for row in rows:
+        x, y, w, h = row["bbox"]
+        row["bbox"] = [x + float(random.normal(0, 0.06)) * w, y, w, h]
+    path = tmp_path / "worse.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_a_small_loss_in_every_picture_is_told(rtdetr: Callable[..., Any], eval_pair: Path, worse: Path) -> None:
+    given = ("compare", eval_pair / "detections.json", worse, "--data", eval_pair / "ground_truth.json")
+    document = rtdetr(*given, "--json").json
+    assert document["verdict"] == "a"
+    assert document["difference"]["upper"] < 0
+    assert document["probability_b_better"] < 0.05
+    assert document["difference"]["value"] == pytest.approx(
+        document["b"]["metrics"]["AP"] - document["a"]["metrics"]["AP"]
+    )
+    # pairing is the point: the two intervals on their own overlap
+    assert document["a"]["interval"]["lower"] < document["b"]["interval"]["upper"]
+    person = document["per_class"][0]
+    assert person["difference"] == pytest.approx(person["b"] - person["a"])
+    ran = rtdetr(*given)
+    assert ran.out.strip().splitlines()[-1] == document["sentence"]
+    assert document["sentence"].startswith("A is better than B by 0.0")
+
+
+def test_nothing_to_choose(rtdetr: Callable[..., Any], eval_pair: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.json"
+    copy.write_bytes((eval_pair / "detections.json").read_bytes())
+    ran = rtdetr("compare", copy, eval_pair / "detections.json", "--data", eval_pair / "ground_truth.json", "--ci", 100)
+    assert ran.code == 0
+    assert "nothing to choose" in ran.out
+
+
+def test_what_cannot_be_compared(rtdetr: Callable[..., Any], eval_pair: Path, tmp_path: Path) -> None:
+    ran = rtdetr("compare", eval_pair / "detections.json", eval_pair / "detections.json")
+    assert ran.code == 2
+    assert "--data DATA" in ran.err
+    ran = rtdetr("compare", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--data", eval_pair)
+    assert ran.code == 4
+    ran = rtdetr("compare", tmp_path / "a.onnx", tmp_path / "a.onnx")
+    assert ran.code == 2
+    assert "A and B are both" in ran.err

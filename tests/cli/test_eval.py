@@ -1,0 +1,313 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rtdetr_cli.model.files import read_header, rewrite_header, tensors_identity
+from rtdetr_cli.model.header import ModelHeader, Thresholds
+
+METRICS = {
+    "AP": 0.504581,
+    "AP50": 0.696973,
+    "AP75": 0.572982,
+    "APs": 0.585626,
+    "APm": 0.519400,
+    "APl": 0.501398,
+    "AR1": 0.386813,
+    "AR10": 0.593680,
+    "AR100": 0.595353,
+    "ARs": 0.639811,
+    "ARm": 0.566421,
+    "ARl": 0.564291,
+}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from rtdetr_cli.data.generate import generate_dataset
+
+    folder = tmp_path_factory.mktemp("eval") / "shapes"
+    generate_dataset(folder, train=2, val=10, imgsz=96, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(shapes: Path) -> Path:
+    """A run as training leaves it, but for the training: random weights."""
+    import torch
+
+    from rtdetr_cli.config.presets import load_preset
+    from rtdetr_cli.data.read import load_splits
+    from rtdetr_cli.model.build import build_detector
+    from rtdetr_cli.model.weights import save_model
+
+    splits = load_splits(shapes)
+    assert splits.val is not None
+    preset = load_preset("tiny")
+    torch.manual_seed(0)
+    model = build_detector(preset.model, num_classes=len(splits.categories))
+    folder = shapes.parent / "runs" / "tiny-shapes-01"
+    folder.mkdir(parents=True)
+    header = ModelHeader(
+        names=splits.val.names,
+        category_ids=splits.val.category_ids,
+        imgsz=(96, 96),
+        architecture=preset.model.model_dump(),
+        preset="tiny",
+        layers=model.layers,
+        queries=model.queries,
+        dataset={"name": splits.name, "fingerprint": splits.fingerprint},
+    )
+    save_model(folder / "best.safetensors", model.state_dict(), header)
+    (folder / "config.toml").write_text(f"data = {json.dumps(str(shapes))}\nseed = 0\nval_fraction = 0.2\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def onnx_file(run_folder: Path) -> Path:
+    from rtdetr_cli.export.graph import ExportOptions
+    from rtdetr_cli.export.run import export_model
+    from rtdetr_cli.model.weights import load_model
+
+    model, header = load_model(run_folder / "best.safetensors")
+    return export_model(model, header, run_folder / "export", ExportOptions(), stem="best")[0].path
+
+
+# ------------------------------------------------------------------------------------------ detections of a file
+
+
+@pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
+def test_the_public_pair_from_its_files(rtdetr: Callable[..., Any], eval_pair: Path, evaluator: str) -> None:
+    """The pictures are not there, and need not be."""
+    ran = rtdetr(
+        "eval",
+        *("--data", eval_pair / "ground_truth.json"),
+        *("--predictions", eval_pair / "detections.json"),
+        *("--evaluator", evaluator, "--json"),
+    )
+    assert ran.code == 0
+    assert ran.json["metrics"] == pytest.approx(METRICS, abs=1e-6)
+    assert ran.json["evaluator"] == evaluator
+    assert ran.json["schema_version"] == 1
+    person = ran.json["per_class"][0]
+    assert (person["name"], person["category_id"]) == ("person", 1)
+    assert (ran.json["errors"].get("confusion") is None) == (evaluator == "pycocotools")
+
+
+def test_the_interval_for_people_and_programs(rtdetr: Callable[..., Any], eval_pair: Path) -> None:
+    given = ("--data", eval_pair / "ground_truth.json", "--predictions", eval_pair / "detections.json", "--ci", 200)
+    document = rtdetr("eval", *given, "--json").json
+    interval = document["interval"]
+    assert interval["lower"] < document["metrics"]["AP"] < interval["upper"]
+    ran = rtdetr("eval", *given)
+    assert f"AP 0.505 ± {interval['half']:.3f} (95 %, 100 pictures)" in ran.out
+    rows = {row["name"]: row for row in document["per_class"]}
+    assert "interval" in rows["person"]
+    assert "interval" not in rows["umbrella"]  # a single box
+
+
+def test_results_that_do_not_belong(rtdetr: Callable[..., Any], eval_pair: Path, tmp_path: Path) -> None:
+    rows = json.loads((eval_pair / "detections.json").read_text())
+    rows[3]["image_id"] = 10**9
+    rows[5]["category_id"] = 999
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    ran = rtdetr("eval", "--data", eval_pair / "ground_truth.json", "--predictions", tmp_path / "r.json", "--json")
+    assert ran.code == 3
+    assert "1000000000" in ran.json["error"]["message"]
+    assert "999" in ran.json["error"]["message"]
+
+
+@pytest.mark.parametrize(("least", "code"), [("0.5", 0), ("0.51", 6)])
+def test_fail_under(rtdetr: Callable[..., Any], eval_pair: Path, least: str, code: int) -> None:
+    given = ("--data", eval_pair / "ground_truth.json", "--predictions", eval_pair / "detections.json")
+    ran = rtdetr("eval", *given, "--fail-under", least)
+    assert ran.code == code
+    assert ("error: AP 0.5046 is below 0.51" in ran.err) == bool(code)
+    ran = rtdetr("eval", *given, "--fail-under", least, "--json")
+    assert ran.code == code
+    assert ran.json["gate"] == {"fail_under": float(least), "passed": not code}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--predictions", "r.json"], "needs the dataset"),
+        (["m.onnx", "--predictions", "r.json", "--data", "d"], "MODEL cannot be used"),
+        (["--predictions", "r.json", "--data", "d", "--layers", "2", "--calibrate", "f1"], "--layers and --calibrate"),
+        (["m.onnx", "--fail-under", "40"], "not a fraction"),
+        (["m.onnx", "--evaluator", "other"], "no evaluator 'other'"),
+        (["m.onnx", "--imgsz", "100"], "not a multiple of 32"),
+        (["m.onnx", "--batch", "many"], "not a number of pictures"),
+        (["m.onnx", "--calibrate", "recall"], "not a target"),
+    ],
+)
+def test_words_that_cannot_be_meant(rtdetr: Callable[..., Any], words: list[str], said: str) -> None:
+    ran = rtdetr("eval", *words)
+    assert ran.code == 2
+    assert said in ran.err
+
+
+# ------------------------------------------------------------------------------------------------------ a model
+
+
+def test_a_run_is_judged_on_its_own_dataset(rtdetr: Callable[..., Any], run_folder: Path, tmp_path: Path) -> None:
+    ran = rtdetr("eval", run_folder, "--save-json", tmp_path / "deep" / "results.json", "--json")
+    assert ran.code == 0, ran.err
+    document = ran.json
+    assert document["dataset"] == {"name": "shapes", "split": "val"}
+    assert document["pictures"] == 10
+    assert document["model"]["kind"] == "torch"
+    # what was saved gives the same numbers again
+    again = rtdetr(
+        "eval", "--data", run_folder.parent.parent / "shapes", "--predictions", tmp_path / "deep/results.json", "--json"
+    )
+    assert again.json["metrics"] == pytest.approx(document["metrics"], abs=1e-4)
+
+
+def test_the_dial_and_the_split(rtdetr: Callable[..., Any], run_folder: Path) -> None:
+    ran = rtdetr(
+        "eval",
+        run_folder,
+        "--layers",
+        1,
+        "--queries",
+        20,
+        "--imgsz",
+        "64x96",
+        "--split",
+        "train",
+        "--batch",
+        1,
+        "--json",
+    )
+    assert ran.code == 0, ran.err
+    model = ran.json["model"]
+    assert (model["layers"], model["queries"], model["imgsz"]) == (1, 20, [64, 96])
+    assert ran.json["dataset"]["split"] == "train"
+    assert ran.json["detections"] <= 2 * 100
+    assert rtdetr("eval", run_folder, "--layers", 9).code == 2
+
+
+def test_calibration_is_stored_and_older_exports_are_named(
+    rtdetr: Callable[..., Any], run_folder: Path, onnx_file: Path
+) -> None:
+    best = run_folder / "best.safetensors"
+    before, tensors = read_header(best), tensors_identity(best)
+    ran = rtdetr("eval", run_folder, "--calibrate", "f1", "--json")
+    assert ran.code == 0, ran.err
+    header = read_header(best)
+    try:
+        calibration = ran.json["calibration"]
+        assert header.thresholds is not None
+        assert list(header.thresholds.per_class) == [
+            t if (t := row["threshold"]) is not None else None for row in calibration["per_class"]
+        ]
+        assert (header.identity, tensors_identity(best)) == (before.identity, tensors)
+        assert calibration["stale_exports"] == [str(onnx_file)]
+        assert f"{onnx_file} was exported before" in ran.err
+        # the stored thresholds are what the next evaluation reports
+        later = rtdetr("eval", run_folder, "--json").json["at_thresholds"]
+        assert later["target"] == "f1"
+        assert later["overall"] == calibration["at_thresholds"]
+    finally:
+        rewrite_header(best, before)
+
+
+def test_only_weights_of_ours_take_thresholds(rtdetr: Callable[..., Any], onnx_file: Path) -> None:
+    ran = rtdetr("eval", onnx_file, "--calibrate", "f1")
+    assert ran.code == 2
+    assert "stores thresholds in a .safetensors model" in ran.err
+
+
+def test_an_onnx_file_is_judged_without_torch(onnx_file: Path) -> None:
+    program = (
+        "import sys; from rtdetr_cli.cli.app import run; "
+        f"code = run(['eval', {str(onnx_file)!r}, '--ci', '50', '--json']); "
+        "assert 'torch' not in sys.modules, 'torch was loaded'; sys.exit(code)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    document = json.loads(ran.stdout)
+    assert document["model"]["kind"] == "onnx"
+    assert document["pictures"] == 10
+
+
+def test_other_classes_are_named(rtdetr: Callable[..., Any], run_folder: Path, tmp_path: Path) -> None:
+    best = run_folder / "best.safetensors"
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(best.read_bytes())
+    header = read_header(best)
+    rewrite_header(other, replace(header, names=("disc", *(f"x{i}" for i in range(len(header.names) - 1)))))
+    data = run_folder.parent.parent / "shapes"
+    ran = rtdetr("eval", other, "--data", data)
+    assert ran.code == 0
+    assert "classes of the dataset are unknown to the model" in ran.err
+    rewrite_header(other, replace(header, names=tuple(f"x{i}" for i in range(len(header.names)))))
+    ran = rtdetr("eval", other, "--data", data)
+    assert ran.code == 3
+    assert "share no class" in ran.err
+
+
+def test_a_model_without_a_dataset(rtdetr: Callable[..., Any], run_folder: Path, tmp_path: Path) -> None:
+    lonely = tmp_path / "lonely.safetensors"
+    lonely.write_bytes((run_folder / "best.safetensors").read_bytes())
+    ran = rtdetr("eval", lonely)
+    assert ran.code == 2
+    assert "no dataset is named" in ran.err
+    ran = rtdetr("eval", lonely, "--data", tmp_path / "nothing")
+    assert ran.code == 3
+    ran = rtdetr("eval", lonely, "--data", run_folder.parent.parent / "shapes", "--split", "test")
+    assert ran.code == 3
+    assert "has no test split; it has train (2 pictures), val (10 pictures)" in ran.err
+
+
+def test_a_split_without_boxes_has_no_ap(rtdetr: Callable[..., Any], run_folder: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    header = read_header(run_folder / "best.safetensors")
+    categories = [{"id": i, "name": n} for i, n in zip(header.category_ids, header.names, strict=True)]
+    for split in ("train", "val"):
+        images = [{"id": 1, "file_name": f"{split}.jpg", "width": 80, "height": 60}]
+        Image.new("RGB", (80, 60), (90, 90, 90)).save(tmp_path / f"{split}.jpg")
+        boxes = [{"id": 1, "image_id": 1, "category_id": categories[0]["id"], "bbox": [5, 5, 30, 30]}]
+        content = {"images": images, "annotations": boxes if split == "train" else [], "categories": categories}
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    given = ("eval", run_folder, "--data", tmp_path, "--images", tmp_path, "--ci", 100)
+    ran = rtdetr(*given, "--json")
+    assert ran.code == 0, ran.err
+    assert set(ran.json["metrics"].values()) == {None}
+    assert "has no boxes, so AP is not defined" in ran.err
+    ran = rtdetr(*given, "--fail-under", "0.1")
+    assert ran.code == 6
+    assert "AP is not defined" in ran.err
+
+
+def test_outputs_are_tried_before_the_work(rtdetr: Callable[..., Any], run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for flag in ("--save-json", "--html"):
+        for target in (tmp_path, tmp_path / "file" / "x.json"):
+            ran = rtdetr("eval", run_folder, flag, target)
+            assert ran.code == 1
+            assert "pictures a second" not in ran.err
+
+
+def test_thresholds_of_another_number_of_classes_are_not_taken(run_folder: Path) -> None:
+    from rtdetr_cli.evaluate.stored import exported_header, store_thresholds
+
+    best = run_folder / "best.safetensors"
+    before = read_header(best)
+    try:
+        import numpy as np
+
+        found = store_thresholds(best, Thresholds("f1", 0.4, (0.1, 0.2)), np.array([1, -1, 0, -1, -1]))
+        assert found.thresholds == Thresholds("f1", 0.4, (0.2, 0.4, 0.1, 0.4, 0.4))
+        assert exported_header(best.with_suffix(".none")) is None
+    finally:
+        rewrite_header(best, before)

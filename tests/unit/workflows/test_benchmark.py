@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from rtdetr_cli.workflows.benchmark import Row, Setting, Spread, mark_front, parse_sweep, sweep_settings, table_rows
+
+
+def row(milliseconds: float, ap: float | None) -> Row:
+    times = {part: Spread(milliseconds, milliseconds) for part in ("preprocess", "network", "postprocess", "total")}
+    return Row("m", "torch", "fp32", "cpu", (640, 640), 3, 300, 1, times, ap)
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    rows = [row(10, 0.5), row(8, 0.5), row(8, 0.4), row(5, 0.3), row(4, 0.35), row(4, 0.35), row(1, None)]
+    assert [r.front for r in mark_front(rows)] == [False, True, False, False, True, True, False]
+
+
+def test_settings_begin_with_the_models_own() -> None:
+    own = {"layers": 3, "queries": 300, "imgsz": (640, 480)}
+    found = sweep_settings(parse_sweep("layers,queries,imgsz"), **own)
+    assert found[0] == Setting(3, 300, (640, 480))
+    assert len(found) == len(set(found)) == 3 * 4 * 3
+    assert {s.imgsz for s in found} == {(640, 480), (480, 352), (320, 256)}
+    assert {s.queries for s in found} == {300, 200, 100, 50}
+    found = sweep_settings(parse_sweep("imgsz=320x640/256"), **own)
+    assert [s.imgsz for s in found] == [(640, 480), (320, 640), (256, 256)]
+    assert {(s.layers, s.queries) for s in found} == {(3, 300)}
+
+
+@pytest.mark.parametrize(("height", "width", "shown"), [(640, 640, "640"), (480, 640, "480x640")])
+def test_cells(height: int, width: int, shown: str) -> None:
+    one = replace(row(2, 0.25), imgsz=(height, width), front=True)
+    columns, cells = table_rows([one, replace(row(4, None), batch=1)])
+    assert cells[0][columns.index("size")] == shown
+    assert cells[0][columns.index("best")] == "*"
+    assert "model" not in columns
+    assert "model" in table_rows([one, replace(one, model="other")])[0]
