@@ -172,13 +172,23 @@ def report_fault(dataset: RawDataset, split: RawSplit, picture: int, error: Pict
     dataset.findings.add(error.code, message, **picture_place(dataset, split, picture))
 
 
-def report_size(dataset: RawDataset, split: RawSplit, picture: int, size: tuple[int, int]) -> None:
-    """Take a picture's own size; say so where another was declared."""
+def report_size(
+    dataset: RawDataset, split: RawSplit, picture: int, size: tuple[int, int], *, turned: bool | None = None
+) -> None:
+    """Take a picture's own upright size; say so where another was declared.
+
+    Args:
+        dataset: gets the finding.
+        split: gets the size.
+        picture: position in the split.
+        size: width and height.
+        turned: whether EXIF turns it by 90 degrees; None looks it up if it matters.
+    """
     if split.declared[picture]:
         declared = tuple(split.sizes_wh[picture].tolist())
         if declared != size:
             name = split.file_names[picture]
-            if declared == size[::-1] and _turned(split.path(picture)):
+            if declared == size[::-1] and (_turned(split.path(picture)) if turned is None else turned):
                 code, said = (
                     "picture-exif-swapped",
                     f"{name} is {size[0]}x{size[1]} upright, but the labels declare it unturned as "
@@ -421,7 +431,7 @@ def check_structure(dataset: RawDataset) -> None:
         elif not len(split.box_pictures):
             findings.add("split-no-objects", f"the split {name} has no boxes", file=shown, spot=Spot(name))
         counts = np.bincount(split.box_pictures, minlength=len(split))
-        for picture in _rows((counts == 0) & split.usable):
+        for picture in _rows((counts == 0) & split.usable & (split.picture_labels >= 0)):
             findings.add(
                 "picture-no-objects",
                 f"{split.file_names[picture]} has no objects",

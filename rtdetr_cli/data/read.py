@@ -19,10 +19,12 @@ from rtdetr_cli.data.checks import (
     groups_by_path,
     measure_pictures,
 )
-from rtdetr_cli.data.coco import read_coco
+from rtdetr_cli.data.coco import read_coco, sound_name
+from rtdetr_cli.data.kept import IDS_FILE
 from rtdetr_cli.data.raw import RawDataset, RawSplit
 from rtdetr_cli.data.records import Dataset, Finding, FlatStrings, Splits
-from rtdetr_cli.data.voc import VocSplit, read_voc
+from rtdetr_cli.data.text import Oddities, read_text
+from rtdetr_cli.data.voc import VocSplit, is_picture, read_voc
 from rtdetr_cli.data.yolo import read_yolo
 from rtdetr_cli.errors import DataError
 
@@ -66,13 +68,13 @@ def load_splits(
     if pictures:
         check_files(raw)
     measure_pictures(raw, all_pictures=headers and pictures)
+    check_boxes(raw)
+    check_structure(raw)
     if split_single:
         draw_val(raw, val_fraction, seed)
     elif set(raw.splits) == {"train"}:
         raw.splits = {"val": raw.splits["train"]}
         raw.splits["val"].split = "val"
-    check_boxes(raw)
-    check_structure(raw)
     groups = groups_by_path(raw)
     check_copies(raw, groups, check_equal_splits(raw, groups))
     refuse_errors(raw)
@@ -97,6 +99,8 @@ def refuse_errors(raw: RawDataset) -> None:
 def place(finding: Finding) -> str:
     """Return a finding as one sentence with its place in front."""
     where = f"{finding.file}:{finding.line}" if finding.file and finding.line else finding.file
+    if where and finding.message.startswith(f"{where} "):
+        return finding.message
     return f"{where} {finding.message}" if where else finding.message
 
 
@@ -226,7 +230,15 @@ def read_raw(source: Path, *, images: Path | None = None) -> RawDataset:
         if suffix in (".yaml", ".yml"):
             return _yolo_file(source, images)
         raise DataError(f"{source} is not {_FORMATS}", hint="name the folder or its label file", code="format-unknown")
+    if source.name == "Annotations" and any(source.glob("*.xml")):
+        return _voc(source.parent, source, images)
     return _folder(source, images)
+
+
+def _voc(folder: Path, source: Path, images: Path | None) -> RawDataset:
+    raw = RawDataset(source=source, name=_name(folder), format="voc", folder=folder, roots=_roots(folder, images))
+    read_voc(raw, _voc_splits(raw, folder, images))
+    return raw
 
 
 def _folder(folder: Path, images: Path | None) -> RawDataset:
@@ -251,10 +263,16 @@ def _folder(folder: Path, images: Path | None) -> RawDataset:
         )
     if len(found) > 1:
         kinds = " and ".join(f"{kind} ({path.relative_to(folder) or '.'})" for kind, path in found)
-        raise DataError(f"{folder} holds more than one dataset: {kinds}", hint="name the one that is meant")
+        raise DataError(
+            f"{folder} holds more than one dataset: {kinds}",
+            hint="name the JSON or YAML file, or the folder Annotations, of the one that is meant",
+            code="format-ambiguous",
+        )
     kind = found[0][0]
     if yaml_file is not None:
         return _yolo_file(yaml_file, images, source=folder)
+    if voc is not None:
+        return _voc(voc, folder, images)
     roots = _roots(folder, images)
     raw = RawDataset(source=folder, name=_name(folder), format=kind, folder=folder, roots=roots)
     if kind == "roboflow":
@@ -262,11 +280,8 @@ def _folder(folder: Path, images: Path | None) -> RawDataset:
         if not files:
             files = {"train": (folder / ROBOFLOW_FILE, images or folder)}
         read_coco(raw, files)
-    elif kind == "coco":
+    else:
         read_coco(raw, {s: (p, images or _pictures_of(p, s, folder)) for s, p in coco.items()})
-    elif voc is not None:
-        raw.folder = voc
-        read_voc(raw, _voc_splits(voc, images))
     return raw
 
 
@@ -336,7 +351,9 @@ def _kind(path: Path) -> str:
 def _coco_files(folder: Path) -> dict[str, Path]:
     """Return the COCO files of a folder: one for each split, or a lone one as train."""
     for place_ in (folder, folder / "annotations"):
-        files = [p for p in sorted(place_.glob("*.json")) if p.name != ROBOFLOW_FILE and _looks_like_coco(p)]
+        files = [
+            p for p in sorted(place_.glob("*.json")) if p.name not in (ROBOFLOW_FILE, IDS_FILE) and _looks_like_coco(p)
+        ]
         if len(files) == 1:
             return {"train": files[0]}
         kinds: dict[str, dict[str, Path]] = {}
@@ -443,23 +460,45 @@ def _voc_folder(folder: Path) -> Path | None:
         annotations = candidate / "Annotations"
         if annotations.is_dir() and ((candidate / "ImageSets" / "Main").is_dir() or any(annotations.glob("*.xml"))):
             return candidate
+    if any(any(path.glob("*.xml")) for path in _split_folders(folder).values()):
+        return folder
     return None
 
 
-def _voc_splits(folder: Path, images: Path | None) -> dict[str, VocSplit]:
+def _voc_splits(raw: RawDataset, folder: Path, images: Path | None) -> dict[str, VocSplit]:
     xml_folder = folder / "Annotations"
+    if not xml_folder.is_dir():  # a folder for each split, with pictures and XML side by side
+        return {
+            split: VocSplit(None, _picture_stems(images or path), path, images or path)
+            for split, path in _split_folders(folder).items()
+        }
     pictures = images or next(
         (folder / name for name in ("JPEGImages", "images", "Images") if (folder / name).is_dir()), folder
     )
     splits: dict[str, VocSplit] = {}
     lists = folder / "ImageSets" / "Main"
-    for split in SPLITS:
-        path = lists / f"{split}.txt"
-        if path.is_file():
-            names = path.read_text("utf-8-sig", "surrogateescape").splitlines()
-            # A second column (1, 0, -1) says whether a class is present; the lists of one class have it.
-            splits[split] = VocSplit(path, [n.split()[0] for n in names if n.split()], xml_folder, pictures)
+    oddities = Oddities()
+    trainval = {} if (lists / "train.txt").is_file() else {"train": lists / "trainval.txt"}
+    for split, path in {**{s: lists / f"{s}.txt" for s in SPLITS}, **trainval}.items():
+        if not path.is_file():
+            continue
+        shown = raw.show(path)
+        raw.label_paths[shown] = path
+        text = read_text(path, shown, raw.findings, oddities)
+        # A second column (1, 0, -1) says whether a class is present; the lists of one class have it.
+        names = [line.split()[0] for line in (text or "").splitlines() if line.split()]
+        for number, name in enumerate(names, 1):
+            if not sound_name(name):
+                raw.findings.add("file-malformed", f"has the name {name[:40]!r}", file=shown, line=number)
+        splits[split] = VocSplit(path, [n for n in names if sound_name(n)], xml_folder, pictures)
+    oddities.report(raw.findings)
     if not splits:
-        every = sorted(p.stem for p in xml_folder.glob("*.xml"))
-        splits["train"] = VocSplit(None, every, xml_folder, pictures)
+        splits["train"] = VocSplit(None, _picture_stems(pictures), xml_folder, pictures)
     return splits
+
+
+def _picture_stems(folder: Path) -> list[str]:
+    try:
+        return sorted({os.path.splitext(name)[0] for name in os.listdir(folder) if is_picture(name)})
+    except OSError:
+        return []

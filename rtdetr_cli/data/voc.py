@@ -17,12 +17,14 @@ from defusedxml.common import DefusedXmlException
 
 from rtdetr_cli.data.coco import sound_name
 from rtdetr_cli.data.codes import Findings, Spot
+from rtdetr_cli.data.kept import Kept, KeptBox, read_kept
 from rtdetr_cli.data.raw import PICTURE_SUFFIXES, RawDataset, Rows
 from rtdetr_cli.data.records import Category
 from rtdetr_cli.data.text import Oddities, read_text
 
 _OBJECT = re.compile(r"<object[\s>/]")
 _MAX_DEPTH = 64
+_NOTHING = KeptBox()
 _CLASS_LISTS = ("classes.txt", "labels.txt", "class_names.txt")
 
 
@@ -61,18 +63,41 @@ def read_voc(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
             # A file that cannot be read is not the same as none: its picture has been named in an error already.
             entries.append((name, shown, root, text or ""))
         parsed[split] = entries
-    oddities.report(dataset.findings)
     listed = _class_list(dataset, oddities)
     classes = listed if listed is not None else _classes(parsed)
-    identifiers = _identifiers(parsed, classes)
-    order = sorted(range(len(classes)), key=lambda i: identifiers[i])
-    dataset.categories = tuple(Category(identifiers[i], classes[i]) for i in order)
+    kept = read_kept(dataset, dataset.folder, oddities)
+    oddities.report(dataset.findings)
+    if set(_classes(parsed)) <= {name for _, name in kept.categories}:
+        dataset.categories = tuple(Category(i, name) for i, name in sorted(kept.categories))
+    else:
+        dataset.categories = tuple(Category(i, name) for i, name in enumerate(classes, 1))
     labels = {category.name: label for label, category in enumerate(dataset.categories)}
     first = 1
     for split, on_disk in splits.items():
-        rows = _split(dataset, split, on_disk, parsed[split], labels, first)
+        rows = _split(dataset, split, on_disk, parsed[split], labels, kept, first)
         dataset.splits[split] = rows.split(split, on_disk.pictures_folder)
         first += len(on_disk.names)
+    _orphans(dataset, splits)
+
+
+def _orphans(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
+    """Say which XML files belong to no split and to no picture."""
+    listed: dict[Path, set[str]] = {}
+    stems: dict[Path, set[str]] = {}
+    for on_disk in splits.values():
+        listed.setdefault(on_disk.xml_folder, set()).update(on_disk.names)
+        pictures = _listing(on_disk.pictures_folder) or set()
+        stems.setdefault(on_disk.xml_folder, set()).update(Path(p).stem for p in pictures if is_picture(p))
+    for folder, names in listed.items():
+        for file in sorted(_listing(folder) or ()):
+            stem = file[:-4]
+            if file.endswith(".xml") and stem not in names and stem not in stems[folder]:
+                dataset.findings.add("label-orphan", "has no picture", file=dataset.show(folder / file))
+
+
+def is_picture(name: str) -> bool:
+    """Tell by its suffix whether a file counts as a picture."""
+    return Path(name).suffix.lower() in PICTURE_SUFFIXES
 
 
 def _listing(folder: Path) -> set[str] | None:
@@ -140,29 +165,13 @@ def _classes(parsed: dict[str, list[tuple[str, str, Element | None, str]]]) -> l
     return sorted(name for name in found if sound_name(name))
 
 
-def _identifiers(parsed: dict[str, list[tuple[str, str, Element | None, str]]], classes: list[str]) -> list[int]:
-    """Return the category ids: those that our own writer left in the objects, else 1, 2, ..."""
-    found: dict[str, int] = {}
-    for entries in parsed.values():
-        for _, _, root, _ in entries:
-            for element in root.iterfind("object") if root is not None else ():
-                identifier = _integer(element, "category_id")
-                if identifier is None:
-                    return list(range(1, len(classes) + 1))
-                if found.setdefault(_text(element, "name"), identifier) != identifier:
-                    return list(range(1, len(classes) + 1))
-    if set(found) == set(classes) and len(set(found.values())) == len(found):
-        return [found[name] for name in classes]
-    return list(range(1, len(classes) + 1))
-
-
 def _text(element: Element, path: str) -> str:
     return (element.findtext(path) or "").strip()
 
 
 def _integer(element: Element, path: str) -> int | None:
     text = _text(element, path)
-    return int(text) if text.isascii() and text.lstrip("-").isdigit() and len(text) < 19 else None
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
 
 
 def _split(
@@ -171,6 +180,7 @@ def _split(
     on_disk: VocSplit,
     entries: list[tuple[str, str, Element | None, str]],
     labels: dict[str, int],
+    kept: Kept,
     first_id: int,
 ) -> Rows:
     findings = dataset.findings
@@ -197,12 +207,11 @@ def _split(
                 spot=Spot(split, position),
             )
         size = (0, 0)
-        identifier = None
+        identifier, facts = kept.picture(split, name)
         if root is not None:
             size = (_integer(root, "size/width") or 0, _integer(root, "size/height") or 0)
             if not (0 < size[0] < 1 << 31 and 0 < size[1] < 1 << 31):
                 size = (0, 0)
-            identifier = _integer(root, "image_id")
             folder = _text(root, "folder")
             if folder and Path(folder).name != on_disk.pictures_folder.name:
                 folders.setdefault(folder, []).append(shown)
@@ -227,7 +236,9 @@ def _split(
         if len(lines) != len(objects):
             lines = [0] * len(objects)
         for entry, element in enumerate(objects):
-            _object(findings, rows, picture, element, entry, lines[entry], labels, Spot(split, picture, entry), shown)
+            own = facts[entry] if len(facts) == len(objects) else _NOTHING
+            spot = Spot(split, picture, entry)
+            _object(findings, rows, picture, element, entry, lines[entry], labels, own, spot, shown)
             if _text(element, "difficult") == "1":
                 difficult.append(shown)
     if len(set(rows.image_ids)) != len(rows.image_ids):
@@ -252,6 +263,7 @@ def _object(
     entry: int,
     line: int,
     labels: dict[str, int],
+    kept: KeptBox,
     spot: Spot,
     shown: str,
 ) -> None:
@@ -283,20 +295,16 @@ def _object(
             **where,
         )
         return
-    area = _text(element, "area")
-    try:
-        size = float(area) if area else float("nan")
-    except ValueError:
-        size = float("nan")
+    width, height = rows.sizes_wh[picture]
     rows.add_box(
         picture,
         (corners[0], corners[1], corners[2], corners[3]),
         label,
         line=line,
         entry=entry,
-        area=size,
-        crowd=_text(element, "iscrowd") == "1",
-        annotation_id=_integer(element, "id") or 0,
+        area=kept.area_share * width * height if width and height else float("nan"),
+        crowd=kept.crowd,
+        annotation_id=kept.annotation_id,
     )
 
 

@@ -14,18 +14,17 @@ from typing import Any
 
 import yaml
 
-from rtdetr_cli.data.coco import JSONFault, line_of, scan_value, sound_name
+from rtdetr_cli.data.coco import sound_name
 from rtdetr_cli.data.codes import Findings, Spot
+from rtdetr_cli.data.kept import Kept, KeptBox, read_kept
 from rtdetr_cli.data.raw import PICTURE_SUFFIXES, RawDataset, Rows
 from rtdetr_cli.data.records import Category
-from rtdetr_cli.data.text import MAX_BYTES, Oddities, read_text
-
-IDS_FILE = "rtdetr_ids.json"
-"""What our own writer keeps beside the labels: ids, areas and crowds, which YOLO has no place for."""
+from rtdetr_cli.data.text import Oddities, read_text
 
 _MAX_YAML_BYTES = 1 << 20
 _SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 _ROUNDING = 1e-3
+_NOTHING = KeptBox()
 _CLASS_FILES = frozenset({"classes.txt", "labels.txt", "obj.names"})
 
 
@@ -76,14 +75,14 @@ def read_yolo(dataset: RawDataset, path: Path, images: Path | None) -> None:
     numbers = sorted(described.classes, key=lambda n: described.category_ids[n])
     dataset.categories = tuple(Category(described.category_ids[n], described.classes[n]) for n in numbers)
     labels = {number: label for label, number in enumerate(numbers)}
-    kept = _read_ids(dataset, described.base, oddities)
+    kept = read_kept(dataset, described.base, oddities)
     first = 1
     label_files: set[str] = set()
     for split, entries in described.splits.items():
         pictures = _pictures(dataset, described, split, entries, shown, oddities)
         if pictures is None:
             continue
-        rows = _split(dataset, described, split, pictures, labels, kept.get(split, {}), first, oddities, label_files)
+        rows = _split(dataset, described, split, pictures, labels, kept, first, oddities, label_files)
         dataset.splits[split] = rows.split(split, described.base)
         dataset.splits[split].shares = True
         first += len(pictures)
@@ -333,7 +332,7 @@ def _split(
     split: str,
     pictures: list[Path],
     labels: dict[int, int],
-    kept: dict[str, Any],
+    kept: Kept,
     first_id: int,
     oddities: Oddities,
     label_files: set[str],
@@ -356,10 +355,8 @@ def _split(
                 listings[folder] = set(os.listdir(folder))
             except OSError:
                 listings[folder] = set()
-        own = kept.get(name)
-        own = own if isinstance(own, dict) else {}
-        image_id = own.get("id")
-        image_id = image_id if type(image_id) is int and abs(image_id) < 1 << 62 else first_id + position
+        own_id, facts = kept.picture(split, name)
+        image_id = first_id + position if own_id is None else own_id
         if label.name not in listings[folder]:
             rows.add_picture(name, image_id=image_id, size_wh=(0, 0), label_file="")
             dataset.findings.add(
@@ -377,9 +374,9 @@ def _split(
         text = read_text(label, shown, dataset.findings, oddities)
         if text is None:
             continue
-        boxes = own.get("boxes")
         lines = [(number, line) for number, line in enumerate(text.split("\n")) if line.strip()]
-        facts = boxes if isinstance(boxes, list) and len(boxes) == len(lines) else None
+        if len(facts) != len(lines):
+            facts = [_NOTHING] * len(lines)
         for count, (number, line) in enumerate(lines):
             _line_of_label(
                 dataset.findings,
@@ -390,7 +387,7 @@ def _split(
                 labels,
                 numbered,
                 described.keypoints,
-                facts[count] if facts else None,
+                facts[count],
                 Spot(split, picture, number),
                 shown,
             )
@@ -408,7 +405,7 @@ def _line_of_label(
     labels: dict[int, int],
     numbered: str,
     keypoints: int,
-    facts: Any,
+    facts: KeptBox,
     spot: Spot,
     shown: str,
 ) -> None:
@@ -454,23 +451,17 @@ def _line_of_label(
         xs, ys = shares[0::2], shares[1::2]
         box = (min(xs), min(ys), max(xs), max(ys))
         area = abs(sum(xs[i - 1] * ys[i] - xs[i] * ys[i - 1] for i in range(len(xs)))) / 2
-        # The points' area in shares; scaled with the boxes once the picture's size is known.
     if beyond:
         findings.add("label-beyond-one", f"has {(high if high > 1 else low):g}, beyond 0 to 1", **where)
-    identifier, crowd = 0, False
-    if isinstance(facts, list) and len(facts) == 3:
-        identifier = facts[0] if type(facts[0]) is int and 0 < facts[0] < 1 << 62 else 0
-        crowd = facts[2] == 1
-        area = float(facts[1]) if isinstance(facts[1], float) and math.isfinite(facts[1]) else area
     rows.add_box(
         picture,
         box,
         label,
         line=number + 1,
         entry=number,
-        area=area,
-        crowd=crowd,
-        annotation_id=identifier,
+        area=area if math.isnan(facts.area_share) else facts.area_share,
+        crowd=facts.crowd,
+        annotation_id=facts.annotation_id,
         beyond=beyond,
     )
 
@@ -483,26 +474,7 @@ def _is_number(word: str) -> bool:
     return True
 
 
-# ---- what our writer kept, and files without a picture
-
-
-def _read_ids(dataset: RawDataset, base: Path, oddities: Oddities) -> dict[str, dict[str, Any]]:
-    path = base / IDS_FILE
-    if not path.is_file():
-        return {}
-    shown = dataset.show(path)
-    text = read_text(path, shown, dataset.findings, oddities, limit=MAX_BYTES)
-    if text is None:
-        return {}
-    try:
-        document, _ = scan_value(text, len(text) - len(text.lstrip(" \t\r\n")))
-    except JSONFault as fault:
-        dataset.findings.add(fault.code, fault.message, file=shown, line=line_of(text, fault.position))
-        return {}
-    splits = document.get("splits") if isinstance(document, dict) else None
-    if not isinstance(splits, dict):
-        return {}
-    return {split: pictures for split, pictures in splits.items() if isinstance(pictures, dict)}
+# ---- files without a picture
 
 
 def _orphans(dataset: RawDataset, described: YoloFile, label_files: set[str]) -> None:
