@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -227,7 +226,10 @@ def _leading_digit(value: float) -> int:
 
 def _rate(value: float) -> str:
     """Return a rate as people write it: `8e-5`."""
-    return re.sub(r"e-0?", "e-", f"{value:.3g}" if value >= 0.001 or not value else f"{value:.2e}".replace(".00", ""))
+    if not value or abs(value) >= 0.001:
+        return f"{value:.3g}"
+    digits, _, power = f"{value:.2e}".partition("e")
+    return f"{float(digits):g}e{int(power)}"
 
 
 # ---- pictures ---------------------------------------------------------------------------------------------------

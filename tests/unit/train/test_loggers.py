@@ -1,0 +1,193 @@
+"""Points arrive once, in order, whatever happens to the process; a logger cannot hurt a run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from rtdetr_cli.errors import EnvironmentProblem
+from rtdetr_cli.train import loggers
+from rtdetr_cli.train.loggers import Loggers, require_loggers
+from rtdetr_cli.train.loop import EpochReport, Report, SavedReport, StepReport
+
+SETTINGS = {"preset": "tiny", "lr": 1e-4}
+PER_EPOCH = 4
+
+
+def step(number: int) -> StepReport:
+    terms = {"loss_vfl": 1.0 / (number + 1), "loss_bbox_aux_0": 0.5}
+    return StepReport(
+        number // PER_EPOCH, number % PER_EPOCH, number, 9.0 - number, terms, 0.3, 1e-4, 0.2, 0.01, 2_000_000_000
+    )
+
+
+def epoch(number: int) -> EpochReport:
+    metrics = {"AP": 0.1 * number, "AP50": None}
+    return EpochReport(number, 3, (number + 1) * PER_EPOCH, 1e-4, 8.0, {}, metrics, True, 0.1, number, 1.0, 0.0, 1)
+
+
+def saved(tmp_path: Path) -> SavedReport:
+    return SavedReport(tmp_path / "last.ckpt", "epoch", 0, 0)
+
+
+def reports(first: int, last: int) -> list[Report]:
+    """Return what a loop tells of steps `first` to `last - 1`."""
+    told: list[Report] = []
+    for number in range(first, last):
+        told.append(step(number))
+        if (number + 1) % PER_EPOCH == 0:
+            told.append(epoch(number // PER_EPOCH))
+    return told
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(folder / loggers.FOLDER), size_guidance={"scalars": 0})
+    read.Reload()
+    return {tag: [(e.step, round(e.value, 5)) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+
+
+def test_a_missing_package_is_told_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    with pytest.raises(EnvironmentProblem) as caught:
+        require_loggers(["wandb", "mlflow"])
+    assert caught.value.exit_code == 7
+    assert "wandb, mlflow-skinny" in caught.value.message
+    assert caught.value.hint == 'pip install "rtdetr-cli[wandb,mlflow]"'
+
+
+def test_the_folder_that_wandb_leaves_behind_is_no_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if (found := find_spec("wandb")) is not None and found.origin is not None:
+        pytest.skip("wandb is installed")
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EnvironmentProblem):
+        require_loggers(["wandb"])
+
+
+def test_no_loggers_leave_no_trace(tmp_path: Path) -> None:
+    none = Loggers((), tmp_path, settings=SETTINGS)
+    for report in reports(0, 5):
+        none.write(report)
+    none.finish({"AP": 0.5})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("killed_after", "flushed"), [(10, True), (10, False), (8, True), (6, False)])
+def test_tensorboard_has_every_step_once_after_a_kill(tmp_path: Path, killed_after: int, flushed: bool) -> None:
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
+    first = Loggers(("tensorboard",), tmp_path, settings=SETTINGS)
+    for report in reports(0, 5):
+        first.write(report)
+    first.write(saved(tmp_path))
+    for report in reports(5, killed_after):
+        first.write(report)
+    if flushed:
+        first._flush()
+    else:
+        first._sinks["tensorboard"].flush()  # on disk, but not written down: what a kill between the two leaves
+
+    second = Loggers(("tensorboard",), tmp_path, settings=SETTINGS)
+    for report in reports(5, 12):  # the checkpoint was made after step 4
+        second.write(report)
+    second.finish({"AP": 0.2, "AR1": None})
+
+    found = scalars(tmp_path)
+    assert found["train/loss"] == [(n, 9.0 - n) for n in range(12)]
+    assert found["val/AP"] == [(3, 0.0), (7, 0.1), (11, 0.2)]
+    assert found["train/loss_vfl"][1] == (1, 0.5)
+    assert found["best/AP"] == [(0, 0.2)]
+    assert "val/AP50" not in found
+
+
+def test_pictures_of_the_run_go_along(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
+    import numpy as np
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from rtdetr_cli.train.plots import save
+
+    picture = save(np.zeros((8, 8, 3), np.uint8), tmp_path / "plots" / "curves.png")
+    told = Loggers(("tensorboard",), tmp_path, settings=SETTINGS)
+    told.finish({}, [picture, tmp_path / "missing.png"])
+    read = EventAccumulator(str(tmp_path / loggers.FOLDER))
+    read.Reload()
+    assert read.Tags()["images"] == ["curves"]
+
+
+def test_mlflow_has_every_step_once_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow", reason="the mlflow extra is not installed")
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    run = tmp_path / "runs" / "tiny-01"
+    run.mkdir(parents=True)
+    first = Loggers(("mlflow",), run, settings=SETTINGS)
+    for report in reports(0, 10):
+        first.write(report)
+    second = Loggers(("mlflow",), run, settings=SETTINGS)
+    for report in reports(5, 12):
+        second.write(report)
+    second.finish({"AP": 0.2})
+    where = second.notices[0].removeprefix("mlflow writes to ")
+    client = MlflowClient(tracking_uri=where)
+    (experiment,) = [e for e in client.search_experiments() if e.name == loggers.PROJECT]
+    (found,) = client.search_runs([experiment.experiment_id])
+    history = client.get_metric_history(found.info.run_id, "train/loss")
+    assert sorted((m.step, m.value) for m in history) == [(n, 9.0 - n) for n in range(12)]
+    assert found.data.params["preset"] == "tiny"
+    assert found.info.status == "FINISHED"
+
+
+def test_an_mlflow_server_that_is_down_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow", reason="the mlflow extra is not installed")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(EnvironmentProblem, match=r"mlflow at http://127\.0\.0\.1:9 does not answer"):
+        Loggers(("mlflow",), tmp_path, settings=SETTINGS)
+
+
+def test_wandb_stays_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="the wandb extra is not installed")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    first = Loggers(("wandb",), tmp_path, settings=SETTINGS)
+    for report in reports(0, 5):
+        first.write(report)
+    first.finish({"AP": 0.1})
+    second = Loggers(("wandb",), tmp_path, settings=SETTINGS)
+    second.finish({})
+    assert "wandb sync" in first.notices[0]
+    assert not second.notices
+    assert first._ids == second._ids
+    assert len(list((tmp_path / loggers.FOLDER / "wandb").glob("offline-run-*"))) >= 1
+
+
+class Failing:
+    """A sink whose server has gone."""
+
+    def add(self, values: object, step: int) -> None:
+        raise OSError("no route to host")
+
+    def flush(self) -> None:
+        pass
+
+    def finish(self, metrics: object, pictures: object) -> None:
+        pass
+
+
+def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
+    told = Loggers(("tensorboard",), tmp_path, settings=SETTINGS)
+    told._sinks["wandb"] = Failing()
+    for report in reports(0, 3):
+        told.write(report)
+    told.finish({})
+    assert told.notices == ["logging to wandb has stopped, the run goes on: no route to host"]
+    assert len(scalars(tmp_path)["train/loss"]) == 3

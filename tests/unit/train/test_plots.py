@@ -1,0 +1,180 @@
+"""The pictures of a run: right numbers in them, no state left, whole files or none."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rtdetr_cli.data.draw import colour
+from rtdetr_cli.data.records import Category, Dataset, FlatStrings
+from rtdetr_cli.evaluate.table import DetectionTable
+from rtdetr_cli.train import plots
+
+
+def make_dataset(root: Path, boxes: list[list[list[float]]], labels: list[list[int]], names: list[str]) -> Dataset:
+    """Pictures of 200 x 100 pixels."""
+    flat = np.array([b for own in boxes for b in own], np.float64).reshape(-1, 4)
+    return Dataset(
+        name="made",
+        split="val",
+        format="coco",
+        root=root,
+        categories=tuple(Category(i, name) for i, name in enumerate(names)),
+        file_names=FlatStrings([f"{i}.png" for i in range(len(boxes))]),
+        image_ids=np.arange(len(boxes)),
+        sizes_wh=np.tile(np.array([[200, 100]], np.int32), (len(boxes), 1)),
+        offsets=np.cumsum([0, *map(len, boxes)]).astype(np.int64),
+        boxes_xyxy_px=flat,
+        labels=np.array([k for own in labels for k in own], np.int64),
+        areas=np.ones(len(flat)),
+        crowd=np.zeros(len(flat), bool),
+        annotation_ids=np.arange(len(flat)),
+    )
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Dataset:
+    for index in range(3):
+        Image.new("RGB", (200, 100), (40 * index, 90, 120)).save(tmp_path / f"{index}.png")
+    boxes = [[[10, 10, 50, 60], [60, 10, 64, 14]], [], [[100, 20, 180, 90]]]
+    return make_dataset(tmp_path, boxes, [[0, 1], [], [1]], ["cat", "dog $x$ 猫", "never seen"])
+
+
+def texts(figure: object) -> list[str]:
+    from matplotlib.text import Text
+
+    return [t.get_text() for t in figure.findobj(Text) if t.get_text()]  # type: ignore[attr-defined]
+
+
+def test_labels_say_what_there_is(small: Dataset, tmp_path: Path) -> None:
+    figure = plots.labels_figure(small, (320, 640))
+    said = texts(figure)
+    assert "made, val: 3 pictures, 3 boxes, 1 pictures without a box" in said
+    assert "1 (33.3%) with a side under 8 px" not in said  # 4 px of 200 are 12.8 of 640, 4 of 100 are 12.8 of 320
+    assert "1 (33.3%) with a side under 8 px" in texts(plots.labels_figure(small, (160, 320)))
+    path = plots.save(figure, tmp_path / "plots" / "labels.png")
+    with Image.open(path) as image:
+        assert image.width > 1000
+        assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 20
+
+
+def test_sizes_are_those_of_the_stretched_picture(small: Dataset) -> None:
+    boxes = plots._stretched(small, (320, 640))
+    np.testing.assert_allclose(boxes[0], [32, 32, 160, 192])
+
+
+def test_crowds_are_left_out_as_in_training(small: Dataset) -> None:
+    small.crowd[2] = True
+    assert "made, val: 3 pictures, 2 boxes, 2 pictures without a box" in texts(plots.labels_figure(small, (320, 640)))
+
+
+def test_nothing_at_all_is_drawn_too(tmp_path: Path) -> None:
+    empty = make_dataset(tmp_path, [[], []], [[], []], ["a"])
+    plots.save(plots.labels_figure(empty, (64, 64)), tmp_path / "labels.png")
+    plots.save(plots.curves_figure([]), tmp_path / "curves.png")
+    nothing = plots.predictions_picture(empty, DetectionTable.empty(), threshold=0.5)
+    plots.save(nothing, tmp_path / "predictions.jpg")
+    assert nothing.shape[2] == 3
+
+
+def test_many_classes_are_cut_and_told(tmp_path: Path) -> None:
+    names = [f"class {i}" for i in range(40)]
+    boxes = [[[i, 0, i + 9, 9] for i in range(40)]]
+    said = texts(plots.labels_figure(make_dataset(tmp_path, boxes, [list(range(40))], names), (64, 64)))
+    assert "boxes in each class (the first 24 of 40; the others have 16)" in said
+
+
+def rows(count: int) -> list[dict[str, float | None]]:
+    return [
+        {"epoch": n + 1, "loss": 20 / (n + 1), "loss_vfl": 1.0, "lr": 1e-4, "AP": [0.1 * n, None][n % 2], "AP50": 0.5}
+        for n in range(count)
+    ]
+
+
+def test_curves_mark_the_best_epoch(tmp_path: Path) -> None:
+    figure = plots.curves_figure(rows(6), best_epoch=5)
+    assert "best AP 0.400\nepoch 5" in texts(figure)
+    loss, score, rate = figure.axes
+    ap = next(line for line in score.lines if line.get_label() == "AP")
+    assert list(ap.get_xdata()) == [1, 3, 5]  # epochs without an evaluation are bridged
+    assert "AP75" not in texts(figure)
+    assert [line.get_label() for line in loss.lines] == ["sum over all layers", "classes, last layer"]
+    assert len(rate.lines) == 1
+    plots.save(figure, tmp_path / "curves.png")
+
+
+def test_a_loss_that_is_not_a_number_leaves_a_gap(tmp_path: Path) -> None:
+    broken = rows(4)
+    broken[1]["loss"] = math.nan
+    plots.save(plots.curves_figure(broken, best_epoch=0), tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize(("value", "said"), [(1e-4, "1e-4"), (8.5e-5, "8.5e-5"), (0.0, "0"), (0.01, "0.01")])
+def test_rates_are_written_as_people_write_them(value: float, said: str) -> None:
+    assert plots._rate(value) == said
+
+
+def test_the_batch_shows_each_picture_with_its_boxes() -> None:
+    images = np.zeros((3, 3, 64, 64), np.uint8)
+    box = np.array([[0.5, 0.5, 0.5, 0.5]], np.float32)
+    none = np.zeros((0, 4), np.float32)
+    sheet = plots.batch_picture(
+        images, [box, none, box], [np.array([0]), np.zeros(0, np.int64), np.array([1])], ["a", "b"], side=64
+    )
+    gap = plots.GAP_PX
+    assert sheet.shape == (64 + 2 * gap, 3 * 64 + 4 * gap, 3)
+    first, second, third = (sheet[gap:-gap, gap + i * (64 + gap) : gap + i * (64 + gap) + 64] for i in range(3))
+    assert tuple(first[32, 16]) == colour(0)
+    assert tuple(third[32, 47]) == colour(1)
+    assert not second.any()
+
+
+def test_predictions_stand_beside_the_truth(small: Dataset) -> None:
+    table = DetectionTable(
+        np.array([0, 0, 2]), np.array([0, 1, 1]), np.array([0.9, 0.1, 0.8]), small.boxes_xyxy_px.copy()
+    )
+    sheet = plots.predictions_picture(small, table, threshold=0.5, pictures=[0], side=200)
+    gap, strip = plots.GAP_PX, 22
+    pair = sheet[3 * gap :, 3 * gap :]
+    truth, prediction = pair[gap + strip :, gap : gap + 200], pair[gap + strip :, 200 + 2 * gap :][:, :200]
+    assert tuple(truth[40, 10]) == tuple(prediction[40, 10]) == colour(0)
+    outlines = [np.all(part[:100] == colour(1), axis=2).sum() for part in (truth, prediction)]
+    assert outlines[0] > 0
+    assert outlines[1] == 0  # its score is under the threshold
+
+
+def test_unreadable_pictures_are_left_out(small: Dataset) -> None:
+    small.path(0).write_bytes(b"no picture")
+    sheet = plots.predictions_picture(small, DetectionTable.empty(), threshold=0.5, side=200)
+    alone = plots.predictions_picture(small, DetectionTable.empty(), threshold=0.5, side=200, pictures=[1, 2])
+    assert np.array_equal(sheet, alone)
+
+
+def test_pictures_are_chosen_evenly_and_empty_ones_last(small: Dataset) -> None:
+    assert plots.choose_pictures(small, 2) == [0, 2]
+    assert plots.choose_pictures(small, 8) == [0, 1, 2]
+    assert plots.choose_pictures(small, 1) == [0]
+
+
+def test_pyplot_is_never_loaded(small: Dataset, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from rtdetr_cli.train import plots; "
+        "plots.save(plots.curves_figure([{'epoch': 1, 'loss': 2.0}]), Path(sys.argv[1])); "
+        "assert 'matplotlib.pyplot' not in sys.modules; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "c.png")], check=True)
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "curves.png"
+    plots.save(np.zeros((4, 4, 3), np.uint8), path)
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        plots.save(np.zeros((4, 4, 9), np.uint8), path)
+    assert path.read_bytes() == before
