@@ -1,0 +1,380 @@
+"""One model through every runtime: the same rows, the same batches, the same refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from rtdetr_cli.data.pictures import read_picture, stretch
+from rtdetr_cli.errors import EnvironmentProblem, ModelError, UsageError
+from rtdetr_cli.infer.backend import check_model_path, name_classes, open_backend
+from rtdetr_cli.infer.detections import Detections
+from rtdetr_cli.infer.graph import finish_raw
+
+SCORE, PIXELS = 1e-4, 0.05  # float32: another order of summation
+
+
+@pytest.fixture(scope="module")
+def pictures(shapes_data: Path, shapes: ModuleType) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    read = [read_picture(p) for p in sorted(shapes_data.parent.glob("*.png"))]
+    stretched = np.stack([stretch(p, shapes.IMGSZ) for p in read])
+    return stretched, np.array([(p.shape[1], p.shape[0]) for p in read])
+
+
+@pytest.fixture(scope="module")
+def reference(shapes_model: Path, pictures: tuple[NDArray[np.uint8], NDArray[np.int64]]) -> list[Detections]:
+    return open_backend(shapes_model, device="cpu").run(*pictures)
+
+
+@pytest.fixture(scope="module")
+def openvino_file(shapes_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The graph as an OpenVINO model with float32 weights, its header in the runtime information."""
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    model = openvino.Core().read_model(shapes_onnx)
+    metadata = {e.key: e.value for e in onnx.load(shapes_onnx).metadata_props}
+    model.set_rt_info(metadata["rtdetr"], ["rtdetr"])
+    path = tmp_path_factory.mktemp("openvino") / "shapes.xml"
+    openvino.save_model(model, path, compress_to_fp16=False)
+    return path
+
+
+def unmatched(a: Detections, b: Detections, *, least: float = 0.05) -> int:
+    """Count the rows of `a` above a score without their like in `b`."""
+    missing = 0
+    for box, score, label in zip(a.boxes_xyxy_px, a.scores, a.labels, strict=True):
+        if score < least:
+            continue
+        near = (np.abs(b.boxes_xyxy_px - box).max(axis=1) <= PIXELS) & (np.abs(b.scores - score) <= SCORE)
+        missing += not np.any(near & (b.labels == label))
+    return missing
+
+
+def assert_same(found: list[Detections], expected: list[Detections]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(expected, found, strict=True):
+        assert b.size_wh == a.size_wh
+        assert (b.names, b.category_ids) == (a.names, a.category_ids)
+        assert b.boxes_xyxy_px.dtype == b.scores.dtype == np.float32
+        assert b.labels.dtype == np.int64
+        assert np.all(b.scores[:-1] >= b.scores[1:])
+        assert unmatched(a, b) == unmatched(b, a) == 0
+
+
+def test_reference_finds_something(reference: list[Detections]) -> None:
+    assert sum(int((d.scores > 0.5).sum()) for d in reference) >= 16
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_graph_agrees_with_the_model(
+    kind: str,
+    shapes_onnx: Path,
+    reference: list[Detections],
+    pictures: tuple[NDArray[np.uint8], NDArray[np.int64]],
+    request: pytest.FixtureRequest,
+) -> None:
+    path = shapes_onnx if kind == "onnx" else request.getfixturevalue("openvino_file")
+    backend = open_backend(path, device="cpu", threads=1)
+    assert backend.kind == kind
+    assert backend.fixed_batch is None
+    assert backend.imgsz == (96, 128)
+    assert_same(backend.run(*pictures), reference)
+    assert_same(backend.run(pictures[0][:1], pictures[1][:1]), reference[:1])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_fixed_batch_is_cut_and_filled_up(
+    batch: int,
+    shapes_onnx: Path,
+    tmp_path: Path,
+    reference: list[Detections],
+    pictures: tuple[NDArray[np.uint8], NDArray[np.int64]],
+) -> None:
+    model = onnx.load(shapes_onnx)
+    # The graph is open: fixing its inputs makes onnxruntime take no other batch.
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    path = tmp_path / "fixed.onnx"
+    onnx.save(model, path)
+    backend = open_backend(path)
+    assert backend.fixed_batch == batch
+    assert_same(backend.run(pictures[0][:7], pictures[1][:7]), reference[:7])
+
+
+def foreign_graph(
+    path: Path, *, hw: tuple[int | str, int | str] = (64, 96), dtype: int = TensorProto.FLOAT, shuffled: bool = False
+) -> Path:
+    """A graph of the published contract without metadata: three rows; the mean of the picture is the first score."""
+    boxes = np.array([[[0, 0, 0.5, 0.5], [0.25, 0.25, 1, 1], [0, 0, 1, 1]]], np.float32)
+    scores = np.array([[0, 0.25, 0.125]], np.float32)
+    constants = {
+        "unit": boxes,
+        "rest": scores,
+        "first": np.array([[1, 0, 0]], np.float32),
+        "seven": np.array([[7, 2, 7]], np.int64),
+        "axes": np.array([1], np.int64),
+    }
+    nodes = [
+        helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["float"], ["mean"], axes=[1, 2, 3], keepdims=0),
+        helper.make_node("Unsqueeze", ["mean", "axes"], ["column"]),
+        helper.make_node("Mul", ["column", "first"], ["own"]),
+        helper.make_node("Add", ["own", "rest"], ["scores"]),
+        helper.make_node("Concat", ["orig_target_sizes", "orig_target_sizes"], ["sizes"], axis=1),
+        helper.make_node("Cast", ["sizes"], ["sizes_float"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["sizes_float", "axes"], ["sizes_row"]),
+        helper.make_node("Mul", ["sizes_row", "unit"], ["boxes"]),
+        helper.make_node("Identity", ["seven"], ["labels"]),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("images", dtype, ["N", 3, *hw]),
+        helper.make_tensor_value_info("orig_target_sizes", TensorProto.INT64, ["N", 2]),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("labels", TensorProto.INT64, None),
+        helper.make_tensor_value_info("boxes", TensorProto.FLOAT, None),
+        helper.make_tensor_value_info("scores", TensorProto.FLOAT, None),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "foreign",
+        inputs[::-1] if shuffled else inputs,
+        outputs[::-1] if shuffled else outputs,
+        [numpy_helper.from_array(v, k) for k, v in constants.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_foreign_graph_runs_without_names(tmp_path: Path, dtype: int, shuffled: bool) -> None:
+    backend = open_backend(foreign_graph(tmp_path / "foreign.onnx", dtype=dtype, shuffled=shuffled))
+    assert backend.imgsz == (64, 96)
+    assert backend.header.names == ()
+    grey = np.full((1, 64, 96, 3), 51, np.uint8)  # 51 / 255 = 0.2
+    (found,) = backend.run(grey, np.array([[200, 100]]))
+    # Sorted although the graph gives 0.2 first: it is the second best.
+    assert found.scores == pytest.approx([0.25, 0.2, 0.125], abs=1e-3)
+    assert found.labels.tolist() == [2, 7, 7]
+    assert found.boxes_xyxy_px.tolist() == [[50, 25, 200, 100], [0, 0, 100, 50], [0, 0, 200, 100]]
+    assert found.class_names == ("class 2", "class 7", "class 7")
+    name_classes(backend, ["a", "b", "c"], [10, 20, 30])
+    assert backend.run(grey, np.array([[200, 100]]))[0].class_names == ("c", "class 7", "class 7")
+
+
+def test_foreign_graph_of_open_size_takes_one(tmp_path: Path) -> None:
+    path = foreign_graph(tmp_path / "open.onnx", hw=("H", "W"))
+    assert open_backend(path).imgsz == (640, 640)
+    assert open_backend(path, imgsz=(320, 352)).imgsz == (320, 352)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"imgsz": (320, 320)}, "fixed to 64x96"),
+        ({"layers": 1}, "--layers 1 cannot change"),
+        ({"queries": 10}, "--queries 10 cannot change"),
+        ({"sampling": "discrete"}, "--sampling discrete cannot change"),
+        ({"device": "gpu"}, "'gpu' is not a device"),
+    ],
+)
+def test_options_that_a_graph_cannot_take(tmp_path: Path, options: dict[str, object], said: str) -> None:
+    path = foreign_graph(tmp_path / "foreign.onnx")
+    with pytest.raises(UsageError, match=said):
+        open_backend(path, **options)  # type: ignore[arg-type]
+
+
+def test_missing_device_is_named(tmp_path: Path, shapes_model: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    path = foreign_graph(tmp_path / "foreign.onnx")
+    for model in (path, shapes_model):
+        with pytest.raises(EnvironmentProblem, match=r"device 0 (is not there|needs ONNX Runtime with CUDA)"):
+            open_backend(model, device="0")
+
+
+def test_raw_outputs_are_finished_as_the_detector_does() -> None:
+    import torch
+
+    from rtdetr_cli.model.postprocess import select_detections
+
+    random = np.random.default_rng(3)
+    logits = random.normal(0, 3, (2, 50, 8)).astype(np.float32)
+    logits[0, 0, 0] = -200  # its exponential is beyond float32
+    boxes = random.uniform(0.1, 0.9, (2, 50, 4)).astype(np.float32)
+    sizes = np.array([[640, 480], [33, 77]])
+    labels, corners, scores = finish_raw(logits, boxes, sizes)
+    expected = select_detections(torch.from_numpy(logits), torch.from_numpy(boxes), torch.from_numpy(sizes))
+    assert labels.tolist() == expected[0].tolist()
+    assert corners == pytest.approx(expected[1].numpy(), abs=1e-3)
+    assert scores == pytest.approx(expected[2].numpy(), abs=1e-6)
+    assert finish_raw(logits[:, :2], boxes[:, :2], sizes)[0].shape == (2, 16)  # fewer than 300
+
+
+@pytest.mark.slow
+def test_raw_graph_gives_the_same_rows(
+    shapes_model: Path,
+    tmp_path: Path,
+    reference: list[Detections],
+    pictures: tuple[NDArray[np.uint8], NDArray[np.int64]],
+) -> None:
+    from rtdetr_cli.export.run import ExportOptions, export_model
+    from rtdetr_cli.model.weights import load_model
+
+    model, header = load_model(shapes_model)
+    made = export_model(model, header, tmp_path, ExportOptions(raw=True, batch=2), stem="raw")[0]
+    assert_same(open_backend(made.path).run(pictures[0][:3], pictures[1][:3]), reference[:3])
+
+
+def test_half_model_in_torch(
+    shapes_model: Path, reference: list[Detections], pictures: tuple[NDArray[np.uint8], NDArray[np.int64]]
+) -> None:
+    import torch
+
+    from rtdetr_cli.infer.torch_backend import TorchBackend
+    from rtdetr_cli.model.weights import load_model
+
+    model, header = load_model(shapes_model)
+    backend = TorchBackend(model, header, device="cpu", autocast=torch.bfloat16)
+    for a, b in zip(reference, backend.run(*pictures), strict=True):
+        assert b.scores.dtype == np.float32
+        assert b.scores[0] == pytest.approx(a.scores[0], abs=0.1)
+
+
+def test_torch_backend_gives_the_model_back_in_its_mode(
+    shapes_model: Path, pictures: tuple[NDArray[np.uint8], NDArray[np.int64]]
+) -> None:
+    from rtdetr_cli.infer.torch_backend import TorchBackend
+    from rtdetr_cli.model.weights import load_model
+
+    model, header = load_model(shapes_model)
+    model.train()
+    backend = TorchBackend(model, header, device="cpu")
+    backend.run(pictures[0][:1], pictures[1][:1])
+    assert model.training
+    model.eval()
+    backend.run(pictures[0][:1], pictures[1][:1])
+    assert not model.training
+
+
+def test_fewer_layers_and_queries(
+    shapes_model: Path, reference: list[Detections], pictures: tuple[NDArray[np.uint8], NDArray[np.int64]]
+) -> None:
+    backend = open_backend(shapes_model, device="cpu", layers=1, queries=10)
+    assert (backend.header.layers, backend.header.queries) == (1, 10)
+    (found,) = backend.run(pictures[0][:1], pictures[1][:1])
+    assert len(found) == 10 * 3
+    assert found.scores[0] != reference[0].scores[0]
+    with pytest.raises(UsageError):
+        open_backend(shapes_model, device="cpu", layers=9)
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def cut(source: Path, path: Path, share: float) -> Path:
+    whole = source.read_bytes()
+    return write(path, whole[: int(len(whole) * share)])
+
+
+@pytest.mark.parametrize("name", ["gone.onnx", "gone.safetensors", "gone.xml", "gone.engine", "gone.pth"])
+def test_missing_model(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "here.onnx", b"x")
+    with pytest.raises(ModelError, match=r"gone\.\w+ does not exist") as raised:
+        open_backend(tmp_path / name)
+    assert "here.onnx" in raised.value.hint
+    assert raised.value.exit_code == 4
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors", ".xml", ".pth"])
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\x00" * 400, b"hello"])
+def test_foreign_or_empty_file(tmp_path: Path, suffix: str, content: bytes) -> None:
+    path = write(tmp_path / f"model{suffix}", content)
+    if suffix == ".xml":
+        write(tmp_path / "model.bin", b"")
+    with pytest.raises(ModelError) as raised:
+        open_backend(path)
+    assert str(path) in raised.value.message
+    assert "\n" not in raised.value.message
+
+
+@pytest.mark.parametrize("share", [0.3, 0.98])
+def test_truncated_onnx(tmp_path: Path, shapes_onnx: Path, share: float) -> None:
+    with pytest.raises(ModelError, match="does not open in ONNX Runtime"):
+        open_backend(cut(shapes_onnx, tmp_path / "cut.onnx", share))
+
+
+def test_openvino_without_its_weights(tmp_path: Path, openvino_file: Path) -> None:
+    alone = Path(shutil.copy(openvino_file, tmp_path / "alone.xml"))
+    with pytest.raises(ModelError, match=r"alone\.bin is not there"):
+        open_backend(alone)
+
+
+def test_graph_of_another_contract(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["pixel_values"], ["logits"])],
+        "other",
+        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 3, 8, 8])],
+    )
+    path = tmp_path / "other.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    with pytest.raises(ModelError, match="inputs pixel_values and outputs logits") as raised:
+        open_backend(path)
+    assert "orig_target_sizes" in raised.value.hint
+
+
+def test_broken_header_is_named(tmp_path: Path, shapes_onnx: Path) -> None:
+    model = onnx.load(shapes_onnx)
+    next(e for e in model.metadata_props if e.key == "rtdetr").value = json.dumps({"names": 3})
+    onnx.save(model, tmp_path / "broken.onnx")
+    with pytest.raises(ModelError, match=r"broken\.onnx has a header that cannot be read"):
+        open_backend(tmp_path / "broken.onnx")
+
+
+def test_paths_that_cannot_be_models(tmp_path: Path) -> None:
+    for name in ("picture.jpg", "model"):
+        with pytest.raises(ModelError, match="is not a model file"):
+            check_model_path(write(tmp_path / name, b"x"))
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(ModelError, match="is a folder"):
+        check_model_path(tmp_path / "folder.onnx")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "module", "extra"), [(".xml", "openvino", "openvino"), (".engine", "tensorrt", "tensorrt")]
+)
+def test_missing_runtime_says_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, module: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    path = write(tmp_path / f"m{suffix}", b"x")
+    with pytest.raises(EnvironmentProblem, match="is not installed") as raised:
+        open_backend(path)
+    assert raised.value.hint == f"pip install 'rtdetr-cli[{extra}]'"
+    assert raised.value.exit_code == 7
+
+
+def test_graph_runs_load_no_torch(tmp_path: Path) -> None:
+    path = foreign_graph(tmp_path / "foreign.onnx")
+    code = (
+        "import sys, numpy as np; from pathlib import Path; from rtdetr_cli.infer.backend import open_backend;"
+        f"b = open_backend(Path({str(path)!r})); b.run(np.zeros((1, 64, 96, 3), np.uint8), np.array([[9, 9]]));"
+        "print(sorted({'torch', 'pydantic', 'scipy', 'matplotlib', 'cv2', 'rich', 'onnx'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"

@@ -1,0 +1,108 @@
+"""Thresholds, classes, edges: which rows are shown."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rtdetr_cli.errors import UsageError
+from rtdetr_cli.infer.detections import Detections
+from rtdetr_cli.infer.selection import parse_conf, resolve_classes, select_by
+from rtdetr_cli.model.header import ModelHeader, Thresholds
+
+NAMES = ("cat", "Dog", "traffic light", "salt, pepper")
+
+
+def header(*, thresholds: Thresholds | None = None, names: tuple[str, ...] = NAMES) -> ModelHeader:
+    return ModelHeader(names, tuple(range(1, len(names) + 1)), (640, 640), thresholds=thresholds)
+
+
+def rows(*given: tuple[float, int], size_wh: tuple[int, int] = (100, 50)) -> Detections:
+    boxes = np.array([[10, 10, 20, 20]] * len(given), np.float32).reshape(-1, 4)
+    scores = np.array([score for score, _ in given], np.float32)
+    return Detections(boxes, scores, np.array([label for _, label in given], np.int64), size_wh, NAMES, (1, 2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("conf", "thresholds", "kept"),
+    [
+        ("auto", None, [0.9, 0.5]),
+        (0.3, None, [0.9, 0.5, 0.3]),
+        ("0.91", None, []),
+        (0, None, [0.9, 0.5, 0.3, 0.1]),
+        ("auto", Thresholds("f1", 0.2, (0.95, 0.4, 0.3, 0.05)), [0.5, 0.3, 0.1]),
+        ("auto", Thresholds("f1", 0.2, ()), [0.9, 0.5, 0.3]),
+        (0.4, Thresholds("f1", 0.2, (0.95, 0.4, 0.3, 0.05)), [0.9, 0.5]),
+    ],
+)
+def test_thresholds(conf: float | str, thresholds: Thresholds | None, kept: list[float]) -> None:
+    selection = select_by(header(thresholds=thresholds), conf=conf)
+    found = selection.apply(rows((0.9, 0), (0.5, 1), (0.3, 2), (0.1, 3)))
+    assert found.scores.tolist() == pytest.approx(kept)
+    assert selection.said
+
+
+def test_classes_number_and_order() -> None:
+    found = rows((0.9, 0), (0.8, 1), (0.7, 2), (0.6, 1))
+    assert select_by(header(), classes=["dog"]).apply(found).labels.tolist() == [1, 1]
+    assert select_by(header(), max_det=3).apply(found).scores.tolist() == pytest.approx([0.9, 0.8, 0.7])
+
+
+def test_boxes_are_clipped_and_those_outside_dropped() -> None:
+    found = Detections(
+        np.array([[-5, -5, 200, 20], [101, 0, 120, 9], [5, 5, 5, 9], [0, 0, np.nan, 9], [90, 40, 100, 50]], np.float32),
+        np.array([0.9, 0.9, 0.9, 0.9, np.nan], np.float32),
+        np.zeros(5, np.int64),
+        (100, 50),
+    )
+    assert select_by(header()).apply(found).boxes_xyxy_px.tolist() == [[0, 0, 100, 20]]
+
+
+@pytest.mark.parametrize(
+    ("words", "labels"),
+    [
+        (["cat"], (0,)),
+        (["cat,Dog"], (0, 1)),
+        (["Dog", "cat", "dog"], (1, 0)),
+        (["TRAFFIC LIGHT"], (2,)),
+        (["salt, pepper"], (3,)),
+        ([" cat , "], (0,)),
+    ],
+)
+def test_class_names(words: list[str], labels: tuple[int, ...]) -> None:
+    assert resolve_classes(words, NAMES) == labels
+
+
+def test_classes_of_a_model_without_names() -> None:
+    assert resolve_classes(["7", "class 3"], ()) == (7, 3)
+    with pytest.raises(UsageError, match="carries no class names") as raised:
+        resolve_classes(["cat"], ())
+    assert "--data" in raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "hint"),
+    [
+        (["dgo"], "no class 'dgo'", "did you mean Dog?"),
+        (["trafic light", "ca"], "'trafic light', 'ca'", "did you mean traffic light, cat?"),
+        (["zebra"], "no class 'zebra'", "it has cat, Dog, traffic light"),
+        ([","], "names no class", "it has"),
+        (["0"], "no class '0'", "it has"),
+    ],
+)
+def test_unknown_classes(words: list[str], said: str, hint: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        resolve_classes(words, NAMES)
+    assert said in raised.value.message
+    assert hint in raised.value.hint
+
+
+@pytest.mark.parametrize("conf", ["1.5", "-0.1", "high", "nan", "", 2.0])
+def test_bad_conf(conf: float | str) -> None:
+    with pytest.raises(UsageError, match="--conf"):
+        parse_conf(conf)
+
+
+def test_bad_max_det() -> None:
+    with pytest.raises(UsageError, match="--max-det 0"):
+        select_by(header(), max_det=0)

@@ -1,0 +1,138 @@
+"""Detections as documents and files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rtdetr_cli.infer.detections import Detections
+from rtdetr_cli.infer.sources import Source
+from rtdetr_cli.infer.write import (
+    Aside,
+    Results,
+    coco_image_ids,
+    coco_rows,
+    json_line,
+    new_folder,
+    picture_document,
+    save_picture,
+    saved_name,
+    summary,
+    yolo_lines,
+)
+
+FOUND = Detections(
+    np.array([[10, 20, 110, 70], [0, 0, 200.004, 99.996]], np.float32),
+    np.array([0.9123456, 0.25], np.float32),
+    np.array([1, 0], np.int64),
+    (200, 100),
+    ("cat", "dog"),
+    (3, 17),
+)
+EMPTY = FOUND.keep(np.zeros(2, bool))
+
+
+def source(path: str, name: str = "") -> Source:
+    return Source(Path(path), Path(name or Path(path).stem), path.endswith(".mp4"))
+
+
+def test_document() -> None:
+    assert json.loads(json_line(picture_document("a.jpg", FOUND))) == {
+        "schema_version": 1,
+        "image": "a.jpg",
+        "width": 200,
+        "height": 100,
+        "detections": [
+            {"label": "dog", "category_id": 17, "score": 0.91235, "box_xyxy": [10, 20, 110, 70]},
+            {"label": "cat", "category_id": 3, "score": 0.25, "box_xyxy": [0, 0, 200, 100]},
+        ],
+    }
+    assert picture_document("v.mp4", EMPTY, frame=7)["frame"] == 7
+    assert json.loads(json_line({"image": "caf\udce9.jpg"}))["image"] == "caf?.jpg"  # bytes that are no text
+
+
+def test_coco_and_yolo() -> None:
+    assert coco_rows(5, FOUND)[0] == {"image_id": 5, "category_id": 17, "bbox": [10, 20, 100, 50], "score": 0.91235}
+    assert yolo_lines(FOUND).splitlines()[0] == "1 0.300000 0.450000 0.500000 0.500000"
+    assert yolo_lines(EMPTY) == ""
+
+
+def test_summary() -> None:
+    assert summary(FOUND) == "1 dog, 1 cat"
+    assert summary(EMPTY) == "nothing found"
+
+
+def test_coco_ids() -> None:
+    sources = [source("000000000030.jpg"), source("street.jpg")]
+    assert coco_image_ids(sources) == {"000000000030": 30, "street": "street"}
+    assert coco_image_ids(sources, {"street.jpg": 9}) == {"000000000030": 30, "street": 9}
+    twins = [source("a/7.jpg", "7"), source("b/007.jpg", "007")]
+    assert coco_image_ids(twins) == {"7": "7", "007": "007"}
+
+
+def test_results(tmp_path: Path) -> None:
+    clip, picture = source("clip.mp4"), source("in/0012.jpg", "in/0012")
+    results = Results(tmp_path, names=("cat", "dog"), lines=True, coco=True, txt=True, image_ids={"in/0012": 12})
+    results.add(picture, FOUND)
+    results.add(clip, FOUND, frame=0)
+    results.add(clip, EMPTY, frame=1)
+    lines = (tmp_path / "predictions.jsonl").read_text()
+    results.close()
+    lines = (tmp_path / "predictions.jsonl").read_text()
+    assert [json.loads(line).get("frame") for line in lines.splitlines()] == [None, 0, 1]
+    rows = json.loads((tmp_path / "predictions.json").read_text())
+    assert [row["image_id"] for row in rows] == [12, 12, "clip_000000", "clip_000000"]
+    assert (tmp_path / "labels/in/0012.txt").read_text().count("\n") == 2
+    assert (tmp_path / "labels/clip_000001.txt").read_text() == ""
+    assert (tmp_path / "labels/classes.txt").read_text() == "cat\ndog\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "kind"),
+    [
+        ("x/a.JPG", "a.jpg", "JPEG"),
+        ("a.jpeg", "a.jpg", "JPEG"),
+        ("a.png", "a.png", "PNG"),
+        ("a.webp", "a.webp", "WEBP"),
+        ("a.tiff", "a.png", "PNG"),
+        ("a.gif", "a.png", "PNG"),
+    ],
+)
+def test_annotated_pictures_keep_their_kind(tmp_path: Path, path: str, name: str, kind: str) -> None:
+    assert saved_name(source(path)) == name
+    picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    save_picture(picture, tmp_path / "deep" / name)
+    with Image.open(tmp_path / "deep" / name) as image:
+        assert (image.format, image.size) == (kind, (30, 20))
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == [name]
+
+
+def test_video_name() -> None:
+    assert saved_name(source("a.b.avi".replace("avi", "mp4"))) == "a.b.mp4"
+
+
+def test_half_written_files_vanish(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fail() -> None:
+        with Aside(path) as aside:
+            aside.write_text("ne")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_new_folder_is_never_reused(tmp_path: Path) -> None:
+    assert [new_folder(tmp_path / "runs", "predict").name for _ in range(3)] == [
+        "predict-01",
+        "predict-02",
+        "predict-03",
+    ]
