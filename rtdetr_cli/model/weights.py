@@ -192,9 +192,10 @@ def _load_published(path: Path, sampling: str | None) -> tuple[RTDETR, ModelHead
 
 
 def _build(spec: ModelSpec, num_classes: int, sampling: Sampling, rounding: Rounding) -> RTDETR:
-    """Build a model whose values are about to be replaced, leaving torch's generator where it was."""
-    with torch.random.fork_rng(devices=[]):
-        return build_detector(spec, num_classes=num_classes, sampling=sampling, rounding=rounding)
+    """Build a model whose values are all about to be replaced: nothing is drawn, so no generator moves."""
+    with torch.device("meta"):
+        model = build_detector(spec, num_classes=num_classes, sampling=sampling, rounding=rounding)
+    return model.to_empty(device="cpu")
 
 
 def load_strictly(model: RTDETR, state: Mapping[str, Tensor], *, source: str) -> int:
