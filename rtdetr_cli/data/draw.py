@@ -22,7 +22,7 @@ Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
 
 # Lightness and chroma (OKLCH) of successive rounds of hues: neighbours on the wheel differ in lightness too.
-_ROUNDS = ((0.70, 0.19), (0.80, 0.15), (0.60, 0.20), (0.88, 0.11), (0.66, 0.12))
+_ROUNDS = ((0.70, 0.19), (0.52, 0.18), (0.84, 0.13), (0.62, 0.12), (0.92, 0.08))
 _GOLDEN_ANGLE = 137.50776
 _FIRST_HUE = 28.0
 _ELLIPSIS = "…"

@@ -1,0 +1,153 @@
+"""`rtdetr info` on every kind of model file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from rtdetr_cli.model.files import read_header
+
+
+def test_our_model(rtdetr: Callable[..., Any], shapes_model: Path) -> None:
+    found = rtdetr("info", shapes_model, "--json").json["model"]
+    assert found["format"] == "rtdetr-cli model"
+    assert found["bytes"] == shapes_model.stat().st_size
+    assert {"header_version": 1, **found["header"]} == json.loads(read_header(shapes_model).to_json())
+    header = found["header"]
+    assert header["names"] == ["tomato", "leaf", "plum"]
+    assert header["category_ids"] == [3, 7, 20]
+    assert header["thresholds"]["per_class"] == [0.5, 0.45, 0.55]
+    assert 100_000 < found["parameters"] < 1_000_000
+    told = rtdetr("info", shapes_model)
+    assert told.code == 0
+    for text in ("3: tomato, leaf, plum", "3, 7, 20", "96x128 (height x width)", "f1: overall 0.500; tomato 0.500"):
+        assert text in told.out
+
+
+def test_onnx(rtdetr: Callable[..., Any], shapes_onnx: Path, tmp_path: Path) -> None:
+    found = rtdetr("info", shapes_onnx, "--json").json["model"]
+    assert found["format"] == "ONNX graph by rtdetr-cli"
+    assert found["opset"] == 18
+    assert [p["name"] for p in found["inputs"]] == ["images", "orig_target_sizes"]
+    assert found["inputs"][0]["shape"] == ["batch", 3, 96, 128]
+    assert found["operators"]["Conv"] > 10
+    assert found["header"]["names"] == ["tomato", "leaf", "plum"]
+    model = onnx.load(shapes_onnx)
+    model.ClearField("metadata_props")
+    onnx.save(model, tmp_path / "foreign.onnx")
+    foreign = rtdetr("info", tmp_path / "foreign.onnx")
+    assert "ONNX graph, foreign, of the published contract" in foreign.out
+    assert "none: no class names" in foreign.out
+
+
+def test_openvino_without_its_package(
+    rtdetr: Callable[..., Any], shapes_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    graph = openvino.Core().read_model(shapes_onnx)
+    graph.set_rt_info({e.key: e.value for e in onnx.load(shapes_onnx).metadata_props}["rtdetr"], ["rtdetr"])
+    openvino.save_model(graph, tmp_path / "m.xml")
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    found = rtdetr("info", tmp_path / "m.xml", "--json").json["model"]
+    assert found["format"] == "OpenVINO graph by rtdetr-cli"
+    assert found["header"]["names"] == ["tomato", "leaf", "plum"]
+    assert {p["name"] for p in found["outputs"]} == {"labels", "boxes", "scores"}
+    assert found["inputs"][0]["shape"][1:] == [3, 96, 128]
+    assert found["weights"] == "m.bin"
+
+
+def test_published_checkpoint(rtdetr: Callable[..., Any], shapes_model: Path, tmp_path: Path) -> None:
+    import torch
+
+    from rtdetr_cli.model.weights import load_model
+
+    model, _ = load_model(shapes_model)
+    state = model.state_dict()
+    torch.save({"model": state, "ema": {"module": state, "updates": 1}}, tmp_path / "published.pth")
+    ran = rtdetr("info", tmp_path / "published.pth", "--json")
+    assert ran.code == 0, ran.out
+    found = ran.json["model"]
+    assert found["format"] == "published checkpoint"
+    assert "ema.module" in found["layout"]
+    assert len(found["header"]["names"]) == 3
+    backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    torch.save(backbone, tmp_path / "backbone.pth")
+    assert "backbone" in rtdetr("info", tmp_path / "backbone.pth").out
+
+
+def test_training_checkpoint(rtdetr: Callable[..., Any], tmp_path: Path) -> None:
+    import torch
+
+    from rtdetr_cli.train.checkpoint import save_checkpoint
+
+    state = {"learner": {"model": {"a": torch.zeros(3, 4)}}, "place": {"epoch": 7, "step": 12}}
+    path = save_checkpoint(tmp_path, state)
+    found = rtdetr("info", path, "--json").json["model"]
+    assert found["format"] == "training checkpoint"
+    assert found["place"] == {"epoch": 7, "step": 12}
+    assert (found["tensors"], found["tensor_bytes"]) == (1, 48)
+    assert f"rtdetr train --resume {tmp_path}" in rtdetr("info", path).out
+    path.write_bytes(path.read_bytes()[:-10])
+    damaged = rtdetr("info", path)
+    assert damaged.code == 4
+    assert "cut short" in damaged.err
+
+
+def test_engine_shows_the_header_beside_it(rtdetr: Callable[..., Any], shapes_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.engine").write_bytes(b"\x00" * 100)
+    assert "missing" in rtdetr("info", tmp_path / "m.engine").out
+    (tmp_path / "m.engine.json").write_text(read_header(shapes_model).to_json())
+    found = rtdetr("info", tmp_path / "m.engine", "--json").json["model"]
+    assert found["format"] == "TensorRT engine"
+    assert found["header"]["names"] == ["tomato", "leaf", "plum"]
+
+
+def test_safetensors_of_others(rtdetr: Callable[..., Any], tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({"x": np.zeros((2, 5), np.float32)}, tmp_path / "other.safetensors")
+    found = rtdetr("info", tmp_path / "other.safetensors", "--json").json["model"]
+    assert (found["parameters"], found["header"]) == (10, None)
+    assert found["format"] == "safetensors without a header of ours"
+
+
+def test_run_folder_and_newest_run(
+    rtdetr: Callable[..., Any], shapes_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs/tiny-shapes-01"
+    folder.mkdir(parents=True)
+    shutil.copy(shapes_model, folder / "best.safetensors")
+    for arguments in ([], [folder]):
+        ran = rtdetr("info", *arguments, "--json")
+        assert ran.json["model"]["path"].endswith("tiny-shapes-01/best.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.onnx", b"<html></html>"),
+        ("b.onnx", b""),
+        ("c.safetensors", b"\x00" * 50),
+        ("d.pth", b"hello"),
+        ("e.xml", b"<net><layers>"),
+        ("f.xml", b"<svg/>"),
+        ("g.jpg", b"x"),
+        ("h.xml", b'<!DOCTYPE x [<!ENTITY a "b">]><net>&a;</net>'),
+    ],
+)
+def test_foreign_files(rtdetr: Callable[..., Any], tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    ran = rtdetr("info", tmp_path / name)
+    assert ran.code == 4, ran.err
+    assert name in ran.err
+    assert "Traceback" not in ran.err
+    gone = rtdetr("info", tmp_path / "gone" / name)
+    assert gone.code == 4

@@ -1,0 +1,372 @@
+"""`rtdetr predict` end to end with a small trained detector."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rtdetr_cli.data.pictures import read_picture
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def pictures(shapes_data: Path) -> Path:
+    return shapes_data.parent
+
+
+def documents(ran: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in ran.out.splitlines()]
+
+
+def test_one_picture(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path) -> None:
+    ran = rtdetr("predict", pictures / "shapes_00.png", "--weights", shapes_onnx)
+    assert ran.code == 0, ran.err
+    (line,) = ran.out.splitlines()
+    assert "shapes_00.png  256x192  " in line
+    assert line.endswith(" ms")
+    assert "results in runs/predict-01" in ran.err
+    assert "conf 0.450 to 0.550, stored for each class for f1" in ran.err
+    drawn = read_picture(here / "runs/predict-01/shapes_00.png")
+    original = read_picture(pictures / "shapes_00.png")
+    assert drawn.shape == original.shape
+    assert 0.005 < (drawn != original).any(axis=2).mean() < 0.5
+    rtdetr("predict", pictures / "shapes_00.png", "--weights", shapes_onnx)
+    assert (here / "runs/predict-02").is_dir()
+
+
+def test_folder_in_every_format(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path) -> None:
+    ran = rtdetr(
+        *("predict", pictures, "-w", shapes_onnx, "--batch", 3, "--out", "out"),
+        *("--save-json", "--save-coco", "--save-txt", "--json", "--data", pictures / "shapes.json"),
+    )
+    assert ran.code == 0, ran.err
+    found = documents(ran)
+    assert [Path(d["image"]).name for d in found] == [f"shapes_{i:02d}.png" for i in range(16)]
+    assert all(d["schema_version"] == 1 for d in found)
+    first = found[0]
+    assert (first["width"], first["height"]) == (256, 192)
+    row = first["detections"][0]
+    assert set(row) == {"label", "category_id", "score", "box_xyxy"}
+    assert row["category_id"] == {"tomato": 3, "leaf": 7, "plum": 20}[row["label"]]
+    x1, y1, x2, y2 = row["box_xyxy"]
+    assert 0 <= x1 < x2 <= 256
+    assert 0 <= y1 < y2 <= 192
+    assert [json.loads(line) for line in (here / "out/predictions.jsonl").read_text().splitlines()] == found
+    rows = json.loads((here / "out/predictions.json").read_text())
+    assert len(rows) == sum(len(d["detections"]) for d in found)
+    assert {r["image_id"] for r in rows} <= set(range(1, 17))  # the dataset's own, by file name
+    assert sorted(p.name for p in (here / "out").glob("*.png")) == [f"shapes_{i:02d}.png" for i in range(16)]
+    assert len(list((here / "out/labels").glob("shapes_*.txt"))) == 16
+    assert (here / "out/labels/classes.txt").read_text() == "tomato\nleaf\nplum\n"
+
+
+def test_finds_what_is_there(rtdetr: Callable[..., Any], here: Path, shapes_model: Path, shapes_data: Path) -> None:
+    """COCO results of predict, judged against the truth, are those of a detector that has learned."""
+    truth = json.loads(shapes_data.read_text())
+    names = {c["id"]: c["name"] for c in truth["categories"]}
+    files = {i["id"]: i["file_name"] for i in truth["images"]}
+    found = {
+        Path(d["image"]).name: d["detections"]
+        for d in documents(rtdetr("predict", shapes_data.parent, "-w", shapes_model, "--no-save", "--json"))
+    }
+    hit = 0
+    for mark in truth["annotations"]:
+        x, y, w, h = mark["bbox"]
+        for row in found[files[mark["image_id"]]]:
+            x1, y1, x2, y2 = row["box_xyxy"]
+            inter = max(0, min(x2, x + w) - max(x1, x)) * max(0, min(y2, y + h) - max(y1, y))
+            if row["label"] == names[mark["category_id"]] and inter / (w * h + (x2 - x1) * (y2 - y1) - inter) > 0.5:
+                hit += 1
+                break
+    assert hit / len(truth["annotations"]) > 0.7
+    assert not list(here.iterdir())  # --no-save writes nothing
+
+
+def test_same_json_from_every_backend(
+    rtdetr: Callable[..., Any], here: Path, shapes_model: Path, shapes_onnx: Path, pictures: Path
+) -> None:
+    models = [shapes_model, shapes_onnx]
+    try:
+        import onnx
+        import openvino
+
+        graph = openvino.Core().read_model(shapes_onnx)
+        metadata = {e.key: e.value for e in onnx.load(shapes_onnx).metadata_props}
+        graph.set_rt_info(metadata["rtdetr"], ["rtdetr"])
+        openvino.save_model(graph, here / "shapes.xml", compress_to_fp16=False)
+        models.append(here / "shapes.xml")
+    except ImportError:
+        pass
+    runs = [documents(rtdetr("predict", pictures, "-w", m, "--no-save", "--json", "--batch", 4)) for m in models]
+    assert sum(len(d["detections"]) for d in runs[0]) >= 16
+    for run in runs[1:]:
+        for a, b in zip(runs[0], run, strict=True):
+            plain = [{k: v for k, v in d.items() if k != "detections"} for d in (a, b)]
+            assert plain[0] == plain[1]
+            assert len(a["detections"]) == len(b["detections"])
+            for p, q in zip(a["detections"], b["detections"], strict=True):
+                assert (p["label"], p["category_id"]) == (q["label"], q["category_id"])
+                assert p["score"] == pytest.approx(q["score"], abs=1.1e-4)
+                assert p["box_xyxy"] == pytest.approx(q["box_xyxy"], abs=0.06)  # 0.05 and the rounding
+
+
+def test_orientation_is_applied_as_in_training(
+    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path
+) -> None:
+    with Image.open(pictures / "shapes_02.png") as image:
+        upright = image.convert("RGB")
+    upright.save(here / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(here / "turned.png", exif=exif)
+    a, b = documents(rtdetr("predict", "upright.png", "turned.png", "-w", shapes_onnx, "--json"))
+    assert (a["width"], a["height"]) == (b["width"], b["height"]) == (180, 240)
+    assert a["detections"] == b["detections"]
+    assert read_picture(here / "runs/predict-01/turned.png").shape == (240, 180, 3)  # drawn upright
+
+
+def test_bad_pictures_do_not_stop_the_rest(
+    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path
+) -> None:
+    good = (pictures / "shapes_00.png").read_bytes()
+    (here / "in").mkdir()
+    (here / "in/a.png").write_bytes(good)
+    (here / "in/b.png").write_bytes(good[: len(good) // 2])
+    (here / "in/c.jpg").write_text("not a picture")
+    (here / "in/d.png").write_bytes(good)
+    (here / "in/e.mp4").write_text("not a video")
+    ran = rtdetr("predict", "in", "-w", shapes_onnx, "--out", "out", "--save-json")
+    assert ran.code == 1
+    assert [line.split("  ")[0] for line in ran.out.splitlines()] == ["in/a.png", "in/d.png"]
+    for name in ("in/b.png", "in/c.jpg", "in/e.mp4"):
+        assert f"error: {name} " in ran.err
+    assert "3 of 4 pictures and 1 video could not be read, the rest are done" in ran.err
+    assert "Traceback" not in ran.err
+    assert sorted(p.name for p in (here / "out").iterdir()) == ["a.png", "d.png", "predictions.jsonl"]
+    as_json = rtdetr("predict", "in", "-w", shapes_onnx, "--no-save", "--json")
+    assert as_json.code == 1
+    assert [sorted(d) for d in documents(as_json)][-1] == ["error", "schema_version"]
+    assert documents(as_json)[-1]["error"]["code"] == "pictures-unreadable"
+
+
+def test_list_on_stdin(
+    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = [pictures / "shapes_03.png", pictures / "shapes_01.png"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{p}\n" for p in listed)))
+    ran = rtdetr("predict", "-", "-w", shapes_onnx, "--no-save", "--json")
+    assert ran.code == 0, ran.err
+    assert [d["image"] for d in documents(ran)] == [str(p) for p in listed]
+
+
+def test_video_is_written_back(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path) -> None:
+    import cv2
+
+    frame = read_picture(pictures / "shapes_00.png")
+    writer = cv2.VideoWriter("clip.mp4", cv2.VideoWriter.fourcc(*"mp4v"), 12.0, (256, 192))
+    for shift in range(9):
+        writer.write(np.ascontiguousarray(np.roll(frame, shift, axis=1)[:, :, ::-1]))
+    writer.release()
+    ran = rtdetr("predict", "clip.mp4", "-w", shapes_onnx, "--out", "out", "--batch", 4, "--save-json", "--save-txt")
+    assert ran.code == 0, ran.err
+    assert "clip.mp4  256x192  9 frames" in ran.out
+    lines = [json.loads(line) for line in (here / "out/predictions.jsonl").read_text().splitlines()]
+    assert [d["frame"] for d in lines] == list(range(9))
+    assert all(d["detections"] for d in lines)
+    assert len(list((here / "out/labels").glob("clip_*.txt"))) == 9
+    copy = cv2.VideoCapture(str(here / "out/clip.mp4"))
+    assert copy.get(cv2.CAP_PROP_FPS) == pytest.approx(12)
+    read = 0
+    while copy.read()[0]:
+        read += 1
+    assert read == 9
+    assert sorted(p.name for p in (here / "out").iterdir()) == ["clip.mp4", "labels", "predictions.jsonl"]
+    as_json = rtdetr("predict", "clip.mp4", "-w", shapes_onnx, "--no-save", "--json")
+    assert [d["frame"] for d in documents(as_json)] == list(range(9))
+
+
+def test_classes_conf_and_number(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path) -> None:
+    def run(*options: object) -> list[dict[str, Any]]:
+        ran = rtdetr("predict", pictures, "-w", shapes_onnx, "--no-save", "--json", *options)
+        assert ran.code == 0, ran.err
+        return [row for d in documents(ran) for row in d["detections"]]
+
+    everything = run("--conf", 0)
+    assert len(everything) == 16 * 100
+    assert len(run("--conf", 0, "--max-det", 7)) == 16 * 7
+    assert {row["label"] for row in run("--conf", 0.05, "--classes", "plum,tomato")} == {"plum", "tomato"}
+    assert {row["label"] for row in run("--conf", 0.05, "--classes", "plum", "--classes", "leaf")} == {"plum", "leaf"}
+    assert all(row["score"] >= 0.3 for row in run("--conf", 0.3))
+
+
+def test_newest_run_is_taken_and_named(
+    rtdetr: Callable[..., Any], here: Path, shapes_model: Path, pictures: Path
+) -> None:
+    for number, name in enumerate(("r18-old-01", "tiny-shapes-01")):
+        folder = here / "runs" / name
+        folder.mkdir(parents=True)
+        shutil.copy(shapes_model, folder / "best.safetensors")
+        os.utime(folder / "best.safetensors", (1e9 + number, 1e9 + number))
+    ran = rtdetr("predict", pictures / "shapes_00.png", "--no-save")
+    assert ran.code == 0, ran.err
+    assert "runs/tiny-shapes-01/best.safetensors" in ran.err
+    assert rtdetr("predict", pictures / "shapes_00.png", "--weights", "runs/r18-old-01", "--no-save").code == 0
+
+
+def test_no_run_and_no_network(
+    rtdetr: Callable[..., Any], here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RTDETR_CLI_HOME", str(here / "cache"))
+    monkeypatch.setenv("RTDETR_CLI_MIRROR", "http://127.0.0.1:9")  # nothing listens there
+    ran = rtdetr("predict", pictures / "shapes_00.png")
+    assert ran.code == 4
+    assert "taking the published r18 COCO weights" in ran.err
+    assert "rtdetrv2_r18vd_120e_coco_rerun_48.1.pth" in ran.err
+    assert not (here / "runs").exists()
+
+
+def test_foreign_names_come_from_data(
+    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path
+) -> None:
+    import onnx
+
+    model = onnx.load(shapes_onnx)
+    model.ClearField("metadata_props")
+    onnx.save(model, here / "foreign.onnx")
+    nameless = rtdetr("predict", pictures / "shapes_00.png", "-w", "foreign.onnx", "--no-save", "--json").json
+    assert {row["label"] for row in nameless["detections"]} <= {"class 0", "class 1", "class 2"}
+    assert all(row["label"] == f"class {row['category_id']}" for row in nameless["detections"])
+    named = rtdetr(
+        *("predict", pictures / "shapes_00.png", "-w", "foreign.onnx", "--no-save", "--json"),
+        *("--data", pictures / "shapes.json"),
+    ).json
+    ours = rtdetr("predict", pictures / "shapes_00.png", "-w", shapes_onnx, "--no-save", "--json", "--conf", 0.5).json
+    assert named == ours
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--conf", "2"], 2, "--conf 2 is neither auto nor a score from 0 to 1"),
+        (["--imgsz", "100"], 2, "100 is not a multiple of 32"),
+        (["--imgsz", "320"], 2, "is fixed to 96x128"),
+        (["--batch", "0"], 2, "--batch 0 must be at least 1"),
+        (["--max-det", "0"], 2, "--max-det 0 must be at least 1"),
+        (["--classes", "tomatoe"], 2, "did you mean tomato?"),
+        (["--layers", "1"], 2, "--layers 1 cannot change"),
+        (["--sampling", "cubic"], 2, "neither bilinear nor discrete"),
+        (["--out", "file"], 2, "--out file is a file"),
+        (["--weights", "gone.onnx"], 4, "gone.onnx does not exist"),
+        (["--weights", "file"], 4, "file is not a model file"),
+        (["--weights", "cut.onnx"], 4, "cut.onnx does not open in ONNX Runtime"),
+        (["--weights", "empty"], 4, "empty holds no best.safetensors"),
+        (["--data", "gone.json"], 3, "gone.json"),
+        (["--frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_refusals(
+    rtdetr: Callable[..., Any],
+    here: Path,
+    shapes_onnx: Path,
+    pictures: Path,
+    options: list[str],
+    code: int,
+    said: str,
+) -> None:
+    (here / "file").write_text("x")
+    (here / "empty").mkdir()
+    whole = shapes_onnx.read_bytes()
+    (here / "cut.onnx").write_bytes(whole[: len(whole) // 2])
+    weights = [] if "--weights" in options else ["--weights", shapes_onnx]
+    ran = rtdetr("predict", pictures / "shapes_00.png", *weights, *options)
+    assert ran.code == code, ran.err
+    assert said in ran.err
+    assert "Traceback" not in ran.err
+    assert ran.out == ""
+    assert sorted(p.name for p in here.iterdir()) == ["cut.onnx", "empty", "file"]  # nothing half-written
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "said"),
+    [
+        ("gone.jpg", 3, "gone.jpg does not exist"),
+        ("empty", 3, "the folder empty holds no pictures"),
+        ("*.bmp", 3, "matches no file"),
+        ("bad.jpg", 3, "bad.jpg is not a picture"),
+        ("http://127.0.0.1/a.jpg", 2, "is an address"),
+    ],
+)
+def test_sources_that_are_none(
+    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, source: str, code: int, said: str
+) -> None:
+    (here / "empty").mkdir()
+    (here / "bad.jpg").write_text("x")
+    ran = rtdetr("predict", source, "--weights", shapes_onnx, "--no-save")
+    assert ran.code == code
+    assert said in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_originals_are_never_replaced(
+    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path
+) -> None:
+    shutil.copy(pictures / "shapes_00.png", here)
+    before = (here / "shapes_00.png").read_bytes()
+    ran = rtdetr("predict", "shapes_00.png", "--weights", shapes_onnx, "--out", ".")
+    assert ran.code == 2
+    assert "its annotated copy would replace" in ran.err
+    assert (here / "shapes_00.png").read_bytes() == before
+
+
+def test_unwritable_folder(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path) -> None:
+    (here / "file").write_text("x")
+    ran = rtdetr("predict", pictures / "shapes_00.png", "--weights", shapes_onnx, "--out", "file/below")
+    assert ran.code in (1, 2)
+    assert "file" in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_onnx_loads_nothing_heavy(here: Path, shapes_onnx: Path, pictures: Path) -> None:
+    heavy = (
+        "torch",
+        "torchvision",
+        "scipy",
+        "matplotlib",
+        "cv2",
+        "rich",
+        "albumentations",
+        "onnx",
+        "jinja2",
+        "hotcoco",
+    )
+    code = (
+        "import sys; from rtdetr_cli.cli.app import run; code = run(sys.argv[1:]);"
+        f"print(code, sorted(set({heavy}) & set(sys.modules)), 'rtdetr_cli.config.schema' in sys.modules)"
+    )
+    arguments = ["predict", str(pictures / "shapes_00.png"), "--weights", str(shapes_onnx)]
+    ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "0 [] False"
+    assert (here / "runs/predict-01/shapes_00.png").exists()
+
+
+def test_foreign_words_for_flags(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path) -> None:
+    picture = pictures / "shapes_00.png"
+    ran = rtdetr("detect", "--source", picture, "--model", shapes_onnx, "--conf_thres=0.3", "--output-dir", "out")
+    assert ran.code == 0, ran.err
+    assert (here / "out/shapes_00.png").exists()
