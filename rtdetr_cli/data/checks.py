@@ -90,6 +90,7 @@ def check_files(dataset: RawDataset) -> None:
             else:
                 others = lower.get(base.lower(), [])
                 if len(others) == 1:
+                    split.said_names[picture] = name
                     split.file_names[picture] = f"{folder}/{others[0]}" if folder else others[0]
                     dataset.findings.add(
                         "picture-name-case",

@@ -282,7 +282,7 @@ def _categories(documents: dict[str, tuple[_Document, str]], findings: Findings)
         seen: set[int] = set()
         for position, entry in enumerate(document.categories):
             line = line_of(text, document.category_starts[position])
-            key = _key(entry.get("id")) if isinstance(entry, dict) else None
+            key = id_key(entry.get("id")) if isinstance(entry, dict) else None
             name = entry.get("name") if isinstance(entry, dict) else None
             if not isinstance(key, int) or not isinstance(name, str) or not sound_name(name):
                 findings.add(
@@ -306,7 +306,7 @@ def _categories(documents: dict[str, tuple[_Document, str]], findings: Findings)
     return names
 
 
-def _key(value: Any) -> int | str | None:
+def id_key(value: Any) -> int | str | None:
     """Return an id as an integer where it is one, as text otherwise, None where it is neither."""
     if type(value) is int:
         return value if -_INT64 <= value < _INT64 else f"{value:x}"
@@ -324,7 +324,7 @@ def _keys(values: list[Any]) -> tuple[list[int | str | None], list[int]]:
     """Return ids to compare by, and the rows whose id is not an integer."""
     if not values or (set(map(type, values)) == {int} and max(values) < _INT64 and min(values) >= -_INT64):
         return values, []
-    return [_key(v) for v in values], [
+    return [id_key(v) for v in values], [
         row for row, v in enumerate(values) if v is not None and not (type(v) is int and -_INT64 <= v < _INT64)
     ]
 
@@ -342,7 +342,7 @@ def _sides(values: list[Any]) -> NDArray[np.int32]:
         return np.asarray(values, np.int32)
     sides = []
     for value in values:
-        key = _key(value)
+        key = id_key(value)
         sides.append(key if isinstance(key, int) and 0 < key < _INT32 else 0)
     return np.asarray(sides, np.int32)
 
@@ -432,7 +432,7 @@ def _split(document: _Document, text: str, labels: dict[int, int], root: Path) -
     for row in np.flatnonzero(pictures < 0).tolist():
         if box_keys[row] is None:
             findings.add(
-                "entry-malformed",
+                "annotation-malformed",
                 f"{called(row)} has the image_id {_short(document.box_images[row])}",
                 **told(row),
             )
@@ -445,7 +445,7 @@ def _split(document: _Document, text: str, labels: dict[int, int], root: Path) -
     for row in np.flatnonzero(classes < 0).tolist():
         if category_keys[row] is None:
             findings.add(
-                "entry-malformed",
+                "annotation-malformed",
                 f"{called(row)} has the category_id {_short(document.box_categories[row])}",
                 **told(row),
             )

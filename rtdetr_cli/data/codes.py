@@ -201,7 +201,7 @@ _TABLE = (
         "a file name in another case than on disk",
         "The labels say `A.JPG` and the disk has `a.jpg`. The one on disk is used; other machines may not find it.",
         "rename the file or the entry",
-        "writes the name as it is on disk",
+        "makes the name and the entry agree",
     ),
     Code(
         "picture-name-encoding",
@@ -522,10 +522,18 @@ _TABLE = (
     Code(
         "entry-malformed",
         "error",
-        "an entry that lacks what it needs",
-        "A picture needs an id and a file name, an annotation an image id and a category id.",
+        "a picture's entry that lacks what it needs",
+        "A picture needs an id and a file name.",
         "correct or remove the entry",
         "drops the entry",
+    ),
+    Code(
+        "annotation-malformed",
+        "error",
+        "an annotation that lacks what it needs",
+        "An annotation needs an image id and a category id.",
+        "correct or remove the annotation",
+        _DROP,
     ),
     Code(
         "image-id-duplicate",

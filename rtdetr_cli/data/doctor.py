@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -38,7 +39,7 @@ from rtdetr_cli.data.records import Finding
 
 HUGE_PIXELS = 50_000_000
 _ORIENTATION_TAG = 0x0112
-_SUFFIXES = {
+SUFFIXES = {
     "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
     "MPO": {".jpg", ".jpeg", ".mpo"},
     "PNG": {".png", ".apng"},
@@ -312,10 +313,12 @@ def _look_at_all(
         for picture in np.flatnonzero(split.usable).tolist():
             paths[str(split.path(picture))] = None
     seen: dict[str, Look] = {}
-    for path, found in zip(paths, _map(list(paths), workers), strict=True):
-        seen[path] = found
-        if progress is not None and (len(seen) % 16 == 0 or len(seen) == len(paths)):
-            progress(len(seen), len(paths))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd files; what matters becomes a finding
+        for path, found in zip(paths, _map(list(paths), workers), strict=True):
+            seen[path] = found
+            if progress is not None and (len(seen) % 16 == 0 or len(seen) == len(paths)):
+                progress(len(seen), len(paths))
     looks: dict[str, list[Look]] = {}
     unused = Look()
     for name, split in raw.splits.items():
@@ -352,7 +355,7 @@ def _report(raw: RawDataset, split: RawSplit, picture: int, found: Look) -> None
     if not found.format:
         return
     suffix = Path(name).suffix.lower()
-    if suffix not in _SUFFIXES.get(found.format, {suffix}):
+    if suffix not in SUFFIXES.get(found.format, {suffix}):
         add("picture-extension", f"holds a {found.format}")
     if 2 <= found.orientation <= 8:
         add("picture-exif-orientation", f"is turned by its EXIF orientation {found.orientation}")

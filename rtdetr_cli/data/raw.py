@@ -38,6 +38,7 @@ class RawSplit:
         box_lines: (M,) int32.
         box_entries: (M,) int32.
         said_beyond: (M,) bool, boxes that the reader has already called beyond the picture.
+        said_names: picture -> its name in the labels, where the disk has another.
         usable: (N,) bool, False once a check found that the picture cannot be used.
         shares: True while boxes and areas are shares of the picture, which are scaled once its size is known.
     """
@@ -61,6 +62,7 @@ class RawSplit:
     box_entries: NDArray[np.int32]
     said_beyond: NDArray[np.bool_] = field(init=False)
     shares: bool = field(default=False, init=False)
+    said_names: dict[int, str] = field(default_factory=dict, init=False)
     declared: NDArray[np.bool_] = field(init=False)
     usable: NDArray[np.bool_] = field(init=False)
 

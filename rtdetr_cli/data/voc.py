@@ -149,6 +149,7 @@ def _class_list(dataset: RawDataset, oddities: Oddities) -> list[str] | None:
         if path.is_file():
             text = read_text(path, dataset.show(path), dataset.findings, oddities)
             names = [line.strip() for line in (text or "").splitlines() if line.strip()]
+            dataset.label_paths[dataset.show(path)] = path
             if names:
                 return list(dict.fromkeys(names))
     return None

@@ -303,6 +303,7 @@ def _pictures_below(folder: Path) -> list[Path]:
 
 def _listed(dataset: RawDataset, described: YoloFile, path: Path, oddities: Oddities) -> list[Path]:
     shown = dataset.show(path)
+    dataset.label_paths[shown] = path
     text = read_text(path, shown, dataset.findings, oddities)
     if text is None:
         return []
