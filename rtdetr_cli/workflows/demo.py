@@ -83,7 +83,7 @@ class Demo:
 
     def check_dataset(self) -> dict[str, int]:
         """Have the doctor look at every picture and box; return the number of findings of each severity."""
-        return dict(examine(self.data, imgsz=(SIDE, SIDE)).counts)
+        return examine(self.data, imgsz=(SIDE, SIDE)).counts()
 
     def train(self, *, stop: StopFlag | None = None) -> Iterator[Event]:
         """Train `tiny` from random weights."""
