@@ -116,6 +116,8 @@ def predict(
     finally:
         if results is not None:
             results.close()
+        if folder is not None and out is None and not any(folder.iterdir()):
+            folder.rmdir()  # nothing could be read: leave no empty folder behind
     if folder is not None and len(failed) < len(found):
         terminal.say(f"results in {folder}")
     if failed and len(found) == 1:

@@ -317,10 +317,11 @@ def test_sources_that_are_none(
 ) -> None:
     (here / "empty").mkdir()
     (here / "bad.jpg").write_text("x")
-    ran = rtdetr("predict", source, "--weights", shapes_onnx, "--no-save")
+    ran = rtdetr("predict", source, "--weights", shapes_onnx)
     assert ran.code == code
     assert said in ran.err
     assert "Traceback" not in ran.err
+    assert not list(here.glob("runs/*"))
 
 
 def test_originals_are_never_replaced(
