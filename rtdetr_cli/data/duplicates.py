@@ -99,11 +99,11 @@ def _candidates(hashes: NDArray[np.uint64]) -> list[tuple[NDArray[np.int64], NDA
 
 def _count_bits(values: NDArray[np.uint64]) -> NDArray[np.uint8]:
     if hasattr(np, "bitwise_count"):  # since numpy 2
-        counted = np.bitwise_count(values)
-        assert isinstance(counted, np.ndarray)
-        return counted
-    each = np.unpackbits(np.ascontiguousarray(values).view(np.uint8).reshape(*values.shape, 8), axis=-1)
-    return each.sum(axis=-1, dtype=np.uint8)
+        counted: NDArray[np.uint8] = np.bitwise_count(values)
+    else:
+        each = np.unpackbits(np.ascontiguousarray(values).view(np.uint8).reshape(*values.shape, 8), axis=-1)
+        counted = each.sum(axis=-1, dtype=np.uint8)
+    return counted
 
 
 class Joined:

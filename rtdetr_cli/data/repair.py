@@ -29,7 +29,6 @@ from rtdetr_cli.data.doctor import SUFFIXES, Report
 from rtdetr_cli.data.pictures import FORMATS
 from rtdetr_cli.data.raw import RawSplit
 from rtdetr_cli.data.records import Finding
-from rtdetr_cli.data.yolo import label_path
 from rtdetr_cli.errors import DataError, RtdetrError
 
 PATCH_FILE = "patch.json"
@@ -415,7 +414,7 @@ def _plan_coco_file(plan: _Plan, path: Path, name: str, lost: set[int], renamed:
 def _is_box_area(entry: dict[str, Any]) -> bool:
     try:
         area = float(entry["area"])
-        return abs(area - entry["bbox"][2] * entry["bbox"][3]) <= 1e-3 * max(1.0, abs(area))
+        return abs(area - float(entry["bbox"][2]) * float(entry["bbox"][3])) <= 1e-3 * max(1.0, abs(area))
     except (KeyError, TypeError, ValueError, IndexError, OverflowError):
         return False
 

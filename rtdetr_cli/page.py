@@ -1,0 +1,66 @@
+"""Self-contained HTML pages: one file that opens from disk, without network, in light and dark, on a phone.
+
+Every page extends `templates/base.html`. Names from data are escaped by jinja2's autoescape, and the page's own
+content security policy forbids whatever is not in the file.
+"""
+
+from __future__ import annotations
+
+import base64
+from functools import cache
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jinja2 import Environment
+    from numpy.typing import NDArray
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("rtdetr_cli", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "ensure_ascii": True}
+    return environment
+
+
+def render_page(template: str, **context: Any) -> str:
+    """Return a page as text that is valid UTF-8.
+
+    Args:
+        template: a file of `templates/`.
+        context: what it shows; `title` is the page's.
+    """
+    from rtdetr_cli import __version__
+
+    text = _environment().get_template(template).render(**{"version": __version__, "title": "rtdetr", **context})
+    # File names that are not UTF-8 carry lone surrogates, which no encoding can write.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def picture_uri(picture: NDArray[np.uint8], *, max_side: int = 640, quality: int = 78) -> str:
+    """Return a picture as a `data:` address of a JPEG.
+
+    Args:
+        picture: (H, W, 3) uint8 RGB.
+        max_side: the longer side in pixels; a larger picture is scaled down.
+        quality: of the JPEG, 1 to 95.
+    """
+    from PIL import Image
+
+    image = Image.fromarray(picture)
+    scale = max_side / max(image.size)
+    if scale < 1:
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
