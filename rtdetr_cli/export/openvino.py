@@ -25,14 +25,34 @@ class OpenvinoFile:
         ExportError: OpenVINO cannot read the graph.
     """
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, *, preprocess: bool = False) -> None:
+        """Read a graph.
+
+        Args:
+            model: with a float input.
+            preprocess: take uint8 pictures of any size. Done with OpenVINO's own Pillow-like resize, since it ignores
+                the antialiasing of an ONNX Resize.
+        """
         self.openvino: Any = import_openvino()
         try:
             self.model = self.openvino.Core().read_model(model.SerializeToString())
+            if preprocess:
+                self.model = self._with_resize(self.model)
         except RuntimeError as error:
             raise ExportError(
                 f"OpenVINO {self.openvino.__version__} cannot read the graph: {first_line(error)}"
             ) from error
+
+    def _with_resize(self, model: Any) -> Any:
+        steps = self.openvino.preprocess
+        chain = steps.PrePostProcessor(model)
+        taken = chain.input("images")
+        taken.tensor().set_element_type(self.openvino.Type.u8).set_layout(self.openvino.Layout("NHWC"))
+        taken.tensor().set_spatial_dynamic_shape()
+        taken.model().set_layout(self.openvino.Layout("NCHW"))
+        taken.preprocess().resize(steps.ResizeAlgorithm.RESIZE_BILINEAR_PILLOW)
+        taken.preprocess().convert_element_type(self.openvino.Type.f32).scale(255.0)
+        return chain.build()
 
     @property
     def versions(self) -> dict[str, str]:

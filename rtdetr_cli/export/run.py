@@ -30,7 +30,7 @@ from rtdetr_cli.export.graph import (
     output_names,
 )
 from rtdetr_cli.infer.backend import Backend, open_backend
-from rtdetr_cli.infer.tensorrt_backend import header_path
+from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend, header_path, import_tensorrt
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.model.files import written_aside
@@ -104,9 +104,11 @@ class Work:
         options = self.options
         return example_inputs(options, self.imgsz, batch=max(2, options.batch) if options.dynamic else options.batch)
 
-    def traced(self, module: torch.nn.Module) -> onnx.ModelProto:
-        """Trace a module and look the graph over."""
+    def traced(self, module: torch.nn.Module, *, preprocess: bool = False) -> onnx.ModelProto:
+        """Trace a module, look the graph over, and let it resize if asked."""
         options = self.options
+        if module is self.graph and "traced" in self.cache:
+            return self._finished(self.cache["traced"], preprocess)
         model = onnx_file.trace(
             module,
             self.inputs,
@@ -116,7 +118,14 @@ class Work:
             opset=options.opset,
         )
         onnx_file.audit(model, norms=self.norms, gridsample=options.gridsample)
-        if options.preprocess:
+        if module is self.graph:
+            self.cache["traced"] = model
+        return self._finished(model, preprocess)
+
+    def _finished(self, traced: onnx.ModelProto, preprocess: bool) -> onnx.ModelProto:
+        model = onnx.ModelProto()
+        model.CopyFrom(traced)
+        if preprocess:
             onnx_file.prepend_preprocessing(model, self.imgsz)
         return model
 
@@ -254,7 +263,7 @@ def judge(work: Work, draft: Draft, gate: Gate | None, *, tol_ap: float | None, 
     try:
         if gate is not None:
             work.tell(f"gate  {draft.format} {draft.precision} against the model on {len(gate.paths)} pictures")
-            candidate = open_backend(draft.path, device="auto" if draft.format in ("openvino", "tensorrt") else device)
+            candidate = open_draft(draft, device)
             interface = None if draft.interface is None else (draft.interface, work.interface)
             verdict = gate.judge(
                 candidate,
@@ -279,13 +288,27 @@ def judge(work: Work, draft: Draft, gate: Gate | None, *, tol_ap: float | None, 
     return Artefact(final, draft.format, draft.precision, verdict, draft.operators)
 
 
+def open_draft(draft: Draft, device: str) -> Backend:
+    """Open a draft in its runtime."""
+    if draft.format == "tensorrt":
+        return TensorrtBackend(draft.path, device=engine_device())
+    return open_backend(draft.path, device=device if draft.format == "onnx" else "auto")
+
+
+def engine_device() -> torch.device | None:
+    """Return the device that an engine is built and run on, or None where there is none."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else None
+
+
 # ----------------------------------------------------------------------------------------------------- formats
 
 
 def draft_onnx(work: Work) -> Draft:
     """Write the float32 graph."""
     work.tell(f"onnx  opset {work.options.opset}")
-    return onnx_draft(work, work.traced(work.graph), work.out / f"{work.stem}.onnx", "fp32")
+    return onnx_draft(
+        work, work.traced(work.graph, preprocess=work.options.preprocess), work.out / f"{work.stem}.onnx", "fp32"
+    )
 
 
 def draft_fp16(work: Work) -> Draft:
@@ -294,7 +317,13 @@ def draft_fp16(work: Work) -> Draft:
 
     work.tell("onnx  float16, sensitive parts float32")
     islands = [{"name": island.name, "why": island.why} for island in ISLANDS]
-    draft = onnx_draft(work, work.traced(work.half()), work.out / f"{work.stem}-fp16.onnx", "fp16", islands=islands)
+    draft = onnx_draft(
+        work,
+        work.traced(work.half(), preprocess=work.options.preprocess),
+        work.out / f"{work.stem}-fp16.onnx",
+        "fp16",
+        islands=islands,
+    )
     if not work.options.raw:
         fixed = None if work.options.dynamic else work.options.batch
         draft.twin = HalfTwin(work.half(), work.header, imgsz=work.imgsz, fixed_batch=fixed)
@@ -320,7 +349,7 @@ def draft_openvino(work: Work) -> Draft:
     from rtdetr_cli.export.openvino import OpenvinoFile
 
     work.tell("openvino  float16-compressed weights")
-    made = OpenvinoFile(work.traced(work.graph))
+    made = OpenvinoFile(work.traced(work.graph), preprocess=work.options.preprocess)
     final = work.out / f"{work.stem}.xml"
     path = marked(final, "unverified")
     header = work.header_for(
@@ -349,8 +378,9 @@ def draft_engine(work: Work) -> Draft:
     shapes = profile_shapes(work.interface, most=most)
     work.tell(f"tensorrt  strongly typed, batch {'1 to ' if work.options.dynamic else ''}{most}")
     try:
-        if not torch.cuda.is_available():
-            raise EnvironmentProblem("no CUDA device", code="device-missing")
+        import_tensorrt()
+        if engine_device() is None:
+            raise EnvironmentProblem("there is no CUDA device", code="device-missing")
         built = build_engine(
             graph.path,
             path,
