@@ -94,7 +94,7 @@ def evaluate_command(
         from rtdetr_cli.evaluate.run import metrics_from
         from rtdetr_cli.evaluate.source import choose_split
 
-        chosen = choose_split(data, split=split, images=images, pictures=html is not None)
+        chosen = choose_split(data, split=split, images=images, pictures=False)
         table = read_results(predictions, chosen.dataset)
         evaluation = metrics_from(chosen.dataset, table, evaluator, notes=chosen.notes)
         facts, what = {"predictions": str(predictions)}, str(predictions)

@@ -490,8 +490,9 @@ class _StepBar:
     def seconds_left(self, report: Any) -> float:
         """Estimate from the last epochs of this process; the first one is slow and soon forgotten."""
         self._done.append(report.seconds)
-        recent = self._done[-5:] if len(self._done) < 3 else self._done[1:][-5:]
-        return sum(recent) / len(recent) * (report.epochs - report.epoch - 1)
+        recent: list[float] = self._done[-5:] if len(self._done) < 3 else self._done[1:][-5:]
+        remaining: int = report.epochs - report.epoch - 1
+        return sum(recent) / len(recent) * remaining
 
     def end(self) -> None:
         if self._bar is not None:

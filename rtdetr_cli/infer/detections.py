@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.errors import EnvironmentProblem
+from rtdetr_cli.infer.packages import import_package
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,12 +46,7 @@ class Detections:
         Raises:
             EnvironmentProblem: the package supervision is not installed.
         """
-        try:
-            import supervision
-        except ImportError:
-            raise EnvironmentProblem(
-                "supervision is not installed", hint="pip install 'rtdetr-cli[supervision]'", code="package-missing"
-            ) from None
+        supervision = import_package("supervision", "supervision")
         return supervision.Detections(
             xyxy=self.boxes_xyxy_px.astype(np.float32).reshape(-1, 4),
             confidence=self.scores.astype(np.float32),

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.errors import EnvironmentProblem, ModelError
 from rtdetr_cli.infer.graph import GraphBackend, Port, first_line
+from rtdetr_cli.infer.packages import import_package
 from rtdetr_cli.model.header import METADATA_KEY, ModelHeader
 
 
@@ -88,13 +89,7 @@ class OpenvinoBackend(GraphBackend):
 
 def import_openvino() -> Any:
     """Import the package, or say how to install it."""
-    try:
-        import openvino
-    except ImportError:
-        raise EnvironmentProblem(
-            "OpenVINO is not installed", hint="pip install 'rtdetr-cli[openvino]'", code="package-missing"
-        ) from None
-    return openvino
+    return import_package("openvino", "OpenVINO")
 
 
 def read_openvino_header(model: Any, path: Path) -> ModelHeader | None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.errors import EnvironmentProblem, ModelError
 from rtdetr_cli.infer.graph import GraphBackend, Port
+from rtdetr_cli.infer.packages import import_package
 from rtdetr_cli.model.header import ModelHeader
 
 _TYPES = {
@@ -142,13 +143,7 @@ class TensorrtBackend(GraphBackend):
 
 def import_tensorrt() -> Any:
     """Import the package, or say how to install it."""
-    try:
-        import tensorrt
-    except ImportError:
-        raise EnvironmentProblem(
-            "TensorRT is not installed", hint="pip install 'rtdetr-cli[tensorrt]'", code="package-missing"
-        ) from None
-    return tensorrt
+    return import_package("tensorrt", "TensorRT")
 
 
 def header_path(engine: Path) -> Path:

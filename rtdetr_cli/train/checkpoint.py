@@ -57,7 +57,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
         with partial.open("wb") as file:
             file.write(MAGIC + b" " * (SEAL_BYTES - 1) + b"\n")
             sealing = _Sealing(file)
-            torch.save(state, sealing)
+            torch.save(state, sealing)  # type: ignore[arg-type]
             file.seek(len(MAGIC))
             file.write(f"{sealing.digest.hexdigest()} {sealing.length:20d}\n".encode())
             file.flush()

@@ -126,7 +126,7 @@ class Guard:
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             host.copy_(values, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             values = host
         self._pending = _Pending(epoch, index, step, names, values, event, batch, rows)

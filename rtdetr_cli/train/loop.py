@@ -11,6 +11,7 @@ drawn and the boxes counted for the whole, so that the gradient is that of the w
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import signal
 import time
@@ -127,7 +128,7 @@ class EpochReport:
     lr: float
     loss: float
     terms: Mapping[str, float]
-    metrics: Mapping[str, float] | None
+    metrics: Mapping[str, float | None] | None
     improved: bool
     best_score: float
     best_epoch: int
@@ -304,8 +305,8 @@ def train(
     plan: Plan,
     options: LoopOptions,
     folder: RunFolder,
-    evaluate_model: Callable[[nn.Module], Mapping[str, float]],
-    write_best: Callable[[nn.Module, Mapping[str, float], int], None],
+    evaluate_model: Callable[[nn.Module], Mapping[str, float | None]],
+    write_best: Callable[[nn.Module, Mapping[str, float | None], int], None],
     stop: StopFlag,
 ) -> Iterator[Report]:
     """Train from `place` to the end of the plan.
@@ -367,8 +368,8 @@ def train(
             timing.begin_step()
             try:
                 batch = next(batches)
-            except (RuntimeError, OSError):
-                # A Ctrl-C reaches the loader's workers as well; what they drop has not been used yet.
+            except (RuntimeError, OSError, RtdetrError):
+                # A stopping machine ends the loader's processes as well; what they drop has not been used yet.
                 if not stop:
                     raise
                 batch = None
@@ -483,7 +484,7 @@ def train(
         team.refuse_drift(learner.stepper.parameters)
 
         # ---- evaluate -------------------------------------------------------------------------------------------
-        metrics: Mapping[str, float] | None = None
+        metrics: Mapping[str, float | None] | None = None
         improved = False
         if plan.evaluates(epoch):
             try:
@@ -492,8 +493,8 @@ def train(
                 # The epoch's steps are made and nothing is counted yet: a resumed run begins with the evaluation.
                 yield save("stop")
                 raise Interrupted(team.greatest(stop.number), step=place.step, folder=folder.path) from None
-            score = metrics.get(SCORE, -1.0)
-            score = score if score == score else -1.0
+            found = metrics.get(SCORE)
+            score = -1.0 if found is None or math.isnan(found) else found
             better = score > place.best_score
             # Among equals the later one: a run that has not found anything yet has at least learned longer.
             improved = better or score == place.best_score or place.best_epoch < 0
@@ -562,7 +563,7 @@ def accumulate(
         terms = learner.criterion(outputs, boxes[part], labels[part], num_boxes=num_boxes)
         names = tuple(terms)
         stacked = torch.stack(list(terms.values()))
-        (stacked.sum() * learner.stepper.scale).backward()
+        torch.autograd.backward(stacked.sum() * learner.stepper.scale)
         kept.append(stacked.detach())
     return names, torch.stack(kept)
 
@@ -591,7 +592,7 @@ def targets_on(device: torch.device, batch: Batch) -> tuple[list[Tensor], list[T
     counts = [len(labels) for labels in batch.labels]
     boxes = torch.cat(list(batch.boxes_cxcywh)).pin_memory().to(device, non_blocking=True)
     labels = torch.cat(list(batch.labels)).pin_memory().to(device, non_blocking=True)
-    return list(boxes.split(counts)), list(labels.split(counts))
+    return list(torch.split(boxes, counts)), list(torch.split(labels, counts))
 
 
 def step_size(plan: Plan, *, epoch: int, step: int, seed: int) -> tuple[int, int]:
@@ -750,7 +751,7 @@ class _Timing:
         self.trained = time.monotonic() - self.epoch_at
 
     def epoch_report(
-        self, plan: Plan, place: Place, metrics: Mapping[str, float] | None, improved: bool, learner: Learner
+        self, plan: Plan, place: Place, metrics: Mapping[str, float | None] | None, improved: bool, learner: Learner
     ) -> EpochReport:
         steps = max(1, place.loss_steps)
         terms = {name: total / steps for name, total in place.loss_sums.items()}

@@ -129,6 +129,10 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dy = grads[0]
         x, weight, mean, var, count = ctx.saved_tensors
+        if dy.stride() != x.stride():
+            # With fixed statistics, torch's kernel for CPUs gives a wrong gradient of a single picture when the
+            # layouts differ (seen in 2.15).
+            dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)
         # With fixed statistics first; then what the statistics themselves owe to the input.
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             dy, x, weight, mean, var, None, None, False, ctx.eps, (True, True, True)

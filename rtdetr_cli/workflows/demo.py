@@ -57,7 +57,7 @@ class Demo:
     @property
     def data(self) -> Path:
         """Folder of the dataset."""
-        return self.folder / "data"
+        return self.folder / "shapes"
 
     def make_dataset(self) -> Path:
         """Write the dataset; an earlier demo's is made again, to the same bytes.

@@ -227,13 +227,15 @@ def finetune(
     micro = resolve_micro_batch(prepared)
     place = Place(micro_batch=micro)
     if dry_run:
-        yield begin_report(prepared, place, None, None)
-        yield rehearse(prepared, micro)
+        with prepared.loader:
+            yield begin_report(prepared, place, None, None)
+            yield rehearse(prepared, micro)
         team.leave()
         return
-    folder = make_folder(prepared, argv)
-    yield begin_report(prepared, place, folder, None)
-    yield from run(prepared, place, folder, stop or StopFlag(), began)
+    with prepared.loader:
+        folder = make_folder(prepared, argv)
+        yield begin_report(prepared, place, folder, None)
+        yield from run(prepared, place, folder, stop or StopFlag(), began)
     team.leave()
 
 
@@ -309,8 +311,9 @@ def resume(
     del state
     if team.leads:
         folder.log(f"resumed at epoch {place.epoch + 1}, step {place.step}")
-    yield begin_report(prepared, place, folder, (place.epoch, place.step))
-    yield from run(prepared, place, folder, stop or StopFlag(), began)
+    with prepared.loader:
+        yield begin_report(prepared, place, folder, (place.epoch, place.step))
+        yield from run(prepared, place, folder, stop or StopFlag(), began)
     team.leave()
 
 
@@ -493,7 +496,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     settings = {k: v for k, v in flatten(config.settings).items() if k not in PLACES}
     plan = {k: v for k, v in prepared.plan.to_dict().items() if k not in ("choices", "warnings")}
     splits = prepared.splits
-    return json.loads(
+    plain: dict[str, Any] = json.loads(
         json.dumps(
             {
                 "dataset": {
@@ -506,7 +509,8 @@ def identity(prepared: Prepared) -> dict[str, Any]:
                 "plan": plan,
             }
         )
-    )  # type: ignore[no-any-return]
+    )
+    return plain
 
 
 # ---- preparing --------------------------------------------------------------------------------------------------
@@ -562,7 +566,7 @@ def prepare(config: RunConfig, team: Team = SOLO, *, pretrained: bool = True) ->
     if settings.deterministic and device.type == "cuda" and settings.sampling == "bilinear":
         # The backward pass of grid_sample adds in no fixed order; that of a gather can.
         model.set_sampling("bilinear", operator="gather")
-    model = model.to(device=device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     team.spread(list(model.state_dict().values()))
     learner = make_learner(model, config, spec, plan, device, chosen.dtype)
     learner.team = team
@@ -871,7 +875,7 @@ def explain_overfit(prepared: Prepared, score: float) -> str:
 def rehearse(prepared: Prepared, micro: int) -> DryReport:
     """Run a worst-case step, a few real ones and one evaluation, and work out what the run will cost."""
     learner, settings = prepared.learner, prepared.config.settings
-    plan = replace(prepared.plan, effective_batch=prepared.loader.batch_size)
+    plan = replace(prepared.plan, effective_batch=share_of(settings.effective_batch, prepared.team.size))
     worst_step(learner, plan, most_boxes=prepared.most_boxes, micro_batch=micro, parts=1)  # warms kernels up
     if learner.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(learner.device)
@@ -1012,7 +1016,7 @@ def manifest(prepared: Prepared, argv: Sequence[str]) -> dict[str, Any]:
         "weights": prepared.start,
         "precision": prepared.precision,
         "plan": {**asdict(prepared.plan)},
-        "transfer": [str(row) for row in prepared.transfer.rows] if prepared.transfer is not None else [],
+        "transfer": asdict(prepared.transfer) if prepared.transfer is not None else None,
     }
 
 
@@ -1027,7 +1031,7 @@ def stop_on_signals() -> Iterator[StopFlag]:
         signal.signal(number, before[number])
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
             before[number] = signal.getsignal(number)
             signal.signal(number, ask)
     try:
