@@ -1,0 +1,147 @@
+"""One process of a team, for `test_team.py`: makes steps and leaves what came of them in files.
+
+The first process makes each step alone as well, for comparison.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rtdetr_cli.config.schema import ModelSpec
+from rtdetr_cli.data.loader import Batch
+from rtdetr_cli.model.build import build_detector
+from rtdetr_cli.train import memory
+from rtdetr_cli.train.loop import Learner, accumulate, step_denoising
+from rtdetr_cli.train.losses import Criterion
+from rtdetr_cli.train.optim import MovingAverage, NormStatistics, Stepper
+from rtdetr_cli.train.sync_norm import synchronise_norms
+from rtdetr_cli.train.team import SOLO, Team, join
+
+PICTURES, CLASSES, SIDE = 4, 3, 64
+SPEC = ModelSpec(
+    depth=10,
+    width=8,
+    freeze_norm=False,
+    hidden_dim=16,
+    encoder_ffn=16,
+    expansion=0.5,
+    heads=2,
+    decoder_dim=16,
+    decoder_ffn=16,
+    decoder_layers=2,
+    eval_layers=2,
+    num_points=(1, 1, 1),
+    queries=12,
+    denoising=8,
+)
+
+
+def whole_batch(boxes_in: tuple[int, ...]) -> Batch:
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randint(0, 256, (PICTURES, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+    boxes = [torch.rand((n, 4), generator=generator) * 0.3 + 0.2 for n in boxes_in]
+    labels = [torch.randint(0, CLASSES, (n,), generator=generator) for n in boxes_in]
+    return Batch(images, tuple(boxes), tuple(labels), tuple(range(PICTURES)), ())
+
+
+def step(team: Team, norms: str, boxes_in: tuple[int, ...], full_at: int, full_rank: int) -> dict[str, Any]:
+    """Make one step of a fresh model; the memory of one process may end at one layer."""
+    torch.manual_seed(0)
+    # Float64, so that a wrong normaliser cannot hide in rounding.
+    model = build_detector(SPEC, num_classes=CLASSES).double().to(memory_format=torch.channels_last)
+    model.register_forward_pre_hook(lambda module, given: (given[0].double(), *given[1:]))
+    if norms == "frozen":
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(False)
+    learner = Learner(
+        model=model,
+        average=MovingAverage(model),
+        stepper=Stepper([{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}], clip_norm=0.1),
+        criterion=Criterion(num_classes=CLASSES),
+        spec=SPEC,
+        device=torch.device("cpu"),
+        autocast=None,
+        norms=NormStatistics(model),
+        team=team,
+        chorus=synchronise_norms(model, team),
+    )
+    learner.train_mode()
+    share = PICTURES // team.size
+    mine = slice(team.rank * share, (team.rank + 1) * share)
+    everything = whole_batch(boxes_in)
+    batch = Batch(
+        everything.images[mine],
+        everything.boxes_cxcywh[mine],
+        everything.labels[mine],
+        everything.image_indices[mine],
+        (),
+    )
+    whole = team.share(batch.boxes_cxcywh, batch.labels, pictures=share)
+    group = step_denoising(learner, whole, step=3, seed=1)
+    group = group.rows(whole.mine) if group is not None else None
+    num_boxes = float(max(1, sum(len(one) for one in whole.labels)))
+
+    calls = 0
+
+    def run_out_of_memory(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == full_at and team.rank == full_rank:
+            raise MemoryError("injected")
+
+    def watch(module: nn.Module, given: object, output: torch.Tensor) -> None:
+        run_out_of_memory()
+        if output.requires_grad:
+            output.register_hook(run_out_of_memory)  # type: ignore[no-untyped-call]
+
+    [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)][7].register_forward_hook(watch)
+
+    micro, attempts = share, 0
+    learner.norms.keep()
+    while True:  # as in the loop
+        attempts += 1
+        rows = memory.micro_batches(share, micro)
+        full = False
+        try:
+            names, terms = accumulate(learner, batch, rows=rows, size=(SIDE, SIDE), group=group, num_boxes=num_boxes)
+        except MemoryError:
+            full = True
+        if learner.chorus is not None:
+            learner.chorus.finish(len(rows), learner.device, torch.float64)
+            full = team.any(full)
+        if not full:
+            break
+        learner.stepper.zero_grad()
+        learner.norms.restore()
+        micro = memory.smaller(micro, where="cpu")
+    totals = team.add_up_gradients(learner.stepper.parameters, terms.sum(0))
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        for parameter in learner.stepper.parameters:
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    team.refuse_drift(learner.stepper.parameters)
+    terms_by_name = dict(zip(names, totals, strict=True))
+    return {"gradients": gradients, "terms": terms_by_name, "state": model.state_dict(), "attempts": attempts}
+
+
+def main(out: Path, scenarios: list[dict[str, Any]]) -> None:
+    torch.set_num_threads(1)
+    team = join("cpu")
+    for number, scenario in enumerate(scenarios):
+        left = {"together": step(team, **scenario)}
+        if team.leads:
+            left["alone"] = step(SOLO, **{**scenario, "full_at": 0})
+        torch.save(left, out / f"{number}-{team.rank}.pt")
+    team.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,187 @@
+"""Several processes make the step of one: same gradients, same weights, no hangs. On CPUs, over the loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rtdetr_cli.errors import UsageError
+from rtdetr_cli.train.team import SOLO, Team, join, launched, parse_devices, share_of
+
+MEMBER = Path(__file__).with_name("team_member.py")
+SECONDS = 120
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def run(folder: Path, size: int, scenarios: Sequence[Mapping[str, object]]) -> list[list[dict[str, Any]]]:
+    """Run a team of `size` through scenarios; return what each process left of each."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(MEMBER), str(folder), json.dumps(scenarios)],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    try:
+        for process in processes:
+            _, said = process.communicate(timeout=SECONDS)
+            assert process.returncode == 0, said
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return [
+        [torch.load(folder / f"{number}-{rank}.pt", weights_only=True) for rank in range(size)]
+        for number in range(len(scenarios))
+    ]
+
+
+def scenario(norms: str, boxes: Sequence[int], full_at: int = 0, full_rank: int = 0) -> dict[str, object]:
+    return {"norms": norms, "boxes_in": list(boxes), "full_at": full_at, "full_rank": full_rank}
+
+
+QUICK = {
+    "frozen": scenario("frozen", (3, 1, 0, 6)),
+    "live": scenario("live", (3, 1, 0, 6)),
+    "a share without boxes": scenario("live", (0, 0, 2, 1)),
+    "no boxes": scenario("frozen", (0, 0, 0, 0)),
+    "more boxes than queries": scenario("frozen", (0, 0, 0, 300)),
+    "full in the forward pass": scenario("live", (3, 1, 0, 6), 1, 1),
+    "full in the backward pass": scenario("live", (3, 1, 0, 6), 2, 0),
+    "full without common norms": scenario("frozen", (3, 1, 0, 6), 1, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    return dict(zip(QUICK, run(tmp_path_factory.mktemp("team"), 2, list(QUICK.values())), strict=True))
+
+
+def assert_same_step(each: Sequence[Mapping[str, Any]], *, tolerance: float = 1e-9) -> None:
+    """Compare the processes with each other, bit for bit, and with one that made the step alone, to rounding."""
+    alone, first = each[0]["alone"], each[0]["together"]
+    for member in (m["together"] for m in each):
+        assert member["gradients"].keys() == alone["gradients"].keys()
+        for name, expected in alone["gradients"].items():
+            off = float((member["gradients"][name] - expected).abs().max())
+            assert off <= tolerance * max(1.0, float(expected.abs().max())), name
+            assert torch.equal(member["gradients"][name], first["gradients"][name]), name
+        for name, expected in alone["terms"].items():
+            assert abs(member["terms"][name] - expected) <= tolerance * max(1.0, abs(float(expected))), name
+        assert all(torch.equal(first["state"][name], tensor) for name, tensor in member["state"].items())
+
+
+@pytest.mark.parametrize("name", [n for n in QUICK if not n.startswith("full")])
+def test_two_processes_make_the_step_of_one(two: dict[str, list[dict[str, Any]]], name: str) -> None:
+    assert_same_step(two[name])
+    assert float(two[name][0]["together"]["gradients"]["decoder.dec_score_head.0.weight"].abs().max()) > 1e-6
+
+
+def test_live_norms_see_the_pictures_of_both(two: dict[str, list[dict[str, Any]]]) -> None:
+    alone, together = two["live"][0]["alone"]["state"], two["live"][0]["together"]["state"]
+    running = [name for name in alone if "running" in name]
+    assert running
+    for name in running:
+        assert float((together[name] - alone[name]).abs().max()) < 1e-9, name
+
+
+@pytest.mark.parametrize("name", ["full in the forward pass", "full in the backward pass"])
+def test_one_out_of_memory_makes_both_run_the_step_again(two: dict[str, list[dict[str, Any]]], name: str) -> None:
+    first, second = (member["together"] for member in two[name])
+    assert (first["attempts"], second["attempts"]) == (2, 2)
+    assert all(torch.equal(first["gradients"][n], second["gradients"][n]) for n in first["gradients"])
+
+
+def test_without_common_norms_each_cuts_its_own_share(two: dict[str, list[dict[str, Any]]]) -> None:
+    each = two["full without common norms"]
+    assert [member["together"]["attempts"] for member in each] == [1, 2]
+    assert_same_step(each)
+
+
+@pytest.mark.slow
+def test_four_processes(tmp_path: Path) -> None:
+    for each in run(tmp_path, 4, [QUICK["frozen"], QUICK["live"]]):
+        assert_same_step(each)
+
+
+# ---- without processes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "devices"),
+    [
+        ("auto", ("auto",)),
+        ("cpu", ("cpu",)),
+        ("cpu,cpu", ("cpu", "cpu")),
+        ("cpu:3", ("cpu", "cpu", "cpu")),
+        ("0", ("cuda:0",)),
+        ("0, 1", ("cuda:0", "cuda:1")),
+        ("cuda:1,cuda:3", ("cuda:1", "cuda:3")),
+        ("cuda", ("cuda:0",)),
+    ],
+)
+def test_devices_are_read(setting: str, devices: tuple[str, ...]) -> None:
+    assert parse_devices(setting) == devices
+
+
+@pytest.mark.parametrize("setting", ["", "0,", "gpu", "0,cpu", "cpu:0", "cuda:x", "auto,auto", "-1"])
+def test_what_is_no_device_is_refused(setting: str) -> None:
+    with pytest.raises(UsageError):
+        parse_devices(setting)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_with_those_that_can() -> None:
+    assert share_of(16, 4) == 4
+    with pytest.raises(UsageError, match="--effective-batch 16 cannot be shared evenly by 3 processes") as caught:
+        share_of(16, 3)
+    assert caught.value.hint == "--effective-batch 15 or 18"
+
+
+def test_one_process_is_a_team_of_its_own() -> None:
+    assert join("cpu") is SOLO
+    assert not launched({"RANK": "0"})
+    boxes, labels = [torch.rand(2, 4)], [torch.tensor([0, 1])]
+    whole = SOLO.share(boxes, labels, pictures=1, stop=15, save_due=True)
+    assert whole.boxes_cxcywh is boxes
+    assert (whole.mine, whole.stop, whole.save_due, whole.broken) == (slice(0, 1), 15, True, False)
+    assert SOLO.gather(3) == SOLO.collect(3) == [3]
+    assert (SOLO.tell(4), SOLO.any(False), SOLO.greatest(5), SOLO.least(6)) == (4, False, 5, 6)
+    terms = torch.ones(2)
+    assert SOLO.add_up_gradients([], terms) is terms
+    assert Team().leads
+
+
+def test_several_devices_without_their_processes_are_refused() -> None:
+    with pytest.raises(UsageError, match="needs a process for each device"):
+        join("cpu,cpu")
+
+
+def test_as_many_devices_as_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UsageError, match="names 3 for the 2 processes of this host"):
+        join("cpu:3")
