@@ -1,0 +1,485 @@
+"""The page of an evaluation: one file that opens anywhere, with every table, the curves, and the pictures themselves.
+
+Boxes are drawn by the browser over the picture and not into it: they stay sharp, can be filtered by kind of error
+and class, and each picture is in the file once although it is shown twice.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtdetr_cli.data.draw import colour
+from rtdetr_cli.data.pictures import PictureError, read_picture
+from rtdetr_cli.evaluate.bootstrap import Interval
+from rtdetr_cli.evaluate.coco import METRICS
+from rtdetr_cli.evaluate.errors_analysis import (
+    KINDS,
+    MISSED,
+    RIGHT,
+    UNSEEN,
+    ErrorAnalysis,
+    Suspect,
+)
+from rtdetr_cli.evaluate.run import Evaluation
+from rtdetr_cli.evaluate.thresholds import Calibration, score_curve
+from rtdetr_cli.page import picture_uri, render_page
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MOST_PICTURES = 60
+MOST_SUSPECTS = 24
+WORST = 24
+EACH_KIND = 6
+EACH_CLASS = 4
+PICTURE_SIDE = 720  # pixels of an embedded picture's longer side
+CROP_SIDE = 260
+MATRIX_CLASSES = 20
+NAMED_CURVES = 10
+GREY = "#888888"  # of axes and text in plots: readable on a light and on a dark page
+
+MEANINGS = {
+    "classification": "on a box, but of another class",
+    "location": "on a box of its class, but not well enough (IoU 0.1 to 0.5)",
+    "both": "near a box of another class, and not well",
+    "duplicate": "on a box that a surer detection has taken",
+    "background": "on nothing",
+    "missed": "a box that nothing found",
+}
+SUSPECT_TITLES = {
+    "no-box": "surely something, and no box",
+    "other-class": "surely of another class",
+    "never-found": "a box that nothing ever finds",
+}
+
+
+def write_page(
+    path: Path,
+    evaluation: Evaluation,
+    analysis: ErrorAnalysis,
+    *,
+    model: str,
+    interval: Interval | None = None,
+    calibration: Calibration | None = None,
+) -> None:
+    """Write the page.
+
+    Args:
+        path: of the file; its folder is made.
+        evaluation: the figures.
+        analysis: the errors.
+        model: what was judged, in words.
+        interval: of AP.
+        calibration: thresholds found in this run.
+    """
+    page = render_page(
+        "eval.html", **page_context(evaluation, analysis, model=model, interval=interval, calibration=calibration)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+
+
+def page_context(
+    evaluation: Evaluation,
+    analysis: ErrorAnalysis,
+    *,
+    model: str,
+    interval: Interval | None = None,
+    calibration: Calibration | None = None,
+) -> dict[str, Any]:
+    """Return everything that the template shows, as plain values."""
+    dataset = evaluation.dataset
+    pictures, unreadable = _pictures(analysis)
+    suspects = _suspects(analysis)
+    thresholds = calibration.thresholds if calibration else evaluation.thresholds
+    at_thresholds = None
+    if thresholds is not None:
+        overall, classes = evaluation.at_thresholds(thresholds)
+        at_thresholds = {
+            "target": thresholds.target,
+            "overall": thresholds.overall,
+            "point": overall,
+            "rows": list(zip(dataset.names, classes, strict=True)),
+        }
+    gains = analysis.gains
+    most = max(gains.values(), default=0) if gains else 0
+    return {
+        "title": f"{dataset.name} {dataset.split}: evaluation",
+        "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        "model": model,
+        "dataset": dataset,
+        "pictures_count": len(dataset),
+        "boxes_count": int(np.count_nonzero(~dataset.crowd)),
+        "evaluator": evaluation.evaluator,
+        "notes": [*evaluation.notes, *(calibration.notes if calibration else ())],
+        "unreadable": evaluation.unreadable,
+        "metric_names": METRICS,
+        "metrics": evaluation.metrics,
+        "interval": interval,
+        "classes": [
+            {**row, "colour": css_colour(label), "bar": round(100 * (row["AP"] or 0), 1)}
+            for label, row in enumerate(evaluation.per_class)
+        ],
+        "sizes": evaluation.by_size,
+        "best": evaluation.best,
+        "at_thresholds": at_thresholds,
+        "curves": curves_svg(evaluation) if len(evaluation.table) and evaluation.metrics["AP"] is not None else "",
+        "origin": analysis.origin,
+        "kinds": [
+            {
+                "kind": kind,
+                "meaning": MEANINGS[kind],
+                "count": analysis.counts[kind],
+                "gain": None if gains is None else gains[kind],
+                "bar": round(100 * gains[kind] / most, 1) if gains and most > 0 else 0,
+            }
+            for kind in KINDS
+        ],
+        "gains_known": gains is not None,
+        "confusion": _confusion(analysis),
+        "confused": _confused(analysis),
+        "empty": analysis.empty,
+        "suspects": suspects,
+        "suspects_count": len(analysis.suspects),
+        "pictures": pictures,
+        "pictures_lost": unreadable,
+        "filter_kinds": [kind for kind in KINDS if any(kind in p["kinds"] for p in pictures)],
+        "filter_classes": [
+            {"label": label, "name": name, "colour": css_colour(label)}
+            for label, name in enumerate(dataset.names)
+            if any(label in p["classes"] for p in pictures)
+        ],
+    }
+
+
+def css_colour(label: int) -> str:
+    """Return the colour of a class for a style sheet: the one that it has on annotated pictures."""
+    red, green, blue = colour(label)
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+# ----------------------------------------------------------------------------------------------------- curves
+
+
+def curves_svg(evaluation: Evaluation) -> str:
+    """Return precision over recall (IoU 0.5) and F1 over the score as one inline SVG."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    dataset = evaluation.dataset
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "rtdetr", "font.size": 9}):
+        figure = Figure(figsize=(10, 3.9), layout="constrained")
+        FigureCanvasSVG(figure)
+        figure.patch.set_alpha(0)
+        left, right = figure.subplots(1, 2)
+        present = [k for k, row in enumerate(evaluation.per_class) if row["AP"] is not None]
+        # With many classes a legend of all is no legend: name the weakest, since they are what to look at.
+        weakest = sorted(present, key=lambda k: evaluation.per_class[k]["AP"])[:NAMED_CURVES]
+        named = present if len(present) <= NAMED_CURVES else weakest
+        recall = np.linspace(0, 1, 101)
+        precision = evaluation.coco.precision[0, :, :, 0, 2]
+        for label in present:
+            style: dict[str, Any] = (
+                {"color": css_colour(label), "linewidth": 1.4, "label": _plain(dataset.names[label])}
+                if label in named
+                else {"color": GREY, "linewidth": 0.5, "alpha": 0.4}
+            )
+            left.plot(recall, np.maximum(precision[:, label], 0), **style)
+            curve = score_curve(dataset, evaluation.table, evaluation.matches, label)
+            right.plot(*_thinned(curve.scores, curve.f1), **style)
+        left.plot(recall, np.maximum(precision[:, present], 0).mean(axis=1), color=GREY, linewidth=2.4, label="mean")
+        everything = score_curve(dataset, evaluation.table, evaluation.matches, None)
+        right.plot(*_thinned(everything.scores, everything.f1), color=GREY, linewidth=2.4, label="all together")
+        best = evaluation.best.threshold
+        if best is not None:
+            right.axvline(best, color=GREY, linewidth=0.8, linestyle=":")
+        _dress(left, "recall", "precision (IoU 0.5)")
+        _dress(right, "score threshold", "F1")
+        legend = left.legend(loc="lower left", frameon=False, fontsize=8, labelcolor=GREY, ncols=1 + (len(named) > 5))
+        legend.set_zorder(5)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _plain(name: str) -> str:
+    """Return a class name as matplotlib will print it: a dollar sign would begin a formula, an underscore hides."""
+    return name.replace("$", r"\$").removeprefix("_") or "(no name)"
+
+
+def _thinned(scores: NDArray[np.float64], values: NDArray[np.float64], most: int = 400) -> tuple[Any, Any]:
+    """Return at most `most` points of a curve, spread evenly over the scores: a page is no place for 100,000."""
+    if len(scores) <= most:
+        return scores, values
+    wanted = np.linspace(scores[-1], scores[0], most)
+    rows = np.unique(np.searchsorted(-scores, -wanted).clip(max=len(scores) - 1))
+    return scores[rows], values[rows]
+
+
+def _dress(axes: Axes, x: str, y: str) -> None:
+    axes.set(xlabel=x, ylabel=y, xlim=(0, 1), ylim=(0, 1.02))
+    axes.set_facecolor("none")
+    axes.grid(color=GREY, alpha=0.2, linewidth=0.6)
+    axes.tick_params(colors=GREY)
+    axes.xaxis.label.set_color(GREY)
+    axes.yaxis.label.set_color(GREY)
+    for side, spine in axes.spines.items():
+        spine.set_color(GREY)
+        spine.set_visible(side in ("left", "bottom"))
+
+
+# -------------------------------------------------------------------------------------------------- confusion
+
+
+def _confusion(analysis: ErrorAnalysis) -> list[dict[str, Any]] | None:
+    """Return the matrix's rows with a shade for each cell, or None: without hotcoco, or with too many classes."""
+    matrix, names = analysis.confusion, analysis.evaluation.dataset.names
+    if matrix is None or len(names) > MATRIX_CLASSES:
+        return None
+    rows = []
+    for label, values in enumerate(matrix.tolist()):
+        total = max(sum(values), 1)
+        rows.append(
+            {
+                "name": names[label] if label < len(names) else "nothing",
+                "cells": [
+                    {"count": count, "share": round(count / total, 3), "right": column == label < len(names)}
+                    for column, count in enumerate(values)
+                ],
+            }
+        )
+    return rows
+
+
+def _confused(analysis: ErrorAnalysis, most: int = 12) -> list[tuple[str, str, int]]:
+    """Return the commonest (annotated, found, count) among different classes."""
+    if analysis.confusion is None:
+        return []
+    names = analysis.evaluation.dataset.names
+    classes = analysis.confusion[:-1, :-1].copy()
+    np.fill_diagonal(classes, 0)
+    order = np.argsort(-classes, axis=None, kind="stable")[:most]
+    found = [(int(i // len(names)), int(i % len(names))) for i in order.tolist()]
+    return [(names[a], names[b], int(classes[a, b])) for a, b in found if classes[a, b]]
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """A box on a picture of the page.
+
+    Attributes:
+        outcome: a kind of error, `right`, `near` or `crowd`.
+        label: its class.
+        errors: `kind:label` words by which the page's filters find it.
+        text: beside the box.
+        title: when pointed at.
+        box: corners in pixels of the original.
+    """
+
+    outcome: str
+    label: int
+    errors: str
+    text: str
+    title: str
+    box: NDArray[np.float64]
+
+    def to_context(self, width: int, text_size: float) -> dict[str, Any]:
+        """Return plain values; text that would leave the picture ends where the box ends."""
+        x1, y1, x2, y2 = (float(v) for v in self.box)
+        leaves = x1 + 0.62 * text_size * len(self.text) > width
+        return {
+            "outcome": self.outcome,
+            "errors": self.errors,
+            "text": self.text,
+            "title": self.title,
+            "text_x": round(min(x2, width) - 2 if leaves else x1 + 2, 1),
+            "text_y": round(max(y1 - 0.25 * text_size, text_size), 1),
+            "anchor": "end" if leaves else "start",
+            "x": round(x1, 1),
+            "y": round(y1, 1),
+            "w": round(max(x2 - x1, 0), 1),
+            "h": round(max(y2 - y1, 0), 1),
+        }
+
+
+def choose_pictures(analysis: ErrorAnalysis) -> list[int]:
+    """Return the pictures to show: the worst, then some for each kind of error and each class, then the rest."""
+    table, dataset = analysis.evaluation.table, analysis.evaluation.dataset
+    wrong = np.flatnonzero(analysis.kinds >= 0)
+    wrong = wrong[np.argsort(-table.scores[wrong], kind="stable")]
+    missed = np.flatnonzero(analysis.missed)
+    images_of_boxes = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))
+    chosen: dict[int, None] = {p.picture: None for p in analysis.worst(WORST)}
+
+    def some(pictures: NDArray[np.int64], most: int) -> None:
+        for picture in list(dict.fromkeys(pictures.tolist()))[:most]:
+            chosen[picture] = None
+
+    for kind in range(len(KINDS)):
+        some(table.image_index[wrong[analysis.kinds[wrong] == kind]], EACH_KIND)
+    some(images_of_boxes[missed[~analysis.forgiven[missed]]], EACH_KIND)
+    for label in range(len(dataset.categories)):
+        some(table.image_index[wrong[table.labels[wrong] == label]], EACH_CLASS)
+        some(images_of_boxes[missed[dataset.labels[missed] == label]], EACH_CLASS)
+    for picture in analysis.worst(MOST_PICTURES):
+        chosen[picture.picture] = None
+    return list(chosen)[:MOST_PICTURES]
+
+
+def _pictures(analysis: ErrorAnalysis) -> tuple[list[dict[str, Any]], int]:
+    """Return the pictures of the page with their boxes, and how many could not be read."""
+    dataset = analysis.evaluation.dataset
+    shown, lost = [], 0
+    for index in choose_pictures(analysis):
+        try:
+            picture = read_picture(dataset.path(index))
+        except PictureError:
+            lost += 1
+            continue
+        truth, found = _truth_marks(analysis, index), _found_marks(analysis, index)
+        figures = analysis.pictures[index]
+        errors = [m for m in (*truth, *found) if m.outcome in KINDS]
+        height, width = picture.shape[:2]
+        missed = {f"{m.outcome}:{m.label}" for m in truth if m.outcome in KINDS}
+        text_size = round(max(9.0, (width * height) ** 0.5 / 30), 1)
+        shown.append(
+            {
+                "id": index,
+                "name": dataset.file_names[index],
+                "uri": picture_uri(picture, max_side=PICTURE_SIDE),
+                "width": width,
+                "height": height,
+                "text_size": text_size,
+                "found": figures.found,
+                "wrong": figures.wrong,
+                "missed": figures.missed,
+                "f1": figures.f1,
+                "kinds": sorted({m.outcome for m in errors}),
+                "classes": sorted({m.label for m in errors}),
+                "pairs": " ".join(sorted({m.errors for m in found if m.outcome in KINDS} | missed)),
+                "truth_marks": [m.to_context(width, text_size) for m in truth],
+                "found_marks": [m.to_context(width, text_size) for m in found],
+            }
+        )
+    return shown, lost
+
+
+def _truth_marks(analysis: ErrorAnalysis, picture: int) -> list[_Mark]:
+    dataset, table = analysis.evaluation.dataset, analysis.evaluation.table
+    start, stop = np.searchsorted(table.image_index, [picture, picture + 1])
+    # The errors that are on a box: the filters show them and the box together.
+    on_box: dict[int, list[str]] = {}
+    for row in range(int(start), int(stop)):
+        if analysis.kinds[row] >= 0:
+            error = f"{KINDS[analysis.kinds[row]]}:{int(table.labels[row])}"
+            on_box.setdefault(int(analysis.near_box[row]), []).append(error)
+    marks = []
+    for box in range(int(dataset.offsets[picture]), int(dataset.offsets[picture + 1])):
+        label = int(dataset.labels[box])
+        name = dataset.names[label]
+        if dataset.crowd[box]:
+            outcome, title = "crowd", f"{name}, a crowd: counts for nothing"
+        elif analysis.missed[box] and not analysis.forgiven[box]:
+            outcome, title = KINDS[MISSED], f"{name}: missed"
+        elif analysis.missed[box]:
+            outcome, title = "near", f"{name}: only found wrongly"
+        else:
+            outcome, title = "right", f"{name}: found"
+        own = [f"{outcome}:{label}"] if outcome == KINDS[MISSED] else []
+        errors = " ".join([*own, *on_box.get(box, [])])
+        marks.append(_Mark(outcome, label, errors, name, title, dataset.boxes_xyxy_px[box]))
+    return marks
+
+
+def _found_marks(analysis: ErrorAnalysis, picture: int) -> list[_Mark]:
+    dataset, table = analysis.evaluation.dataset, analysis.evaluation.table
+    start, stop = np.searchsorted(table.image_index, [picture, picture + 1])
+    width, height = dataset.sizes_wh[picture].tolist()
+    marks = []
+    # The surest are drawn last and lie on top.
+    for row in range(int(stop) - 1, int(start) - 1, -1):
+        kind = int(analysis.kinds[row])
+        if kind == UNSEEN:
+            continue
+        label, score = int(table.labels[row]), float(table.scores[row])
+        name = dataset.names[label]
+        outcome = "right" if kind == RIGHT else KINDS[kind]
+        title = f"{name} {score:.2f}: {outcome if kind == RIGHT else f'{outcome}, {MEANINGS[outcome]}'}"
+        box = table.boxes_xyxy_px[row].clip(0, [width, height, width, height])
+        marks.append(_Mark(outcome, label, f"{outcome}:{label}", f"{name} {score:.2f}", title, box))
+    return marks
+
+
+# --------------------------------------------------------------------------------------------------- suspects
+
+
+def _suspects(analysis: ErrorAnalysis) -> list[dict[str, Any]]:
+    """Return the suspected annotations to show, each with a piece of its picture: some of every kind."""
+    dataset = analysis.evaluation.dataset
+    shown: list[dict[str, Any]] = []
+    for suspect in _mixed(analysis.suspects):
+        try:
+            picture = read_picture(dataset.path(suspect.picture))
+        except PictureError:
+            continue
+        crop, (left, top) = _crop(picture, suspect.box_xyxy_px)
+        x1, y1, x2, y2 = suspect.box_xyxy_px
+        names = dataset.names
+        said = {
+            "no-box": f"{names[suspect.label]}, score {suspect.score or 0:.2f}",
+            "other-class": f"annotated {names[suspect.annotated or 0]}, found {names[suspect.label]} "
+            f"{suspect.score or 0:.2f}",
+            "never-found": names[suspect.label],
+        }[suspect.kind]
+        shown.append(
+            {
+                "kind": suspect.kind,
+                "title": SUSPECT_TITLES[suspect.kind],
+                "said": said,
+                "name": dataset.file_names[suspect.picture],
+                "annotation_id": suspect.annotation_id,
+                "uri": picture_uri(crop, max_side=CROP_SIDE),
+                "width": crop.shape[1],
+                "height": crop.shape[0],
+                "x": round(x1 - left, 1),
+                "y": round(y1 - top, 1),
+                "w": round(x2 - x1, 1),
+                "h": round(y2 - y1, 1),
+                "colour": css_colour(suspect.label),
+            }
+        )
+        if len(shown) == MOST_SUSPECTS:
+            break
+    return shown
+
+
+def _mixed(suspects: Sequence[Suspect]) -> list[Suspect]:
+    """Return suspects of all kinds by turns, each kind's first ones first."""
+    queues = [[s for s in suspects if s.kind == kind] for kind in SUSPECT_TITLES]
+    longest = max((len(q) for q in queues), default=0)
+    return [queue[place] for place in range(longest) for queue in queues if place < len(queue)]
+
+
+def _crop(
+    picture: NDArray[np.uint8], box: tuple[float, float, float, float]
+) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """Return the box with as much again around it, and where the piece begins."""
+    height, width = picture.shape[:2]
+    x1, y1, x2, y2 = box
+    room = max(0.6 * max(x2 - x1, y2 - y1), 16)
+    left, top = int(np.clip(x1 - room, 0, width - 1)), int(np.clip(y1 - room, 0, height - 1))
+    right, bottom = int(np.clip(x2 + room, left + 1, width)), int(np.clip(y2 + room, top + 1, height))
+    return np.ascontiguousarray(picture[top:bottom, left:right]), (left, top)
