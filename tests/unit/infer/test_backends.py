@@ -378,3 +378,11 @@ def test_graph_runs_load_no_torch(tmp_path: Path) -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_broken_package_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "openvino.py").write_text("import a_package_that_is_not_there\n")
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EnvironmentProblem, match="installed but does not import: .*a_package_that_is_not_there"):
+        open_backend(write(tmp_path / "m.xml", b"x"))

@@ -1,0 +1,27 @@
+"""Optional packages, imported when needed: one that is missing says how to install it, a broken one what it lacks."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from rtdetr_cli.errors import EnvironmentProblem
+
+
+def import_package(module: str, title: str) -> Any:
+    """Import an optional package, named as its extra is.
+
+    Raises:
+        EnvironmentProblem: it is not installed, or does not import.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        install = f"pip install 'rtdetr-cli[{module}]'"
+        if isinstance(error, ModuleNotFoundError) and error.name == module:
+            raise EnvironmentProblem(f"{title} is not installed", hint=install, code="package-missing") from None
+        raise EnvironmentProblem(
+            f"{title} is installed but does not import: {error}",
+            hint=f"{install} --force-reinstall",
+            code="package-broken",
+        ) from error
