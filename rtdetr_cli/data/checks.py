@@ -9,6 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +121,16 @@ def _not_utf8(name: str) -> bool:
     return False
 
 
-def picture_place(dataset: RawDataset, split: RawSplit, picture: int) -> dict[str, Any]:
+def picture_place(
+    dataset: RawDataset, split: RawSplit, picture: int, *, other: tuple[str, int] | None = None
+) -> dict[str, Any]:
     """Return where a picture's entry lies, as the arguments of `Findings.add`."""
     file = split.label_file(picture)
     return {
         "file": file or dataset.show(split.path(picture)),
         "line": int(split.picture_lines[picture]) if file else 0,
         "image_id": int(split.image_ids[picture]),
-        "spot": split.picture_spot(picture),
+        "spot": replace(split.picture_spot(picture), other=other),
     }
 
 
@@ -576,13 +579,14 @@ def check_copies(dataset: RawDataset, groups: list[list[Member]], equal: set[fro
                 said = f"{split.file_names[picture]} is listed twice"
             if name != first_name:
                 said += f", once in {first_name} and once in {name}"
-            dataset.findings.add(code, said, **picture_place(dataset, split, picture))
+            where = picture_place(dataset, split, picture, other=group[0])
+            dataset.findings.add(code, said, **where)
             if not _same_boxes(origin, first, split, picture):
                 dataset.findings.add(
                     "picture-other-boxes",
                     f"{split.file_names[picture]} is the same picture as {origin.file_names[first]} "
                     f"({first_name}), but their boxes differ",
-                    **picture_place(dataset, split, picture),
+                    **where,
                 )
 
 

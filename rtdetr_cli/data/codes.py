@@ -689,12 +689,14 @@ class Spot:
         entry: position of the entry in its label file: annotation or image of a COCO list, object of a VOC file, line
             of a YOLO file (from 0); -1 for none.
         box: corners in pixels, to be drawn.
+        other: split and position of the picture that this one is like.
     """
 
     split: str = ""
     picture: int = -1
     entry: int = -1
     box: tuple[float, float, float, float] | None = None
+    other: tuple[str, int] | None = None
 
 
 NOWHERE = Spot()

@@ -313,6 +313,8 @@ def _look_at_all(
         for picture in np.flatnonzero(split.usable).tolist():
             paths[str(split.path(picture))] = None
     seen: dict[str, Look] = {}
+    if progress is not None:
+        progress(0, len(paths))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on odd files; what matters becomes a finding
         for path, found in zip(paths, _map(list(paths), workers), strict=True):
@@ -422,4 +424,5 @@ def _check_copies(raw: RawDataset, looks: dict[str, list[Look]], equal: set[froz
             else:
                 code = "picture-near-leak"
                 said = f"({name}) looks nearly the same as {origin.file_names[first]} ({first_name})"
-            raw.findings.add(code, f"{split.file_names[picture]} {said}", **picture_place(raw, split, picture))
+            where = picture_place(raw, split, picture, other=group[0])
+            raw.findings.add(code, f"{split.file_names[picture]} {said}", **where)

@@ -51,6 +51,8 @@ def page_context(report: Report) -> dict[str, Any]:
         spot = report.spots[i]
         if spot.picture >= 0 and len(wanted) < MOST_PICTURES:
             wanted[spot.split, spot.picture] = None
+            if spot.other is not None:
+                wanted[spot.other] = None
     pictures = _pictures(report, list(wanted))
     found = [_finding(report, i, pictures) for i in chosen]
     by_code = report.by_code()
@@ -157,13 +159,7 @@ def _finding(report: Report, i: int, pictures: dict[tuple[str, int], dict[str, A
     finding, spot = report.findings[i], report.spots[i]
     picture = pictures.get((spot.split, spot.picture))
     box = _drawn(spot, picture) if picture else None
-    view = None
-    if picture:
-        x1, y1, x2, y2 = 0.0, 0.0, float(picture["w"]), float(picture["h"])
-        if box:  # a box outside the picture is shown where it is
-            x1, y1 = min(x1, box["x"]), min(y1, box["y"])
-            x2, y2 = max(x2, box["x"] + box["w"]), max(y2, box["y"] + box["h"])
-        view = {"id": picture["id"], "x": x1, "y": y1, "w": x2 - x1, "h": y2 - y1}
+    other = pictures.get(spot.other) if spot.other is not None else None
     ids = [
         f"{what} {value}"
         for what, value in (("image", finding.image_id), ("annotation", finding.annotation_id))
@@ -176,10 +172,20 @@ def _finding(report: Report, i: int, pictures: dict[tuple[str, int], dict[str, A
         "file": finding.file,
         "line": finding.line,
         "ids": ", ".join(ids),
-        "view": view,
+        "view": _view(picture, box) if picture else None,
+        "other": _view(other, None) if other else None,
         "box": box,
         "no_view": "" if spot.picture < 0 or picture else "no picture to show",
     }
+
+
+def _view(picture: dict[str, Any], box: dict[str, float] | None) -> dict[str, Any]:
+    """Return what a frame shows: the picture, and a box outside it where it is."""
+    x1, y1, x2, y2 = 0.0, 0.0, float(picture["w"]), float(picture["h"])
+    if box:
+        x1, y1 = min(x1, box["x"]), min(y1, box["y"])
+        x2, y2 = max(x2, box["x"] + box["w"]), max(y2, box["y"] + box["h"])
+    return {"id": picture["id"], "x": x1, "y": y1, "w": x2 - x1, "h": y2 - y1}
 
 
 def _drawn(spot: Spot, picture: dict[str, Any]) -> dict[str, float] | None:
@@ -189,12 +195,16 @@ def _drawn(spot: Spot, picture: dict[str, Any]) -> dict[str, float] | None:
     width, height = picture["w"], picture["h"]
     xs = sorted(min(max(v, -width / 2), 1.5 * width) for v in spot.box[0::2])
     ys = sorted(min(max(v, -height / 2), 1.5 * height) for v in spot.box[1::2])
+    side = max(xs[1] - xs[0], ys[1] - ys[0])
     return {
         "x": round(xs[0], 2),
         "y": round(ys[0], 2),
         # A box without extent would not be drawn at all.
-        "w": round(max(xs[1] - xs[0], width / 200), 2),
-        "h": round(max(ys[1] - ys[0], height / 200), 2),
+        "w": round(max(xs[1] - xs[0], width / 400), 2),
+        "h": round(max(ys[1] - ys[0], height / 400), 2),
+        "cx": round(sum(xs) / 2, 2),
+        "cy": round(sum(ys) / 2, 2),
+        "ring": round(width / 20, 2) if side < width / 30 else 0,
     }
 
 
@@ -246,7 +256,7 @@ def _classes(summary: dict[str, Any]) -> list[dict[str, Any]]:
         {
             **row,
             "colour": css(label),
-            "bars": [(name, round(16 * count / most, 3)) for name, count in row["boxes"].items() if count],
+            "bars": [(name, round(10 * count / most, 3)) for name, count in row["boxes"].items() if count],
         }
         for label, row in ranked
     ]

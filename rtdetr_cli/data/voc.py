@@ -192,7 +192,7 @@ def _split(
         suffix = Path(file).suffix.lower()
         if suffix in PICTURE_SUFFIXES:
             stems.setdefault(file[: -len(suffix)], file)
-    folders: dict[str, list[str]] = {}
+    folders: dict[str, list[tuple[str, int]]] = {}
     difficult: list[str] = []
     for position, (name, shown, root, text) in enumerate(entries):
         declared = _text(root, "filename") if root is not None else ""
@@ -215,7 +215,7 @@ def _split(
                 size = (0, 0)
             folder = _text(root, "folder")
             if folder and Path(folder).name != on_disk.pictures_folder.name:
-                folders.setdefault(folder, []).append(shown)
+                folders.setdefault(folder, []).append((shown, position))
         elif not shown:
             findings.add(
                 "label-missing",
@@ -249,7 +249,8 @@ def _split(
         findings.add(
             "voc-folder",
             f"says <folder>{folder}</folder>{more}; pictures are taken from {on_disk.pictures_folder.name}",
-            file=files[0],
+            file=files[0][0],
+            spot=Spot(split, files[0][1]),
         )
     if difficult:
         findings.add("box-difficult", f"{len(difficult)} objects of {split} are marked difficult", file=difficult[0])
