@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rtdetr_cli.model.attention import (
+    DeformableAttention,
+    Levels,
+    SelfAttention,
+    read_bilinear,
+    read_bilinear_gather,
+    read_discrete,
+)
+
+SHAPES = ((4, 6), (2, 3), (1, 2))  # not square, on purpose
+POINTS = (2, 4, 6)
+
+
+def naive(value: Tensor, locations: Tensor, weights: Tensor, method: str) -> Tensor:
+    """Read point by point, in plain loops."""
+    batch, _, heads, channels = value.shape
+    queries = locations.shape[1]
+    out = torch.zeros(batch, queries, heads, channels, dtype=value.dtype)
+    levels = [level for level, n in enumerate(POINTS) for _ in range(n)]
+    starts = [sum(h * w for h, w in SHAPES[:i]) for i in range(len(SHAPES))]
+    for b in range(batch):
+        for q in range(queries):
+            for head in range(heads):
+                for p, level in enumerate(levels):
+                    height, width = SHAPES[level]
+                    x, y = (locations[b, q, head, p] * torch.tensor([width, height])).tolist()
+                    if method == "bilinear":
+                        left, top = math.floor(x - 0.5), math.floor(y - 0.5)
+                        read = torch.zeros(channels, dtype=value.dtype)
+                        for column in (left, left + 1):
+                            for row in (top, top + 1):
+                                if 0 <= column < width and 0 <= row < height:
+                                    share = (1 - abs(x - 0.5 - column)) * (1 - abs(y - 0.5 - row))
+                                    read += share * value[b, starts[level] + row * width + column, head]
+                    else:
+                        shift = 0.5 if method == "published" else 0.0
+                        column = min(max(int(x + shift), 0), width - 1)
+                        row = min(max(int(y + shift), 0), height - 1)
+                        read = value[b, starts[level] + row * width + column, head]
+                    out[b, q, head] += weights[b, q, head, p] * read
+    return out.flatten(2)
+
+
+@pytest.fixture
+def inputs() -> tuple[Tensor, Tensor, Tensor, Levels]:
+    generator = torch.Generator().manual_seed(0)
+    tokens, points = sum(h * w for h, w in SHAPES), sum(POINTS)
+    value = torch.randn(2, tokens, 3, 5, generator=generator, dtype=torch.float64)
+    locations = torch.rand(2, 4, 3, points, 2, generator=generator, dtype=torch.float64) * 1.6 - 0.3  # some outside
+    weights = torch.rand(2, 4, 3, points, generator=generator, dtype=torch.float64)
+    return value, locations, weights, Levels.of(SHAPES, POINTS, torch.device("cpu"))
+
+
+def test_bilinear_is_the_naive_loop(inputs: tuple[Tensor, Tensor, Tensor, Levels]) -> None:
+    value, locations, weights, levels = inputs
+    expected = naive(value, locations, weights, "bilinear")
+    assert torch.allclose(read_bilinear(value, locations, weights, levels, POINTS), expected, atol=1e-12)
+    assert torch.allclose(read_bilinear_gather(value, locations, weights, levels), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("rounding", ["published", "nearest"])
+def test_discrete_is_the_naive_loop(inputs: tuple[Tensor, Tensor, Tensor, Levels], rounding: str) -> None:
+    value, locations, weights, levels = inputs
+    got = read_discrete(value, locations, weights, levels, rounding=rounding)
+    assert torch.allclose(got, naive(value, locations, weights, rounding), atol=1e-12)
+
+
+@pytest.mark.parametrize(("rounding", "x", "column"), [("published", 0.125, 1), ("nearest", 0.125, 0),
+                                                       ("published", 0.124, 0), ("nearest", 0.999, 3),
+                                                       ("published", -0.3, 0), ("nearest", -0.3, 0),
+                                                       ("nearest", 7.0, 3), ("published", 7.0, 3)])  # fmt: skip
+def test_rounding_of_a_four_wide_map(rounding: str, x: float, column: int) -> None:
+    levels = Levels.of([(1, 4)], [1], torch.device("cpu"))
+    value = torch.arange(4.0).reshape(1, 4, 1, 1)
+    got = read_discrete(value, torch.tensor([[[[[x, 0.5]]]]]), torch.ones(1, 1, 1, 1), levels, rounding=rounding)
+    assert got.item() == column
+
+
+def test_discrete_reaches_the_last_column_of_a_wide_map() -> None:
+    levels = Levels.of([(2, 6)], [1], torch.device("cpu"))
+    value = torch.arange(12.0).reshape(1, 12, 1, 1)
+    got = read_discrete(value, torch.tensor([[[[[0.99, 0.99]]]]]), torch.ones(1, 1, 1, 1), levels)
+    assert got.item() == 11
+
+
+def test_locations_that_are_no_number_do_not_crash(inputs: tuple[Tensor, Tensor, Tensor, Levels]) -> None:
+    value, locations, weights, levels = inputs
+    locations = locations.clone()
+    locations[0, 0, 0, 0] = float("nan")
+    read_discrete(value, locations, weights, levels)
+    read_bilinear_gather(value, locations, weights, levels)
+
+
+def attention(seed: int = 0) -> DeformableAttention:
+    torch.manual_seed(seed)
+    module = DeformableAttention(dim=16, heads=4, num_points=POINTS)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return module
+
+
+@pytest.mark.parametrize("operator", ["grid_sample", "gather"])
+def test_operators_agree_in_value_and_gradient(operator: str) -> None:
+    module = attention()
+    levels = Levels.of(SHAPES, POINTS, torch.device("cpu"))
+    query = torch.randn(2, 4, 16, requires_grad=True)
+    memory = torch.randn(2, sum(h * w for h, w in SHAPES), 16, requires_grad=True)
+    reference = (torch.rand(2, 4, 4) * 0.8 + 0.1).requires_grad_()
+    results = []
+    for used in ("grid_sample", operator):
+        module.set_sampling("bilinear", operator=used)
+        out = module(query, reference, memory, levels)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [query, memory, reference])])
+    for ours, other in zip(*results, strict=True):
+        assert torch.allclose(ours, other, atol=1e-5, rtol=1e-4)
+
+
+def test_discrete_freezes_its_offsets_and_bilinear_frees_them() -> None:
+    module = attention()
+    module.set_sampling("discrete")
+    assert [n for n, p in module.named_parameters() if not p.requires_grad] == [
+        "sampling_offsets.weight",
+        "sampling_offsets.bias",
+    ]
+    module.set_sampling("bilinear")
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_initial_offsets_point_in_the_heads_directions() -> None:
+    module = DeformableAttention(dim=16, heads=4, num_points=(1, 2, 3))
+    offsets = module.sampling_offsets.bias.reshape(4, 6, 2)
+    right = torch.tensor([[1.0, 0], [1, 0], [2, 0], [1, 0], [2, 0], [3, 0]])
+    assert torch.allclose(offsets[0], right, atol=1e-6)
+    assert torch.allclose(offsets[2], -right, atol=1e-6)
+    assert module.num_points_scale.tolist() == pytest.approx([1, 0.5, 0.5, 1 / 3, 1 / 3, 1 / 3])
+
+
+def test_self_attention_is_torchs() -> None:
+    torch.manual_seed(0)
+    ours = SelfAttention(dim=16, heads=4)
+    theirs = nn.MultiheadAttention(16, 4, batch_first=True)
+    theirs.load_state_dict(ours.state_dict())
+    x, positions = torch.randn(2, 7, 16), torch.randn(1, 7, 16)
+    hidden = torch.rand(7, 7) < 0.3
+    hidden.fill_diagonal_(False)
+    for mask in (None, hidden):
+        expected, _ = theirs(x + positions, x + positions, x, attn_mask=mask)
+        assert torch.allclose(ours(x, positions, mask), expected, atol=1e-6)

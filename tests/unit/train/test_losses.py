@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rtdetr_cli.model.denoising import DenoisingGroup, draw_denoising
+from rtdetr_cli.model.detector import Outputs, Prediction
+from rtdetr_cli.model.layers import cxcywh_to_xyxy
+from rtdetr_cli.train.losses import Criterion
+from rtdetr_cli.train.matcher import iou_and_giou, match
+
+K, Q = 4, 6
+
+
+def prediction(batch: int, queries: int, generator: torch.Generator) -> Prediction:
+    return Prediction(
+        torch.randn(batch, queries, K, generator=generator, dtype=torch.float64).requires_grad_(),
+        (torch.rand(batch, queries, 4, generator=generator, dtype=torch.float64) * 0.4 + 0.2).requires_grad_(),
+    )
+
+
+def case(counts: list[int], *, seed: int = 0) -> tuple[Outputs, list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    boxes = [torch.rand(n, 4, generator=generator, dtype=torch.float64) * 0.3 + 0.3 for n in counts]
+    labels = [torch.randint(K, (n,), generator=generator) for n in counts]
+    group = draw_denoising(boxes, labels, num_classes=K, queries=Q, wanted=8, generator=generator)
+    batch = len(counts)
+    copies = () if group is None else tuple(prediction(batch, group.size, generator) for _ in range(3))
+    return (
+        Outputs(
+            prediction(batch, Q, generator),
+            tuple(prediction(batch, Q, generator) for _ in range(2)),
+            prediction(batch, Q, generator),
+            copies,
+            group,
+        ),
+        boxes,
+        labels,
+    )
+
+
+def plain(p: Prediction, pairs: list[tuple[int, int, Tensor, int]], normaliser: float) -> list[float]:
+    """The three terms of one layer, query by query. pairs: (picture, query, box, label)."""
+    aim = torch.zeros_like(p.logits)
+    weight = 0.75 * p.logits.sigmoid() ** 2
+    l1 = giou_loss = 0.0
+    for picture, query, box, label in pairs:
+        found = p.boxes_cxcywh[picture, query]
+        iou, giou = iou_and_giou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(box))
+        aim[picture, query, label] = iou
+        weight[picture, query, label] = iou
+        l1 += float((found - box).abs().sum())
+        giou_loss += float(1 - giou)
+    vfl = functional.binary_cross_entropy_with_logits(p.logits, aim, weight=weight, reduction="sum")
+    return [float(vfl) / normaliser, 5 * l1 / normaliser, 2 * giou_loss / normaliser]
+
+
+@pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0], [1]])
+def test_terms_are_the_plain_ones(counts: list[int]) -> None:
+    outputs, boxes, labels = case(counts)
+    terms = Criterion(num_classes=K)(outputs, boxes, labels, num_boxes=sum(counts))
+    normaliser = max(1, sum(counts))
+    every_box, every_label = torch.cat(boxes), torch.cat(labels)
+    with torch.no_grad():
+        for suffix, p in [("", outputs.main), ("_aux_0", outputs.aux[0]), ("_aux_1", outputs.aux[1]),
+                          ("_enc_0", outputs.encoder)]:  # fmt: skip
+            found = match([p], boxes, labels)
+            pairs = [(r // Q, r % Q, every_box[t], int(every_label[t]))
+                     for r, t in zip(found.rows[0].tolist(), found.targets[0].tolist(), strict=True)]  # fmt: skip
+            got = [terms[f"loss_{name}{suffix}"].item() for name in ("vfl", "bbox", "giou")]
+            assert got == pytest.approx(plain(p, pairs, normaliser), rel=1e-9), suffix
+        for i, p in enumerate(outputs.denoising):
+            group = outputs.group
+            pairs = [(b, int(q), boxes[b][t], int(labels[b][t])) for b in range(len(counts))
+                     for q, t in zip(group.positives[b], group.targets[b], strict=True)]  # fmt: skip
+            got = [terms[f"loss_{name}_dn_{i}"].item() for name in ("vfl", "bbox", "giou")]
+            assert got == pytest.approx(plain(p, pairs, normaliser * group.num_groups), rel=1e-9), i
+    assert len(terms) == 3 * (4 + len(outputs.denoising))
+
+
+def part(p: Prediction, rows: slice) -> Prediction:
+    return Prediction(p.logits[rows], p.boxes_cxcywh[rows])
+
+
+def test_micro_batches_sum_to_the_whole() -> None:
+    outputs, boxes, labels = case([2, 0, 3, 1])
+    criterion = Criterion(num_classes=K)
+    whole = criterion(outputs, boxes, labels, num_boxes=6)
+    total = dict.fromkeys(whole, 0.0)
+    for rows in (slice(0, 1), slice(1, 2), slice(2, 4)):
+        cut = Outputs(
+            part(outputs.main, rows),
+            tuple(part(p, rows) for p in outputs.aux),
+            part(outputs.encoder, rows),
+            tuple(part(p, rows) for p in outputs.denoising),
+            outputs.group.rows(rows),
+        )
+        for name, value in criterion(cut, boxes[rows], labels[rows], num_boxes=6).items():
+            total[name] += value.item()
+    assert total == pytest.approx({name: value.item() for name, value in whole.items()}, rel=1e-9)
+
+
+def test_a_batch_without_objects_reaches_every_prediction() -> None:
+    outputs, boxes, labels = case([0, 0])
+    terms = Criterion(num_classes=K)(outputs, boxes, labels, num_boxes=0)
+    torch.stack(list(terms.values())).sum().backward()
+    for p in (outputs.main, *outputs.aux, outputs.encoder):
+        assert p.logits.grad.abs().sum() > 0
+        assert not p.boxes_cxcywh.grad.any()
+    assert outputs.denoising == ()
+
+
+def test_values_that_are_no_number_come_out_and_raise_nothing() -> None:
+    outputs, boxes, labels = case([2, 1])
+    with torch.no_grad():
+        outputs.main.boxes_cxcywh[:] = float("nan")
+        outputs.aux[0].logits[:] = float("inf")
+    terms = Criterion(num_classes=K)(outputs, boxes, labels, num_boxes=3)
+    assert terms["loss_bbox"].isnan()
+    assert terms["loss_bbox_aux_1"].isfinite()
+
+
+def test_boxes_without_area_give_numbers() -> None:
+    outputs, _, labels = case([2, 1])
+    boxes = [torch.full((2, 4), 0.5, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64)]
+    boxes[0][:, 2:] = 0
+    with torch.no_grad():
+        outputs.main.boxes_cxcywh[..., 2:] = 0
+    terms = Criterion(num_classes=K)(outputs, boxes, labels, num_boxes=3)
+    torch.stack(list(terms.values())).sum().backward()
+    assert all(value.isfinite() for value in terms.values())
+    assert outputs.main.boxes_cxcywh.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_predictions_are_judged_in_float32(dtype: torch.dtype) -> None:
+    outputs, boxes, labels = case([2, 1])
+    half = Outputs(Prediction(outputs.main.logits.detach().to(dtype), outputs.main.boxes_cxcywh.detach().to(dtype)))
+    single = Outputs(Prediction(*(t.detach().to(dtype).float() for t in outputs.main)))
+    criterion = Criterion(num_classes=K)
+    got, expected = (criterion(o, boxes, labels, num_boxes=3) for o in (half, single))
+    assert {n: (v.dtype, v.item()) for n, v in got.items()} == {
+        n: (torch.float32, v.item()) for n, v in expected.items()
+    }
+
+
+def test_a_bounded_group_is_normalised_by_the_boxes_that_it_has() -> None:
+    generator = torch.Generator().manual_seed(0)
+    boxes = [torch.rand(50, 4, generator=generator, dtype=torch.float64) * 0.3 + 0.3]
+    labels = [torch.randint(K, (50,), generator=generator)]
+    group = draw_denoising(boxes, labels, num_classes=K, queries=Q, wanted=8, generator=generator, max_total=20)
+    assert isinstance(group, DenoisingGroup)
+    assert group.share == 0.2
+    p = prediction(1, group.size, generator)
+    outputs = Outputs(prediction(1, Q, generator), denoising=(p,), group=group)
+    terms = Criterion(num_classes=K)(outputs, boxes, labels, num_boxes=50)
+    found = p.boxes_cxcywh[0][group.positives[0]] - boxes[0][group.targets[0]]
+    assert terms["loss_bbox_dn_0"].item() == pytest.approx(5 * found.abs().sum().item() / 10)
