@@ -351,7 +351,12 @@ class _Pool:
                 self._cache.publish(row.stored)
 
     def _died(self, number: int) -> RtdetrError:
-        status = self._children[number].wait()
+        child = self._children[number]
+        try:
+            status = child.wait(_GOODBYE_S)
+        except subprocess.TimeoutExpired:  # alive, but what it says cannot be understood
+            child.kill()
+            status = child.wait()
         if status == -signal.SIGKILL:
             message = f"loader process {number} was killed, most likely because memory ran out"
         else:
@@ -362,10 +367,12 @@ class _Pool:
 
 def _listen(number: int, child: subprocess.Popen[bytes], answers: queue.SimpleQueue[tuple[int, Answer | None]]) -> None:
     """Pass on what a child answers, and None at its end."""
-    with contextlib.suppress(EOFError, OSError, ValueError):
-        while True:
-            answers.put((number, receive(_pipe(child.stdout))))
-    answers.put((number, None))
+    try:
+        with contextlib.suppress(EOFError, OSError, ValueError):
+            while True:
+                answers.put((number, receive(_pipe(child.stdout))))
+    finally:  # whatever went wrong here, nobody may wait for an answer that will not come
+        answers.put((number, None))
 
 
 def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
