@@ -227,7 +227,6 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
     begun: workflow.BeginReport | None = None
     bar = _StepBar()
     result: dict[str, Any] = {}
-    loader_bound_told = False
     try:
         for event in events:
             match event:
@@ -242,12 +241,6 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
                 case loop.EpochReport():
                     assert begun is not None
                     bar.say(epoch_line(event, bar.seconds_left(event)))
-                    if event.waited_share > 0.3 and event.epoch > 0 and not loader_bound_told:
-                        loader_bound_told = True
-                        bar.say(
-                            f"warning: {event.waited_share:.0%} of the time goes into waiting for pictures: "
-                            f"--cache ram, or more --workers than {begun.workers}"
-                        )
                 case loop.SkippedReport():
                     bar.say(skipped_line(event, begun))
                 case loop.MemoryReport():
@@ -260,6 +253,8 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
                         f"warning: went back from step {event.step} to step {event.to_step}, "
                         f"with {event.rate_scale:.3g} of the learning rate"
                     )
+                case workflow.Notice():
+                    bar.say(f"warning: {event.text}")
                 case workflow.DryReport():
                     bar.end()
                     assert begun is not None
@@ -288,9 +283,10 @@ def _say_beginning(report: BeginReport) -> None:
 
     preset, splits = report.config.preset, report.splits
     warned = sum(f.severity == "warning" for f in splits.findings)
+    device = report.device if report.processes == 1 else f"{report.device.partition(':')[0]} x {report.processes}"
     parts = [
         f"rtdetr {__version__}",
-        f"torch {'.'.join(version('torch').split('.')[:2])} {report.device} {report.precision}",
+        f"torch {'.'.join(version('torch').split('.')[:2])} {device} {report.precision}",
         f" preset {preset.name} ({report.parameters / 1e6:.1f}M)",
         f" data {splits.name}: {report.train_pictures}/{report.val_pictures} pictures, "
         f"{len(splits.categories)} class{'es' if len(splits.categories) != 1 else ''}"
@@ -314,7 +310,7 @@ def _say_beginning(report: BeginReport) -> None:
             if fresh:
                 terminal.say(f"  made anew             {_some(fresh)}")
             terminal.say(f"  in  {_some(list(table.by_class), 3)}")
-    terminal.say(report.plan.line(report.micro_batch))
+    terminal.say(report.plan.line(report.micro_batch, report.processes))
     for choice in report.plan.choices:
         terminal.say(f"  {choice.name:<20} {choice.value:<34} {choice.reason}")
     terminal.say(f"  {'precision':<20} {report.precision:<34} {report.precision_reason}")
@@ -426,6 +422,8 @@ def _show_end(report: EndReport) -> None:
         ],
     )
     terminal.out(f"best  {report.best}")
+    if report.page is not None:
+        terminal.say(f"page  {report.page}")
     if report.reason == "patience":
         terminal.say("stopped early: no better AP within --patience")
     if report.explanation:

@@ -91,6 +91,7 @@ class RunSettings(Schema):
         0.2, description="share of the pictures drawn for validation where the dataset has no such split"
     )
     checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(5.0, description="minutes between saves within an epoch")
+    plots: bool = Field(True, description="draw the run's pictures and write its report.html")
     checkpoint_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps between saves within an epoch; 0: none")
 
 

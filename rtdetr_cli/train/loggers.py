@@ -211,7 +211,9 @@ class TensorBoard:
 
         for path in pictures:
             with Image.open(path) as image:
-                self._writer.add_image(path.stem, np.asarray(image.convert("RGB")), 0, dataformats="HWC")
+                shown = image.convert("RGB")
+                shown.thumbnail((1200, 1200))  # it is stored as PNG
+                self._writer.add_image(path.stem, np.asarray(shown), 0, dataformats="HWC")
         for name, value in metrics.items():
             self._writer.add_scalar(f"best/{name}", value, 0)
         self._writer.close()

@@ -48,6 +48,13 @@ SCORE = "AP"
 
 
 @dataclass(frozen=True, slots=True)
+class BatchReport:
+    """The first batch of a run, of this process, as the network is going to get it but for multi-scale."""
+
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """One step that was taken; told a step later.
 
@@ -157,7 +164,16 @@ class FinishedReport:
     best_epoch: int
 
 
-Report = StepReport | SkippedReport | MemoryReport | WentBackReport | EpochReport | SavedReport | FinishedReport
+Report = (
+    BatchReport
+    | StepReport
+    | SkippedReport
+    | MemoryReport
+    | WentBackReport
+    | EpochReport
+    | SavedReport
+    | FinishedReport
+)
 
 
 class Interrupted(RtdetrError):
@@ -387,6 +403,8 @@ def train(
                 agreed.number = whole.stop
             if batch is None or whole.broken:
                 break
+            if place.step == 0:
+                yield BatchReport(batch)
             share = plan.rate(place.step) * place.rate_scale
             learner.stepper.set_rate(share)
             size = step_size(plan, epoch=epoch, step=place.step, seed=options.seed)

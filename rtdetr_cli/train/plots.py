@@ -365,6 +365,14 @@ def save(shown: Figure | NDArray[np.uint8], path: Path) -> Path:
     return path
 
 
+def read(path: Path) -> NDArray[np.uint8] | None:
+    """Return a picture that was saved, (H, W, 3) uint8 RGB; None where there is none."""
+    try:
+        return read_picture(path)
+    except PictureError:
+        return None
+
+
 # ---- dress ------------------------------------------------------------------------------------------------------
 
 

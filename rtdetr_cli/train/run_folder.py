@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -133,6 +134,14 @@ class RunFolder:
             file.write(",".join(_cell(row.get(key)) for key in heading) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def metrics(self) -> list[dict[str, float | None]]:
+        """Read `metrics.csv`: a row for each epoch, None where there is no value."""
+        path = self.path / METRICS
+        if not path.exists():
+            return []
+        with path.open(encoding="utf-8", newline="") as file:
+            return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
 
     def _heading(self) -> list[str]:
         path = self.path / METRICS

@@ -46,6 +46,7 @@ from rtdetr_cli.model.transfer import TransferTable, load_backbone, transfer_wei
 from rtdetr_cli.model.weights import load_model, save_model
 from rtdetr_cli.train import memory
 from rtdetr_cli.train.checkpoint import load_checkpoint
+from rtdetr_cli.train.loggers import require_loggers
 from rtdetr_cli.train.loop import (
     EvaluationStopped,
     FinishedReport,
@@ -65,9 +66,11 @@ from rtdetr_cli.train.losses import Criterion
 from rtdetr_cli.train.optim import MovingAverage, NormStatistics, Stepper, parameter_groups
 from rtdetr_cli.train.plan import Plan, make_plan
 from rtdetr_cli.train.precision import choose_precision
+from rtdetr_cli.train.report import REPORT
 from rtdetr_cli.train.run_folder import CONFIG, RunFolder, refuse_existing
 from rtdetr_cli.train.sync_norm import synchronise_norms
 from rtdetr_cli.train.team import SOLO, Team, join, launched, parse_devices, share_of
+from rtdetr_cli.workflows.recording import Notice, Recorder
 
 # Settings that say where things lie and how the machine is used; a resumed run may not change them either, but they
 # do not make it another run for the checkpoint.
@@ -82,6 +85,7 @@ PLACES = (
     "device",
     "checkpoint_minutes",
     "checkpoint_steps",
+    "plots",
 )
 
 
@@ -103,6 +107,7 @@ class BeginReport:
         start: where the weights came from, in words.
         resumed: (epoch, step) a resumed run goes on from, or None.
         warnings: what a person should know now.
+        processes: that make the steps together.
     """
 
     config: RunConfig
@@ -121,6 +126,7 @@ class BeginReport:
     start: str
     resumed: tuple[int, int] | None
     warnings: tuple[str, ...]
+    processes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +141,7 @@ class EndReport:
         reason: `done` or `patience`.
         seconds: of this process.
         explanation: with `--overfit`, why AP stayed below 0.9; empty if it did not.
+        page: `report.html`; None where none was written.
     """
 
     folder: Path
@@ -145,6 +152,7 @@ class EndReport:
     reason: str
     seconds: float
     explanation: str = ""
+    page: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +179,7 @@ class DryReport:
     metrics: Mapping[str, float | None]
 
 
-Event = BeginReport | Report | EndReport | DryReport
+Event = BeginReport | Report | Notice | EndReport | DryReport
 
 
 # ---- what a run is made of --------------------------------------------------------------------------------------
@@ -322,6 +330,9 @@ def run(prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, beg
     config, learner = prepared.config, prepared.learner
     settings = config.settings
     evaluator = Evaluator(prepared, place, stop)
+    recorder = Recorder(prepared, folder, evaluator) if prepared.team.leads else None
+    if recorder is not None:
+        yield from recorder.begin()
     # Only now: trying out how much fits is each process's own affair.
     learner.chorus = synchronise_norms(learner.model, prepared.team)
 
@@ -358,7 +369,11 @@ def run(prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, beg
                 from rtdetr_cli.model.weights import read_header
 
                 best = dict(read_header(folder.best).metrics)
+            explanation = explain_overfit(prepared, report.best_score) if settings.overfit else ""
             yield report
+            if recorder is not None:
+                yield from recorder.finish(report, explanation)
+            page = folder.path / REPORT
             yield EndReport(
                 folder=folder.path,
                 best=folder.best,
@@ -367,11 +382,14 @@ def run(prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, beg
                 epochs=report.epochs,
                 reason=report.reason,
                 seconds=time.monotonic() - began,
-                explanation=explain_overfit(prepared, report.best_score) if settings.overfit else "",
+                explanation=explanation,
+                page=page if page.is_file() else None,
             )
             return
         if getattr(report, "improved", False):
             best = dict(getattr(report, "metrics", None) or {})
+        if recorder is not None:
+            yield from recorder.take(report)
         yield report
 
 
@@ -401,8 +419,10 @@ def refuse_early(config: RunConfig) -> None:
             hint=f"--batch is what lies on the device at once; --effective-batch {settings.batch} raises the other",
             code="batch-clash",
         )
-    if settings.name:
-        refuse_existing(Path(settings.out), settings.name)
+    if int(os.environ.get("RANK", "0")) == 0 or not launched():
+        require_loggers(settings.log)
+        if settings.name:
+            refuse_existing(Path(settings.out), settings.name)
     if not Path(settings.data).exists():
         raise DataError(f"the dataset {settings.data} does not exist", code="dataset-missing")
     if settings.weights not in ("coco", "imagenet", "none") and not Path(settings.weights).exists():
@@ -971,6 +991,7 @@ def begin_report(
         start=prepared.start,
         resumed=resumed,
         warnings=tuple(prepared.warnings),
+        processes=prepared.team.size,
     )
 
 
@@ -1041,4 +1062,4 @@ def stop_on_signals() -> Iterator[StopFlag]:
             signal.signal(number, handler)
 
 
-__all__ = ["BeginReport", "DryReport", "EndReport", "Interrupted", "finetune", "resume", "stop_on_signals"]
+__all__ = ["BeginReport", "DryReport", "EndReport", "Interrupted", "Notice", "finetune", "resume", "stop_on_signals"]
