@@ -36,6 +36,7 @@ DPI = 110
 INK, FAINT, GROUND = "#1f2430", "#8a90a0", "#ffffff"
 BLUE, ORANGE, GREEN, RED = "#2f6fde", "#e07b16", "#2a9d5c", "#d1403f"
 GAP_PX = 6
+FEWEST_SHOWN = 10
 
 
 # ---- labels -----------------------------------------------------------------------------------------------------
@@ -179,25 +180,15 @@ def curves_figure(rows: Sequence[Mapping[str, float | None]], *, best_epoch: int
             score_axes.plot(epochs[known], values[known], color=shade, linewidth=line, label=key, **style)
             highest = max(highest, float(values[known].max()))
     scores = _column(rows, "AP")
+    said = "accuracy on the val pictures"
     at = np.flatnonzero((epochs == best_epoch) & np.isfinite(scores))
     if len(at):
         score = float(scores[at[-1]])
         score_axes.axvline(best_epoch, color=RED, linewidth=0.9, linestyle=(0, (4, 3)))
         score_axes.plot([best_epoch], [score], marker="o", markersize=7, color="none", markeredgecolor=RED, zorder=5)
-        late = best_epoch > (epochs.min() + epochs.max()) / 2
-        score_axes.annotate(
-            f"best AP {score:.3f}\nepoch {best_epoch}",
-            (best_epoch, 0.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(-6 if late else 6, 6),
-            textcoords="offset points",
-            ha="right" if late else "left",
-            va="bottom",
-            fontsize=8.5,
-            color=RED,
-        )
+        said = f"accuracy on the val pictures: best AP {score:.3f} at epoch {best_epoch}"
     score_axes.set_ylim(0, min(1.0, max(0.05, highest * 1.12)) if highest < 0.9 else 1.0)
-    _dress(score_axes, "accuracy on the val pictures", grid="both", legend=highest > 0)
+    _dress(score_axes, said, grid="both", legend=highest > 0)
 
     # ---- rate ---------------------------------------------------------------------------------------------------
     rates = _column(rows, "lr")
@@ -283,6 +274,8 @@ def predictions_picture(
 ) -> NDArray[np.uint8]:
     """Lay out pictures with their true boxes on the left and what the model found on the right.
 
+    At most twice as many are shown as there are true ones, and ten where there are few.
+
     Args:
         dataset: the split.
         table: detections in it.
@@ -300,7 +293,9 @@ def predictions_picture(
         picture = _fitted(whole, side)
         scale = picture.shape[1] / width_px
         true = dataset.annotations(index)
-        mine = table.rows((table.image_index == index) & (table.scores >= threshold))
+        mine = table.rows(np.flatnonzero((table.image_index == index) & (table.scores >= threshold)))
+        # Of a model that has learned little, hundreds would hide the picture.
+        mine = mine.rows(np.argsort(-mine.scores, kind="stable")[: max(FEWEST_SHOWN, 2 * len(true.labels))])
         pair = [
             draw_boxes(picture, true.boxes_xyxy_px * scale, true.labels, dataset.names),
             draw_boxes(picture, mine.boxes_xyxy_px * scale, mine.labels, dataset.names, scores=mine.scores),

@@ -145,6 +145,8 @@ def figure_svg(figure: Figure, name: str) -> str:
     """
     from matplotlib import rc_context
 
+    for axes in figure.axes:
+        axes.patch.set_alpha(0)
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
