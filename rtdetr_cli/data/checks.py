@@ -158,15 +158,22 @@ def measure_pictures(dataset: RawDataset, *, threads: int | None = None, all_pic
                     report_fault(dataset, split, picture, size)
                 else:
                     report_size(dataset, split, picture, size)
-        undeclared = np.flatnonzero(split.usable & ~split.declared)
-        if len(undeclared) and not split.shares:
-            first = int(undeclared[0])
-            more = f" and {len(undeclared) - 1} more have" if len(undeclared) > 1 else " has"
-            dataset.findings.add(
-                "picture-size-undeclared",
-                f"{split.file_names[first]}{more} no size in the labels",
-                **picture_place(dataset, split, first),
-            )
+        report_undeclared(dataset, split)
+
+
+def report_undeclared(dataset: RawDataset, split: RawSplit) -> None:
+    """Say once for a split that labels lack the pictures' sizes; YOLO labels never have them."""
+    if split.shares:
+        return
+    undeclared = np.flatnonzero(split.usable & ~split.declared)
+    if len(undeclared):
+        first = int(undeclared[0])
+        more = f" and {len(undeclared) - 1} more have" if len(undeclared) > 1 else " has"
+        dataset.findings.add(
+            "picture-size-undeclared",
+            f"{split.file_names[first]}{more} no size in the labels",
+            **picture_place(dataset, split, first),
+        )
 
 
 def report_fault(dataset: RawDataset, split: RawSplit, picture: int, error: PictureError) -> None:

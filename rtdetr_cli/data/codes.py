@@ -157,7 +157,7 @@ _TABLE = (
         "picture-palette",
         "info",
         "pictures with a palette",
-        "They are converted to RGB.",
+        "Their few colours are converted to RGB; nothing is lost.",
         "nothing needs to be done",
     ),
     Code(
@@ -308,7 +308,7 @@ _TABLE = (
         "box-partly-outside",
         "warning",
         "a box that reaches over the picture's edge",
-        "It is clipped to the picture.",
+        "The part outside cannot be seen, so the box is clipped to the picture.",
         "clip it with --fix",
         "clips the box to the picture",
     ),

@@ -29,6 +29,7 @@ from rtdetr_cli.data.checks import (
     picture_place,
     report_fault,
     report_size,
+    report_undeclared,
 )
 from rtdetr_cli.data.codes import SEVERITIES, Spot
 from rtdetr_cli.data.duplicates import THUMB, exact_groups, near_groups
@@ -327,6 +328,7 @@ def _look_at_all(
         looks[name] = [seen.get(str(split.path(picture)), unused) for picture in range(len(split))]
         for picture in np.flatnonzero(split.usable).tolist():
             _report(raw, split, picture, looks[name][picture])
+        report_undeclared(raw, split)
     return looks
 
 

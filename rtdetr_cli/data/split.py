@@ -23,7 +23,7 @@ from rtdetr_cli.errors import DataError
 NAMES = ("train", "val", "test")
 _ROBOFLOW = re.compile(r"[._](jpe?g|png|bmp|webp|tiff?)\.rf\.[0-9a-zA-Z]+$", re.IGNORECASE)
 _NUMBER = re.compile(r"^(.*?)(\d+)$", re.DOTALL)
-_DOMINANT = 0.5
+_DOMINANT = 1 / 3
 """A prefix that more than this share of the pictures have is no sequence, but how the dataset is numbered."""
 
 
@@ -89,8 +89,8 @@ def resplit(report: Report, parts: dict[str, Dataset], shares: Sequence[float], 
 def same_sequence(names: Sequence[str]) -> list[list[int]]:
     """Return groups of file names that are frames of one sequence, or Roboflow's copies of one picture.
 
-    `cam1_0007` and `cam1_0008` are of one sequence; but where most pictures share one prefix (`IMG_0001` to
-    `IMG_9999`) the number is only a number.
+    `cam1_0007` and `cam1_0008` are of one sequence; but where many pictures share one prefix (`IMG_0001` to
+    `IMG_9999`, or `train_1`) the number is only a number, and looking alike decides alone.
     """
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     copies: dict[str, list[int]] = defaultdict(list)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from rtdetr_cli.data.text import Oddities, read_text
 
 _MAX_YAML_BYTES = 1 << 20
 _SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+_MAX_BRACKETS = 100
+_BRACKET = re.compile(r"[\[\]{}]")
 _ROUNDING = 1e-3
 _NOTHING = KeptBox()
 _CLASS_FILES = frozenset({"classes.txt", "labels.txt", "obj.names"})
@@ -98,6 +101,9 @@ def _read_yaml(dataset: RawDataset, path: Path, shown: str, images: Path | None,
     text = read_text(path, shown, findings, oddities, limit=_MAX_YAML_BYTES)
     if text is None:
         return None
+    if _brackets(text) > _MAX_BRACKETS:
+        findings.add("file-bounds", "is nested too deeply", file=shown, line=1)
+        return None
     try:
         document = yaml.load(text, _Plain)
     except _RepeatedKey as error:
@@ -141,6 +147,15 @@ def _read_yaml(dataset: RawDataset, path: Path, shown: str, images: Path | None,
     if "train" not in splits and not any(f.severity == "error" for f in findings):
         findings.add("split-missing", "names no train split", file=shown, line=1)
     return YoloFile(base, classes, _category_ids(document, classes), splits, _keypoints(document))
+
+
+def _brackets(text: str) -> int:
+    """Return how deep brackets are nested at most; the YAML scanner takes quadratic time on deep ones."""
+    depth = deepest = 0
+    for mark in _BRACKET.findall(text):
+        depth = depth + 1 if mark in "[{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _class_names(document: dict[Any, Any], shown: str, text: str, findings: Findings) -> dict[int, str] | None:

@@ -1,0 +1,179 @@
+"""Thousands of damaged label files: whatever is in them, the answer is a report, and never a traceback or a hang."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+HANG_SECONDS = 30
+RUN = settings(
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+ODD_TEXT = st.sampled_from(
+    ["", "\0", "\ud800", "../../etc/passwd", "/", ".", "a" * 5000, "<script>", "NaN", "1e999", "-0", "9" * 400, "ä", "\r"]
+)
+ODD_VALUE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(-(10**40), 10**40),
+    st.floats(),
+    ODD_TEXT,
+    st.text(max_size=8),
+    st.lists(st.one_of(st.floats(), st.none(), st.integers()), max_size=6),
+    st.dictionaries(st.sampled_from(["id", "name", "bbox"]), st.integers(), max_size=2),
+    st.just([[[[]]]]),
+)
+
+
+@contextmanager
+def no_hang() -> Iterator[None]:
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"nothing came back in {HANG_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(HANG_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def judge(rtdetr: Callable[..., Any], source: Path, *flags: object) -> None:
+    with no_hang():
+        ran = rtdetr("validate", source, "--fast", "--json", *flags)
+    assert ran.code in (0, 3), ran.err
+    assert "Traceback" not in ran.err
+    document = ran.json
+    assert ("error" in document) or (ran.code == 3) == bool(document["counts"]["error"])
+
+
+def spoil_bytes(data: bytes, draw: Callable[[Any], Any]) -> bytes:
+    """Return the file with a few spans cut, doubled, flipped or replaced."""
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(data)))
+        length = draw(st.integers(0, 40))
+        new = draw(
+            st.one_of(
+                st.just(b""),
+                st.just(data[at : at + length] * 2),
+                st.binary(max_size=12),
+                st.sampled_from([b"{", b"]", b'"', b"<", b"&a;", b"-", b"e9", b"\xff", b"\r\n", b"nan", b"null", b": "]),
+            )
+        )
+        data = data[:at] + new + data[at + length :]
+    return data
+
+
+def spoil_document(document: dict[str, Any], draw: Callable[[Any], Any]) -> None:
+    """Change a few values anywhere in a COCO document."""
+    for _ in range(draw(st.integers(1, 5))):
+        key = draw(st.sampled_from(["images", "annotations", "categories", "top"]))
+        entries = document.get(key)
+        if key == "top" or not isinstance(entries, list) or not entries:
+            document[draw(st.sampled_from(["images", "annotations", "categories", "x"]))] = draw(ODD_VALUE)
+            continue
+        position = draw(st.integers(0, len(entries) - 1))
+        entry = entries[position]
+        if not isinstance(entry, dict) or draw(st.integers(0, 5)) == 0:
+            entries[position] = draw(ODD_VALUE)
+            continue
+        name = draw(st.sampled_from([*entry, "iscrowd", "area", "id"]))
+        if name == "bbox" and isinstance(entry.get("bbox"), list) and entry["bbox"]:
+            entry["bbox"] = list(entry["bbox"])
+            entry["bbox"][draw(st.integers(0, len(entry["bbox"]) - 1))] = draw(ODD_VALUE)
+        else:
+            entry[name] = draw(ODD_VALUE)
+
+
+def coco_case(coco: Any, rtdetr: Callable[..., Any], data: st.DataObject) -> None:
+    document = json.loads(json.dumps(coco.train))
+    if data.draw(st.booleans()):
+        spoil_document(document, data.draw)
+        text = json.dumps(document, indent=data.draw(st.sampled_from([None, 1]))).encode()
+    else:
+        text = spoil_bytes(json.dumps(document, indent=1).encode(), data.draw)
+    (coco.folder / "one.json").write_bytes(text)
+    judge(rtdetr, coco.folder / "one.json")
+
+
+def yolo_case(yolo: Any, rtdetr: Callable[..., Any], data: st.DataObject) -> None:
+    folder = yolo.write()
+    name = data.draw(st.sampled_from(["data.yaml", "labels/train/train_0.txt"]))
+    path = folder / name
+    path.write_bytes(spoil_bytes(path.read_bytes(), data.draw))
+    judge(rtdetr, folder / "data.yaml")
+
+
+def voc_case(voc: Any, rtdetr: Callable[..., Any], data: st.DataObject) -> None:
+    folder = voc.write()
+    name = data.draw(st.sampled_from(["Annotations/train_0.xml", "Annotations/val_1.xml", "ImageSets/Main/train.txt"]))
+    path = folder / name
+    path.write_bytes(spoil_bytes(path.read_bytes(), data.draw))
+    judge(rtdetr, folder)
+
+
+@settings(RUN, max_examples=60)
+@given(data=st.data())
+def test_damaged_coco(coco: Any, rtdetr: Callable[..., Any], data: st.DataObject) -> None:
+    coco_case(coco, rtdetr, data)
+
+
+@settings(RUN, max_examples=50)
+@given(data=st.data())
+def test_damaged_yolo(yolo: Any, rtdetr: Callable[..., Any], data: st.DataObject) -> None:
+    yolo_case(yolo, rtdetr, data)
+
+
+@settings(RUN, max_examples=40)
+@given(data=st.data())
+def test_damaged_voc(voc: Any, rtdetr: Callable[..., Any], data: st.DataObject) -> None:
+    voc_case(voc, rtdetr, data)
+
+
+@pytest.mark.slow
+@settings(RUN, max_examples=900)
+@given(data=st.data())
+def test_much_damaged_coco(coco: Any, rtdetr: Callable[..., Any], data: st.DataObject) -> None:
+    coco_case(coco, rtdetr, data)
+
+
+@pytest.mark.slow
+@settings(RUN, max_examples=600)
+@given(data=st.data())
+def test_much_damaged_yolo(yolo: Any, rtdetr: Callable[..., Any], data: st.DataObject) -> None:
+    yolo_case(yolo, rtdetr, data)
+
+
+@pytest.mark.slow
+@settings(RUN, max_examples=500)
+@given(data=st.data())
+def test_much_damaged_voc(voc: Any, rtdetr: Callable[..., Any], data: st.DataObject) -> None:
+    voc_case(voc, rtdetr, data)
+
+
+@settings(RUN, max_examples=40)
+@given(data=st.data())
+def test_damaged_coco_is_repaired_or_refused(
+    coco: Any, rtdetr: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    document = json.loads(json.dumps(coco.train))
+    spoil_document(document, data.draw)
+    (coco.folder / "one.json").write_bytes(json.dumps(document).encode())
+    with no_hang():
+        ran = rtdetr("validate", coco.folder / "one.json", "--json", "--fix", tmp_path_factory.mktemp("fix") / "out")
+    assert ran.code in (0, 3), ran.err
+    if ran.code == 0:
+        assert not ran.json["fix"]["counts"]["error"]

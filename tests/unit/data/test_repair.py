@@ -1,0 +1,197 @@
+"""A repair leaves the original alone, mends the copy, says each change, and can be undone to the byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rtdetr_cli.data.codes import CODES
+from rtdetr_cli.data.doctor import examine
+from rtdetr_cli.data.read import load_splits
+from rtdetr_cli.data.repair import repair, undo
+from rtdetr_cli.errors import DataError
+from tests.unit.data.test_faults import BOXES, FILES, PICTURES, VOC, YOLO  # type: ignore[import-not-found]
+
+Plant = Callable[[Any], object]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+def repaired(folder: Path, code: str) -> None:
+    """Repair a dataset and check all that must hold of every repair."""
+    before = hashes(folder)
+    report = examine(folder)
+    out = folder.parent / "out"
+    done = repair(report, out)
+    assert hashes(folder) == before, "the original was changed"
+    again = examine(done.data)
+    assert code not in {f.code for f in again.findings}, [f.message for f in again.findings]
+    assert not again.counts()["error"], [f.message for f in again.findings if f.severity == "error"]
+    load_splits(done.data)
+    patch = json.loads(done.patch.read_text())
+    assert patch["changes"]
+    assert done.changes.get(code), done.changes
+    back = folder.parent / "back"
+    assert undo(done.patch, back) == len(patch["changes"])
+    restored = hashes(back)
+    for name, digest in restored.items():
+        assert before[name] == digest, f"{name} is not what it was"
+    # What the dataset does not name is not copied; a picture outside of it neither.
+    missing = {name for name in before if name not in restored}
+    assert not missing, missing
+
+
+REPAIRABLE = {code for code, entry in CODES.items() if entry.repair}
+IN_COCO = {
+    **{code: [plant] for code, plant in PICTURES.items()},
+    **BOXES,
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "plant"),
+    [
+        pytest.param(code, plant, id=f"{code}-{n}")
+        for code, plants in IN_COCO.items()
+        if code in REPAIRABLE
+        for n, plant in enumerate(plants)
+    ],
+)
+def test_coco(coco: Any, code: str, plant: Plant) -> None:
+    plant(coco)
+    repaired(coco.write(), code)
+
+
+@pytest.mark.parametrize("code", ["file-bom", "file-crlf"])
+def test_marks_and_line_ends_of_json(coco: Any, code: str) -> None:
+    coco.box["bbox"] = [1, 1, 0, 0]
+    folder = coco.write()
+    spoil = next(spoil for c, spoil in FILES.values() if c == code)
+    path = folder / "train.json"
+    path.write_bytes(spoil(path.read_bytes()))
+    repaired(folder, code)
+
+
+@pytest.mark.parametrize(
+    ("code", "plant"),
+    [
+        pytest.param(code, plant, id=f"{code}-{n}")
+        for code, plants in YOLO.items()
+        if code in REPAIRABLE and code != "picture-outside"
+        for n, plant in enumerate(plants)
+        if not (code == "file-malformed" and n > 0)
+    ],
+)
+def test_yolo(yolo: Any, code: str, plant: Plant) -> None:
+    plant(yolo)
+    repaired(yolo.write(), code)
+
+
+@pytest.mark.parametrize(
+    ("code", "plant"),
+    [
+        pytest.param(code, plant, id=f"{code}-{n}")
+        for code, plants in VOC.items()
+        if code in REPAIRABLE and code not in ("picture-size-undeclared", "category-unknown")
+        for n, plant in enumerate(plants)
+    ],
+)
+def test_voc(voc: Any, code: str, plant: Plant) -> None:
+    plant(voc)
+    repaired(voc.write(), code)
+
+
+def test_lists_of_yolo_lose_pictures_that_cannot_be_used(yolo: Any) -> None:
+    yolo.yaml = "train: train.txt\nval: images/val\nnames: [nut, washer]\n"
+    (yolo.folder / "train.txt").write_text("".join(f"images/train/train_{i}.jpg\n" for i in range(3)))
+    (yolo.folder / "images/train/train_1.jpg").write_bytes(b"")
+    repaired(yolo.write(), "picture-empty")
+    assert (yolo.folder.parent / "out/train.txt").read_text().split() == [f"images/train/train_{i}.jpg" for i in (0, 2)]
+
+
+def test_all_faults_of_a_dataset_at_once(coco: Any) -> None:
+    for code, plants in BOXES.items():
+        if code in REPAIRABLE and code.startswith("box-"):
+            annotation = dict(coco.train["annotations"][1], id=90_000 + len(coco.train["annotations"]))
+            coco.train["annotations"].append(annotation)
+            plants[0](_Second(coco, annotation))
+    (coco.folder / "images/train_3.jpg").write_bytes(b"")
+    (coco.folder / "images/train_2.jpg").unlink()
+    repaired(coco.write(indent=None), "picture-empty")
+
+
+class _Second:
+    """A builder whose `box` is another annotation."""
+
+    def __init__(self, builder: Any, box: dict[str, Any]) -> None:
+        self.train, self.box = builder.train, box
+
+
+def test_keys_that_nobody_knows_survive(coco: Any) -> None:
+    coco.box.update(bbox=[90.0, 20.0, 20.0, 10.0], area=200.0, attributes={"occluded": True}, note="ä")
+    folder = coco.write()
+    done = repair(examine(folder), folder.parent / "out")
+    document = json.loads((done.data / "train.json").read_text())
+    assert document["annotations"][1] == {**coco.box, "bbox": [90.0, 20.0, 6.0, 10.0], "area": 60.0}
+    assert document["annotations"][2:] == coco.train["annotations"][2:]
+
+
+def test_what_cannot_be_repaired_is_said(coco: Any) -> None:
+    coco.train["images"][1]["id"] = 1
+    folder = coco.write()
+    done = repair(examine(folder), folder.parent / "out")
+    assert done.not_repaired["image-id-duplicate"] == 1
+    assert "image-id-duplicate" in {f["code"] for f in json.loads(done.patch.read_text())["not_repaired"]}
+
+
+def test_picture_outside_is_not_copied(coco: Any) -> None:
+    secret = coco.folder.parent / "secret.jpg"
+    shutil.move(coco.picture, secret)
+    coco.picture.symlink_to(secret)
+    folder = coco.write()
+    out = folder.parent / "out"
+    done = repair(examine(folder), out)
+    assert secret.read_bytes() not in [p.read_bytes() for p in out.rglob("*") if p.is_file()]
+    assert len(load_splits(done.data).train or ()) == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"changes": [{"op": "edit", "file": "../x", "start": 0, "old": "", "new": ""}]}',
+        '{"changes": [{"op": "?"}]}',
+        '{"changes": [{"op": "edit", "file": "train.json", "start": 0, "old": "a", "new": "b"}]}',
+    ],
+)
+def test_foreign_patch_is_refused(tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    (folder / "patch.json").write_text(text)
+    (folder / "train.json").write_text("something")
+    with pytest.raises(DataError):
+        undo(folder / "patch.json", tmp_path / "back")
+    assert not (tmp_path / "x").exists()
+
+
+def test_bccd(bccd: Path, tmp_path: Path) -> None:
+    report = examine(bccd)
+    done = repair(report, tmp_path / "out")
+    assert done.changes == {"box-zero-size": 2, "box-duplicate": 7}
+    assert {f.code for f in examine(done.data, decode=False).findings} == {"voc-folder"}
+    undo(done.patch, tmp_path / "back")
+    for path in sorted((tmp_path / "back").rglob("*.xml")):
+        assert path.read_bytes() == (bccd / path.relative_to(tmp_path / "back")).read_bytes()
