@@ -292,8 +292,10 @@ BOXES: dict[str, list[Plant]] = {
     "category-unknown": [lambda c: c.box.update(category_id=9)],
     "category-unused": [lambda c: _rename_category(c, "bolt")],
     "category-gaps": [
-        lambda c: [a.update(category_id=a["category_id"] * 7) for d in c.documents.values() for a in d["annotations"]]
-        and [k.update(id=k["id"] * 7) for d in c.documents.values() for k in d["categories"]]
+        lambda c: (
+            [a.update(category_id=a["category_id"] * 7) for d in c.documents.values() for a in d["annotations"]]
+            and [k.update(id=k["id"] * 7) for d in c.documents.values() for k in d["categories"]]
+        )
     ],
     "category-duplicate-name": [lambda c: _rename_category(c, "nut")],
     "category-similar-names": [
@@ -492,8 +494,10 @@ YOLO: dict[str, list[Plant]] = {
     "split-equal": [lambda y: setattr(y, "yaml", y.yaml.replace("images/val", "images/train"))],
     "yolo-path": [lambda y: setattr(y, "yaml", "path: /content/datasets/nuts\n" + y.yaml)],
     "picture-outside": [
-        lambda y: shutil.move(y.folder / "images/val", y.folder.parent / "val")
-        and setattr(y, "yaml", y.yaml.replace("images/val", "../val"))
+        lambda y: (
+            shutil.move(y.folder / "images/val", y.folder.parent / "val")
+            and setattr(y, "yaml", y.yaml.replace("images/val", "../val"))
+        )
     ],
 }
 

@@ -21,7 +21,22 @@ RUN = settings(
 )
 
 ODD_TEXT = st.sampled_from(
-    ["", "\0", "\ud800", "../../etc/passwd", "/", ".", "a" * 5000, "<script>", "NaN", "1e999", "-0", "9" * 400, "ä", "\r"]
+    [
+        "",
+        "\0",
+        "\ud800",
+        "../../etc/passwd",
+        "/",
+        ".",
+        "a" * 5000,
+        "<script>",
+        "NaN",
+        "1e999",
+        "-0",
+        "9" * 400,
+        "ä",
+        "\r",
+    ]
 )
 ODD_VALUE = st.one_of(
     st.none(),
@@ -70,7 +85,9 @@ def spoil_bytes(data: bytes, draw: Callable[[Any], Any]) -> bytes:
                 st.just(b""),
                 st.just(data[at : at + length] * 2),
                 st.binary(max_size=12),
-                st.sampled_from([b"{", b"]", b'"', b"<", b"&a;", b"-", b"e9", b"\xff", b"\r\n", b"nan", b"null", b": "]),
+                st.sampled_from(
+                    [b"{", b"]", b'"', b"<", b"&a;", b"-", b"e9", b"\xff", b"\r\n", b"nan", b"null", b": "]
+                ),
             )
         )
         data = data[:at] + new + data[at + length :]

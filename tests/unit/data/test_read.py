@@ -164,7 +164,7 @@ def test_yaml_words_stay_words(yolo: Any) -> None:
 
 def test_pose_labels_lose_their_points(yolo: Any) -> None:
     yolo.yaml += "kpt_shape: [2, 3]\n"
-    yolo.labels = {name: "0 0.5 0.5 0.2 0.2 0.4 0.4 2 0.6 0.6 2\n" for name in yolo.labels}
+    yolo.labels = dict.fromkeys(yolo.labels, "0 0.5 0.5 0.2 0.2 0.4 0.4 2 0.6 0.6 2\n")
     train = load_splits(yolo.write()).train
     assert train is not None
     assert len(train.labels) == 3

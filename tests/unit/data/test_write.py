@@ -56,7 +56,9 @@ NAMES = st.lists(
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), names=NAMES, form=st.sampled_from(FORMS))
-def test_round_trip_of_any_box_and_name(coco: Any, tmp_path_factory: Any, data: Any, names: list[str], form: str) -> None:
+def test_round_trip_of_any_box_and_name(
+    coco: Any, tmp_path_factory: Any, data: Any, names: list[str], form: str
+) -> None:
     side = st.floats(0.01, 60, allow_nan=False)
     for document in coco.documents.values():
         for category, name in zip(document["categories"], names, strict=True):

@@ -1,0 +1,209 @@
+"""`rtdetr validate` as a user meets it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """One COCO file of six pictures, with two boxes that need mending."""
+    folder = tmp_path / "screws"
+    folder.mkdir()
+    images, annotations = [], []
+    for i in range(6):
+        coarse = np.random.default_rng(i).integers(0, 256, (6, 8, 3), np.uint8)
+        Image.fromarray(coarse).resize((96, 64)).save(folder / f"{i}.jpg")
+        images.append({"id": i, "file_name": f"{i}.jpg", "width": 96, "height": 64})
+        for k in range(4):
+            box = [5 + 20 * k, 10, 16, 30]
+            annotations.append({"id": 10 * i + k, "image_id": i, "category_id": 1, "bbox": box, "area": 480})
+    annotations[0]["bbox"] = [5, 10, 0, 30]
+    annotations[1]["bbox"] = [90, 10, 16, 30]
+    path = folder / "screws.json"
+    path.write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "screw"}]}, indent=1)
+    )
+    return path
+
+
+def spoil(data: Path) -> None:
+    document = json.loads(data.read_text())
+    document["annotations"][5]["category_id"] = 8
+    data.write_text(json.dumps(document, indent=1))
+
+
+def test_table_for_people(rtdetr: Run, data: Path) -> None:
+    ran = rtdetr("validate", data)
+    assert ran.code == 0
+    assert "screws (coco): 6 pictures (train 6), 23 boxes, 1 classes" in ran.out
+    rows = [line.split()[:3] for line in ran.out.splitlines() if line.startswith(" warning")]
+    assert rows == [["warning", "box-partly-outside", "1"], ["warning", "box-zero-size", "1"]]
+    assert "0 errors, 2 warnings, 1 info: it can be trained on" in ran.out
+    assert "--fix OUT" in ran.err
+    assert "screws.json:" in ran.out
+
+
+def test_json_is_the_documented_shape(rtdetr: Run, data: Path) -> None:
+    ran = rtdetr("validate", data, "--json")
+    assert ran.code == 0
+    document = ran.json
+    assert document["schema_version"] == 1
+    assert document["counts"] == {"error": 0, "warning": 2, "info": 1}
+    assert document["dataset"]["splits"] == {"train": {"pictures": 6, "boxes": 23}}
+    keys = {"code", "severity", "message", "file", "line", "image_id", "annotation_id", "hint"}
+    assert all(set(finding) == keys for finding in document["findings"])
+    zero = next(f for f in document["findings"] if f["code"] == "box-zero-size")
+    assert (zero["file"], zero["image_id"], zero["annotation_id"]) == ("screws.json", 0, 0)
+    assert data.read_text().splitlines()[zero["line"] - 1].strip() == "{"
+
+
+def test_errors_and_strict_warnings_exit_with_3(rtdetr: Run, data: Path) -> None:
+    assert rtdetr("validate", data, "--strict").code == 3
+    spoil(data)
+    ran = rtdetr("validate", data)
+    assert ran.code == 3
+    assert "training refuses it" in ran.out
+
+
+def test_fast_does_not_decode(rtdetr: Run, data: Path) -> None:
+    picture = data.parent / "3.jpg"
+    picture.write_bytes(picture.read_bytes()[:-300])
+    assert rtdetr("validate", data, "--fast").code == 0
+    ran = rtdetr("validate", data, "--json")
+    assert ran.code == 3
+    assert "picture-truncated" in {f["code"] for f in ran.json["findings"]}
+
+
+def test_imgsz_decides_what_is_tiny(rtdetr: Run, data: Path) -> None:
+    assert "box-below-8px" not in rtdetr("validate", data).out
+    assert "box-below-8px" in rtdetr("validate", data, "--imgsz", "32").out
+
+
+def test_explain(rtdetr: Run) -> None:
+    ran = rtdetr("validate", "--explain", "box-zero-size")
+    assert ran.code == 0
+    assert ran.out.startswith("box-zero-size (warning)")
+    assert "--fix" in ran.out
+    assert rtdetr("validate", "--explain", "all").out.count("picture-") > 20
+    wrong = rtdetr("validate", "--explain", "box-zerosize")
+    assert wrong.code == 2
+    assert "--explain box-zero-size" in wrong.err
+
+
+def test_fix_and_undo(rtdetr: Run, data: Path, tmp_path: Path) -> None:
+    before = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in data.parent.iterdir()}
+    spoil(data)
+    before["screws.json"] = hashlib.sha256(data.read_bytes()).hexdigest()
+    out = tmp_path / "fixed"
+    ran = rtdetr("validate", data, "--fix", out, "--json")
+    assert ran.code == 0
+    fix = ran.json["fix"]
+    assert fix["changes"] == {"category-unknown": 1, "box-zero-size": 1, "box-partly-outside": 1}
+    assert fix["counts"]["error"] == fix["counts"]["warning"] == 0
+    assert rtdetr("validate", out).code == 0
+    assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in data.parent.iterdir()} == before
+    undone = rtdetr("validate", out / "patch.json", "--fix", tmp_path / "back")
+    assert undone.code == 0
+    assert "3 changes undone" in undone.out
+    after = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / "back").iterdir()}
+    assert after == before
+
+
+def test_resplit(rtdetr: Run, data: Path, tmp_path: Path) -> None:
+    shutil.copy(data.parent / "0.jpg", data.parent / "5.jpg")
+    for seed in (0, 1, 2):
+        to = tmp_path / f"to{seed}"
+        ran = rtdetr("validate", data, "--resplit", "0.5,0.5", "--to", to, "--seed", seed, "--json")
+        assert ran.code == 0
+        written = ran.json["written"]
+        assert sum(written["splits"].values()) == 6
+        assert (written["clusters"], written["largest_cluster"]) == (5, 2)
+        train = {p.name for p in (to / "train").iterdir()}
+        assert ("0.jpg" in train) == ("5.jpg" in train)
+        assert rtdetr("validate", to).code == 0
+
+
+@pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
+def test_convert(rtdetr: Run, data: Path, tmp_path: Path, form: str) -> None:
+    ran = rtdetr("validate", data, "--convert", form, "--to", tmp_path / "to", "--json")
+    assert ran.code == 0
+    again = rtdetr("validate", ran.json["written"]["data"], "--json").json
+    assert again["dataset"]["boxes"] == 23
+    assert again["dataset"]["format"] == form
+    assert not again["counts"]["error"]
+
+
+def test_convert_refuses_errors(rtdetr: Run, data: Path, tmp_path: Path) -> None:
+    spoil(data)
+    ran = rtdetr("validate", data, "--convert", "yolo", "--to", tmp_path / "to", "--json")
+    assert ran.code == 3
+    assert ran.json["error"]["code"] == "category-unknown"
+    assert "--fix" in ran.json["error"]["hint"]
+    assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--convert", "csv", "--to", "x"], "--convert csv"),
+        (["--convert", "coco"], "--to DIR"),
+        (["--to", "x"], "--to does nothing"),
+        (["--resplit", "0.9", "--to", "x"], "--resplit 0.9"),
+        (["--resplit", "0.9,0.9", "--to", "x"], "add up to 1"),
+        (["--convert", "coco", "--to", "x", "--fix", "y"], "--fix does not go together"),
+        (["--imgsz", "100"], "multiple of 32"),
+        (["--fix", "."], "is not empty"),
+        (["--html", "."], "is a folder"),
+    ],
+)
+def test_clashes_are_refused_before_the_work(
+    rtdetr: Run, data: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], words: str
+) -> None:
+    monkeypatch.chdir(data.parent)
+    ran = rtdetr("validate", data, *flags)
+    assert ran.code == 2
+    assert words in ran.err
+    assert "hint:" in ran.err
+
+
+def test_missing_dataset(rtdetr: Run, tmp_path: Path) -> None:
+    assert rtdetr("validate", tmp_path / "nothing").code == 3
+    assert rtdetr("validate").code == 2
+
+
+def test_torch_is_never_loaded(data: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from rtdetr_cli.cli.app import run; "
+        f"c = run(['validate', {str(data)!r}, '--html', {str(tmp_path / 'page.html')!r}, "
+        f"'--resplit', '0.5,0.5', '--to', {str(tmp_path / 'to')!r}]); "
+        "heavy = {'torch', 'torchvision', 'cv2', 'albumentations', 'scipy', 'matplotlib'} & set(sys.modules); "
+        "assert not heavy, heavy; sys.exit(c)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    help_ = (
+        "import sys; import rtdetr_cli.cli.validate; "
+        "heavy = {'numpy', 'PIL', 'yaml', 'rich', 'jinja2', 'pydantic'} & set(sys.modules); assert not heavy, heavy"
+    )
+    assert subprocess.run([sys.executable, "-c", help_], check=False).returncode == 0
+
+
+def test_bccd(rtdetr: Run, bccd: Path) -> None:
+    document = rtdetr("validate", bccd, "--json").json
+    found = sorted({f["code"] for f in document["findings"]})
+    assert found == ["box-duplicate", "box-zero-size", "picture-near-leak", "voc-folder"]
+    assert document["dataset"]["splits"]["train"] == {"pictures": 205, "boxes": 2804}
