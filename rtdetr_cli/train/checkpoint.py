@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import IO, Any
@@ -170,7 +171,12 @@ def read_sealed(path: Path) -> dict[str, Any]:
         if hashlib.file_digest(file, "sha256").hexdigest() != seal[0]:
             raise ModelError(f"{path} has been damaged: its checksum is another", code="checkpoint-damaged")
         file.seek(start)
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ModelError(
+                f"{path} holds more than tensors and numbers, or is none of ours", code="checkpoint-foreign"
+            ) from error
     if not isinstance(state, dict):
         raise ModelError(f"{path} holds no training state", code="checkpoint-foreign")
     return state

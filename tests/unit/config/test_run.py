@@ -1,0 +1,101 @@
+"""Settings of a run: what overrides what, where each value came from, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rtdetr_cli.config.presets import flatten
+from rtdetr_cli.config.run import RunSettings, parse_set, resolve_run
+from rtdetr_cli.errors import UsageError
+
+
+def test_flag_over_set_over_file_over_preset_over_default(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('epochs = 7\nseed = 7\naug = "light"\npreset = "r34"\n[model]\nqueries = 77\n[optim]\nlr = 7e-4\n')
+    run = resolve_run({"epochs": 9}, sets=["seed=8", "model.queries=88"], config_file=file)
+    assert run.settings.epochs == 9
+    assert run.source("epochs") == "--epochs"
+    assert run.settings.seed == 8
+    assert run.source("seed") == "--set"
+    assert run.settings.aug == "light"
+    assert run.source("aug") == str(file)
+    assert run.preset.model.queries == 88
+    assert run.preset.optim.lr == 7e-4
+    assert run.preset.optim.lr_backbone == 5e-5, "the preset's own"
+    assert run.source("optim.lr_backbone") == "preset"
+    assert run.settings.patience == 0
+    assert run.source("patience") == "default"
+
+
+def test_every_value_has_a_source() -> None:
+    run = resolve_run({"preset": "tiny", "data": "d.json"})
+    keys = [*RunSettings.model_fields, *flatten(run.preset.model, "model."), *flatten(run.preset.optim, "optim.")]
+    assert set(keys) == set(run.provenance)
+
+
+def test_a_resolved_run_reads_itself_back(tmp_path: Path) -> None:
+    run = resolve_run(
+        {"preset": "tiny", "data": 'a "quoted" näme.json', "imgsz": (96, 64), "lr": 1e-5, "log": ("tensorboard",)},
+        sets=["model.num_points=[2,4,6]", "schedule=official"],
+    )
+    file = tmp_path / "config.toml"
+    file.write_text(run.to_toml(), encoding="utf-8")
+    again = resolve_run({}, config_file=file)
+    assert again.settings == run.settings
+    assert again.preset == run.preset
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "value"),
+    [
+        ("schedule=official", "schedule", "official"),
+        ("epochs=3", "epochs", 3),
+        ("lr=1e-4", "lr", 1e-4),
+        ("model.num_points=[2, 4, 6]", "model.num_points", [2, 4, 6]),
+        ("compile=true", "compile", True),
+        ("name=a=b", "name", "a=b"),
+        ("name=", "name", ""),
+    ],
+)
+def test_set_words(word: str, key: str, value: object) -> None:
+    assert parse_set([word]) == {key: value}
+
+
+@pytest.mark.parametrize(("given", "size"), [(320, (320, 320)), ("480x640", (480, 640)), ([96, 64], (96, 64))])
+def test_sizes(given: object, size: tuple[int, int]) -> None:
+    assert resolve_run({"imgsz": given}).imgsz == size
+
+
+def test_the_preset_gives_the_size() -> None:
+    assert resolve_run({"preset": "tiny"}).imgsz == (192, 192)
+
+
+def test_a_preset_without_published_weights_starts_from_none_unless_asked() -> None:
+    assert resolve_run({"preset": "tiny"}).settings.weights == "none"
+    assert resolve_run({"preset": "r18"}).settings.weights == "coco"
+    assert resolve_run({"preset": "tiny", "weights": "coco"}).settings.weights == "coco", "refused later, by name"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sets", "words"),
+    [
+        ({"epochs": 0}, [], ["epochs"]),
+        ({"imgsz": 600}, [], ["multiple of 32", "600"]),
+        ({"imgsz": "640x640x3"}, [], ["640x640x3"]),
+        ({"precision": "int8"}, [], ["precision", "int8"]),
+        ({}, ["shedule=official"], ["shedule", "did you mean schedule?"]),
+        ({}, ["model.querys=10"], ["model.querys", "model.queries"]),
+        ({}, ["schedule"], ["key=value"]),
+        ({"epochs": 0, "seed": -1}, ["lr=3"], ["epochs", "seed", "lr"]),
+        ({"preset": "r19"}, [], ["r19", "did you mean r18?"]),
+        ({"preset": "tiny"}, ["model.heads=7"], ["heads"]),
+    ],
+)
+def test_what_is_refused_is_named(flags: dict[str, Any], sets: list[str], words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve_run(flags, sets=sets)
+    for word in words:
+        assert word in caught.value.message + caught.value.hint

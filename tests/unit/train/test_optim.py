@@ -1,0 +1,230 @@
+"""Parameter groups by rule, the step inside one kernel, the moving average."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from rtdetr_cli.config.presets import load_preset
+from rtdetr_cli.model.build import build_detector
+from rtdetr_cli.train.optim import MovingAverage, NormStatistics, Stepper, parameter_groups
+
+# The published lists, as regular expressions over names with the (rate, decay) they give; the rest is lr and decay.
+PUBLISHED: dict[str, list[tuple[str, str, bool]]] = {
+    "r18": [(r"^(?=.*(?:norm|bn)).*$", "lr", False)],
+    "r34": [
+        (r"^(?=.*backbone)(?!.*norm|bn).*$", "backbone", True),
+        (r"^(?=.*backbone)(?=.*norm|bn).*$", "backbone", False),
+        (r"^(?=.*(?:encoder|decoder))(?=.*(?:norm|bn|bias)).*$", "lr", False),
+    ],
+    "r50m": [
+        (r"^(?=.*backbone)(?!.*norm).*$", "backbone", True),
+        (r"^(?=.*(?:encoder|decoder))(?=.*(?:norm|bn)).*$", "lr", False),
+    ],
+    "r101": [
+        (r"^(?=.*backbone)(?!.*norm|bn).*$", "backbone", True),
+        (r"^(?=.*(?:encoder|decoder))(?=.*(?:norm|bn)).*$", "lr", False),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_groups_equal_the_published_ones(name: str) -> None:
+    preset = load_preset(name)
+    optim = preset.optim
+    with torch.device("meta"):
+        model = build_detector(preset.model, num_classes=80)
+    groups = parameter_groups(model, optim, lr=optim.lr, lr_backbone=optim.lr_backbone)
+    ours = {n: (g["lr"], g["weight_decay"]) for g in groups for n in g["names"]}
+    expected = {}
+    for parameter, value in model.named_parameters():
+        if not value.requires_grad:
+            continue
+        rule = next(((r, d) for pattern, r, d in PUBLISHED[name] if re.findall(pattern, parameter)), ("lr", True))
+        rate = optim.lr_backbone if rule[0] == "backbone" else optim.lr
+        expected[parameter] = (rate, optim.weight_decay if rule[1] else 0.0)
+    assert ours == expected
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    preset = load_preset("tiny")
+    model = build_detector(preset.model, num_classes=3)
+    model.backbone.requires_grad_(False)
+    groups = parameter_groups(model, preset.optim, lr=1e-3, lr_backbone=1e-4)
+    assert not any(n.startswith("backbone") for g in groups for n in g["names"])
+    assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(0)
+    # No bias before the norm: its gradient is nothing but rounding, which Adam blows up to full steps.
+    return nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def groups_of(model: nn.Module) -> list[dict[str, object]]:
+    return [{"params": list(model.parameters()), "lr": 1e-2, "weight_decay": 1e-2}]
+
+
+def backward(model: nn.Module, factor: float = 1.0) -> torch.Tensor:
+    x = torch.linspace(-1, 1, 30).reshape(5, 6)
+    loss = model(x).square().sum() * factor
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 50.0])
+def test_the_step_is_adamw_with_clipping_by_the_global_norm(factor: float) -> None:
+    ours, reference = small_net(), small_net()
+    stepper = Stepper(groups_of(ours), clip_norm=0.1)
+    adamw = torch.optim.AdamW(reference.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=1e-2)
+    for _ in range(4):
+        loss = backward(ours, factor)
+        found_inf, norm = stepper.step(loss)
+        stepper.zero_grad()
+        backward(reference, factor)
+        expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
+        adamw.step()
+        adamw.zero_grad()
+        assert found_inf == 0
+        torch.testing.assert_close(norm, expected)
+    for a, b in zip(ours.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_scale_changes_nothing_but_itself() -> None:
+    ours, reference = small_net(), small_net()
+    scaled, plain = Stepper(groups_of(ours), clip_norm=0.1, scaled=True), Stepper(groups_of(reference), clip_norm=0.1)
+    for _ in range(3):
+        loss = backward(ours, float(scaled.scale)) / scaled.scale
+        _, norm = scaled.step(loss)
+        scaled.zero_grad()
+        _, expected = plain.step(backward(reference))
+        plain.zero_grad()
+        torch.testing.assert_close(norm, expected)
+    for a, b in zip(ours.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("poison", ["gradient nan", "gradient inf", "loss"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_that_is_not_finite_changes_nothing(poison: str, scaled: bool) -> None:
+    model = small_net()
+    stepper = Stepper(groups_of(model), clip_norm=0.1, scaled=scaled)
+    stepper.step(backward(model))
+    stepper.zero_grad()
+    before = copy.deepcopy(model.state_dict())
+    moments = copy.deepcopy(stepper.state_dict())
+    loss = backward(model)
+    weight = next(model.parameters())
+    assert weight.grad is not None
+    if poison == "loss":
+        loss = loss * float("nan")
+    else:
+        weight.grad[0, 0] = float(poison.split()[1])
+    found_inf, _ = stepper.step(loss)
+    assert found_inf == 1
+    for name, _parameter in model.named_parameters():
+        assert torch.equal(model.state_dict()[name], before[name])
+    for a, b in zip(stepper.state_dict()["moments"], moments["moments"], strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert float(stepper.scale) == float(moments["scale"]) * (0.5 if scaled else 1)
+
+
+def test_the_scale_grows_after_many_good_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stepper, "growth_interval", 3)
+    model = small_net()
+    stepper = Stepper(groups_of(model), clip_norm=0.1, scaled=True)
+    begun = float(stepper.scale)
+    for _ in range(3):
+        stepper.step(backward(model))
+        stepper.zero_grad()
+    assert float(stepper.scale) == 2 * begun
+
+
+def test_a_stepper_goes_on_where_another_was() -> None:
+    ours, reference = small_net(), small_net()
+    a, b = Stepper(groups_of(ours), clip_norm=0.1), Stepper(groups_of(reference), clip_norm=0.1)
+    for _ in range(2):
+        b.step(backward(reference))
+        b.zero_grad()
+    ours.load_state_dict(reference.state_dict())
+    a.load_state_dict(copy.deepcopy(b.state_dict()))
+    for stepper, model in ((a, ours), (b, reference)):
+        stepper.step(backward(model))
+    assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), reference.parameters(), strict=True))
+
+
+def test_a_parameter_without_gradient_stays() -> None:
+    model = small_net()
+    stepper = Stepper(groups_of(model), clip_norm=0.1)
+    loss = backward(model)
+    last = list(model.parameters())[-1]
+    kept = last.detach().clone()
+    last.grad = None
+    stepper.step(loss)
+    assert torch.equal(last, kept)
+
+
+class TestMovingAverage:
+    def test_a_constant_stays_exactly_as_it_is(self) -> None:
+        """The published multiply and add drifts by 1e-4 in 50,000 updates on tensors that nothing moves."""
+        model = small_net()
+        average = MovingAverage(model)
+        for update in range(2000):
+            average.update(0.1 / (1 + update))
+        for key, value in model.state_dict().items():
+            assert torch.equal(average.module.state_dict()[key], value), key
+
+    def test_weights_and_running_statistics_follow(self) -> None:
+        model = small_net()
+        average = MovingAverage(model)
+        old = copy.deepcopy(model.state_dict())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 1
+        model[1].running_mean += 2
+        average.update(0.25)
+        for key in ("0.weight", "3.bias"):
+            torch.testing.assert_close(average.module.state_dict()[key], old[key] + 0.25)
+        torch.testing.assert_close(average.module.state_dict()["1.running_mean"], old["1.running_mean"] + 0.5)
+
+    def test_infinite_buffers_stay(self) -> None:
+        model = small_net()
+        model.register_buffer("anchors", torch.tensor([1.0, float("inf")]))
+        average = MovingAverage(model)
+        average.update(0.5)
+        assert torch.equal(average.module.state_dict()["anchors"], model.state_dict()["anchors"])
+
+    def test_it_is_never_trained(self) -> None:
+        average = MovingAverage(small_net())
+        assert not average.module.training
+        assert not any(p.requires_grad for p in average.module.parameters())
+
+
+class TestNormStatistics:
+    def test_a_forward_pass_can_be_taken_back(self) -> None:
+        model = small_net().train()
+        norms = NormStatistics(model)
+        model(torch.randn(5, 6))
+        kept = copy.deepcopy(model.state_dict())
+        norms.keep()
+        model(torch.randn(5, 6))
+        assert not torch.equal(model.state_dict()["1.running_mean"], kept["1.running_mean"])
+        norms.restore()
+        assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+
+    @pytest.mark.parametrize("bad", [0.0, 1.0])
+    def test_or_only_where_the_step_was_bad(self, bad: float) -> None:
+        model = small_net().train()
+        norms = NormStatistics(model)
+        norms.keep()
+        kept = model[1].running_mean.clone()
+        model(torch.full((5, 6), float("nan") if bad else 1.0))
+        now = model[1].running_mean.clone()
+        norms.restore_where(torch.tensor(bad))
+        torch.testing.assert_close(model[1].running_mean, kept if bad else now)
+        assert torch.isfinite(model[1].running_mean).all()

@@ -1,0 +1,168 @@
+"""The plan of a run: a function of its length, or the published values exactly."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from rtdetr_cli.config.presets import load_preset, preset_names
+from rtdetr_cli.config.run import resolve_run
+from rtdetr_cli.train.plan import Plan, make_plan
+
+LENGTHS = [200, 2_000, 200_000]
+
+
+def plan_of(steps: int, **flags: Any) -> Plan:
+    """Plan a run of so many steps: 10 an epoch."""
+    config = resolve_run({"preset": "r18", "epochs": steps // 10, "effective_batch": 16, **flags})
+    return make_plan(config, pictures=160)
+
+
+def mean_age(plan: Plan) -> float:
+    """Return the mean age, in steps, of what the moving average holds at the end."""
+    age = 0.0
+    for update in range(1, plan.total_steps + 1):
+        age = (1 - plan.ema_weight(update)) * (age + 1)
+    return age
+
+
+@pytest.mark.parametrize("steps", LENGTHS)
+def test_the_mean_age_of_the_average_is_the_stated_share_of_the_run(steps: int) -> None:
+    plan = plan_of(steps)
+    share = resolve_run({}).settings.ema_age
+    assert mean_age(plan) == pytest.approx(share * steps, rel=0.02)
+
+
+@pytest.mark.parametrize("steps", LENGTHS)
+def test_while_it_grows_the_average_is_a_share_of_the_steps_made(steps: int) -> None:
+    plan = plan_of(steps)
+    ramp = resolve_run({}).settings.ema_ramp
+    until = int(plan.ema_age / ramp) // 2
+    age = 0.0
+    for update in range(1, until + 1):
+        age = (1 - plan.ema_weight(update)) * (age + 1)
+        assert age == pytest.approx(ramp * update, rel=0.01)
+
+
+@pytest.mark.parametrize("steps", LENGTHS)
+def test_the_first_weights_are_soon_forgotten(steps: int) -> None:
+    """A run of 200 steps must not end with an average that still holds its random beginning."""
+    plan = plan_of(steps)
+    left = math.prod(1 - plan.ema_weight(u) for u in range(1, plan.total_steps + 1))
+    assert left < 1e-3
+
+
+@pytest.mark.parametrize("steps", LENGTHS)
+def test_the_rate_rises_stays_and_falls(steps: int) -> None:
+    plan = plan_of(steps)
+    rates = [plan.rate(s) for s in range(0, steps, max(1, steps // 2000))]
+    top = rates.index(1.0)
+    assert plan.warmup_steps == min(2000, round(resolve_run({}).settings.warmup * steps))
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert plan.rate(0) == pytest.approx(1 / plan.warmup_steps)
+    assert plan.rate(steps - 1) == pytest.approx(plan.final_rate)
+    assert all(0 < r <= 1 for r in rates)
+
+
+def test_two_runs_of_one_shape_at_any_length() -> None:
+    """Share by share, a run of 200,000 steps is one of 2,000 seen from farther away (but for the warm-up's bound)."""
+    short, long = plan_of(2_000), plan_of(20_000)
+    for share in (0.02, 0.3, 0.6, 0.8, 1.0):
+        assert short.rate(round(2_000 * share) - 1) == pytest.approx(long.rate(round(20_000 * share) - 1), abs=2e-3)
+    assert short.strong_until / short.epochs == long.strong_until / long.epochs
+
+
+@pytest.mark.parametrize(("batch", "factor"), [(16, 1.0), (4, 0.5), (32, math.sqrt(2)), (64, 2.0), (256, 2.0)])
+def test_the_rate_follows_the_root_of_the_effective_batch_up_to_twice(batch: int, factor: float) -> None:
+    plan = plan_of(2_000, effective_batch=batch)
+    assert plan.lr == pytest.approx(1e-4 * factor)
+
+
+def test_a_rate_that_was_given_is_taken_as_it_is() -> None:
+    plan = make_plan(resolve_run({"preset": "r34", "lr": 3e-4, "effective_batch": 64}), pictures=500)
+    assert plan.lr == 3e-4
+    assert plan.lr_backbone == pytest.approx(1.5e-4), "the preset's share of it"
+    plan = make_plan(resolve_run({"preset": "r34", "lr": 3e-4, "lr_backbone": 1e-6}), pictures=500)
+    assert plan.lr_backbone == 1e-6
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_the_official_schedule_is_the_published_one(name: str) -> None:
+    preset = load_preset(name)
+    plan = make_plan(resolve_run({"preset": name}, sets=["schedule=official"]), pictures=118_287)
+    assert plan.epochs == preset.official.epochs
+    assert (plan.lr, plan.lr_backbone) == (preset.optim.lr, preset.optim.lr_backbone)
+    assert plan.strong_until == preset.official.strong_augmentation_until
+    assert plan.multi_scale_until == preset.official.multi_scale_until
+    for step in (0, 999, 1999, 2000, plan.total_steps - 1):
+        assert plan.rate(step) == min(1.0, (step + 1) / 2000)
+    for update in (1, 100, 2000, 10_000):
+        assert 1 - plan.ema_weight(update) == pytest.approx(0.9999 * (1 - math.exp(-update / 2000)), abs=1e-12)
+
+
+def test_published_scales() -> None:
+    plan = make_plan(resolve_run({"preset": "r50"}, sets=["schedule=official"]), pictures=1000)
+    published = (480, 512, 544, 576, 608, 640, 640, 640, 672, 704, 736, 768, 800)
+    assert plan.scales == tuple((s, s) for s in published)
+    assert not make_plan(resolve_run({"preset": "r18"}, sets=["schedule=official"]), pictures=1000).multi_scale_until
+
+
+def test_scales_keep_the_sides_in_proportion() -> None:
+    plan = make_plan(resolve_run({"preset": "r50", "imgsz": (320, 640)}), pictures=1000)
+    assert all(h % 32 == 0 and w % 32 == 0 for h, w in plan.scales)
+    assert all(abs(w / h - 2) < 0.2 for h, w in plan.scales)
+
+
+def test_other_epochs_keep_the_published_distance_to_the_end() -> None:
+    plan = make_plan(resolve_run({"preset": "r18", "epochs": 20}, sets=["schedule=official"]), pictures=1000)
+    assert plan.strong_until == 17
+
+
+@pytest.mark.parametrize(
+    ("flags", "sets", "pictures", "word"),
+    [
+        ({"preset": "tiny", "epochs": 2}, [], 50, "too few to learn"),
+        ({"preset": "r18", "epochs": 10}, ["schedule=official"], 500, "never passes 16%"),
+        ({"preset": "r18", "effective_batch": 8}, ["schedule=official"], 90_000, "effective batch of 16, not 8"),
+        ({"preset": "r18", "effective_batch": 64, "epochs": 500}, [], 10, "more than the 10 pictures"),
+    ],
+)
+def test_warnings(flags: dict[str, Any], sets: list[str], pictures: int, word: str) -> None:
+    plan = make_plan(resolve_run(flags, sets=sets), pictures=pictures)
+    assert any(word in w for w in plan.warnings), plan.warnings
+
+
+def test_a_long_run_has_nothing_to_warn_of() -> None:
+    assert not plan_of(20_000).warnings
+
+
+def test_every_choice_has_a_reason() -> None:
+    for sets in ([], ["schedule=official"]):
+        for choice in make_plan(resolve_run({"preset": "r50"}, sets=sets), pictures=1000).choices:
+            assert choice.value
+            assert choice.reason
+
+
+def test_an_epoch_ends_with_an_evaluation_as_asked_and_the_last_always() -> None:
+    plan = make_plan(resolve_run({"epochs": 8}, sets=["eval_every=3"]), pictures=100)
+    assert [e for e in range(8) if plan.evaluates(e)] == [2, 5, 7]
+
+
+def test_the_line() -> None:
+    line = plan_of(500).line(4)
+    assert "50 epochs x 10 steps" in line
+    assert "16 = 4x4" in line
+    assert "lr 0.0001 (preset)" in line
+
+
+def test_a_plan_needs_no_torch() -> None:
+    code = (
+        "import sys; from rtdetr_cli.config.run import resolve_run; from rtdetr_cli.train.plan import make_plan;"
+        "make_plan(resolve_run({}), pictures=9); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
