@@ -92,7 +92,7 @@ def test_the_step_is_adamw_with_clipping_by_the_global_norm(factor: float) -> No
         assert found_inf == 0
         torch.testing.assert_close(norm, expected)
     for a, b in zip(ours.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
 
 
 def test_a_loss_scale_changes_nothing_but_itself() -> None:
@@ -106,7 +106,7 @@ def test_a_loss_scale_changes_nothing_but_itself() -> None:
         plain.zero_grad()
         torch.testing.assert_close(norm, expected)
     for a, b in zip(ours.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("poison", ["gradient nan", "gradient inf", "loss"])

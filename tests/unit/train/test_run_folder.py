@@ -25,7 +25,7 @@ def test_names_of_datasets_make_names_of_folders(tmp_path: Path, stem: str) -> N
 
 def test_a_name_that_is_taken(tmp_path: Path) -> None:
     RunFolder.create(tmp_path, name="mine", stem="x")
-    with pytest.raises(UsageError, match="the run .*mine exists"):
+    with pytest.raises(UsageError, match=r"the run .*mine exists"):
         RunFolder.create(tmp_path, name="mine", stem="x")
 
 
