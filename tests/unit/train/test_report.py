@@ -1,0 +1,142 @@
+"""The page of a run: complete, self-contained, safe with any name, and whole in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rtdetr_cli.config.run import resolve_run
+from rtdetr_cli.data.read import load_splits
+from rtdetr_cli.data.records import Category
+from rtdetr_cli.evaluate.run import metrics_from
+from rtdetr_cli.evaluate.table import DetectionTable
+from rtdetr_cli.train import plots
+from rtdetr_cli.train.plan import make_plan
+from rtdetr_cli.train.report import RunStory, figure_svg, page_context, write_report
+
+EVIL = '<script>alert("x")</script> $\\frac$'
+ROWS: list[dict[str, float | None]] = [
+    {"epoch": n, "loss": 20 / n, "loss_vfl": 1.0, "lr": 1e-3, "AP": 0.1 * n, "AP50": 0.2 * n} for n in (1, 2, 3)
+]
+
+
+@pytest.fixture(scope="module")
+def written(bccd: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunStory]:
+    folder = tmp_path_factory.mktemp("runs") / "tiny-bccd-01"
+    folder.mkdir()
+    splits = load_splits(bccd)
+    assert splits.train is not None
+    assert splits.val is not None
+    val = splits.val.subset(range(12))
+    val = replace(val, categories=(Category(1, EVIL), *val.categories[1:]))
+    picture = np.repeat(np.arange(len(val)), np.diff(val.offsets))
+    table = DetectionTable(picture, val.labels, np.linspace(0.4, 0.9, len(picture)), val.boxes_xyxy_px + 1)
+    config = resolve_run({"data": str(bccd), "preset": "tiny", "epochs": 3}, sets=["optim.clip_norm=0.2"])
+    story = RunStory(
+        folder=folder,
+        config=config,
+        plan=make_plan(config, pictures=len(splits.train)),
+        rows=ROWS,
+        best_epoch=3,
+        evaluation=metrics_from(val, table),
+        data={"name": "bccd", "training pictures": "205"},
+        start="random weights, seed 0",
+        machine={"device": "cpu", "memory, peak": "1.4 GB"},
+        warnings=["39 steps are too few"],
+    )
+    labels = plots.labels_figure(splits.train, config.imgsz)
+    pictures = plots.predictions_picture(val, table, threshold=0.5, side=160)
+    return write_report(story, labels=labels, batch=pictures, predictions=pictures), story
+
+
+def test_everything_is_told(written: tuple[Path, RunStory]) -> None:
+    path, story = written
+    text = path.read_text(encoding="utf-8")
+    assert path.name == "report.html"
+    for choice in story.plan.choices:
+        assert choice.reason.replace("'", "&#39;") in text
+    assert story.evaluation is not None
+    assert f"AP {story.evaluation.metrics['AP']:.3f}" in text
+    assert "at epoch 3 of 3" in text
+    for said in ("39 steps are too few", "random weights, seed 0", "1.4 GB", "--epochs", "optim.clip_norm", "--set"):
+        assert said in text, said
+    assert text.count("data:image/jpeg;base64,") == 2
+    assert text.count("<svg") == 2
+
+
+def test_what_was_given_is_set_apart(written: tuple[Path, RunStory]) -> None:
+    given = page_context(written[1])["given"]
+    assert sorted((key, source) for key, _, source in given) == [
+        ("data", "--data"),
+        ("epochs", "--epochs"),
+        ("optim.clip_norm", "--set"),
+        ("preset", "--preset"),
+        ("weights", "preset tiny has no published weights"),
+    ]
+
+
+def test_the_page_needs_nothing_but_itself(written: tuple[Path, RunStory]) -> None:
+    text = written[0].read_text(encoding="utf-8")
+    assert "<script" not in text
+    links = re.findall(r'(?:src|href)\s*=\s*"([^"]{0,40})', text)
+    assert links
+    assert all(link.startswith(("data:", "#")) for link in links), links
+    assert "&lt;script&gt;" in text
+
+
+def test_a_run_without_evaluation_has_a_page(written: tuple[Path, RunStory], tmp_path: Path) -> None:
+    bare = replace(written[1], folder=tmp_path, evaluation=None, best_epoch=0, rows=[])
+    text = write_report(bare).read_text(encoding="utf-8")
+    assert "<h2>Classes</h2>" not in text
+    assert "AP –" in text
+
+
+def test_figures_suit_a_dark_page() -> None:
+    svg = figure_svg(plots.curves_figure(ROWS, best_epoch=3), "curves")
+    assert svg.startswith("<svg")
+    assert "currentColor" in svg
+    assert plots.INK not in svg
+    # No ground of its own, neither of the figure nor of the axes.
+    assert not re.search(r'id="patch_\d+">\s*<path[^>]*style="fill: #ffffff"', svg)
+    assert svg == figure_svg(plots.curves_figure(ROWS, best_epoch=3), "curves")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_shows_it_whole(written: tuple[Path, RunStory], tmp_path: Path) -> None:
+    """Every picture is decoded, and nothing but what is meant to scroll is wider than a phone."""
+    probe = """
+    <script>
+      addEventListener("load", () => {
+        document.querySelector("details").open = true;
+        const wide = document.documentElement.clientWidth;
+        const out = [...document.querySelectorAll("body *")].filter((e) => !e.closest(".scroll"));
+        document.title = JSON.stringify([
+          [...document.images].filter((i) => i.naturalWidth > 0).length,
+          out.filter((e) => e.getBoundingClientRect().right > wide + 1).length,
+          [...document.querySelectorAll(".run-plot svg")].filter((s) => s.getBoundingClientRect().height > 150).length,
+        ]);
+      });
+    </script></body>"""
+    page = tmp_path / "probe.html"
+    page.write_text(written[0].read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
+    ran = subprocess.run(
+        [
+            *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
+            *("--disable-sync", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"),
+            *("--window-size=500,900", page.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    found = re.search(r"<title>(\[[\d,]+\])</title>", ran.stdout)
+    assert found, ran.stdout[:300]
+    assert json.loads(found[1]) == [2, 0, 2]
