@@ -238,7 +238,7 @@ def prepend_preprocessing(model: onnx.ModelProto, imgsz: tuple[int, int]) -> Non
     """Let the graph take uint8 pictures, (1, any height, any width, RGB), in place of its float input.
 
     The resize is bilinear with antialiasing, across and then down with whole grey levels in between, as Pillow does
-    it: they differ by one level in less than one sample of a hundred, where a half is rounded.
+    it: they differ by one level in about one sample of a hundred at most, where a half is rounded.
     """
     graph = model.graph
     images = next(value for value in graph.input if value.name == "images")

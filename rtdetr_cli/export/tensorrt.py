@@ -171,7 +171,6 @@ def build_engine(
             f"TensorRT {tensorrt.__version__} could not build the engine", hint="its own reason is printed above"
         )
     data = bytes(plan)
-    engine_path.write_bytes(data)
     if cache_path is not None:
         cache_path.write_bytes(bytes(timings.serialize()))
     runtime = tensorrt.Runtime(logger)
@@ -181,6 +180,7 @@ def build_engine(
     inspector = engine.create_engine_inspector()
     layers = count_types(inspector.get_engine_information(tensorrt.LayerInformationFormat.JSON))
     refuse_single(layers)
+    engine_path.write_bytes(data)
     return Built(str(tensorrt.__version__), layers, interface_of_engine(tensorrt, engine))
 
 
@@ -231,7 +231,7 @@ def count_types(information: str) -> dict[str, int]:
         ExportError: the text is not what either version writes.
     """
     try:
-        layers = json.loads(information)["Layers"]
+        layers = list(json.loads(information)["Layers"])
     except (ValueError, KeyError, TypeError) as error:
         raise ExportError("the engine does not say what its layers compute in") from error
     counts = {"half": 0, "float": 0, "other": 0}

@@ -346,15 +346,19 @@ def test_frozen_batch_is_seen_in_the_shapes(gate: Gate, edited: Edit) -> None:
     assert "fixed at 1" in verdict.contract.findings[0]
 
 
-def test_frozen_batch_inside(gate: Gate, loaded: Loaded, tmp_path: Path) -> None:
-    """Inputs that say they are open, before a graph that has its batch frozen in a Reshape: D-FINE and DEIM had it."""
-    model, header = loaded
-    path = export_model(model, header, tmp_path, ExportOptions(batch=2))[0].path
-    graph = onnx.load(path)
-    for value in (*graph.graph.input, *graph.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    onnx.save(graph, path)
-    verdict = caught(gate, open_backend(path, device="cpu"))
+def test_frozen_batch_inside(gate: Gate, edited: Edit) -> None:
+    """Inputs that say they are open, before a graph that holds its batch as a constant: D-FINE and DEIM had it."""
+
+    def freeze(model: onnx.ModelProto) -> None:
+        asked = [
+            n for n in model.graph.node if n.op_type == "Shape" and {"start", "end"} <= {a.name for a in n.attribute}
+        ]
+        assert asked
+        for node in asked:
+            held = numpy_helper.from_array(np.array([2], np.int64))
+            node.CopyFrom(helper.make_node("Constant", [], list(node.output), value=held))
+
+    verdict = caught(gate, open_backend(edited(freeze), device="cpu"))
     assert "contract" in verdict.failed_parts
     assert any("does not run" in finding for finding in verdict.contract.findings)
 
@@ -390,7 +394,22 @@ def test_stale_class_list(gate: Gate, edited: Edit) -> None:
     assert "leaf for tomato" in verdict.contract.findings[0]
 
 
-def test_gridsample_with_the_other_corners(gate: Gate, loaded: Loaded, tmp_path: Path) -> None:
+def test_gridsample_with_the_other_corners(
+    gate: Gate, loaded: Loaded, exported: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The convention alone, in torch; the slow test below plants it in a graph."""
+    grid_sample = torch.nn.functional.grid_sample
+    gate.answers()
+
+    def other(*args: object, align_corners: bool) -> Tensor:
+        return grid_sample(*args, align_corners=not align_corners)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("rtdetr_cli.model.attention.functional.grid_sample", other)
+    assert "agreement" in caught(gate, TorchBackend(*loaded, device="cpu"), dynamic=None).failed_parts
+
+
+@pytest.mark.slow
+def test_gridsample_with_the_other_corners_in_a_graph(gate: Gate, loaded: Loaded, tmp_path: Path) -> None:
     model, header = loaded
     path = export_model(model, header, tmp_path, ExportOptions(gridsample=True, dynamic=True))[0].path
     assert gate.judge(open_backend(path, device="cpu"), dynamic=True).passed

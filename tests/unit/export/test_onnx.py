@@ -1,0 +1,250 @@
+"""The graph: its contract, what it must not hold, and its metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from rtdetr_cli.data.pictures import read_picture, stretch
+from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.errors import ExportError, UsageError
+from rtdetr_cli.export import onnx as onnx_file
+from rtdetr_cli.export.gate import LIMITS, judge_agreement
+from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs
+from rtdetr_cli.export.run import Artefact, export_model
+from rtdetr_cli.infer.backend import open_backend
+from rtdetr_cli.infer.onnx_backend import OnnxBackend
+from rtdetr_cli.infer.torch_backend import TorchBackend
+from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.model.header import ModelHeader
+
+Loaded = tuple[RTDETR, ModelHeader]
+Edit = Callable[[Callable[[onnx.ModelProto], None]], Path]
+
+
+@pytest.mark.parametrize("name", ["onnx", "fp16"])
+def test_published_contract(exported: dict[str, Artefact], name: str) -> None:
+    interface = onnx_file.describe(exported[name].path)
+    assert [(t.name, t.dtype, t.shape) for t in interface.inputs] == [
+        ("images", "float32", (None, 3, 96, 128)),
+        ("orig_target_sizes", "int64", (None, 2)),
+    ]
+    assert [(t.name, t.dtype, t.shape) for t in interface.outputs] == [
+        ("labels", "int64", (None, 120)),  # 40 queries x 3 classes
+        ("boxes", "float32", (None, 120, 4)),
+        ("scores", "float32", (None, 120)),
+    ]
+
+
+@pytest.mark.parametrize("name", ["onnx", "fp16"])
+def test_made_for_deployment(exported: dict[str, Artefact], loaded: Loaded, name: str) -> None:
+    path = exported[name].path
+    model = onnx.load(path, load_external_data=False)
+    counts = onnx_file.operators(model)
+    assert not {"NonZero", "If", "Loop", "GridSample", "BatchNormalization"} & set(counts)
+    norms = sum(isinstance(m, torch.nn.LayerNorm) for m in loaded[0].modules())
+    assert counts["LayerNormalization"] == norms
+    assert {o.domain: o.version for o in model.opset_import} == {"": 18}
+    assert all(onnx_file.finite(t) for t in onnx_file.tensors(model))
+    assert not list(path.parent.glob("*.data"))
+    # Re-parameterised: no convolution without its bias, none twice.
+    assert all(len(n.input) == 3 for n in model.graph.node if n.op_type == "Conv")
+    assert "/" not in "".join(p.value for n in model.graph.node for p in n.metadata_props)  # no paths of this machine
+
+
+def test_truly_dynamic(exported: dict[str, Artefact]) -> None:
+    session = onnxruntime.InferenceSession(exported["onnx"].path, providers=["CPUExecutionProvider"])
+    for batch in (1, 3, 7):
+        images = np.random.default_rng(0).random((batch, 3, 96, 128), np.float32)
+        shapes = [
+            o.shape for o in session.run(None, {"images": images, "orig_target_sizes": np.ones((batch, 2), np.int64)})
+        ]
+        assert shapes == [(batch, 120), (batch, 120, 4), (batch, 120)]
+
+
+def test_metadata(exported: dict[str, Artefact], loaded: Loaded, shapes_model: Path) -> None:
+    _, source = loaded
+    for name, precision in (("onnx", "fp32"), ("fp16", "fp16"), ("openvino", "fp16")):
+        header = open_backend(exported[name].path, device="cpu").header
+        assert header.names == source.names
+        assert header.category_ids == source.category_ids == (3, 7, 20)
+        assert header.thresholds == source.thresholds
+        assert header.preprocessing == source.preprocessing
+        assert (header.sampling, header.layers, header.queries, header.imgsz) == ("bilinear", 2, 40, (96, 128))
+        assert header.extra["source_identity"] == source.identity != ""
+        assert header.extra["precision"] == precision
+        assert {"rtdetr-cli", "torch", "onnx"} <= set(header.extra["versions"])
+        assert header.extra["gate"]["passed"] is True
+        assert header.extra["gate"]["matched"] == 1
+    islands = open_backend(exported["fp16"].path, device="cpu").header.extra["islands"]
+    assert all(i["name"] and i["why"] for i in islands)
+    assert len(islands) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (ExportOptions(opset=16), "LayerNormalization"),
+        (ExportOptions(opset=21), "not supported"),
+        (ExportOptions(batch=0), "less than one"),
+        (ExportOptions(formats=("tflite",)), "no export format"),
+        (ExportOptions(preprocess=True, opset=17), "cannot antialias"),
+        (ExportOptions(preprocess=True, raw=True), "exclude"),
+        (ExportOptions(preprocess=True, dynamic=True), "one picture at a time"),
+        (ExportOptions(preprocess=True, formats=("fp16", "trt-fp16")), "does not antialias"),
+    ],
+)
+def test_clashes_are_refused_first(options: ExportOptions, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        options.check()
+
+
+def graph_with(*nodes: onnx.NodeProto, constants: tuple[onnx.TensorProto, ...] = ()) -> onnx.ModelProto:
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    return helper.make_model(helper.make_graph(list(nodes), "g", [value], [out], list(constants)))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (graph_with(helper.make_node("NonZero", ["x"], ["y"])), "1 NonZero"),
+        (graph_with(helper.make_node("GridSample", ["x", "x"], ["y"])), "GridSample"),
+        (graph_with(helper.make_node("ReduceMean", ["x"], ["y"])), "0 LayerNormalization where the network has 1"),
+        (graph_with(helper.make_node("Gelu", ["x"], ["y"], domain="com.example")), "operators of com.example"),
+        (
+            graph_with(
+                helper.make_node("Add", ["x", "c"], ["y"]),
+                constants=(numpy_helper.from_array(np.array([np.inf], np.float32), "c"),),
+            ),
+            "not finite",
+        ),
+        (
+            graph_with(
+                helper.make_node("Add", ["x", "c"], ["y"]),
+                constants=(numpy_helper.from_array(np.array([np.nan], np.float16), "c"),),
+            ),
+            "not finite",
+        ),
+    ],
+)
+def test_audit(model: onnx.ModelProto, said: str) -> None:
+    with pytest.raises(ExportError, match=said):
+        onnx_file.audit(model, norms=1)
+
+
+def test_invalid_graph_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="not valid"):
+        onnx_file.save(graph_with(helper.make_node("Nonsense", ["x"], ["y"])), tmp_path / "x.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sampling", ["bilinear", "discrete"])
+def test_gather_is_grid_sample(loaded: Loaded, sampling: str) -> None:
+    """What is exported computes what is trained, to 1e-5; discrete sampling is a gather either way."""
+    model, header = loaded
+    images, sizes = example_inputs(ExportOptions(), header.imgsz, batch=2)
+    one, two = deployable(model), deployable(model, gridsample=True)
+    for copy in (one, two):
+        copy.set_sampling(sampling)  # type: ignore[arg-type]
+    with torch.no_grad():
+        ours, theirs = DeployGraph(one, raw=True)(images, sizes), DeployGraph(two, raw=True)(images, sizes)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_model_is_left_alone(loaded: Loaded) -> None:
+    model, _ = loaded
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    copy = deployable(model)
+    assert copy is not model
+    assert not model.deployed
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.decoder.decoder.layers[0].cross_attn.operator == "grid_sample"  # type: ignore[union-attr]
+
+
+def test_norms_are_counted_where_they_run(loaded: Loaded) -> None:
+    """A decoder that is left early uses fewer norms than it has."""
+    model, header = loaded
+    inputs = example_inputs(ExportOptions(), header.imgsz, batch=1)
+    early = deployable(model)
+    early.set_inference(layers=1)
+    assert count_norms(DeployGraph(deployable(model)), inputs) - count_norms(DeployGraph(early), inputs) == 3
+
+
+@pytest.mark.parametrize(("height", "width"), [(192, 256), (77, 301), (40, 33), (96, 128)])
+@pytest.mark.parametrize("kind", ["noise", "smooth"])
+def test_resize_in_the_graph_is_ours(edited: Edit, height: int, width: int, kind: str) -> None:
+    """One grey level at most, and that in few samples: where a half is rounded, which small ratios make often."""
+
+    def only_resize(model: onnx.ModelProto) -> None:
+        for value in model.graph.input:
+            value.type.tensor_type.shape.dim[0].dim_value = 1
+        onnx_file.prepend_preprocessing(model, (96, 128))
+        model.graph.output.append(helper.make_tensor_value_info("images_float", TensorProto.FLOAT, None))
+
+    rng = np.random.default_rng(3)
+    picture = rng.integers(0, 256, (height, width, 3), np.uint8)
+    if kind == "smooth":
+        picture = stretch(rng.integers(0, 256, (5, 4, 3), np.uint8), (height, width))
+    session = onnxruntime.InferenceSession(edited(only_resize), providers=["CPUExecutionProvider"])
+    feeds = {"images": picture[None], "orig_target_sizes": np.array([[width, height]])}
+    found = session.run(["images_float"], feeds)[0][0].transpose(1, 2, 0) * 255
+    expected = stretch(picture, (96, 128)).astype(np.float64)
+    assert np.abs(found - expected).max() < 1.01
+    assert (np.abs(found - expected) > 0.01).mean() < 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ExportOptions(formats=("onnx", "fp16"), opset=17, batch=3),
+        ExportOptions(formats=("onnx", "fp16"), raw=True, dynamic=True),
+        ExportOptions(formats=("onnx", "fp16", "openvino"), preprocess=True),
+        ExportOptions(formats=("onnx", "openvino"), gridsample=True),
+        ExportOptions(formats=("onnx",), imgsz=(128, 96), dynamic=True),
+    ],
+    ids=["opset17-batch3", "raw", "preprocess", "gridsample", "imgsz"],
+)
+def test_variants_pass_the_gate(loaded: Loaded, dataset: Dataset, tmp_path: Path, options: ExportOptions) -> None:
+    model, header = loaded
+    for artefact in export_model(model, header, tmp_path, options, pictures=dataset, device="cpu"):
+        assert artefact.verdict is not None
+        assert artefact.verdict.passed, artefact.verdict.summary
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounding", ["published", "nearest"])
+def test_discrete_export(loaded: Loaded, shapes_model: Path, dataset: Dataset, tmp_path: Path, rounding: str) -> None:
+    """No GridSample, fewer operators than bilinear, and the choice travels in the file."""
+    from rtdetr_cli.model.weights import load_model
+
+    model, header = load_model(shapes_model, sampling="discrete")
+    model.set_sampling("discrete", rounding)  # type: ignore[arg-type]
+    made = export_model(model, replace(header, rounding=rounding), tmp_path, pictures=dataset, device="cpu")[0]
+    assert made.passed, made.verdict and made.verdict.summary
+    assert "GridSample" not in made.operators
+    found = OnnxBackend(made.path).header
+    assert (found.sampling, found.rounding) == ("discrete", rounding)
+
+
+def test_any_size_goes_in(edited: Edit, loaded: Loaded, dataset: Dataset) -> None:
+    """`--preprocess-in-graph`: uint8 pictures as they are, boxes in their pixels."""
+    backend = OnnxBackend(edited(lambda model: onnx_file.prepend_preprocessing(model, (96, 128))))
+    reference = TorchBackend(*loaded, device="cpu")
+    for index in range(4):
+        picture = read_picture(dataset.path(index))
+        size = np.array([[picture.shape[1], picture.shape[0]]])
+        found = backend.run(picture[None], size)
+        expected = reference.run(stretch(picture, (96, 128))[None], size)
+        assert judge_agreement(expected, found, LIMITS["resized"]).passed
