@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +26,15 @@ class OwnData:
 def own_data(model: Path, header: ModelHeader | None = None) -> OwnData | None:
     """Return the dataset of the run that a model file lies in (also in its `export/`), or that its header names.
 
-    A relative path is looked for from here, and from where the run was started.
+    A relative path is looked for from here, and from the folders above the run.
     """
     for folder in (model.parent, model.parent.parent):
         settings = _settings(folder)
         if settings.get("data"):
-            started = _started_in(folder)
             images = settings.get("images")
             return OwnData(
-                _found(Path(settings["data"]), started),
-                _found(Path(images), started) if images else None,
+                _found(Path(settings["data"]), folder),
+                _found(Path(images), folder) if images else None,
                 float(settings.get("val_fraction", 0.2)),
                 int(settings.get("seed", 0)),
             )
@@ -54,16 +52,11 @@ def _settings(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _started_in(folder: Path) -> Path | None:
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return Path(str(manifest["cwd"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _found(path: Path, started: Path | None) -> Path:
-    return started / path if started and not path.is_absolute() and not path.exists() else path
+def _found(path: Path, run: Path) -> Path:
+    """Return a path of a run's settings: as it is, or seen from where the run was started, usually above `runs/`."""
+    if path.is_absolute() or path.exists():
+        return path
+    return next((parent / path for parent in run.resolve().parents if (parent / path).exists()), path)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

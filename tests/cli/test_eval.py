@@ -239,6 +239,22 @@ def test_an_onnx_file_is_judged_without_torch(onnx_file: Path) -> None:
     assert document["pictures"] == 10
 
 
+def test_a_foreign_onnx_file_takes_the_datasets_classes_in_order(
+    rtdetr: Callable[..., Any], run_folder: Path, onnx_file: Path, tmp_path: Path
+) -> None:
+    import onnx
+
+    model = onnx.load(onnx_file)
+    del model.metadata_props[:]
+    foreign = tmp_path / "foreign.onnx"
+    onnx.save(model, foreign)
+    data = run_folder.parent.parent / "shapes"
+    ran = rtdetr("eval", foreign, "--data", data, "--json")
+    assert ran.code == 0, ran.err
+    assert "carries no class names" in ran.err
+    assert ran.json["metrics"] == rtdetr("eval", onnx_file, "--data", data, "--json").json["metrics"]
+
+
 def test_other_classes_are_named(rtdetr: Callable[..., Any], run_folder: Path, tmp_path: Path) -> None:
     best = run_folder / "best.safetensors"
     other = tmp_path / "other.safetensors"
@@ -311,3 +327,29 @@ def test_thresholds_of_another_number_of_classes_are_not_taken(run_folder: Path)
         assert exported_header(best.with_suffix(".none")) is None
     finally:
         rewrite_header(best, before)
+
+
+@pytest.mark.slow
+def test_from_the_onnx_file_the_stored_thresholds_give_the_same_figures(
+    rtdetr: Callable[..., Any], tmp_path: Path
+) -> None:
+    """With a model that has learnt something: random scores are all ties, and prove nothing."""
+    from rtdetr_cli.data.generate import generate_dataset
+
+    data = tmp_path / "shapes"
+    generate_dataset(data, train=100, val=30, imgsz=96, seed=0)
+    given = ("--preset", "tiny", "--weights", "none", "--imgsz", 96, "--epochs", 8, "--workers", 0)
+    ran = rtdetr("train", "--data", data, *given, "--precision", "fp32", "--out", tmp_path / "runs", "--name", "r")
+    assert ran.code == 0, ran.err
+    run = tmp_path / "runs" / "r"
+    ran = rtdetr("eval", run, "--calibrate", "f1", "--json")
+    assert ran.code == 0, ran.err
+    stored = ran.json["calibration"]
+    assert stored["at_thresholds"]["f1"] > 0.02
+    assert rtdetr("export", run, "--no-gate", "--out", tmp_path / "out").code == 0
+    (onnx_file,) = (tmp_path / "out").glob("*.onnx")
+    at = rtdetr("eval", onnx_file, "--data", data, "--json").json["at_thresholds"]
+    assert at["overall"] == stored["at_thresholds"]
+    for ours, its in zip(stored["per_class"], at["per_class"], strict=True):
+        assert its["precision"] == ours["precision"]
+        assert its["recall"] == ours["recall"]
