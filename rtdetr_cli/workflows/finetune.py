@@ -243,7 +243,7 @@ def finetune(
     with prepared.loader:
         folder = make_folder(prepared, argv)
         yield begin_report(prepared, place, folder, None)
-        yield from run(prepared, place, folder, stop or StopFlag(), began)
+        yield from run(prepared, place, folder, stop if stop is not None else StopFlag(), began)
     team.leave()
 
 
@@ -321,7 +321,7 @@ def resume(
         folder.log(f"resumed at epoch {place.epoch + 1}, step {place.step}")
     with prepared.loader:
         yield begin_report(prepared, place, folder, (place.epoch, place.step))
-        yield from run(prepared, place, folder, stop or StopFlag(), began)
+        yield from run(prepared, place, folder, stop if stop is not None else StopFlag(), began)
     team.leave()
 
 
