@@ -173,15 +173,19 @@ def _row(artefact: Artefact) -> tuple[object, ...]:
 
     size = size_of(artefact.path) / 1e6
     if artefact.verdict is None:
-        return (str(artefact.path), artefact.precision, round(size, 1), None, None, None, None, "not run")
+        return (str(artefact.path), artefact.precision, f"{size:.1f}", None, None, None, None, "not run")
     agreement, ap = artefact.verdict.agreement.figures, artefact.verdict.ap.figures
     return (
         str(artefact.path),
         artefact.precision,
-        round(size, 1),
+        f"{size:.1f}",
         agreement.get("matched"),
-        agreement.get("score_error"),
+        _small(agreement.get("score_error")),
         ap.get("ap_model"),
         ap.get("ap_export"),
         "passed" if artefact.passed else "FAILED " + ", ".join(artefact.verdict.failed_parts),
     )
+
+
+def _small(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1e}"

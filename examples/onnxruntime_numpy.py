@@ -1,0 +1,48 @@
+"""Run an exported detector with numpy and onnxruntime alone; Pillow only reads the picture.
+
+    python examples/onnxruntime_numpy.py runs/tiny-demo-01/export/best.onnx picture.jpg
+
+Class names, thresholds and the input size come from the file itself. Prints what `rtdetr predict` finds.
+"""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+
+def load(path):
+    """Open the graph and the header that it carries."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    header = json.loads(session.get_modelmeta().custom_metadata_map["rtdetr"])
+    stored = header["thresholds"]
+    floors = stored["per_class"] if stored else [0.5] * len(header["names"])
+    return session, header, np.array(floors, np.float32)
+
+
+def detect(session, header, floors, path):
+    """Return (name, category id, score, x1, y1, x2, y2) of each object, best first, in pixels of the picture."""
+    picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    width, height = picture.size
+    if session.get_inputs()[0].type == "tensor(uint8)":  # exported with --preprocess-in-graph
+        images = np.asarray(picture)[None]
+    else:
+        size = (header["imgsz"][1], header["imgsz"][0])
+        stretched = np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
+        images = np.ascontiguousarray(stretched.transpose(2, 0, 1)[None], dtype=np.float32) / 255
+    batch = session.get_inputs()[0].shape[0]
+    copies = batch if isinstance(batch, int) else 1  # a fixed batch wants to be full
+    feeds = {"images": np.repeat(images, copies, 0), "orig_target_sizes": np.array([[width, height]] * copies)}
+    labels, boxes, scores = (out[0] for out in session.run(["labels", "boxes", "scores"], feeds))
+    keep = scores >= floors[labels]
+    boxes = boxes[keep].clip(0, [width, height, width, height])
+    for label, score, box in list(zip(labels[keep], scores[keep], boxes, strict=True))[:100]:
+        yield (header["names"][label], header["category_ids"][label], float(score), *map(float, box))
+
+
+if __name__ == "__main__":
+    model = load(sys.argv[1])
+    for name, category, score, *box in detect(*model, sys.argv[2]):
+        print(f"{name} ({category}) {score:.3f} [{', '.join(f'{v:.1f}' for v in box)}]")

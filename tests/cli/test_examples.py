@@ -1,0 +1,166 @@
+"""The programs under examples/ that run an export without us: short, alone, and right."""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import onnx
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+def imported(path: Path) -> set[str]:
+    """Return the packages that a program imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).partition(".")[0])
+    return found - set(sys.stdlib_module_names)
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "packages"),
+    [
+        ("onnxruntime_numpy", {"numpy", "onnxruntime", "PIL"}),
+        ("tensorrt_only", {"numpy", "tensorrt", "PIL"}),
+    ],
+)
+def test_alone_and_short(name: str, packages: set[str]) -> None:
+    path = EXAMPLES / f"{name}.py"
+    assert imported(path) == packages
+    assert len(path.read_text().splitlines()) < 60
+
+
+def predicted(rtdetr: Callable[..., Any], model: Path, picture: Path) -> list[dict[str, Any]]:
+    ran = rtdetr("predict", picture, "--weights", model, "--no-save", "--json", "--device", "cpu")
+    assert ran.code == 0, ran.err
+    detections: list[dict[str, Any]] = ran.json["detections"]
+    return detections
+
+
+def test_onnxruntime_example(rtdetr: Callable[..., Any], shapes_onnx: Path, shapes_data: Path) -> None:
+    """What it prints, run as a program: names, ids, scores and boxes of `rtdetr predict`."""
+    picture = shapes_data.parent / "shapes_02.png"
+    ran = subprocess.run(
+        [sys.executable, EXAMPLES / "onnxruntime_numpy.py", shapes_onnx, picture],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [re.fullmatch(r"(\w+) \((\d+)\) (\S+) \[(.*)\]", line) for line in ran.stdout.splitlines()]
+    expected = predicted(rtdetr, shapes_onnx, picture)
+    assert len(lines) == len(expected) > 0
+    for line, detection in zip(lines, expected, strict=True):
+        assert line is not None
+        assert (line[1], int(line[2])) == (detection["label"], detection["category_id"])
+        assert float(line[3]) == pytest.approx(detection["score"], abs=1e-3)
+        assert [float(v) for v in line[4].split(",")] == pytest.approx(detection["box_xyxy"], abs=0.06)
+
+
+@pytest.mark.parametrize("change", ["fixed batch", "no thresholds", "preprocessing inside"])
+def test_onnxruntime_example_on_variants(
+    change: str, rtdetr: Callable[..., Any], shapes_onnx: Path, shapes_data: Path, tmp_path: Path
+) -> None:
+    from rtdetr_cli.export.onnx import embed, prepend_preprocessing
+    from rtdetr_cli.model.header import ModelHeader
+
+    model = onnx.load(shapes_onnx)
+    header = json.loads(next(p.value for p in model.metadata_props if p.key == "rtdetr"))
+    if change == "fixed batch":
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_value = 2
+    elif change == "no thresholds":
+        embed(model, ModelHeader.from_json(json.dumps({**header, "thresholds": None})))
+    else:
+        prepend_preprocessing(model, tuple(header["imgsz"]))
+    path = tmp_path / "variant.onnx"
+    onnx.save(model, path)
+    example = load("onnxruntime_numpy")
+    for picture in sorted(shapes_data.parent.glob("*.png"))[:3]:
+        found = list(example.detect(*example.load(path), picture))
+        # The same file in both: with preprocessing inside, one of them resizes before and one in the graph.
+        expected = predicted(rtdetr, path, picture)
+        loose = change == "preprocessing inside"
+        assert [f[0] for f in found] == [e["label"] for e in expected]
+        for row, detection in zip(found, expected, strict=True):
+            assert row[2] == pytest.approx(detection["score"], abs=0.03 if loose else 1e-4)
+            assert list(row[3:]) == pytest.approx(detection["box_xyxy"], abs=2 if loose else 0.02)
+
+
+@pytest.mark.parametrize("version", ["10.16.1", "11.4.0"])
+def test_tensorrt_example(
+    version: str,
+    rtdetr: Callable[..., Any],
+    shapes_onnx: Path,
+    shapes_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against the strict stand-in, with a libcudart that only knows malloc, memcpy and free; not on a real GPU."""
+    spec = importlib.util.spec_from_file_location("standin", ROOT / "tests/golden/tensorrt_standin.py")
+    assert spec is not None
+    assert spec.loader is not None
+    standin = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(standin)
+    module = standin.make(version)
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+
+    class Cudart:
+        held: ClassVar[dict[int, Any]] = {}
+
+        def cudaMalloc(self, pointer: Any, size: ctypes.c_size_t) -> int:
+            memory = ctypes.create_string_buffer(size.value)
+            pointer._obj.value = ctypes.addressof(memory)
+            self.held[ctypes.addressof(memory)] = memory
+            return 0
+
+        def cudaMemcpy(self, target: ctypes.c_void_p, source: ctypes.c_void_p, size: ctypes.c_size_t, _: int) -> int:
+            ctypes.memmove(target, source, size.value)
+            return 0
+
+        def cudaFree(self, pointer: ctypes.c_void_p) -> int:
+            del self.held[pointer.value or 0]
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Cudart())
+    from rtdetr_cli.export.onnx import describe
+    from rtdetr_cli.export.tensorrt import build_engine
+
+    example = load("tensorrt_only")
+    header = json.loads(next(p.value for p in onnx.load(shapes_onnx).metadata_props if p.key == "rtdetr"))
+    monkeypatch.setattr("rtdetr_cli.export.tensorrt.refuse_single", lambda layers: None)  # a float32 graph will do here
+    built = tmp_path / "shapes.engine"
+    build_engine(shapes_onnx, built, interface=describe(shapes_onnx), operators={}, most=2)
+    engine = module.Runtime(module.Logger()).deserialize_cuda_engine(built.read_bytes())
+    picture = shapes_data.parent / "shapes_02.png"
+    found = list(example.detect(engine, header, picture))
+    expected = predicted(rtdetr, shapes_onnx, picture)
+    assert len(found) == len(expected) > 0
+    for row, detection in zip(found, expected, strict=True):
+        assert row[:2] == (detection["label"], detection["category_id"])
+        assert row[2] == pytest.approx(detection["score"], abs=1e-4)
+        assert list(row[3:]) == pytest.approx(detection["box_xyxy"], abs=0.02)
+    assert Cudart.held == {}

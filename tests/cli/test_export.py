@@ -1,0 +1,178 @@
+"""`rtdetr export` as a user meets it: words, files, JSON and exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from rtdetr_cli.export import gate
+from rtdetr_cli.export import onnx as onnx_file
+
+Rtdetr = Callable[..., Any]
+
+
+@pytest.fixture
+def model(shapes_model: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "best.safetensors"
+    shutil.copy(shapes_model, path)
+    return path
+
+
+@pytest.fixture
+def traced(shapes_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the tracing of the float32 graph, which takes seconds: it has been done for other tests."""
+
+    def loaded(*args: object, **facts: object) -> onnx.ModelProto:
+        found = onnx.load(shapes_onnx)
+        found.ClearField("metadata_props")
+        return found
+
+    monkeypatch.setattr(onnx_file, "trace", loaded)
+
+
+@pytest.mark.usefixtures("traced")
+def test_export_and_report(rtdetr: Rtdetr, model: Path, shapes_data: Path) -> None:
+    ran = rtdetr("export", model, "--dynamic", "--verify", shapes_data, "--device", "cpu", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["schema_version"] == 1
+    (artefact,) = ran.json["artefacts"]
+    assert Path(artefact["path"]) == model.parent / "export/best.onnx"
+    assert (artefact["format"], artefact["precision"]) == ("onnx", "fp32")
+    assert artefact["gate"]["passed"] is True
+    assert artefact["gate"]["matched"] == 1
+    assert artefact["gate"]["ap_model"] == pytest.approx(artefact["gate"]["ap_export"], abs=0.002)
+    told = json.loads((model.parent / "export/parity.json").read_text())
+    assert told["artefacts"][0]["gate"]["matched"] == 1
+    shown = rtdetr("export", model, "--onnx", "--dynamic", "--verify", shapes_data, "--device", "cpu")
+    assert shown.code == 0
+    assert "passed" in shown.out
+    assert "gate" in shown.err
+
+
+@pytest.mark.usefixtures("traced")
+def test_folder_of_pictures(rtdetr: Rtdetr, model: Path, shapes_data: Path, tmp_path: Path) -> None:
+    """No labels: the contract and the agreement are judged, and no AP is made up."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for path in sorted(shapes_data.parent.glob("*.png"))[:5]:
+        shutil.copy(path, pictures)
+    out = tmp_path / "deployed"
+    ran = rtdetr("export", model, "--dynamic", "--verify", pictures, "--out", out, "--device", "cpu", "--json")
+    assert ran.code == 0, ran.err
+    verdict = ran.json["artefacts"][0]["gate"]
+    assert verdict["pictures"] == 5
+    assert verdict["ap_model"] is None
+    assert (out / "best.onnx").is_file()
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("as_json", [False, True])
+def test_gate_that_fails(
+    rtdetr: Rtdetr, model: Path, shapes_data: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    """Exit 6, the file kept under a name that says so, and the figures in all places."""
+    monkeypatch.setitem(gate.LIMITS, "fp32", replace(gate.LIMITS["fp32"], matched=1.5))
+    words = ["export", model, "--dynamic", "--verify", shapes_data, "--device", "cpu", *(["--json"] if as_json else [])]
+    ran = rtdetr(*words)
+    assert ran.code == 6
+    folder = model.parent / "export"
+    assert sorted(p.name for p in folder.iterdir()) == ["best.failed.onnx", "parity.json"]
+    assert "does not detect what the model detects" in ran.err
+    if as_json:
+        assert ran.json["artefacts"][0]["gate"]["passed"] is False
+    from rtdetr_cli.infer.backend import open_backend
+
+    assert open_backend(folder / "best.failed.onnx").header.extra["gate"]["passed"] is False
+
+
+@pytest.mark.usefixtures("traced")
+def test_without_the_gate(rtdetr: Rtdetr, model: Path) -> None:
+    ran = rtdetr("export", model, "--dynamic", "--no-gate")
+    assert ran.code == 0, ran.err
+    assert "nobody has looked" in ran.err
+    assert "not run" in ran.out
+    shown = rtdetr("info", model.parent / "export/best.onnx")
+    assert shown.code == 0, shown.err
+
+
+def test_no_pictures(rtdetr: Rtdetr, model: Path) -> None:
+    """Exit 2, naming both ways out, before anything is made."""
+    ran = rtdetr("export", model)
+    assert ran.code == 2
+    assert "--verify" in ran.err
+    assert "--no-gate" in ran.err
+    assert not (model.parent / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--opset", "16"], 2, "LayerNormalization"),
+        (["--opset", "16", "--half"], 2, "LayerNormalization"),  # the name of another tool
+        (["--imgsz", "100"], 2, "multiple of 32"),
+        (["--batch", "0"], 2, "--batch"),
+        (["--layers", "9", "--no-gate"], 2, "decoder layers"),
+        (["--queries", "99", "--no-gate"], 2, "queries"),
+        (["--raw", "--preprocess-in-graph"], 2, "exclude"),
+        (["--preprocess-in-graph", "--dynamic"], 2, "one picture at a time"),
+        (["--preprocess-in-graph", "--trt-fp16"], 2, "antialias"),
+        (["--verify", "x", "--no-gate"], 2, "exclude"),
+        (["--tol-ap", "20"], 2, "fraction"),
+        (["--verify", "nowhere"], 3, "nowhere"),
+        (["--sampling", "nearest", "--no-gate"], 2, "sampling"),
+        (["--frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_refusals(rtdetr: Rtdetr, model: Path, words: list[str], code: int, said: str) -> None:
+    ran = rtdetr("export", model, *words)
+    assert ran.code == code, ran.err
+    assert said in ran.err
+    assert "Traceback" not in ran.err
+    assert not (model.parent / "export").exists()
+
+
+def test_refuses_what_is_no_weights(rtdetr: Rtdetr, shapes_onnx: Path, tmp_path: Path) -> None:
+    assert rtdetr("export", shapes_onnx).code == 2
+    assert rtdetr("export", tmp_path / "missing.safetensors").code == 4
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(b"\x00" * 100)
+    assert rtdetr("export", cut, "--no-gate").code == 4
+
+
+def test_folder_that_cannot_be_written(rtdetr: Rtdetr, model: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    assert rtdetr("export", model, "--no-gate", "--out", taken).code == 2
+    ran = rtdetr("export", model, "--no-gate", "--out", taken / "below")
+    assert ran.code == 1
+    assert "cannot be written" in ran.err
+
+
+@pytest.mark.slow
+def test_everything_at_once(rtdetr: Rtdetr, model: Path, shapes_data: Path) -> None:
+    """All formats that this machine has, and exit 7 with the command for the one that it has not."""
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    ran = rtdetr("export", model, "--onnx", "--fp16", "--openvino", "--dynamic", "--verify", shapes_data, "--json")
+    assert ran.code == 0, ran.err
+    assert [a["precision"] for a in ran.json["artefacts"]] == ["fp32", "fp16", "fp16"]
+    ran = rtdetr("export", model, "--trt-fp16", "--verify", shapes_data)
+    if ran.code != 0:
+        assert ran.code == 7
+        assert "trtexec --onnx=" in ran.err
+        assert (model.parent / "export/best-fp16.onnx").is_file()
+
+
+@pytest.mark.slow
+def test_fewer_layers_and_queries(rtdetr: Rtdetr, model: Path, shapes_data: Path) -> None:
+    """An export that uses less of the model is held against the model that uses as little."""
+    ran = rtdetr("export", model, "--layers", 1, "--queries", 25, "--verify", shapes_data, "--json")
+    assert ran.code == 0, ran.err
+    interface = onnx_file.describe(model.parent / "export/best.onnx")
+    assert interface.outputs[0].shape == (1, 75)
