@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -233,7 +234,7 @@ class WeightsAndBiases:
         arguments: dict[str, Any] = {
             "project": os.environ.get("WANDB_PROJECT", PROJECT),
             "name": folder.name,
-            "id": identity or wandb.util.generate_id(),
+            "id": identity or secrets.token_hex(4),
             "dir": str(place),
             "config": dict(settings),
             "resume": "allow",
