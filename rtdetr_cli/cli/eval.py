@@ -123,6 +123,10 @@ def evaluate_command(
         what = f"{path} ({facts['kind']}, {facts['imgsz'][0]}x{facts['imgsz'][1]})"
     for note in evaluation.notes:
         terminal.warn(note)
+    if evaluator == "pycocotools":
+        from rtdetr_cli.evaluate.coco import FALLBACK_LACKS
+
+        terminal.say(FALLBACK_LACKS)
     for name, reason in evaluation.unreadable[:5]:
         terminal.warn(f"{name}: {reason}")
 
@@ -213,6 +217,10 @@ def _calibrate(path: Path, evaluation: Evaluation, target: str, facts: dict[str,
     from rtdetr_cli.evaluate.thresholds import calibrate
 
     found = calibrate(evaluation.dataset, evaluation.table, evaluation.matches, target)
+    if facts["dial"]:
+        terminal.warn(
+            f"the thresholds are for the model with {' '.join(facts['dial'])}: export and predict with the same"
+        )
     labels = map_classes(facts["names"], evaluation.dataset).labels
     header = store_thresholds(path, found.thresholds, labels)
     facts["stale_exports"] = [str(p) for p in stale_exports(path, header)]
@@ -247,7 +255,7 @@ def _document(
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     document = evaluation.to_json()
-    document["model"] = {k: v for k, v in facts.items() if k not in ("names", "stale_exports")}
+    document["model"] = {k: v for k, v in facts.items() if k not in ("names", "stale_exports", "dial")}
     document["errors"] = analysis.to_json()
     if interval is not None:
         document["interval"] = interval.to_json()

@@ -73,8 +73,13 @@ def run_model(
         "queries": options["queries"] or header.queries,
         "sampling": header.sampling,
         "names": list(header.names),
+        "dial": [f"--{name} {_shown(options[name])}" for name in ("layers", "queries", "imgsz") if options[name]],
     }
     return chosen, evaluation, facts
+
+
+def _shown(value: Any) -> str:
+    return f"{value[0]}x{value[1]}" if isinstance(value, tuple) else str(value)
 
 
 def batch_for(kind: str, device: str) -> int:

@@ -97,8 +97,8 @@ class Row:
     def setting(self) -> str:
         """The position of the dial in words."""
         parts = [f"{self.imgsz[0]}" if self.imgsz[0] == self.imgsz[1] else f"{self.imgsz[0]}x{self.imgsz[1]}"]
-        parts += [f"{self.layers} layers"] if self.layers else []
-        parts += [f"{self.queries} queries"] if self.queries else []
+        parts += [f"{self.layers} layer{'s' * (self.layers > 1)}"] if self.layers else []
+        parts += [f"{self.queries} quer{'ies' if self.queries > 1 else 'y'}"] if self.queries else []
         return ", ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
@@ -642,15 +642,20 @@ def draw_plot(path: Path, rows: Sequence[Row]) -> None:
         color="0.35",
         linewidth=1,
         linestyle="--",
+        drawstyle="steps-post",
         label="nothing is both quicker and better",
         zorder=2,
     )
+    slowest = max(r.times["total"].median for r in known)
+    quickest = min(r.times["total"].median for r in known)
     for row in _apart(front, known):
+        at_edge = row.times["total"].median > quickest + 0.8 * (slowest - quickest)
         axes.annotate(
             row.setting,
             (row.times["total"].median, row.ap or 0.0),
-            xytext=(6, -11),
+            xytext=(-6 if at_edge else 6, -11),
             textcoords="offset points",
+            horizontalalignment="right" if at_edge else "left",
             fontsize=7.5,
             color="0.25",
         )
