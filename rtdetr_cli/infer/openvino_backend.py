@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,21 @@ class OpenvinoBackend(GraphBackend):
 
 
 def import_openvino() -> Any:
-    """Import the package, or say how to install it."""
-    return import_package("openvino", "OpenVINO")
+    """Import the package without its telemetry, or say how to install it.
+
+    Importing openvino reports that it was imported, over the network and unasked, unless openvino_telemetry cannot be
+    imported: it then takes its own stub. A program that has imported openvino itself has made its own choice.
+    """
+    if "openvino" in sys.modules:
+        return import_package("openvino", "OpenVINO")
+    telemetry = sys.modules.get("openvino_telemetry")
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        return import_package("openvino", "OpenVINO")
+    finally:
+        del sys.modules["openvino_telemetry"]
+        if telemetry is not None:
+            sys.modules["openvino_telemetry"] = telemetry
 
 
 def read_openvino_header(model: Any, path: Path) -> ModelHeader | None:

@@ -384,5 +384,15 @@ def test_broken_package_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "openvino.py").write_text("import a_package_that_is_not_there\n")
     monkeypatch.delitem(sys.modules, "openvino", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(EnvironmentProblem, match="installed but does not import: .*a_package_that_is_not_there"):
+    with pytest.raises(EnvironmentProblem, match=r"installed but does not import: .*a_package_that_is_not_there"):
         open_backend(write(tmp_path / "m.xml", b"x"))
+
+
+def test_openvino_is_imported_without_its_telemetry() -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    code = (
+        "import sys, threading; from rtdetr_cli.infer.openvino_backend import import_openvino; import_openvino();"
+        "print(sorted(m for m in sys.modules if m.startswith('openvino_telemetry')), threading.active_count())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[] 1"
