@@ -677,7 +677,7 @@ def _apart(front: Sequence[Row], known: Sequence[Row]) -> list[Row]:
     kept: list[Row] = []
     for row in reversed(front):  # the best first: that is where people look
         near = any(
-            abs(row.times["total"].median - other.times["total"].median) < 0.22 * width
+            abs(row.times["total"].median - other.times["total"].median) < 0.42 * width
             and abs((row.ap or 0.0) - (other.ap or 0.0)) < 0.045 * height
             for other in kept
         )
