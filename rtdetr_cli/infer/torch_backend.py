@@ -51,13 +51,14 @@ class TorchBackend:
         weight = next(self.model.parameters())
         images = torch.from_numpy(np.ascontiguousarray(pictures)).to(self.device)  # B H W 3
         images = images.permute(0, 3, 1, 2).to(weight.dtype).contiguous() / 255  # B 3 H W
-        was_training = self.model.training
+        training = [module for module in self.model.modules() if module.training]  # frozen parts are not among them
         self.model.eval()
         try:
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 main = self.model(images).main
         finally:
-            self.model.train(was_training)
+            for module in training:
+                module.training = True
         sizes = torch.from_numpy(np.asarray(sizes_wh, np.int64)).to(self.device)
         labels, boxes, scores = select_detections(main.logits.float(), main.boxes_cxcywh.float(), sizes)
         return [

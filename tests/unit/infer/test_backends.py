@@ -261,9 +261,12 @@ def test_torch_backend_gives_the_model_back_in_its_mode(
 
     model, header = load_model(shapes_model)
     model.train()
+    model.backbone.eval()  # as a frozen one is
     backend = TorchBackend(model, header, device="cpu")
     backend.run(pictures[0][:1], pictures[1][:1])
     assert model.training
+    assert model.decoder.training
+    assert not any(module.training for module in model.backbone.modules())
     model.eval()
     backend.run(pictures[0][:1], pictures[1][:1])
     assert not model.training
