@@ -46,7 +46,7 @@ def scan_value(text: str, position: int) -> tuple[Any, int]:
     try:
         return _scan(text, position)
     except StopIteration as stop:
-        raise JSONFault("a value is missing", stop.value) from None
+        raise JSONFault("the JSON ends, or breaks off, where a value should stand", stop.value) from None
     except json.JSONDecodeError as error:
         raise JSONFault(error.msg[:1].lower() + error.msg[1:], error.pos) from None
     except RecursionError:
@@ -69,11 +69,15 @@ def walk_list(text: str, position: int, visit: Callable[[Any], None], starts: ar
     position = _end(_BLANK(text, position + 1))
     if text[position : position + 1] == "]":
         return position + 1
+    follows = text.startswith
     while True:
         starts.append(position)
         value, position = scan_value(text, position)
         ends.append(position)
         visit(value)
+        if follows(", {", position):  # how Python writes it: a shortcut for the long lists of one-line files
+            position += 2
+            continue
         position = _end(_BLANK(text, position))
         mark = text[position : position + 1]
         if mark == ",":
@@ -115,6 +119,8 @@ def walk_object(text: str, lists: dict[str, tuple[Callable[[Any], None], array[i
             position = _end(_BLANK(text, position + 1))
             keys[key] = position
             if key in lists:
+                if text[position : position + 1] != "[":
+                    raise JSONFault(f"{key} must be a list", position)
                 position = walk_list(text, position, *lists[key])
             else:
                 _, position = scan_value(text, position)
@@ -280,8 +286,9 @@ def _categories(documents: dict[str, tuple[_Document, str]], findings: Findings)
     first: dict[int, str] = {}
     for document, text in documents.values():
         seen: set[int] = set()
+        lines = lines_of(text, document.category_starts)
         for position, entry in enumerate(document.categories):
-            line = line_of(text, document.category_starts[position])
+            line = int(lines[position])
             key = id_key(entry.get("id")) if isinstance(entry, dict) else None
             name = entry.get("name") if isinstance(entry, dict) else None
             if not isinstance(key, int) or not isinstance(name, str) or not sound_name(name):

@@ -120,13 +120,12 @@ class Plan:
 OFFICIAL_EMA_RAMP = 2000
 
 
-def make_plan(config: RunConfig, *, pictures: int, boxes: int | None = None) -> Plan:
+def make_plan(config: RunConfig, *, pictures: int) -> Plan:
     """Work out the schedule of a run.
 
     Args:
         config: the resolved settings and preset.
         pictures: training pictures.
-        boxes: boxes on them, for the warnings.
     """
     settings, preset = config.settings, config.preset
     official = settings.schedule == "official"
@@ -224,8 +223,6 @@ def make_plan(config: RunConfig, *, pictures: int, boxes: int | None = None) -> 
         warnings.append(f"the published rates belong to an effective batch of {preset.optim.batch}, not {effective}")
     if effective > pictures:
         warnings.append(f"the effective batch of {effective} is more than the {pictures} pictures: batches repeat them")
-    if boxes == 0:
-        warnings.append("no training picture has a box: nothing can be learned but silence")
 
     return Plan(
         schedule=settings.schedule,

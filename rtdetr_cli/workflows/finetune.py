@@ -565,7 +565,14 @@ def prepare(config: RunConfig, team: Team = SOLO, *, pretrained: bool = True) ->
 
     # ---- plan
     spec = resolve_freezing(config, warnings)
-    plan = make_plan(config, pictures=len(train_set), boxes=int(np.count_nonzero(~train_set.crowd)))
+    boxes = int(np.count_nonzero(~train_set.crowd))
+    if not boxes:
+        raise DataError(
+            f"no picture to train on has a box ({len(train_set)} pictures in {settings.data})",
+            hint=f"rtdetr validate {settings.data}",
+            code="split-no-objects",
+        )
+    plan = make_plan(config, pictures=len(train_set))
     warnings += plan.warnings
 
     # ---- model
