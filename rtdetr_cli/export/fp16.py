@@ -109,11 +109,25 @@ def half_program(
     Returns:
         A module with the same float32 inputs and outputs.
     """
+    return halve(traced_program(module, inputs, dynamic=dynamic), single)
+
+
+def traced_program(module: nn.Module, inputs: Sequence[Tensor], *, dynamic: bool = False) -> fx.GraphModule:
+    """Trace a module into a program of plain operators that remember which module they came from."""
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     shapes = tuple({0: batch} for _ in inputs) if dynamic else None
     with quiet(), torch.no_grad():
         program = torch.export.export(module, tuple(inputs), dynamic_shapes=shapes)
-        graph_module = program.module(check_guards=False)
+        return program.module(check_guards=False)
+
+
+def halve(graph_module: fx.GraphModule, single: Callable[[str, str], bool] = stays_single) -> fx.GraphModule:
+    """Rewrite a traced program with half-precision types, in place.
+
+    Args:
+        graph_module: made by `traced_program`.
+        single: tells from the module's path and the operator's name what stays float32.
+    """
     graph = graph_module.graph
     types: dict[fx.Node, torch.dtype] = {}
     casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
@@ -149,6 +163,9 @@ def half_program(
             continue
         sources = [n for n in node.all_input_nodes if n in types]
         op = operator_name(node)
+        if op == "_assert_tensor_metadata":  # holds a cast of the float32 program to the types it was traced with
+            graph.erase_node(node)
+            continue
         if op == "to" and sources and is_float(node):
             # A cast of the float32 program: the types are decided here, not there.
             types[node] = types[sources[0]]
@@ -160,7 +177,7 @@ def half_program(
             continue
         if single(module_path(node), op):
             wanted = torch.float32
-        elif op in HEAVY or all(types[n] == torch.float16 for n in sources):
+        elif op in HEAVY or all(types[n] == torch.float16 for n in activations(sources)):
             wanted = torch.float16
         else:
             wanted = torch.float32
@@ -173,6 +190,11 @@ def half_program(
     graph.lint()
     graph_module.recompile()
     return graph_module
+
+
+def activations(sources: list[fx.Node]) -> list[fx.Node]:
+    """Return the inputs that decide a type: weights and tables are cast to whatever they meet."""
+    return [n for n in sources if n.op != "get_attr"] or sources
 
 
 def is_float(node: fx.Node) -> bool:

@@ -441,12 +441,12 @@ class Gate:
         ours = self.answers()
         contract = self._contract(candidate, interface, dynamic, limits)
         try:
-            theirs = self._ask_originals(candidate) if any_size else self._ask(candidate)
+            theirs = self._ask_originals(candidate) if any_size else self.ask(candidate)
         except Exception as error:
             told = f"the export does not run: {error.message if isinstance(error, RtdetrError) else first_line(error)}"
             return Verdict(precision, limits, len(ours.found), contract, Part(False, (told,)), Part(None))
         agreement = judge_agreement(ours.found, theirs.found, limits)
-        half = None if twin is None else judge_agreement(ours.found, self._ask(twin).found, limits)
+        half = None if twin is None else judge_agreement(ours.found, self.ask(twin).found, limits)
         return Verdict(
             precision, limits, len(ours.found), contract, agreement, self._ap(ours, theirs, candidate, limits), half
         )
@@ -454,10 +454,11 @@ class Gate:
     def answers(self) -> Answers:
         """Return the model's own answers, computed once."""
         if self._answers is None:
-            self._answers = self._ask(self.reference)
+            self._answers = self.ask(self.reference)
         return self._answers
 
-    def _ask(self, backend: Backend) -> Answers:
+    def ask(self, backend: Backend) -> Answers:
+        """Return what a backend says about the pictures."""
         from rtdetr_cli.infer.pictures import prefetch
 
         found: list[Detections] = []
