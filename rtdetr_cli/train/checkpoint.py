@@ -155,6 +155,22 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
     )
 
 
+def load_good_checkpoint(folder: Path) -> dict[str, Any]:
+    """Read the newest checkpoint whose last step was taken; where there is none, simply the newest.
+
+    A run that skips step after step may have come to the end of an epoch, and saved, before that was known.
+    """
+    newest, _ = load_checkpoint(folder)
+    if newest["place"]["in_a_row"] and (folder / PREVIOUS).is_file():
+        try:
+            before = read_sealed(folder / PREVIOUS)
+        except ModelError:
+            return newest
+        if not before["place"]["in_a_row"]:
+            return before
+    return newest
+
+
 def read_sealed(path: Path) -> dict[str, Any]:
     """Read one checkpoint file and verify its checksum.
 

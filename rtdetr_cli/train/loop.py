@@ -31,7 +31,7 @@ from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.model.denoising import DenoisingGroup, draw_denoising
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.train import memory
-from rtdetr_cli.train.checkpoint import load_checkpoint, save_checkpoint
+from rtdetr_cli.train.checkpoint import load_good_checkpoint, save_checkpoint
 from rtdetr_cli.train.guard import GO_BACKS, Figures, Guard, Skipped, diverged
 from rtdetr_cli.train.losses import Criterion
 from rtdetr_cli.train.optim import MovingAverage, NormStatistics, Stepper
@@ -471,7 +471,7 @@ def train(
                 if times > GO_BACKS:
                     raise diverged(guard.in_a_row, place.rate_scale, folder.path)
                 at = place.step
-                state = team.tell(load_checkpoint(folder.path)[0] if team.leads else None)
+                state = team.tell(load_good_checkpoint(folder.path) if team.leads else None)
                 restore(learner, place, state, folder if team.leads else None)
                 place.rate_scale, place.went_back, place.in_a_row = rate_scale, times, 0
                 place.best_score, place.best_epoch = max(best, (place.best_score, place.best_epoch))

@@ -1,0 +1,549 @@
+"""The loop: gradients that do not depend on how a batch is cut, errors of memory and numbers, stops, exact resume."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rtdetr_cli.config.run import RunConfig
+from rtdetr_cli.data.loader import Batch
+from rtdetr_cli.data.pictures import stretch
+from rtdetr_cli.errors import RtdetrError
+from rtdetr_cli.train import loop, memory
+from rtdetr_cli.train.checkpoint import load_checkpoint
+from rtdetr_cli.train.guard import GO_BACKS, IN_A_ROW
+from rtdetr_cli.train.loop import Learner, StopFlag, accumulate, as_input, step_denoising, step_size
+from rtdetr_cli.workflows import finetune as workflow
+from rtdetr_cli.workflows.finetune import Prepared, prepare
+
+Make = Callable[..., RunConfig]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bit for bit means the same number of threads; one is the quickest for nets this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def batch_of(boxes_in: tuple[int, ...], *, side: int = 64, classes: int = 5) -> Batch:
+    generator = torch.Generator().manual_seed(5)
+    count = len(boxes_in)
+    images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+    boxes = tuple(torch.rand((n, 4), generator=generator) * 0.3 + 0.2 for n in boxes_in)
+    labels = tuple(torch.randint(0, classes, (n,), generator=generator) for n in boxes_in)
+    return Batch(images, boxes, labels, tuple(range(count)), ())
+
+
+def float64(learner: Learner) -> Learner:
+    """Make a learner's network double, so that a wrong normaliser cannot hide in rounding."""
+    learner.model.double()
+    learner.model.register_forward_pre_hook(lambda module, given: (given[0].double(), *given[1:]))
+    return learner
+
+
+def freeze_norms(learner: Learner) -> None:
+    for module in learner.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
+
+
+def gradients(learner: Learner, batch: Batch, micro: int) -> tuple[dict[str, Tensor], Tensor]:
+    learner.train_mode()
+    group = step_denoising(learner, batch, step=3, seed=1)
+    rows = memory.micro_batches(len(batch.labels), micro)
+    num_boxes = float(max(1, sum(len(one) for one in batch.labels)))
+    _, terms = accumulate(learner, batch, rows=rows, size=(64, 64), group=group, num_boxes=num_boxes)
+    found = {n: p.grad.clone() for n, p in learner.model.named_parameters() if p.grad is not None}
+    learner.stepper.zero_grad()
+    return found, terms.sum(0)
+
+
+# ---- the effective batch ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("boxes_in", [(3, 1, 0, 6, 2, 0, 0, 4), (0,) * 8, (0, 0, 0, 0, 0, 0, 0, 260)])
+def test_gradients_do_not_depend_on_how_the_batch_is_cut(small_run: Make, boxes_in: tuple[int, ...]) -> None:
+    """1x8, 2x4, 4x2 and 8x1 with frozen norms; pictures without boxes, none at all, more boxes than queries."""
+    learner = float64(prepare(small_run()).learner)
+    freeze_norms(learner)
+    batch = batch_of(boxes_in)
+    whole, terms = gradients(learner, batch, 8)
+    assert any(g.abs().sum() > 0 for g in whole.values())
+    for micro in (4, 3, 2, 1):
+        cut, cut_terms = gradients(learner, batch, micro)
+        torch.testing.assert_close(cut_terms, terms, rtol=1e-9, atol=1e-9)
+        assert cut.keys() == whole.keys()
+        for name, expected in whole.items():
+            torch.testing.assert_close(cut[name], expected, rtol=1e-7, atol=1e-10, msg=name)
+
+
+def test_live_norms_see_the_micro_batch(small_run: Make) -> None:
+    """The documents say so; were it not so, the test above could freeze nothing."""
+    learner = float64(prepare(small_run()).learner)
+    batch = batch_of((3, 1, 0, 6, 2, 0, 0, 4))
+    whole, _ = gradients(learner, batch, 8)
+    cut, _ = gradients(learner, batch, 4)
+    assert any(not torch.allclose(cut[n], whole[n], rtol=1e-3) for n in whole)
+
+
+class Script:
+    """Raises, or poisons, at chosen calls of a module in training."""
+
+    def __init__(self, module: nn.Module, *, at: set[int], what: str, error: Exception | None = None) -> None:
+        self.calls, self.at, self.what = 0, at, what
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory (injected)")
+        self.backward_calls = 0
+        self.handle = module.register_forward_hook(self._forward)
+
+    def _forward(self, module: nn.Module, given: object, output: Any) -> Any:
+        if not module.training:
+            return None
+        self.calls += 1
+        hit = self.calls in self.at
+        if hit and self.what == "forward":
+            raise self.error
+        if self.what == "backward" and isinstance(output, Tensor):
+            output.register_hook(self._backward)
+        if hit and self.what == "nan":
+            return output * float("nan")
+        return None
+
+    def _backward(self, gradient: Tensor) -> None:
+        self.backward_calls += 1
+        if self.backward_calls in self.at:
+            raise self.error
+
+
+def norm_layer(prepared: Prepared) -> nn.Module:
+    return [m for m in prepared.learner.model.modules() if isinstance(m, nn.BatchNorm2d)][-1]
+
+
+def run(
+    config: RunConfig, tamper: Callable[[Prepared], object] | None = None, stop: StopFlag | None = None
+) -> tuple[list[Any], dict[str, Tensor], Path]:
+    """Run the whole workflow, with something done to what was prepared; return reports, weights and folder."""
+    reports = []
+    prepared_: list[Prepared] = []
+    real = workflow.prepare
+
+    def watched(*args: Any, **more: Any) -> Prepared:
+        prepared = real(*args, **more)
+        prepared_.append(prepared)
+        if tamper is not None:
+            tamper(prepared)
+        return prepared
+
+    workflow.prepare = watched
+    try:
+        for report in workflow.finetune(config, stop=stop):
+            reports.append(report)
+    finally:
+        workflow.prepare = real
+    folder = next(r.folder for r in reports if isinstance(r, workflow.BeginReport))
+    assert folder is not None
+    return reports, tensors(prepared_[0].learner), folder
+
+
+def tensors(learner: Learner) -> dict[str, Tensor]:
+    state = {f"model.{k}": v for k, v in learner.model.state_dict().items()}
+    return {k: v.clone() for k, v in (state | learner.average.module.state_dict()).items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def of(kind: type, reports: list[Any]) -> list[Any]:
+    return [r for r in reports if isinstance(r, kind)]
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["forward", "backward"])
+def test_an_error_of_memory_cuts_the_batch_and_runs_the_same_step_again(small_run: Make, what: str) -> None:
+    """In the first step, after half of its passes: what follows is bit for bit a run that began with the halves."""
+    _, expected, _ = run(small_run(batch=4, name="halves"))
+    reports, found, _ = run(small_run(batch=8, name="whole"), lambda p: Script(norm_layer(p), at={1}, what=what))
+    cuts = of(loop.MemoryReport, reports)
+    assert [(c.step, c.micro_batch_before, c.micro_batch) for c in cuts] == [(0, 8, 4)]
+    assert same(found, expected)
+    assert [r.step for r in of(loop.StepReport, reports)] == list(range(6)), "no step is lost, none is made twice"
+
+
+def test_several_errors_at_several_points(small_run: Make) -> None:
+    """8 -> 4 in the second step; 4 -> 2 and 2 -> 1 within the fourth. With frozen norms the losses are the same."""
+
+    def tamper(prepared: Prepared) -> None:
+        freeze_norms(prepared.learner)
+        # Passes: step 0: 1; step 1: 2 fails, 3 4; step 2: 5 6; step 3: 7 8 fails, 9 10 11 fails, 12 to 19.
+        Script(prepared.learner.model.encoder, at={2, 8, 11}, what="forward")
+
+    undisturbed, _, _ = run(small_run(name="a"), lambda p: freeze_norms(p.learner))
+    reports, _, _ = run(small_run(name="b"), tamper)
+    assert [(c.step, c.micro_batch) for c in of(loop.MemoryReport, reports)] == [(1, 4), (3, 2), (3, 1)]
+    expected = [r.loss for r in of(loop.StepReport, undisturbed)]
+    assert [r.loss for r in of(loop.StepReport, reports)] == pytest.approx(expected, rel=1e-3)
+
+
+def test_statistics_of_failed_passes_are_taken_back(small_run: Make) -> None:
+    """Otherwise running means would count some pictures twice."""
+    prepared: list[Prepared] = []
+    _, _, _ = run(small_run(epochs=1, name="a"), prepared.append)
+    alone = {k: v.clone() for k, v in prepared[0].learner.model.state_dict().items() if "num_batches" in k}
+
+    def tamper(p: Prepared) -> None:
+        prepared.append(p)
+        # The last norm: every other one has seen the batch by then.
+        Script(norm_layer(p), at={3}, what="forward")
+
+    run(small_run(epochs=1, name="b"), tamper)
+    counted = prepared[1].learner.model.state_dict()
+    # 3 steps of 1 pass; the third is made in 2 passes.
+    for key, value in alone.items():
+        assert int(value) == 3, key
+        assert int(counted[key]) == 4, key
+
+
+def test_one_picture_that_does_not_fit_ends_the_run(small_run: Make) -> None:
+    with pytest.raises(RtdetrError, match="one picture does not fit") as caught:
+        run(small_run(), lambda p: Script(norm_layer(p), at=set(range(1, 100)), what="forward"))
+    assert caught.value.exit_code == 1
+
+
+def test_other_errors_are_not_taken_for_memory(small_run: Make) -> None:
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(small_run(), lambda p: Script(norm_layer(p), at={2}, what="forward", error=RuntimeError("a bug")))
+
+
+def test_the_cut_is_kept_for_the_rest_and_in_the_checkpoint(small_run: Make) -> None:
+    _, _, folder = run(small_run(), lambda p: Script(norm_layer(p), at={1}, what="forward"))
+    assert load_checkpoint(folder)[0]["place"]["micro_batch"] == 4
+
+
+# ---- numbers ----------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_told_with_its_pictures(small_run: Make) -> None:
+    """The third step in two passes, of which the second is poisoned."""
+    prepared: list[Prepared] = []
+    before: dict[str, Tensor] = {}
+    after: dict[str, Tensor] = {}
+
+    def tamper(p: Prepared) -> None:
+        prepared.append(p)
+        Script(p.learner.model.backbone.conv1, at={6}, what="nan")
+        make = p.learner.norms.keep
+        calls = [0]
+
+        def keep() -> None:
+            calls[0] += 1
+            if calls[0] == 3:
+                before.update(tensors(p.learner))
+            if calls[0] == 4:
+                after.update(tensors(p.learner))
+            make()
+
+        p.learner.norms.keep = keep  # type: ignore[method-assign]
+
+    reports, found, folder = run(small_run(batch=4), tamper)
+    skipped = of(loop.SkippedReport, reports)
+    assert [s.step for s in skipped] == [2]
+    facts = skipped[0].skipped
+    assert facts.in_a_row == 1
+    assert len(facts.pictures) == 4, "only the poisoned micro-batch's"
+    assert facts.term.startswith("loss_")
+    # Nothing of the step is left: weights, running statistics (but for what a moving average of equals moves).
+    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("model.") and "num_batches" not in k)
+    assert all(torch.isfinite(v).all() for k, v in found.items() if "anchors" not in k)
+    assert len(of(loop.StepReport, reports)) == 5
+    evidence = np.load(facts.evidence)
+    told = json.loads(str(evidence["facts"]))
+    assert told["pictures"] == list(facts.pictures)
+    assert told["term"] == facts.term
+    assert evidence["images"].shape == (8, 3, 64, 64)
+    assert int(evidence["boxes_in_picture"].sum()) == len(evidence["boxes_cxcywh"])
+    assert folder in facts.evidence.parents
+
+
+def test_it_is_told_one_step_later_and_before_the_epoch_ends(small_run: Make) -> None:
+    def tamper(p: Prepared) -> None:
+        Script(p.learner.model.backbone.conv1, at={1, 6}, what="nan")
+
+    reports, _, _ = run(small_run(), tamper)
+    kinds = [(type(r).__name__, getattr(r, "step", None)) for r in reports]
+    assert kinds.index(("SkippedReport", 0)) < kinds.index(("StepReport", 1))
+    assert kinds.index(("SkippedReport", 5)) < kinds.index(("EpochReport", 6)), "the last step's figures are waited for"
+
+
+def test_the_loss_of_an_epoch_leaves_skipped_steps_out(small_run: Make) -> None:
+    reports, _, _ = run(small_run(), lambda p: Script(p.learner.model.backbone.conv1, at={2}, what="nan"))
+    epoch = of(loop.EpochReport, reports)[0]
+    steps = [r.loss for r in of(loop.StepReport, reports) if r.epoch == 0]
+    assert len(steps) == 2
+    assert epoch.loss == pytest.approx(sum(steps) / 2)
+
+
+def test_weights_that_are_at_fault_go_back_to_a_good_state_at_a_lower_rate(small_run: Make) -> None:
+    """Five poisoned steps in a row, then no more: the run goes back to the last epoch's end and through."""
+    first = 4
+    reports, found, folder = run(
+        small_run(epochs=4),
+        lambda p: Script(p.learner.model.backbone.conv1, at=set(range(first, first + IN_A_ROW)), what="nan"),
+    )
+    back = of(loop.WentBackReport, reports)
+    # The last of the five is told after the ninth step has been made: epoch 3 has begun, and the
+    # checkpoint at the end of epoch 2 was written amid skipped steps.
+    assert [(b.step, b.to_step, b.rate_scale) for b in back] == [(9, 3, 0.5)]
+    last = of(loop.StepReport, reports)[-1]
+    assert last.step == 11
+    assert all(torch.isfinite(v).all() for k, v in found.items() if "anchors" not in k)
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    assert [r.split(",")[0] for r in rows[1:]] == ["1", "2", "3", "4"]
+
+
+def test_a_run_that_cannot_be_mended_ends_with_exit_1(small_run: Make) -> None:
+    told: list[Any] = []
+    with pytest.raises(RtdetrError, match="diverged") as caught:
+        told.extend(poisoned(small_run(epochs=9)))
+    assert caught.value.exit_code == 1
+    assert "evidence" in caught.value.hint
+    assert [b.rate_scale for b in of(loop.WentBackReport, told)] == [0.5**n for n in range(1, GO_BACKS + 1)]
+    folder = of(workflow.BeginReport, told)[0].folder
+    assert 1 <= len(list((folder / "evidence").glob("*.npz"))) <= 5
+    state, _ = load_checkpoint(folder)
+    assert all(torch.isfinite(v).all() for k, v in state["learner"]["model"].items() if "anchors" not in k)
+
+
+def poisoned(config: RunConfig) -> Iterator[Any]:
+    real = workflow.prepare
+
+    def watched(*args: Any, **more: Any) -> Prepared:
+        prepared = real(*args, **more)
+        Script(prepared.learner.model.backbone.conv1, at=set(range(5, 1000)), what="nan")
+        return prepared
+
+    workflow.prepare = watched
+    try:
+        yield from workflow.finetune(config)
+    finally:
+        workflow.prepare = real
+
+
+# ---- stopping and going on --------------------------------------------------------------------------------------
+
+
+def interrupt_after(config: RunConfig, steps: int, number: int = signal.SIGTERM) -> Path:
+    """Run until so many steps were told, then ask for an end as a signal would; return the folder."""
+    stop = StopFlag()
+    folders: list[Path] = []
+
+    def heed() -> None:
+        for report in workflow.finetune(config, stop=stop):
+            if isinstance(report, workflow.BeginReport) and report.folder is not None:
+                folders.append(report.folder)
+            if isinstance(report, loop.StepReport) and report.step + 1 >= steps:
+                stop.number = number
+
+    with pytest.raises(loop.Interrupted) as caught:
+        heed()
+    assert caught.value.exit_code == 128 + number
+    return folders[0]
+
+
+def finish(folder: Path) -> None:
+    reports = list(workflow.resume(folder))
+    assert isinstance(reports[-1], workflow.EndReport)
+
+
+def left(folder: Path) -> tuple[bytes, bytes, dict[str, Any]]:
+    state, _ = load_checkpoint(folder)
+    return (folder / "best.safetensors").read_bytes(), (folder / "metrics.csv").read_bytes(), state
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_stopped_run_ends_bit_for_bit_as_the_one_left_alone(small_run: Make, precision: str) -> None:
+    """Stopped within the first epoch, and at the end of the second's steps, before its evaluation."""
+    config = {"epochs": 3, "precision": precision}
+    _, _, alone = run(small_run(name="alone", **config))
+    expected = left(alone)
+    for steps in (1, 4, 6):
+        folder = interrupt_after(small_run(name=f"stopped-{steps}", **config), steps)
+        finish(folder)
+        found = left(folder)
+        assert found[0] == expected[0], "best.safetensors"
+        assert found[1] == expected[1], "metrics.csv"
+        for part in ("learner", "place", "generators"):
+            assert equal(found[2][part], expected[2][part]), part
+
+
+def test_rows_of_epochs_that_are_run_again_are_taken_back(small_run: Make) -> None:
+    """The machine went down after the row was written and before the checkpoint was: no row may come twice."""
+    _, _, alone = run(small_run(name="alone"))
+    folder = interrupt_after(small_run(name="other"), 4)
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("2,6,0.5,half a ro")
+    finish(folder)
+    assert (folder / "metrics.csv").read_bytes() == (alone / "metrics.csv").read_bytes()
+
+
+def test_a_stop_during_the_evaluation_keeps_the_steps_of_the_epoch(
+    small_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, alone = run(small_run(name="alone"))
+    stop = StopFlag()
+    real = workflow.Evaluator.__call__
+
+    def asked(self: Any, model: nn.Module) -> Any:
+        stop.number = signal.SIGINT
+        return real(self, model)
+
+    monkeypatch.setattr(workflow.Evaluator, "__call__", asked)
+    with pytest.raises(loop.Interrupted) as caught:
+        run(small_run(name="other"), stop=stop)
+    assert caught.value.exit_code == 130
+    monkeypatch.setattr(workflow.Evaluator, "__call__", real)
+    folder = alone.parent / "other"
+    state, _ = load_checkpoint(folder)
+    assert (state["place"]["epoch"], state["place"]["batch"], state["place"]["step"]) == (0, 3, 3)
+    finish(folder)
+    assert left(folder)[:2] == left(alone)[:2]
+
+
+def test_patience_survives(small_run: Make) -> None:
+    """The best score and the epochs waited are the checkpoint's, not the process's."""
+    config = {"epochs": 40, "patience": 2, "lr": 1e-9}
+    reports, _, alone = run(small_run(name="alone", **config))
+    end = reports[-1]
+    assert end.reason == "patience"
+    assert end.epochs < 40
+    folder = interrupt_after(small_run(name="other", **config), 3 * (end.epochs - 1) + 1)
+    finish(folder)
+    assert left(folder)[:2] == left(alone)[:2]
+
+
+def test_there_is_a_checkpoint_before_the_first_step(small_run: Make) -> None:
+    saved = of(loop.SavedReport, run(small_run())[0])
+    assert [(s.reason, s.step) for s in saved] == [("start", 0), ("epoch", 3), ("epoch", 6)]
+
+
+def test_saves_within_an_epoch(small_run: Make) -> None:
+    saved = of(loop.SavedReport, run(small_run("checkpoint_steps=2"))[0])
+    assert [(s.reason, s.step) for s in saved] == [
+        ("start", 0), ("steps", 2), ("epoch", 3), ("steps", 4), ("steps", 6), ("epoch", 6)
+    ]  # fmt: skip
+    saved = of(loop.SavedReport, run(small_run("checkpoint_minutes=1e-9"))[0])
+    assert [(s.reason, s.step) for s in saved if s.reason == "time"] == [("time", n) for n in range(1, 7)]
+
+
+# ---- one step ---------------------------------------------------------------------------------------------------
+
+
+def test_resizing_on_the_device_is_the_one_resize() -> None:
+    """Antialiased bilinear as the loader's own stretch, to rounding of its 8 bits."""
+    picture = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
+    ours = as_input(torch.from_numpy(picture).permute(2, 0, 1)[None], (64, 160))
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    expected = stretch(picture, (64, 160)).astype(np.float32)
+    difference = np.abs(ours[0].permute(1, 2, 0).numpy() * 255 - expected)
+    assert difference.max() <= 1.01
+    assert difference.mean() < 0.5
+
+
+def test_no_resize_is_exact() -> None:
+    images = torch.randint(0, 256, (2, 3, 32, 64), dtype=torch.uint8)
+    assert torch.equal(as_input(images, (32, 64)), images.float() / 255)
+
+
+def test_scales_are_drawn_from_seed_and_step(small_run: Make) -> None:
+    plan = prepare(small_run()).plan
+    plan = replace(plan, multi_scale_until=1, scales=tuple((s, s) for s in (480, 512, 640, 768, 800)))
+    drawn = [step_size(plan, epoch=0, step=s, seed=1) for s in range(300)]
+    assert set(drawn) == set(plan.scales)
+    assert drawn == [step_size(plan, epoch=0, step=s, seed=1) for s in range(300)]
+    assert drawn != [step_size(plan, epoch=0, step=s, seed=2) for s in range(300)]
+    assert {step_size(plan, epoch=1, step=s, seed=1) for s in range(50)} == {(640, 640)}
+
+
+def test_denoising_noise_is_the_whole_batch_s(small_run: Make) -> None:
+    learner = prepare(small_run()).learner
+    batch = batch_of((3, 1, 0, 6))
+    group, again = (step_denoising(learner, batch, step=7, seed=1) for _ in range(2))
+    other = step_denoising(learner, batch, step=8, seed=1)
+    assert group is not None
+    assert again is not None
+    assert other is not None
+    assert torch.equal(group.boxes_unactivated, again.boxes_unactivated)
+    assert not torch.equal(group.boxes_unactivated, other.boxes_unactivated)
+    assert torch.equal(group.rows(slice(1, 3)).boxes_unactivated, group.boxes_unactivated[1:3])
+
+
+def test_a_worst_step_leaves_nothing(small_run: Make) -> None:
+    prepared = prepare(small_run())
+    before = tensors(prepared.learner)
+    loop.worst_step(prepared.learner, prepared.plan, most_boxes=40, micro_batch=4)
+    assert same(before, tensors(prepared.learner))
+    assert all(p.grad is None for p in prepared.learner.model.parameters())
+
+
+@pytest.mark.parametrize("what", ["stem", "backbone", "encoder"])
+def test_what_is_frozen_stays(small_run: Make, what: str) -> None:
+    """Weights and running statistics alike; everything else moves."""
+    prepared: list[Prepared] = []
+    before: dict[str, Tensor] = {}
+
+    def tamper(p: Prepared) -> None:
+        prepared.append(p)
+        before.update({k: v.clone() for k, v in p.learner.model.state_dict().items()})
+
+    run(small_run(epochs=1, freeze=what), tamper)
+    after = prepared[0].learner.model.state_dict()
+    frozen = {"stem": ("backbone.conv1.",), "backbone": ("backbone.",), "encoder": ("backbone.", "encoder.")}[what]
+    for key, value in after.items():
+        if key.startswith(frozen):
+            assert torch.equal(value, before[key]), key
+    moved = [k for k, v in after.items() if not torch.equal(v, before[k])]
+    assert moved
+    assert not any(k.startswith(frozen) for k in moved)
+
+
+def test_a_rectangle_with_multi_scale_trains(small_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = set()
+    real = loop.as_input
+
+    def watched(images: Tensor, size: tuple[int, int]) -> Tensor:
+        sizes.add(size)
+        return real(images, size)
+
+    monkeypatch.setattr(loop, "as_input", watched)
+    real_plan = workflow.make_plan
+
+    def with_scales(*args: Any, **more: Any) -> Any:
+        return replace(real_plan(*args, **more), multi_scale_until=2, scales=((64, 96), (64, 128), (96, 160)))
+
+    monkeypatch.setattr(workflow, "make_plan", with_scales)
+    reports, _, _ = run(small_run(imgsz=(64, 128)))
+    assert len(sizes) > 1
+    assert all(np.isfinite(r.loss) for r in of(loop.StepReport, reports))
