@@ -1,0 +1,245 @@
+"""A run that is killed and resumed ends as the run that was left alone, bit for bit.
+
+Runs are real processes of the command line, forked off a server that has torch loaded, so that twenty of them fit
+into a test. They are killed with SIGKILL by the clock, or by themselves at a chosen call within a save.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SETTINGS = (
+    "model.width=8",
+    "model.hidden_dim=16",
+    "model.encoder_ffn=16",
+    "model.heads=2",
+    "model.decoder_dim=16",
+    "model.decoder_ffn=16",
+    "model.decoder_layers=2",
+    "model.eval_layers=2",
+    "model.num_points=[1,1,1]",
+    "model.queries=12",
+    "model.denoising=8",
+    "plots=false",
+    # Often, so that most kills fall within an epoch or within a save.
+    "checkpoint_steps=2",
+)
+
+
+def train(arguments: list[str], log: Path, deadly: tuple[str, int] | None) -> None:
+    """Be `rtdetr ARGUMENTS`, in a process of its own; `deadly` names a call that is its last one."""
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    if deadly is not None:
+        name, count = deadly
+        real = getattr(os, name)
+        left = [count]
+
+        def last(*given: Any, **more: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*given, **more)
+
+        setattr(os, name, last)
+    from rtdetr_cli.cli.app import run
+
+    raise SystemExit(run(arguments))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServerContext]:
+    """Processes that start with torch loaded, on one thread."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rtdetr_cli.workflows.finetune", "hotcoco"])
+    yield context
+    if before is None:
+        del os.environ["OMP_NUM_THREADS"]
+    else:
+        os.environ["OMP_NUM_THREADS"] = before
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from rtdetr_cli.data.generate import generate_dataset
+
+    return generate_dataset(tmp_path_factory.mktemp("data") / "shapes", train=40, val=6, imgsz=64)
+
+
+class Lab:
+    """Starts, kills and resumes runs."""
+
+    def __init__(self, server: ForkServerContext, data: Path, folder: Path, workers: int = 0) -> None:
+        self.server, self.data, self.folder, self.workers = server, data, folder, workers
+
+    def start(self, name: str, *, deadly: tuple[str, int] | None = None) -> Any:
+        words = ["train", "--preset", "tiny", "--data", self.data, "--imgsz", 64, "--effective-batch", 8, "--batch", 8]
+        words += ["--epochs", 4, "--workers", self.workers, "--device", "cpu", "--out", self.folder, "--name", name]
+        for setting in SETTINGS:
+            words += ["--set", setting]
+        return self._process([str(w) for w in words], name, deadly)
+
+    def resume(self, name: str, *, deadly: tuple[str, int] | None = None) -> Any:
+        return self._process(["train", "--resume", str(self.folder / name)], name, deadly)
+
+    def _process(self, words: list[str], name: str, deadly: tuple[str, int] | None) -> Any:
+        process = self.server.Process(target=train, args=(words, self.folder / f"{name}.log", deadly))
+        process.start()
+        return process
+
+    def finish(self, name: str) -> None:
+        """Resume until the end; a run that was killed before it had a folder is begun again."""
+        begun = (self.folder / name / "last.ckpt").exists()
+        if not begun and (self.folder / name).exists():
+            for path in (self.folder / name).iterdir():
+                path.unlink()
+            (self.folder / name).rmdir()
+        process = self.resume(name) if begun else self.start(name)
+        process.join()
+        log = (self.folder / f"{name}.log").read_text()
+        finished = "is finished" in log
+        assert process.exitcode == 0 or (process.exitcode == 2 and finished), log
+
+    def tell(self, name: str, process: Any) -> None:
+        """Say where a run was killed; `pytest -rP` shows it."""
+        place = self.state(name)["place"]
+        how = "killed" if process.exitcode == -signal.SIGKILL else f"ended with {process.exitcode}"
+        partial = (self.folder / name / ".last.ckpt.partial").exists()
+        print(f"{name}: {how}, last checkpoint at step {place['step']}{', during a save' if partial else ''}")
+
+    def left(self, name: str) -> tuple[bytes, bytes]:
+        run = self.folder / name
+        return (run / "best.safetensors").read_bytes(), (run / "metrics.csv").read_bytes()
+
+    def state(self, name: str) -> dict[str, Any]:
+        from rtdetr_cli.train.checkpoint import load_checkpoint
+
+        return load_checkpoint(self.folder / name)[0]
+
+
+@pytest.fixture(scope="module")
+def lab(server: ForkServerContext, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    lab = Lab(server, data, tmp_path_factory.mktemp("runs"))
+    process = lab.start("alone")
+    process.join()
+    assert process.exitcode == 0, (lab.folder / "alone.log").read_text()
+    return lab
+
+
+def assert_equal_runs(lab: Lab, name: str) -> None:
+    import torch
+
+    assert lab.left(name)[0] == lab.left("alone")[0], "best.safetensors"
+    assert lab.left(name)[1] == lab.left("alone")[1], "metrics.csv"
+    ours, expected = lab.state(name)["learner"], lab.state("alone")["learner"]
+    for part in ("model", "average"):
+        assert all(torch.equal(v, expected[part][k]) for k, v in ours[part].items()), part
+    for a, b in zip(ours["stepper"]["moments"], expected["stepper"]["moments"], strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def wait_for(path: Path, process: Any) -> None:
+    while not path.exists() and process.is_alive():
+        time.sleep(0.005)
+
+
+def kill_by_the_clock(lab: Lab, name: str, seed: int) -> None:
+    """Kill a run and its resumed self at random moments, then let it end."""
+    clock = random.Random(seed)
+    process = lab.start(name)
+    wait_for(lab.folder / name / "last.ckpt", process)
+    time.sleep(clock.uniform(0, 1.5))
+    process.kill()
+    process.join()
+    lab.tell(name, process)
+    if clock.random() < 0.5:
+        process = lab.resume(name)
+        time.sleep(clock.uniform(0.5, 3.0))
+        process.kill()
+        process.join()
+        lab.tell(name, process)
+    lab.finish(name)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_by_the_clock(lab: Lab, seed: int) -> None:
+    kill_by_the_clock(lab, f"clock-{seed}", seed)
+    assert_equal_runs(lab, f"clock-{seed}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3, 15))
+def test_killed_by_the_clock_at_many_more_moments(lab: Lab, seed: int) -> None:
+    kill_by_the_clock(lab, f"clock-{seed}", seed)
+    assert_equal_runs(lab, f"clock-{seed}")
+
+
+# The calls of the files that a run writes: settings, manifest, then a checkpoint each two steps, the best model and
+# the row of metrics at the end of an epoch.
+SAVES = [("fsync", 5), ("replace", 3), ("link", 2), ("fsync", 8), ("replace", 7), ("fsync", 15), ("replace", 9)]
+
+
+@pytest.mark.parametrize("deadly", SAVES[:1])
+def test_killed_during_a_save(lab: Lab, deadly: tuple[str, int]) -> None:
+    name = "save-{}-{}".format(*deadly)
+    process = lab.start(name, deadly=deadly)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (lab.folder / f"{name}.log").read_text()
+    lab.finish(name)
+    assert_equal_runs(lab, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deadly", SAVES[1:])
+def test_killed_during_many_saves(lab: Lab, deadly: tuple[str, int]) -> None:
+    name = "save-{}-{}".format(*deadly)
+    process = lab.start(name, deadly=deadly)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    # And once more, in the middle of the first save of its second life.
+    process = lab.resume(name, deadly=("replace", 1))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    lab.finish(name)
+    assert_equal_runs(lab, name)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(lab: Lab, number: int, code: int) -> None:
+    name = f"signal-{int(number)}"
+    process = lab.start(name)
+    wait_for(lab.folder / name / "last.ckpt", process)
+    os.kill(process.pid, number)
+    process.join()
+    log = (lab.folder / f"{name}.log").read_text()
+    assert process.exitcode == code, log
+    assert f"rtdetr train --resume {lab.folder / name}" in log
+    assert "Traceback" not in log
+    lab.finish(name)
+    assert_equal_runs(lab, name)
+
+
+@pytest.mark.slow
+def test_loader_processes_change_nothing(server: ForkServerContext, data: Path, lab: Lab) -> None:
+    """Killed with two loader processes, and equal to the run that loaded in its own process."""
+    other = Lab(server, data, lab.folder, workers=2)
+    process = other.start("workers")
+    wait_for(lab.folder / "workers" / "last.ckpt", process)
+    time.sleep(1)
+    process.kill()
+    process.join()
+    other.finish("workers")
+    assert_equal_runs(lab, "workers")
