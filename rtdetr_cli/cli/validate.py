@@ -60,7 +60,9 @@ def validate(
     from rtdetr_cli.data.doctor import examine
 
     with ExitStack() as stack:
-        report = examine(data, images=images, imgsz=size, decode=not fast, progress=_Pictures(stack).advance)
+        report = examine(
+            data, images=images, imgsz=size, decode=not fast, processes=True, progress=_Pictures(stack).advance
+        )
 
     document: dict[str, Any] = report.to_json()
     if not as_json:

@@ -33,13 +33,12 @@ from rtdetr_cli.data.checks import (
 )
 from rtdetr_cli.data.codes import SEVERITIES, Spot
 from rtdetr_cli.data.duplicates import THUMB, exact_groups, near_groups
-from rtdetr_cli.data.pictures import FORMATS, PictureError, open_picture
+from rtdetr_cli.data.pictures import FORMATS, PictureError, exif_orientation, open_picture
 from rtdetr_cli.data.raw import RawDataset, RawSplit
 from rtdetr_cli.data.read import read_raw
 from rtdetr_cli.data.records import Finding
 
 HUGE_PIXELS = 50_000_000
-_ORIENTATION_TAG = 0x0112
 SUFFIXES = {
     "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
     "MPO": {".jpg", ".jpeg", ".mpo"},
@@ -56,6 +55,9 @@ SUFFIXES = {
 }
 _MANY_CORES = 4
 """Up to here threads do: decoding releases the interpreter's lock. Beyond, its rest would hold the cores back."""
+
+_WORTH_A_PROCESS = 64
+"""Pictures for each process that make up for starting it."""
 
 
 @dataclass(slots=True)
@@ -175,6 +177,7 @@ def examine(
     decode: bool = True,
     workers: int | None = None,
     queries: int = 300,
+    processes: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Examine a dataset.
@@ -186,6 +189,8 @@ def examine(
         decode: False looks at labels and folder listings only, and at headers where the labels say no size.
         workers: how many pictures are decoded at once; the cores by default.
         queries: how many objects the network can find in a picture.
+        processes: on many cores, decode in processes and not in threads; they start the calling program's main module
+            anew, so a script must be guarded by `if __name__ == "__main__"`.
         progress: called with the pictures done and all pictures.
 
     Raises:
@@ -195,7 +200,7 @@ def examine(
     check_files(raw)
     report = Report(raw=raw, decoded=decode, imgsz=imgsz)
     if decode:
-        report.looks = _look_at_all(raw, workers, progress)
+        report.looks = _look_at_all(raw, workers, processes, progress)
     else:
         measure_pictures(raw, all_pictures=False)
     check_boxes(raw, imgsz=imgsz, queries=queries)
@@ -232,11 +237,7 @@ def look(path: str) -> Look:
             found.format = image.format or ""
             found.frames = getattr(image, "n_frames", 1)
             found.kinds = _kinds(image)
-            try:
-                value = image.getexif().get(_ORIENTATION_TAG, 0)
-            except Exception:  # foreign binary data: whatever the parser makes of it, the pixels may be good
-                value = -1
-            found.orientation = value if isinstance(value, int) else -1
+            found.orientation = exif_orientation(image)
             if image.mode in ("RGB", "L"):
                 image.load()
                 picture: Image.Image = image
@@ -306,7 +307,7 @@ _TURNS = {
 
 
 def _look_at_all(
-    raw: RawDataset, workers: int | None, progress: Callable[[int, int], None] | None
+    raw: RawDataset, workers: int | None, processes: bool, progress: Callable[[int, int], None] | None
 ) -> dict[str, list[Look]]:
     """Decode every picture once, however often it is listed, and report what is wrong with it."""
     paths: dict[str, None] = {}
@@ -318,7 +319,7 @@ def _look_at_all(
         progress(0, len(paths))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on odd files; what matters becomes a finding
-        for path, found in zip(paths, _map(list(paths), workers), strict=True):
+        for path, found in zip(paths, _map(list(paths), workers, processes), strict=True):
             seen[path] = found
             if progress is not None and (len(seen) % 16 == 0 or len(seen) == len(paths)):
                 progress(len(seen), len(paths))
@@ -332,12 +333,12 @@ def _look_at_all(
     return looks
 
 
-def _map(paths: list[str], workers: int | None) -> Iterator[Look]:
+def _map(paths: list[str], workers: int | None, processes: bool) -> Iterator[Look]:
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = max(1, min(workers, len(paths)))
     pool: Executor
-    if count <= _MANY_CORES or len(paths) < 64 * count:
+    if not processes or count <= _MANY_CORES or len(paths) < _WORTH_A_PROCESS * count:
         pool = ThreadPoolExecutor(count)
     else:
         pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"))

@@ -475,6 +475,7 @@ def _plan_yolo(plan: _Plan, lost: dict[str, set[int]], renamed: dict[tuple[str, 
             texts[shown] = (text, [(a + shift, b + shift) for a, b in plan.lines(text[shift:])], shift)
         return texts[shown]
 
+    _mend_base(plan, opened)
     found = _found(plan)
     for i, (finding, spot) in enumerate(found):
         if finding.code in _DROPPED_BOXES and spot.entry >= 0 and finding.file not in labels_lost:
@@ -513,6 +514,21 @@ def _plan_yolo(plan: _Plan, lost: dict[str, set[int]], renamed: dict[tuple[str, 
         elif code == "file-bom":
             _drop_marks(plan, i, finding)
     _mend_lists(plan, lost, renamed, opened)
+
+
+def _mend_base(plan: _Plan, opened: Callable[[str], tuple[str, list[tuple[int, int]], int]]) -> None:
+    """Let the copy's `path:` name the copy: the original's would lead back to the original."""
+    raw = plan.report.raw
+    if all(normpath(split.root) == normpath(raw.folder) for split in raw.splits.values()):
+        return
+    for shown, path in raw.label_paths.items():
+        if path.suffix.lower() not in (".yaml", ".yml"):
+            continue
+        text, spans, _ = opened(shown)
+        for start, end in spans:
+            if text[start:end].startswith("path:"):
+                told = Finding("yolo-path", "info", "the copy lies beside its data.yaml")
+                _edit(plan, shown, start, end, "path: .\n", told)
 
 
 def _clip_line(line: str) -> str:

@@ -85,9 +85,7 @@ def spoil_bytes(data: bytes, draw: Callable[[Any], Any]) -> bytes:
                 st.just(b""),
                 st.just(data[at : at + length] * 2),
                 st.binary(max_size=12),
-                st.sampled_from(
-                    [b"{", b"]", b'"', b"<", b"&a;", b"-", b"e9", b"\xff", b"\r\n", b"nan", b"null", b": "]
-                ),
+                st.sampled_from([b"{", b"]", b'"', b"<", b"&a;", b"-", b"\xff", b"\r\n", b"nan", b"null", b": "]),
             )
         )
         data = data[:at] + new + data[at + length :]

@@ -148,8 +148,8 @@ def test_readable_on_a_phone(coco: Any, tmp_path: Path) -> None:
     frame = tmp_path / "frame.html"
     frame.write_text(
         f"<iframe id=f src='{path.as_uri()}' width=360 height=800></iframe><script>"
-        "f.onload = () => setTimeout(() => { document.title = 'width ' + f.contentDocument.documentElement.scrollWidth },"
-        " 300)</script>",
+        "const tell = () => { document.title = 'width ' + f.contentDocument.documentElement.scrollWidth };"
+        "f.onload = () => setTimeout(tell, 300)</script>",
         "utf-8",
     )
     dom = browse(frame, "--allow-file-access-from-files", "--dump-dom")
