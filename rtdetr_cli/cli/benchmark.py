@@ -96,7 +96,7 @@ def benchmark(
     columns, cells = workflow.table_rows(rows)
     terminal.table(columns, cells)
     if any(row.front for row in rows):
-        terminal.out("* nothing is both quicker and better; loss is against the first row, on the same pictures")
+        terminal.out("* nothing is both quicker and better; differences are to the first row, on the same pictures")
     if wanted is not None:
         _advise(rows)
     for path in document.get("saved", {}).values():
@@ -133,18 +133,19 @@ def _advise(rows: list[Row]) -> None:
     quicker = [
         row
         for row in rows[1:]
-        if row.loss is not None
-        and row.loss.value >= -NEXT_TO_NOTHING
+        if row.difference is not None
+        and row.difference.value >= -NEXT_TO_NOTHING
         and row.times["total"].median < 0.97 * base.times["total"].median
     ]
     if not quicker:
         return
     best = min(quicker, key=lambda row: row.times["total"].median)
-    assert best.loss is not None
+    assert best.difference is not None
     share = 1 - best.times["total"].median / base.times["total"].median
     height, width = best.imgsz
     size = str(height) if height == width else f"{height}x{width}"
+    gap = best.difference
     terminal.out(
-        f"{share:.0%} quicker for {best.loss.value:+.3f} AP (95 %: {best.loss.lower:+.3f} to {best.loss.upper:+.3f}): "
+        f"{share:.0%} quicker for {gap.value:+.3f} AP (95 %: {gap.lower:+.3f} to {gap.upper:+.3f}): "
         f"--layers {best.layers} --queries {best.queries} --imgsz {size} at eval, predict and export"
     )

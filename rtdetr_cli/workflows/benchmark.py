@@ -75,7 +75,7 @@ class Row:
         times: `PARTS` to their spread.
         ap: AP of the split; None without a dataset.
         metrics: the twelve numbers.
-        loss: AP minus that of the first row of the same model, with its paired interval; None for that row.
+        difference: AP minus that of the first row of the same model, with its paired interval; None for that row.
         front: True where nothing is both quicker and better.
     """
 
@@ -90,7 +90,7 @@ class Row:
     times: dict[str, Spread]
     ap: float | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
-    loss: Interval | None = None
+    difference: Interval | None = None
     front: bool = False
 
     @property
@@ -105,7 +105,7 @@ class Row:
         """Return plain values."""
         document = asdict(self)
         document["imgsz"] = list(self.imgsz)
-        document["loss"] = None if self.loss is None else self.loss.to_json()
+        document["difference"] = None if self.difference is None else self.difference.to_json()
         document["pictures_per_second"] = 1000 * self.batch / self.times["total"].median
         return document
 
@@ -412,7 +412,7 @@ def benchmark(
         what: the plan.
         dataset: the split for AP and for the timed pictures; None times a made picture.
         tell: is told what is being done, one line a step.
-        resamples: of the paired interval of each loss.
+        resamples: of the paired interval of each difference.
     """
     sources = pictures_to_time(dataset)
     first: dict[Path, tuple[Evaluation, Resamples]] = {}
@@ -424,12 +424,12 @@ def benchmark(
             if evaluation is not None and evaluation.metrics["AP"] is not None:
                 drawn = resample(evaluation.dataset, evaluation.table, resamples=resamples)
                 if model in first:
-                    row = replace(row, loss=_loss(first[model], (evaluation, drawn)))
+                    row = replace(row, difference=_difference(first[model], (evaluation, drawn)))
                 first.setdefault(model, (evaluation, drawn))
             yield row
 
 
-def _loss(base: tuple[Evaluation, Resamples], other: tuple[Evaluation, Resamples]) -> Interval:
+def _difference(base: tuple[Evaluation, Resamples], other: tuple[Evaluation, Resamples]) -> Interval:
     value = (other[0].metrics["AP"] or 0.0) - (base[0].metrics["AP"] or 0.0)
     return other[1].gap(base[1], value)
 
@@ -582,7 +582,7 @@ def table_rows(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
         "p90",
         *(["pictures/s"] if batched else []),
         "AP",
-        "loss (95 %)",
+        "AP - first (95 %)",
         "best",
     ]
     cells: list[list[object]] = []
@@ -601,7 +601,7 @@ def table_rows(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
                 f"{times['total'].p90:.1f}",
                 *([f"{1000 * row.batch / times['total'].median:.1f}"] if batched else []),
                 row.ap,
-                None if row.loss is None else f"{row.loss.value:+.3f} ± {row.loss.half:.3f}",
+                None if row.difference is None else f"{row.difference.value:+.3f} ± {row.difference.half:.3f}",
                 "*" if row.front else "",
             ]
         )

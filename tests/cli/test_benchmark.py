@@ -55,8 +55,8 @@ def test_runtimes_side_by_side(rtdetr: Callable[..., Any], model: Path, shapes: 
     torch_row, onnx_row = ran.json["rows"]
     assert (torch_row["backend"], onnx_row["backend"]) == ("torch", "onnx")
     assert onnx_row["ap"] == pytest.approx(torch_row["ap"], abs=0.02)
-    assert torch_row["loss"] is None
-    assert onnx_row["loss"]["value"] == pytest.approx(onnx_row["ap"] - torch_row["ap"])
+    assert torch_row["difference"] is None
+    assert onnx_row["difference"]["value"] == pytest.approx(onnx_row["ap"] - torch_row["ap"])
     for row in ran.json["rows"]:
         times = row["times"]
         assert set(times) == {"preprocess", "network", "postprocess", "total"}
