@@ -196,7 +196,7 @@ def _show(report: Report) -> None:
     splits = ", ".join(f"{name} {part['pictures']:,}" for name, part in facts["splits"].items()) or "no split"
     terminal.out(
         f"{facts['name']} ({facts['format']}): {facts['pictures']:,} pictures ({splits}), "
-        f"{facts['boxes']:,} boxes, {facts['classes']} classes"
+        f"{facts['boxes']:,} boxes, {facts['classes']} class{'' if facts['classes'] == 1 else 'es'}"
         + ("" if report.decoded else "; pictures not decoded (--fast)")
     )
     rows = []

@@ -435,7 +435,7 @@ def _px(value: float) -> str:
 def check_structure(dataset: RawDataset) -> None:
     """Check that the splits are there, not empty and not the same, and look at the classes over all of them."""
     findings = dataset.findings
-    shown = dataset.show(dataset.source)
+    shown = dataset.main_file()
     for name, split in dataset.splits.items():
         if not len(split):
             findings.add("split-empty", f"the split {name} has no pictures", file=shown, spot=Spot(name))
@@ -565,7 +565,7 @@ def check_equal_splits(dataset: RawDataset, groups: list[list[Member]]) -> set[f
             dataset.findings.add(
                 "split-equal",
                 f"{b} holds the same {count} pictures as {a}",
-                file=dataset.show(dataset.source),
+                file=dataset.main_file(),
                 spot=Spot(b),
             )
     return equal

@@ -215,7 +215,7 @@ def examine(
         raw.findings.add(
             "split-made",
             f"there is no val split: training draws one from the {len(raw.splits['train'])} pictures",
-            file=raw.show(raw.source),
+            file=raw.main_file(),
         )
     return report
 

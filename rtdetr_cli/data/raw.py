@@ -168,6 +168,13 @@ class RawDataset:
             return str(path)
         return shown if shown != "." else str(path)
 
+    def main_file(self) -> str:
+        """Return the file, for people, that what concerns the whole dataset is found in."""
+        if self.source.is_file():
+            return self.show(self.source)
+        central = [shown for shown, path in self.label_paths.items() if path.suffix in (".json", ".yaml", ".yml")]
+        return central[0] if central and self.format != "voc" else str(self.source)
+
 
 @dataclass(slots=True)
 class Rows:

@@ -176,7 +176,7 @@ def draw_val(raw: RawDataset, val_fraction: float, seed: int) -> None:
     raw.findings.add(
         "split-made",
         f"there is no val split: {count} of {len(whole)} pictures were drawn for it (seed {seed})",
-        file=raw.show(raw.source),
+        file=raw.main_file(),
     )
 
 

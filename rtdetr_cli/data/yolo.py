@@ -226,7 +226,8 @@ def _base(
     if not isinstance(said, str) or said in ("", ".", "./") or not sound_name(said):
         return home
     for candidate in (home / said, Path(said)):
-        if candidate.is_dir():
+        # A dataset that claims the whole disk would have it searched for pictures.
+        if candidate.is_dir() and candidate.resolve() != Path(candidate.resolve().anchor):
             dataset.roots = (*dataset.roots, candidate)
             return candidate
     dataset.findings.add(

@@ -492,7 +492,10 @@ YOLO: dict[str, list[Plant]] = {
     ],
     "split-empty": [lambda y: [p.unlink() for p in (y.folder / "images/val").iterdir()]],
     "split-equal": [lambda y: setattr(y, "yaml", y.yaml.replace("images/val", "images/train"))],
-    "yolo-path": [lambda y: setattr(y, "yaml", "path: /content/datasets/nuts\n" + y.yaml)],
+    "yolo-path": [
+        lambda y: setattr(y, "yaml", "path: /content/datasets/nuts\n" + y.yaml),
+        lambda y: setattr(y, "yaml", "path: /\n" + y.yaml),
+    ],
     "picture-outside": [
         lambda y: (
             shutil.move(y.folder / "images/val", y.folder.parent / "val")

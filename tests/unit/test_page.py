@@ -1,0 +1,36 @@
+"""The frame that every page shares."""
+
+from __future__ import annotations
+
+import base64
+from io import BytesIO
+
+import numpy as np
+import pytest
+from jinja2 import UndefinedError
+from PIL import Image
+
+from rtdetr_cli.page import picture_uri, render_page
+
+
+def test_page_is_escaped_and_can_be_written() -> None:
+    text = render_page("base.html", title="<script>alert(1)</script> \udce4")
+    assert "<script>" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; \\udce4" in text
+    text.encode("utf-8")
+
+
+def test_missing_value_is_an_error_and_not_a_gap() -> None:
+    with pytest.raises(UndefinedError):
+        render_page("validate.html")
+
+
+@pytest.mark.parametrize(("shape", "size"), [((40, 80), (40, 20)), ((20, 10), (10, 20)), ((3000, 2), (1, 40))])
+def test_picture_is_embedded_and_not_larger_than_asked(shape: tuple[int, int], size: tuple[int, int]) -> None:
+    picture = np.full((*shape, 3), (200, 30, 90), np.uint8)
+    uri = picture_uri(picture, max_side=40)
+    head, data = uri.split(",")
+    assert head == "data:image/jpeg;base64"
+    with Image.open(BytesIO(base64.b64decode(data))) as image:
+        assert image.size == size
+        assert np.abs(np.asarray(image).astype(int) - [200, 30, 90]).max() < 6
