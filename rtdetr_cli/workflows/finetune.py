@@ -48,14 +48,19 @@ from rtdetr_cli.train import memory
 from rtdetr_cli.train.checkpoint import load_checkpoint
 from rtdetr_cli.train.loggers import require_loggers
 from rtdetr_cli.train.loop import (
+    EpochReport,
     EvaluationStopped,
     FinishedReport,
     Interrupted,
     Learner,
     LoopOptions,
+    MemoryReport,
     Place,
     Report,
+    SavedReport,
+    SkippedReport,
     StopFlag,
+    WentBackReport,
     peak_bytes,
     restore,
     snapshot,
@@ -230,6 +235,7 @@ def finetune(
     """
     began = time.monotonic()
     refuse_early(config)
+    config = from_anywhere(config)
     team = join(config.settings.device)
     prepared = prepare(config, team)
     micro = resolve_micro_batch(prepared)
@@ -245,6 +251,17 @@ def finetune(
         yield begin_report(prepared, place, folder, None)
         yield from run(prepared, place, folder, stop if stop is not None else StopFlag(), began)
     team.leave()
+
+
+def from_anywhere(config: RunConfig) -> RunConfig:
+    """Make the paths of a run absolute, so that it can be resumed from another folder."""
+    settings = config.settings
+    paths = {k: os.path.abspath(v) for k in ("data", "images") if (v := getattr(settings, k)) is not None}
+    for key in ("weights", "aug", "preset"):
+        value = getattr(settings, key)
+        if os.sep in value or Path(value).suffix in (".toml", ".json", ".yaml", ".yml", ".safetensors", ".pth"):
+            paths[key] = os.path.abspath(value)
+    return replace(config, settings=settings.model_copy(update=paths))
 
 
 def config_of(path: Path) -> RunConfig:
@@ -369,6 +386,8 @@ def run(prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, beg
                 from rtdetr_cli.model.weights import read_header
 
                 best = dict(read_header(folder.best).metrics)
+            if prepared.team.leads:
+                folder.log(log_line(report))
             explanation = explain_overfit(prepared, report.best_score) if settings.overfit else ""
             yield report
             if recorder is not None:
@@ -386,11 +405,43 @@ def run(prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, beg
                 page=page if page.is_file() else None,
             )
             return
+        if prepared.team.leads and (line := log_line(report)):
+            folder.log(line)
         if getattr(report, "improved", False):
             best = dict(getattr(report, "metrics", None) or {})
         if recorder is not None:
             yield from recorder.take(report)
         yield report
+
+
+def log_line(report: Report) -> str:
+    """Return what `train.log` says of a report; empty for a step that was taken and for a save."""
+    match report:
+        case EpochReport():
+            found = "".join(
+                f"  {k} {v:.4f}" for k in ("AP", "AP50") if (v := (report.metrics or {}).get(k)) is not None
+            )
+            return (
+                f"epoch {report.epoch + 1}/{report.epochs}  step {report.step}  lr {report.lr:.3g}  "
+                f"loss {report.loss:.4f}{found}  {report.seconds:.1f} s  waited {report.waited_share:.0%}  "
+                f"{report.memory_bytes / 1e9:.2f} GB"
+            )
+        case SkippedReport():
+            skipped = report.skipped
+            return (
+                f"step {report.step} skipped: {skipped.term} not finite, {skipped.in_a_row} in a row, "
+                f"pictures {', '.join(map(str, skipped.pictures))}"
+            )
+        case MemoryReport():
+            return f"step {report.step}: out of memory, micro-batch {report.micro_batch_before} -> {report.micro_batch}"
+        case WentBackReport():
+            return f"step {report.step}: went back to step {report.to_step}, rate x {report.rate_scale:.3g}"
+        case SavedReport(reason="stop"):
+            return f"stopped at epoch {report.epoch + 1}, step {report.step}; saved"
+        case FinishedReport():
+            return f"finished ({report.reason}), best AP {report.best_score:.4f} at epoch {report.best_epoch + 1}"
+        case _:
+            return ""
 
 
 # ---- refusing ---------------------------------------------------------------------------------------------------

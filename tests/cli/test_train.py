@@ -1,0 +1,316 @@
+"""`rtdetr train`: what a person sees and finds, what is refused when a run goes on, what is left behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rtdetr_cli.model.files import read_header
+
+SMALL = [
+    "--preset", "tiny", "--imgsz", "64", "--effective-batch", "8", "--batch", "4", "--workers", "0", "--device", "cpu",
+    *(w for s in ("width=8", "hidden_dim=16", "heads=2", "decoder_dim=16", "decoder_layers=2", "eval_layers=2",
+                  "num_points=[1,1,1]", "queries=12", "denoising=8", "encoder_ffn=16", "decoder_ffn=16")
+      for w in ("--set", f"model.{s}")),
+    "--set", "plots=false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from rtdetr_cli.data.generate import generate_dataset
+
+    return generate_dataset(tmp_path_factory.mktemp("data") / "shapes", train=20, val=6, imgsz=64)
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs."""
+    from rtdetr_cli.cli.app import run
+
+    out = tmp_path_factory.mktemp("finished") / "runs"
+    assert run(["train", *SMALL, "--data", str(data), "--epochs", "2", "--out", str(out)]) == 0
+    return out / "tiny-shapes-01"
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the run as it was after its first epoch: the checkpoint before the last."""
+    path = tmp_path / "runs" / "mine"
+    shutil.copytree(finished, path)
+    (path / ".last.ckpt.previous").replace(path / "last.ckpt")
+    return path
+
+
+def test_what_lies_in_the_folder(finished: Path) -> None:
+    found = {p.name for p in finished.iterdir() if not p.name.startswith(".")}
+    assert found >= {"config.toml", "manifest.json", "metrics.csv", "train.log", "best.safetensors", "last.ckpt"}
+    weights = [p.name for p in finished.rglob("*") if p.suffix in (".safetensors", ".ckpt", ".pth", ".pt")]
+    assert sorted(weights) == ["best.safetensors", "last.ckpt"]
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["argv"]
+    assert manifest["versions"]["torch"]
+    assert manifest["dataset"]["fingerprint"]
+    rows = list(csv.DictReader((finished / "metrics.csv").read_text().splitlines()))
+    assert [r["epoch"] for r in rows] == ["1", "2"]
+    assert all(float(r["loss"]) > 0 for r in rows)
+    terms = [k for k in rows[0] if k.startswith("loss_")]
+    assert len(terms) == 3 * (1 + 1 + 2 + 1), "main, one aux, two denoising, encoder"
+    assert sum(float(rows[0][t]) for t in terms) == pytest.approx(float(rows[0]["loss"]))
+
+
+def test_the_model_says_all_that_prediction_needs(finished: Path, data: Path) -> None:
+    header = read_header(finished / "best.safetensors")
+    categories = json.loads((data / "train.json").read_text())["categories"]
+    assert header.names == tuple(c["name"] for c in categories)
+    assert header.category_ids == tuple(c["id"] for c in categories)
+    assert header.imgsz == (64, 64)
+    assert header.preset == "tiny"
+    assert header.layers == 2
+    assert header.thresholds is None
+    assert header.version
+    assert header.identity
+    assert header.dataset["fingerprint"]
+    assert header.metrics["AP"] >= 0
+
+
+def test_eval_gives_the_same_figures(finished: Path, data: Path, rtdetr) -> None:
+    """The moving average is judged in float32 while training: what `eval` finds for the file it was written to."""
+    ran = rtdetr("eval", finished, "--data", data, "--json", "--device", "cpu")
+    assert ran.code == 0, ran.err
+    stored = read_header(finished / "best.safetensors").metrics
+    for name, value in stored.items():
+        assert ran.json["metrics"][name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_what_a_person_sees(data: Path, rtdetr, tmp_path: Path) -> None:
+    ran = rtdetr("train", *SMALL, "--data", data, "--epochs", 2, "--out", tmp_path)
+    assert ran.code == 0, ran.err
+    lines = ran.err.splitlines()
+    assert lines[0].startswith("rtdetr 0.")
+    assert "preset tiny (" in lines[0]
+    assert "data shapes: 20/6 pictures, 5 classes" in lines[0]
+    plan = next(line for line in lines if line.startswith("plan  "))
+    assert "2 epochs x 3 steps" in plan
+    assert "effective batch 8 = 2x4" in plan
+    assert any(line.startswith("warning: ") and "too few to learn" in line for line in lines)
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    assert len(epochs) == 2, "one line an epoch in a pipe"
+    assert epochs[0].startswith("epoch 1/2  loss ")
+    assert " left" in epochs[0]
+    assert " left" not in epochs[1]
+    assert "AP50" in ran.out
+    assert str(tmp_path / "tiny-shapes-01" / "best.safetensors") in ran.out
+    assert "\033" not in ran.err + ran.out
+
+
+def test_json_is_one_document(data: Path, rtdetr, tmp_path: Path) -> None:
+    ran = rtdetr("train", *SMALL, "--data", data, "--epochs", 1, "--out", tmp_path, "--name", "x", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["schema_version"] == 1
+    assert ran.json["run"] == str(tmp_path / "x")
+    assert set(ran.json["metrics"]) >= {"AP", "AP50"}
+
+
+# ---- refusals ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_that_name_exists(finished: Path, data: Path, rtdetr) -> None:
+    before = sorted(p.name for p in finished.parent.rglob("*"))
+    ran = rtdetr("train", *SMALL, "--data", data, "--out", finished.parent, "--name", finished.name)
+    assert ran.code == 2
+    assert "exists" in ran.err
+    assert f"rtdetr train --resume {finished}" in ran.err
+    assert sorted(p.name for p in finished.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        ([], 2, "--data is required"),
+        (["--data", "gone.json"], 3, "gone.json does not exist"),
+        (["--data", "DATA", "--weights", "gone.pth"], 4, "gone.pth"),
+        (["--data", "DATA", "--weights", "coco"], 2, "no such published weights"),
+        (["--data", "DATA", "--device", "7"], 7, "7"),
+        (["--data", "DATA", "--device", "fast"], 2, "fast"),
+        (["--data", "DATA", "--precision", "fp16"], 7, "fp16"),
+        (["--data", "DATA", "--batch", "9"], 2, "--effective-batch 8"),
+        (["--data", "DATA", "--out", "FILE/runs"], 1, "cannot be written"),
+        (["--data", "DATA", "--resume", "gone"], 2, "gone does not exist"),
+        (["--resume", "DATA"], 2, "is not a run"),
+        (["--resume", "gone", "--dry-run"], 2, "--dry-run"),
+        (["--data", "DATA", "--set", "schedule"], 2, "key=value"),
+    ],
+)
+def test_refusals(flags: list[str], code: int, said: str, data: Path, rtdetr, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").touch()
+    words = [str(data) if f == "DATA" else f for f in flags]
+    settings = [] if "--resume" in flags else SMALL
+    ran = rtdetr("train", *settings, *words)
+    assert ran.code == code, ran.err
+    assert said in ran.err
+    assert ran.err.count("error: ") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["FILE"], "nothing is left behind"
+
+
+# ---- going on ---------------------------------------------------------------------------------------------------
+
+
+def test_resume_needs_no_other_flag_and_ends_the_same(copy: Path, finished: Path, rtdetr, monkeypatch) -> None:
+    monkeypatch.chdir("/")
+    ran = rtdetr("train", "--resume", copy)
+    assert ran.code == 0, ran.err
+    assert "resumed at epoch 2, step 3" in ran.err
+    assert "epoch 2/2" in ran.err
+    for name in ("metrics.csv", "best.safetensors"):
+        assert (copy / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_the_same_flags_again_are_no_change(copy: Path, data: Path, rtdetr) -> None:
+    ran = rtdetr("train", "--resume", copy, *SMALL, "--data", data, "--epochs", 2)
+    assert ran.code == 0, ran.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--epochs", "9"], "epochs is 2 in this run, not 9"),
+        (["--lr", "1e-5"], "lr is"),
+        (["--imgsz", "96"], "imgsz is 64x64 in this run, not 96x96"),
+        (["--seed", "3"], "seed is 0 in this run, not 3"),
+        (["--preset", "r18"], "preset is tiny in this run, not r18"),
+        (["--set", "schedule=official"], "schedule is scaled in this run, not official"),
+        (["--set", "model.queries=13"], "model.queries is 12 in this run, not 13"),
+        (["--effective-batch", "16"], "effective_batch is 8"),
+    ],
+)
+def test_a_changed_flag_is_refused_by_name(flags: list[str], said: str, copy: Path, rtdetr) -> None:
+    before = {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()}
+    ran = rtdetr("train", "--resume", copy, *flags)
+    assert ran.code == 2
+    assert said in ran.err
+    assert {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()} == before
+
+
+def test_an_edited_config_is_refused_by_name(copy: Path, rtdetr) -> None:
+    text = (copy / "config.toml").read_text()
+    (copy / "config.toml").write_text(text.replace("ema_age = ", "ema_age = 0.1 # "))
+    ran = rtdetr("train", "--resume", copy)
+    assert ran.code == 2
+    assert "ema_age was" in ran.err
+    assert "0.1 now" in ran.err
+
+
+def changed(document: dict[str, Any], what: str) -> None:
+    if what == "box":
+        document["annotations"][0]["bbox"][0] += 1
+    elif what == "picture":
+        gone = document["images"].pop()["id"]
+        document["annotations"] = [a for a in document["annotations"] if a["image_id"] != gone]
+    else:
+        document["categories"][0]["name"] = "other"
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [("box", "boxes"), ("picture", "training pictures 20 then, 19 now"), ("class", "classes")],
+)
+def test_a_changed_dataset_is_refused(what: str, said: str, data: Path, rtdetr, tmp_path: Path) -> None:
+    own = tmp_path / "shapes"
+    shutil.copytree(data, own)
+    words = ["train", *SMALL, "--data", own, "--epochs", 2, "--out", tmp_path, "--name", "x"]
+    assert rtdetr(*words).code == 0
+    (tmp_path / "x" / ".last.ckpt.previous").replace(tmp_path / "x" / "last.ckpt")
+    for name in ("train.json", "val.json") if what == "class" else ("train.json",):
+        document = json.loads((own / name).read_text())
+        changed(document, what)
+        (own / name).write_text(json.dumps(document))
+    ran = rtdetr("train", "--resume", tmp_path / "x")
+    assert ran.code == 3, ran.err
+    assert "the dataset has changed" in ran.err
+    assert said in ran.err
+
+
+def test_a_finished_run_is_finished(finished: Path, rtdetr) -> None:
+    ran = rtdetr("train", "--resume", finished)
+    assert ran.code == 2
+    assert "is finished (2 of 2 epochs)" in ran.err
+    assert f"--weights {finished / 'best.safetensors'}" in ran.err
+
+
+def test_damaged_checkpoints(copy: Path, finished: Path, rtdetr) -> None:
+    good = (copy / "last.ckpt").read_bytes()
+    (copy / ".last.ckpt.previous").write_bytes(good)
+    (copy / "last.ckpt").write_bytes(good[:-100])
+    ran = rtdetr("train", "--resume", copy)
+    assert ran.code == 0, ran.err
+    assert "cut short: going on from the checkpoint before it" in ran.err
+    assert (copy / "metrics.csv").read_bytes() == (finished / "metrics.csv").read_bytes()
+    for name in ("last.ckpt", ".last.ckpt.previous"):
+        (copy / name).write_bytes(b"rubbish")
+    ran = rtdetr("train", "--resume", copy)
+    assert ran.code == 4
+    assert "is not a checkpoint" in ran.err
+
+
+# ---- other ways -------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_measures_and_leaves_nothing(data: Path, rtdetr, tmp_path: Path) -> None:
+    words = ["train", *SMALL, "--data", data, "--out", tmp_path / "runs", "--dry-run"]
+    ran = rtdetr(*words)
+    assert ran.code == 0, ran.err
+    for row in ("worst step", "evaluation", "whole run", "memory", "disk"):
+        assert row in ran.out
+    assert not list(tmp_path.iterdir())
+    ran = rtdetr(*words, "--json")
+    assert ran.json["seconds"]["total"] > 0
+    assert ran.json["memory_bytes"] > 0
+    assert ran.json["disk_bytes"] > 0
+    assert {c["name"] for c in ran.json["plan"]} >= {"lr", "warm-up", "EMA"}
+
+
+def test_training_goes_on_from_a_model_by_class_name(finished: Path, data: Path, rtdetr, tmp_path: Path) -> None:
+    """Names are matched, one has changed; the table says which came from where."""
+    own = tmp_path / "shapes"
+    shutil.copytree(data, own)
+    for name in ("train.json", "val.json"):
+        document = json.loads((own / name).read_text())
+        document["categories"][1]["name"] = "doughnut"
+        (own / name).write_text(json.dumps(document))
+    ran = rtdetr("train", *SMALL, "--data", own, "--epochs", 1, "--out", tmp_path, "--weights", finished)
+    assert ran.code == 0, ran.err
+    carried = next(line for line in ran.err.splitlines() if "carried over by name" in line)
+    anew = next(line for line in ran.err.splitlines() if "made anew" in line)
+    assert "disc" in carried
+    assert "doughnut" in anew
+    assert "doughnut" not in carried
+    manifest = json.loads((tmp_path / "tiny-shapes-01" / "manifest.json").read_text())
+    assert [row["source_name"] for row in manifest["transfer"]["classes"]].count(None) == 1
+
+
+def test_weights_of_another_architecture(finished: Path, data: Path, rtdetr, tmp_path: Path) -> None:
+    ran = rtdetr("train", *SMALL, "--set", "model.width=16", "--data", data, "--out", tmp_path, "--weights", finished)
+    assert ran.code == 4
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_few_pictures_are_learned_by_heart(data: Path, rtdetr, tmp_path: Path) -> None:
+    words = ["train", "--preset", "tiny", "--imgsz", 96, "--workers", 0, "--data", data, "--overfit", 4, "--epochs", 30]
+    ran = rtdetr(*words, "--effective-batch", 8, "--out", tmp_path, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["metrics"]["AP"] > 0.9
+
+
+def test_pictures_that_were_not_learned_by_heart_are_explained(data: Path, rtdetr, tmp_path: Path) -> None:
+    ran = rtdetr("train", *SMALL, "--data", data, "--overfit", 3, "--epochs", 1, "--out", tmp_path)
+    assert ran.code == 0, ran.err
+    assert "were not learned by heart" in ran.err
+    assert "steps are few" in ran.err
