@@ -128,11 +128,21 @@ def _covered(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 def _box(outline: NDArray[np.float64], hw: tuple[int, int]) -> tuple[float, float, float, float]:
     """Return the tight box of what lies inside the picture: where a triangle is cut, less than the clipped box."""
-    if (outline < 0).any() or (outline > hw[::-1]).any():
-        share = np.linspace(0, 1, 2000 // len(outline))[:, None, None]
-        edges = (outline + share * (np.roll(outline, -1, 0) - outline)).reshape(-1, 2)
-        outline = edges[((edges >= 0) & (edges <= hw[::-1])).all(1)]
-    (x0, y0), (x1, y1) = outline.min(0).tolist(), outline.max(0).tolist()
+    corners = [(float(x), float(y)) for x, y in outline]
+    for axis, bound, sign in ((0, 0, 1), (1, 0, 1), (0, hw[1], -1), (1, hw[0], -1)):
+        depths = [(corner[axis] - bound) * sign for corner in corners]  # inside one border of the picture
+        kept: list[tuple[float, float]] = []
+        for (x0, y0), (x1, y1), depth, following in zip(
+            corners, corners[1:] + corners[:1], depths, depths[1:] + depths[:1], strict=True
+        ):
+            if depth >= 0:
+                kept.append((x0, y0))
+            if (depth >= 0) != (following >= 0):
+                share = depth / (depth - following)
+                crossing = (x0 + share * (x1 - x0), y0 + share * (y1 - y0))
+                kept.append((float(bound), crossing[1]) if axis == 0 else (crossing[0], float(bound)))
+        corners = kept
+    (x0, y0), (x1, y1) = np.min(corners, axis=0).tolist(), np.max(corners, axis=0).tolist()
     return x0, y0, x1, y1
 
 
