@@ -123,14 +123,23 @@ class RunConfig:
         return self.source(key) not in ("default", "preset")
 
     def to_toml(self) -> str:
-        """Return the whole run as TOML, each value with where it came from; `--config` reads it back."""
+        """Return the whole run as TOML; `--config` reads it back.
+
+        Every value is there, so that nothing changes when a default does; a last table says which were chosen and
+        by what, since a schedule may take another value for one that nobody chose.
+        """
         lines = [f"# Resolved settings of one run of rtdetr train. preset: {self.preset.name}"]
         lines += [_toml_line(k, v, self.source(k)) for k, v in flatten(self.settings).items() if v is not None]
         for table in ("model", "optim"):
             lines += ["", f"[{table}]"]
             for key, value in flatten(getattr(self.preset, table)).items():
                 lines.append(_toml_line(key, value, self.source(f"{table}.{key}")))
+        lines += ["", f"[{PROVENANCE}]"]
+        lines += [f"{_toml(key)} = {_toml(source)}" for key, source in self.provenance.items() if self.given(key)]
         return "\n".join(lines) + "\n"
+
+
+PROVENANCE = "provenance"
 
 
 def _toml_line(key: str, value: Any, source: str) -> str:
@@ -178,14 +187,19 @@ def resolve_run(flags: Mapping[str, Any], *, sets: Sequence[str] = (), config_fi
     values: dict[str, Any] = {}
     provenance: dict[str, str] = {}
     layers: list[tuple[str, Mapping[str, Any]]] = []
+    chosen: dict[str, str] | None = None
     if config_file is not None:
-        layers.append((f"{config_file}", _dotted(read_toml(config_file))))
+        document = read_toml(config_file)
+        chosen = document.pop(PROVENANCE, None)
+        layers.append((f"{config_file}", _dotted(document)))
     layers.append(("--set", parse_set(sets)))
     layers.append(("flag", flags))
     for name, layer in layers:
         for key, value in layer.items():
             values[key] = value
             provenance[key] = f"--{key.replace('_', '-')}" if name == "flag" else name
+            if name not in ("flag", "--set") and chosen is not None:
+                provenance[key] = chosen.get(key, "preset" if "." in key else "default")
     preset_name = str(values.get("preset", RunSettings.model_fields["preset"].default))
     base = load_preset(preset_name)
     tables = {"model": base.model.model_dump(), "optim": base.optim.model_dump()}

@@ -150,23 +150,27 @@ def make_plan(config: RunConfig, *, pictures: int) -> Plan:
         ratio = f"{lr_backbone / lr:.3g} of lr, the preset's share"
         why = "--lr-backbone" if settings.lr_backbone is not None else ratio
         choices.append(Choice("backbone lr", f"{lr_backbone:.3g}", why))
-    if official:
-        warmup, flat, final = published.warmup_steps, total, 1.0
+    # A share that somebody set holds in the official schedule too: one may be changed and the rest kept.
+    if official and not config.given("warmup"):
+        warmup = published.warmup_steps
         choices.append(Choice("warm-up", f"{warmup} steps", "published"))
-        choices.append(Choice("decay", "none", "published: a constant rate"))
     else:
         warmup = min(published.warmup_steps, max(1, round(settings.warmup * total)))
-        flat = max(warmup, round(settings.flat * total))
-        final = settings.final_rate
         share = f"{settings.warmup:.0%} of {total}"
         capped = warmup == published.warmup_steps and settings.warmup * total > warmup
         choices.append(Choice("warm-up", f"{warmup} steps", f"the published most, under {share}" if capped else share))
+    if official and not (config.given("flat") or config.given("final_rate")):
+        flat, final = total, 1.0
+        choices.append(Choice("decay", "none", "published: a constant rate"))
+    else:
+        flat = max(warmup, round(settings.flat * total))
+        final = settings.final_rate
         choices.append(
             Choice("decay", f"from step {flat} to {final:.0%}", f"half a cosine over the last {1 - flat / total:.0%}")
         )
 
     # ---- moving average ---------------------------------------------------------------------------------------
-    if official:
+    if official and not (config.given("ema_age") or config.given("ema_ramp")):
         age, ramp = published.ema_decay / (1 - published.ema_decay), 0.0
         choices.append(Choice("EMA", f"decay {published.ema_decay}, ramp {published.ema_warmup} steps", "published"))
     else:
@@ -181,7 +185,7 @@ def make_plan(config: RunConfig, *, pictures: int) -> Plan:
         )
 
     # ---- what the pictures go through -------------------------------------------------------------------------
-    if official:
+    if official and not config.given("calm"):
         calm, why = published.epochs - published.strong_augmentation_until, "published"
     else:
         calm = max(2, round(settings.calm * epochs))

@@ -46,6 +46,8 @@ def test_a_resolved_run_reads_itself_back(tmp_path: Path) -> None:
     again = resolve_run({}, config_file=file)
     assert again.settings == run.settings
     assert again.preset == run.preset
+    assert again.provenance == run.provenance, "what nobody chose is still nobody's choice"
+    assert resolve_run({"epochs": 3}, config_file=file).source("epochs") == "--epochs"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,6 +122,31 @@ def test_scales_keep_the_sides_in_proportion() -> None:
 def test_other_epochs_keep_the_published_distance_to_the_end() -> None:
     plan = make_plan(resolve_run({"preset": "r18", "epochs": 20}, sets=["schedule=official"]), pictures=1000)
     assert plan.strong_until == 17
+
+
+@pytest.mark.parametrize(("key", "value"), [("warmup", 0.05), ("ema_age", 0.02), ("calm", 0.3), ("final_rate", 0.5)])
+def test_one_share_may_be_set_in_the_official_schedule(key: str, value: float) -> None:
+    """What is chosen holds and the rest stays as published: the arms of a comparison."""
+    official = make_plan(resolve_run({"preset": "r18", "epochs": 20}, sets=["schedule=official"]), pictures=1000)
+    one = make_plan(
+        resolve_run({"preset": "r18", "epochs": 20}, sets=["schedule=official", f"{key}={value}"]), pictures=1000
+    )
+    differing = {f for f in ("warmup_steps", "flat_steps", "final_rate", "ema_age", "ema_ramp", "strong_until")
+                 if getattr(one, f) != getattr(official, f)}  # fmt: skip
+    expected = {
+        "warmup": {"warmup_steps"},
+        "ema_age": {"ema_age", "ema_ramp"},
+        "calm": {"strong_until"},
+        "final_rate": {"flat_steps", "final_rate"},
+    }
+    assert differing == expected[key]
+
+
+def test_a_resumed_official_run_is_planned_as_it_was(tmp_path: Path) -> None:
+    config = resolve_run({"preset": "r18"}, sets=["schedule=official"])
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    again = resolve_run({}, config_file=tmp_path / "config.toml")
+    assert make_plan(again, pictures=1000) == make_plan(config, pictures=1000)
 
 
 @pytest.mark.parametrize(
