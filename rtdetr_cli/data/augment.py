@@ -6,7 +6,7 @@ draw follows torchvision's v2 transform of that name; the work is arranged diffe
 1. *Geometry first.* Zoom-out, crop and flip move boxes and choose a window; nothing touches pixels. All of it is
    one window in the picture's own coordinates, which may reach beyond the picture, where it is black.
 2. *Decode for the window.* A JPEG is decoded at the smallest of 1/8, 1/4, 1/2, 1 at which the window still covers
-   the network's size. At 1 the result equals torchvision's pad, crop and resize.
+   the network's size. At 1 the result equals torchvision's pad, crop and resize, bit for bit or within one grey level.
 3. *One stretch*, of the visible part only. A zoomed-out canvas has up to sixteen times the pixels; none is made.
 4. *Photometric last*, at the network's size. These operations act on each pixel alone, so they nearly commute with
    a resize (both average; only clipping and rounding do not), and a photograph has ten to forty times the pixels of

@@ -390,10 +390,11 @@ def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
 
 
 def _end(children: list[subprocess.Popen[bytes]], threads: list[threading.Thread]) -> None:
-    """Close the children's input, and wait for them."""
+    """End the children, whatever they are at: they hold nothing that could be lost."""
     for child in children:
         with contextlib.suppress(OSError):
             _pipe(child.stdin).close()
+        child.terminate()
     for child in children:
         try:
             child.wait(_GOODBYE_S)
