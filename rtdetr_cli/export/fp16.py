@@ -9,6 +9,12 @@ Why not a converter of finished ONNX files: NVIDIA's AutoCast chooses its island
 calibration run and knows no module names (they are gone in an ONNX graph), brings a tree of packages that a CPU user
 never needs, and gives no twin. onnxconverter-common casts by operator type alone. Here a rule may name a module.
 
+Which parts: measured by tests/bench/bench_half_islands.py on a `tiny` trained on blood cells (24 pictures, 2,347
+detections). Everything in half moves scores by 4.1e-4 on average and boxes by 2.4e-3 of IoU; with the islands 1.1e-4
+and 4.7e-4. The first convolution is worth most, then the score heads; norms, softmax, locations and refinement hardly
+show there. Those stay float32 for their range (a sum of squares, an exponential, a logarithm near 0) and for maps
+larger than the measured ones, and cost little.
+
 How a type is decided: convolutions and matrix products are half unless an island holds them; everything else takes
 the widest type of its inputs, as autocast does. What an island gives is float32, so what is computed from it stays
 float32 until the next convolution or matrix product.
@@ -48,6 +54,12 @@ class Island:
 
 
 ISLANDS = (
+    Island(
+        "first convolution",
+        "grey levels over 255 are not exact in half, and all that follows inherits the error: the largest of all "
+        "modules by ten times, for under one per cent of the work",
+        lambda path, op: path.endswith("conv1.conv1_1.conv"),
+    ),
     Island(
         "norms",
         "a norm sums squares over all channels; the sums before it grow beyond 65504 and lose the small terms",

@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--islands-only", action="store_true", help="leave out the first and longest table")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     weights, data = (arguments.model, arguments.data) if arguments.model else golden()
@@ -126,9 +127,10 @@ def main() -> None:
             print(f"{row['score']:12.2e} {row['box']:10.2e} {row['unmatched']:10.2%}  {name}{broken}")
 
     print(f"{weights}  {len(ours)} pictures  {sum(int((d.scores > 0.1).sum()) for d in ours)} detections")
+    groups = [] if arguments.islands_only else groups_of(program)
     alone = {
         group: error(lambda path, op, group=group: not within(path, group))  # type: ignore[misc]
-        for group in groups_of(program)
+        for group in groups
     }
     table("1. one module alone in half precision", alone)
     without = {

@@ -30,7 +30,8 @@ def test_types_of_the_graph(exported: dict[str, Artefact]) -> None:
     for node in model.graph.node:
         by_operator.setdefault(node.op_type, []).append(types[node.output[0]])
     half, single = TensorProto.FLOAT16, TensorProto.FLOAT
-    assert set(by_operator["Conv"]) == {half}
+    assert by_operator["Conv"].count(single) == 1  # the first
+    assert by_operator["Conv"].count(half) > 20
     assert set(by_operator["LayerNormalization"]) == {single}
     assert by_operator["MatMul"].count(half) > by_operator["MatMul"].count(single)
     assert set(by_operator["TopK"]) == {single}
@@ -56,7 +57,8 @@ def test_softmax_over_points_is_single(exported: dict[str, Artefact]) -> None:
         ("model.decoder.dec_bbox_head.1.layers.2", "linear", "box refinement"),
         ("model.decoder.enc_score_head", "linear", "top-k scores"),
         ("model.decoder.decoder.layers.1.self_attn", "softmax", None),
-        ("model.backbone.conv1.conv1_1.conv", "conv2d", None),
+        ("model.backbone.conv1.conv1_1.conv", "conv2d", "first convolution"),
+        ("model.backbone.conv1.conv1_2.conv", "conv2d", None),
     ],
 )
 def test_islands(path: str, op: str, name: str | None) -> None:
@@ -65,7 +67,7 @@ def test_islands(path: str, op: str, name: str | None) -> None:
 
 
 def test_every_island_has_a_reason() -> None:
-    assert len({i.name for i in ISLANDS}) == len(ISLANDS) == 6
+    assert len({i.name for i in ISLANDS}) == len(ISLANDS) == 7
     assert all(len(i.why) > 30 for i in ISLANDS)
 
 

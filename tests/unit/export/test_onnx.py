@@ -86,7 +86,7 @@ def test_metadata(exported: dict[str, Artefact], loaded: Loaded, shapes_model: P
         assert header.extra["gate"]["matched"] == 1
     islands = open_backend(exported["fp16"].path, device="cpu").header.extra["islands"]
     assert all(i["name"] and i["why"] for i in islands)
-    assert len(islands) == 6
+    assert len(islands) == 7
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,223 @@
+"""The second stage: what it plans, what it recommends, and (slow) that it runs whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rtdetr_cli.config.presets import load_preset
+from rtdetr_cli.config.run import resolve_run
+from rtdetr_cli.errors import UsageError
+from rtdetr_cli.evaluate.bootstrap import Interval
+from rtdetr_cli.export.gate import Limits, Part, Verdict
+from rtdetr_cli.export.run import Artefact
+from rtdetr_cli.model.build import build_detector
+from rtdetr_cli.model.header import ModelHeader
+from rtdetr_cli.model.weights import read_header
+from rtdetr_cli.workflows.finetune_discrete import (
+    Exported,
+    Outcome,
+    Row,
+    epochs_of,
+    model_sets,
+    plan_discrete,
+    preset_for,
+    recommend,
+)
+
+
+@pytest.fixture
+def header(shapes_model: Path) -> ModelHeader:
+    return read_header(shapes_model)
+
+
+@pytest.mark.parametrize(
+    ("preset", "first", "expected"),
+    [
+        ("r18", 120, 36),  # published
+        ("r34", 120, 12),
+        ("r50m", 84, 36),
+        ("r50", 72, 12),
+        ("r101", 72, 12),  # nothing was published: the usual share
+        ("r18", 50, 15),
+        ("tiny", 3, 2),  # never fewer than two
+    ],
+)
+def test_epochs_are_the_published_share(preset: str, first: int, expected: int) -> None:
+    assert epochs_of(first, load_preset(preset).official) == expected
+
+
+def test_plan_of_a_model_alone(shapes_model: Path, header: ModelHeader, shapes_data: Path) -> None:
+    """A model that is no preset's, outside of any run: its own sizes, and only the sampling is another."""
+    config = plan_discrete(shapes_model, header, {"data": str(shapes_data)})
+    assert config.settings.sampling == "discrete"
+    assert config.settings.rounding == "published"
+    assert config.settings.weights == str(shapes_model)
+    assert config.settings.epochs == 15  # of the default's 50
+    assert config.settings.calm == pytest.approx(3 / 36)
+    assert config.imgsz == header.imgsz
+    assert config.preset.model.model_dump(mode="json") == header.architecture
+    assert config.settings.freeze == "preset"
+    assert config.settings.name == "tiny-shapes-discrete-01"
+
+
+def test_plan_of_a_run(shapes_model: Path, header: ModelHeader, shapes_data: Path, tmp_path: Path) -> None:
+    """The run's settings, where the command line says nothing else; flags over `--set` over the run."""
+    run = tmp_path / "runs/tiny-shapes-01"
+    run.mkdir(parents=True)
+    model = run / "best.safetensors"
+    model.write_bytes(shapes_model.read_bytes())
+    first = resolve_run(
+        {"data": str(shapes_data), "preset": "tiny", "epochs": 40, "lr": 3e-4, "effective_batch": 4, "seed": 9},
+        sets=model_sets(header, "tiny"),
+    )
+    (run / "config.toml").write_text(first.to_toml())
+    config = plan_discrete(model, header, {"seed": 1}, sets=["rounding=nearest", "calm=0.2"])
+    settings = config.settings
+    assert (settings.epochs, settings.lr, settings.effective_batch) == (12, 3e-4, 4)
+    assert (settings.seed, settings.rounding, settings.calm) == (1, "nearest", 0.2)
+    assert settings.data == str(shapes_data)
+    assert config.preset.optim == first.preset.optim
+    assert config.preset.model == first.preset.model
+    assert plan_discrete(model, header, {"epochs": 3}).settings.epochs == 3
+    assert plan_discrete(model, header, {}, sets=["epochs=5"]).settings.epochs == 5
+
+
+def test_names_are_never_reused(shapes_model: Path, header: ModelHeader, shapes_data: Path, tmp_path: Path) -> None:
+    flags = {"data": str(shapes_data), "out": str(tmp_path)}
+    (tmp_path / "tiny-shapes-discrete-01").mkdir()
+    assert plan_discrete(shapes_model, header, flags).settings.name == "tiny-shapes-discrete-02"
+    assert plan_discrete(shapes_model, header, {**flags, "name": "mine"}).settings.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "sets", "said"),
+    [
+        ({"sampling": "discrete"}, {"data": "x"}, [], "discretely already"),
+        ({}, {}, [], "no dataset is named"),
+        ({}, {"data": "x"}, ["sampling=bilinear"], "sampling cannot change"),
+        ({"architecture": {"depth": 152}}, {"data": "x"}, [], "no preset has the backbone"),
+    ],
+)
+def test_refusals(
+    shapes_model: Path, header: ModelHeader, change: dict[str, Any], flags: dict[str, Any], sets: list[str], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        plan_discrete(shapes_model, replace(header, **change), flags, sets=sets)
+
+
+@pytest.mark.parametrize("name", ["tiny", "r18", "r34", "r50m", "r50", "r101"])
+def test_preset_of_a_foreign_file(header: ModelHeader, name: str) -> None:
+    """A published file names no preset: the nearest sizes tell, r50m from r50 too."""
+    spec = load_preset(name).model.model_dump(mode="json")
+    assert preset_for(replace(header, preset="", architecture=spec)) == name
+
+
+def test_only_offsets_are_frozen() -> None:
+    spec = load_preset("tiny").model
+    plain, discrete = build_detector(spec, num_classes=3), build_detector(spec, num_classes=3, sampling="discrete")
+    frozen = {n for n, p in discrete.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, _ in plain.named_parameters() if "sampling_offsets" in n}
+    assert all(p.requires_grad for p in plain.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ recommendation
+
+
+def outcome(
+    *, before: float = 0.5, after: float, spread: float = 0.01, times: tuple[float, float], passed: bool = True
+) -> tuple[tuple[Row, Row, Row], list[Exported]]:
+    def interval(value: float) -> Interval:
+        return Interval(value, value - spread, value + spread, 100)
+
+    part = Part(passed)
+    verdict = Verdict("fp32", Limits(1, 1, 0, 0, 0), 1, part, Part(True), Part(None))
+    artefact = Artefact(Path("x.onnx"), "onnx", "fp32", verdict)
+    rows = (
+        Row("before", interval(before), before),
+        Row("untrained", interval(0.1), 0.1, interval(0.1 - before)),
+        Row("after", interval(after), after, interval(after - before)),
+    )
+    return rows, [Exported("original", artefact, times[0]), Exported("discrete", artefact, times[1])]
+
+
+@pytest.mark.parametrize(
+    ("facts", "begins"),
+    [
+        ({"after": 0.48, "times": (10.0, 5.0)}, "keep the original: discrete sampling costs more than 0.01 AP"),
+        ({"after": 0.55, "times": (10.0, 10.0)}, "deploy the discrete model: it is the better one"),
+        ({"after": 0.498, "times": (10.0, 8.0)}, "deploy the discrete model where speed counts"),
+        ({"after": 0.495, "spread": 0.001, "times": (10.0, 8.0)}, "deploy the discrete model where speed counts"),
+        ({"after": 0.502, "times": (10.0, 9.8)}, "keep the original: it is as fast"),
+        ({"after": 0.55, "times": (10.0, 5.0), "passed": False}, "deploy neither yet"),
+    ],
+)
+def test_recommendation(facts: dict[str, Any], begins: str) -> None:
+    assert recommend(*outcome(**facts), max_drop=0.01).startswith(begins)
+
+
+def test_gain_may_be_the_longer_training() -> None:
+    """A better discrete model has also been trained for longer, and the words say so."""
+    assert "trained for longer" in recommend(*outcome(after=0.55, times=(10.0, 10.0)), max_drop=0.01)
+
+
+def test_real_loss_is_called_one() -> None:
+    told = recommend(*outcome(after=0.495, spread=0.001, times=(10.0, 8.0)), max_drop=0.01)
+    assert "a real loss" in told
+
+
+@pytest.mark.parametrize(("after", "max_drop", "passed"), [(0.48, 0.01, False), (0.48, 0.05, True), (0.6, 0.0, True)])
+def test_passing(after: float, max_drop: float, passed: bool) -> None:
+    rows, exports = outcome(after=after, times=(1.0, 1.0))
+    made = Outcome(Path("r"), Path("b"), rows, tuple(exports), "", rows[0].ap.value - after, max_drop)
+    assert made.passed is passed
+    assert made.to_json()["passed"] is passed
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+def test_command_refuses_first(rtdetr: Callable[..., Any], shapes_model: Path, shapes_onnx: Path) -> None:
+    for words, code in (
+        ([shapes_model], 2),  # no dataset
+        ([shapes_onnx], 2),
+        ([shapes_model, "--max-drop", "5"], 2),
+        ([shapes_model, "--data", "nowhere"], 3),
+        ([shapes_model, "--imgsz", "100"], 2),
+    ):
+        ran = rtdetr("finetune-discrete", *words)
+        assert ran.code == code, ran.err
+        assert "Traceback" not in ran.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("max_drop", "code"), [(1.0, 0), (0.0, 6)])
+def test_whole_stage(
+    rtdetr: Callable[..., Any], shapes_model: Path, shapes_data: Path, tmp_path: Path, max_drop: float, code: int
+) -> None:
+    """Three rows with intervals, two exports without GridSample, a recommendation; files kept either way."""
+    words = ["--data", shapes_data, "--epochs", 1, "--out", tmp_path, "--name", "d", "--workers", 0, "--aug", "none"]
+    ran = rtdetr("finetune-discrete", shapes_model, *words, "--max-drop", max_drop, "--lr", "1e-9", "--json")
+    assert ran.code == code, ran.err
+    document = ran.json
+    assert [row["model"] for row in document["table"]] == [
+        "bilinear, before",
+        "discrete, not trained",
+        "discrete, finetuned",
+    ]
+    before, untrained, after = (row["ap"]["value"] for row in document["table"])
+    assert before > 0.8
+    assert untrained < before  # half a pixel off, as published
+    assert document["drop"] == pytest.approx(before - after)
+    assert document["passed"] is (code == 0)
+    assert [e["operators"].get("GridSample", 0) for e in document["exports"]] == [0, 0]
+    assert all(e["gate"]["passed"] and e["milliseconds"] > 0 for e in document["exports"])
+    header = read_header(tmp_path / "d/best.safetensors")
+    assert (header.sampling, header.rounding) == ("discrete", "published")
+    assert {"discrete.json", "best.safetensors", "export", "export-original"} <= {
+        p.name for p in (tmp_path / "d").iterdir()
+    }
