@@ -471,7 +471,7 @@ def train(
                 if times > GO_BACKS:
                     raise diverged(guard.in_a_row, place.rate_scale, folder.path)
                 at = place.step
-                state = team.tell(load_good_checkpoint(folder.path) if team.leads else None)
+                state = team.tell_state(load_good_checkpoint(folder.path) if team.leads else None)
                 restore(learner, place, state, folder if team.leads else None)
                 place.rate_scale, place.went_back, place.in_a_row = rate_scale, times, 0
                 place.best_score, place.best_epoch = max(best, (place.best_score, place.best_epoch))

@@ -11,6 +11,7 @@ another that has decided otherwise. A team of one is the ordinary run and costs 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -118,6 +120,23 @@ class Team:
         with _peers():
             dist.broadcast_object_list(holder, src=0)
         return holder[0]
+
+    def tell_state(self, state: dict[str, Any] | None) -> dict[str, Any]:
+        """Return rank 0's training state: containers and tensors, which go round as a file does, unpickled safely."""
+        if not self.many:
+            assert state is not None
+            return state
+        buffer = io.BytesIO()
+        if self.leads:
+            torch.save(state, buffer)
+        size = self.tell(buffer.getbuffer().nbytes)
+        held = np.frombuffer(buffer.getvalue(), np.uint8).copy() if self.leads else np.empty(size, np.uint8)
+        with _peers():
+            dist.broadcast(torch.from_numpy(held), src=0)
+        if state is not None:
+            return state
+        found: dict[str, Any] = torch.load(io.BytesIO(held.tobytes()), map_location="cpu", weights_only=True)
+        return found
 
     def any(self, flag: bool) -> bool:
         """Tell whether any process says so."""

@@ -305,15 +305,17 @@ def resume(
     config = config_of(path) if (path / CONFIG).is_file() else None
     # Another host may have neither the folder nor a say: the first process reads for all.
     team = join(config.settings.device if config is not None else "auto")
-    state: dict[str, Any] = {}
+    read: dict[str, Any] | None = None
     damaged = ""
     if team.leads:
         folder = RunFolder.open(path)
         assert config is not None
         refuse_changes(config, flags or {}, sets, path)
-        state, damaged = load_checkpoint(path)
+        read, damaged = load_checkpoint(path)
     folder = RunFolder(path)
-    config, state, damaged = team.tell((config, state, damaged))
+    config, damaged = team.tell((config, damaged))
+    state = team.tell_state(read)
+    del read
     if state["place"]["finished"]:
         done = state["place"]["epoch"]
         raise UsageError(
