@@ -154,5 +154,5 @@ def report(error: RtdetrError, *, as_json: bool) -> int:
             }
         )
     else:
-        terminal.complain(error.message, error.hint)
+        terminal.complain(launch.speaker() + error.message, error.hint)
     return error.exit_code

@@ -222,6 +222,13 @@ def supervised() -> bool:
     return ERROR_FILE in os.environ
 
 
+def speaker() -> str:
+    """Return `process 3: ` in one of several processes that torchrun started, where all speak; else nothing."""
+    if supervised() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return ""
+    return f"process {os.environ.get('RANK', '?')}: "
+
+
 def leave_word(error: RtdetrError) -> None:
     """Leave an error for the one that started this process, who says it."""
     told = {"message": error.message, "hint": error.hint, "code": error.code, "exit_code": error.exit_code}

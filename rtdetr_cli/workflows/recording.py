@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,9 @@ class Recorder:
 
     def __init__(self, prepared: Prepared, folder: RunFolder, evaluator: Evaluator) -> None:
         self.prepared = prepared
+        # An --overfit trains on its few pictures many times over, and measures on them once.
+        overfit = prepared.config.settings.overfit
+        self.train_set = replace(prepared.val_set, split="train") if overfit else prepared.train_set
         self.folder = folder
         self.evaluator = evaluator
         self.best: Evaluation | None = None
@@ -77,7 +80,7 @@ class Recorder:
             yield from self._drawing(
                 plots.LABELS,
                 lambda: plots.save(
-                    plots.labels_figure(self.prepared.train_set, self.prepared.config.imgsz), self._path(plots.LABELS)
+                    plots.labels_figure(self.train_set, self.prepared.config.imgsz), self._path(plots.LABELS)
                 ),
             )
         yield from self._notices()
@@ -173,7 +176,7 @@ class Recorder:
             evaluation=self.best,
             data={
                 "name": prepared.splits.name,
-                "training pictures": f"{len(prepared.train_set):,}",
+                "training pictures": f"{len(self.train_set):,}",
                 "val pictures": f"{len(prepared.val_set):,}",
                 "classes": str(len(prepared.train_set.categories)),
             },
@@ -185,7 +188,7 @@ class Recorder:
         )
         write_report(
             story,
-            labels=plots.labels_figure(prepared.train_set, prepared.config.imgsz),
+            labels=plots.labels_figure(self.train_set, prepared.config.imgsz),
             batch=plots.read(self._path(plots.BATCH)),
             predictions=predictions,
         )

@@ -99,7 +99,7 @@ def test_a_missing_logger_is_refused_before_the_run(
 
 def prepared(**settings: Any) -> Any:
     config = resolve_run({"data": "x", "preset": "tiny", **settings}, sets=["plots=false"])
-    return SimpleNamespace(config=config, workers=3, warnings=[])
+    return SimpleNamespace(config=config, workers=3, warnings=[], train_set=None)
 
 
 def epoch(number: int, share: float) -> EpochReport:

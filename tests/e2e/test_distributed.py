@@ -1,0 +1,248 @@
+"""One run in several processes, started as people start it: same result, one voice, one end. On CPUs, with gloo."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rtdetr_cli.data.generate import generate_dataset
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SMALL = [
+    *("--preset", "tiny", "--imgsz", "64", "--workers", "0", "--precision", "fp32", "--effective-batch", "4"),
+    *("--set", "model.width=8", "--set", "model.hidden_dim=16", "--set", "model.encoder_ffn=16"),
+    *("--set", "model.decoder_dim=16", "--set", "model.decoder_ffn=16", "--set", "model.queries=20"),
+    *("--set", "model.heads=2", "--set", "plots=false"),
+]
+PATIENCE = 240
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **more}
+
+
+def call(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "rtdetr_cli", *map(str, arguments)],
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def ours(parent: int) -> list[psutil.Process]:
+    """Return the processes of a run, by rank."""
+    return sorted(psutil.Process(parent).children(), key=lambda child: int(child.environ()["RANK"]))
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """7 pictures to train on, one to measure on: shares are uneven, and one is empty."""
+    return generate_dataset(tmp_path_factory.mktemp("uneven"), train=7, val=1, imgsz=64)
+
+
+def start(data: Path, run: Path, *, epochs: int) -> subprocess.Popen[str]:
+    """Start a run of two processes and return when it has made its first epoch."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "rtdetr_cli", "train", "--data", str(data), *SMALL, "--device", "cpu,cpu"),
+            *("--epochs", str(epochs), "--out", str(run.parent), "--name", run.name, "--set", "eval_every=1000"),
+        ],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + PATIENCE
+    while not (run / "metrics.csv").is_file() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    return process
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+        child.kill()
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def long_run(uneven: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A run of two processes that would take long."""
+    process = start(uneven, tmp_path / "runs" / "long", epochs=5000)
+    yield process, tmp_path / "runs" / "long"
+    end(process)
+
+
+def test_two_processes_from_the_command_line(uneven: Path, tmp_path: Path) -> None:
+    """Uneven shares, an empty one in the evaluation, one voice, one folder."""
+    run = tmp_path / "runs" / "two"
+    done = call(
+        *("train", "--data", uneven, *SMALL, "--device", "cpu:2", "--epochs", 2, "--out", run.parent, "--name", "two"),
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["run"] == str(run)
+    assert "cpu x 2" in done.stderr
+    assert "effective batch 4 = 1x2x2" in done.stderr
+    assert len(re.findall("^epoch 2/2 ", done.stderr, re.MULTILINE)) == 1
+    assert [p.name for p in run.parent.iterdir()] == ["two"]
+    assert [row["epoch"] for row in metrics(run)] == ["1", "2"]
+    assert (run / "best.safetensors").is_file()
+    assert json.loads((run / "manifest.json").read_text(encoding="utf-8"))["versions"]["processes"] == "2"
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_before_anything_starts(
+    uneven: Path, tmp_path: Path, rtdetr: Callable[..., Any]
+) -> None:
+    done = rtdetr("train", "--data", uneven, *SMALL, "--device", "cpu:3", "--out", tmp_path)
+    assert done.code == 2
+    assert done.err == (
+        "error: --effective-batch 4 cannot be shared evenly by 3 processes\n\nhint: --effective-batch 3 or 6\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_result_is_that_of_one_process(tmp_path: Path) -> None:
+    data = generate_dataset(tmp_path / "data", train=20, val=9, imgsz=64)
+    runs = []
+    for name, device in (("one", "cpu"), ("two", "cpu:2")):
+        flags = ["--epochs", 3, "--device", device, "--batch", 4, "--out", tmp_path / "runs", "--name", name]
+        done = call("train", "--data", data, *SMALL, *flags)
+        assert done.returncode == 0, done.stderr
+        runs.append(metrics(tmp_path / "runs" / name))
+    # The sums are made in another order: the steps carry the rounding on, so that only the beginning is close.
+    one, two = ({k: float(v) for k, v in rows[0].items() if k.startswith("loss")} for rows in runs)
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    assert two == pytest.approx(one, rel=1e-2)
+    assert [row["lr"] for row in runs[0]] == [row["lr"] for row in runs[1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_all_and_the_run_goes_on_as_if_it_had_not(
+    uneven: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    epochs = 12
+    left_alone, stopped = tmp_path / "runs" / "alone", tmp_path / "runs" / "stopped"
+    process = start(uneven, stopped, epochs=epochs)
+    try:
+        children = ours(process.pid)
+        assert len(children) == 2
+        process.send_signal(number)
+        _, err = process.communicate(timeout=PATIENCE)
+    finally:
+        end(process)
+    assert process.returncode == 128 + number, err
+    assert err.count("the checkpoint is saved") == 1
+    assert f"hint: rtdetr train --resume {stopped}" in err
+    assert not any(child.is_running() for child in children)
+    assert len(metrics(stopped)) < epochs
+
+    resumed = call("train", "--resume", stopped)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "cpu x 2" in resumed.stderr
+    flags = ["--epochs", epochs, "--device", "cpu,cpu", "--out", left_alone.parent, "--name", left_alone.name]
+    alone = call("train", "--data", uneven, *SMALL, *flags, "--set", "eval_every=1000")
+    assert alone.returncode == 0, alone.stderr
+    assert (stopped / "metrics.csv").read_bytes() == (left_alone / "metrics.csv").read_bytes()
+    assert (stopped / "best.safetensors").read_bytes() == (left_alone / "best.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_takes_all_with_it(long_run: tuple[subprocess.Popen[str], Path]) -> None:
+    process, _ = long_run
+    children = ours(process.pid)
+    children[1].kill()
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert "error: process 1 (cpu) was ended by SIGKILL" in err
+    assert "Traceback" not in err
+    assert not any(child.is_running() for child in children)
+
+
+@pytest.mark.slow
+def test_processes_do_not_outlive_the_one_that_started_them(long_run: tuple[subprocess.Popen[str], Path]) -> None:
+    process, run = long_run
+    children = ours(process.pid)
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+    assert (run / "last.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_what_one_process_says_is_what_is_said(uneven: Path, tmp_path: Path) -> None:
+    """The second process fails by itself at its third step; the others only lose it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys, importlib.abc, importlib.util\n"
+        "class Late(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name != 'rtdetr_cli.workflows.finetune' or os.environ.get('RANK') != '1': return None\n"
+        "        sys.meta_path.remove(self)\n"
+        "        import rtdetr_cli.train.loop as loop\n"
+        "        from rtdetr_cli.errors import DataError\n"
+        "        real, calls = loop.accumulate, []\n"
+        "        def accumulate(*args, **more):\n"
+        "            calls.append(1)\n"
+        "            if len(calls) == 3: raise DataError('the pictures are gone', hint='look for them')\n"
+        "            return real(*args, **more)\n"
+        "        loop.accumulate = accumulate\n"
+        "        return None\n"
+        "sys.meta_path.insert(0, Late())\n",
+        encoding="utf-8",
+    )
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    flags = ["--device", "cpu:2", "--epochs", 9, "--out", tmp_path / "runs"]
+    done = call("train", "--data", uneven, *SMALL, *flags, PYTHONPATH=path)
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.endswith("error: process 1 (cpu): the pictures are gone\n\nhint: look for them\n")
+
+
+@pytest.mark.slow
+def test_two_hosts_over_the_loopback(uneven: Path, tmp_path: Path) -> None:
+    if shutil.which("torchrun") is None and not Path(sys.executable).with_name("torchrun").exists():
+        pytest.skip("torchrun is not installed")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    done = subprocess.run(
+        [
+            *(str(REPOSITORY / "examples" / "two_hosts.sh"), str(uneven), *SMALL, "--device", "cpu"),
+            *("--epochs", "2", "--out", str(tmp_path / "runs"), "--name", "hosts"),
+        ],
+        env=environment(PORT=port, PROCESSES="2", PATH=path),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cpu x 4" in done.stderr
+    assert len(re.findall("^epoch 2/2 ", done.stderr, re.MULTILINE)) == 1
+    assert [row["epoch"] for row in metrics(tmp_path / "runs" / "hosts")] == ["1", "2"]
