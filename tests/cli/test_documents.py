@@ -47,7 +47,7 @@ def test_commands_in_documents_exist(name: str, group) -> None:
         if words:
             flags_of.setdefault(words[0], set()).update(f for p in command.params for f in (*p.opts, *p.secondary_opts))
     used = re.findall(r"rtdetr ([a-z][a-z-]*)((?:[^`\n#])*)", text)
-    assert used
+    assert used or name != "README.md"
     for command_name, rest in used:
         if command_name not in COMMANDS:
             continue
