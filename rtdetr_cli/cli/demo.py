@@ -65,11 +65,12 @@ def demo(
             }
         )
     else:
+        shown = {name: terminal.show(metrics[name]) for name in ("AP", "AP50")}
         terminal.table(
             ("what", "where", "result"),
             [
                 ("dataset", artefacts["dataset"], f"{counts.get('error', 0)} errors"),
-                ("model", artefacts["model"], f"AP {metrics['AP']:.3f}  AP50 {metrics['AP50']:.3f} on held-out pictures"),
+                ("model", artefacts["model"], f"AP {shown['AP']}  AP50 {shown['AP50']} on held-out pictures"),
                 ("pictures", artefacts["predictions"], f"{boxes} boxes on {pictures} pictures"),
                 ("export", artefacts["onnx"], verdict.summary),
             ],

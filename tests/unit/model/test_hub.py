@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -18,7 +19,7 @@ PINNED = "rtdetrv2_r18vd_120e_coco_rerun_48.1.pth"
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    asked: list[str] = []
+    asked: ClassVar[list[str]] = []
 
     def log_message(self, *args: object) -> None:
         type(self).asked.append(self.path)
