@@ -10,7 +10,7 @@ import typer
 from rtdetr_cli.errors import DataError, GateError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from rtdetr_cli.data.records import Dataset
     from rtdetr_cli.export.run import Artefact
@@ -101,11 +101,25 @@ def export(
             tol_ap=tol_ap,
             tell=terminal.say,
             progress=bar.advance,
+            build_progress=_tell_tenths(terminal.say),
             device=device,
         )
     if no_gate:
         terminal.warn("--no-gate: nobody has looked whether these files detect what the model detects")
     _report(artefacts, as_json)
+
+
+def _tell_tenths(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
+    """Return what tells of a build by TensorRT, which takes minutes: a line at each tenth of each phase."""
+    told: dict[str, int] = {}
+
+    def tell(phase: str, done: int, steps: int) -> None:
+        tenth = 10 * done // max(steps, 1)
+        if tenth > told.get(phase, -1):
+            told[phase] = tenth
+            say(f"tensorrt  {phase} {done}/{steps}")
+
+    return tell
 
 
 def _pictures(verify: Path | None, model: Path, header: ModelHeader) -> Dataset | Sequence[Path]:
