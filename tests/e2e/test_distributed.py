@@ -246,3 +246,30 @@ def test_two_hosts_over_the_loopback(uneven: Path, tmp_path: Path) -> None:
     assert "cpu x 4" in done.stderr
     assert len(re.findall("^epoch 2/2 ", done.stderr, re.MULTILINE)) == 1
     assert [row["epoch"] for row in metrics(tmp_path / "runs" / "hosts")] == ["1", "2"]
+
+
+@pytest.mark.gpu
+def test_two_processes_on_one_gpu(tmp_path: Path) -> None:
+    """NCCL refuses to share a GPU, so gloo carries the sums; norms are synchronised on the device all the same."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    data = generate_dataset(tmp_path / "data", train=20, val=9, imgsz=64)
+    runs = []
+    for name, device in (("one", "0"), ("two", "0,0")):
+        flags = ["--epochs", 2, "--device", device, "--batch", 4, "--out", tmp_path / "runs", "--name", name]
+        done = call("train", "--data", data, *SMALL, *flags)
+        assert done.returncode == 0, done.stderr
+        runs.append(metrics(tmp_path / "runs" / name))
+    one, two = ({k: float(v) for k, v in rows[0].items() if k.startswith("loss")} for rows in runs)
+    assert two == pytest.approx(one, rel=2e-2)
+
+
+@pytest.mark.gpu
+def test_each_process_has_a_gpu_of_its_own(uneven: Path, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there are not two CUDA devices")
+    done = call("train", "--data", uneven, *SMALL, "--device", "0,1", "--epochs", 2, "--out", tmp_path, "--name", "two")
+    assert done.returncode == 0, done.stderr
+    assert "cuda x 2" in done.stderr
