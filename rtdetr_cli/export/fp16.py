@@ -35,6 +35,7 @@ from torch import Tensor, fx, nn
 
 from rtdetr_cli.export.onnx import MAX_BATCH, quiet
 from rtdetr_cli.infer.detections import Detections
+from rtdetr_cli.infer.graph import finish_raw
 from rtdetr_cli.model.header import ModelHeader
 
 HEAVY = ("conv2d", "linear", "matmul", "bmm", "addmm", "scaled_dot_product_attention")
@@ -271,7 +272,10 @@ class HalfTwin:
             images = torch.from_numpy(np.ascontiguousarray(pictures[rows])).to(self.device)
             images = images.permute(0, 3, 1, 2).float().contiguous() / 255
             sizes = torch.from_numpy(np.asarray(sizes_wh[rows], np.int64)).to(self.device)
-            labels, boxes, scores = (t.cpu().numpy() for t in Accumulating(self.program).run(images, sizes))
+            takes_sizes = sum(node.op == "placeholder" for node in self.program.graph.nodes) > 1
+            inputs = (images, sizes) if takes_sizes else (images,)
+            outputs = [t.cpu().numpy() for t in Accumulating(self.program).run(*inputs)]
+            labels, boxes, scores = outputs if takes_sizes else finish_raw(outputs[0], outputs[1], sizes_wh[rows])
             found.extend(
                 Detections(
                     boxes[i],

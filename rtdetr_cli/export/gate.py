@@ -530,7 +530,10 @@ class Gate:
             return Part(None, (), {"why_not": "the pictures have no labels"})
         if not len(self.dataset.labels):
             return Part(None, (), {"why_not": "none of the pictures has a labelled object"})
-        scores = [self._ap_of(ours, self.reference.header), self._ap_of(theirs, candidate.header)]
+        try:
+            scores = [self._ap_of(ours, self.reference.header), self._ap_of(theirs, candidate.header)]
+        except DataError as error:  # labelled with other classes than the model's
+            return Part(None, (), {"why_not": error.message})
         if scores[0] is None or scores[1] is None:
             return Part(None, (), {"why_not": "AP is undefined on these pictures"})
         delta = scores[1] - scores[0]

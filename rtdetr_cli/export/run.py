@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,9 @@ def export_model(
     )
     gate = None
     if pictures is not None:
-        gate = Gate(TorchBackend(model, header, device=device), pictures, progress=progress)
+        gate = Gate(TorchBackend(copy.deepcopy(model), header, device=device), pictures, progress=progress)
+        with exact_products():
+            gate.answers()
     artefacts: list[Artefact] = []
     try:
         for name in options.formats:
@@ -255,6 +258,17 @@ def export_model(
         if artefacts:
             write_parity(out / PARITY_FILE, work.header, artefacts)
     return artefacts
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Let a GPU multiply in float32: TF32, cuDNN's default, keeps 11 bits, and the model is the reference."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def judge(work: Work, draft: Draft, gate: Gate | None, *, tol_ap: float | None, device: str) -> Artefact:
@@ -324,9 +338,8 @@ def draft_fp16(work: Work) -> Draft:
         "fp16",
         islands=islands,
     )
-    if not work.options.raw:
-        fixed = None if work.options.dynamic else work.options.batch
-        draft.twin = HalfTwin(work.half(), work.header, imgsz=work.imgsz, fixed_batch=fixed)
+    fixed = None if work.options.dynamic else work.options.batch
+    draft.twin = HalfTwin(work.half(), work.header, imgsz=work.imgsz, fixed_batch=fixed)
     return draft
 
 

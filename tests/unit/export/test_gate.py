@@ -32,9 +32,7 @@ from rtdetr_cli.export.gate import (
     judge_agreement,
     match_sets,
 )
-from rtdetr_cli.export.gate import (
-    gate as hold,
-)
+from rtdetr_cli.export.gate import gate as hold
 from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs
 from rtdetr_cli.export.run import Artefact, export_model
 from rtdetr_cli.infer.backend import Backend, open_backend
@@ -445,3 +443,12 @@ def test_half_precision_overflow(loaded: Loaded, dataset: Dataset) -> None:
     assert verdict.failed_parts == ("half",)
     assert verdict.half is not None
     assert "NaN or infinite" in verdict.half.findings[0]
+
+
+def test_labels_of_other_classes(gate: Gate, dataset: Dataset, exported: dict[str, Artefact]) -> None:
+    """A labelled dataset of something else still serves for the first two parts."""
+    other = replace(dataset, categories=tuple(replace(c, name=f"other {c.id}") for c in dataset.categories))
+    verdict = Gate(gate.reference, other, most=4).judge(open_backend(exported["onnx"].path, device="cpu"))
+    assert verdict.passed
+    assert verdict.ap.passed is None
+    assert "share no class" in verdict.ap.figures["why_not"]
