@@ -221,7 +221,7 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
         result_on_stdout: False where the run is a part of something larger that has a result of its own.
     """
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.train import loop
+    from rtdetr_cli.train import reports
     from rtdetr_cli.workflows import finetune as workflow
 
     begun: workflow.BeginReport | None = None
@@ -234,21 +234,21 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
                     begun = event
                     _say_beginning(event)
                     bar.begin(event)
-                case loop.StepReport():
+                case reports.StepReport():
                     bar.step(event)
                     for picture, reason in event.replaced:
                         bar.say(f"warning: picture {picture} was replaced: {reason}")
-                case loop.EpochReport():
+                case reports.EpochReport():
                     assert begun is not None
                     bar.say(epoch_line(event, bar.seconds_left(event)))
-                case loop.SkippedReport():
+                case reports.SkippedReport():
                     bar.say(skipped_line(event, begun))
-                case loop.MemoryReport():
+                case reports.MemoryReport():
                     bar.say(
                         f"warning: out of memory at step {event.step + 1}: micro-batch {event.micro_batch_before} -> "
                         f"{event.micro_batch}, same effective batch; the step is run again"
                     )
-                case loop.WentBackReport():
+                case reports.WentBackReport():
                     bar.say(
                         f"warning: went back from step {event.step} to step {event.to_step}, "
                         f"with {event.rate_scale:.3g} of the learning rate"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rtdetr_cli.errors import EnvironmentProblem
-from rtdetr_cli.train.loop import EpochReport, Report, SavedReport, StepReport
+from rtdetr_cli.train.reports import EpochReport, Report, SavedReport, StepReport
 
 FOLDER = "events"
 LOGGED = "logged.json"

@@ -16,164 +16,37 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.data.loader import Batch, TrainLoader
 from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.model.denoising import DenoisingGroup, draw_denoising
-from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.train import memory
 from rtdetr_cli.train.checkpoint import load_good_checkpoint, save_checkpoint
 from rtdetr_cli.train.guard import GO_BACKS, Figures, Guard, Skipped, diverged
-from rtdetr_cli.train.losses import Criterion
-from rtdetr_cli.train.optim import MovingAverage, NormStatistics, Stepper
 from rtdetr_cli.train.plan import Plan
-from rtdetr_cli.train.run_folder import RunFolder
-from rtdetr_cli.train.sync_norm import Chorus
-from rtdetr_cli.train.team import SOLO, Team, Whole
-
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-SCORE = "AP"
-
-
-# ---- reports ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class BatchReport:
-    """The first batch of a run, of this process, as the network is going to get it but for multi-scale."""
-
-    batch: Batch
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """One step that was taken; told a step later.
-
-    Attributes:
-        epoch, index, step: from 0; `index` counts within the epoch, `step` from the start of the run.
-        loss: sum of the weighted terms.
-        terms: weighted loss terms by name.
-        norm: global gradient norm before clipping.
-        lr: of the head.
-        seconds: of the step, the wait for the loader included.
-        waited: seconds of it that the loader took.
-        memory_bytes: peak on the device, or of this process on a CPU.
-        replaced: (picture, reason) of pictures that could not be read and were replaced.
-    """
-
-    epoch: int
-    index: int
-    step: int
-    loss: float
-    terms: Mapping[str, float]
-    norm: float
-    lr: float
-    seconds: float
-    waited: float
-    memory_bytes: int
-    replaced: tuple[tuple[int, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class SkippedReport:
-    """One step that was not taken, since a loss or gradient was not finite."""
-
-    epoch: int
-    step: int
-    skipped: Skipped
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryReport:
-    """The device was full: the micro-batch was cut, and the same step run again."""
-
-    step: int
-    micro_batch_before: int
-    micro_batch: int
-
-
-@dataclass(frozen=True, slots=True)
-class WentBackReport:
-    """Too many steps in a row were skipped: the run goes on from an earlier state at a lower rate."""
-
-    step: int
-    to_step: int
-    rate_scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class EpochReport:
-    """One epoch, evaluated or not.
-
-    Attributes:
-        epoch: from 0.
-        epochs: of the whole run.
-        step: steps made so far.
-        lr: of the head at its last step.
-        loss: mean over its steps; NaN if all were skipped.
-        terms: mean weighted loss terms.
-        metrics: of the moving average, or None where this epoch was not evaluated.
-        improved: this is the best so far, and was written.
-        best_score, best_epoch: so far; the epoch from 0, or -1.
-        seconds: of the epoch with its evaluation, in this process.
-        waited_share: share of the training time that the loader took.
-        memory_bytes: peak.
-    """
-
-    epoch: int
-    epochs: int
-    step: int
-    lr: float
-    loss: float
-    terms: Mapping[str, float]
-    metrics: Mapping[str, float | None] | None
-    improved: bool
-    best_score: float
-    best_epoch: int
-    seconds: float
-    waited_share: float
-    memory_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class SavedReport:
-    """A checkpoint was written. `reason` is `start`, `time`, `steps`, `epoch` or `stop`."""
-
-    path: Path
-    reason: str
-    epoch: int
-    step: int
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedReport:
-    """The run is over. `reason` is `done` or `patience`."""
-
-    reason: str
-    epochs: int
-    best_score: float
-    best_epoch: int
-
-
-Report = (
-    BatchReport
-    | StepReport
-    | SkippedReport
-    | MemoryReport
-    | WentBackReport
-    | EpochReport
-    | SavedReport
-    | FinishedReport
+from rtdetr_cli.train.reports import (
+    METRICS,
+    SCORE,
+    BatchReport,
+    EpochReport,
+    FinishedReport,
+    MemoryReport,
+    Report,
+    SavedReport,
+    SkippedReport,
+    StepReport,
+    WentBackReport,
 )
+from rtdetr_cli.train.run_folder import RunFolder
+from rtdetr_cli.train.state import Learner, Place, restore, snapshot
+from rtdetr_cli.train.team import Whole
 
 
 class Interrupted(RtdetrError):
@@ -194,91 +67,6 @@ class EvaluationStopped(Exception):
 
 
 # ---- state ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Place:
-    """Where a run stands; saved whole.
-
-    Attributes:
-        epoch: the current one; batch: the next of it; step: updates made or skipped so far.
-        micro_batch: pictures on the device at once, as found by trial.
-        rate_scale: lowered each time the run went back.
-        best_score, best_epoch: of the evaluation; -1 for none.
-        waited: evaluated epochs since then.
-        loss_sums, loss_steps: of the current epoch.
-    """
-
-    micro_batch: int
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    rate_scale: float = 1.0
-    went_back: int = 0
-    skipped: int = 0
-    in_a_row: int = 0
-    best_score: float = -1.0
-    best_epoch: int = -1
-    waited: int = 0
-    finished: str = ""
-    loss_sums: dict[str, float] = field(default_factory=dict)
-    loss_steps: int = 0
-
-    def take(self, saved: Mapping[str, Any]) -> None:
-        """Become what was saved."""
-        for key, value in saved.items():
-            setattr(self, key, dict(value) if isinstance(value, dict) else value)
-
-
-@dataclass(slots=True)
-class Learner:
-    """Everything that learns, on its device.
-
-    Attributes:
-        model: in training mode but for what is frozen.
-        average: its moving average, which is evaluated and deployed.
-        stepper: the optimizer.
-        criterion: the losses.
-        spec: for the denoising group.
-        device: where it lies.
-        autocast: type of the network's arithmetic, or None for float32.
-        norms: running statistics, to take a forward pass back.
-        team: the processes that make the same steps.
-        chorus: the norms that average over all of them, or None.
-    """
-
-    model: RTDETR
-    average: MovingAverage
-    stepper: Stepper
-    criterion: Criterion
-    spec: ModelSpec
-    device: torch.device
-    autocast: torch.dtype | None
-    norms: NormStatistics
-    team: Team = SOLO
-    chorus: Chorus | None = None
-
-    def train_mode(self) -> None:
-        """Switch to training; norms whose parameters are all frozen keep their statistics."""
-        self.model.train()
-        for module in self.model.modules():
-            own = list(module.parameters(recurse=False))
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and own and not any(p.requires_grad for p in own):
-                module.eval()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all tensors."""
-        return {
-            "model": dict(self.model.state_dict()),
-            "average": dict(self.average.module.state_dict()),
-            "stepper": self.stepper.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned, in place."""
-        self.model.load_state_dict(state["model"])
-        self.average.module.load_state_dict(state["average"])
-        self.stepper.load_state_dict(state["stepper"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -681,49 +469,6 @@ def worst_step(learner: Learner, plan: Plan, *, most_boxes: int, micro_batch: in
         memory.release(learner.device)
 
 
-# ---- saving and going back --------------------------------------------------------------------------------------
-
-
-def snapshot(learner: Learner, place: Place, identity: Mapping[str, Any], metrics_offset: int) -> dict[str, Any]:
-    """Gather everything that a run needs to go on."""
-    return {
-        "identity": dict(identity),
-        "place": asdict(place),
-        "learner": learner.state_dict(),
-        "generators": _generators(),
-        "metrics_offset": metrics_offset,
-    }
-
-
-def restore(learner: Learner, place: Place, state: Mapping[str, Any], folder: RunFolder | None) -> None:
-    """Become what `snapshot` gathered; rows of `metrics.csv` written since are taken back, where there is a folder."""
-    learner.load_state_dict(state["learner"])
-    place.take(state["place"])
-    _set_generators(state["generators"])
-    if folder is not None:
-        folder.truncate_metrics(state["metrics_offset"])
-
-
-def _generators() -> dict[str, Any]:
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": (str(name), torch.from_numpy(np.asarray(keys).copy()), int(position), int(has_gauss), float(gauss)),
-        "python": random.getstate(),
-    }
-
-
-def _set_generators(saved: Mapping[str, Any]) -> None:
-    torch.set_rng_state(saved["torch"])
-    if torch.cuda.is_available() and len(saved["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(saved["cuda"])
-    name, keys, position, has_gauss, gauss = saved["numpy"]
-    np.random.set_state((name, keys.numpy(), position, has_gauss, gauss))
-    version, state, gauss_next = saved["python"]
-    random.setstate((version, tuple(state), gauss_next))
-
-
 # ---- accounts ---------------------------------------------------------------------------------------------------
 
 
@@ -762,7 +507,7 @@ class _Timing:
         now = time.monotonic()
         self.lr = lr
         self.steps[step] = _Stopwatch(
-            now - self.step_at, self.batch_at - self.step_at, lr, peak_bytes(device), replaced
+            now - self.step_at, self.batch_at - self.step_at, lr, memory.peak_bytes(device), replaced
         )
 
     def end_training(self) -> None:
@@ -786,17 +531,8 @@ class _Timing:
             best_epoch=place.best_epoch,
             seconds=time.monotonic() - self.epoch_at,
             waited_share=self.waited / self.trained if self.trained > 0 else 0.0,
-            memory_bytes=peak_bytes(learner.device),
+            memory_bytes=memory.peak_bytes(learner.device),
         )
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Return the peak of memory on a CUDA device, or this process's resident memory."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
 
 
 def _account(place: Place, figures: Figures, timing: _Timing) -> StepReport | SkippedReport:

@@ -113,3 +113,12 @@ def fitting_micro_batch(
                 raise
             micro = smaller(micro, where=where)
     return micro
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the peak of memory on a CUDA device, or this process's resident memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

@@ -33,7 +33,8 @@ from rtdetr_cli.model.weights import load_model
 from rtdetr_cli.train.loop import StopFlag
 from rtdetr_cli.train.run_folder import CONFIG
 from rtdetr_cli.workflows.benchmark import measure, pictures_to_time
-from rtdetr_cli.workflows.finetune import EndReport, Event, finetune, training_sets
+from rtdetr_cli.workflows.finetune import EndReport, Event, finetune
+from rtdetr_cli.workflows.prepare import training_sets
 
 RESULT = "discrete.json"
 FASTER = 0.95  # of the original's latency, below which the discrete export counts as faster

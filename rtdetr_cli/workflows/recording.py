@@ -17,7 +17,8 @@ from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.weights import load_model
 from rtdetr_cli.train import plots
 from rtdetr_cli.train.loggers import Loggers
-from rtdetr_cli.train.loop import (
+from rtdetr_cli.train.report import RunStory, write_report
+from rtdetr_cli.train.reports import (
     BatchReport,
     EpochReport,
     FinishedReport,
@@ -27,11 +28,11 @@ from rtdetr_cli.train.loop import (
     StepReport,
     WentBackReport,
 )
-from rtdetr_cli.train.report import RunStory, write_report
 from rtdetr_cli.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from rtdetr_cli.workflows.finetune import Evaluator, Prepared
+    from rtdetr_cli.workflows.evaluator import Evaluator
+    from rtdetr_cli.workflows.prepare import Prepared
 
 LOADER_BOUND = 0.3  # of the time spent waiting for pictures
 MOST_WARNINGS = 20
@@ -194,7 +195,7 @@ class Recorder:
         )
 
     def _machine(self) -> dict[str, str]:
-        from rtdetr_cli.workflows.finetune import versions
+        from rtdetr_cli.workflows.prepare import versions
 
         prepared = self.prepared
         facts = {

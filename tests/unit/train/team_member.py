@@ -17,9 +17,10 @@ from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.data.loader import Batch
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.train import memory
-from rtdetr_cli.train.loop import Learner, accumulate, step_denoising
+from rtdetr_cli.train.loop import accumulate, step_denoising
 from rtdetr_cli.train.losses import Criterion
 from rtdetr_cli.train.optim import MovingAverage, NormStatistics, Stepper
+from rtdetr_cli.train.state import Learner
 from rtdetr_cli.train.sync_norm import synchronise_norms
 from rtdetr_cli.train.team import SOLO, Team, join
 

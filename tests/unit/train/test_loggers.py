@@ -10,7 +10,7 @@ import pytest
 from rtdetr_cli.errors import EnvironmentProblem
 from rtdetr_cli.train import loggers
 from rtdetr_cli.train.loggers import Loggers, require_loggers
-from rtdetr_cli.train.loop import EpochReport, Report, SavedReport, StepReport
+from rtdetr_cli.train.reports import EpochReport, Report, SavedReport, StepReport
 
 SETTINGS = {"preset": "tiny", "lr": 1e-4}
 PER_EPOCH = 4

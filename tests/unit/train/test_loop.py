@@ -19,11 +19,14 @@ from rtdetr_cli.data.loader import Batch
 from rtdetr_cli.data.pictures import stretch
 from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.train import loop, memory
+from rtdetr_cli.train import reports as reports_
 from rtdetr_cli.train.checkpoint import load_checkpoint
 from rtdetr_cli.train.guard import GO_BACKS, IN_A_ROW
-from rtdetr_cli.train.loop import Learner, StopFlag, accumulate, as_input, step_denoising, step_size
+from rtdetr_cli.train.loop import StopFlag, accumulate, as_input, step_denoising, step_size
+from rtdetr_cli.train.state import Learner
 from rtdetr_cli.workflows import finetune as workflow
-from rtdetr_cli.workflows.finetune import Prepared, prepare
+from rtdetr_cli.workflows import prepare as preparing
+from rtdetr_cli.workflows.prepare import Prepared, prepare
 
 Make = Callable[..., RunConfig]
 
@@ -177,10 +180,10 @@ def test_an_error_of_memory_cuts_the_batch_and_runs_the_same_step_again(small_ru
     """In the first step, after half of its passes: what follows is bit for bit a run that began with the halves."""
     _, expected, _ = run(small_run(batch=4, name="halves"))
     reports, found, _ = run(small_run(batch=8, name="whole"), lambda p: Script(norm_layer(p), at={1}, what=what))
-    cuts = of(loop.MemoryReport, reports)
+    cuts = of(reports_.MemoryReport, reports)
     assert [(c.step, c.micro_batch_before, c.micro_batch) for c in cuts] == [(0, 8, 4)]
     assert same(found, expected)
-    assert [r.step for r in of(loop.StepReport, reports)] == list(range(6)), "no step is lost, none is made twice"
+    assert [r.step for r in of(reports_.StepReport, reports)] == list(range(6)), "no step is lost, none is made twice"
 
 
 def test_several_errors_at_several_points(small_run: Make) -> None:
@@ -193,9 +196,9 @@ def test_several_errors_at_several_points(small_run: Make) -> None:
 
     undisturbed, _, _ = run(small_run(name="a"), lambda p: freeze_norms(p.learner))
     reports, _, _ = run(small_run(name="b"), tamper)
-    assert [(c.step, c.micro_batch) for c in of(loop.MemoryReport, reports)] == [(1, 4), (3, 2), (3, 1)]
-    expected = [r.loss for r in of(loop.StepReport, undisturbed)]
-    assert [r.loss for r in of(loop.StepReport, reports)] == pytest.approx(expected, rel=1e-3)
+    assert [(c.step, c.micro_batch) for c in of(reports_.MemoryReport, reports)] == [(1, 4), (3, 2), (3, 1)]
+    expected = [r.loss for r in of(reports_.StepReport, undisturbed)]
+    assert [r.loss for r in of(reports_.StepReport, reports)] == pytest.approx(expected, rel=1e-3)
 
 
 def test_statistics_of_failed_passes_are_taken_back(small_run: Make) -> None:
@@ -259,7 +262,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_told_with_its_pictures(small_r
         p.learner.norms.keep = keep  # type: ignore[method-assign]
 
     reports, found, folder = run(small_run(batch=4), tamper)
-    skipped = of(loop.SkippedReport, reports)
+    skipped = of(reports_.SkippedReport, reports)
     assert [s.step for s in skipped] == [2]
     facts = skipped[0].skipped
     assert facts.in_a_row == 1
@@ -268,7 +271,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_told_with_its_pictures(small_r
     # Nothing of the step is left: weights, running statistics (but for what a moving average of equals moves).
     assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("model.") and "num_batches" not in k)
     assert all(torch.isfinite(v).all() for k, v in found.items() if "anchors" not in k)
-    assert len(of(loop.StepReport, reports)) == 5
+    assert len(of(reports_.StepReport, reports)) == 5
     evidence = np.load(facts.evidence)
     told = json.loads(str(evidence["facts"]))
     assert told["pictures"] == list(facts.pictures)
@@ -290,8 +293,8 @@ def test_it_is_told_one_step_later_and_before_the_epoch_ends(small_run: Make) ->
 
 def test_the_loss_of_an_epoch_leaves_skipped_steps_out(small_run: Make) -> None:
     reports, _, _ = run(small_run(), lambda p: Script(p.learner.model.backbone.conv1, at={2}, what="nan"))
-    epoch = of(loop.EpochReport, reports)[0]
-    steps = [r.loss for r in of(loop.StepReport, reports) if r.epoch == 0]
+    epoch = of(reports_.EpochReport, reports)[0]
+    steps = [r.loss for r in of(reports_.StepReport, reports) if r.epoch == 0]
     assert len(steps) == 2
     assert epoch.loss == pytest.approx(sum(steps) / 2)
 
@@ -303,11 +306,11 @@ def test_weights_that_are_at_fault_go_back_to_a_good_state_at_a_lower_rate(small
         small_run(epochs=4),
         lambda p: Script(p.learner.model.backbone.conv1, at=set(range(first, first + IN_A_ROW)), what="nan"),
     )
-    back = of(loop.WentBackReport, reports)
+    back = of(reports_.WentBackReport, reports)
     # The last of the five is told after the ninth step has been made: epoch 3 has begun, and the
     # checkpoint at the end of epoch 2 was written amid skipped steps.
     assert [(b.step, b.to_step, b.rate_scale) for b in back] == [(9, 3, 0.5)]
-    last = of(loop.StepReport, reports)[-1]
+    last = of(reports_.StepReport, reports)[-1]
     assert last.step == 11
     assert all(torch.isfinite(v).all() for k, v in found.items() if "anchors" not in k)
     rows = (folder / "metrics.csv").read_text().splitlines()
@@ -320,7 +323,7 @@ def test_a_run_that_cannot_be_mended_ends_with_exit_1(small_run: Make) -> None:
         told.extend(poisoned(small_run(epochs=9)))
     assert caught.value.exit_code == 1
     assert "evidence" in caught.value.hint
-    assert [b.rate_scale for b in of(loop.WentBackReport, told)] == [0.5**n for n in range(1, GO_BACKS + 1)]
+    assert [b.rate_scale for b in of(reports_.WentBackReport, told)] == [0.5**n for n in range(1, GO_BACKS + 1)]
     folder = of(workflow.BeginReport, told)[0].folder
     assert 1 <= len(list((folder / "evidence").glob("*.npz"))) <= 5
     state, _ = load_checkpoint(folder)
@@ -354,7 +357,7 @@ def interrupt_after(config: RunConfig, steps: int, number: int = signal.SIGTERM)
         for report in workflow.finetune(config, stop=stop):
             if isinstance(report, workflow.BeginReport) and report.folder is not None:
                 folders.append(report.folder)
-            if isinstance(report, loop.StepReport) and report.step + 1 >= steps:
+            if isinstance(report, reports_.StepReport) and report.step + 1 >= steps:
                 stop.number = number
 
     with pytest.raises(loop.Interrupted) as caught:
@@ -445,16 +448,16 @@ def test_patience_survives(small_run: Make) -> None:
 
 
 def test_there_is_a_checkpoint_before_the_first_step(small_run: Make) -> None:
-    saved = of(loop.SavedReport, run(small_run())[0])
+    saved = of(reports_.SavedReport, run(small_run())[0])
     assert [(s.reason, s.step) for s in saved] == [("start", 0), ("epoch", 3), ("epoch", 6)]
 
 
 def test_saves_within_an_epoch(small_run: Make) -> None:
-    saved = of(loop.SavedReport, run(small_run("checkpoint_steps=2"))[0])
+    saved = of(reports_.SavedReport, run(small_run("checkpoint_steps=2"))[0])
     assert [(s.reason, s.step) for s in saved] == [
         ("start", 0), ("steps", 2), ("epoch", 3), ("steps", 4), ("steps", 6), ("epoch", 6)
     ]  # fmt: skip
-    saved = of(loop.SavedReport, run(small_run("checkpoint_minutes=1e-9"))[0])
+    saved = of(reports_.SavedReport, run(small_run("checkpoint_minutes=1e-9"))[0])
     assert [(s.reason, s.step) for s in saved if s.reason == "time"] == [("time", n) for n in range(1, 7)]
 
 
@@ -538,12 +541,12 @@ def test_a_rectangle_with_multi_scale_trains(small_run: Make, monkeypatch: pytes
         return real(images, size)
 
     monkeypatch.setattr(loop, "as_input", watched)
-    real_plan = workflow.make_plan
+    real_plan = preparing.make_plan
 
     def with_scales(*args: Any, **more: Any) -> Any:
         return replace(real_plan(*args, **more), multi_scale_until=2, scales=((64, 96), (64, 128), (96, 160)))
 
-    monkeypatch.setattr(workflow, "make_plan", with_scales)
+    monkeypatch.setattr(preparing, "make_plan", with_scales)
     reports, _, _ = run(small_run(imgsz=(64, 128)))
     assert len(sizes) > 1
-    assert all(np.isfinite(r.loss) for r in of(loop.StepReport, reports))
+    assert all(np.isfinite(r.loss) for r in of(reports_.StepReport, reports))

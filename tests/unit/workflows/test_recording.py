@@ -13,7 +13,7 @@ from rtdetr_cli.config.run import resolve_run
 from rtdetr_cli.data.generate import generate_dataset
 from rtdetr_cli.errors import EnvironmentProblem
 from rtdetr_cli.train import loggers, plots
-from rtdetr_cli.train.loop import EpochReport
+from rtdetr_cli.train.reports import EpochReport
 from rtdetr_cli.workflows import finetune as workflow
 from rtdetr_cli.workflows.finetune import BeginReport, EndReport, finetune
 from rtdetr_cli.workflows.recording import Notice, Recorder, loader_bound

@@ -1,0 +1,105 @@
+"""Measuring a model while it trains, on one process or several."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+from torch import nn
+
+from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.evaluate.classes import ClassMap, map_classes
+from rtdetr_cli.evaluate.run import Detected, Evaluation, conclude, detect
+from rtdetr_cli.infer.torch_backend import TorchBackend
+from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.train import memory
+from rtdetr_cli.train.loop import EvaluationStopped, StopFlag
+from rtdetr_cli.train.state import Place
+from rtdetr_cli.workflows.prepare import Prepared
+
+
+class Evaluator:
+    """Measures a model on the val split, in float32: the figures that `rtdetr eval` gives for the same weights.
+
+    Each process looks at its share of the pictures; the first judges all that was found, once.
+    """
+
+    def __init__(self, prepared: Prepared, place: Place, stop: StopFlag) -> None:
+        self.prepared = prepared
+        self.batch = max(1, min(16, place.micro_batch))
+        self.stop = stop
+        self.last: Evaluation | None = None  # the first process's
+
+    def __call__(self, model: nn.Module) -> dict[str, float | None]:
+        """Return the twelve numbers.
+
+        Raises:
+            EvaluationStopped: a signal came, to whichever process.
+        """
+        assert isinstance(model, RTDETR)
+        prepared, team = self.prepared, self.prepared.team
+        began = time.monotonic()
+        classes = map_classes(prepared.header.names, prepared.val_set)
+        mine = np.arange(team.rank, len(prepared.val_set), team.size)
+        backend = TorchBackend(model, prepared.header, device=prepared.learner.device)
+        found = self._detect(backend, prepared.val_set.subset(mine), classes)
+        if team.any(found is None):
+            raise EvaluationStopped
+        parts = team.collect((mine, found))
+        metrics: dict[str, float | None] = {}
+        if team.leads:
+            took = time.monotonic() - began
+            self.last = conclude(prepared.val_set, Detected.join(parts), classes, seconds=took)
+            metrics = dict(self.last.metrics)
+        told: dict[str, float | None] = team.tell(metrics)
+        return told
+
+    def _detect(self, backend: TorchBackend, share: Dataset, classes: ClassMap) -> Detected | None:
+        """Return what is found in a share; None when a signal came."""
+        while True:
+            try:
+                return detect(backend, share, batch=self.batch, progress=self._watch, label_map=classes.labels)
+            except EvaluationStopped:
+                return None
+            except Exception as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+            memory.release(self.prepared.learner.device)
+            self.batch = memory.smaller(self.batch, where=str(self.prepared.learner.device))
+
+    def _watch(self, done: int) -> None:
+        if self.stop:
+            raise EvaluationStopped
+
+
+def explain_overfit(prepared: Prepared, score: float) -> str:
+    """Say why a model could not learn a few pictures by heart; empty if it could."""
+    if score > 0.9:
+        return ""
+    boxes = prepared.val_set.boxes_xyxy_px
+    reasons = []
+    counts = np.diff(prepared.val_set.offsets)
+    queries = prepared.config.preset.model.queries
+    if len(counts) and counts.max() > queries:
+        reasons.append(f"a picture has {counts.max()} boxes and the model {queries} queries")
+    height, width = prepared.config.imgsz
+    if len(boxes):
+        pictures = np.repeat(np.arange(len(counts)), counts)
+        scale = np.array([width, height]) / prepared.val_set.sizes_wh[pictures]
+        sides = ((boxes[:, 2:] - boxes[:, :2]) * scale).min(1)
+        small = float((sides < 8).mean())
+        if small > 0.1:
+            reasons.append(f"{small:.0%} of the boxes are under 8 pixels at {height}x{width}: a larger --imgsz")
+        keys = np.concatenate([pictures[:, None], boxes.round(1)], 1)
+        unique = len(np.unique(keys, axis=0))
+        if unique < len(boxes):
+            reasons.append(f"{len(boxes) - unique} boxes lie exactly on another one")
+    steps = prepared.plan.total_steps
+    if steps < 1000:
+        reasons.append(
+            f"{steps} steps are few to learn by heart: --epochs {math.ceil(1000 / prepared.plan.steps_per_epoch)}"
+        )
+    if prepared.config.settings.freeze in ("backbone", "encoder"):
+        reasons.append(f"--freeze {prepared.config.settings.freeze} leaves little that can learn")
+    return "; ".join(reasons) or "the rate may not suit these pictures: try --lr twice as high or half"

@@ -1,0 +1,366 @@
+"""From settings to everything that a run needs, loaded and on its device."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import rtdetr_cli
+from rtdetr_cli.config.run import RunConfig
+from rtdetr_cli.config.schema import ModelSpec
+from rtdetr_cli.data.augment import load_augmentation
+from rtdetr_cli.data.loader import TrainLoader
+from rtdetr_cli.data.read import load_splits
+from rtdetr_cli.data.records import Dataset, Splits
+from rtdetr_cli.errors import DataError, UsageError
+from rtdetr_cli.infer.torch_backend import choose_device
+from rtdetr_cli.model.build import build_detector
+from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.model.header import ModelHeader
+from rtdetr_cli.model.hub import fetch
+from rtdetr_cli.model.transfer import TransferTable, load_backbone, transfer_weights
+from rtdetr_cli.model.weights import load_model
+from rtdetr_cli.train import memory
+from rtdetr_cli.train.loop import worst_step
+from rtdetr_cli.train.losses import Criterion
+from rtdetr_cli.train.optim import MovingAverage, NormStatistics, Stepper, parameter_groups
+from rtdetr_cli.train.plan import Plan, make_plan
+from rtdetr_cli.train.precision import choose_precision
+from rtdetr_cli.train.state import Learner
+from rtdetr_cli.train.team import SOLO, Team, share_of
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A run that can begin: everything is loaded and on its device."""
+
+    config: RunConfig
+    splits: Splits
+    train_set: Dataset
+    val_set: Dataset
+    plan: Plan
+    learner: Learner
+    team: Team
+    loader: TrainLoader
+    header: ModelHeader
+    precision: str
+    precision_reason: str
+    workers: int
+    start: str
+    transfer: TransferTable | None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def most_boxes(self) -> int:
+        """Boxes of the fullest training picture."""
+        return int(np.diff(self.train_set.offsets).max(initial=1))
+
+
+def prepare(config: RunConfig, team: Team = SOLO, *, pretrained: bool = True) -> Prepared:
+    """Load dataset and weights and put everything that learns on its device.
+
+    Args:
+        config: the resolved settings.
+        team: the processes of the run.
+        pretrained: False when the tensors come from a checkpoint anyway.
+    """
+    settings, preset = config.settings, config.preset
+    warnings: list[str] = []
+    device = choose_device(team.device if team.many else settings.device)
+    chosen = choose_precision(settings.precision, device)
+    batch_size = share_of(settings.effective_batch, team.size)
+    augmentation = load_augmentation("none" if settings.overfit and not config.given("aug") else settings.aug)
+
+    # ---- data
+    assert settings.data is not None
+    splits = load_splits(
+        Path(settings.data),
+        images=Path(settings.images) if settings.images else None,
+        val_fraction=settings.val_fraction,
+        seed=settings.seed,
+    )
+    train_set, val_set = training_sets(splits, config, warnings)
+    alike = {k: v for k, v in versions(team).items() if k in ("torch", "rtdetr-cli")}
+    refuse_differences(team, {"dataset": splits.fingerprint, "precision": chosen.name, **alike})
+
+    # ---- plan
+    spec = resolve_freezing(config, warnings)
+    boxes = int(np.count_nonzero(~train_set.crowd))
+    if not boxes:
+        raise DataError(
+            f"no picture to train on has a box ({len(train_set)} pictures in {settings.data})",
+            hint=f"rtdetr validate {settings.data}",
+            code="split-no-objects",
+        )
+    plan = make_plan(config, pictures=len(train_set))
+    warnings += plan.warnings
+
+    # ---- model
+    torch.manual_seed(settings.seed)
+    if device.type == "cuda":
+        # TF32 halves the time of float32 products and is far finer than the noise of a batch.
+        torch.set_float32_matmul_precision("high")
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    model = build_detector(
+        spec, num_classes=len(train_set.categories), sampling=settings.sampling, rounding=settings.rounding
+    )
+    table, start = None, f"random weights, seed {settings.seed}"
+    if pretrained and settings.weights != "none" and team.leads:
+        table, start = load_start(model, config, train_set)
+    freeze(model, settings.freeze)
+    if settings.deterministic and device.type == "cuda" and settings.sampling == "bilinear":
+        # The backward pass of grid_sample adds in no fixed order; that of a gather can.
+        model.set_sampling("bilinear", operator="gather")
+    model = model.to(device).to(memory_format=torch.channels_last)
+    team.spread(list(model.state_dict().values()))
+    learner = make_learner(model, config, spec, plan, device, chosen.dtype)
+    learner.team = team
+
+    workers = choose_workers(device) if settings.workers == "auto" else settings.workers
+    loader = TrainLoader(
+        train_set,
+        imgsz=config.imgsz,
+        batch_size=batch_size,
+        seed=settings.seed,
+        augmentation=augmentation,
+        workers=workers,
+        cache=settings.cache,
+        rank=team.rank,
+        world_size=team.size,
+        pin_memory=device.type == "cuda",
+    )
+    header = ModelHeader(
+        names=train_set.names,
+        category_ids=train_set.category_ids,
+        imgsz=config.imgsz,
+        architecture=spec.model_dump(mode="json"),
+        preset=preset.name,
+        sampling=settings.sampling,
+        rounding=settings.rounding,
+        layers=spec.eval_layers,
+        queries=spec.queries,
+        dataset={
+            "name": splits.name,
+            "fingerprint": splits.fingerprint,
+            "train": len(train_set),
+            "val": len(val_set),
+        },
+        version=rtdetr_cli.__version__,
+        extra={"weights": start},
+    )
+    return Prepared(
+        config=config,
+        splits=splits,
+        train_set=train_set,
+        val_set=val_set,
+        plan=plan,
+        learner=learner,
+        team=team,
+        loader=loader,
+        header=header,
+        precision=chosen.name,
+        precision_reason=chosen.reason,
+        workers=workers,
+        start=start,
+        transfer=table,
+        warnings=warnings,
+    )
+
+
+def make_learner(
+    model: RTDETR, config: RunConfig, spec: ModelSpec, plan: Plan, device: torch.device, autocast: torch.dtype | None
+) -> Learner:
+    """Put optimizer, moving average and losses around a model on its device."""
+    groups = parameter_groups(model, config.preset.optim, lr=plan.lr, lr_backbone=plan.lr_backbone)
+    if not groups:
+        raise UsageError(f"--freeze {config.settings.freeze} leaves nothing to train", code="freeze")
+    return Learner(
+        model=model,
+        average=MovingAverage(model),
+        stepper=Stepper(groups, clip_norm=config.preset.optim.clip_norm, scaled=autocast == torch.float16),
+        criterion=Criterion(num_classes=model.num_classes),
+        spec=spec,
+        device=device,
+        autocast=autocast,
+        norms=NormStatistics(model),
+    )
+
+
+def training_sets(splits: Splits, config: RunConfig, warnings: list[str]) -> tuple[Dataset, Dataset]:
+    """Return what is trained on and what is measured on.
+
+    Raises:
+        DataError: there is no training split, or no picture in it.
+    """
+    settings = config.settings
+    train_set, val_set = splits.train, splits.val
+    if train_set is None or not len(train_set):
+        raise DataError(
+            f"{splits.source} has no training pictures", hint=f"rtdetr validate {splits.source}", code="dataset-empty"
+        )
+    if settings.overfit:
+        wanted = min(settings.overfit, len(train_set))
+        few = train_set.subset(range(wanted))
+        # Repeated, so that an epoch is worth an evaluation.
+        times = max(1, math.ceil(OVERFIT_STEPS * settings.effective_batch / wanted))
+        return train_set.subset(list(range(wanted)) * times), replace(few, split="val")
+    if val_set is None or not len(val_set):
+        if splits.test is not None and len(splits.test):
+            warnings.append("the dataset has no val split: the test split is used to choose the best epoch")
+            return train_set, splits.test
+        count = max(1, round(settings.val_fraction * len(train_set)))
+        if len(train_set) < 2:
+            warnings.append("the only picture is both trained and measured on")
+            return train_set, replace(train_set, split="val")
+        drawn = np.sort(np.random.default_rng(settings.seed).permutation(len(train_set))[:count])
+        rest = np.setdiff1d(np.arange(len(train_set)), drawn)
+        warnings.append(f"the dataset has no val split: {count} of {len(train_set)} pictures were drawn for it")
+        return train_set.subset(rest), train_set.subset(drawn, split="val")
+    return train_set, val_set
+
+
+OVERFIT_STEPS = 20
+
+
+def resolve_freezing(config: RunConfig, warnings: list[str]) -> ModelSpec:
+    """Return the model's sizes with what `--freeze` and random weights change of them."""
+    settings, spec = config.settings, config.preset.model
+    if settings.freeze == "none":
+        return spec.model_copy(update={"freeze_at": -1})
+    if settings.freeze != "preset":
+        return spec
+    if settings.weights == "none" and (spec.freeze_at >= 0 or spec.freeze_norm):
+        warnings.append(
+            f"preset {config.preset.name} freezes part of the backbone; with random weights nothing is frozen"
+        )
+        return spec.model_copy(update={"freeze_at": -1, "freeze_norm": False})
+    return spec
+
+
+def freeze(model: RTDETR, what: str) -> None:
+    """Freeze the stem, the backbone, or backbone and encoder; norms of frozen parts keep their statistics."""
+    if what == "stem":
+        model.backbone.freeze(0)
+    elif what in ("backbone", "encoder"):
+        model.backbone.freeze(4)
+        model.backbone.requires_grad_(False)
+        if what == "encoder":
+            model.encoder.requires_grad_(False)
+
+
+def load_start(model: RTDETR, config: RunConfig, train_set: Dataset) -> tuple[TransferTable, str]:
+    """Fill a model from `--weights`.
+
+    Returns:
+        What came from where, and the start in words.
+    """
+    weights, preset = config.settings.weights, config.preset
+    if weights == "imagenet":
+        assert preset.imagenet is not None
+        path = fetch(preset.imagenet)
+        return load_backbone(model, path), f"ImageNet backbone {path.name}"
+    if weights == "coco":
+        assert preset.weights is not None
+        path = fetch(preset.weights)
+    else:
+        path = Path(weights)
+        if path.is_dir():
+            path = path / "best.safetensors"
+    source, header = load_model(path)
+    table = transfer_weights(
+        model, source.state_dict(), source_names=header.names, target_names=train_set.names, source=str(path)
+    )
+    return table, path.name
+
+
+def choose_workers(device: torch.device) -> int:
+    """Return how many processes load pictures: on a CPU they compete with the network for the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if device.type == "cuda":
+        return max(1, min(8, cores - 1))
+    return 1 if cores <= 4 else min(4, cores // 4)
+
+
+def resolve_micro_batch(prepared: Prepared) -> int:
+    """Return how many pictures go onto the device at once."""
+    settings, learner, team = prepared.config.settings, prepared.learner, prepared.team
+    own = share_of(settings.effective_batch, team.size)
+    plan = replace(prepared.plan, effective_batch=own)
+    if isinstance(settings.batch, int):
+        return min(settings.batch, own)
+    most = prepared.most_boxes
+
+    def attempt(micro: int) -> None:
+        worst_step(learner, plan, most_boxes=most, micro_batch=micro, parts=1)
+
+    one = memory.saved_bytes(lambda: worst_forward(prepared))
+    free = memory.free_bytes(learner.device)
+    found = memory.fitting_micro_batch(
+        own,
+        bytes_for_one=one,
+        # Processes on CPUs share the host's memory.
+        free=free if learner.device.type == "cuda" else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        attempt=attempt if learner.device.type == "cuda" else None,
+        where=str(learner.device),
+    )
+    return team.least(found)
+
+
+def worst_forward(prepared: Prepared) -> object:
+    """Run one picture of the largest scale with the most boxes forward, and return what came out."""
+    from rtdetr_cli.train.loop import as_input, step_denoising, worst_batch
+
+    learner = prepared.learner
+    one = replace(prepared.plan, effective_batch=1)
+    batch = worst_batch(one, most_boxes=prepared.most_boxes, num_classes=learner.model.num_classes)
+    group = step_denoising(learner, batch, step=0, seed=0)
+    learner.train_mode()
+    learner.norms.keep()
+    size = (int(batch.images.shape[-2]), int(batch.images.shape[-1]))
+    inputs = as_input(batch.images.to(learner.device), size)
+    with torch.autocast(learner.device.type, learner.autocast, enabled=learner.autocast is not None):
+        outputs = learner.model(inputs, group.to(learner.device) if group is not None else None)
+    learner.norms.restore()
+    return outputs
+
+
+def refuse_differences(team: Team, own: Mapping[str, str]) -> None:
+    """Refuse a run whose processes would not do the same.
+
+    Raises:
+        UsageError: it names what differs, and where.
+    """
+    told = team.gather(dict(own))
+    for key, value in told[0].items():
+        for rank, other in enumerate(told):
+            if other[key] != value:
+                short = "another one" if key == "dataset" else other[key]
+                raise UsageError(
+                    f"the processes of the run differ: {key} is {value[:12]} in process 0, {short} in process {rank}",
+                    hint="the same dataset, GPUs and versions on every host"
+                    + (", or --precision fp32" if key == "precision" else ""),
+                    code="team-differs",
+                )
+
+
+def versions(team: Team = SOLO) -> dict[str, str]:
+    """Return what the numbers of a run depend on."""
+    return {
+        "rtdetr-cli": rtdetr_cli.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cpu threads": str(torch.get_num_threads()),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "processes": str(team.size),
+    }

@@ -1,0 +1,119 @@
+"""What a run would cost, measured without training: `rtdetr train --dry-run`."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rtdetr_cli.train import memory
+from rtdetr_cli.train.loop import StopFlag, worst_step
+from rtdetr_cli.train.memory import peak_bytes
+from rtdetr_cli.train.state import Place, snapshot
+from rtdetr_cli.train.team import share_of
+from rtdetr_cli.workflows.evaluator import Evaluator
+from rtdetr_cli.workflows.prepare import Prepared
+
+
+@dataclass(frozen=True, slots=True)
+class DryReport:
+    """What a run would cost, from one worst-case step, some real ones and one evaluation.
+
+    Attributes:
+        step_seconds: of a usual step, with the loader; worst_seconds: of one at the largest scale with most boxes.
+        evaluation_seconds: of one evaluation.
+        total_seconds: of the whole run.
+        memory_bytes: peak of the worst step; memory_total: of the device.
+        disk_bytes: that the run will keep; disk_free: where it will lie.
+        metrics: of the evaluation before any training.
+    """
+
+    step_seconds: float
+    worst_seconds: float
+    evaluation_seconds: float
+    total_seconds: float
+    memory_bytes: int
+    memory_total: int
+    disk_bytes: int
+    disk_free: int
+    metrics: Mapping[str, float | None]
+
+
+def rehearse(prepared: Prepared, micro: int) -> DryReport:
+    """Run a worst-case step, a few real ones and one evaluation, and work out what the run will cost."""
+    learner, settings = prepared.learner, prepared.config.settings
+    plan = replace(prepared.plan, effective_batch=share_of(settings.effective_batch, prepared.team.size))
+    worst_step(learner, plan, most_boxes=prepared.most_boxes, micro_batch=micro, parts=1)  # warms kernels up
+    if learner.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(learner.device)
+    begun = time.monotonic()
+    worst_step(learner, plan, most_boxes=prepared.most_boxes, micro_batch=micro)
+    worst = time.monotonic() - begun
+    peak = peak_bytes(learner.device)
+    step = _real_steps(prepared, micro)
+    begun = time.monotonic()
+    metrics = Evaluator(prepared, Place(micro_batch=micro), StopFlag())(learner.average.module)
+    evaluation = time.monotonic() - begun
+    evaluations = sum(plan.evaluates(e) for e in range(plan.epochs))
+    state = snapshot(learner, Place(micro_batch=micro), {}, 0)
+    checkpoint = _bytes(state)
+    out = Path(settings.out).absolute()
+    while not out.exists():
+        out = out.parent
+    total = (
+        torch.cuda.get_device_properties(learner.device).total_memory
+        if learner.device.type == "cuda"
+        else memory.free_bytes(learner.device) + peak
+    )
+    return DryReport(
+        step_seconds=step,
+        worst_seconds=worst,
+        evaluation_seconds=evaluation,
+        total_seconds=step * plan.total_steps + evaluation * evaluations,
+        memory_bytes=peak,
+        memory_total=int(total),
+        disk_bytes=3 * checkpoint + _bytes(dict(learner.average.module.state_dict())),
+        disk_free=shutil.disk_usage(out).free,
+        metrics=metrics,
+    )
+
+
+def _real_steps(prepared: Prepared, micro: int, count: int = 4) -> float:
+    """Return the seconds of a step on real batches, the loader included; nothing is learned."""
+    from rtdetr_cli.train.loop import accumulate, step_denoising
+
+    learner, plan, settings = prepared.learner, prepared.plan, prepared.config.settings
+    learner.train_mode()
+    learner.norms.keep()
+    batches = prepared.loader.epoch(0, strong=plan.strong_until > 0)
+    times = []
+    for step in range(min(count, plan.steps_per_epoch)):
+        begun = time.monotonic()
+        batch = next(batches)
+        group = step_denoising(learner, batch, step=step, seed=settings.seed)
+        rows = memory.micro_batches(len(batch.labels), micro)
+        size = plan.scales[len(plan.scales) // 2]
+        accumulate(learner, batch, rows=rows, size=size, group=group, num_boxes=1.0)
+        learner.stepper.zero_grad()
+        if learner.device.type == "cuda":
+            torch.cuda.synchronize(learner.device)
+        times.append(time.monotonic() - begun)
+    learner.norms.restore()
+    close = getattr(batches, "close", None)
+    if close is not None:
+        close()
+    # The first waits for the loader's processes to start.
+    return min(times[1:] or times) if len(times) < 3 else sorted(times[1:])[len(times[1:]) // 2]
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(_bytes(v) for v in value.values())
+    return sum(_bytes(v) for v in value) if isinstance(value, (list, tuple)) else 0
