@@ -10,7 +10,7 @@ import typer
 
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where everything goes.")] = Path("rtdetr-demo"),
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of the training. [12]")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of the training. [10]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON document on one line.")] = False,
 ) -> None:
     """Make a dataset, check it, train on it, evaluate, predict, export: offline, about three minutes."""

@@ -30,7 +30,7 @@ from rtdetr_cli.workflows.finetune import EndReport, Event, finetune
 TRAIN_PICTURES = 800
 VAL_PICTURES = 100
 SIDE = 192
-EPOCHS = 12
+EPOCHS = 10
 WANTED_AP50 = 0.5
 SHOWN = 12
 
