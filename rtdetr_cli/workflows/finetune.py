@@ -46,7 +46,7 @@ from rtdetr_cli.train.sync_norm import synchronise_norms
 from rtdetr_cli.train.team import join, launched, parse_devices, share_of
 from rtdetr_cli.workflows.evaluator import Evaluator, explain_overfit
 from rtdetr_cli.workflows.identity import check_identity, identity, refuse_changes
-from rtdetr_cli.workflows.prepare import Prepared, prepare, resolve_micro_batch, versions
+from rtdetr_cli.workflows.prepare import Prepared, compile_parts, prepare, resolve_micro_batch, versions
 from rtdetr_cli.workflows.recording import Notice, Recorder
 from rtdetr_cli.workflows.rehearse import DryReport, rehearse
 
@@ -271,9 +271,7 @@ def run(prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, beg
         identity=identity(prepared),
     )
     if settings.compile:
-        # In place, and only the parts whose shapes stay: the decoder's change with every denoising group.
-        learner.model.backbone.compile()
-        learner.model.encoder.compile()
+        compile_parts(learner.model)
     best: dict[str, float | None] = {}
     for report in train(
         learner,

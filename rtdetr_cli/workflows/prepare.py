@@ -282,6 +282,12 @@ def load_start(model: RTDETR, config: RunConfig, train_set: Dataset) -> tuple[Tr
     return table, path.name
 
 
+def compile_parts(model: RTDETR) -> None:
+    """Compile backbone and encoder, in place; the decoder's shapes change with every denoising group."""
+    model.backbone.compile()
+    model.encoder.compile()
+
+
 def choose_workers(device: torch.device) -> int:
     """Return how many processes load pictures: on a CPU they compete with the network for the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,7 +17,7 @@ from rtdetr_cli.train.memory import peak_bytes
 from rtdetr_cli.train.state import Place, snapshot
 from rtdetr_cli.train.team import share_of
 from rtdetr_cli.workflows.evaluator import Evaluator
-from rtdetr_cli.workflows.prepare import Prepared
+from rtdetr_cli.workflows.prepare import Prepared, compile_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,8 @@ class DryReport:
 def rehearse(prepared: Prepared, micro: int) -> DryReport:
     """Run a worst-case step, a few real ones and one evaluation, and work out what the run will cost."""
     learner, settings = prepared.learner, prepared.config.settings
+    if settings.compile:
+        compile_parts(learner.model)
     plan = replace(prepared.plan, effective_batch=share_of(settings.effective_batch, prepared.team.size))
     worst_step(learner, plan, most_boxes=prepared.most_boxes, micro_batch=micro, parts=1)  # warms kernels up
     if learner.device.type == "cuda":
