@@ -132,6 +132,14 @@ class Verdict:
             return text + f" on {self.pictures} pictures"
         return "; ".join(told)
 
+    @property
+    def weak(self) -> str:
+        """Say how little a pass proves where the model itself finds hardly anything; else empty."""
+        best = self.agreement.figures.get("best_score", 1.0)
+        if best >= SCORE_FLOOR:
+            return ""
+        return f"the model's best score is {best:.3f}: it finds hardly anything yet, so agreement with it proves little"
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values: the headline figures beside the parts."""
         return {
@@ -218,6 +226,7 @@ def judge_agreement(ours: Sequence[Detections], theirs: Sequence[Detections], li
         "matched": share,
         "detections": rows // 2,
         "score_floor": floor,
+        "best_score": best_score(ours),
         "score_error": float(score_errors.mean()) if len(score_errors) else None,
         "score_error_max": float(score_errors.max()) if len(score_errors) else None,
         "box_error": float(box_errors.mean()) if len(box_errors) else None,
@@ -241,10 +250,15 @@ def judge_agreement(ours: Sequence[Detections], theirs: Sequence[Detections], li
 
 def weak_model_note(answers: Sequence[Detections]) -> str:
     """Say so when the model itself is hardly sure of anything: then rounding decides what it selects."""
-    best = float(max((a.scores.max() for a in answers if len(a)), default=0.0))
+    best = best_score(answers)
     if best >= SCORE_FLOOR:
         return ""
     return f"; the model's own best score is {best:.3f}, so it is too little trained to be compared"
+
+
+def best_score(answers: Sequence[Detections]) -> float:
+    """Return the highest score in all answers."""
+    return float(max((a.scores.max() for a in answers if len(a)), default=0.0))
 
 
 def finite_rows(found: Detections) -> Detections:

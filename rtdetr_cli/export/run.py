@@ -289,6 +289,8 @@ def judge(work: Work, draft: Draft, gate: Gate | None, *, tol_ap: float | None, 
                 twin=draft.twin,
             )
             del candidate
+            if verdict.weak and verdict.passed:
+                work.tell(f"warning: {verdict.weak}")
         draft.record(draft.path, {"gate": {"passed": None} if verdict is None else verdict.to_json()})
     except BaseException:
         for part in files_of(draft.path):

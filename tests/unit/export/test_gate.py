@@ -24,6 +24,7 @@ from rtdetr_cli.export.gate import (
     Gate,
     Interface,
     Limits,
+    Part,
     TensorSpec,
     Verdict,
     choose_floor,
@@ -111,6 +112,16 @@ def test_weak_model_is_named_as_the_cause() -> None:
     ours, theirs = detections([(0, 0.012, A)]), detections([(0, 0.012, B)])
     part = judge_agreement([ours], [theirs], LIMITS["fp32"])
     assert "too little trained" in part.findings[0]
+
+
+def test_pass_of_a_weak_model_proves_little() -> None:
+    def verdict(score: float) -> Verdict:
+        part = judge_agreement([detections([(0, score, A)])], [detections([(0, score, A)])], LIMITS["fp32"])
+        return Verdict("fp32", LIMITS["fp32"], 1, Part(True), part, Part(None))
+
+    assert verdict(0.02).passed
+    assert "proves little" in verdict(0.02).weak
+    assert verdict(0.8).weak == ""
 
 
 @pytest.mark.parametrize(
