@@ -35,6 +35,7 @@ from rtdetr_cli.train.plan import Plan, make_plan
 from rtdetr_cli.train.precision import choose_precision
 from rtdetr_cli.train.state import Learner
 from rtdetr_cli.train.team import SOLO, Team, share_of
+from rtdetr_cli.workflows.checkup import examine_if_cheap
 
 
 @dataclass(slots=True)
@@ -121,6 +122,17 @@ def prepare(config: RunConfig, team: Team = SOLO, *, pretrained: bool = True) ->
         # The backward pass of grid_sample adds in no fixed order; that of a gather can.
         model.set_sampling("bilinear", operator="gather")
     model = model.to(device).to(memory_format=torch.channels_last)
+    if pretrained and team.leads:  # a resumed run has had its look
+        findings = examine_if_cheap(
+            Path(settings.data),
+            train_set,
+            model,
+            images=Path(settings.images) if settings.images else None,
+            imgsz=config.imgsz,
+            device=device,
+        )
+        if findings is not None:
+            splits = replace(splits, findings=findings)
     team.spread(list(model.state_dict().values()))
     learner = make_learner(model, config, spec, plan, device, chosen.dtype)
     learner.team = team
