@@ -256,10 +256,16 @@ def test_when_no_picture_can_be_read_the_run_stops(dataset: Dataset, tmp_path: P
     assert error.value.hint
 
 
+def loader_processes() -> list[psutil.Process]:
+    """Return the loader's own processes: other tests of this session may have left children of other kinds."""
+    living = [c for c in psutil.Process().children() if c.status() != psutil.STATUS_ZOMBIE]
+    return [c for c in living if any("rtdetr_cli.data.worker" in word for word in c.cmdline())]
+
+
 def test_a_killed_process_is_told(dataset: Dataset) -> None:
     with loader(dataset, workers=2) as it:
         next(iter(it.epoch(0, strong=True)))
-        child = psutil.Process().children()[0]
+        child = loader_processes()[0]
         child.send_signal(signal.SIGKILL)
         with pytest.raises(RtdetrError, match="was killed"):
             list(it.epoch(1, strong=True))
@@ -325,7 +331,7 @@ def test_batches_stay_as_they_are_while_others_are_made(dataset: Dataset) -> Non
 def test_the_processes_load_no_torch(dataset: Dataset) -> None:
     with loader(dataset, workers=1) as it:
         next(iter(it.epoch(0, strong=True)))
-        child = psutil.Process().children()[0]
+        child = loader_processes()[0]
         mapped = {m.path for m in child.memory_maps()}
     assert mapped
     assert not [path for path in mapped if "torch" in Path(path).name]
