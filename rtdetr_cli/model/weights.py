@@ -131,11 +131,14 @@ def load_model(
 def is_ours(path: Path) -> bool:
     """Tell a safetensors file from a torch checkpoint, by what is in it and not by its name.
 
+    A safetensors file begins with the length of its header in eight bytes, whose first may be any: one in 32 files
+    looks like a pickle there. The header's brace comes right after.
+
     Raises:
         ModelError: there is no such file.
     """
     start = _first_bytes(path)
-    return not start.startswith((b"PK\x03\x04", b"\x80")) and (start[8:9] == b"{" or path.suffix == ".safetensors")
+    return start[8:9] == b"{" or (path.suffix == ".safetensors" and not start.startswith((b"PK\x03\x04", b"\x80")))
 
 
 def _load_ours(path: Path, sampling: str | None) -> tuple[RTDETR, ModelHeader]:

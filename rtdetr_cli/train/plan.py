@@ -191,15 +191,16 @@ def make_plan(config: RunConfig, *, pictures: int) -> Plan:
         calm = max(2, round(settings.calm * epochs))
         why = f"off for the last {settings.calm:.0%} of the epochs, at least two"
     strong_until = max(epochs - calm, (epochs + 1) // 2)
-    if settings.aug == "none":
+    plain = settings.aug == "none" or (settings.overfit > 0 and not config.given("aug"))
+    if plain:
         strong_until = 0
-        choices.append(Choice("augmentation", "none", config.source("aug")))
+        choices.append(Choice("augmentation", "none", config.source("aug") if settings.aug == "none" else "--overfit"))
     else:
         choices.append(Choice("strong augmentation", f"until epoch {strong_until}", why))
     multi_until = strong_until if published.multi_scale_until else 0
     if official and published.multi_scale_until:
         multi_until = max(epochs - (published.epochs - published.multi_scale_until), (epochs + 1) // 2)
-    if settings.aug == "none" or settings.overfit:
+    if plain:
         multi_until = 0
     height, width = config.imgsz
     scales = tuple((_multiple(height * s), _multiple(width * s)) for s in SCALES)
