@@ -27,7 +27,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from rtdetr_cli.config.run import resolve_run
-from rtdetr_cli.train.plan import make_plan
+from rtdetr_cli.train.plan import Plan, make_plan
 
 BCCD = Path(__file__).resolve().parents[3] / "shared" / "data" / "bccd"
 ARMS = {
@@ -56,7 +56,10 @@ def few_pictures(source: Path, folder: Path, count: int) -> Path:
 def run(arm: str, sets: Sequence[str], seed: int, args: argparse.Namespace, data: Path, epochs: int) -> dict[str, Any]:
     """Train one arm from one seed; return its figures, from the results file if they are there already."""
     words = [*sets, *args.set, "plots=false", f"eval_every={epochs}"]
-    key = json.dumps([args.preset, args.pictures, epochs, args.imgsz, seed, sorted(words), args.precision])
+    # The plan stands for the defaults of the day: a result is never taken for that of others.
+    plan = schedule(args.preset, words, epochs=epochs, pictures=args.pictures or train_pictures(args.data))
+    facts = {**plan.to_dict(), "choices": (), "warnings": ()}
+    key = json.dumps([args.preset, args.pictures, args.imgsz, seed, sorted(words), args.precision, facts])
     results = args.out / "results.jsonl"
     if results.exists():
         for line in results.read_text().splitlines():
@@ -91,6 +94,16 @@ def run(arm: str, sets: Sequence[str], seed: int, args: argparse.Namespace, data
     return found
 
 
+def train_pictures(data: Path) -> int:
+    """Return how many pictures the train split has."""
+    return len((data / "ImageSets" / "Main" / "train.txt").read_text().split())
+
+
+def schedule(preset: str, words: Sequence[str], *, epochs: int, pictures: int) -> Plan:
+    """Return the plan that a run of these settings has."""
+    return make_plan(resolve_run({"preset": preset, "epochs": epochs}, sets=words), pictures=pictures)
+
+
 def parse() -> argparse.Namespace:
     """Read the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -121,20 +134,18 @@ def main() -> None:
     for word in args.arm:
         name, _, sets = word.partition(":")
         arms[name] = [s for s in sets.split(",") if s]
-    names = (args.data / "ImageSets" / "Main" / "train.txt").read_text().split()
+    total = train_pictures(args.data)
     batch = next((int(s.partition("=")[2]) for s in args.set if s.startswith("effective_batch=")), 16)
     data, epochs = args.data, args.epochs
     if args.pictures:
         data = few_pictures(args.data, args.out / f"pictures-{args.pictures}" / args.data.name, args.pictures)
         # Equal steps: what 20 epochs of the whole split are.
-        epochs = round(args.epochs * -(-len(names) // batch) / -(-args.pictures // batch))
-    pictures = args.pictures or len(names)
+        epochs = round(args.epochs * -(-total // batch) / -(-args.pictures // batch))
+    pictures = args.pictures or total
     jobs = [(arm, sets, seed) for seed in map(int, args.seeds.split(",")) for arm, sets in arms.items()]
     with ThreadPoolExecutor(args.jobs) as pool:
         found = list(pool.map(lambda job: run(*job, args, data, epochs), jobs))
-    plan = make_plan(
-        resolve_run({"preset": args.preset, "epochs": epochs, "effective_batch": batch}), pictures=pictures
-    )
+    plan = schedule(args.preset, args.set, epochs=epochs, pictures=pictures)
     print(
         f"\n{args.preset} at {args.imgsz}, {pictures} pictures, {epochs} epochs = {plan.total_steps} steps of {batch}"
     )
