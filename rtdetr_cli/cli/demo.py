@@ -18,6 +18,7 @@ def demo(
 
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.cli.train import render
+    from rtdetr_cli.data.codes import tally
     from rtdetr_cli.workflows import demo as workflow
     from rtdetr_cli.workflows.finetune import stop_on_signals
 
@@ -31,7 +32,7 @@ def demo(
     work.make_dataset()
     stage(2, "check it")
     counts = work.check_dataset()
-    terminal.say("      " + ", ".join(f"{counts.get(s, 0)} {s}" for s in ("error", "warning", "info")))
+    terminal.say(f"      {tally(counts)}")
     stage(3, f"train the preset tiny from random weights, {work.epochs} epochs")
     with stop_on_signals() as stop:
         render(work.train(stop=stop), result_on_stdout=False)

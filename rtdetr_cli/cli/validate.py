@@ -77,7 +77,7 @@ def validate(
         if not as_json:
             terminal.say(f"page  {html}")
     if fix is not None:
-        failed = _fix(report, fix, images, document, as_json, strict)
+        failed = _fix(report, fix, document, as_json, strict)
     if shares is not None or convert is not None:
         assert to is not None
         _write(report, shares, convert, to, seed, document, as_json)
@@ -189,14 +189,14 @@ def _entry(entry: Any) -> dict[str, str]:
 def _show(report: Report) -> None:
     """Print the short table: one row a code, with the first place it was found."""
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.data.codes import CODES
+    from rtdetr_cli.data.codes import CODES, counted, tally
     from rtdetr_cli.data.read import place
 
     facts = report.summary()
     splits = ", ".join(f"{name} {part['pictures']:,}" for name, part in facts["splits"].items()) or "no split"
     terminal.out(
-        f"{facts['name']} ({facts['format']}): {facts['pictures']:,} pictures ({splits}), "
-        f"{facts['boxes']:,} boxes, {facts['classes']} class{'' if facts['classes'] == 1 else 'es'}"
+        f"{facts['name']} ({facts['format']}): {counted(facts['pictures'], 'picture')} ({splits}), "
+        f"{counted(facts['boxes'], 'box')}, {counted(facts['classes'], 'class')}"
         + ("" if report.decoded else "; pictures not decoded (--fast)")
     )
     rows = []
@@ -208,27 +208,19 @@ def _show(report: Report) -> None:
         terminal.table(("severity", "code", "count", "first"), rows)
     counts = report.counts()
     verdict = "it can be trained on" if not counts["error"] else "training refuses it until the errors are gone"
-    terminal.out(
-        f"{counts['error']} error{_s(counts['error'])}, {counts['warning']} warning{_s(counts['warning'])}, "
-        f"{counts['info']} info{_s(counts['info'])}: {verdict}"
-    )
+    terminal.out(f"{tally(counts)}: {verdict}")
     if rows:
-        from rtdetr_cli.data.repair import can_repair
-
         code = rows[0][1]
         hint = f"rtdetr validate --explain {code}"
-        if any(can_repair(report.raw.format, c) for c in report.by_code()):
+        if any(CODES[c].repair for c in report.by_code()):
             hint += f"; rtdetr validate {report.raw.source} --fix OUT writes a repaired copy"
         terminal.say(f"hint: {hint}")
 
 
-def _s(count: int) -> str:
-    return "" if count == 1 else "s"
-
-
-def _fix(report: Report, out: Path, images: Path | None, document: dict[str, Any], as_json: bool, strict: bool) -> bool:
+def _fix(report: Report, out: Path, document: dict[str, Any], as_json: bool, strict: bool) -> bool:
     """Write the repaired copy, look at it again, and tell whether it still fails."""
     from rtdetr_cli.cli import terminal
+    from rtdetr_cli.data.codes import tally
     from rtdetr_cli.data.doctor import examine
     from rtdetr_cli.data.repair import repair
 
@@ -249,15 +241,13 @@ def _fix(report: Report, out: Path, images: Path | None, document: dict[str, Any
         kept = ", ".join(f"{count} {code}" for code, count in done.not_repaired.items())
         if kept:
             terminal.out(f"not repaired: {kept}")
-        terminal.out(
-            f"the copy has {left['error']} error{_s(left['error'])}, {left['warning']} warning"
-            f"{_s(left['warning'])}; undo: rtdetr validate {done.patch} --fix RESTORED"
-        )
+        terminal.out(f"the copy has {tally(left)}; undo: rtdetr validate {done.patch} --fix RESTORED")
     return bool(left["error"] or (strict and left["warning"]))
 
 
 def _undo(patch: Path, to: Path | None, as_json: bool) -> int:
     from rtdetr_cli.cli import terminal
+    from rtdetr_cli.data.codes import counted
     from rtdetr_cli.data.repair import undo
 
     if to is None:
@@ -266,7 +256,7 @@ def _undo(patch: Path, to: Path | None, as_json: bool) -> int:
     if as_json:
         terminal.emit_json({"undone": count, "out": str(to)})
     else:
-        terminal.out(f"{count} changes undone: {to}")
+        terminal.out(f"{counted(count, 'change')} undone: {to}")
     return 0
 
 
@@ -280,13 +270,14 @@ def _write(
     as_json: bool,
 ) -> None:
     from rtdetr_cli.cli import terminal
+    from rtdetr_cli.data.codes import counted
     from rtdetr_cli.data.read import to_splits
     from rtdetr_cli.data.write import write_dataset
 
     errors = report.counts()["error"]
     if errors:
         raise DataError(
-            f"{report.raw.name} has {errors} error{_s(errors)}, so it is not written anew",
+            f"{report.raw.name} has {counted(errors, 'error')}, so it is not written anew",
             hint=f"rtdetr validate {report.raw.source} --fix OUT, then convert the copy",
             code=next(f.code for f in report.findings if f.severity == "error"),
         )
@@ -305,5 +296,5 @@ def _write(
     document["written"] = {"format": form, "data": str(data), "splits": counts, **facts}
     if not as_json:
         told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-        extra = f"; {facts['clusters']:,} groups of pictures that belong together" if facts else ""
+        extra = f"; {counted(facts['clusters'], 'group')} of pictures that belong together" if facts else ""
         terminal.out(f"written: {data} ({form}; {told}{extra})")

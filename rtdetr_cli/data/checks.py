@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.data.codes import Spot
+from rtdetr_cli.data.codes import Spot, counted
 from rtdetr_cli.data.pictures import PictureError, picture_size
 from rtdetr_cli.data.raw import RawDataset, RawSplit
 
@@ -44,23 +44,24 @@ class Listings:
 
     def __init__(self, roots: tuple[Path, ...]) -> None:
         self.roots = [os.path.realpath(r) for r in roots]
-        self._folders: dict[str, tuple[dict[str, bool], dict[str, list[str]], bool]] = {}
+        self._folders: dict[str, tuple[dict[str, str], dict[str, list[str]], bool]] = {}
 
     def contains(self, path: str) -> bool:
         """Tell whether a path, links followed, lies in one of the roots."""
         real = os.path.realpath(path)
         return any(real == root or real.startswith(root.rstrip(os.sep) + os.sep) for root in self.roots)
 
-    def folder(self, folder: str) -> tuple[dict[str, bool], dict[str, list[str]], bool]:
-        """Return name -> is a link, lower-case name -> names, and whether the folder lies inside."""
+    def folder(self, folder: str) -> tuple[dict[str, str], dict[str, list[str]], bool]:
+        """Return name -> `file`, `link` or `other`, lower-case name -> names, and whether the folder lies inside."""
         known = self._folders.get(folder)
         if known is None:
-            names: dict[str, bool] = {}
+            names: dict[str, str] = {}
             lower: dict[str, list[str]] = {}
             try:
                 with os.scandir(folder) as entries:
                     for entry in entries:
-                        names[entry.name] = entry.is_symlink()
+                        plain = entry.is_file(follow_symlinks=False)
+                        names[entry.name] = "file" if plain else "link" if entry.is_symlink() else "other"
                         lower.setdefault(entry.name.lower(), []).append(entry.name)
             except (OSError, ValueError):
                 pass
@@ -86,8 +87,14 @@ def check_files(dataset: RawDataset) -> None:
                 if inside:
                     code, said = "picture-missing", f"{name} is a folder, not a picture"
             elif base in names:
-                if names[base] and not listings.contains(os.path.join(where, base)):
+                path = os.path.join(where, base)
+                if names[base] == "link" and not listings.contains(path):
                     code, said = "picture-outside", f"{name} is a link that leaves the dataset's folder"
+                elif names[base] == "link" and not os.path.exists(path):
+                    code, said = "picture-missing", f"{name} is a link to nothing"
+                elif names[base] != "file" and not os.path.isfile(path):  # reading a pipe would wait for ever
+                    what = "a folder, not a picture" if os.path.isdir(path) else "no file"
+                    code, said = "picture-unreadable", f"{name} is {what}"
             else:
                 others = lower.get(base.lower(), [])
                 if len(others) == 1:
@@ -362,7 +369,8 @@ def _check_meaning(dataset: RawDataset, split: RawSplit, imgsz: tuple[int, int],
     for picture in _rows(per_picture > queries):
         dataset.findings.add(
             "box-over-queries",
-            f"{split.file_names[picture]} has {int(per_picture[picture])} boxes for {queries} queries",
+            f"{split.file_names[picture]} has {counted(int(per_picture[picture]), 'box')} "
+            f"for {counted(queries, 'query', 'queries')}",
             **picture_place(dataset, split, picture),
         )
 
@@ -455,6 +463,14 @@ def check_structure(dataset: RawDataset) -> None:
     _check_classes(dataset, shown)
 
 
+def check_train(dataset: RawDataset) -> None:
+    """Say that nothing can be trained on: what has no train split can still be measured on."""
+    splits = dataset.splits
+    if splits and "train" not in splits and not any(f.severity == "error" for f in dataset.findings):
+        only = " and ".join(splits)
+        dataset.findings.add("split-missing", f"there is no train split, only {only}", file=dataset.main_file())
+
+
 def _check_classes(dataset: RawDataset, shown: str) -> None:
     findings, categories = dataset.findings, dataset.categories
     if not categories or not dataset.splits:
@@ -473,14 +489,14 @@ def _check_classes(dataset: RawDataset, shown: str) -> None:
         elif train is not None and train[label] < FEW_BOXES:
             findings.add(
                 "category-few",
-                f"{quoted} has {train[label]} box{'es' if train[label] > 1 else ''} in train",
+                f"{quoted} has {counted(int(train[label]), 'box')} in train",
                 file=shown,
             )
     ids = sorted(c.id for c in categories)
     if ids not in (list(range(count)), list(range(1, count + 1))):
         findings.add(
             "category-gaps",
-            f"has {count} classes with ids from {ids[0]} to {ids[-1]}; they are mapped to 0 to {count - 1}",
+            f"has {counted(count, 'class')} with ids from {ids[0]} to {ids[-1]}; they are mapped to 0 to {count - 1}",
             file=shown,
         )
     present = np.flatnonzero(total)
@@ -489,8 +505,8 @@ def _check_classes(dataset: RawDataset, shown: str) -> None:
         if total[most] > IMBALANCE * total[least]:
             findings.add(
                 "category-imbalance",
-                f"class {categories[most].name!r} has {total[most]:,} boxes and {categories[least].name!r} "
-                f"{total[least]:,}",
+                f"class {categories[most].name!r} has {counted(int(total[most]), 'box')} "
+                f"and {categories[least].name!r} {total[least]:,}",
                 file=shown,
             )
     _check_names([c.name for c in categories], dataset, shown)
@@ -550,7 +566,12 @@ def groups_by_path(dataset: RawDataset) -> list[list[Member]]:
 
 
 def check_equal_splits(dataset: RawDataset, groups: list[list[Member]]) -> set[frozenset[str]]:
-    """Find splits that are wholly the same pictures; their pictures need not be named one by one."""
+    """Find splits that are wholly the same pictures; their pictures need not be named one by one.
+
+    Args:
+        dataset: gets the findings.
+        groups: pictures that are the same.
+    """
     shared: dict[frozenset[str], int] = defaultdict(int)
     for group in groups:
         names = sorted({name for name, _ in group})
@@ -564,7 +585,7 @@ def check_equal_splits(dataset: RawDataset, groups: list[list[Member]]) -> set[f
             equal.add(pair)
             dataset.findings.add(
                 "split-equal",
-                f"{b} holds the same {count} pictures as {a}",
+                f"{b} holds the same {counted(count, 'picture')} as {a}",
                 file=dataset.main_file(),
                 spot=Spot(b),
             )
@@ -578,8 +599,6 @@ def check_copies(dataset: RawDataset, groups: list[list[Member]], equal: set[fro
         origin = dataset.splits[first_name]
         for name, picture in group[1:]:
             split = dataset.splits[name]
-            if frozenset((first_name, name)) in equal:
-                continue
             code = "picture-duplicate" if name == first_name else "picture-leak"
             said = f"{split.file_names[picture]} is the same picture as {origin.file_names[first]}"
             if split.path(picture) == origin.path(first):
@@ -587,7 +606,8 @@ def check_copies(dataset: RawDataset, groups: list[list[Member]], equal: set[fro
             if name != first_name:
                 said += f", once in {first_name} and once in {name}"
             where = picture_place(dataset, split, picture, other=group[0])
-            dataset.findings.add(code, said, **where)
+            if frozenset((first_name, name)) not in equal:
+                dataset.findings.add(code, said, **where)
             if not _same_boxes(origin, first, split, picture):
                 dataset.findings.add(
                     "picture-other-boxes",

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.data.codes import Findings, Spot
+from rtdetr_cli.data.codes import Findings, Spot, counted
 from rtdetr_cli.data.raw import RawDataset, RawSplit
 from rtdetr_cli.data.records import Category
 from rtdetr_cli.data.text import MAX_BYTES, Oddities, read_text
@@ -203,6 +203,8 @@ class _Document:
         self.crowd.append(get("iscrowd"))
         try:
             x, y, w, h = get("bbox")
+            if type(x) is bool or type(y) is bool or type(w) is bool or type(h) is bool:
+                raise TypeError  # an array takes `true` for 1
             self.boxes.extend((x, y, w, h))
         except (TypeError, ValueError, OverflowError):
             row = len(self.box_images) - 1
@@ -217,16 +219,20 @@ def _box_fault(box: Any) -> tuple[str, str]:
     if not isinstance(box, list):
         return "box-not-number", f"has the bbox {_short(box)}, which is no list of four numbers"
     if len(box) != 4:
-        return "box-count", f"has a bbox of {len(box)} values in place of x, y, width, height"
-    if all(isinstance(v, (int, float)) for v in box):
+        return "box-count", f"has a bbox of {counted(len(box), 'value')} in place of x, y, width, height"
+    wrong = [v for v in box if not isinstance(v, (int, float)) or isinstance(v, bool)]
+    if not wrong:
         return "box-not-finite", "has a bbox with a number beyond all bounds"
-    wrong = next(v for v in box if not isinstance(v, (int, float)))
-    return "box-not-number", f"has {_short(wrong)} in its bbox, which is no number"
+    return "box-not-number", f"has {_short(wrong[0])} in its bbox, which is no number"
 
 
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _nor(others: int) -> str:
+    return f", nor are {others:,} more" if others > 1 else ", nor is one more" if others else ""
 
 
 def read_coco(dataset: RawDataset, files: dict[str, tuple[Path, Path]]) -> None:
@@ -299,11 +305,18 @@ def _categories(documents: dict[str, tuple[_Document, str]], findings: Findings)
                     line=line,
                 )
                 continue
-            if key in names and (names[key] != name or key in seen):
+            if names.get(key, name) != name:
                 where = "here" if key in seen else f"in {first[key]}"
                 findings.add(
                     "category-conflict",
                     f"category {key} is called {name!r}, but {names[key]!r} {where}",
+                    file=document.file,
+                    line=line,
+                )
+            elif key in seen:
+                findings.add(
+                    "category-duplicate-name",
+                    f"category {key} ({name!r}) is listed twice",
                     file=document.file,
                     line=line,
                 )
@@ -374,7 +387,7 @@ def _split(document: _Document, text: str, labels: dict[int, int], root: Path) -
         row = odd[0]
         findings.add(
             "id-not-integer",
-            f"{len(odd)} image ids are not integers, the first is {_short(document.image_ids[row])}",
+            f"the image id {_short(document.image_ids[row])} is not an integer{_nor(len(odd) - 1)}",
             file=file,
             line=int(picture_lines[row]),
         )
@@ -419,7 +432,7 @@ def _split(document: _Document, text: str, labels: dict[int, int], root: Path) -
         row = odd[0]
         findings.add(
             "id-not-integer",
-            f"{len(odd)} annotation ids are not integers, the first is {_short(document.annotation_ids[row])}",
+            f"the annotation id {_short(document.annotation_ids[row])} is not an integer{_nor(len(odd) - 1)}",
             file=file,
             line=int(box_lines[row]),
         )
@@ -449,6 +462,8 @@ def _split(document: _Document, text: str, labels: dict[int, int], root: Path) -
                 f"{called(row)} belongs to image {box_keys[row]}, which is not in the list of images",
                 **told(row),
             )
+    known = counted(len(labels), "category", "categories")
+    known += f" (ids {min(labels)} to {max(labels)})" if labels else ""
     for row in np.flatnonzero(classes < 0).tolist():
         if category_keys[row] is None:
             findings.add(
@@ -459,8 +474,7 @@ def _split(document: _Document, text: str, labels: dict[int, int], root: Path) -
         else:
             findings.add(
                 "category-unknown",
-                f"{called(row)} has category {category_keys[row]}, which is not among the {len(labels)} categories"
-                + (f" (ids {min(labels)} to {max(labels)})" if labels else ""),
+                f"{called(row)} has category {category_keys[row]}, which is not among the {known}",
                 **told(row),
             )
     for row, (code, message) in document.bad_boxes.items():
@@ -486,7 +500,7 @@ def _split(document: _Document, text: str, labels: dict[int, int], root: Path) -
         boxes_xyxy_px=boxes,
         labels=classes,
         areas=_floats(document.areas),
-        crowd=np.fromiter((c is not None and c != 0 for c in document.crowd), np.bool_, len(box_keys)),
+        crowd=np.fromiter((c not in (None, 0, "0") for c in document.crowd), np.bool_, len(box_keys)),
         annotation_ids=annotation_ids,
         box_lines=box_lines,
         box_entries=np.arange(len(box_keys), dtype=np.int32),

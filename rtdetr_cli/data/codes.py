@@ -7,6 +7,7 @@ Codes are stable: programs may rely on them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rtdetr_cli.data.records import Finding
@@ -35,6 +36,7 @@ class Code:
 
 _LEAVE_OUT = "leaves the picture and its boxes out of the copy"
 _DROP = "drops the box"
+_OWN_FILE = "leaves the picture out of the copy when the file is its own"
 
 _TABLE = (
     # ---- pictures ----------------------------------------------------------------------------------------------
@@ -321,7 +323,7 @@ _TABLE = (
     ),
     Code(
         "box-below-2px",
-        "warning",
+        "info",
         "boxes below 2 pixels at the network's size",
         "After the picture is scaled to the network's size these objects are smaller than two pixels: they cannot be "
         "seen, and the network is punished for missing them.",
@@ -480,6 +482,7 @@ _TABLE = (
         "a label file or folder that is not there",
         "The dataset names a file that does not exist or may not be read.",
         "correct the path",
+        _OWN_FILE,
     ),
     Code(
         "file-malformed",
@@ -487,7 +490,7 @@ _TABLE = (
         "a label file that cannot be read",
         "It is not valid JSON, YAML, XML or text, or its structure is not the format's.",
         "open the file at that line; export the labels again",
-        "leaves the picture out of the copy when the file is its own",
+        _OWN_FILE,
     ),
     Code(
         "file-bounds",
@@ -495,6 +498,7 @@ _TABLE = (
         "a label file beyond any sensible size or depth",
         "Files are read up to 4 GiB and lists up to some hundred levels deep. More is damage or malice.",
         "split the file, or export the labels again",
+        _OWN_FILE,
     ),
     Code(
         "file-repeated-key",
@@ -670,6 +674,16 @@ _TABLE = (
 CODES = {entry.code: entry for entry in _TABLE}
 
 SEVERITIES = ("error", "warning", "info")
+
+
+def counted(count: int, word: str, words: str = "") -> str:
+    """Return a number with what it counts: `1 box`, `2,000 boxes`."""
+    return f"{count:,} {word if count == 1 else words or word + ('es' if word[-1] in 'sx' else 's')}"
+
+
+def tally(counts: Mapping[str, int]) -> str:
+    """Return how many findings of each severity there are: `0 errors, 1 warning, 88 notes`."""
+    return ", ".join(counted(counts[s], "note" if s == "info" else s) for s in SEVERITIES)
 
 
 def printable(text: str) -> str:

@@ -24,6 +24,7 @@ from rtdetr_cli.data.checks import (
     check_equal_splits,
     check_files,
     check_structure,
+    check_train,
     groups_by_path,
     measure_pictures,
     picture_place,
@@ -33,26 +34,12 @@ from rtdetr_cli.data.checks import (
 )
 from rtdetr_cli.data.codes import SEVERITIES, Spot
 from rtdetr_cli.data.duplicates import THUMB, exact_groups, near_groups
-from rtdetr_cli.data.pictures import FORMATS, PictureError, exif_orientation, open_picture
+from rtdetr_cli.data.pictures import FORMATS, SUFFIXES, PictureError, exif_orientation, open_picture
 from rtdetr_cli.data.raw import RawDataset, RawSplit
 from rtdetr_cli.data.read import read_raw
 from rtdetr_cli.data.records import Finding
 
 HUGE_PIXELS = 50_000_000
-SUFFIXES = {
-    "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
-    "MPO": {".jpg", ".jpeg", ".mpo"},
-    "PNG": {".png", ".apng"},
-    "WEBP": {".webp"},
-    "BMP": {".bmp", ".dib"},
-    "GIF": {".gif"},
-    "TIFF": {".tif", ".tiff"},
-    "PPM": {".ppm", ".pgm", ".pbm", ".pnm"},
-    "AVIF": {".avif", ".avifs"},
-    "JPEG2000": {".jp2", ".j2k", ".jpx", ".jpf", ".j2c"},
-    "TGA": {".tga"},
-    "ICO": {".ico"},
-}
 _MANY_CORES = 4
 """Up to here threads do: decoding releases the interpreter's lock. Beyond, its rest would hold the cores back."""
 
@@ -205,12 +192,12 @@ def examine(
         measure_pictures(raw, all_pictures=False)
     check_boxes(raw, imgsz=imgsz, queries=queries)
     check_structure(raw)
-    by_path = groups_by_path(raw)
-    equal = check_equal_splits(raw, by_path)
+    check_train(raw)
     if decode:
-        _check_copies(raw, report.looks, equal)
+        _check_copies(raw, report.looks)
     else:
-        check_copies(raw, by_path, equal)
+        by_path = groups_by_path(raw)
+        check_copies(raw, by_path, check_equal_splits(raw, by_path))
     if set(raw.splits) == {"train"} and len(raw.splits["train"]):
         raw.findings.add(
             "split-made",
@@ -237,16 +224,18 @@ def look(path: str) -> Look:
             found.format = image.format or ""
             found.frames = getattr(image, "n_frames", 1)
             found.kinds = _kinds(image)
-            found.orientation = exif_orientation(image)
+            turn = found.orientation = exif_orientation(image)
+            if image.format == "TIFF":  # Pillow turns it as it loads
+                found.orientation = getattr(image, "tag_v2", {}).get(0x0112, 0)
             if image.mode in ("RGB", "L"):
                 image.load()
                 picture: Image.Image = image
             else:
                 picture = open_picture(data)
             size = image.size
-            turned = 5 <= found.orientation <= 8
+            turned = 5 <= turn <= 8
             found.size_wh = (size[1], size[0]) if turned else size
-            found.thumb = _thumb(picture, found.orientation if image.mode in ("RGB", "L") else 0)
+            found.thumb = _thumb(picture, turn if image.mode in ("RGB", "L") else 0)
     except Exception:  # `open_picture` knows what each of them means
         return _faulty(path, found.digest)
     return found
@@ -277,9 +266,7 @@ def _kinds(image: Image.Image) -> tuple[str, ...]:
 
 
 def _deep(image: Image.Image) -> bool:
-    """Tell whether an RGB file has 16 bits a channel, which Pillow reads as eight."""
-    if image.mode != "RGB":
-        return False
+    """Tell whether a file of several channels has 16 bits each, which Pillow reads as eight."""
     for tile in getattr(image, "tile", ()):
         raw = tile.args if isinstance(tile.args, str) else (tile.args[0] if tile.args else "")
         if isinstance(raw, str) and ";16" in raw:
@@ -360,7 +347,7 @@ def _report(raw: RawDataset, split: RawSplit, picture: int, found: Look) -> None
     if not found.format:
         return
     suffix = Path(name).suffix.lower()
-    if suffix not in SUFFIXES.get(found.format, {suffix}):
+    if suffix not in SUFFIXES.get(found.format, (suffix,)):
         add("picture-extension", f"holds a {found.format}")
     if 2 <= found.orientation <= 8:
         add("picture-exif-orientation", f"is turned by its EXIF orientation {found.orientation}")
@@ -415,9 +402,9 @@ def look_alikes(raw: RawDataset, looks: dict[str, list[Look]]) -> tuple[list[lis
     )
 
 
-def _check_copies(raw: RawDataset, looks: dict[str, list[Look]], equal: set[frozenset[str]]) -> None:
+def _check_copies(raw: RawDataset, looks: dict[str, list[Look]]) -> None:
     exact, near = look_alikes(raw, looks)
-    check_copies(raw, exact, equal)
+    check_copies(raw, exact, check_equal_splits(raw, exact))
     for group in near:
         first_name, first = group[0]
         for name, picture in group[1:]:

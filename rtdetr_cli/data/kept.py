@@ -16,9 +16,9 @@ IDS_FILE = "rtdetr_ids.json"
 
 @dataclass(frozen=True, slots=True)
 class KeptBox:
-    """Facts of one box: its id (0 for none), its area as a share of the picture (NaN for none), whether a crowd."""
+    """Facts of one box: its id, its area as a share of the picture (NaN for none), whether a crowd."""
 
-    annotation_id: int = 0
+    annotation_id: int | None = None
     area_share: float = math.nan
     crowd: bool = False
 
@@ -42,9 +42,13 @@ class Kept:
             return None, []
         image_id, boxes = entry.get("id"), entry.get("boxes")
         return (
-            image_id if type(image_id) is int and abs(image_id) < 1 << 62 else None,
+            image_id if _is_id(image_id) else None,
             [_box(box) for box in boxes] if isinstance(boxes, list) else [],
         )
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and -(1 << 63) <= value < 1 << 63
 
 
 def _box(entry: Any) -> KeptBox:
@@ -52,7 +56,7 @@ def _box(entry: Any) -> KeptBox:
         return KeptBox()
     identifier, share, crowd = entry
     return KeptBox(
-        identifier if type(identifier) is int and 0 < identifier < 1 << 62 else 0,
+        identifier if _is_id(identifier) else None,
         share if isinstance(share, float) and math.isfinite(share) else math.nan,
         crowd == 1,
     )

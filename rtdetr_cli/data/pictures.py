@@ -28,6 +28,25 @@ MAX_PIXELS = 178_956_970
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
 """What is read. Pillow knows more, among them formats that start other programs (EPS), which a dataset must not."""
 
+SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "MPO": (".jpg", ".jpeg", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp", ".dib"),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".jpx", ".jpf", ".j2c"),
+    "TGA": (".tga",),
+    "ICO": (".ico",),
+}
+"""What files of each format are called, the usual suffix first."""
+
+PICTURE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+"""What a file in a folder of pictures must end in, to count as one."""
+
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -152,6 +171,16 @@ def picture_size(source: Path | bytes) -> tuple[int, int]:
     """
     with opened(source) as file:
         return file.size_wh
+
+
+def usual_suffix(path: Path) -> str:
+    """Return what a file of this content is usually called, such as `.jpg`.
+
+    Raises:
+        PictureError: it is no picture that can be read.
+    """
+    with _faults(path), Image.open(path, formats=FORMATS) as image:
+        return SUFFIXES[image.format or ""][0]
 
 
 def stretch(picture: NDArray[np.uint8], hw: tuple[int, int]) -> NDArray[np.uint8]:

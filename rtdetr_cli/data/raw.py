@@ -129,12 +129,6 @@ _BOX_ROWS = (
     "said_beyond",
 )
 
-PICTURE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".avif", ".jp2", ".tga", ".ico"),
-)
-"""What a file in a folder of pictures must end in, to count as one."""
-
 
 @dataclass(slots=True, eq=False)
 class RawDataset:
@@ -190,7 +184,7 @@ class Rows:
     labels: list[int] = field(default_factory=list)
     areas: list[float] = field(default_factory=list)
     crowd: list[bool] = field(default_factory=list)
-    annotation_ids: list[int] = field(default_factory=list)
+    annotation_ids: list[int | None] = field(default_factory=list)
     box_lines: list[int] = field(default_factory=list)
     box_entries: list[int] = field(default_factory=list)
     said_beyond: list[int] = field(default_factory=list)
@@ -215,10 +209,10 @@ class Rows:
         entry: int,
         area: float = float("nan"),
         crowd: bool = False,
-        annotation_id: int = 0,
+        annotation_id: int | None = None,
         beyond: bool = False,
     ) -> None:
-        """Add a box; `annotation_id` 0 stands for none, `beyond` for a box already called beyond the picture."""
+        """Add a box; `beyond` stands for a box already called beyond the picture."""
         if beyond:
             self.said_beyond.append(len(self.boxes))
         self.box_pictures.append(picture)
@@ -231,11 +225,11 @@ class Rows:
         self.box_entries.append(entry)
 
     def split(self, name: str, root: Path) -> RawSplit:
-        """Return everything as flat arrays; boxes without an id are numbered."""
+        """Return everything as flat arrays; where a box has no id of its own, all are numbered."""
         count = len(self.file_names)
-        annotation_ids = np.asarray(self.annotation_ids, np.int64)
-        if not annotation_ids.all() or len(np.unique(annotation_ids)) != len(annotation_ids):
-            annotation_ids = np.arange(1, len(annotation_ids) + 1, dtype=np.int64)
+        own = [i for i in self.annotation_ids if i is not None]
+        if len(set(own)) != len(self.annotation_ids):
+            own = list(range(1, len(self.annotation_ids) + 1))
         split = RawSplit(
             split=name,
             root=root,
@@ -251,7 +245,7 @@ class Rows:
             labels=np.asarray(self.labels, np.int64),
             areas=np.asarray(self.areas, np.float64),
             crowd=np.asarray(self.crowd, np.bool_),
-            annotation_ids=annotation_ids,
+            annotation_ids=np.asarray(own, np.int64),
             box_lines=np.asarray(self.box_lines, np.int32),
             box_entries=np.asarray(self.box_entries, np.int32),
         )

@@ -24,7 +24,7 @@ from rtdetr_cli.data.kept import IDS_FILE
 from rtdetr_cli.data.raw import RawDataset, RawSplit
 from rtdetr_cli.data.records import Dataset, Finding, FlatStrings, Splits
 from rtdetr_cli.data.text import Oddities, read_text
-from rtdetr_cli.data.voc import VocSplit, is_picture, read_voc
+from rtdetr_cli.data.voc import VocSplit, is_picture, listed_name, read_voc
 from rtdetr_cli.data.yolo import read_yolo
 from rtdetr_cli.errors import DataError
 
@@ -90,7 +90,7 @@ def refuse_errors(raw: RawDataset) -> None:
     if len(errors) == 1:
         message = shown[0]
     else:
-        message = f"{raw.name} has {len(errors)} errors: " + "; ".join(shown)
+        message = f"{raw.name} has {len(errors):,} errors: " + "; ".join(shown)
         if len(errors) > len(shown):
             message += f"; and {len(errors) - len(shown)} more"
     raise DataError(message, hint=f"rtdetr validate {raw.source}", code=errors[0].code)
@@ -370,6 +370,8 @@ def _coco_files(folder: Path) -> dict[str, Path]:
 
 def _looks_like_coco(path: Path) -> bool:
     """Tell whether a JSON file may be COCO, by its first and last kilobytes: configurations and results are not."""
+    if not path.is_file():
+        return False
     try:
         with open(path, "rb") as file:
             head = file.read(1 << 16)
@@ -442,6 +444,8 @@ def _yaml_of(folder: Path) -> Path | None:
 
 
 def _looks_like_yolo(path: Path) -> bool:
+    if not path.is_file():
+        return False
     try:
         with open(path, "rb") as file:
             head = file.read(1 << 16)
@@ -477,6 +481,7 @@ def _voc_splits(raw: RawDataset, folder: Path, images: Path | None) -> dict[str,
     )
     splits: dict[str, VocSplit] = {}
     lists = folder / "ImageSets" / "Main"
+    stems = {file.stem for file in xml_folder.iterdir()}
     oddities = Oddities()
     trainval = {} if (lists / "train.txt").is_file() else {"train": lists / "trainval.txt"}
     for split, path in {**{s: lists / f"{s}.txt" for s in SPLITS}, **trainval}.items():
@@ -485,12 +490,14 @@ def _voc_splits(raw: RawDataset, folder: Path, images: Path | None) -> dict[str,
         shown = raw.show(path)
         raw.label_paths[shown] = path
         text = read_text(path, shown, raw.findings, oddities)
-        # A second column (1, 0, -1) says whether a class is present; the lists of one class have it.
-        names = [line.split()[0] for line in (text or "").splitlines() if line.split()]
-        for number, name in enumerate(names, 1):
-            if not sound_name(name):
+        names = []
+        for number, line in enumerate((text or "").split("\n"), 1):
+            name = listed_name(line, stems)
+            if sound_name(name):
+                names.append(name)
+            elif name:
                 raw.findings.add("file-malformed", f"has the name {name[:40]!r}", file=shown, line=number)
-        splits[split] = VocSplit(path, [n for n in names if sound_name(n)], xml_folder, pictures)
+        splits[split] = VocSplit(path, names, xml_folder, pictures)
     oddities.report(raw.findings)
     if not splits:
         splits["train"] = VocSplit(None, _picture_stems(pictures), xml_folder, pictures)

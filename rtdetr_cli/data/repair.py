@@ -7,6 +7,7 @@ that are left out are kept under `left-out/`, so that the patch alone brings the
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import shutil
@@ -25,10 +26,11 @@ from PIL import Image
 
 from rtdetr_cli.data.coco import id_key, walk_object
 from rtdetr_cli.data.codes import CODES, Spot
-from rtdetr_cli.data.doctor import SUFFIXES, Report
-from rtdetr_cli.data.pictures import FORMATS
+from rtdetr_cli.data.doctor import Report
+from rtdetr_cli.data.pictures import FORMATS, SUFFIXES
 from rtdetr_cli.data.raw import RawSplit
 from rtdetr_cli.data.records import Finding
+from rtdetr_cli.data.voc import listed_name
 from rtdetr_cli.errors import DataError, RtdetrError
 
 PATCH_FILE = "patch.json"
@@ -43,8 +45,10 @@ _DROPPED_BOXES = frozenset(
 )
 _CLIPPED_BOXES = frozenset({"box-partly-outside", "label-beyond-one"})
 _LOST_PICTURES = frozenset(code for code, entry in CODES.items() if entry.repair.startswith("leaves the picture"))
-_SMALL_FILE = 1 << 20
+_LOST_LABELS = frozenset({"file-missing", "file-malformed", "file-bounds"})
 _BOM = "\ufeff"
+_ANNOTATION = re.compile(r"<annotation(?:\s[^>]*)?(?<!/)>")
+_SIZE = re.compile(r"<size\s*/>|<size\b.*?</size\s*>", re.DOTALL)
 _OBJECT = re.compile(r"[ \t]*<object\b.*?</object\s*>[ \t]*(?:\r?\n)?", re.DOTALL)
 
 
@@ -63,11 +67,6 @@ class Repaired:
     patch: Path
     changes: dict[str, int]
     not_repaired: dict[str, int]
-
-
-def can_repair(form: str, code: str) -> bool:
-    """Tell whether `--fix` does something about a code."""
-    return bool(CODES[code].repair)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +155,7 @@ def repair(report: Report, out: Path) -> Repaired:
         _plan_yolo(plan, lost, renamed)
     else:
         _plan_voc(plan, lost, renamed)
+    _plan_marks(plan)
     _plan_line_ends(plan)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -191,22 +191,31 @@ def _lost_pictures(plan: _Plan) -> dict[str, set[int]]:
     """Return the pictures that cannot be used, and mark the findings that say so, and those of their boxes."""
     raw = plan.report.raw
     lost = {name: set(np.flatnonzero(~split.usable).tolist()) for name, split in raw.splits.items()}
-    broken = {f.file for f in raw.findings if f.code in ("file-malformed", "file-bounds")}
+    broken = {f.file for f in raw.findings if f.code in _LOST_LABELS}
     if raw.format in ("yolo", "voc"):
         for name, split in raw.splits.items():
             for picture in range(len(split)):
                 if split.label_file(picture) in broken:
                     lost[name].add(picture)
+    for spot in _turned_for_good(plan):
+        lost[spot.split].add(spot.picture)
     own = {s.label_file(p) for s in raw.splits.values() for p in range(len(s))} if broken else set()
     for i, (finding, spot) in enumerate(_found(plan)):
         if finding.code in _LOST_PICTURES and spot.picture >= 0:
             plan.done.add(i)
-        elif finding.code in ("file-malformed", "file-bounds") and raw.format in ("yolo", "voc"):
+        elif finding.code in _LOST_LABELS and raw.format in ("yolo", "voc"):
             if finding.file in own:
                 plan.done.add(i)
         elif spot.picture >= 0 and spot.picture in lost.get(spot.split, ()):
             plan.done.add(i)  # gone with its picture
     return lost
+
+
+def _turned_for_good(plan: _Plan) -> list[Spot]:
+    """Return the pictures whose labels disagree with an orientation that cannot be taken out of the file."""
+    splits = plan.report.raw.splits
+    swapped = [spot for finding, spot in _found(plan) if finding.code == "picture-exif-swapped"]
+    return [s for s in swapped if _orientation_edit(splits[s.split].path(s.picture), "", "") is None]
 
 
 def _found(plan: _Plan) -> list[tuple[Finding, Spot]]:
@@ -221,47 +230,52 @@ def _plan_pictures(plan: _Plan, lost: dict[str, set[int]]) -> dict[tuple[str, in
     for i, (finding, spot) in enumerate(_found(plan)):
         if spot.picture >= 0 and finding.code.startswith("picture-"):
             codes[spot.split, spot.picture].setdefault(finding.code, i)
-    kept: set[Path] = set()
+    mended: dict[Path, tuple[str, set[str]]] = {}  # pictures that are copied: new suffix, faults that were mended
     for name, split in raw.splits.items():
         for picture in range(len(split)):
             path = split.path(picture)
             if picture in lost[name]:
                 continue
-            kept.add(path)
             said = codes[name, picture]
+            if path in mended:  # listed more than once
+                suffix, done = mended[path]
+                plan.done.update(i for code, i in said.items() if code in done)
+                if suffix:
+                    renamed[name, picture] = str(Path(split.file_names[picture]).with_suffix(suffix))
+                continue
+            suffix, done = "", set()
             target = plan.destination(path)
             if "picture-name-case" in said and raw.format in ("yolo", "voc"):
                 wanted = plan.destination(split.root / split.said_names[picture])
                 plan.changes.append(_rename(target, wanted, "picture-name-case"))
-                plan.done.add(said["picture-name-case"])
+                done.add("picture-name-case")
                 target = wanted
             if "picture-extension" in said and plan.report.looks:
-                suffix = sorted(SUFFIXES[plan.report.looks[name][picture].format], key=_plain_suffix)[0]
-                wanted = str(Path(target).with_suffix(suffix))
-                if wanted not in plan.files and not path.with_suffix(suffix).exists():
+                usual = SUFFIXES[plan.report.looks[name][picture].format][0]
+                wanted = str(Path(target).with_suffix(usual))
+                if wanted not in plan.files and not path.with_suffix(usual).exists():
                     plan.changes.append(_rename(target, wanted, "picture-extension"))
-                    plan.done.add(said["picture-extension"])
-                    renamed[name, picture] = str(Path(split.file_names[picture]).with_suffix(suffix))
-                    target = wanted
+                    done.add("picture-extension")
+                    renamed[name, picture] = str(Path(split.file_names[picture]).with_suffix(usual))
+                    target, suffix = wanted, usual
             for code in ("picture-exif-swapped", "picture-exif-invalid"):
                 if code in said:
                     change = _orientation_edit(path, target, code)
                     if change is not None:
                         plan.changes.append(change)
-                        plan.done.add(said[code])
+                        done.add(code)
+            plan.done.update(said[code] for code in done)
             plan.files[target] = path
+            mended[path] = (suffix, done)
     for name, split in raw.splits.items():
         for picture in sorted(lost[name]):
             path = split.path(picture)
-            if path in kept:
+            if path in mended:
                 continue
-            code = next((c for c in codes[name, picture] if c in _LOST_PICTURES), "file-malformed")
+            causes = (*_LOST_PICTURES, "picture-exif-swapped")
+            code = next((c for c in codes[name, picture] if c in causes), "file-malformed")
             _leave_out(plan, path, code, copy=code not in ("picture-missing", "picture-outside"))
     return renamed
-
-
-def _plain_suffix(suffix: str) -> tuple[bool, str]:
-    return suffix not in (".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ppm", ".avif", ".jp2", ".tga"), suffix
 
 
 def _rename(old: str, new: str, code: str) -> dict[str, Any]:
@@ -381,8 +395,6 @@ def _plan_coco_file(plan: _Plan, path: Path, name: str, lost: set[int], renamed:
         elif code == "picture-name-case" and entry >= 0:
             change_images[entry]["file_name"] = split.file_names[spot.picture]
             why["image", entry] = told
-        elif code == "file-bom":
-            plan.edits[plan.destination(path)].append(_Edit(0, 1, "", code, finding.message))
         else:
             continue
         plan.done.add(i)
@@ -463,7 +475,7 @@ def _plan_yolo(plan: _Plan, lost: dict[str, set[int]], renamed: dict[tuple[str, 
     for shown, path in raw.label_paths.items():
         if shown in labels_lost:
             _leave_out(plan, path, "picture")
-        else:
+        elif path.is_file():
             plan.files[plan.destination(path)] = path
     texts: dict[str, tuple[str, list[tuple[int, int]], int]] = {}
     dropped: set[tuple[str, int]] = set()
@@ -511,8 +523,6 @@ def _plan_yolo(plan: _Plan, lost: dict[str, set[int]], renamed: dict[tuple[str, 
             _, spans, _ = opened(finding.file)
             _edit(plan, finding.file, *spans[finding.line - 1], "", finding)
             plan.done.add(i)
-        elif code == "file-bom":
-            _drop_marks(plan, i, finding)
     _mend_lists(plan, lost, renamed, opened)
 
 
@@ -549,18 +559,6 @@ def _clip_line(line: str) -> str:
 def _edit(plan: _Plan, shown: str, start: int, end: int, new: str, finding: Finding) -> None:
     target = plan.destination(plan.report.raw.label_paths[shown])
     plan.edits[target].append(_Edit(start, end, new, finding.code, finding.message))
-
-
-def _drop_marks(plan: _Plan, position: int, finding: Finding) -> None:
-    """Take the byte order mark out of every label file that has one: the finding names the first."""
-    for path in plan.report.raw.label_paths.values():
-        target = plan.destination(path)
-        if target in plan.files and path.is_file():
-            with open(path, "rb") as file:
-                marked = file.read(3) == b"\xef\xbb\xbf"
-            if marked:
-                plan.edits[target].append(_Edit(0, 1, "", finding.code, "has a byte order mark"))
-    plan.done.add(position)
 
 
 def _mend_lists(
@@ -610,6 +608,12 @@ def _plan_voc(plan: _Plan, lost: dict[str, set[int]], renamed: dict[tuple[str, i
     for name, split in raw.splits.items():
         _mend_voc_lists(plan, split, lost[name], own)
     texts: dict[str, str] = {}
+
+    def opened(shown: str) -> str:
+        if shown not in texts:
+            texts[shown] = plan.text(raw.label_paths[shown])
+        return texts[shown]
+
     dropped: set[tuple[str, int]] = set()
     found = _found(plan)
     order = sorted(range(len(found)), key=lambda i: found[i][0].code in _CLIPPED_BOXES)
@@ -622,13 +626,9 @@ def _plan_voc(plan: _Plan, lost: dict[str, set[int]], renamed: dict[tuple[str, i
         elif code == "label-missing" and spot.picture not in lost[spot.split]:
             _create_voc(plan, raw.splits[spot.split], spot.picture)
             plan.done.add(i)
-        elif code == "file-bom":
-            _drop_marks(plan, i, finding)
         if shown not in own or shown in labels_lost:
             continue
-        if code == "picture-size-undeclared":
-            continue
-        text = texts.setdefault(shown, plan.text(raw.label_paths[shown]))
+        text = opened(shown)
         if spot.entry >= 0 and code in _DROPPED_BOXES | _CLIPPED_BOXES:
             if (shown, spot.entry) in dropped:
                 plan.done.add(i)
@@ -660,16 +660,25 @@ def _plan_voc(plan: _Plan, lost: dict[str, set[int]], renamed: dict[tuple[str, i
             ]
             if all(both):
                 plan.done.add(i)
+        elif code == "picture-size-undeclared":
+            split = raw.splits[spot.split]
+            undeclared = np.flatnonzero(split.usable & ~split.declared).tolist()
+            files = {p: split.label_file(p) for p in undeclared if split.label_file(p) not in ("", *labels_lost)}
+            declared = [_declare_size(plan, split, p, opened(file), finding) for p, file in files.items()]
+            if all(declared):
+                plan.done.add(i)
     for (name, picture), new in renamed.items():
         shown = raw.splits[name].label_file(picture)
         if shown and not any(f.code == "voc-filename" and f.file == shown for f in raw.findings):
-            text = texts.setdefault(shown, plan.text(raw.label_paths[shown]))
+            text = opened(shown)
             told = Finding("picture-extension", "warning", f"its picture is called {new}")
             _replace_value(plan, shown, text, "filename", Path(new).name, told)
 
 
 def _mend_voc_lists(plan: _Plan, split: RawSplit, lost: set[int], own: set[str]) -> None:
-    gone = {str(Path(split.said_names.get(p, split.file_names[p])).with_suffix("")) for p in lost}
+    names = [split.said_names.get(p, name) for p, name in enumerate(split.file_names)]
+    stems = [str(Path(name).with_suffix("")) for name in names]
+    gone = {stems[p] for p in lost}
     if not gone:
         return
     for shown, path in plan.report.raw.label_paths.items():
@@ -678,9 +687,9 @@ def _mend_voc_lists(plan: _Plan, split: RawSplit, lost: set[int], own: set[str])
         text = plan.text(path)
         shift = len(_BOM) if text.startswith(_BOM) else 0
         for start, end in plan.lines(text[shift:]):
-            words = text[start + shift : end + shift].split()
-            if words and words[0] in gone:
-                told = Finding("picture", "error", f"{words[0]} cannot be used")
+            listed = listed_name(text[start + shift : end + shift], stems)
+            if listed in gone:
+                told = Finding("picture", "error", f"{listed} cannot be used")
                 _edit(plan, shown, start + shift, end + shift, "", told)
 
 
@@ -707,15 +716,27 @@ def _replace_value(
     return True
 
 
+def _declare_size(plan: _Plan, split: RawSplit, picture: int, text: str, finding: Finding) -> bool:
+    block = _size_block(*split.sizes_wh[picture].tolist())
+    span = _SIZE.search(text)
+    start = _ANNOTATION.search(text)
+    if span is not None:
+        _edit(plan, split.label_file(picture), *span.span(), block, finding)
+    elif start is not None:
+        _edit(plan, split.label_file(picture), start.end(), start.end(), f"\n\t{block}", finding)
+    return span is not None or start is not None
+
+
+def _size_block(width: int, height: int) -> str:
+    return f"<size>\n\t\t<width>{width}</width>\n\t\t<height>{height}</height>\n\t\t<depth>3</depth>\n\t</size>"
+
+
 def _create_voc(plan: _Plan, split: RawSplit, picture: int) -> None:
     path = split.path(picture)
     width, height = split.sizes_wh[picture].tolist()
     folder = plan.report.raw.folder / "Annotations"
     label = (folder if folder.is_dir() else path.parent) / f"{path.stem}.xml"
-    text = (
-        f"<annotation>\n\t<filename>{escape(path.name)}</filename>\n\t<size>\n\t\t<width>{width}</width>\n"
-        f"\t\t<height>{height}</height>\n\t\t<depth>3</depth>\n\t</size>\n</annotation>\n"
-    )
+    text = f"<annotation>\n\t<filename>{escape(path.name)}</filename>\n\t{_size_block(width, height)}\n</annotation>\n"
     plan.changes.append({"op": "create", "code": "label-missing", "file": plan.destination(label), "text": text})
 
 
@@ -723,26 +744,22 @@ def _create_voc(plan: _Plan, split: RawSplit, picture: int) -> None:
 # Doing and undoing
 
 
+def _odd_files(plan: _Plan, code: str) -> list[tuple[str, bytes]]:
+    """Return the label files of the copy, with their bytes, where `code` was found; it names only the first of them."""
+    positions = [i for i, finding in enumerate(plan.report.findings) if finding.code == code]
+    plan.done.update(positions)
+    paths = plan.report.raw.label_paths.values() if positions else ()
+    return [(to, path.read_bytes()) for path in paths if (to := plan.destination(path)) in plan.files]
+
+
+def _plan_marks(plan: _Plan) -> None:
+    for target, data in _odd_files(plan, "file-bom"):
+        if data.startswith(codecs.BOM_UTF8):
+            plan.edits[target].append(_Edit(0, 1, "", "file-bom", "has a byte order mark"))
+
+
 def _plan_line_ends(plan: _Plan) -> None:
-    for i, finding in enumerate(plan.report.findings):
-        if finding.code != "file-crlf":
-            continue
-        whole = True
-        for path in plan.report.raw.label_paths.values():
-            target = plan.destination(path)
-            if target not in plan.files or not path.is_file() or b"\r\n" not in _head(path):
-                continue
-            if path.stat().st_size <= _SMALL_FILE:
-                plan.line_ends.add(target)
-            else:
-                whole = False
-        if whole:
-            plan.done.add(i)
-
-
-def _head(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(_SMALL_FILE)
+    plan.line_ends.update(target for target, data in _odd_files(plan, "file-crlf") if b"\r\n" in data)
 
 
 def _carry_out(plan: _Plan) -> None:
@@ -810,8 +827,9 @@ def undo(patch: Path, to: Path) -> int:
     try:
         document = json.loads(patch.read_text("utf-8"))
         changes = document["changes"]
-        assert isinstance(changes, list)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+        if not isinstance(changes, list):
+            raise TypeError("changes is no list")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{patch} is no patch of a repair", code="patch-malformed") from error
     copy = patch.parent
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +32,8 @@ class Oddities:
             if len(files) == 1:
                 findings.add(code, f"is a label file {what}", file=files[0], line=1)
             elif files:
-                findings.add(code, f"and {len(files) - 1} more are label files {what}", file=files[0], line=1)
+                more = f"and {len(files) - 1:,} more are label files {what}"
+                findings.add(code, more, file=files[0], line=1)
 
 
 def read_text(
@@ -39,6 +41,9 @@ def read_text(
 ) -> str | None:
     """Return a file's text without its byte order mark, or None with a finding that says why not."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
+            findings.add("file-missing", "is no file", file=shown)
+            return None
         with open(path, "rb") as file:
             data = file.read(limit + 1)
     except FileNotFoundError:

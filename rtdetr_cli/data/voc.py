@@ -7,6 +7,7 @@ nothing in the file says which; the difference is at most one pixel.
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from defusedxml import ElementTree
 from defusedxml.common import DefusedXmlException
 
 from rtdetr_cli.data.coco import sound_name
-from rtdetr_cli.data.codes import Findings, Spot
+from rtdetr_cli.data.codes import Findings, Spot, counted
 from rtdetr_cli.data.kept import Kept, KeptBox, read_kept
-from rtdetr_cli.data.raw import PICTURE_SUFFIXES, RawDataset, Rows
+from rtdetr_cli.data.pictures import PICTURE_SUFFIXES
+from rtdetr_cli.data.raw import RawDataset, Rows
 from rtdetr_cli.data.records import Category
 from rtdetr_cli.data.text import Oddities, read_text
 
 _OBJECT = re.compile(r"<object[\s>/]")
+_COLUMN = re.compile(r"(.*\S)\s+-?[01]")
 _MAX_DEPTH = 64
 _NOTHING = KeptBox()
 _CLASS_LISTS = ("classes.txt", "labels.txt", "class_names.txt")
@@ -67,7 +70,7 @@ def read_voc(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
     classes = listed if listed is not None else _classes(parsed)
     kept = read_kept(dataset, dataset.folder, oddities)
     oddities.report(dataset.findings)
-    if set(_classes(parsed)) <= {name for _, name in kept.categories}:
+    if kept.categories and set(_classes(parsed)) <= {name for _, name in kept.categories}:
         dataset.categories = tuple(Category(i, name) for i, name in sorted(kept.categories))
     else:
         dataset.categories = tuple(Category(i, name) for i, name in enumerate(classes, 1))
@@ -93,6 +96,18 @@ def _orphans(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
             stem = file[:-4]
             if file.endswith(".xml") and stem not in names and stem not in stems[folder]:
                 dataset.findings.add("label-orphan", "has no picture", file=dataset.show(folder / file))
+
+
+def listed_name(line: str, known: Container[str]) -> str:
+    """Return the name that a line of a list holds.
+
+    Args:
+        line: may end in a second column (1, 0, -1: is a class present?), which the lists of one class have.
+        known: names as they may be, with spaces in them.
+    """
+    whole = line.strip()
+    column = _COLUMN.fullmatch(whole) if whole not in known else None
+    return column[1] if column else whole
 
 
 def is_picture(name: str) -> bool:
@@ -245,7 +260,8 @@ def _split(
     if len(set(rows.image_ids)) != len(rows.image_ids):
         rows.image_ids = list(range(first_id, first_id + len(rows.image_ids)))
     for folder, files in folders.items():
-        more = f", and {len(files) - 1} more do" if len(files) > 1 else ""
+        others = len(files) - 1
+        more = f", and {others:,} more do" if others > 1 else ", and one more does" if others else ""
         findings.add(
             "voc-folder",
             f"says <folder>{folder}</folder>{more}; pictures are taken from {on_disk.pictures_folder.name}",
@@ -253,7 +269,9 @@ def _split(
             spot=Spot(split, files[0][1]),
         )
     if difficult:
-        findings.add("box-difficult", f"{len(difficult)} objects of {split} are marked difficult", file=difficult[0])
+        verb = "is" if len(difficult) == 1 else "are"
+        said = f"{counted(len(difficult), 'object')} of {split} {verb} marked difficult"
+        findings.add("box-difficult", said, file=difficult[0])
     return rows
 
 

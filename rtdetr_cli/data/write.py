@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,7 +19,9 @@ import numpy as np
 import yaml
 
 from rtdetr_cli.data.kept import IDS_FILE
+from rtdetr_cli.data.pictures import PICTURE_SUFFIXES, usual_suffix
 from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.data.yolo import label_path
 from rtdetr_cli.errors import DataError, RtdetrError
 
 
@@ -49,8 +52,13 @@ def _refuse_names(parts: dict[str, Dataset], form: str) -> None:
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"two categories are called {twice!r}, which VOC cannot tell apart", hint="--convert coco")
     for name in names:
-        if form != "coco" and (not name.isprintable() or name != name.strip()):
+        # XML 1.0 has no control characters and no ends of its planes, and both readers strip what surrounds a name.
+        odd = any(unicodedata.category(c) in _CONTROL or c in "\ufffe\uffff" for c in name)
+        if form != "coco" and (odd or name != name.strip()):
             raise DataError(f"the class name {name!r} cannot be written as {form}", hint="--convert coco")
+
+
+_CONTROL = frozenset(("Cc", "Cs", "Zl", "Zp"))
 
 
 # ---- pictures
@@ -61,25 +69,39 @@ def picture_names(dataset: Dataset, *, flat: bool, stems: bool, taken: set[str])
 
     Args:
         dataset: one split.
-        flat: no subfolders.
-        stems: two pictures may not differ in their suffix alone, since their label files would be one.
+        flat: no subfolders, and nothing that a line of text cannot hold.
+        stems: two pictures may not differ in their suffix alone, since their label files would be one; and each must
+            have a suffix that is known, since a folder's other files count as no pictures.
         taken: names (or stems) given so far; gets the new ones.
     """
     files = [PurePosixPath(dataset.file_names[i]) for i in range(len(dataset))]
     common = os.path.commonpath([str(f.parent) for f in files]) if files and not _mixed(files) else ""
     result = []
-    for file in files:
+    for index, file in enumerate(files):
         short = file.relative_to(common) if common and common != "." else file
         text = str(short)
         if flat or short.is_absolute() or ".." in short.parts:
             text = "__".join(part for part in short.parts if part not in ("/", ".."))
         stem, suffix = text[: len(text) - len(file.suffix)], file.suffix
-        name, number = text, 2
-        while (name[: len(name) - len(suffix)] if stems else name).lower() in taken:
-            name, number = f"{stem}_{number}{suffix}", number + 1
-        taken.add((name[: len(name) - len(suffix)] if stems else name).lower())
-        result.append(name)
+        if stems and suffix.lower() not in PICTURE_SUFFIXES:
+            stem, suffix = text, usual_suffix(dataset.path(index))
+        if flat:
+            stem = _one_line(stem)
+        unique, number = stem, 2
+        while (unique if stems else unique + suffix).lower() in taken:
+            unique, number = f"{stem}_{number}", number + 1
+        taken.add((unique if stems else unique + suffix).lower())
+        result.append(unique + suffix)
     return result
+
+
+def _one_line(name: str) -> str:
+    """Return a name that a list of names can hold: bytes that are not UTF-8 become `%E4`, line breaks `_`."""
+    plain = []
+    for c in name.strip():
+        kind = unicodedata.category(c)
+        plain.append(f"%{ord(c) - 0xDC00:02X}" if kind == "Cs" else "_" if kind in _CONTROL else c)
+    return "".join(plain)
 
 
 def _mixed(files: list[PurePosixPath]) -> bool:
@@ -158,7 +180,7 @@ def _write_yolo(parts: dict[str, Dataset], to: Path) -> Path:
         kept[split] = {}
         for index, name in enumerate(names):
             _copy(dataset, index, to / "images" / split / name)
-            label = (to / "labels" / split / name).with_suffix(".txt")
+            label = label_path(to / "images" / split / name)
             label.parent.mkdir(parents=True, exist_ok=True)
             width, height = dataset.sizes_wh[index].tolist()
             rows = dataset.annotations(index)
@@ -211,7 +233,6 @@ def _write_voc(parts: dict[str, Dataset], to: Path) -> Path:
         stems = []
         kept[split] = {}
         for index, name in enumerate(names):
-            name = name.replace(" ", "_")  # lists of names are read word by word
             stem = name[: len(name) - len(PurePosixPath(name).suffix)]
             stems.append(stem)
             _copy(dataset, index, to / "JPEGImages" / name)

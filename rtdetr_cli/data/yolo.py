@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 
 from rtdetr_cli.data.coco import sound_name
-from rtdetr_cli.data.codes import Findings, Spot
+from rtdetr_cli.data.codes import Findings, Spot, counted
 from rtdetr_cli.data.kept import Kept, KeptBox, read_kept
-from rtdetr_cli.data.raw import PICTURE_SUFFIXES, RawDataset, Rows
+from rtdetr_cli.data.pictures import PICTURE_SUFFIXES
+from rtdetr_cli.data.raw import RawDataset, Rows
 from rtdetr_cli.data.records import Category
 from rtdetr_cli.data.text import Oddities, read_text
 
@@ -26,6 +27,7 @@ _MAX_YAML_BYTES = 1 << 20
 _SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 _MAX_BRACKETS = 100
 _BRACKET = re.compile(r"[\[\]{}]")
+_ID = re.compile(r"-?[0-9]{1,19}")
 _ROUNDING = 1e-3
 _NOTHING = KeptBox()
 _CLASS_FILES = frozenset({"classes.txt", "labels.txt", "obj.names"})
@@ -144,8 +146,6 @@ def _read_yaml(dataset: RawDataset, path: Path, shown: str, images: Path | None,
                 )
             else:
                 splits.setdefault(split, entries)
-    if "train" not in splits and not any(f.severity == "error" for f in findings):
-        findings.add("split-missing", "names no train split", file=shown, line=1)
     return YoloFile(base, classes, _category_ids(document, classes), splits, _keypoints(document))
 
 
@@ -187,7 +187,7 @@ def _class_names(document: dict[Any, Any], shown: str, text: str, findings: Find
     if count is not None and count != len(pairs):
         findings.add(
             "category-count",
-            f"says nc: {count}, but names has {len(pairs)} classes",
+            f"says nc: {count}, but names has {counted(len(pairs), 'class')}",
             file=shown,
             line=_line(text, "nc"),
         )
@@ -200,9 +200,9 @@ def _category_ids(document: dict[Any, Any], classes: dict[int, str]) -> dict[int
     kept = document.get("category_ids")
     numbers = sorted(classes)
     if isinstance(kept, list) and len(kept) == len(numbers):
-        ids = [_whole(value) for value in kept]
-        if len({i for i in ids if i is not None}) == len(numbers):
-            return {number: int(i) for number, i in zip(numbers, ids, strict=True) if i is not None}
+        ids = [int(value) for value in kept if isinstance(value, str) and _ID.fullmatch(value)]
+        if len(set(ids)) == len(numbers) and all(-(1 << 63) <= i < 1 << 63 for i in ids):
+            return dict(zip(numbers, ids, strict=True))
     return {number: number for number in numbers}
 
 
@@ -323,7 +323,7 @@ def _listed(dataset: RawDataset, described: YoloFile, path: Path, oddities: Oddi
     text = read_text(path, shown, dataset.findings, oddities)
     if text is None:
         return []
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in text.split("\n")]
     names = [line for line in lines if line and sound_name(line)]
     bases = [described.base, path.parent]
     best = max(bases, key=lambda b: sum(os.path.lexists(os.path.join(b, name)) for name in names[:32]))
@@ -356,7 +356,7 @@ def _split(
 ) -> Rows:
     rows = Rows()
     listings: dict[str, set[str]] = {}
-    numbered = f"names has {len(labels)} classes"
+    numbered = f"names has {counted(len(labels), 'class')}"
     if labels:
         numbered += f" ({min(labels)} to {max(labels)})"
     base = described.base
@@ -443,7 +443,7 @@ def _line_of_label(
         values = values[:5]
     elif keypoints or len(values) < 7 or len(values) % 2 == 0:
         wanted = f"{5 + keypoints}" if keypoints else "5, or a class and three points or more"
-        findings.add("label-columns", f"has {len(values)} columns in place of {wanted}", **where)
+        findings.add("label-columns", f"has {counted(len(values), 'column')} in place of {wanted}", **where)
         return
     if not all(map(math.isfinite, values)):
         findings.add("box-not-finite", f"has the values {' '.join(words[:7])[:80]}", **where)

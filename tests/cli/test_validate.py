@@ -52,7 +52,7 @@ def test_table_for_people(rtdetr: Run, data: Path) -> None:
     assert "screws (coco): 6 pictures (train 6), 23 boxes, 1 class\n" in ran.out
     rows = [line.split()[:3] for line in ran.out.splitlines() if line.startswith(" warning")]
     assert rows == [["warning", "box-partly-outside", "1"], ["warning", "box-zero-size", "1"]]
-    assert "0 errors, 2 warnings, 1 info: it can be trained on" in ran.out
+    assert "0 errors, 2 warnings, 1 note: it can be trained on" in ran.out
     assert "--fix OUT" in ran.err
     assert "screws.json:" in ran.out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,98 @@ def test_name_that_a_format_cannot_hold_is_refused(coco: Any, tmp_path: Path, na
         write_dataset(parts(start), form, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     same(start, load_splits(write_dataset(parts(start), "coco", tmp_path / "coco")))
+
+
+def test_odd_ids_survive(coco: Any, tmp_path: Path) -> None:
+    """Ids from 0, negative ones and those near the ends of 64 bits; the two splits use the same ones."""
+    new = {1: -7, 2: 2**62 + 5}
+    for document in coco.documents.values():
+        for category in document["categories"]:
+            category["id"] = new[category["id"]]
+        for place, image in enumerate(document["images"]):
+            old, image["id"] = image["id"], (0, -3, 2**63 - 1, 12)[place]
+            for annotation in document["annotations"]:
+                if annotation["image_id"] == old and "_done" not in annotation:
+                    annotation |= {"image_id": image["id"], "_done": True}
+        for number, annotation in enumerate(document["annotations"]):
+            annotation |= {"id": (0, -5, -(2**63), 2**63 - 1)[number] if number < 4 else number}
+            annotation["category_id"] = new[annotation["category_id"]]
+    start = load_splits(coco.write())
+    assert start.train is not None
+    assert start.train.annotation_ids[:4].tolist() == [0, -5, -(2**63), 2**63 - 1]
+    assert sorted(start.train.image_ids.tolist()) == [-3, 0, 12, 2**63 - 1]
+    for first in FORMS:
+        middle = load_splits(write_dataset(parts(start), first, tmp_path / first))
+        same(start, middle)
+        for second in FORMS:
+            same(start, load_splits(write_dataset(parts(middle), second, tmp_path / f"{first}-{second}")))
+
+
+@pytest.mark.parametrize(
+    "name", ["Schraube ä", "ねじ", "👩‍🔧", "a\u00a0b", "a: b # c", "no", "0101", "<b>&amp;", "- x", "'\""]
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_class_names_of_any_kind_survive(coco: Any, tmp_path: Path, form: str, name: str) -> None:
+    for document in coco.documents.values():
+        document["categories"][0]["name"] = name
+    start = load_splits(coco.write())
+    assert start.categories[0].name == name
+    same(start, load_splits(write_dataset(parts(start), form, tmp_path / "out")))
+
+
+FILE_NAMES = {
+    "spaces": ("a b.jpg", "a_b.jpg"),
+    "a number behind a space": ("shot 1.jpg", "shot -1.jpg"),
+    "a folder called images": ("x/images/one.jpg", "x/labels/two.jpg"),
+    "no suffix": ("one", "one.two"),
+    "rare suffixes": ("one.jfif", "two.jpe"),
+    "suffix in capitals": ("one.JPG", "two.JpEg"),
+    "one name with two suffixes": ("one.jpg", "one.jpeg"),
+    "unicode": ("ねじ 👩‍🔧.jpg", "scha\u0308r.jpg"),
+    "not UTF-8": (b"sch\xe4r.jpg", b"sch\xf6r.jpg"),
+    "line break": ("a\nb.jpg", "a\x85b.jpg"),
+    "edges": (" a.jpg", "a .jpg"),
+}
+
+
+@pytest.mark.parametrize("names", FILE_NAMES)
+@pytest.mark.parametrize("form", FORMS)
+def test_pictures_of_any_name_come_along(coco: Any, tmp_path: Path, form: str, names: str) -> None:
+    for place, raw in enumerate(FILE_NAMES[names]):
+        name = os.fsdecode(raw)
+        image = coco.train["images"][place]
+        source = coco.folder / "images" / image["file_name"]
+        source.rename(coco.make(f"images/{name}"))
+        image["file_name"] = name
+    start = load_splits(coco.write())
+    middle = load_splits(write_dataset(parts(start), form, tmp_path / "out"))
+    for end in (middle, load_splits(write_dataset(parts(middle), "coco", tmp_path / "back"))):
+        assert not [f.message for f in end.findings if f.code not in ("category-few", "picture-name-encoding")]
+        for name, one in parts(start).items():
+            two = parts(end)[name]
+            order = [two.image_ids.tolist().index(i) for i in one.image_ids.tolist()]
+            two = two.subset(order)
+            assert [one.path(i).read_bytes() for i in range(len(one))] == [
+                two.path(i).read_bytes() for i in range(len(two))
+            ]
+            assert np.abs(one.boxes_xyxy_px - two.boxes_xyxy_px).max() < 0.01
+            assert one.annotation_ids.tolist() == two.annotation_ids.tolist()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pictures_without_objects_and_crowds_survive(coco: Any, tmp_path: Path, form: str) -> None:
+    coco.train["annotations"] = [a for a in coco.train["annotations"] if a["image_id"] == 2]
+    coco.train["annotations"][3]["iscrowd"] = 1
+    coco.val["annotations"] = []
+    start = load_splits(coco.write())
+    end = load_splits(write_dataset(parts(start), form, tmp_path / "out"))
+    same(start, end)
+    assert end.train is not None
+    assert end.train.crowd.sum() == 1
+
+
+def test_class_list_of_voc_counts_where_nothing_is_labelled(voc: Any) -> None:
+    voc.make("classes.txt").write_text("nut\nwasher\n")
+    for stem, text in voc.xml.items():
+        voc.xml[stem] = text[: text.index("\t<object>")] + "</annotation>\n"
+    assert [c.name for c in load_splits(voc.write()).categories] == ["nut", "washer"]
