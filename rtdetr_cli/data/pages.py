@@ -175,16 +175,23 @@ def _finding(report: Report, i: int, pictures: dict[tuple[str, int], dict[str, A
         "view": _view(picture, box) if picture else None,
         "other": _view(other, None) if other else None,
         "box": box,
-        "no_view": "" if spot.picture < 0 or picture else "no picture to show",
+        "no_view": "" if spot.picture < 0 or picture else _why_not(report, spot),
     }
+
+
+def _why_not(report: Report, spot: Spot) -> str:
+    if not report.raw.splits[spot.split].usable[spot.picture]:
+        return "no picture to show"
+    return f"not shown: the page holds {MOST_PICTURES} pictures"
 
 
 def _view(picture: dict[str, Any], box: dict[str, float] | None) -> dict[str, Any]:
     """Return what a frame shows: the picture, and a box outside it where it is."""
     x1, y1, x2, y2 = 0.0, 0.0, float(picture["w"]), float(picture["h"])
-    if box:
-        x1, y1 = min(x1, box["x"]), min(y1, box["y"])
-        x2, y2 = max(x2, box["x"] + box["w"]), max(y2, box["y"] + box["h"])
+    if box and (box["x"] < 0 or box["y"] < 0 or box["x"] + box["w"] > x2 or box["y"] + box["h"] > y2):
+        rim = max(x2, y2) / 50  # so that the line itself is seen whole
+        x1, y1 = min(x1, box["x"] - rim), min(y1, box["y"] - rim)
+        x2, y2 = max(x2, box["x"] + box["w"] + rim), max(y2, box["y"] + box["h"] + rim)
     return {"id": picture["id"], "x": x1, "y": y1, "w": x2 - x1, "h": y2 - y1}
 
 
@@ -193,8 +200,7 @@ def _drawn(spot: Spot, picture: dict[str, Any]) -> dict[str, float] | None:
     if spot.box is None or not np.isfinite(spot.box).all():
         return None
     width, height = picture["w"], picture["h"]
-    xs = sorted(min(max(v, -width / 2), 1.5 * width) for v in spot.box[0::2])
-    ys = sorted(min(max(v, -height / 2), 1.5 * height) for v in spot.box[1::2])
+    xs, ys = _reach(spot.box[0], spot.box[2], width), _reach(spot.box[1], spot.box[3], height)
     side = max(xs[1] - xs[0], ys[1] - ys[0])
     return {
         "x": round(xs[0], 2),
@@ -206,6 +212,17 @@ def _drawn(spot: Spot, picture: dict[str, Any]) -> dict[str, float] | None:
         "cy": round(sum(ys) / 2, 2),
         "ring": round(width / 20, 2) if side < width / 30 else 0,
     }
+
+
+def _reach(one: float, other: float, side: float) -> tuple[float, float]:
+    """Return both ends in order, brought to within half a side of the picture; what lies beyond keeps an extent."""
+    low, high = sorted((one, other))
+    extent = min(high - low, side / 2)
+    if low > 1.5 * side:
+        return 1.5 * side - extent, 1.5 * side
+    if high < -side / 2:
+        return -side / 2, extent - side / 2
+    return max(low, -side / 2), min(high, 1.5 * side)
 
 
 def _sample(

@@ -116,6 +116,26 @@ def test_many_findings_are_cut_and_said(coco: Any, monkeypatch: pytest.MonkeyPat
     assert "box-crowd" in {f["code"] for f in context["findings"]}
 
 
+def test_box_far_outside_keeps_its_extent_on_the_page(coco: Any) -> None:
+    for box, place in (([900, 20, 20, 10], "right"), ([-900, 20, 20, 10], "left")):
+        coco.box["bbox"] = box
+        finding = next(f for f in page_context(examine(coco.write()))["findings"] if f["code"] == "box-outside")
+        drawn, view = finding["box"], finding["view"]
+        assert (drawn["w"], drawn["h"]) == (20, 10), place
+        assert view["x"] < drawn["x"]
+        assert drawn["x"] + drawn["w"] < view["x"] + view["w"]
+
+
+def test_picture_that_found_no_room_is_said(coco: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "MOST_PICTURES", 1)
+    monkeypatch.setattr(pages, "SAMPLES", 1)
+    for annotation in coco.train["annotations"]:
+        annotation["bbox"] = [20, 20, 0, 10]
+    (coco.folder / "images/train_3.jpg").write_bytes(b"")
+    said = {f["no_view"] for f in page_context(examine(coco.write()))["findings"]}
+    assert said >= {"not shown: the page holds 1 pictures", "no picture to show"}
+
+
 def test_page_of_a_dataset_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"images": [')
     report = examine(tmp_path / "a.json")
