@@ -39,7 +39,12 @@ def train(
         float | None, typer.Option(help="Learning rate. [the preset's, scaled to the effective batch]")
     ] = None,
     lr_backbone: Annotated[float | None, typer.Option(help="The backbone's. [the preset's share of --lr]")] = None,
-    aug: Annotated[str | None, typer.Option(help="recipe, light, none, or an Albumentations file. [recipe]")] = None,
+    aug: Annotated[
+        str | None,
+        typer.Option(
+            help="auto (light in short runs, else recipe), recipe, light, none, or an Albumentations file. [auto]"
+        ),
+    ] = None,
     freeze: Annotated[
         str | None, typer.Option(help="What stays as it is: preset, none, stem, backbone, encoder. [preset]")
     ] = None,
@@ -230,6 +235,8 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
     try:
         for event in events:
             match event:
+                case reports.MeasuringReport():
+                    bar.measure(event)
                 case workflow.BeginReport():
                     begun = event
                     _say_beginning(event)
@@ -242,7 +249,7 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
                     assert begun is not None
                     bar.say(epoch_line(event, bar.seconds_left(event)))
                 case reports.SkippedReport():
-                    bar.say(skipped_line(event, begun))
+                    bar.say(skipped_line(event))
                 case reports.MemoryReport():
                     bar.say(
                         f"warning: out of memory at step {event.step + 1}: micro-batch {event.micro_batch_before} -> "
@@ -266,10 +273,16 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
                     result = end_document(event)
                     if result_on_stdout and not as_json:
                         _show_end(event)
+                    if event.explanation:
+                        terminal.warn(f"the pictures were not learned by heart: {event.explanation}")
                 case _:
                     pass
     finally:
         bar.end()
+        # Not left to the collector: whatever has happened, the loader's processes end here.
+        close = getattr(events, "close", None)
+        if close is not None:
+            close()
     if as_json and result_on_stdout:
         terminal.emit_json(result)
     return result
@@ -292,12 +305,12 @@ def _say_beginning(report: BeginReport) -> None:
         f"{len(splits.categories)} class{'es' if len(splits.categories) != 1 else ''}"
         + (f", {warned} warning{'s' if warned > 1 else ''} (rtdetr validate)" if warned else ""),
     ]
-    terminal.say("  ".join(parts))
+    _lay("  ".join(parts))
     table = report.transfer
     if table is None:
-        terminal.say(f"start  {report.start}" if report.resumed is None else "start  the run's own checkpoint")
+        _lay(f"start  {report.start}" if report.resumed is None else "start  the run's own checkpoint")
     else:
-        terminal.say(f"start  {report.start}: {table.tensors_loaded} of {table.tensors_total} tensors")
+        _lay(f"start  {report.start}: {table.tensors_loaded} of {table.tensors_total} tensors")
         if table.by_class:
             kept = [
                 f"{r.name}" if r.name == r.source_name else f"{r.name} <- {r.source_name}"
@@ -306,20 +319,52 @@ def _say_beginning(report: BeginReport) -> None:
             ]
             fresh = [r.name for r in table.classes if r.source_name is None]
             if kept:
-                terminal.say(f"  carried over by name  {_some(kept)}")
+                _lay(f"  carried over by name  {_some(kept)}", indent=24)
             if fresh:
-                terminal.say(f"  made anew             {_some(fresh)}")
-            terminal.say(f"  in  {_some(list(table.by_class), 3)}")
-    terminal.say(report.plan.line(report.micro_batch, report.processes))
+                _lay(f"  made anew             {_some(fresh)}", indent=24)
+            _lay(f"  in  {_some(list(table.by_class), 3)}")
+    _lay(report.plan.line(report.micro_batch, report.processes))
     for choice in report.plan.choices:
-        terminal.say(f"  {choice.name:<20} {choice.value:<34} {choice.reason}")
+        _lay(f"  {choice.name:<20} {choice.value:<34} {choice.reason}", indent=23)
     terminal.say(f"  {'precision':<20} {report.precision:<34} {report.precision_reason}")
     if report.folder is not None:
         terminal.say(f"run  {report.folder}")
     if report.resumed is not None:
         terminal.say(f"resumed at epoch {report.resumed[0] + 1}, step {report.resumed[1]}")
     for warning in report.warnings:
-        terminal.warn(warning)
+        terminal.warn(_laid(warning, indent=9, first=9))
+
+
+def _lay(text: str, *, indent: int = 6) -> None:
+    from rtdetr_cli.cli import terminal
+
+    terminal.say(_laid(text, indent=indent))
+
+
+def _laid(text: str, *, indent: int, first: int = 0) -> str:
+    """Fold a line between words where a terminal would fold it within one; leave it whole in a pipe.
+
+    Args:
+        text: a line.
+        indent: of what follows the first fold.
+        first: columns that are taken before it.
+    """
+    import shutil
+    import textwrap
+
+    from rtdetr_cli.cli import terminal
+
+    if not terminal.is_terminal():
+        return text
+    width = max(40, shutil.get_terminal_size().columns)
+    folded = textwrap.fill(
+        " " * first + text,
+        width,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return folded[first:]
 
 
 def _some(names: list[str], most: int = 8) -> str:
@@ -341,15 +386,12 @@ def epoch_line(report: Any, seconds_left: float) -> str:
     return "  ".join(parts)
 
 
-def skipped_line(report: Any, begun: BeginReport | None) -> str:
+def skipped_line(report: Any) -> str:
     """Return what is said of a step that was not taken."""
     skipped = report.skipped
     if skipped.scale_only:
         return f"step {report.step + 1} skipped: the float16 loss scale was too high and has been halved"
-    files = ""
-    if begun is not None and begun.splits.train is not None:
-        names = [begun.splits.train.file_names[i] for i in skipped.pictures[:4] if i < len(begun.splits.train)]
-        files = f" ({', '.join(names)}{', ...' if len(skipped.pictures) > 4 else ''})"
+    files = f" ({_some(list(skipped.files), 4)})" if skipped.files else ""
     left = f"; evidence in {skipped.evidence}" if skipped.evidence else ""
     return (
         f"warning: step {report.step + 1} skipped: {skipped.term} is not finite{files}, "
@@ -367,6 +409,7 @@ def end_document(report: EndReport) -> dict[str, Any]:
         "epochs": report.epochs,
         "stopped": report.reason,
         "seconds": round(report.seconds, 1),
+        "explanation": report.explanation or None,
     }
 
 
@@ -379,12 +422,14 @@ def dry_document(report: DryReport, begun: BeginReport) -> dict[str, Any]:
             "step": report.step_seconds,
             "worst_step": report.worst_seconds,
             "evaluation": report.evaluation_seconds,
+            "export": report.export_seconds,
             "total": report.total_seconds,
         },
         "memory_bytes": report.memory_bytes,
         "memory_total": report.memory_total,
         "disk_bytes": report.disk_bytes,
         "disk_free": report.disk_free,
+        "export_bytes": report.export_bytes,
         "warnings": list(begun.warnings),
     }
 
@@ -399,6 +444,7 @@ def _show_dry(report: DryReport, begun: BeginReport) -> None:
             ("step", f"{report.step_seconds:.2f} s", f"{begun.plan.total_steps} steps"),
             ("worst step", f"{report.worst_seconds:.2f} s", "largest scale, most boxes"),
             ("evaluation", f"{report.evaluation_seconds:.1f} s", f"{evaluations} of {begun.val_pictures} pictures"),
+            ("export", f"{report.export_seconds:.1f} s", f"ONNX, {report.export_bytes / 1e6:.1f} MB"),
             ("whole run", terminal.duration(report.total_seconds), f"{begun.plan.epochs} epochs"),
             ("memory", f"{report.memory_bytes / 1e9:.1f} GB", f"{report.memory_total / 1e9:.1f} GB"),
             ("disk", f"{report.disk_bytes / 1e9:.2f} GB", f"{report.disk_free / 1e9:.1f} GB free"),
@@ -426,8 +472,6 @@ def _show_end(report: EndReport) -> None:
         terminal.say(f"page  {report.page}")
     if report.reason == "patience":
         terminal.say("stopped early: no better AP within --patience")
-    if report.explanation:
-        terminal.warn(f"the pictures were not learned by heart: {report.explanation}")
 
 
 class _StepBar:
@@ -455,6 +499,7 @@ class _StepBar:
             MofNCompleteColumn(),
             TextColumn("{task.fields[facts]}"),
             TimeRemainingColumn(compact=True),
+            TextColumn("left"),
             console=Console(file=sys.stderr, highlight=False),
             transient=True,
         )
@@ -474,6 +519,11 @@ class _StepBar:
                 facts=facts,
                 description=f"epoch {report.epoch + 1}/{self._epochs}",
             )
+
+    def measure(self, report: Any) -> None:
+        """Say that the steps stand still since the epoch is being evaluated."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=report.step, facts="evaluating")
 
     def say(self, line: str) -> None:
         from rtdetr_cli.cli import terminal

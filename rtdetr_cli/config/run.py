@@ -52,7 +52,9 @@ class RunSettings(Schema):
     imgsz: Size = Field(None, description="network input in pixels, 640 or height first 480x640; the preset's if unset")
     lr: Rate | None = Field(None, description="learning rate; the preset's, scaled to the effective batch, if unset")
     lr_backbone: Rate | None = Field(None, description="learning rate of the backbone; as lr if unset")
-    aug: str = Field("recipe", description="recipe, light, none, or an Albumentations file")
+    aug: str = Field(
+        "auto", description="recipe, light, none, or an Albumentations file; auto: light in short runs, else the recipe"
+    )
     freeze: Literal["preset", "none", "stem", "backbone", "encoder"] = Field(
         "preset", description="what stays as it is"
     )

@@ -46,7 +46,8 @@ class SharedBlock:
 
     def __init__(self, size: int, *, folder: Path | None = None) -> None:
         self.size = max(size, 1)
-        if folder is None and hasattr(os, "memfd_create"):
+        self.in_memory = folder is None and hasattr(os, "memfd_create")
+        if self.in_memory:
             self.fd = os.memfd_create("rtdetr")
         else:
             self.fd, name = tempfile.mkstemp(prefix="rtdetr-", dir=folder)
@@ -54,11 +55,11 @@ class SharedBlock:
         os.ftruncate(self.fd, self.size)
         self._open()
 
-    def __getstate__(self) -> tuple[int, int]:
-        return self.fd, self.size
+    def __getstate__(self) -> tuple[int, int, bool]:
+        return self.fd, self.size, self.in_memory
 
-    def __setstate__(self, state: tuple[int, int]) -> None:
-        self.fd, self.size = state
+    def __setstate__(self, state: tuple[int, int, bool]) -> None:
+        self.fd, self.size, self.in_memory = state
         self._open()
 
     def _open(self) -> None:
@@ -72,8 +73,11 @@ class SharedBlock:
     def reserve(self, offset: int, size: int) -> bool:
         """Take the pages for a range now; False when there is no room for them.
 
-        Writing into a file without room kills the process instead of raising.
+        Writing into a file without room kills the process instead of raising; so does taking more memory than there
+        is, which the system grants at first.
         """
+        if self.in_memory and size > free_bytes(None) * 0.9:
+            return False
         try:
             os.posix_fallocate(self.fd, offset, size)
         except OSError:
@@ -161,7 +165,7 @@ class PictureCache:
         self, pictures: int, *, kind: str, regions: int, budget: int | None = None, largest: int | None = None
     ) -> None:
         folder = _disk_folder() if kind == "disk" else None
-        self.budget = _free_bytes(folder) // 2 if budget is None else budget
+        self.budget = free_bytes(folder) // 2 if budget is None else budget
         self._region = self.budget // regions if largest is None else min(self.budget // regions, largest)
         self._used = 0
         self._pixels = SharedBlock(self._region * regions, folder=folder)
@@ -295,7 +299,7 @@ def _disk_folder() -> Path:
     return Path("/var/tmp")
 
 
-def _free_bytes(folder: Path | None) -> int:
+def free_bytes(folder: Path | None) -> int:
     """Return the free bytes of a folder's disk, or of memory within this container's limit."""
     import psutil
 

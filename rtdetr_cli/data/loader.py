@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rtdetr_cli.data.augment import Augmentation
-from rtdetr_cli.data.cache import CACHES, PictureCache, SharedBlock, SharedRecords
+from rtdetr_cli.data.cache import CACHES, PictureCache, SharedBlock, SharedRecords, free_bytes
 from rtdetr_cli.data.records import Dataset
 from rtdetr_cli.data.worker import Answer, Maker, Row, Setup, Task, order_of, receive, send
 from rtdetr_cli.errors import DataError, EnvironmentProblem, RtdetrError, UsageError
@@ -121,6 +121,9 @@ class TrainLoader:
         self._world = world_size
         self._pin = pin_memory and torch.cuda.is_available()
         self._shape = (batch_size, 3, *imgsz)
+        wanted = math.prod(self._shape)
+        if 2 * wanted > free_bytes(None):
+            raise _no_memory(f"a batch of {batch_size} pictures of {imgsz[0]}x{imgsz[1]}", wanted)
         self._known_order: tuple[int, NDArray[np.int64]] | None = None
         records = SharedRecords(dataset)
         self.cache = (
@@ -233,6 +236,14 @@ class _Pending:
     failure: Exception | None = None
 
 
+def _no_memory(what: str, wanted: int) -> RtdetrError:
+    return RtdetrError(
+        f"no memory for {what} ({wanted / 2**30:.1f} GiB)",
+        hint="a smaller --effective-batch or --imgsz, or fewer --workers",
+        code="no-memory",
+    )
+
+
 class _Pool:
     """Processes that share the making of each batch, and the batches under way."""
 
@@ -250,10 +261,7 @@ class _Pool:
         self._shape = (depth, *shape)
         slots = SharedBlock(int(np.prod(self._shape)))
         if not slots.reserve(0, slots.size):
-            raise RtdetrError(
-                f"no memory for {depth} batches of {shape[0]} pictures under way ({slots.size >> 20} MiB)",
-                hint="fewer --workers, or a smaller --effective-batch or --imgsz",
-            )
+            raise _no_memory(f"{depth} batches of {shape[0]} pictures under way", slots.size)
         self._slots = slots.array(np.uint8, self._shape)
         self._free = deque(range(depth))
         self._cache = cache

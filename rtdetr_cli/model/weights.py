@@ -7,6 +7,7 @@ are only ever opened with `weights_only`, which builds tensors and plain contain
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import re
 import warnings
@@ -80,7 +81,13 @@ def save_model(path: Path, state_dict: Mapping[str, Tensor], header: ModelHeader
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     header = replace(header, identity=_identity(tensors), version=__version__)
     with written_aside(path) as aside:
-        save_file(tensors, aside, metadata={METADATA_KEY: header.to_json()})
+        try:
+            save_file(tensors, aside, metadata={METADATA_KEY: header.to_json()})
+        except SafetensorError as error:
+            # The system's own error, such as a full disk, is in its text only.
+            if (found := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
     return header
 
 

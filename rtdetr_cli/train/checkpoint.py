@@ -13,6 +13,8 @@ import hashlib
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,28 +44,25 @@ class _Sealing:
         self.file.flush()
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
+def save_checkpoint(folder: Path, state: dict[str, Any], *, keep_previous: bool = False) -> Path:
     """Write `last.ckpt`; the one before it is kept aside.
 
     Args:
         folder: the run's.
         state: plain containers, numbers, strings and tensors.
+        keep_previous: what is called `last.ckpt` now is no good state: it goes, and the one before it stays.
 
     Raises:
         RtdetrError: the disk is full or the folder cannot be written; the last good checkpoint is untouched.
     """
     partial, final, previous = folder / PARTIAL, folder / CHECKPOINT, folder / PREVIOUS
-    try:
-        _check_room(folder, _bytes_of(state))
-        with partial.open("wb") as file:
-            file.write(MAGIC + b" " * (SEAL_BYTES - 1) + b"\n")
-            sealing = _Sealing(file)
-            torch.save(state, sealing)  # type: ignore[arg-type]
-            file.seek(len(MAGIC))
-            file.write(f"{sealing.digest.hexdigest()} {sealing.length:20d}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
-        if final.exists():
+    with last_good_stays(folder, "the checkpoint"):
+        try:
+            _write_sealed(partial, state)
+        except (OSError, RuntimeError):
+            partial.unlink(missing_ok=True)
+            raise
+        if final.exists() and not (keep_previous and previous.exists()):
             # A link, not a rename: at no moment is there no file called last.ckpt.
             previous.unlink(missing_ok=True)
             try:
@@ -72,20 +71,67 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
                 shutil.copyfile(final, previous)
         os.replace(partial, final)
         sync_folder(folder)
-    except (OSError, RuntimeError) as error:
-        # torch.save wraps what the file object raised; the cause says what it was.
-        cause = error if isinstance(error, OSError) else _os_error_behind(error)
+    return final
+
+
+def _write_sealed(path: Path, state: dict[str, Any]) -> None:
+    _check_room(path.parent, bytes_of(state))
+    with path.open("wb") as file:
+        file.write(MAGIC + b" " * (SEAL_BYTES - 1) + b"\n")
+        sealing = _Sealing(file)
+        torch.save(state, sealing)  # type: ignore[arg-type]
+        file.seek(len(MAGIC))
+        file.write(f"{sealing.digest.hexdigest()} {sealing.length:20d}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def last_good_stays(folder: Path, what: str) -> Iterator[None]:
+    """Say of a file of the run that cannot be written what is left, and how to go on.
+
+    Args:
+        folder: the run's.
+        what: is being written, for the message.
+
+    Raises:
+        RtdetrError: in place of whatever error the system gave.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, RtdetrError) as error:
+        # torch.save and others wrap what the file object raised; the cause says what it was.
+        cause = _os_error_behind(error)
         if cause is None:
             raise
-        partial.unlink(missing_ok=True)
+        final = folder / CHECKPOINT
         left = f"the last good checkpoint in {folder} is untouched" if final.exists() else "no checkpoint was there yet"
         full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
         raise RtdetrError(
-            f"the checkpoint could not be written: {'the disk is full' if full else cause.strerror or cause}; {left}",
+            f"{what} could not be written: {'the disk is full' if full else cause.strerror or cause}; {left}",
             hint=f"free some space, then rtdetr train --resume {folder}" if final.exists() else "",
             code="disk-full" if full else "not-writable",
         ) from error
-    return final
+
+
+def kept_bytes(learner_state: dict[str, Any]) -> int:
+    """Return the bytes that a run takes: two checkpoints, a third while it is written, and the model."""
+    return 3 * bytes_of(learner_state) + bytes_of(learner_state["average"])
+
+
+def require_room(folder: Path, wanted: int) -> None:
+    """Refuse to begin a run that the disk cannot hold.
+
+    Raises:
+        RtdetrError: it names both sizes.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < wanted * 1.05 + 2**20:
+        raise RtdetrError(
+            f"a run keeps {wanted / 1e9:.2f} GB in {folder}, and {free / 1e9:.2f} GB are free",
+            hint="free some space, or --out DIR names another disk",
+            code="disk-full",
+        )
 
 
 def _os_error_behind(error: BaseException | None) -> OSError | None:
@@ -96,13 +142,14 @@ def _os_error_behind(error: BaseException | None) -> OSError | None:
     return None
 
 
-def _bytes_of(value: Any) -> int:
+def bytes_of(value: Any) -> int:
+    """Return about how many bytes containers and tensors take in a file."""
     if isinstance(value, torch.Tensor):
         return value.nbytes
     if isinstance(value, dict):
-        return sum(_bytes_of(v) for v in value.values())
+        return sum(bytes_of(v) for v in value.values())
     if isinstance(value, (list, tuple)):
-        return sum(_bytes_of(v) for v in value)
+        return sum(bytes_of(v) for v in value)
     return 64
 
 
@@ -169,6 +216,15 @@ def load_good_checkpoint(folder: Path) -> dict[str, Any]:
         if not before["place"]["in_a_row"]:
             return before
     return newest
+
+
+def put_first(folder: Path) -> None:
+    """Make the checkpoint before the newest the newest, when that one is damaged.
+
+    Otherwise the next save would keep the damaged one as the one before, and a kill during it leave nothing good.
+    """
+    os.replace(folder / PREVIOUS, folder / CHECKPOINT)
+    sync_folder(folder)
 
 
 def read_sealed(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rtdetr_cli.data.loader import Batch
+from rtdetr_cli.data.records import FlatStrings
 from rtdetr_cli.errors import RtdetrError
 
 IN_A_ROW = 5
@@ -32,6 +33,7 @@ class Skipped:
     Attributes:
         term: the first loss term that is not finite, or `gradient`.
         pictures: dataset indices of the micro-batches where it is so.
+        files: their names.
         evidence: the file with the batch and all figures, or None after the first few.
         in_a_row: how many it makes now.
         scale_only: float16's loss scale was too high; it has been halved and nothing is wrong.
@@ -42,13 +44,19 @@ class Skipped:
     evidence: Path | None
     in_a_row: int
     scale_only: bool = False
+    files: tuple[str, ...] = ()
 
     @classmethod
     def of_all(cls, told: Sequence[Skipped]) -> Skipped:
         """Join what the processes of a run say of one step: each knows its own pictures only."""
         first = next((s for s in told if s.pictures), told[0])
         evidence = next((s.evidence for s in told if s.evidence is not None), None)
-        return replace(first, pictures=tuple(i for s in told for i in s.pictures), evidence=evidence)
+        return replace(
+            first,
+            pictures=tuple(i for s in told for i in s.pictures),
+            files=tuple(name for s in told for name in s.files),
+            evidence=evidence,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +91,14 @@ class Guard:
         folder: of the run, for evidence.
         scaled: float16 with a loss scale.
         in_a_row: skipped steps so far, when a run goes on.
+        files: names of the dataset's pictures, to name those of a skipped step.
     """
 
-    def __init__(self, folder: Path, *, scaled: bool, in_a_row: int = 0) -> None:
+    def __init__(
+        self, folder: Path, *, scaled: bool, in_a_row: int = 0, files: Sequence[str] | FlatStrings = ()
+    ) -> None:
         self.folder = folder
+        self.files = files
         self.scaled = scaled
         self.in_a_row = in_a_row
         self._pending: _Pending | None = None
@@ -185,10 +197,12 @@ class Guard:
         term = pending.names[int(bad.min())] if len(bad) else "gradient"
         if not len(bad):
             pictures = tuple(indices)
+        files = tuple(self.files[i] for i in pictures) if len(self.files) else ()
+        skipped = Skipped(term, tuple(pictures), None, self.in_a_row, scale_only, files)
         # Without pictures the fault is another process's, and so is the evidence.
-        leave = pictures and not scale_only
-        path = self._leave_evidence(pending, terms, norm, scale, term, pictures) if leave else None
-        return Skipped(term, tuple(pictures), path, self.in_a_row, scale_only)
+        if scale_only or not pictures:
+            return skipped
+        return replace(skipped, evidence=self._leave_evidence(pending, terms, norm, scale, skipped))
 
     def _leave_evidence(
         self,
@@ -196,8 +210,7 @@ class Guard:
         terms: np.ndarray[tuple[int, int], np.dtype[np.float64]],
         norm: float,
         scale: float,
-        term: str,
-        pictures: Sequence[int],
+        skipped: Skipped,
     ) -> Path | None:
         folder = self.folder / EVIDENCE
         try:
@@ -209,8 +222,9 @@ class Guard:
             facts = {
                 "epoch": pending.epoch,
                 "step": pending.step,
-                "term": term,
-                "pictures": list(pictures),
+                "term": skipped.term,
+                "pictures": list(skipped.pictures),
+                "files": list(skipped.files),
                 "gradient_norm": _number(norm),
                 "loss_scale": scale,
                 "terms": [{n: _number(v) for n, v in zip(pending.names, row, strict=True)} for row in terms],

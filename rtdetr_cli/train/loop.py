@@ -25,10 +25,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rtdetr_cli.data.loader import Batch, TrainLoader
+from rtdetr_cli.data.records import FlatStrings
 from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.model.denoising import DenoisingGroup, draw_denoising
 from rtdetr_cli.train import memory
-from rtdetr_cli.train.checkpoint import load_good_checkpoint, save_checkpoint
+from rtdetr_cli.train.checkpoint import (
+    kept_bytes,
+    last_good_stays,
+    load_good_checkpoint,
+    require_room,
+    save_checkpoint,
+)
 from rtdetr_cli.train.guard import GO_BACKS, Figures, Guard, Skipped, diverged
 from rtdetr_cli.train.plan import Plan
 from rtdetr_cli.train.reports import (
@@ -37,6 +44,7 @@ from rtdetr_cli.train.reports import (
     BatchReport,
     EpochReport,
     FinishedReport,
+    MeasuringReport,
     MemoryReport,
     Report,
     SavedReport,
@@ -44,6 +52,7 @@ from rtdetr_cli.train.reports import (
     StepReport,
     WentBackReport,
 )
+from rtdetr_cli.train.run_folder import METRICS as METRICS_FILE
 from rtdetr_cli.train.run_folder import RunFolder
 from rtdetr_cli.train.state import Learner, Place, restore, snapshot
 from rtdetr_cli.train.team import Whole
@@ -79,6 +88,7 @@ class LoopOptions:
         checkpoint_seconds: between saves within an epoch.
         checkpoint_steps: the same in steps; 0 for none.
         identity: what the checkpoint must match when it is resumed: settings and dataset fingerprint.
+        files: names of the training pictures, by which a person is told of them.
     """
 
     seed: int
@@ -86,13 +96,20 @@ class LoopOptions:
     checkpoint_seconds: float = 300.0
     checkpoint_steps: int = 0
     identity: Mapping[str, Any] = field(default_factory=dict)
+    files: Sequence[str] | FlatStrings = ()
 
 
 class StopFlag:
-    """Set by a signal handler, read by the loop between steps."""
+    """Set by a signal handler, read by the loop between steps.
+
+    Attributes:
+        number: of the signal; 0 for none.
+        heeded: somebody reads it, so that a signal need not end the process by itself.
+    """
 
     def __init__(self) -> None:
         self.number = 0
+        self.heeded = False
 
     def __bool__(self) -> bool:
         return self.number != 0
@@ -137,8 +154,10 @@ def train(
     team = learner.team
     # What every process knows of `stop`; a team learns of it with the next step's targets.
     agreed = StopFlag() if team.many else stop
-    guard = Guard(folder.path, scaled=learner.stepper.scaled, in_a_row=place.in_a_row)
+    guard = Guard(folder.path, scaled=learner.stepper.scaled, in_a_row=place.in_a_row, files=options.files)
     timing = _Timing()
+    # Whether the newest checkpoint was written amid skipped steps, and is no state to go back to.
+    saved_amid = place.in_a_row > 0
 
     def learned() -> Iterator[Report]:
         """Read the figures of the step that was queued last."""
@@ -150,13 +169,17 @@ def train(
             place.in_a_row = guard.in_a_row
 
     def save(reason: str) -> SavedReport:
+        nonlocal saved_amid
         if team.leads:
-            save_checkpoint(folder.path, snapshot(learner, place, options.identity, folder.metrics_offset()))
+            state = snapshot(learner, place, options.identity, folder.metrics_offset())
+            save_checkpoint(folder.path, state, keep_previous=saved_amid)
+        saved_amid = place.in_a_row > 0
         timing.saved_at = time.monotonic()
         return SavedReport(folder.checkpoint, reason, place.epoch, place.step)
 
     if team.leads and not folder.checkpoint.exists():
-        # Whatever happens from here on, there is a state to go back to; and a full disk is known at once.
+        require_room(folder.path, kept_bytes(learner.state_dict()))
+        # Whatever happens from here on, there is a state to go back to.
         yield save("start")
 
     while place.epoch < plan.epochs and not place.finished:
@@ -293,6 +316,7 @@ def train(
         metrics: Mapping[str, float | None] | None = None
         improved = False
         if plan.evaluates(epoch):
+            yield MeasuringReport(epoch, place.step)
             try:
                 metrics = evaluate_model(learner.average.module)
             except EvaluationStopped:
@@ -302,16 +326,18 @@ def train(
             found = metrics.get(SCORE)
             score = -1.0 if found is None or math.isnan(found) else found
             better = score > place.best_score
-            # Among equals the later one: a run that has not found anything yet has at least learned longer.
-            improved = better or score == place.best_score or place.best_epoch < 0
+            # Where there is nothing to measure on, the newest model has at least learned longest.
+            improved = better or score == place.best_score == -1.0
             place.waited = 0 if better else place.waited + 1
             if improved:
                 place.best_score, place.best_epoch = score, epoch
                 if team.leads:
-                    write_best(learner.average.module, metrics, epoch)
+                    with last_good_stays(folder.path, str(folder.best)):
+                        write_best(learner.average.module, metrics, epoch)
         report = timing.epoch_report(plan, place, metrics, improved, learner)
         if team.leads:
-            folder.add_metrics(_row(report))
+            with last_good_stays(folder.path, str(folder.path / METRICS_FILE)):
+                folder.add_metrics(_row(report))
         yield report
 
         # ---- save -----------------------------------------------------------------------------------------------
@@ -488,7 +514,6 @@ class _Timing:
         self.saved_at = self.epoch_at = self.step_at = self.batch_at = now
         self.steps: dict[int, _Stopwatch] = {}
         self.waited = self.trained = 0.0
-        self.lr = 0.0
 
     def begin_epoch(self, device: torch.device) -> None:
         self.epoch_at = time.monotonic()
@@ -505,7 +530,6 @@ class _Timing:
 
     def end_step(self, step: int, *, lr: float, device: torch.device, replaced: tuple[tuple[int, str], ...]) -> None:
         now = time.monotonic()
-        self.lr = lr
         self.steps[step] = _Stopwatch(
             now - self.step_at, self.batch_at - self.step_at, lr, memory.peak_bytes(device), replaced
         )
@@ -516,14 +540,15 @@ class _Timing:
     def epoch_report(
         self, plan: Plan, place: Place, metrics: Mapping[str, float | None] | None, improved: bool, learner: Learner
     ) -> EpochReport:
-        steps = max(1, place.loss_steps)
+        # Known by name even where no step was taken: `metrics.csv` has the same columns in every epoch.
+        steps = place.loss_steps or float("nan")
         terms = {name: total / steps for name, total in place.loss_sums.items()}
         return EpochReport(
             epoch=place.epoch,
             epochs=plan.epochs,
             step=place.step,
             lr=plan.lr * plan.rate(place.step - 1) * place.rate_scale,
-            loss=sum(terms.values()) if place.loss_steps else float("nan"),
+            loss=sum(terms.values()) if terms else float("nan"),
             terms=terms,
             metrics=metrics,
             improved=improved,
@@ -539,6 +564,8 @@ def _account(place: Place, figures: Figures, timing: _Timing) -> StepReport | Sk
     watch = timing.steps.pop(figures.step)
     if figures.skipped is not None:
         place.skipped += 1
+        for name in figures.terms:
+            place.loss_sums.setdefault(name, 0.0)
         return SkippedReport(figures.epoch, figures.step, figures.skipped)
     for name, value in figures.terms.items():
         place.loss_sums[name] = place.loss_sums.get(name, 0.0) + value

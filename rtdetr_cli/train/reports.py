@@ -77,6 +77,14 @@ class WentBackReport:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuringReport:
+    """The steps of an epoch are made, and its evaluation begins."""
+
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class EpochReport:
     """One epoch, evaluated or not.
 
@@ -136,6 +144,7 @@ Report = (
     | SkippedReport
     | MemoryReport
     | WentBackReport
+    | MeasuringReport
     | EpochReport
     | SavedReport
     | FinishedReport

@@ -159,6 +159,14 @@ class RunFolder:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
 
 
+def nearest(path: Path) -> Path:
+    """Return a path, or the nearest of the folders above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 def refuse_existing(out: Path, name: str) -> None:
     """Refuse a name that is taken, or is no name of a folder.
 

@@ -18,6 +18,8 @@ from rtdetr_cli.train.loop import EvaluationStopped, StopFlag
 from rtdetr_cli.train.state import Place
 from rtdetr_cli.workflows.prepare import Prepared
 
+MOST_AT_ONCE = 16
+
 
 class Evaluator:
     """Measures a model on the val split, in float32: the figures that `rtdetr eval` gives for the same weights.
@@ -27,7 +29,8 @@ class Evaluator:
 
     def __init__(self, prepared: Prepared, place: Place, stop: StopFlag) -> None:
         self.prepared = prepared
-        self.batch = max(1, min(16, place.micro_batch))
+        self.place = place
+        self.most = MOST_AT_ONCE
         self.stop = stop
         self.last: Evaluation | None = None  # the first process's
 
@@ -58,15 +61,17 @@ class Evaluator:
     def _detect(self, backend: TorchBackend, share: Dataset, classes: ClassMap) -> Detected | None:
         """Return what is found in a share; None when a signal came."""
         while True:
+            # Of the run's own place, not of this process: how many there are at once may change the last bits.
+            batch = max(1, min(self.most, self.place.micro_batch))
             try:
-                return detect(backend, share, batch=self.batch, progress=self._watch, label_map=classes.labels)
+                return detect(backend, share, batch=batch, progress=self._watch, label_map=classes.labels)
             except EvaluationStopped:
                 return None
             except Exception as error:
                 if not memory.is_out_of_memory(error):
                     raise
             memory.release(self.prepared.learner.device)
-            self.batch = memory.smaller(self.batch, where=str(self.prepared.learner.device))
+            self.most = memory.smaller(batch, where=str(self.prepared.learner.device))
 
     def _watch(self, done: int) -> None:
         if self.stop:

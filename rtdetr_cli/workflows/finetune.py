@@ -22,11 +22,11 @@ from torch import nn
 
 from rtdetr_cli.config.run import RunConfig, resolve_run
 from rtdetr_cli.data.records import Splits
-from rtdetr_cli.errors import DataError, ModelError, UsageError
+from rtdetr_cli.errors import DataError, ModelError, RtdetrError, UsageError
 from rtdetr_cli.infer.torch_backend import choose_device
 from rtdetr_cli.model.transfer import TransferTable
-from rtdetr_cli.model.weights import save_model
-from rtdetr_cli.train.checkpoint import load_checkpoint
+from rtdetr_cli.model.weights import read_header, save_model
+from rtdetr_cli.train.checkpoint import load_checkpoint, put_first
 from rtdetr_cli.train.loggers import require_loggers
 from rtdetr_cli.train.loop import Interrupted, LoopOptions, StopFlag, train
 from rtdetr_cli.train.plan import Plan
@@ -40,7 +40,7 @@ from rtdetr_cli.train.reports import (
     SkippedReport,
     WentBackReport,
 )
-from rtdetr_cli.train.run_folder import CONFIG, RunFolder, refuse_existing
+from rtdetr_cli.train.run_folder import CONFIG, RunFolder, nearest, refuse_existing
 from rtdetr_cli.train.state import Place, restore
 from rtdetr_cli.train.sync_norm import synchronise_norms
 from rtdetr_cli.train.team import join, launched, parse_devices, share_of
@@ -139,20 +139,19 @@ def finetune(
     began = time.monotonic()
     refuse_early(config)
     config = from_anywhere(config)
+    stop = stop if stop is not None else StopFlag()
     team = join(config.settings.device)
     prepared = prepare(config, team)
-    micro = resolve_micro_batch(prepared)
-    place = Place(micro_batch=micro)
-    if dry_run:
-        with prepared.loader:
-            yield begin_report(prepared, place, None, None)
-            yield rehearse(prepared, micro)
-        team.leave()
-        return
     with prepared.loader:
-        folder = make_folder(prepared, argv)
-        yield begin_report(prepared, place, folder, None)
-        yield from run(prepared, place, folder, stop if stop is not None else StopFlag(), began)
+        place = Place(micro_batch=resolve_micro_batch(prepared))
+        if dry_run:
+            yield begin_report(prepared, place, None, None)
+            yield rehearse(prepared, place.micro_batch)
+        else:
+            stop.heeded = True
+            folder = make_folder(prepared, argv)
+            yield begin_report(prepared, place, folder, None)
+            yield from run(prepared, place, folder, stop, began)
     team.leave()
 
 
@@ -214,6 +213,7 @@ def resume(
         folder = RunFolder.open(path)
         assert config is not None
         refuse_changes(config, flags or {}, sets, path)
+        require_loggers(config.settings.log)
         read, damaged = load_checkpoint(path)
     folder = RunFolder(path)
     config, damaged = team.tell((config, damaged))
@@ -226,25 +226,37 @@ def resume(
             hint=f"rtdetr train --weights {folder.best} --data ... trains further, as a new run",
             code="run-finished",
         )
+    stop = stop if stop is not None else StopFlag()
     prepared = prepare(config, team, pretrained=False)
-    if damaged:
-        prepared.warnings.append(damaged)
-    check_identity(state["identity"], identity(prepared), path)
-    then = folder.manifest().get("versions", {}) if team.leads else {}
-    for name, version in versions(team).items():
-        if name not in ("python", "numpy") and then.get(name, version) != version:
-            prepared.warnings.append(
-                f"{name} was {then[name]} and is {version} now: the run goes on, but not bit for bit as it would have"
-            )
-    place = Place(micro_batch=1)
-    restore(prepared.learner, place, state, folder if team.leads else None)
-    del state
-    if team.leads:
-        folder.log(f"resumed at epoch {place.epoch + 1}, step {place.step}")
     with prepared.loader:
+        if damaged:
+            prepared.warnings.append(damaged)
+        check_identity(state["identity"], identity(prepared), path)
+        if team.leads:
+            prepared.warnings += other_machine(prepared, folder)
+            if damaged:
+                put_first(path)
+        place = Place(micro_batch=1)
+        restore(prepared.learner, place, state, folder if team.leads else None)
+        del state
+        if team.leads:
+            folder.log(f"resumed at epoch {place.epoch + 1}, step {place.step}")
+        stop.heeded = True
         yield begin_report(prepared, place, folder, (place.epoch, place.step))
-        yield from run(prepared, place, folder, stop if stop is not None else StopFlag(), began)
+        yield from run(prepared, place, folder, stop, began)
     team.leave()
+
+
+def other_machine(prepared: Prepared, folder: RunFolder) -> list[str]:
+    """Say what will make a resumed run differ from the one left alone: versions, hardware, arithmetic."""
+    manifest = folder.manifest()
+    then = {**manifest.get("versions", {}), "precision": manifest.get("precision", prepared.precision)}
+    now = {**versions(prepared.team), "precision": prepared.precision}
+    return [
+        f"{name} was {then[name]} and is {value} now: the run goes on, but not bit for bit as it would have"
+        for name, value in now.items()
+        if name not in ("python", "numpy") and then.get(name, value) != value
+    ]
 
 
 def run(prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, began: float) -> Iterator[Event]:
@@ -269,6 +281,7 @@ def run(prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, beg
         checkpoint_seconds=settings.checkpoint_minutes * 60,
         checkpoint_steps=settings.checkpoint_steps,
         identity=identity(prepared),
+        files=prepared.train_set.file_names,
     )
     if settings.compile:
         compile_parts(learner.model)
@@ -286,8 +299,6 @@ def run(prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, beg
     ):
         if isinstance(report, FinishedReport):
             if not best and prepared.team.leads and folder.best.is_file():
-                from rtdetr_cli.model.weights import read_header
-
                 best = dict(read_header(folder.best).metrics)
             if prepared.team.leads:
                 folder.log(log_line(report))
@@ -333,7 +344,7 @@ def log_line(report: Report) -> str:
             skipped = report.skipped
             return (
                 f"step {report.step} skipped: {skipped.term} not finite, {skipped.in_a_row} in a row, "
-                f"pictures {', '.join(map(str, skipped.pictures))}"
+                f"pictures {', '.join(skipped.files)}"
             )
         case MemoryReport():
             return f"step {report.step}: out of memory, micro-batch {report.micro_batch_before} -> {report.micro_batch}"
@@ -385,12 +396,8 @@ def refuse_early(config: RunConfig) -> None:
             hint="--weights coco, imagenet, none or a file",
             code="model-missing",
         )
-    out = Path(settings.out).absolute()
-    while not out.exists():
-        out = out.parent
+    out = nearest(Path(settings.out))
     if not out.is_dir() or not os.access(out, os.W_OK | os.X_OK):
-        from rtdetr_cli.errors import RtdetrError
-
         raise RtdetrError(
             f"the output folder {settings.out} cannot be written", hint="--out DIR names another", code="not-writable"
         )
@@ -446,13 +453,23 @@ def manifest(prepared: Prepared, argv: Sequence[str]) -> dict[str, Any]:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """Let SIGINT and SIGTERM ask for an end; a second one of either ends at once."""
+    """Let SIGINT and SIGTERM ask for an end; a second one of either ends at once.
+
+    So does the first, until there is a run that heeds it: nothing is lost before. But processes of one run wait for
+    each other from the beginning, and only ever stop together.
+    """
     flag = StopFlag()
+    flag.heeded = launched()
     before: dict[int, Any] = {}
 
     def ask(number: int, frame: FrameType | None) -> None:
-        flag.number = number
         signal.signal(number, before[number])
+        if flag.heeded:
+            flag.number = number
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise SystemExit(128 + number)
 
     if threading.current_thread() is threading.main_thread():
         for number in (int(signal.SIGINT), int(signal.SIGTERM)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,9 @@ PLACES = (
     "checkpoint_steps",
     "plots",
 )
+
+
+AUG_CONTENT = "the content of the --aug file"
 
 
 def refuse_changes(config: RunConfig, flags: Mapping[str, Any], sets: Sequence[str], path: Path) -> None:
@@ -77,11 +81,17 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path)
                 raise UsageError(
                     f"--resume {path}: {key} was {_words(saved[part].get(key))} when the run began, "
                     f"and is {_words(now[part].get(key))} now",
-                    hint=f"undo the change in {path / CONFIG}"
-                    if part == "settings"
-                    else "finish the run with the version of rtdetr-cli that began it",
+                    hint=_remedy(part, key, path),
                     code="resume-changed",
                 )
+
+
+def _remedy(part: str, key: str, path: Path) -> str:
+    if key == AUG_CONTENT:
+        return "put the file back as it was"
+    if part == "settings":
+        return f"undo the change in {path / CONFIG}"
+    return "finish the run with the version of rtdetr-cli that began it"
 
 
 def _tables(config: RunConfig) -> dict[str, Any]:
@@ -97,6 +107,8 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     """Return what a checkpoint belongs to: dataset, settings and plan as plain values."""
     config = prepared.config
     settings = {k: v for k, v in flatten(config.settings).items() if k not in PLACES}
+    if prepared.augmentation.custom:
+        settings[AUG_CONTENT] = hashlib.sha256(prepared.augmentation.custom.encode()).hexdigest()[:12]
     plan = {k: v for k, v in prepared.plan.to_dict().items() if k not in ("choices", "warnings")}
     splits = prepared.splits
     plain: dict[str, Any] = json.loads(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 import rtdetr_cli
 from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.config.schema import ModelSpec
-from rtdetr_cli.data.augment import load_augmentation
+from rtdetr_cli.data.augment import Augmentation, load_augmentation
 from rtdetr_cli.data.loader import TrainLoader
 from rtdetr_cli.data.read import load_splits
 from rtdetr_cli.data.records import Dataset, Splits
@@ -28,7 +30,7 @@ from rtdetr_cli.model.hub import fetch
 from rtdetr_cli.model.transfer import TransferTable, load_backbone, transfer_weights
 from rtdetr_cli.model.weights import load_model
 from rtdetr_cli.train import memory
-from rtdetr_cli.train.loop import worst_step
+from rtdetr_cli.train.loop import as_input, step_denoising, worst_batch, worst_step
 from rtdetr_cli.train.losses import Criterion
 from rtdetr_cli.train.optim import MovingAverage, NormStatistics, Stepper, parameter_groups
 from rtdetr_cli.train.plan import Plan, make_plan
@@ -51,6 +53,7 @@ class Prepared:
     team: Team
     loader: TrainLoader
     header: ModelHeader
+    augmentation: Augmentation
     precision: str
     precision_reason: str
     workers: int
@@ -77,7 +80,8 @@ def prepare(config: RunConfig, team: Team = SOLO, *, pretrained: bool = True) ->
     device = choose_device(team.device if team.many else settings.device)
     chosen = choose_precision(settings.precision, device)
     batch_size = share_of(settings.effective_batch, team.size)
-    augmentation = load_augmentation("none" if settings.overfit and not config.given("aug") else settings.aug)
+    if settings.aug != "auto":
+        load_augmentation(settings.aug)  # a bad file is refused before anything is read
 
     # ---- data
     assert settings.data is not None
@@ -101,9 +105,13 @@ def prepare(config: RunConfig, team: Team = SOLO, *, pretrained: bool = True) ->
             code="split-no-objects",
         )
     plan = make_plan(config, pictures=len(train_set))
+    augmentation = load_augmentation(plan.augmentation)
     warnings += plan.warnings
 
     # ---- model
+    # Nothing of ours draws from the generators of Python and numpy; a user's augmentation may.
+    random.seed(settings.seed)
+    np.random.seed(settings.seed % 2**32)
     torch.manual_seed(settings.seed)
     if device.type == "cuda":
         # TF32 halves the time of float32 products and is far finer than the noise of a batch.
@@ -179,6 +187,7 @@ def prepare(config: RunConfig, team: Team = SOLO, *, pretrained: bool = True) ->
         team=team,
         loader=loader,
         header=header,
+        augmentation=augmentation,
         precision=chosen.name,
         precision_reason=chosen.reason,
         workers=workers,
@@ -336,8 +345,6 @@ def resolve_micro_batch(prepared: Prepared) -> int:
 
 def worst_forward(prepared: Prepared) -> object:
     """Run one picture of the largest scale with the most boxes forward, and return what came out."""
-    from rtdetr_cli.train.loop import as_input, step_denoising, worst_batch
-
     learner = prepared.learner
     one = replace(prepared.plan, effective_batch=1)
     batch = worst_batch(one, most_boxes=prepared.most_boxes, num_classes=learner.model.num_classes)
@@ -379,6 +386,16 @@ def versions(team: Team = SOLO) -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "cpu threads": str(torch.get_num_threads()),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "processes": str(team.size),
     }
+
+
+def processor() -> str:
+    """Return the processor's name: another one may give other last bits."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return " ".join(value.split())
+    return platform.processor() or platform.machine() or "cpu"

@@ -236,7 +236,7 @@ def loader_bound(prepared: Prepared, share: float) -> str:
     cores = prepared.workers
     remedies = [] if cached else ["--cache ram"]
     remedies.append(f"more --workers than {cores}")
-    if prepared.config.settings.aug == "recipe" and cached:
+    if prepared.plan.augmentation == "recipe" and cached:
         remedies.append("--aug light")
     return f"{share:.0%} of the time goes into waiting for pictures: {' or '.join(remedies)}"
 

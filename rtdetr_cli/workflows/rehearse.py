@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from rtdetr_cli.export.run import export_model
+from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.train import memory
-from rtdetr_cli.train.loop import StopFlag, worst_step
+from rtdetr_cli.train.checkpoint import kept_bytes
+from rtdetr_cli.train.loop import StopFlag, accumulate, step_denoising, worst_step
 from rtdetr_cli.train.memory import peak_bytes
-from rtdetr_cli.train.state import Place, snapshot
+from rtdetr_cli.train.run_folder import nearest
+from rtdetr_cli.train.state import Place
 from rtdetr_cli.train.team import share_of
 from rtdetr_cli.workflows.evaluator import Evaluator
 from rtdetr_cli.workflows.prepare import Prepared, compile_parts
@@ -22,12 +27,13 @@ from rtdetr_cli.workflows.prepare import Prepared, compile_parts
 
 @dataclass(frozen=True, slots=True)
 class DryReport:
-    """What a run would cost, from one worst-case step, some real ones and one evaluation.
+    """What a run would cost, from one worst-case step, some real ones, one evaluation and one export.
 
     Attributes:
         step_seconds: of a usual step, with the loader; worst_seconds: of one at the largest scale with most boxes.
         evaluation_seconds: of one evaluation.
-        total_seconds: of the whole run.
+        export_seconds: of one export to ONNX; export_bytes: of its file.
+        total_seconds: of the whole run, without the export.
         memory_bytes: peak of the worst step; memory_total: of the device.
         disk_bytes: that the run will keep; disk_free: where it will lie.
         metrics: of the evaluation before any training.
@@ -36,6 +42,8 @@ class DryReport:
     step_seconds: float
     worst_seconds: float
     evaluation_seconds: float
+    export_seconds: float
+    export_bytes: int
     total_seconds: float
     memory_bytes: int
     memory_total: int
@@ -45,7 +53,11 @@ class DryReport:
 
 
 def rehearse(prepared: Prepared, micro: int) -> DryReport:
-    """Run a worst-case step, a few real ones and one evaluation, and work out what the run will cost."""
+    """Run a worst-case step, a few real ones, one evaluation and one export, and work out what the run will cost.
+
+    Raises:
+        RtdetrError: what the run, or the export after it, would have ended with.
+    """
     learner, settings = prepared.learner, prepared.config.settings
     if settings.compile:
         compile_parts(learner.model)
@@ -62,11 +74,7 @@ def rehearse(prepared: Prepared, micro: int) -> DryReport:
     metrics = Evaluator(prepared, Place(micro_batch=micro), StopFlag())(learner.average.module)
     evaluation = time.monotonic() - begun
     evaluations = sum(plan.evaluates(e) for e in range(plan.epochs))
-    state = snapshot(learner, Place(micro_batch=micro), {}, 0)
-    checkpoint = _bytes(state)
-    out = Path(settings.out).absolute()
-    while not out.exists():
-        out = out.parent
+    export_seconds, export_bytes = _export(prepared) if prepared.team.leads else (0.0, 0)
     total = (
         torch.cuda.get_device_properties(learner.device).total_memory
         if learner.device.type == "cuda"
@@ -76,22 +84,23 @@ def rehearse(prepared: Prepared, micro: int) -> DryReport:
         step_seconds=step,
         worst_seconds=worst,
         evaluation_seconds=evaluation,
+        export_seconds=export_seconds,
+        export_bytes=export_bytes,
         total_seconds=step * plan.total_steps + evaluation * evaluations,
         memory_bytes=peak,
         memory_total=int(total),
-        disk_bytes=3 * checkpoint + _bytes(dict(learner.average.module.state_dict())),
-        disk_free=shutil.disk_usage(out).free,
+        disk_bytes=kept_bytes(learner.state_dict()),
+        disk_free=shutil.disk_usage(nearest(Path(settings.out))).free,
         metrics=metrics,
     )
 
 
 def _real_steps(prepared: Prepared, micro: int, count: int = 4) -> float:
-    """Return the seconds of a step on real batches, the loader included; nothing is learned."""
-    from rtdetr_cli.train.loop import accumulate, step_denoising
-
+    """Return the seconds of a step on real batches, with the loader and the optimizer; nothing is learned."""
     learner, plan, settings = prepared.learner, prepared.plan, prepared.config.settings
     learner.train_mode()
     learner.norms.keep()
+    learner.stepper.set_rate(0.0)  # a step of no length: weight decay is a share of it
     batches = prepared.loader.epoch(0, strong=plan.strong_until > 0)
     times = []
     for step in range(min(count, plan.steps_per_epoch)):
@@ -100,7 +109,9 @@ def _real_steps(prepared: Prepared, micro: int, count: int = 4) -> float:
         group = step_denoising(learner, batch, step=step, seed=settings.seed)
         rows = memory.micro_batches(len(batch.labels), micro)
         size = plan.scales[len(plan.scales) // 2]
-        accumulate(learner, batch, rows=rows, size=size, group=group, num_boxes=1.0)
+        _, terms = accumulate(learner, batch, rows=rows, size=size, group=group, num_boxes=1.0)
+        learner.stepper.step(terms.sum())
+        learner.average.update(0.0)
         learner.stepper.zero_grad()
         if learner.device.type == "cuda":
             torch.cuda.synchronize(learner.device)
@@ -113,9 +124,11 @@ def _real_steps(prepared: Prepared, micro: int, count: int = 4) -> float:
     return min(times[1:] or times) if len(times) < 3 else sorted(times[1:])[len(times[1:]) // 2]
 
 
-def _bytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(_bytes(v) for v in value.values())
-    return sum(_bytes(v) for v in value) if isinstance(value, (list, tuple)) else 0
+def _export(prepared: Prepared) -> tuple[float, int]:
+    """Export what would be deployed, as it is now, to a folder that is thrown away; return seconds and bytes."""
+    begun = time.monotonic()
+    model = copy.deepcopy(prepared.learner.average.module).cpu()
+    assert isinstance(model, RTDETR)
+    with tempfile.TemporaryDirectory(prefix="rtdetr-") as folder:
+        made = export_model(model, prepared.header, Path(folder), device="cpu")
+        return time.monotonic() - begun, made[0].path.stat().st_size

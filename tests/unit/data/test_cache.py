@@ -67,7 +67,7 @@ def test_a_block_is_shared_with_who_inherits_it(on_disk: bool, tmp_path: Path) -
     os.waitpid(child, 0)
     assert a.tolist() == list(range(100))
     again = SharedBlock.__new__(SharedBlock)
-    again.__setstate__((os.dup(block.fd), block.size))
+    again.__setstate__((os.dup(block.fd), block.size, block.in_memory))
     assert again.array(np.int64, (100,), 800).tolist() == list(range(100))
 
 
@@ -197,6 +197,6 @@ def test_the_budget_holds_for_all_regions_together(jpeg: Path) -> None:
 
 def test_the_default_budget_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("ram", "disk"):
-        free = module._free_bytes(module._disk_folder() if kind == "disk" else None)
+        free = module.free_bytes(module._disk_folder() if kind == "disk" else None)
         cache = PictureCache(2, kind=kind, regions=3, largest=1000)
         assert 0.3 * free < cache.budget < 0.7 * free

@@ -295,6 +295,16 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_more_memory_than_there_is_is_refused_and_not_taken(dataset: Dataset, workers: int) -> None:
+    # The system grants it at first, and then kills whatever runs.
+    before = psutil.virtual_memory().available
+    with pytest.raises(RtdetrError, match="no memory for a batch of 10000000 pictures") as caught:
+        loader(dataset, batch_size=10_000_000, workers=workers)
+    assert caught.value.code == "no-memory"
+    assert abs(psutil.virtual_memory().available - before) < 2**31
+
+
 def test_nothing_is_left_behind(dataset: Dataset) -> None:
     gc.collect()  # what earlier tests left to it
     before = (descriptors(), len(psutil.Process().children()))

@@ -55,6 +55,19 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
+def test_a_newest_that_is_no_good_gives_way_to_the_next(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2)
+    save_checkpoint(tmp_path, state_of(3), keep_previous=True)
+    assert checkpoint.read_sealed(tmp_path / PREVIOUS)["number"] == 1
+    assert load_checkpoint(tmp_path)[0]["number"] == 3
+
+
+def test_with_none_before_it_the_newest_is_kept(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    save_checkpoint(tmp_path, state_of(2), keep_previous=True)
+    assert checkpoint.read_sealed(tmp_path / PREVIOUS)["number"] == 1
+
+
 @pytest.mark.parametrize("at", [-1, 2000, 200, 30])
 def test_damage_is_noticed_and_the_one_before_is_taken(tmp_path: Path, at: int) -> None:
     saved(tmp_path, 1, 2)

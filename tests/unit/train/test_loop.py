@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import resource
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,17 +16,21 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.data.loader import Batch
 from rtdetr_cli.data.pictures import stretch
 from rtdetr_cli.errors import RtdetrError
+from rtdetr_cli.train import checkpoint as checkpointing
 from rtdetr_cli.train import loop, memory
 from rtdetr_cli.train import reports as reports_
 from rtdetr_cli.train.checkpoint import load_checkpoint
 from rtdetr_cli.train.guard import GO_BACKS, IN_A_ROW
 from rtdetr_cli.train.loop import StopFlag, accumulate, as_input, step_denoising, step_size
+from rtdetr_cli.train.run_folder import RunFolder
 from rtdetr_cli.train.state import Learner
+from rtdetr_cli.workflows import evaluator as evaluating
 from rtdetr_cli.workflows import finetune as workflow
 from rtdetr_cli.workflows import prepare as preparing
 from rtdetr_cli.workflows.prepare import Prepared, prepare
@@ -276,6 +283,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_told_with_its_pictures(small_r
     told = json.loads(str(evidence["facts"]))
     assert told["pictures"] == list(facts.pictures)
     assert told["term"] == facts.term
+    assert told["files"] == list(facts.files)
+    assert list(facts.files) == [prepared[0].train_set.file_names[i] for i in facts.pictures]
+    assert all(name in (folder / "train.log").read_text() for name in facts.files)
     assert evidence["images"].shape == (8, 3, 64, 64)
     assert int(evidence["boxes_in_picture"].sum()) == len(evidence["boxes_cxcywh"])
     assert folder in facts.evidence.parents
@@ -315,6 +325,18 @@ def test_weights_that_are_at_fault_go_back_to_a_good_state_at_a_lower_rate(small
     assert all(torch.isfinite(v).all() for k, v in found.items() if "anchors" not in k)
     rows = (folder / "metrics.csv").read_text().splitlines()
     assert [r.split(",")[0] for r in rows[1:]] == ["1", "2", "3", "4"]
+
+
+def test_saves_amid_skipped_steps_keep_the_last_good_state(small_run: Make) -> None:
+    """A save after each step: two in a row without a good step must not push the good one out."""
+    first = 5
+    reports, _, _ = run(
+        small_run("checkpoint_steps=1", epochs=4),
+        lambda p: Script(p.learner.model.backbone.conv1, at=set(range(first, first + IN_A_ROW)), what="nan"),
+    )
+    back = of(reports_.WentBackReport, reports)
+    assert [b.to_step for b in back] == [4]
+    assert of(reports_.StepReport, reports)[-1].step == 11
 
 
 def test_a_run_that_cannot_be_mended_ends_with_exit_1(small_run: Make) -> None:
@@ -447,6 +469,65 @@ def test_patience_survives(small_run: Make) -> None:
     assert left(folder)[:2] == left(alone)[:2]
 
 
+def scores(monkeypatch: pytest.MonkeyPatch, *values: float | None) -> None:
+    """Have each evaluation find another score."""
+    real, left = workflow.Evaluator.__call__, list(values)
+
+    def told(self: Any, model: nn.Module) -> Any:
+        return {**real(self, model), "AP": left.pop(0)}
+
+    monkeypatch.setattr(workflow.Evaluator, "__call__", told)
+
+
+@pytest.mark.parametrize(
+    ("values", "improved", "best_epoch"),
+    [
+        ((0.2, 0.2, 0.2), [True, False, False], 0),
+        ((0.0, 0.0, 0.1), [True, False, True], 2),
+        ((0.3, 0.1, 0.2), [True, False, False], 0),
+        # Nothing to measure on: then the newest is as good as any, and has learned longest.
+        ((None, None, None), [True, True, True], 2),
+        ((None, 0.1, None), [True, True, False], 1),
+    ],
+)
+def test_only_a_higher_score_is_an_improvement(
+    small_run: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    values: tuple[float | None, ...],
+    improved: list[bool],
+    best_epoch: int,
+) -> None:
+    scores(monkeypatch, *values)
+    reports, _, _ = run(small_run(epochs=3))
+    epochs = of(reports_.EpochReport, reports)
+    assert [e.improved for e in epochs] == improved
+    assert epochs[-1].best_epoch == best_epoch
+
+
+def test_the_evaluation_does_not_depend_on_when_the_process_began(
+    small_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures at once may change the last bits; a resumed run knows only the micro-batch of the checkpoint."""
+    seen: list[int] = []
+    real = evaluating.detect
+
+    def watched(*args: Any, batch: int, **more: Any) -> Any:
+        seen.append(batch)
+        return real(*args, batch=batch, **more)
+
+    monkeypatch.setattr(evaluating, "detect", watched)
+    run(small_run(), lambda p: Script(norm_layer(p), at={5}, what="forward"))
+    assert seen == [8, 4]
+
+
+def test_the_heading_is_whole_though_no_step_of_the_first_epoch_was_taken(small_run: Make) -> None:
+    _, _, folder = run(small_run(), lambda p: Script(p.learner.model.backbone.conv1, at={1, 2, 3}, what="nan"))
+    rows = RunFolder(folder).metrics()
+    assert math.isnan(rows[0]["loss"] or 0)
+    assert math.isnan(rows[0]["loss_vfl"] or 0)
+    assert (rows[1]["loss_vfl"] or 0) > 0
+
+
 def test_there_is_a_checkpoint_before_the_first_step(small_run: Make) -> None:
     saved = of(reports_.SavedReport, run(small_run())[0])
     assert [(s.reason, s.step) for s in saved] == [("start", 0), ("epoch", 3), ("epoch", 6)]
@@ -461,7 +542,100 @@ def test_saves_within_an_epoch(small_run: Make) -> None:
     assert [(s.reason, s.step) for s in saved if s.reason == "time"] == [("time", n) for n in range(1, 7)]
 
 
+# ---- the disk ---------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_without_room_for_the_run_is_told_before_the_first_step(
+    small_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for one checkpoint is not room for the run: it keeps two, writes a third, and the model."""
+    config = small_run()
+    prepared = prepare(config)
+    one = checkpointing.bytes_of(prepared.learner.state_dict())
+    free = shutil.disk_usage("/")._replace(free=2 * one + 2**21)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(RtdetrError, match="free") as caught:
+        run(config)
+    assert caught.value.code == "disk-full"
+    assert caught.value.exit_code == 1
+    assert "--out" in caught.value.hint
+    assert not list(Path(config.settings.out).rglob("last.ckpt"))
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "best.safetensors"])
+def test_a_disk_that_is_full_at_the_end_of_an_epoch_leaves_the_last_good_checkpoint(
+    small_run: Make, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    _, _, alone = run(small_run(name="alone"))
+    real = {"metrics.csv": RunFolder.add_metrics, "best.safetensors": workflow.save_model}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(*args: Any, **more: Any) -> Any:
+        # The system itself refuses to write more than this.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+        try:
+            return real[name](*args, **more)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    target, attribute = (RunFolder, "add_metrics") if name == "metrics.csv" else (workflow, "save_model")
+    monkeypatch.setattr(target, attribute, full)
+    with pytest.raises(RtdetrError, match="last good checkpoint") as caught:
+        run(small_run(name="other"))
+    assert caught.value.exit_code == 1
+    folder = alone.parent / "other"
+    assert f"rtdetr train --resume {folder}" in caught.value.hint
+    assert load_checkpoint(folder)[1] == ""
+    monkeypatch.setattr(target, attribute, real[name])
+    finish(folder)
+    assert left(folder)[:2] == left(alone)[:2]
+
+
 # ---- one step ---------------------------------------------------------------------------------------------------
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations by which a host waits for a device to tell it a value."""
+
+    WORDS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        by_mask = "index" in name and any(
+            isinstance(one, Tensor) and one.dtype == torch.bool
+            for part in args
+            for one in (part if isinstance(part, (list, tuple)) else ())
+        )
+        if by_mask or any(word in name for word in self.WORDS):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_nothing_but_the_matching(small_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, losses, backward, clipping, step and average: one transfer to the host, that of the costs."""
+    learner = prepare(small_run()).learner
+    learner.train_mode()
+    batch = batch_of((3, 1, 0, 6))
+    group = step_denoising(learner, batch, step=0, seed=0)
+    transfers = [0]
+    real = Tensor.cpu
+
+    def counted(self: Tensor, *args: Any, **more: Any) -> Tensor:
+        transfers[0] += 1
+        return real(self, *args, **more)
+
+    monkeypatch.setattr(Tensor, "cpu", counted)
+    with HostReads() as reads:
+        _, terms = accumulate(learner, batch, rows=[slice(0, 4)], size=(64, 64), group=group, num_boxes=10.0)
+        found_inf, _ = learner.stepper.step(terms.sum())
+        learner.norms.restore_where(found_inf)
+        learner.average.update(0.1)
+    assert reads.seen == []
+    assert transfers == [1]
 
 
 def test_resizing_on_the_device_is_the_one_resize() -> None:

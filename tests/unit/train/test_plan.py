@@ -12,7 +12,7 @@ import pytest
 
 from rtdetr_cli.config.presets import load_preset, preset_names
 from rtdetr_cli.config.run import resolve_run
-from rtdetr_cli.train.plan import Plan, make_plan
+from rtdetr_cli.train.plan import RECIPE_STEPS, Plan, make_plan
 
 LENGTHS = [200, 2_000, 200_000]
 
@@ -104,6 +104,21 @@ def test_the_official_schedule_is_the_published_one(name: str) -> None:
         assert plan.rate(step) == min(1.0, (step + 1) / 2000)
     for update in (1, 100, 2000, 10_000):
         assert 1 - plan.ema_weight(update) == pytest.approx(0.9999 * (1 - math.exp(-update / 2000)), abs=1e-12)
+
+
+def test_short_runs_go_without_the_crops_of_the_recipe() -> None:
+    assert plan_of(200).augmentation == plan_of(RECIPE_STEPS - 10).augmentation == "light"
+    assert plan_of(RECIPE_STEPS).augmentation == plan_of(200_000).augmentation == "recipe"
+    assert plan_of(200, aug="recipe").augmentation == "recipe"
+    assert plan_of(200_000, aug="none").augmentation == "none"
+    official = resolve_run({"preset": "r18", "epochs": 2}, sets=["schedule=official"])
+    assert make_plan(official, pictures=100).augmentation == "recipe"
+
+
+def test_to_learn_by_heart_needs_plain_pictures() -> None:
+    plan = plan_of(200, overfit=4)
+    assert (plan.augmentation, plan.strong_until, plan.multi_scale_until) == ("none", 0, 0)
+    assert plan_of(200, overfit=4, aug="recipe").augmentation == "recipe"
 
 
 def test_published_scales() -> None:

@@ -13,6 +13,7 @@ from rtdetr_cli.config.run import resolve_run
 from rtdetr_cli.data.generate import generate_dataset
 from rtdetr_cli.errors import EnvironmentProblem
 from rtdetr_cli.train import loggers, plots
+from rtdetr_cli.train.plan import make_plan
 from rtdetr_cli.train.reports import EpochReport
 from rtdetr_cli.workflows import finetune as workflow
 from rtdetr_cli.workflows.finetune import BeginReport, EndReport, finetune
@@ -99,7 +100,8 @@ def test_a_missing_logger_is_refused_before_the_run(
 
 def prepared(**settings: Any) -> Any:
     config = resolve_run({"data": "x", "preset": "tiny", **settings}, sets=["plots=false"])
-    return SimpleNamespace(config=config, workers=3, warnings=[], train_set=None)
+    plan = make_plan(config, pictures=10_000)  # long enough for the recipe
+    return SimpleNamespace(config=config, plan=plan, workers=3, warnings=[], train_set=None)
 
 
 def epoch(number: int, share: float) -> EpochReport:

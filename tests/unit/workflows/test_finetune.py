@@ -1,0 +1,265 @@
+"""A run from settings to its end: what is freed when it fails, what ends it early, what resuming looks at."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rtdetr_cli.config.run import RunConfig, resolve_run
+from rtdetr_cli.data.generate import generate_dataset
+from rtdetr_cli.data.loader import TrainLoader
+from rtdetr_cli.errors import EnvironmentProblem, RtdetrError, UsageError
+from rtdetr_cli.train import loggers, memory
+from rtdetr_cli.train.checkpoint import load_checkpoint, read_sealed
+from rtdetr_cli.train.reports import EpochReport, StepReport
+from rtdetr_cli.workflows import finetune as workflow
+from rtdetr_cli.workflows.finetune import BeginReport, EndReport, finetune, resume, stop_on_signals
+from rtdetr_cli.workflows.prepare import prepare, resolve_micro_batch
+
+SETS = [
+    *("model.width=8", "model.hidden_dim=16", "model.encoder_ffn=16", "model.decoder_dim=16", "model.decoder_ffn=16"),
+    *("model.decoder_layers=2", "model.eval_layers=2", "model.queries=12", "model.heads=2", "plots=false"),
+]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return generate_dataset(tmp_path_factory.mktemp("shapes"), train=8, val=3, imgsz=64)
+
+
+@pytest.fixture
+def settings(shapes: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    def make(*sets: str, **flags: Any) -> RunConfig:
+        small = {"preset": "tiny", "imgsz": (64, 64), "workers": 0, "effective_batch": 4, "batch": 4, "epochs": 2}
+        places = {"data": str(shapes), "out": str(tmp_path / "runs"), "name": "x", "device": "cpu", "precision": "fp32"}
+        return resolve_run({**small, **places, **flags}, sets=[*SETS, *sets])
+
+    return make
+
+
+def interrupted(config: RunConfig) -> Path:
+    """Run one epoch, then ask for an end; return the folder."""
+    stop = workflow.StopFlag()
+    folder = Path(config.settings.out) / config.settings.name
+
+    def heed() -> None:
+        for event in finetune(config, stop=stop):
+            if isinstance(event, EpochReport):
+                stop.number = signal.SIGTERM
+
+    with pytest.raises(workflow.Interrupted):
+        heed()
+    return folder
+
+
+# ---- the loader -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> list[TrainLoader]:
+    """The loaders that were closed by name, not by the collector."""
+    seen: list[TrainLoader] = []
+    real = TrainLoader.close
+    monkeypatch.setattr(TrainLoader, "close", lambda self: (seen.append(self), real(self))[1])
+    return seen
+
+
+def test_the_loader_ends_with_the_run(settings: Callable[..., RunConfig], closed: list[TrainLoader]) -> None:
+    list(finetune(settings(epochs=1)))
+    assert len(closed) == 1
+
+
+def test_the_loader_ends_where_no_micro_batch_fits(
+    settings: Callable[..., RunConfig], closed: list[TrainLoader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        return memory.smaller(1, where="cpu")
+
+    monkeypatch.setattr(workflow, "resolve_micro_batch", full)
+    with pytest.raises(RtdetrError, match="one picture does not fit"):
+        list(finetune(settings()))
+    assert len(closed) == 1
+
+
+def test_the_loader_ends_where_a_run_cannot_go_on(
+    settings: Callable[..., RunConfig], closed: list[TrainLoader]
+) -> None:
+    folder = interrupted(settings())
+    text = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(text.replace("seed = 0", "seed = 1"))
+    closed.clear()
+    with pytest.raises(UsageError, match="seed was 0"):
+        list(resume(folder))
+    assert len(closed) == 1
+
+
+def test_the_loader_ends_with_the_words(
+    settings: Callable[..., RunConfig], closed: list[TrainLoader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails is the telling, in the middle of a run; its frames are still held by the error."""
+    from rtdetr_cli.cli import train as words
+
+    def fail(*_: object) -> str:
+        raise OSError("the terminal is gone")
+
+    monkeypatch.setattr(words, "epoch_line", fail)
+    with pytest.raises(OSError, match="the terminal is gone") as caught:
+        words.render(finetune(settings()))
+    assert caught.tb is not None
+    assert len(closed) == 1
+
+
+# ---- signals ----------------------------------------------------------------------------------------------------
+
+
+def raised(number: int) -> BaseException:
+    with pytest.raises(BaseException) as caught:  # noqa: PT011
+        signal.raise_signal(number)
+    return caught.value
+
+
+def test_before_there_is_a_run_a_signal_ends_at_once() -> None:
+    with stop_on_signals() as stop:
+        assert isinstance(raised(signal.SIGINT), KeyboardInterrupt)
+    with stop_on_signals():
+        found = raised(signal.SIGTERM)
+    assert isinstance(found, SystemExit)
+    assert found.code == 143
+    assert not stop
+
+
+def test_a_run_heeds_signals_from_its_folder_on(settings: Callable[..., RunConfig]) -> None:
+    with stop_on_signals() as stop:
+        events = finetune(settings(), stop=stop)
+        assert isinstance(next(events), BeginReport)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.number == signal.SIGINT
+        with pytest.raises(workflow.Interrupted) as caught:
+            list(events)
+    assert caught.value.exit_code == 130
+
+
+def test_a_dry_run_has_nothing_to_save(settings: Callable[..., RunConfig]) -> None:
+    with stop_on_signals() as stop:
+        events = finetune(settings(), stop=stop, dry_run=True)
+        next(events)
+        assert isinstance(raised(signal.SIGINT), KeyboardInterrupt)
+        events.close()  # type: ignore[attr-defined]
+
+
+# ---- going on ---------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_augmentation_file_is_refused_by_name(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
+    import albumentations
+
+    file = tmp_path / "aug.json"
+
+    def write(p: float) -> None:
+        albumentations.save(albumentations.Compose([albumentations.HorizontalFlip(p=p)]), file)
+
+    write(0.5)
+    folder = interrupted(settings(aug=str(file)))
+    write(0.6)
+    with pytest.raises(UsageError, match=r"the content of the --aug file was .* and is .* now") as caught:
+        list(resume(folder))
+    assert "put the file back" in caught.value.hint
+    write(0.5)
+    assert isinstance(list(resume(folder))[-1], EndReport)
+
+
+def test_another_machine_is_told(settings: Callable[..., RunConfig]) -> None:
+    folder = interrupted(settings())
+    manifest = workflow.RunFolder(folder).manifest()
+    manifest["precision"], manifest["versions"]["device"] = "bf16", "Another Processor"
+    workflow.RunFolder(folder).write_manifest(manifest)
+    begun = next(e for e in resume(folder) if isinstance(e, BeginReport))
+    assert any("precision was bf16 and is fp32 now" in w for w in begun.warnings)
+    assert any("device was Another Processor and is " in w for w in begun.warnings)
+
+
+def test_a_logger_that_is_gone_is_told_before_anything_is_loaded(
+    settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
+    folder = interrupted(settings(log=("tensorboard",)))
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    monkeypatch.setattr(workflow, "prepare", None)
+    with pytest.raises(EnvironmentProblem, match="--log tensorboard needs a package"):
+        next(resume(folder))
+
+
+def test_a_kill_after_going_on_from_the_one_before_leaves_something_good(settings: Callable[..., RunConfig]) -> None:
+    """The newest is damaged. At no moment of the first save of the resumed run may both be."""
+    folder = interrupted(settings())
+    good = (folder / ".last.ckpt.previous").read_bytes()
+    (folder / "last.ckpt").write_bytes(b"rubbish")
+    events = resume(folder)
+    next(e for e in events if isinstance(e, BeginReport))
+    assert (folder / "last.ckpt").read_bytes() == good
+    list(events)
+    for name in ("last.ckpt", ".last.ckpt.previous"):
+        read_sealed(folder / name)
+
+
+# ---- the machine ------------------------------------------------------------------------------------------------
+
+
+def losses(events: Iterator[Any]) -> list[float]:
+    return [e.loss for e in events if isinstance(e, StepReport)]
+
+
+def test_batch_auto_finds_what_fits_on_a_cpu(
+    settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From what one picture of the worst case keeps for its backward pass, and from what is free."""
+    prepared = prepare(settings(batch="auto", effective_batch=8))
+    with prepared.loader:
+        assert resolve_micro_batch(prepared) == 8
+        monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
+        assert resolve_micro_batch(prepared) == 1
+        seen: dict[str, int] = {}
+        real = memory.fitting_micro_batch
+
+        def watched(effective: int, *, bytes_for_one: int, free: int, **more: Any) -> int:
+            seen["one"] = bytes_for_one
+            return real(effective, bytes_for_one=bytes_for_one, free=free, **more)
+
+        monkeypatch.setattr(memory, "fitting_micro_batch", watched)
+        resolve_micro_batch(prepared)
+        share = memory.PEAK_OVER_SAVED / memory.SHARE_OF_FREE
+        monkeypatch.setattr(memory, "free_bytes", lambda device: int(4.5 * seen["one"] * share))
+        assert resolve_micro_batch(prepared) == 4
+
+
+def test_the_micro_batch_that_was_found_is_in_the_checkpoint(
+    settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workflow, "resolve_micro_batch", lambda prepared: 2)
+    folder = interrupted(settings(batch="auto"))
+    monkeypatch.setattr(workflow, "resolve_micro_batch", None)  # a resumed run does not look again
+    begun = next(e for e in resume(folder) if isinstance(e, BeginReport))
+    assert begun.micro_batch == 2
+    assert load_checkpoint(folder)[0]["place"]["micro_batch"] == 2
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same(settings: Callable[..., RunConfig]) -> None:
+    plain = losses(finetune(settings(epochs=1, name="plain")))
+    compiled = losses(finetune(settings(epochs=1, name="compiled", compile=True)))
+    assert compiled == pytest.approx(plain, rel=1e-3)
+
+
+def test_a_deterministic_run_on_a_cpu_is_the_same_run(settings: Callable[..., RunConfig]) -> None:
+    import torch
+
+    try:
+        flagged = losses(finetune(settings(epochs=1, name="a", deterministic=True)))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert flagged == losses(finetune(settings(epochs=1, name="b")))
