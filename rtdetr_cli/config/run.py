@@ -79,7 +79,7 @@ class RunSettings(Schema):
         "scaled", description="scaled: a function of the run's length; official: the published, absolute values"
     )
     warmup: Share = Field(0.05, description="share of the steps over which the rate rises")
-    flat: Fraction = Field(0.5, description="share of the steps after which the rate begins to fall")
+    flat: Fraction = Field(0.8, description="share of the steps after which the rate begins to fall")
     final_rate: Fraction = Field(0.05, description="share of the rate that is left at the end")
     ema_age: Annotated[float, Field(gt=0, le=0.5)] = Field(
         0.03, description="mean age of what the moving average averages, as a share of the run"
