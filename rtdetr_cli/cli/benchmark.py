@@ -133,7 +133,8 @@ def _advise(rows: list[Row]) -> None:
     quicker = [
         row
         for row in rows[1:]
-        if row.difference is not None
+        if (row.model, row.backend) == (base.model, base.backend)
+        and row.difference is not None
         and row.difference.value >= -NEXT_TO_NOTHING
         and row.times["total"].median < 0.97 * base.times["total"].median
     ]

@@ -75,7 +75,7 @@ class Row:
         times: `PARTS` to their spread.
         ap: AP of the split; None without a dataset.
         metrics: the twelve numbers.
-        difference: AP minus that of the first row of the same model, with its paired interval; None for that row.
+        difference: AP minus that of the first row of the table, with its paired interval; None for that row.
         front: True where nothing is both quicker and better.
     """
 
@@ -415,7 +415,7 @@ def benchmark(
         resamples: of the paired interval of each difference.
     """
     sources = pictures_to_time(dataset)
-    first: dict[Path, tuple[Evaluation, Resamples]] = {}
+    first: tuple[Evaluation, Resamples] | None = None
     with tempfile.TemporaryDirectory(prefix="rtdetr-benchmark-") as folder:
         for number, (model, kind, setting) in enumerate(what.points()):
             row, evaluation = _measure_point(
@@ -423,9 +423,10 @@ def benchmark(
             )
             if evaluation is not None and evaluation.metrics["AP"] is not None:
                 drawn = resample(evaluation.dataset, evaluation.table, resamples=resamples)
-                if model in first:
-                    row = replace(row, difference=_difference(first[model], (evaluation, drawn)))
-                first.setdefault(model, (evaluation, drawn))
+                if first is None:
+                    first = (evaluation, drawn)
+                else:
+                    row = replace(row, difference=_difference(first, (evaluation, drawn)))
             yield row
 
 

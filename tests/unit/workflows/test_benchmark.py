@@ -1,10 +1,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from rtdetr_cli.workflows.benchmark import Row, Setting, Spread, mark_front, parse_sweep, sweep_settings, table_rows
+from rtdetr_cli.workflows.benchmark import (
+    Row,
+    Setting,
+    Spread,
+    benchmark,
+    mark_front,
+    parse_sweep,
+    plan,
+    sweep_settings,
+    table_rows,
+)
 
 
 def row(milliseconds: float, ap: float | None) -> Row:
@@ -37,3 +48,23 @@ def test_cells(height: int, width: int, shown: str) -> None:
     assert cells[0][columns.index("best")] == "*"
     assert "model" not in columns
     assert "model" in table_rows([one, replace(one, model="other")])[0]
+
+
+def test_every_difference_is_to_the_first_row(shapes_model: Path, shapes_data: Path, tmp_path: Path) -> None:
+    """Of another model too, on the same pictures; another model's own first row is no base."""
+    from rtdetr_cli.data.read import load_splits
+    from rtdetr_cli.model.weights import load_model, save_model
+
+    worse = tmp_path / "worse.safetensors"
+    model, header = load_model(shapes_model, queries=3)
+    save_model(worse, model.state_dict(), replace(header, queries=3))
+    dataset = load_splits(shapes_data).val
+    assert dataset is not None
+    what = plan([shapes_model, worse], backends=["torch"], warmup=0, runs=1, device="cpu")
+    first, second = benchmark(what, dataset, resamples=20)
+    assert first.difference is None
+    assert second.difference is not None
+    assert first.ap is not None
+    assert second.ap is not None
+    assert second.difference.value == pytest.approx(second.ap - first.ap)
+    assert second.ap < first.ap
