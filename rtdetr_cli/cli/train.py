@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from rtdetr_cli.workflows.finetune import BeginReport, DryReport, EndReport, Event
 
 FLAGS_OF_THE_COMMAND = ("resume", "dry_run", "set_values", "config_file", "as_json")
+SET_HELP = (
+    "Any setting: schedule=official, optim.clip_norm=1. `rtdetr presets show NAME` lists model.* and optim.*, "
+    "a run's config.toml lists all."
+)
 
 
 def train(
@@ -70,9 +74,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Folder of the runs. [runs]")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; an existing one is refused.")] = None,
     log: Annotated[str | None, typer.Option(help="Besides the CSV: tensorboard,wandb,mlflow.")] = None,
-    set_values: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as schedule=official.")
-    ] = None,
+    set_values: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)] = None,
     config_file: Annotated[Path | None, typer.Option("--config", help="TOML of settings, such as a run's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON document on one line.")] = False,
 ) -> None:
@@ -295,13 +297,14 @@ def _say_beginning(report: BeginReport) -> None:
     from rtdetr_cli.cli import terminal
 
     preset, splits = report.config.preset, report.splits
-    warned = sum(f.severity == "warning" for f in splits.findings)
+    # A resumed run has had its full look at the pictures; what reading the labels finds is a part of that.
+    warned = 0 if report.resumed else sum(f.severity == "warning" for f in splits.findings)
     device = report.device if report.processes == 1 else f"{report.device.partition(':')[0]} x {report.processes}"
     parts = [
         f"rtdetr {__version__}",
         f"torch {'.'.join(version('torch').split('.')[:2])} {device} {report.precision}",
         f" preset {preset.name} ({report.parameters / 1e6:.1f}M)",
-        f" data {splits.name}: {report.train_pictures}/{report.val_pictures} pictures, "
+        f" data {splits.name}: {_pictures(report)}, "
         f"{len(splits.categories)} class{'es' if len(splits.categories) != 1 else ''}"
         + (f", {warned} warning{'s' if warned > 1 else ''} (rtdetr validate)" if warned else ""),
     ]
@@ -333,6 +336,16 @@ def _say_beginning(report: BeginReport) -> None:
         terminal.say(f"resumed at epoch {report.resumed[0] + 1}, step {report.resumed[1]}")
     for warning in report.warnings:
         terminal.warn(_laid(warning, indent=9, first=9))
+
+
+def _pictures(report: BeginReport) -> str:
+    """Return how many pictures are trained and measured on; with `--overfit` they are the same ones, repeated."""
+    few = report.val_pictures
+    if report.config.settings.overfit:
+        times = report.train_pictures // few
+        often = "once" if times == 1 else f"{times} times"
+        return f"{few} picture{'s' if few > 1 else ''}, {often} an epoch, measured on the same"
+    return f"{report.train_pictures}/{few} pictures"
 
 
 def _lay(text: str, *, indent: int = 6) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from rtdetr_cli.config.schema import Preset
+from rtdetr_cli.config.wanted import wanted
 from rtdetr_cli.errors import UsageError
 
 M = TypeVar("M", bound=BaseModel)
@@ -66,35 +67,65 @@ def read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", code="config-unreadable") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid TOML: {error}", code="config-malformed") from error
+        raise UsageError(
+            f"{path} is not valid TOML: {error}",
+            hint="lines such as epochs = 50; every run keeps one: runs/NAME/config.toml",
+            code="config-malformed",
+        ) from error
 
 
-def validate(schema: type[M], values: dict[str, Any], *, source: str) -> M:
+def validate(schema: type[M], values: dict[str, Any], *, source: str, places: Mapping[str, str] | None = None) -> M:
     """Build `schema` from plain values; all problems in one error, unknown keys with a suggestion.
 
+    Args:
+        schema: what is built.
+        values: of its fields.
+        source: where the values come from, for those that `places` does not name.
+        places: dotted key -> how and where its value was written, such as `--batch foo`.
+
     Raises:
-        UsageError: one sentence a problem, each with its dotted key.
+        UsageError: one sentence a problem, each with its dotted key or its place.
     """
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        problems = list(_problems(schema, error))
-        raise UsageError(f"{source}: " + "; ".join(problems), code="config-invalid") from error
+        known = places or {}
+        problems = list(dict.fromkeys(_problems(schema, error, known)))
+        own = [p for p in problems if p.startswith(tuple(known.values()))]
+        rest = [p for p in problems if p not in own]
+        told = own + ([f"{source}: " + "; ".join(rest)] if rest else [])
+        raise UsageError("; ".join(told), code="config-invalid") from error
 
 
-def _problems(schema: type[BaseModel], error: ValidationError) -> Iterator[str]:
+def _problems(schema: type[BaseModel], error: ValidationError, places: Mapping[str, str]) -> Iterator[str]:
     for item in error.errors():
         keys = [str(k) for k in item["loc"]]
         dotted = ".".join(keys)
+        # A fault in one part of a value, or in one of the types it may have, is a fault of the key.
+        place = next((places[k] for k in (dotted, ".".join(keys[:2]), *keys[:1]) if k in places), None)
         if item["type"] == "extra_forbidden":
             yield f"unknown key {dotted}{suggest(keys[-1], known_keys(schema, keys[:-1]))}"
         elif item["type"] == "missing":
             yield f"key {dotted} is missing"
         elif item["type"] == "value_error":
-            yield f"{dotted + ': ' if dotted else ''}{item['ctx']['error']}"
+            named = place or dotted
+            yield f"{named + ': ' if named else ''}{item['ctx']['error']}"
         else:
-            said = item["msg"][0].lower() + item["msg"][1:]
-            yield f"{dotted} = {item['input']!r}: {said}"
+            words, known = wanted(schema, keys)
+            said = f"wants {words}" if words else item["msg"][0].lower() + item["msg"][1:]
+            near = suggest(str(item["input"]), known)
+            named = place or f"{_field(schema, keys)} = {item['input']!r}"
+            yield f"{named}: {said}{near}"
+
+
+def _field(schema: type[BaseModel], keys: list[str]) -> str:
+    """Return the dotted key of a field, without pydantic's names of the types it may have; a list's place stays."""
+    path: list[str] = []
+    for key in keys:
+        if not key.isdecimal() and key not in known_keys(schema, path):
+            break
+        path.append(key)
+    return ".".join(path)
 
 
 def known_keys(schema: type[BaseModel], path: Iterable[str]) -> list[str]:

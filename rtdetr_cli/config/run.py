@@ -188,6 +188,7 @@ def resolve_run(flags: Mapping[str, Any], *, sets: Sequence[str] = (), config_fi
     """
     values: dict[str, Any] = {}
     provenance: dict[str, str] = {}
+    places: dict[str, str] = {}
     layers: list[tuple[str, Mapping[str, Any]]] = []
     chosen: dict[str, str] | None = None
     if config_file is not None:
@@ -199,6 +200,7 @@ def resolve_run(flags: Mapping[str, Any], *, sets: Sequence[str] = (), config_fi
     for name, layer in layers:
         for key, value in layer.items():
             values[key] = value
+            places[key] = _place(name, key, value)
             provenance[key] = f"--{key.replace('_', '-')}" if name == "flag" else name
             if name not in ("flag", "--set") and chosen is not None:
                 provenance[key] = chosen.get(key, "preset" if "." in key else "default")
@@ -217,18 +219,32 @@ def resolve_run(flags: Mapping[str, Any], *, sets: Sequence[str] = (), config_fi
         else:
             own[key] = value
     if unknown:
-        raise UsageError("; ".join(unknown), hint="rtdetr train --help, rtdetr presets show r18", code="config-invalid")
-    preset = validate(Preset, {**base.model_dump(), **tables}, source=f"preset {base.name}")
+        strange = {key.partition(".")[0] for key in values if key not in known and not suggest(key, known)}
+        near = "; ".join(f"{table}.* are {', '.join(tables[table])}" for table in tables if table in strange)
+        hint = (
+            f"rtdetr presets show {preset_name} shows every key of model.* and optim.*, rtdetr train --help the flags"
+        )
+        raise UsageError("; ".join(unknown), hint=f"{near}; {hint}" if near else hint, code="config-invalid")
+    preset = validate(Preset, {**base.model_dump(), **tables}, source=f"preset {base.name}", places=places)
     if "weights" not in own and preset.weights is None:
         own["weights"] = "none"
         provenance["weights"] = f"preset {base.name} has no published weights"
-    settings = validate(RunSettings, own, source="settings")
+    settings = validate(RunSettings, own, source="settings", places=places)
     for key in tables:
         for inner in tables[key]:
             provenance.setdefault(f"{key}.{inner}", "preset")
     for key in RunSettings.model_fields:
         provenance.setdefault(key, "default")
     return RunConfig(settings, preset, provenance)
+
+
+def _place(layer: str, key: str, value: Any) -> str:
+    """Return how a setting was written, and where."""
+    text = value if isinstance(value, str) else _toml(value)
+    if layer == "flag":
+        shown = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else text
+        return f"--{key.replace('_', '-')} {shown}"
+    return f"--set {key}={text}" if layer == "--set" else f"{layer}: {key} = {_toml(value)}"
 
 
 def _dotted(values: Mapping[str, Any]) -> dict[str, Any]:

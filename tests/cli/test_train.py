@@ -23,9 +23,15 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the shapes, with one box that leaves its picture: a warning."""
     from rtdetr_cli.data.generate import generate_dataset
 
-    return generate_dataset(tmp_path_factory.mktemp("data") / "shapes", train=20, val=6, imgsz=64)
+    folder = generate_dataset(tmp_path_factory.mktemp("data") / "shapes", train=20, val=6, imgsz=64)
+    document = json.loads((folder / "train.json").read_text())
+    box = document["annotations"][0]["bbox"]
+    box[2] = 64 - box[0] + 5
+    (folder / "train.json").write_text(json.dumps(document))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +101,7 @@ def test_what_a_person_sees(data: Path, rtdetr, tmp_path: Path) -> None:
     assert lines[0].startswith("rtdetr 0.")
     assert "preset tiny (" in lines[0]
     assert "data shapes: 20/6 pictures, 5 classes" in lines[0]
+    assert lines[0].endswith("1 warning (rtdetr validate)")
     plan = next(line for line in lines if line.startswith("plan  "))
     assert "2 epochs x 3 steps" in plan
     assert "effective batch 8 = 2x4" in plan
@@ -168,6 +175,7 @@ def test_resume_needs_no_other_flag_and_ends_the_same(copy: Path, finished: Path
     assert ran.code == 0, ran.err
     assert "resumed at epoch 2, step 3" in ran.err
     assert "epoch 2/2" in ran.err
+    assert ran.err.splitlines()[0].endswith("20/6 pictures, 5 classes"), "the dataset was looked at when the run began"
     for name in ("metrics.csv", "best.safetensors"):
         assert (copy / name).read_bytes() == (finished / name).read_bytes(), name
 
@@ -312,5 +320,6 @@ def test_a_few_pictures_are_learned_by_heart(data: Path, rtdetr, tmp_path: Path)
 def test_pictures_that_were_not_learned_by_heart_are_explained(data: Path, rtdetr, tmp_path: Path) -> None:
     ran = rtdetr("train", *SMALL, "--data", data, "--overfit", 3, "--epochs", 1, "--out", tmp_path)
     assert ran.code == 0, ran.err
+    assert "data shapes: 3 pictures, 54 times an epoch, measured on the same, 5 classes" in ran.err
     assert "were not learned by heart" in ran.err
     assert "steps are few" in ran.err

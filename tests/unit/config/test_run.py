@@ -101,3 +101,72 @@ def test_what_is_refused_is_named(flags: dict[str, Any], sets: list[str], words:
         resolve_run(flags, sets=sets)
     for word in words:
         assert word in caught.value.message + caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"batch": "foo"}, "--batch foo: wants auto or a whole number from 1"),
+        ({"workers": -1}, "--workers -1: wants auto or a whole number from 0"),
+        ({"epochs": 0}, "--epochs 0: wants a whole number from 1"),
+        ({"lr": -1.0}, "--lr -1.0: wants a number above 0 and below 1"),
+        (
+            {"freeze": "backbne"},
+            "--freeze backbne: wants preset, none, stem, backbone or encoder (did you mean backbone?)",
+        ),
+        ({"log": ("x", "y")}, "--log x,y: wants tensorboard, wandb or mlflow"),
+        ({"precision": "x"}, "--precision x: wants auto, fp32, bf16 or fp16"),
+        ({"effective_batch": 0, "patience": -1}, "--effective-batch 0: wants a whole number from 1; --patience -1: "),
+    ],
+)
+def test_a_bad_value_is_one_sentence_that_names_its_flag(flags: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve_run(flags)
+    assert caught.value.message.startswith(said)
+    assert "input" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("batch=foo", "--set batch=foo: wants auto or a whole number from 1"),
+        ("optim.lr=-1", "--set optim.lr=-1: wants a number above 0 and below 1"),
+        ("model.num_points=[4, 0, 4]", "--set model.num_points=[4, 0, 4]: wants a list, each a whole number from 1"),
+        ("warmup=2", "--set warmup=2: wants a number from 0 to 0.9"),
+        ("model.heads=x", "--set model.heads=x: wants a whole number from 1"),
+        ("compile=maybe", "--set compile=maybe: wants true or false"),
+        ("imgsz=33", "--set imgsz=33: 33 is not a multiple of 32 from 32 to 4096"),
+        ("name=3", "--set name=3: wants text"),
+    ],
+)
+def test_a_bad_value_of_set_is_named_as_it_was_written(word: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve_run({}, sets=[word])
+    assert caught.value.message == said
+
+
+def test_a_bad_value_of_a_file_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('epochs = "x"\n')
+    with pytest.raises(UsageError) as caught:
+        resolve_run({}, config_file=file)
+    assert caught.value.message == f'{file}: epochs = "x": wants a whole number from 1'
+
+
+def test_an_unknown_key_is_answered_with_the_keys_of_its_table_and_the_preset_in_use() -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve_run({"preset": "tiny"}, sets=["optim.nonsense=3"])
+    assert "presets show tiny" in caught.value.hint
+    assert "clip_norm" in caught.value.hint
+    assert "r18" not in caught.value.hint
+    with pytest.raises(UsageError, match=r"did you mean optim\.clip_norm") as close:
+        resolve_run({}, sets=["optim.clip_nrm=3"])
+    assert "clip_norm" not in close.value.hint, "the near one was said"
+
+
+def test_a_file_that_is_no_toml_has_a_hint(tmp_path: Path) -> None:
+    file = tmp_path / "t.txt"
+    file.write_text("not toml\n")
+    with pytest.raises(UsageError, match="line 1") as caught:
+        resolve_run({}, config_file=file)
+    assert "epochs = 50" in caught.value.hint
