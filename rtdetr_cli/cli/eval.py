@@ -148,7 +148,7 @@ def evaluate_command(
 
     analysis = analyse(evaluation, calibration.thresholds.per_class if calibration else None)
     if calibration:
-        analysis = _named(analysis, f"calibrated now ({calibration.thresholds.target})")
+        analysis = _named(analysis, f"the thresholds calibrated now for {calibration.thresholds.target}")
 
     # -------------------------------------------------------------------------------------------------- results
     document = _document(evaluation, analysis, interval, class_intervals, calibration, facts)
@@ -299,7 +299,6 @@ def _show(
     )
     if interval is not None:
         terminal.out(f"AP {interval}")
-    terminal.out("")
     terminal.table(METRICS, [[evaluation.metrics[name] for name in METRICS]])
     rows: list[list[object]] = []
     for row in evaluation.per_class:
@@ -333,7 +332,7 @@ def _show(
         [[kind, analysis.counts[kind], None if analysis.gains is None else analysis.gains[kind]] for kind in KINDS],
         title="Errors",
     )
-    terminal.out(f"errors are counted at score {analysis.origin}; the gains are over all detections")
+    terminal.out(f"errors are counted at {analysis.origin}; the gains are over all detections")
     empty = analysis.empty
     if empty["pictures"]:
         terminal.out(
@@ -344,7 +343,12 @@ def _show(
     if worst:
         terminal.out(f"worst pictures: {', '.join(worst)}")
     if analysis.suspects:
-        terminal.out(f"{len(analysis.suspects)} annotations look doubtful: --html FILE shows them, --json lists them")
+        count = len(analysis.suspects)
+        told = "annotation looks" if count == 1 else "annotations look"
+        them = "it" if count == 1 else "them"
+        terminal.out(f"{count} {told} doubtful: --html FILE shows {them}, --json lists {them}")
+    if analysis.suspects_note:
+        terminal.out(analysis.suspects_note)
     if evaluation.seconds:
         rate = len(dataset) / max(evaluation.seconds["total"], 1e-9)
         terminal.say(f"{terminal.duration(evaluation.seconds['total'])}, {rate:.1f} pictures a second")
@@ -361,7 +365,7 @@ def _show_thresholds(evaluation: Evaluation, calibration: Calibration | None) ->
     if thresholds is None:
         best = evaluation.best
         if best.threshold is not None:
-            terminal.out(f"one score for all classes, best F1: {best.threshold:.3f} gives {said(best)}")
+            terminal.out(f"one score for all classes, best F1: {best.threshold:.3f} gives {said(best)}\n")
         return
     overall, classes = evaluation.at_thresholds(thresholds)
     where = "stored in the model now" if calibration else "stored in the model"

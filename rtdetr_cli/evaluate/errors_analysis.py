@@ -34,6 +34,7 @@ RIGHT, UNSEEN = -1, -2  # of a detection: a true positive; ignored or below the 
 MATCH_IOU, OVERLAP_IOU = 0.5, 0.1
 FOUND_SCORE = 0.05  # a box that nothing overlaps with even this score is "never found"
 MOST_SUSPECTS = 100
+LEAST_AP50 = 0.5  # of a class whose detections say more about the annotations than about the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ class ErrorAnalysis:
     Attributes:
         evaluation: what is analysed.
         thresholds: (K,) score from which a detection of a class is seen.
-        origin: where the thresholds came from, in words.
+        origin: what the errors are counted at, in words that follow "at".
         kinds: (D,) index into `KINDS`, RIGHT, or UNSEEN.
         near_box: (D,) the box that makes a false positive one of its kind, -1 for none.
         missed: (G,) boxes that are counted and that no seen detection found.
@@ -163,8 +164,34 @@ class ErrorAnalysis:
 
     @cached_property
     def suspects(self) -> list[Suspect]:
-        """Annotations that may be wrong: sure detections first, then the largest boxes that nothing finds."""
+        """Annotations that may be wrong: sure detections first, then the largest boxes that nothing finds.
+
+        Only by classes that the model knows, `LEAST_AP50`: what a weak class finds or misses is the model's fault.
+        """
         return [*self._sure_detections(), *self._never_found()]
+
+    @cached_property
+    def _judges(self) -> NDArray[np.bool_]:
+        """(K,) whether the model knows a class well enough to doubt annotations by it; also without any box."""
+        found = [row["AP50"] for row in self.evaluation.per_class]
+        return np.array([ap50 is None or ap50 >= LEAST_AP50 for ap50 in found], bool)
+
+    @cached_property
+    def unjudged(self) -> tuple[str, ...]:
+        """Names of the classes whose annotations are not doubted, since the model knows them too badly."""
+        return tuple(n for n, judges in zip(self.evaluation.dataset.names, self._judges, strict=True) if not judges)
+
+    @property
+    def suspects_note(self) -> str:
+        """A sentence about `unjudged`; empty where there are none."""
+        names = self.unjudged
+        if not names:
+            return ""
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return (
+            f"classes with an AP50 below {LEAST_AP50:g} cast no doubt on annotations ({shown}): there the model is "
+            "more likely to be wrong"
+        )
 
     def _sure_detections(self) -> list[Suspect]:
         """Detections on nothing or on another class, as sure as half of the right ones of their class."""
@@ -174,7 +201,7 @@ class ErrorAnalysis:
         for label in np.unique(table.labels[right]).tolist():
             sure[label] = np.median(table.scores[right & (table.labels == label)])
         odd = (self.kinds == BACKGROUND) | (self.kinds == CLASSIFICATION)
-        rows = np.flatnonzero(odd & (table.scores >= sure[table.labels]))
+        rows = np.flatnonzero(odd & (table.scores >= sure[table.labels]) & self._judges[table.labels])
         found = []
         for row in rows[np.argsort(-table.scores[rows], kind="stable")][:MOST_SUSPECTS].tolist():
             box = int(self.near_box[row]) if self.kinds[row] == CLASSIFICATION else -1
@@ -196,7 +223,7 @@ class ErrorAnalysis:
         dataset, table = self.evaluation.dataset, self.evaluation.table
         scored = table.rows(table.scores >= FOUND_SCORE)
         pairs = overlapping_pairs(dataset, scored, least_iou=MATCH_IOU, same_class=False)
-        never = ~dataset.crowd
+        never = ~dataset.crowd & self._judges[dataset.labels]
         never[pairs.boxes] = False
         boxes = np.flatnonzero(never)
         images = box_images(dataset)
@@ -235,6 +262,8 @@ class ErrorAnalysis:
                 }
                 for p in self.worst()
             ],
+            "suspects_note": self.suspects_note,
+            "suspects_left_out": list(self.unjudged),
             "suspects": [
                 {
                     "kind": s.kind,
@@ -269,14 +298,14 @@ def analyse(evaluation: Evaluation, thresholds: Sequence[float] | None = None) -
     dataset, table, matches = evaluation.dataset, evaluation.table, evaluation.matches
     classes = len(dataset.categories)
     if thresholds is not None:
-        per_class, origin = np.asarray(thresholds, np.float64), "given"
+        per_class, origin = np.asarray(thresholds, np.float64), "the thresholds given"
     elif evaluation.thresholds is not None:
         per_class = np.asarray(evaluation.thresholds.per_class, np.float64)
-        origin = f"stored in the model ({evaluation.thresholds.target})"
+        origin = f"the thresholds stored in the model for {evaluation.thresholds.target}"
     else:
         best = evaluation.best.threshold
         per_class = np.full(classes, 0.5 if best is None else best)
-        origin = "0.5, as nothing was found" if best is None else f"{best:.3f}, where F1 is highest"
+        origin = "score 0.5, as nothing was found" if best is None else f"score {best:.3f}, where F1 is highest"
     fate = matches.fate[0]
     seen = table.scores >= per_class[table.labels] if len(table) else np.zeros(0, bool)
     kinds = np.full(len(table), UNSEEN, np.int8)

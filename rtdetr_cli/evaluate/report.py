@@ -149,6 +149,7 @@ def page_context(
         "empty": analysis.empty,
         "suspects": suspects,
         "suspects_count": len(analysis.suspects),
+        "suspects_note": analysis.suspects_note,
         "pictures": pictures,
         "pictures_lost": unreadable,
         "filter_kinds": [kind for kind in KINDS if any(kind in p["kinds"] for p in pictures)],

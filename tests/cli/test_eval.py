@@ -113,6 +113,21 @@ def test_the_interval_for_people_and_programs(rtdetr: Callable[..., Any], eval_p
     assert "interval" not in rows["umbrella"]  # a single box
 
 
+def test_the_text_reads_well(rtdetr: Callable[..., Any], eval_pair: Path) -> None:
+    given = ("--data", eval_pair / "ground_truth.json", "--predictions", eval_pair / "detections.json")
+    ran = rtdetr("eval", *given)
+    assert "\n\n\n" not in ran.out
+    lines = ran.out.splitlines()
+    (best,) = [i for i, line in enumerate(lines) if line.startswith("one score for all classes")]
+    assert lines[best + 1 : best + 3] == ["", "Errors"]
+    assert "errors are counted at score 0." in ran.out
+    assert "classes with an AP50 below 0.5 cast no doubt on annotations (" in ran.out
+    document = rtdetr("eval", *given, "--json").json["errors"]
+    assert document["suspects_note"] in ran.out
+    weak = {row["name"] for row in rtdetr("eval", *given, "--json").json["per_class"] if (row["AP50"] or 1) < 0.5}
+    assert weak <= set(document["suspects_left_out"])
+
+
 def test_results_that_do_not_belong(rtdetr: Callable[..., Any], eval_pair: Path, tmp_path: Path) -> None:
     rows = json.loads((eval_pair / "detections.json").read_text())
     rows[3]["image_id"] = 10**9
@@ -200,6 +215,8 @@ def test_calibration_is_stored_and_older_exports_are_named(
 ) -> None:
     best = run_folder / "best.safetensors"
     before, tensors = read_header(best), tensors_identity(best)
+    ran = rtdetr("eval", run_folder, "--calibrate", "f1")
+    assert "errors are counted at the thresholds calibrated now for f1" in ran.out
     ran = rtdetr("eval", run_folder, "--calibrate", "f1", "--json")
     assert ran.code == 0, ran.err
     header = read_header(best)

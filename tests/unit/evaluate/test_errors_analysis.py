@@ -121,6 +121,33 @@ def test_empty_pictures_worst_pictures_and_suspects(make: Any) -> None:
     assert document["worst"][0]["file"] == "0002.jpg"
 
 
+def test_a_class_that_is_not_known_yet_casts_no_doubt_on_annotations(make: Any) -> None:
+    """Class a is found well, b badly: what b misses, and where b is seen, says something of the model."""
+    pictures = 10
+    dataset = make.dataset(
+        pictures=pictures,
+        names=("a", "b", "c"),
+        image_index=[i for i in range(pictures) for _ in range(2)],
+        labels=[0, 1] * pictures,
+        boxes_xywh=[BOX, [300, 100, 90, 90]] * pictures,
+    )
+    far = [10, 300, 50, 50]
+    rows = [(i, 0, BOX, 0.8) for i in range(pictures - 1)]  # the last a is never found
+    rows += [(0, 0, far, 0.9), (0, 1, [300, 100, 90, 90], 0.8), (1, 1, far, 0.95), (2, 1, BOX, 0.9), (3, 2, far, 0.9)]
+    rows.sort(key=lambda row: (row[0], -row[3]))
+    evaluation = metrics_from(dataset, make.table(*(list(column) for column in zip(*rows, strict=True))))
+    assert evaluation.per_class[0]["AP50"] > 0.5 > evaluation.per_class[1]["AP50"]
+    analysis = analyse(evaluation, [0.5] * 3)
+    assert {s.label for s in analysis.suspects} == {0}
+    assert [s.kind for s in analysis.suspects] == ["no-box", "never-found"]
+    assert analysis.unjudged == ("b",)
+    assert analysis.to_json()["suspects_left_out"] == ["b"]
+    assert "cast no doubt on annotations (b)" in analysis.suspects_note
+    assert analysis.to_json()["suspects_note"] == analysis.suspects_note
+    strong = make.dataset(pictures=1, names=("a",), image_index=[0], labels=[0], boxes_xywh=[BOX])
+    assert analyse(metrics_from(strong, make.table([0], [0], [BOX], [0.9]))).suspects_note == ""
+
+
 def test_without_hotcoco_the_kinds_remain(make: Any) -> None:
     dataset, table = make.random(seed=3)
     full = analyse(metrics_from(dataset, table), [0.3] * 3)
@@ -139,6 +166,6 @@ def test_stored_thresholds_come_first_then_the_best_f1(make: Any) -> None:
     stored = metrics_from(dataset, table, thresholds=Thresholds("f1", 0.5, (0.2, 0.3, 0.4)))
     analysis = analyse(stored)
     assert analysis.thresholds.tolist() == [0.2, 0.3, 0.4]
-    assert analysis.origin == "stored in the model (f1)"
+    assert analysis.origin == "the thresholds stored in the model for f1"
     assert (analysis.kinds[table.scores < 0.2] < RIGHT).all()
     assert MISSED not in np.unique(analysis.kinds)

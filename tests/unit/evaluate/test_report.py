@@ -43,7 +43,7 @@ def analysis(make: Any, tmp_path: Path) -> ErrorAnalysis:
         (7, 1, [160, 75, 60, 60], 0.85),  # location
         (8, 2, [40, 75, 60, 60], 0.9),  # both
         (1, 0, [41, 40, 60, 60], 0.7),  # duplicate
-        (9, 1, far, 0.99),  # background, on a picture without objects
+        (9, 0, far, 0.99),  # background, on a picture without objects
     ]
     table = make.table(*(list(column) for column in zip(*sorted(rows, key=lambda r: (r[0], -r[3])), strict=True)))
     return analyse(metrics_from(dataset, table), [0.5] * 3)
@@ -108,6 +108,19 @@ def test_every_kind_of_error_has_its_pictures(analysis: ErrorAnalysis) -> None:
     assert context["empty"] == {"pictures": 1, "with_false_positives": 1, "false_positives": 1}
     assert {s["kind"] for s in context["suspects"]} == {"no-box", "other-class", "never-found"}
     assert choose_pictures(analysis)[:2] == [8, 9]  # the most errors, then the fewest finds
+
+
+def test_the_page_says_which_classes_cast_no_doubt(analysis: ErrorAnalysis, page: Path) -> None:
+    assert analysis.unjudged == ()
+    reader = Reader()
+    reader.feed(page.read_text(encoding="utf-8"))
+    assert "cast no doubt" not in reader.text
+    weak = replace(analysis.evaluation, table=analysis.evaluation.table.rows(np.arange(4)))
+    judged = analyse(metrics_from(weak.dataset, weak.table), [0.5] * 3)
+    write_page(page, judged.evaluation, judged, model="m")
+    reader = Reader()
+    reader.feed(page.read_text(encoding="utf-8"))
+    assert f"cast no doubt on annotations ({NAMES[0]}, {NAMES[1]})" in reader.text
 
 
 def test_pictures_that_are_gone_leave_the_figures(analysis: ErrorAnalysis) -> None:
