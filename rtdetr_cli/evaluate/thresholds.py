@@ -13,6 +13,8 @@ from rtdetr_cli.evaluate.matching import FALSE, TRUE, MatchTable
 from rtdetr_cli.evaluate.table import DetectionTable
 from rtdetr_cli.model.header import Thresholds
 
+LEAST_F1, LEAST_RECALL = 0.1, 0.01  # of a class whose best threshold is worth using
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoreCurve:
@@ -198,7 +200,7 @@ def calibrate(dataset: Dataset, table: DetectionTable, matches: MatchTable, targ
 
     `f1` takes the highest F1. `precision=P` takes the lowest threshold that still has precision P, thus the most
     recall; where P is never reached, the threshold of the highest precision. A class without boxes in the split
-    gets the overall threshold.
+    gets the overall threshold. Classes that no threshold of `f1` serves are named in one note.
 
     Raises:
         UsageError: there is no such target.
@@ -212,6 +214,7 @@ def calibrate(dataset: Dataset, table: DetectionTable, matches: MatchTable, targ
     elif overall[1] is not None:
         notes.append(_short("all classes together", overall, wanted))
     found: list[float] = []
+    hopeless: list[str] = []
     for label, name in enumerate(dataset.names):
         curve = score_curve(dataset, table, matches, label)
         chosen = _chosen(curve, kind, wanted)
@@ -223,6 +226,14 @@ def calibrate(dataset: Dataset, table: DetectionTable, matches: MatchTable, targ
         found.append(chosen[0])
         if chosen[1] is not None:
             notes.append(_short(name, chosen, wanted))
+        if kind == "f1" and _keeps_little(best_point(curve)):
+            hopeless.append(name)
+    if hopeless:
+        notes.append(
+            f"{', '.join(hopeless)}: even the best threshold has an F1 below {LEAST_F1:g} or finds fewer than "
+            f"{LEAST_RECALL:.0%} of the objects, so predictions at it are of little use: train longer, then calibrate "
+            "again"
+        )
     return Calibration(Thresholds(target.strip().lower(), overall[0], tuple(found)), tuple(notes))
 
 
@@ -238,6 +249,11 @@ def _chosen(curve: ScoreCurve, kind: str, wanted: float) -> tuple[float, float |
     best = curve.precision.max()
     row = int(np.flatnonzero(curve.precision == best)[-1])
     return curve.threshold(row), float(best)
+
+
+def _keeps_little(point: Point) -> bool:
+    """Tell whether a class's best point is so weak that its threshold misleads."""
+    return (point.f1 or 0.0) < LEAST_F1 or (point.recall or 0.0) < LEAST_RECALL
 
 
 def _short(what: str, chosen: tuple[float, float | None], wanted: float) -> str:

@@ -56,6 +56,30 @@ def test_precision_target_takes_the_lowest_score_that_keeps_it(simple: tuple[Dat
     assert calibrate(dataset, table, matches, "precision=1").thresholds.per_class[0] == pytest.approx(0.75)
 
 
+def test_classes_for_which_no_threshold_is_good_are_named_once(make: Any) -> None:
+    """a is found; b drowns in false detections at every score; of c one in two hundred is found, and surely."""
+    boxes = [[(i % 30) * 20, (i // 30) * 20, 15, 15] for i in range(220)]
+    dataset = make.dataset(
+        pictures=1,
+        names=("a", "b", "c"),
+        image_index=[0] * 220,
+        labels=[0] * 18 + [1] * 2 + [2] * 200,
+        boxes_xywh=boxes,
+    )
+    wrong = [[400 + i % 20, 300 + i // 20, 6, 6] for i in range(90)]
+    table = make.table(
+        [0] * 111,
+        [0] * 18 + [1] * 92 + [2],
+        [*boxes[:18], *wrong, *boxes[18:20], boxes[20]],
+        [0.9] * 18 + [0.8] * 90 + [0.1] * 2 + [0.9],
+    )
+    matches = match(dataset, table)
+    (note,) = calibrate(dataset, table, matches, "f1").notes
+    assert "b, c" in note
+    assert "a," not in note
+    assert not any("b, c" in n for n in calibrate(dataset, table, matches, "precision=0.9").notes)
+
+
 @pytest.mark.parametrize("target", ["f1", "precision=0.6"])
 def test_the_points_at_calibrated_thresholds_are_those_of_the_curve(make: Any, target: str) -> None:
     dataset, table = make.random(seed=11)
