@@ -19,13 +19,13 @@ def info(
 ) -> None:
     """Say what is inside any model file: classes, sizes, thresholds, metrics, origin, tensors, graph."""
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.cli.select import model_file, resolve_model
+    from rtdetr_cli.cli.select import CHECKPOINT_SUFFIX, model_file, resolve_model
 
     if model is None:
         path = resolve_model(None)
     else:
-        path = model_file(model) if model.is_dir() else model
-    described = _checkpoint(path) if path.suffix == ".ckpt" and path.is_file() else _described(path)
+        path = model if model.suffix.lower() in (CHECKPOINT_SUFFIX, ".plan") and model.is_file() else model_file(model)
+    described = _checkpoint(path) if path.suffix.lower() == CHECKPOINT_SUFFIX else _described(path)
     if as_json:
         terminal.emit_json({"model": described})
         return

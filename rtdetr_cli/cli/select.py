@@ -8,6 +8,14 @@ from rtdetr_cli.errors import ModelError, UsageError
 
 BEST = "best.safetensors"
 MODEL_SUFFIXES = (".safetensors", ".pth", ".pt", ".onnx", ".xml", ".engine")
+CHECKPOINT_SUFFIX = ".ckpt"
+_PICTURE = "rtdetr predict takes pictures"
+_DATASET = "a dataset goes to --data or rtdetr validate"
+OTHER_FILES = {
+    **dict.fromkeys((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"), _PICTURE),
+    **dict.fromkeys((".json", ".yaml", ".yml"), _DATASET),
+}
+"""What a file is for that is no model, by its suffix."""
 
 
 def finished_runs(runs: Path) -> list[Path]:
@@ -61,18 +69,57 @@ def model_file(model: Path) -> Path:
         best = model / BEST
         if best.is_file():
             return best
-        raise ModelError(
-            f"the folder {model} holds no {BEST}: no epoch of that run has finished",
-            hint=f"rtdetr train --resume {model}",
-            code="model-missing",
-        )
+        raise _no_model_in(model)
     if not model.exists():
-        raise ModelError(f"the model {model} does not exist", code="model-missing")
-    if model.suffix.lower() not in MODEL_SUFFIXES:
+        raise ModelError(f"the model {model} does not exist", hint=_beside(model), code="model-missing")
+    suffix = model.suffix.lower()
+    if suffix == CHECKPOINT_SUFFIX and (model.parent / BEST).is_file():
         raise ModelError(
-            f"{model} is not a kind of model file that is known ({', '.join(MODEL_SUFFIXES)})", code="model-foreign"
+            f"{model} is a checkpoint to resume from, not a model to use",
+            hint=f"name the run: {model.parent}",
+            code="model-foreign",
+        )
+    if suffix not in MODEL_SUFFIXES:
+        kinds = f"models end in {', '.join(MODEL_SUFFIXES)}"
+        raise ModelError(
+            f"{model} is not a model file",
+            hint=f"{OTHER_FILES[suffix]}; {kinds}" if suffix in OTHER_FILES else kinds,
+            code="model-foreign",
         )
     return model
+
+
+def _no_model_in(folder: Path) -> ModelError:
+    """Say what a folder without a model is."""
+    name = "name a model file, or the folder of a run such as runs/NAME"
+    runs = finished_runs(folder)
+    models = _models_in(folder)
+    if runs:
+        said, hint = f"{folder} is a folder of runs ({len(runs)}), not a run", f"{runs[-1]} is the newest"
+    elif (folder / "config.toml").is_file():
+        said = f"the folder {folder} holds no {BEST}: no epoch of that run has been evaluated"
+        hint = f"rtdetr train --resume {folder}" if (folder / "last.ckpt").is_file() else name
+    elif models:
+        said, hint = f"the folder {folder} is not a run", f"name the file: {', '.join(map(str, models[:5]))}"
+    elif not any(folder.iterdir()):
+        said, hint = f"the folder {folder} holds no model: it is empty", name
+    else:
+        said, hint = f"the folder {folder} is not a run and holds no model", name
+    return ModelError(said, hint=hint, code="model-missing")
+
+
+def _models_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in MODEL_SUFFIXES and p.is_file())
+
+
+def _beside(path: Path) -> str:
+    """Return a hint about what lies where a missing file was looked for."""
+    if not path.parent.is_dir():
+        return f"the folder {path.parent} does not exist either"
+    found = [p.name for p in _models_in(path.parent)]
+    if found:
+        return f"{path.parent} holds {', '.join(found[:5])}"
+    return f"name a model file ({', '.join(MODEL_SUFFIXES)}) or the folder of a run"
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -94,5 +141,7 @@ def parse_size(text: str) -> tuple[int, int]:
                 f"--imgsz {text}: {side} is not a multiple of 32", hint=f"--imgsz {below} or {above}", code="size"
             )
         if side > 4096:
-            raise UsageError(f"--imgsz {text}: {side} is more than 4096 pixels", code="size")
+            raise UsageError(
+                f"--imgsz {text}: {side} is more than 4096 pixels", hint="--imgsz 640, at most 4096", code="size"
+            )
     return height, width

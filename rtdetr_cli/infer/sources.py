@@ -96,11 +96,26 @@ def _expand(word: str, *, alone: bool) -> list[tuple[Path, Path]]:
     if glob.has_magic(word):
         matched = sorted(Path(p) for p in glob.glob(word, recursive=True) if Path(p).is_file())
         if not matched:
-            raise DataError(f"the pattern {word} matches no file", code="no-pictures")
+            raise DataError(f"the pattern {word} matches no file", hint=_pattern_hint(path), code="no-pictures")
         return [(p, p.parent) for p in matched]
     if alone:
         raise DataError(f"{word} does not exist", hint=_missing_hint(path), code="picture-missing")
     return [(path, path.parent)]
+
+
+def _pattern_hint(pattern: Path) -> str:
+    """Say what lies in the folder that a pattern begins with."""
+    folder = pattern.parent
+    while glob.has_magic(str(folder)):
+        folder = folder.parent
+    if not folder.is_dir():
+        return f"the folder {folder} does not exist"
+    where = "this folder" if folder == Path() else str(folder)
+    suffixes = PICTURE_SUFFIXES | VIDEO_SUFFIXES
+    found = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
+    if found:
+        return f"{where} holds {', '.join(found[:3])}" + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    return f"{where} holds no pictures or videos; {folder / '**' / '*.jpg'} looks in the folders below it too"
 
 
 def _missing_hint(path: Path) -> str:

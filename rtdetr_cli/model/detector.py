@@ -115,11 +115,17 @@ class RTDETR(nn.Module):
         decoder = self.decoder
         if layers is not None:
             if not 1 <= layers <= decoder.num_layers:
-                raise UsageError(f"this model has {decoder.num_layers} decoder layers, so it cannot use {layers}")
+                raise UsageError(
+                    f"this model has {decoder.num_layers} decoder layers, so it cannot use {layers}",
+                    hint=f"--layers 1 to {decoder.num_layers}",
+                )
             decoder.eval_layers = layers
         if queries is not None:
             if not 1 <= queries <= decoder.num_queries:
-                raise UsageError(f"this model was trained with {decoder.num_queries} queries, so not {queries}")
+                raise UsageError(
+                    f"this model was trained with {decoder.num_queries} queries, so it cannot use {queries}",
+                    hint=f"--queries 1 to {decoder.num_queries}",
+                )
             decoder.eval_queries = queries
 
     def set_sampling(

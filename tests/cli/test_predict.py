@@ -275,7 +275,7 @@ def test_foreign_names_come_from_data(
         (["--weights", "gone.onnx"], 4, "gone.onnx does not exist"),
         (["--weights", "file"], 4, "file is not a model file"),
         (["--weights", "cut.onnx"], 4, "cut.onnx does not open in ONNX Runtime"),
-        (["--weights", "empty"], 4, "empty holds no best.safetensors"),
+        (["--weights", "empty"], 4, "empty holds no model"),
         (["--data", "gone.json"], 3, "gone.json"),
         (["--frobnicate"], 2, "frobnicate"),
     ],

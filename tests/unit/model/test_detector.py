@@ -89,8 +89,9 @@ def test_inference_settings_that_do_not_exist_are_refused(
     make_small: Callable[..., RTDETR], wrong: dict[str, int]
 ) -> None:
     model = make_small()
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError) as caught:
         model.set_inference(**wrong)
+    assert caught.value.hint in ("--layers 1 to 3", "--queries 1 to 20")
     assert (model.layers, model.queries) == (3, 20)
 
 
