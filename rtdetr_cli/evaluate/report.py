@@ -43,7 +43,10 @@ EACH_CLASS = 4
 PICTURE_SIDE = 720  # pixels of an embedded picture's longer side
 CROP_SIDE = 260
 MATRIX_CLASSES = 20
+LETTER = 0.66  # width of a bold letter, in its height; ample, since the browser chooses the font
 NAMED_CURVES = 10
+LEGEND_LETTERS = 150  # that fit beside one another below the plots
+ALL = "all classes"
 GREY = "#888888"  # of axes and text in plots: readable on a light and on a dark page
 
 MEANINGS = {
@@ -132,6 +135,8 @@ def page_context(
         "best": evaluation.best,
         "at_thresholds": at_thresholds,
         "curves": curves_svg(evaluation) if len(evaluation.table) and evaluation.metrics["AP"] is not None else "",
+        "named_curves": NAMED_CURVES,
+        "unnamed_curves": max(0, sum(row["AP"] is not None for row in evaluation.per_class) - NAMED_CURVES),
         "origin": analysis.origin,
         "kinds": [
             {
@@ -178,7 +183,7 @@ def curves_svg(evaluation: Evaluation) -> str:
 
     dataset = evaluation.dataset
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "rtdetr", "font.size": 9}):
-        figure = Figure(figsize=(10, 3.9), layout="constrained")
+        figure = Figure(figsize=(10, 4.3), layout="constrained")
         FigureCanvasSVG(figure)
         figure.patch.set_alpha(0)
         left, right = figure.subplots(1, 2)
@@ -197,16 +202,21 @@ def curves_svg(evaluation: Evaluation) -> str:
             left.plot(recall, np.maximum(precision[:, label], 0), **style)
             curve = score_curve(dataset, evaluation.table, evaluation.matches, label)
             right.plot(*_thinned(curve.scores, curve.f1), **style)
-        left.plot(recall, np.maximum(precision[:, present], 0).mean(axis=1), color=GREY, linewidth=2.4, label="mean")
+        left.plot(recall, np.maximum(precision[:, present], 0).mean(axis=1), color=GREY, linewidth=2.4, label=ALL)
         everything = score_curve(dataset, evaluation.table, evaluation.matches, None)
-        right.plot(*_thinned(everything.scores, everything.f1), color=GREY, linewidth=2.4, label="all together")
+        right.plot(*_thinned(everything.scores, everything.f1), color=GREY, linewidth=2.4)
         best = evaluation.best.threshold
         if best is not None:
             right.axvline(best, color=GREY, linewidth=0.8, linestyle=":")
         _dress(left, "recall", "precision (IoU 0.5)")
         _dress(right, "score threshold", "F1")
-        legend = left.legend(loc="lower left", frameon=False, fontsize=8, labelcolor=GREY, ncols=1 + (len(named) > 5))
-        legend.set_zorder(5)
+        # Below both plots, which share their colours: inside, a weak model's curves would run through it.
+        handles, labels = left.get_legend_handles_labels()
+        widest = max(map(len, labels))
+        columns = max(1, min(len(labels), 6, LEGEND_LETTERS // (widest + 8)))
+        figure.legend(
+            handles, labels, loc="outside lower center", frameon=False, fontsize=8, labelcolor=GREY, ncols=columns
+        )
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
@@ -297,23 +307,64 @@ class _Mark:
     title: str
     box: NDArray[np.float64]
 
-    def to_context(self, width: int, text_size: float) -> dict[str, Any]:
-        """Return plain values; text that would leave the picture ends where the box ends."""
+    def to_context(self) -> dict[str, Any]:
+        """Return plain values."""
         x1, y1, x2, y2 = (float(v) for v in self.box)
-        leaves = x1 + 0.62 * text_size * len(self.text) > width
         return {
             "outcome": self.outcome,
             "errors": self.errors,
             "text": self.text,
             "title": self.title,
-            "text_x": round(min(x2, width) - 2 if leaves else x1 + 2, 1),
-            "text_y": round(max(y1 - 0.25 * text_size, text_size), 1),
-            "anchor": "end" if leaves else "start",
             "x": round(x1, 1),
             "y": round(y1, 1),
             "w": round(max(x2 - x1, 0), 1),
             "h": round(max(y2 - y1, 0), 1),
         }
+
+
+def place_texts(marks: Sequence[_Mark], size_wh: tuple[int, int], text_size: float) -> list[dict[str, Any]]:
+    """Return the marks as plain values, each with a place for its text: where no other text lies.
+
+    A text stands above its box, or below the upper edge, above the lower edge, or below the box, beginning where the
+    box begins or ending where it ends. One for which no place is free, and that of a right box, is shown only when
+    the box is pointed at: `label` is False.
+
+    Args:
+        marks: those drawn last, which are the surest, choose first.
+        size_wh: of the picture in pixels.
+        text_size: height of a line in pixels.
+    """
+    width, height = size_wh
+    taken = np.zeros((0, 4))
+    shown: list[dict[str, Any]] = []
+    for mark in reversed(marks):
+        length = LETTER * text_size * len(mark.text)
+        x1, y1, x2, y2 = (float(v) for v in mark.box)
+        starts = [x1 + 2, min(x2, width) - 2 - length]
+        lines = [y1 - 0.25 * text_size, y1 + text_size, y2 - 0.3 * text_size, y2 + text_size]
+        places = np.array([(x, y - 0.95 * text_size, x + length, y + 0.25 * text_size) for y in lines for x in starts])
+        inside = (places[:, 0] >= 0) & (places[:, 1] >= 0) & (places[:, 2] <= width) & (places[:, 3] <= height)
+        free = inside & ~_overlaps(places, taken).any(axis=1)
+        wanted = mark.outcome != "right"
+        row = int(np.argmax(free)) if wanted and free.any() else int(np.argmax(inside)) if inside.any() else 0
+        if wanted and free.any():
+            taken = np.concatenate([taken, places[row : row + 1]])
+        shown.append(
+            {
+                **mark.to_context(),
+                "label": bool(wanted and free.any()),
+                "text_x": round(float(places[row, 2 * (row % 2)]), 1),
+                "text_y": round(float(np.clip(lines[row // 2], text_size, height)), 1),
+                "anchor": "end" if row % 2 else "start",
+            }
+        )
+    return shown[::-1]
+
+
+def _overlaps(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return (A, B) whether rectangles of corners lie on one another."""
+    apart = (a[:, None, :2] >= b[None, :, 2:]) | (a[:, None, 2:] <= b[None, :, :2])
+    return ~apart.any(axis=2)
 
 
 def choose_pictures(analysis: ErrorAnalysis) -> list[int]:
@@ -371,8 +422,8 @@ def _pictures(analysis: ErrorAnalysis) -> tuple[list[dict[str, Any]], int]:
                 "kinds": sorted({m.outcome for m in errors}),
                 "classes": sorted({m.label for m in errors}),
                 "pairs": " ".join(sorted({m.errors for m in found if m.outcome in KINDS} | missed)),
-                "truth_marks": [m.to_context(width, text_size) for m in truth],
-                "found_marks": [m.to_context(width, text_size) for m in found],
+                "truth_marks": place_texts(truth, (width, height), text_size),
+                "found_marks": place_texts(found, (width, height), text_size),
             }
         )
     return shown, lost

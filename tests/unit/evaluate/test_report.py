@@ -14,7 +14,7 @@ from PIL import Image
 
 from rtdetr_cli.evaluate.bootstrap import resample
 from rtdetr_cli.evaluate.errors_analysis import ErrorAnalysis, analyse
-from rtdetr_cli.evaluate.report import choose_pictures, page_context, write_page
+from rtdetr_cli.evaluate.report import _Mark, choose_pictures, page_context, place_texts, write_page
 from rtdetr_cli.evaluate.run import metrics_from
 from rtdetr_cli.model.header import Thresholds
 
@@ -121,6 +121,43 @@ def test_the_page_says_which_classes_cast_no_doubt(analysis: ErrorAnalysis, page
     reader = Reader()
     reader.feed(page.read_text(encoding="utf-8"))
     assert f"cast no doubt on annotations ({NAMES[0]}, {NAMES[1]})" in reader.text
+
+
+def test_texts_do_not_lie_on_one_another() -> None:
+    """Of 60 boxes in a heap; the surest, drawn last, has its text above the box, and what has no room waits."""
+    random = np.random.default_rng(0)
+    corners = random.uniform(0, 180, (60, 2))
+    boxes = np.concatenate([corners, corners + random.uniform(5, 60, (60, 2))], axis=1)
+    boxes[-1] = (60, 60, 120, 120)
+    marks = [_Mark("background", 0, "background:0", "cell 0.50", "", box) for box in boxes]
+    shown = place_texts(marks, (240, 240), 10.0)
+    assert [m["x"] for m in shown] == [round(float(b[0]), 1) for b in boxes]
+    assert shown[-1]["label"]
+    assert (shown[-1]["text_x"], shown[-1]["anchor"]) == (62.0, "start")
+    assert shown[-1]["text_y"] < 60
+    assert 5 < sum(m["label"] for m in shown) < 60
+    lines = []
+    for mark in shown:
+        if mark["label"]:
+            left = mark["text_x"] - (5.5 * 9 if mark["anchor"] == "end" else 0)
+            lines.append((left, mark["text_y"] - 9, left + 5.5 * 9, mark["text_y"]))
+    for i, a in enumerate(lines):
+        assert a[0] >= 0
+        assert a[2] <= 240
+        for b in lines[:i]:
+            assert a[0] >= b[2] or a[2] <= b[0] or a[1] >= b[3] or a[3] <= b[1]
+    right = [replace(mark, outcome="right") for mark in marks]
+    assert not any(m["label"] for m in place_texts(right, (240, 240), 10.0))
+    assert place_texts([], (240, 240), 10.0) == []
+
+
+def test_the_legend_lies_outside_the_plots(analysis: ErrorAnalysis) -> None:
+    svg = page_context(analysis.evaluation, analysis, model="m")["curves"]
+    plots, legend = svg.split('id="legend_1"')
+    assert 'id="axes_2"' in plots
+    assert "precision" in plots
+    assert "all classes" in legend
+    assert "axis" not in legend
 
 
 def test_pictures_that_are_gone_leave_the_figures(analysis: ErrorAnalysis) -> None:
