@@ -84,8 +84,10 @@ def export(
     options = ExportOptions(formats, size, batch, dynamic, opset, gridsample, raw, preprocess)
     options.check()
 
+    from rtdetr_cli.infer.torch_backend import refuse_other_sampling
     from rtdetr_cli.model.weights import load_model
 
+    refuse_other_sampling(path, sampling)
     loaded, header = load_model(path, sampling=sampling, layers=layers, queries=queries)
     pictures = None if no_gate else _pictures(verify, path, header)
     folder = out or (path.parent / "export")

@@ -93,6 +93,7 @@ def open_torch(
     """Load weights for inference, with norms folded; see `open_backend`."""
     from rtdetr_cli.model.weights import load_model
 
+    refuse_other_sampling(path, sampling)
     chosen = choose_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -100,6 +101,29 @@ def open_torch(
         raise UsageError(f"--imgsz {imgsz[0]}x{imgsz[1]}: height and width must be multiples of 32")
     model, header = load_model(path, sampling=sampling, layers=layers, queries=queries)
     return TorchBackend(model.eval().fuse(), header, device=chosen, imgsz=imgsz)
+
+
+def refuse_other_sampling(path: Path, sampling: str | None) -> None:
+    """Refuse `--sampling` that contradicts what a file of ours says: its weights were trained for the one it has.
+
+    Raises:
+        UsageError: it does.
+        ModelError: the file is missing or damaged.
+    """
+    from rtdetr_cli.model.files import read_header
+    from rtdetr_cli.model.weights import is_ours
+
+    if sampling not in ("bilinear", "discrete") or not is_ours(path):
+        return
+    own = read_header(path).sampling
+    if own != sampling:
+        raise UsageError(
+            f"{path} samples {own}, as it was trained: --sampling {sampling} is for published files, which cannot say",
+            hint=f"rtdetr finetune-discrete {path}"
+            if sampling == "discrete"
+            else "leave --sampling out, or name the model that it was finetuned from",
+            code="sampling",
+        )
 
 
 def choose_device(device: str) -> torch.device:

@@ -127,6 +127,7 @@ def test_no_pictures(rtdetr: Rtdetr, model: Path) -> None:
         (["--tol-ap", "20"], 2, "fraction"),
         (["--verify", "nowhere"], 3, "nowhere"),
         (["--sampling", "nearest", "--no-gate"], 2, "sampling"),
+        (["--sampling", "discrete", "--no-gate"], 2, "rtdetr finetune-discrete"),
         (["--frobnicate"], 2, "frobnicate"),
     ],
 )

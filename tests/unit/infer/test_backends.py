@@ -194,6 +194,25 @@ def test_options_that_a_graph_cannot_take(tmp_path: Path, options: dict[str, obj
         open_backend(path, **options)  # type: ignore[arg-type]
 
 
+def test_a_model_of_ours_keeps_its_sampling(tmp_path: Path, shapes_model: Path) -> None:
+    from rtdetr_cli.model.weights import load_model, save_model
+
+    assert open_backend(shapes_model, sampling="bilinear").header.sampling == "bilinear"
+    with pytest.raises(UsageError, match="samples bilinear") as caught:
+        open_backend(shapes_model, sampling="discrete")
+    assert "rtdetr finetune-discrete" in caught.value.hint
+    model, header = load_model(shapes_model, sampling="discrete")
+    changed = tmp_path / "discrete.safetensors"
+    save_model(changed, model.state_dict(), header)
+    with pytest.raises(UsageError, match="samples discrete"):
+        open_backend(changed, sampling="bilinear")
+    published = tmp_path / "published.pth"
+    import torch
+
+    torch.save({"ema": {"module": model.state_dict()}}, published)
+    assert open_backend(published, sampling="discrete").header.sampling == "discrete"
+
+
 def test_missing_device_is_named(tmp_path: Path, shapes_model: Path) -> None:
     import torch
 
