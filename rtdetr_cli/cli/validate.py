@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from rtdetr_cli.data.doctor import Report
 
 FORMATS = ("coco", "yolo", "voc")
+CHANGED = {
+    "left_out": {"box-zero-size": "box", "label-orphan": "label file"},
+    "clipped": {"box-partly-outside": "box", "label-beyond-one": "box"},
+}
+"""What of a dataset without errors is not written as it was: code -> what it concerns. Every picture is written."""
 
 
 def validate(
@@ -66,7 +71,7 @@ def validate(
 
     document: dict[str, Any] = report.to_json()
     if not as_json:
-        _show(report)
+        _show(report, images, fixing=fix is not None)
     counts = report.counts()
     failed = bool(counts["error"] or (strict and counts["warning"]))
     if html is not None:
@@ -186,11 +191,12 @@ def _entry(entry: Any) -> dict[str, str]:
     }
 
 
-def _show(report: Report) -> None:
+def _show(report: Report, images: Path | None, *, fixing: bool) -> None:
     """Print the short table: one row a code, with the first place it was found."""
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.data.codes import CODES, counted, tally
     from rtdetr_cli.data.read import place
+    from rtdetr_cli.data.repair import repairable
 
     facts = report.summary()
     splits = ", ".join(f"{name} {part['pictures']:,}" for name, part in facts["splits"].items()) or "no split"
@@ -212,8 +218,9 @@ def _show(report: Report) -> None:
     if rows:
         code = rows[0][1]
         hint = f"rtdetr validate --explain {code}"
-        if any(CODES[c].repair for c in report.by_code()):
-            hint += f"; rtdetr validate {report.raw.source} --fix OUT writes a repaired copy"
+        if not fixing and repairable(report):
+            elsewhere = f" --images {images}" if images is not None else ""
+            hint += f"; rtdetr validate {report.raw.source}{elsewhere} --fix OUT writes a repaired copy"
         terminal.say(f"hint: {hint}")
 
 
@@ -272,13 +279,14 @@ def _write(
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.data.codes import counted
     from rtdetr_cli.data.read import to_splits
+    from rtdetr_cli.data.repair import repairable
     from rtdetr_cli.data.write import write_dataset
 
     errors = report.counts()["error"]
     if errors:
         raise DataError(
             f"{report.raw.name} has {counted(errors, 'error')}, so it is not written anew",
-            hint=f"rtdetr validate {report.raw.source} --fix OUT, then convert the copy",
+            hint=f"rtdetr validate {report.raw.source} --fix OUT, then convert the copy" if repairable(report) else "",
             code=next(f.code for f in report.findings if f.severity == "error"),
         )
     splits = to_splits(report.raw)
@@ -293,8 +301,14 @@ def _write(
     form = convert or {"roboflow": "coco"}.get(report.raw.format, report.raw.format)
     data = write_dataset(parts, form, to)
     counts = {name: len(part) for name, part in parts.items()}
-    document["written"] = {"format": form, "data": str(data), "splits": counts, **facts}
+    found = {code: len(positions) for code, positions in report.by_code().items()}
+    changed = {what: {c: found[c] for c in codes if c in found} for what, codes in CHANGED.items()}
+    document["written"] = {"format": form, "data": str(data), "splits": counts, **changed, **facts}
     if not as_json:
         told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         extra = f"; {counted(facts['clusters'], 'group')} of pictures that belong together" if facts else ""
         terminal.out(f"written: {data} ({form}; {told}{extra})")
+        for what, by_code in changed.items():
+            if by_code:
+                told_ = (f"{counted(n, CHANGED[what][code])} ({code})" for code, n in by_code.items())
+                terminal.out(f"{what.replace('_', ' ')}: {', '.join(told_)}")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rtdetr_cli.data.codes import Findings, Spot, counted
 from rtdetr_cli.data.raw import RawDataset, RawSplit
 from rtdetr_cli.data.records import Category
-from rtdetr_cli.data.text import MAX_BYTES, Oddities, read_text
+from rtdetr_cli.data.text import CUT_OFF_HINT, MAX_BYTES, Oddities, read_text
 
 _BLANK = re.compile(r"[ \t\n\r]*").match
 _scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
@@ -277,13 +277,39 @@ def _read_document(
             },
         )
     except JSONFault as fault:
-        findings.add(fault.code, f"{fault.message}", file=shown, line=line_of(text, fault.position))
+        message, position, hint = _told(text, fault)
+        findings.add(fault.code, message, file=shown, line=line_of(text, position), hint=hint)
         return None
     absent = [key for key in ("images", "annotations", "categories") if key not in keys]
     if "images" in absent or "categories" in absent:
         findings.add("file-malformed", f"has no {' and no '.join(absent)}: it is not a COCO file", file=shown, line=1)
         return None
     return document, text
+
+
+def _told(text: str, fault: JSONFault) -> tuple[str, int, str]:
+    """Return what a fault of the whole file means for people, where it is, and a hint if there is a better one.
+
+    A file that was cut off stops the parser with whatever it happens to wait for there; that says nothing to anybody.
+    """
+    end = len(text.rstrip())
+    if not end:
+        return "is empty", 0, CUT_OFF_HINT
+    rest = text[fault.position : end]
+    # What is left is the start of a value, of an escape, or nothing; for an open string the parser names its start.
+    few = len(rest) < len(r"\u00e4") and not set(rest) & set("]}")
+    open_string = fault.message.startswith("unterminated string") and not rest.endswith("}")
+    if fault.code == "file-malformed" and (few or open_string or any(word.startswith(rest) for word in _WORDS)):
+        where = f"line {line_of(text, end)}, column {_column(text, end)}"
+        return f"breaks off at {where}: the file is cut off", end, CUT_OFF_HINT
+    return f"{fault.message} (column {_column(text, fault.position)})", fault.position, ""
+
+
+_WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
+
+
+def _column(text: str, position: int) -> int:
+    return position - text.rfind("\n", 0, position)
 
 
 def _categories(documents: dict[str, tuple[_Document, str]], findings: Findings) -> dict[int, str]:

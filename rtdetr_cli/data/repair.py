@@ -28,7 +28,7 @@ from rtdetr_cli.data.coco import id_key, walk_object
 from rtdetr_cli.data.codes import CODES, Spot
 from rtdetr_cli.data.doctor import Report
 from rtdetr_cli.data.pictures import FORMATS, SUFFIXES
-from rtdetr_cli.data.raw import RawSplit
+from rtdetr_cli.data.raw import RawDataset, RawSplit
 from rtdetr_cli.data.records import Finding
 from rtdetr_cli.data.voc import listed_name
 from rtdetr_cli.errors import DataError, RtdetrError
@@ -127,6 +127,23 @@ class _Plan:
         return spans
 
 
+def repairable(report: Report) -> bool:
+    """Tell whether `repair` mends an error or a warning of a dataset, without planning it all."""
+    raw = report.raw
+    if not raw.splits:
+        return False
+    found = [f for f in report.findings if f.severity in ("error", "warning") and CODES[f.code].repair]
+    if any(f.code not in _LOST_LABELS for f in found):
+        return True
+    # A label file that cannot be read is left out with its picture, unless it is everybody's.
+    return raw.format in ("yolo", "voc") and not _own_files(raw).isdisjoint(f.file for f in found)
+
+
+def _own_files(raw: RawDataset) -> set[str]:
+    """Return the label files that belong to one picture."""
+    return {split.label_file(picture) for split in raw.splits.values() for picture in range(len(split))}
+
+
 def repair(report: Report, out: Path) -> Repaired:
     """Write a repaired copy below `out`.
 
@@ -199,7 +216,7 @@ def _lost_pictures(plan: _Plan) -> dict[str, set[int]]:
                     lost[name].add(picture)
     for spot in _turned_for_good(plan):
         lost[spot.split].add(spot.picture)
-    own = {s.label_file(p) for s in raw.splits.values() for p in range(len(s))} if broken else set()
+    own = _own_files(raw) if broken else set()
     for i, (finding, spot) in enumerate(_found(plan)):
         if finding.code in _LOST_PICTURES and spot.picture >= 0:
             plan.done.add(i)
@@ -571,7 +588,7 @@ def _mend_lists(
     raw = plan.report.raw
     lost_paths = {normpath(raw.splits[n].path(p)) for n, pictures in lost.items() for p in pictures}
     new_names = {normpath(raw.splits[n].path(p)): Path(new).name for (n, p), new in renamed.items()}
-    own = {s.label_file(p) for s in raw.splits.values() for p in range(len(s))}
+    own = _own_files(raw)
     if not lost_paths and not new_names:
         return
     for shown, path in raw.label_paths.items():
@@ -599,7 +616,7 @@ def _plan_voc(plan: _Plan, lost: dict[str, set[int]], renamed: dict[tuple[str, i
     raw = plan.report.raw
     labels_lost = {raw.splits[n].label_file(p) for n, pictures in lost.items() for p in pictures}
     labels_lost -= {s.label_file(p) for n, s in raw.splits.items() for p in range(len(s)) if p not in lost[n]}
-    own = {s.label_file(p) for s in raw.splits.values() for p in range(len(s))}
+    own = _own_files(raw)
     for shown, path in raw.label_paths.items():
         if shown in labels_lost:
             _leave_out(plan, path, "picture")

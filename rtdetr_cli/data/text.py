@@ -15,6 +15,8 @@ MAX_BYTES = 4 << 30
 MAX_SMALL_BYTES = 64 << 20
 """The same for a file of one picture, a list of pictures or a `data.yaml`."""
 
+CUT_OFF_HINT = "copy, download or export the file again"
+
 
 @dataclass(slots=True)
 class Oddities:
@@ -65,7 +67,11 @@ def read_text(
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        findings.add("file-malformed", f"is not UTF-8: byte 0x{data[error.start]:02x}", file=shown, line=line)
+        if error.reason == "unexpected end of data":
+            said, hint = "breaks off in the middle of a character: the file is cut off", CUT_OFF_HINT
+        else:
+            said, hint = f"is not UTF-8: byte 0x{data[error.start]:02x}", ""
+        findings.add("file-malformed", said, file=shown, line=line, hint=hint)
         return None
     if b"\r\n" in data:
         oddities.crlf.append(shown)

@@ -137,6 +137,39 @@ def test_resplit(rtdetr: Run, data: Path, tmp_path: Path) -> None:
         assert rtdetr("validate", to).code == 0
 
 
+def test_fix_is_hinted_at_only_where_it_helps(rtdetr: Run, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "fixed"
+    assert "--fix OUT" in rtdetr("validate", data).err
+    assert "--fix OUT" not in rtdetr("validate", data, "--fix", out).err, "it is being done"
+    again = rtdetr("validate", out)
+    assert "0 errors, 0 warnings" in again.out
+    assert "--fix OUT" not in again.err
+    data.write_text(data.read_text()[:-300])
+    cut = rtdetr("validate", data)
+    assert cut.code == 3
+    assert "the file is cut off" in cut.out
+    assert "--explain file-malformed" in cut.err
+    assert "--fix" not in cut.err
+
+
+def test_the_hint_keeps_the_folder_of_the_pictures(rtdetr: Run, data: Path, tmp_path: Path) -> None:
+    moved = shutil.copy(data, tmp_path / "moved.json")
+    ran = rtdetr("validate", moved, "--images", data.parent)
+    assert f"rtdetr validate {moved} --images {data.parent} --fix OUT" in ran.err
+
+
+@pytest.mark.parametrize("how", [["--convert", "voc"], ["--resplit", "0.5,0.5"]])
+def test_what_is_not_written_as_it_was_is_said(rtdetr: Run, data: Path, tmp_path: Path, how: list[str]) -> None:
+    ran = rtdetr("validate", data, *how, "--to", tmp_path / "to")
+    assert "left out: 1 box (box-zero-size)\n" in ran.out
+    assert "clipped: 1 box (box-partly-outside)\n" in ran.out
+    written = rtdetr("validate", data, *how, "--to", tmp_path / "again", "--json").json["written"]
+    assert (written["left_out"], written["clipped"]) == ({"box-zero-size": 1}, {"box-partly-outside": 1})
+    ran = rtdetr("validate", tmp_path / "to", *how, "--to", tmp_path / "third")
+    assert "left out" not in ran.out
+    assert "clipped" not in ran.out
+
+
 @pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
 def test_convert(rtdetr: Run, data: Path, tmp_path: Path, form: str) -> None:
     ran = rtdetr("validate", data, "--convert", form, "--to", tmp_path / "to", "--json")

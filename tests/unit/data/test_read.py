@@ -237,3 +237,39 @@ def test_coco21_as_it_is(coco21: Path) -> None:
     )
     assert splits.val.crowd.sum() == 1
     assert splits.val.category_ids[-1] == 90
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_file_that_breaks_off_is_said_to_be_cut_off(coco: Any, indent: int | None) -> None:
+    """Wherever it does: within a word, a number, a string, an escape, between entries."""
+    coco.train["info"] = {"of": [True, None, -1.5e-3, {}, [], {"by": "K\u00e4the\n"}]}
+    path = coco.write(indent=indent) / "train.json"
+    whole = path.read_text("utf-8").rstrip()
+    for length in [*range(1, 180), len(whole) // 2, len(whole) - 1]:
+        text = whole[:length]
+        path.write_text(text, "utf-8")
+        (finding,) = (f for f in read_raw(path).findings if f.severity == "error")
+        seen = text.rstrip()
+        line, column = seen.count("\n") + 1, len(seen.rpartition("\n")[2]) + 1
+        assert finding.message == f"breaks off at line {line}, column {column}: the file is cut off", text[-30:]
+        assert finding.line == line
+        assert "again" in finding.hint
+
+
+def test_a_faulty_file_is_told_from_one_that_breaks_off(coco: Any) -> None:
+    path = coco.write() / "train.json"
+    whole = path.read_text("utf-8")
+    for text, said in (
+        ("", "is empty"),
+        (" \n", "is empty"),
+        (whole.replace('"images"', "images", 1), "a key is expected (column "),
+        (whole.rstrip()[:-1] + "]", "a comma or the end of the object is missing (column 1)"),
+        ('{"images": [], "categories: []}', "unterminated string starting at (column 16)"),
+        (whole.rstrip() + "}", "something follows the end of the document (column 2)"),
+    ):
+        path.write_text(text, "utf-8")
+        (finding,) = (f for f in read_raw(path).findings if f.severity == "error")
+        assert finding.message.startswith(said), finding.message
+    path.write_bytes(whole.encode()[:50] + b"\xc3")
+    (finding,) = (f for f in read_raw(path).findings if f.severity == "error")
+    assert finding.message == "breaks off in the middle of a character: the file is cut off"

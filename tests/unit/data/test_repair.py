@@ -15,7 +15,7 @@ from PIL import Image
 from rtdetr_cli.data.codes import CODES
 from rtdetr_cli.data.doctor import examine
 from rtdetr_cli.data.read import load_splits
-from rtdetr_cli.data.repair import repair, undo
+from rtdetr_cli.data.repair import repair, repairable, undo
 from rtdetr_cli.errors import DataError
 from tests.unit.data.test_faults import BOXES, FILES, PICTURES, VOC, YOLO  # type: ignore[import-not-found]
 
@@ -34,6 +34,7 @@ def repaired(folder: Path, code: str) -> None:
     """Repair a dataset and check all that must hold of every repair."""
     before = hashes(folder)
     report = examine(folder)
+    assert repairable(report) == any(f.severity != "info" and CODES[f.code].repair for f in report.findings)
     out = folder.parent / "out"
     done = repair(report, out)
     assert hashes(folder) == before, "the original was changed"
@@ -112,6 +113,22 @@ def test_yolo(yolo: Any, code: str, plant: Plant) -> None:
 def test_voc(voc: Any, code: str, plant: Plant) -> None:
     plant(voc)
     repaired(voc.write(), code)
+
+
+@pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
+def test_what_repair_cannot_mend_is_not_called_repairable(form: str, request: pytest.FixtureRequest) -> None:
+    """Nothing is promised for a file that is everybody's; a file of one picture is left out with it."""
+    folder = request.getfixturevalue(form).write()
+    assert not repairable(examine(folder))
+    broken, mended = {
+        "coco": (folder / "train.json", False),
+        "yolo": (folder / "labels/train/train_0.txt", True),
+        "voc": (folder / "Annotations/train_0.xml", True),
+    }[form]
+    broken.write_bytes(broken.read_bytes()[:40] + b"\xff")
+    report = examine(folder)
+    assert report.counts()["error"]
+    assert repairable(report) == mended
 
 
 def test_lists_of_yolo_lose_pictures_that_cannot_be_used(yolo: Any) -> None:
