@@ -222,7 +222,8 @@ def _calibrate(path: Path, evaluation: Evaluation, target: str, facts: dict[str,
             f"the thresholds are for the model with {' '.join(facts['dial'])}: export and predict with the same"
         )
     labels = map_classes(facts["names"], evaluation.dataset).labels
-    header = store_thresholds(path, found.thresholds, labels)
+    height, width = facts["imgsz"]
+    header = store_thresholds(path, found.thresholds, labels, imgsz=(height, width))
     facts["stale_exports"] = [str(p) for p in stale_exports(path, header)]
     for note in found.notes:
         terminal.warn(note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rtdetr_cli.infer.write import Results
 
 FIRST_MODEL = "rtdetrv2_r18vd_120e_coco_rerun_48.1.pth"  # what predicts where nothing has been trained yet
+FAINT = 0.05  # a best score below which no threshold helps
 
 Sources = Annotated[
     list[str],
@@ -102,8 +104,10 @@ def predict(
 
     folder = _folder(out, found if save else []) if save or save_json or save_coco or save_txt else None
     height, width = backend.imgsz
-    terminal.say(f"model {model.name}  {backend.kind} {height}x{width}  {_count(found)}  conf {selection.said}")
+    terminal.say(f"model {model}  {backend.kind} {height}x{width}  {_count(found)}  conf {selection.said}")
+    _check_thresholds(model, backend, conf)
     results = None
+    tally = _Tally()
     if folder is not None:
         ids = coco_image_ids(found, dataset.image_ids if dataset is not None else None)
         results = Results(
@@ -111,7 +115,7 @@ def predict(
         )
     try:
         failed = _predict_all(
-            found, backend, selection, results, batch=batch, draw_to=folder if save else None, as_json=as_json
+            found, backend, selection, results, tally, batch=batch, draw_to=folder if save else None, as_json=as_json
         )
     finally:
         if results is not None:
@@ -120,6 +124,8 @@ def predict(
             folder.rmdir()  # nothing could be read: leave no empty folder behind
     if folder is not None and len(failed) < len(found):
         terminal.say(f"results in {folder}")
+    if tally.empty:
+        terminal.say(terminal.paint("hint:", "36") + " " + tally.hint(model, backend))
     if failed and len(found) == 1:
         raise failed[0]
     if failed:
@@ -129,6 +135,54 @@ def predict(
             hint="each is named above",
             code="pictures-unreadable",
         )
+
+
+class _Tally:
+    """What all pictures together came to: whether anything was found, and the best score that was seen."""
+
+    def __init__(self) -> None:
+        self.pictures = self.detections = 0
+        self.best: float | None = None
+
+    def add(self, event: Predicted) -> None:
+        self.pictures += 1
+        self.detections += len(event.found)
+        if event.best is not None:
+            self.best = max(event.best, self.best or 0.0)
+
+    @property
+    def empty(self) -> bool:
+        """True when pictures were read and nothing was found in any."""
+        return self.pictures > 0 and not self.detections
+
+    def hint(self, model: Path, backend: Backend) -> str:
+        """Say how close it was, and what to do."""
+        if self.best is None or self.best < FAINT:
+            seen = "no score at all was seen" if self.best is None else f"the best score seen is {self.best:.3f}"
+            return f"nothing was found, and {seen}: is it a model for such pictures, trained for long enough?"
+        lower = math.floor(100 * self.best) / 100
+        told = f"nothing was found; the best score seen is {self.best:.3f}: --conf {lower:.2f} shows it"
+        if model.suffix == ".safetensors" and backend.header.thresholds is None:
+            told += ", and rtdetr eval --calibrate f1 finds thresholds that fit the model"
+        return told
+
+
+def _check_thresholds(model: Path, backend: Backend, conf: str) -> None:
+    """Warn when the stored thresholds are used at another input size than the one they were found at."""
+    from rtdetr_cli.cli import terminal
+
+    header = backend.header
+    if conf != "auto" or header.thresholds is None:
+        return
+    found_at = header.thresholds.imgsz or header.imgsz
+    if found_at == backend.imgsz:
+        return
+    used = "{}x{}".format(*backend.imgsz)
+    again = f": rtdetr eval {model} --imgsz {used} --calibrate f1" if model.suffix == ".safetensors" else ""
+    terminal.warn(
+        f"the stored thresholds were calibrated at {found_at[0]}x{found_at[1]} and are used at {used}, where scores "
+        f"differ{again}"
+    )
 
 
 class _Dataset:
@@ -190,6 +244,7 @@ def _predict_all(
     backend: Backend,
     selection: Selection,
     results: Results | None,
+    tally: _Tally,
     *,
     batch: int,
     draw_to: Path | None,
@@ -210,7 +265,7 @@ def _predict_all(
         part = list(group)
         if video:
             for source in part:
-                error = _predict_video(source, backend, selection, results, batch, draw_to, as_json)
+                error = _predict_video(source, backend, selection, results, tally, batch, draw_to, as_json)
                 if error is not None:
                     fail(error)
             continue
@@ -218,6 +273,7 @@ def _predict_all(
         with closing(events), _progress(len(part), "pictures", wanted=len(part) > 1) as advance:
             for event in events:
                 if isinstance(event, Predicted):
+                    tally.add(event)
                     _say(event, results, as_json=as_json)
                 else:
                     fail(event.error)
@@ -230,6 +286,7 @@ def _predict_video(
     backend: Backend,
     selection: Selection,
     results: Results | None,
+    tally: _Tally,
     batch: int,
     draw_to: Path | None,
     as_json: bool,
@@ -250,6 +307,7 @@ def _predict_video(
         with closing(events), _progress(video.frames, source.path.name, wanted=True, lines=as_json) as advance:
             for event in events:
                 frames += 1
+                tally.add(event)
                 found += len(event.found)
                 if as_json:
                     _say(event, results, as_json=True)

@@ -375,4 +375,4 @@ def _stored(found: Thresholds | None, labels: NDArray[np.int64] | None, classes:
     for own, label in enumerate(labels.tolist()):
         if label >= 0:
             per_class[label] = found.per_class[own]
-    return Thresholds(found.target, found.overall, tuple(per_class))
+    return replace(found, per_class=tuple(per_class))

@@ -31,13 +31,20 @@ def refuse_to_store(path: Path) -> None:
     read_header(path)
 
 
-def store_thresholds(path: Path, thresholds: Thresholds, label_map: NDArray[np.int64] | None) -> ModelHeader:
+def store_thresholds(
+    path: Path,
+    thresholds: Thresholds,
+    label_map: NDArray[np.int64] | None,
+    *,
+    imgsz: tuple[int, int] | None = None,
+) -> ModelHeader:
     """Write thresholds into a model's header; tensors and identity stay as they are.
 
     Args:
         path: a model file of ours.
         thresholds: in the labels of the dataset they were found on.
         label_map: (model classes,) the dataset's label of each class, -1 for none; None when they are the same.
+        imgsz: (height, width) of the input at which they were found.
 
     Returns:
         The header as written. A class that the dataset does not have gets the overall threshold.
@@ -46,7 +53,7 @@ def store_thresholds(path: Path, thresholds: Thresholds, label_map: NDArray[np.i
     if label_map is not None:
         own = tuple(thresholds.per_class[k] if k >= 0 else thresholds.overall for k in label_map.tolist())
         thresholds = replace(thresholds, per_class=own)
-    return rewrite_header(path, replace(header, thresholds=thresholds))
+    return rewrite_header(path, replace(header, thresholds=replace(thresholds, imgsz=imgsz)))
 
 
 def stale_exports(path: Path, header: ModelHeader) -> list[Path]:

@@ -23,12 +23,21 @@ from rtdetr_cli.infer.write import VideoFile, save_picture, saved_name
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Predicted:
-    """A picture, or a frame of a video, is done; `seconds` is its share of the network's time."""
+    """A picture, or a frame of a video, is done.
+
+    Attributes:
+        source: the picture or the video.
+        found: what was found and selected.
+        seconds: its share of the network's time.
+        frame: its number from 0; None for a picture.
+        best: the highest score of the wanted classes, also where it is below the threshold.
+    """
 
     source: Source
     found: Detections
     seconds: float
     frame: int | None = None
+    best: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +73,7 @@ def predict_pictures(
         found = selection.apply(seen.found)
         if draw_to is not None and seen.picture is not None:
             save_picture(_drawn(seen, found), draw_to / saved_name(source))
-        return Predicted(source, found, seen.seconds)
+        return Predicted(source, found, seen.seconds, best=selection.best(seen.found))
 
     seen = detect_pictures(backend, [s.path for s in sources], batch=batch, keep=draw_to is not None)
     with closing(seen):
@@ -89,7 +98,8 @@ def predict_video(
         if draw_to is None:
             for seen in seen_frames:
                 assert seen.found is not None
-                yield Predicted(source, selection.apply(seen.found), seen.seconds, seen.position)
+                found = selection.apply(seen.found)
+                yield Predicted(source, found, seen.seconds, seen.position, selection.best(seen.found))
             return
 
         def draw(seen: Seen) -> tuple[Seen, Detections, NDArray[np.uint8]]:
@@ -100,7 +110,8 @@ def predict_video(
         with VideoFile(draw_to / saved_name(source), size_wh=video.size_wh, rate=video.rate) as copy:
             for seen, found, frame in read_ahead(draw, seen_frames):
                 copy.add(frame)
-                yield Predicted(source, found, seen.seconds, seen.position)
+                assert seen.found is not None
+                yield Predicted(source, found, seen.seconds, seen.position, selection.best(seen.found))
 
 
 def _drawn(seen: Seen, found: Detections) -> NDArray[np.uint8]:

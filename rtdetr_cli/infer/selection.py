@@ -36,7 +36,7 @@ class Selection:
 
     def apply(self, found: Detections) -> Detections:
         """Return the rows that pass, best first, clipped to the picture; rows outside it or not finite are dropped."""
-        finite = np.isfinite(found.scores) & np.isfinite(found.boxes_xyxy_px).all(axis=1)
+        finite = _finite(found)
         floor = np.full(len(found), self.threshold, np.float32)
         if self.per_class is not None:
             known = (found.labels >= 0) & (found.labels < len(self.per_class))
@@ -51,6 +51,18 @@ class Selection:
         inside = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         clipped = Detections(boxes, kept.scores, kept.labels, kept.size_wh, kept.names, kept.category_ids)
         return clipped.keep(np.flatnonzero(inside)[: self.max_det])
+
+    def best(self, found: Detections) -> float | None:
+        """Return the highest score of raw rows of the classes wanted, whatever the threshold; None without a row."""
+        usable = _finite(found)
+        if self.labels is not None:
+            usable &= np.isin(found.labels, self.labels)
+        return float(found.scores[usable].max()) if usable.any() else None
+
+
+def _finite(found: Detections) -> NDArray[np.bool_]:
+    finite: NDArray[np.bool_] = np.isfinite(found.scores) & np.isfinite(found.boxes_xyxy_px).all(axis=1)
+    return finite
 
 
 def select_by(

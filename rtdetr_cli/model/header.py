@@ -18,11 +18,19 @@ HEADER_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """Score thresholds found by `eval --calibrate`: one for all classes and one for each, in label order."""
+    """Score thresholds found by `eval --calibrate`: one for all classes and one for each, in label order.
+
+    Attributes:
+        target: `f1` or `precision=0.9`.
+        overall: for all classes together.
+        per_class: for each class.
+        imgsz: (height, width) of the input at which they were found; None is the model's own, of older files.
+    """
 
     target: str
     overall: float
     per_class: tuple[float, ...]
+    imgsz: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +103,12 @@ class ModelHeader:
             known["imgsz"] = (int(height), int(width))
             if known.get("thresholds"):
                 found = known["thresholds"]
+                size = found.get("imgsz")
                 known["thresholds"] = Thresholds(
-                    str(found["target"]), float(found["overall"]), tuple(float(t) for t in found["per_class"])
+                    str(found["target"]),
+                    float(found["overall"]),
+                    tuple(float(t) for t in found["per_class"]),
+                    (int(size[0]), int(size[1])) if size else None,
                 )
             return cls(**known)
         except (ValueError, KeyError, TypeError, AttributeError) as error:

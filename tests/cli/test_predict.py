@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 from PIL import Image
 
 from rtdetr_cli.data.pictures import read_picture
+from rtdetr_cli.model.files import read_header, rewrite_header
 
 
 @pytest.fixture
@@ -213,6 +216,78 @@ def test_classes_conf_and_number(rtdetr: Callable[..., Any], here: Path, shapes_
     assert {row["label"] for row in run("--conf", 0.05, "--classes", "plum,tomato")} == {"plum", "tomato"}
     assert {row["label"] for row in run("--conf", 0.05, "--classes", "plum", "--classes", "leaf")} == {"plum", "leaf"}
     assert all(row["score"] >= 0.3 for row in run("--conf", 0.3))
+
+
+def test_nothing_found_at_all_is_explained_once(
+    rtdetr: Callable[..., Any],
+    here: Path,
+    shapes_onnx: Path,
+    shapes_model: Path,
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = ("predict", pictures, "-w", shapes_onnx, "--no-save")
+    best = max(row["score"] for d in documents(rtdetr(*given, "--conf", 0, "--json")) for row in d["detections"])
+    ran = rtdetr(*given, "--conf", 0.999)
+    assert ran.code == 0
+    assert ran.err.count("hint:") == 1
+    assert f"nothing was found; the best score seen is {best:.3f}" in ran.err
+    lower = re.search(r"--conf (\d\.\d+)", ran.err)
+    assert lower
+    assert 0 < float(lower[1]) <= best
+    assert any(d["detections"] for d in documents(rtdetr(*given, "--conf", lower[1], "--json")))
+    assert "--calibrate" not in ran.err  # an export takes no thresholds
+    ran = rtdetr("predict", pictures, "-w", shapes_model, "--no-save", "--conf", 0.999, "--json")
+    assert "nothing was found" in ran.err
+    assert "--calibrate" not in ran.err  # it has thresholds, which --conf overrules
+    assert "nothing was found" not in rtdetr(*given).err
+    shutil.copy(shapes_model, "plain.safetensors")
+    rewrite_header(here / "plain.safetensors", replace(read_header(shapes_model), thresholds=None))
+    ran = rtdetr("predict", pictures, "-w", "plain.safetensors", "--no-save", "--conf", 0.999, "--json")
+    assert "rtdetr eval --calibrate f1" in ran.err
+    Image.new("RGB", (64, 48)).save("black.png")
+    black = ("predict", "black.png", "-w", shapes_onnx, "--no-save", "--classes", "plum")
+    plum = rtdetr(*black, "--conf", 0, "--json").json["detections"][0]["score"]
+    assert f"the best score seen is {plum:.3f}" in rtdetr(*black, "--conf", 1).err
+    monkeypatch.setattr("rtdetr_cli.cli.predict.FAINT", 0.9)
+    ran = rtdetr(*black, "--conf", 1)
+    assert "is it a model for such pictures" in ran.err
+    assert "--conf 0" not in ran.err
+
+
+def test_thresholds_of_another_size_are_not_taken_silently(
+    rtdetr: Callable[..., Any], here: Path, shapes_model: Path, pictures: Path
+) -> None:
+    (here / "runs/tiny-01").mkdir(parents=True)
+    shutil.copy(shapes_model, here / "runs/tiny-01/best.safetensors")
+    given = ("predict", pictures / "shapes_00.png", "-w", "runs/tiny-01", "--no-save")
+    ran = rtdetr(*given)
+    assert "model runs/tiny-01/best.safetensors  torch 96x128" in ran.err
+    assert "warning" not in ran.err
+    ran = rtdetr(*given, "--imgsz", "128x160")
+    assert "calibrated at 96x128" in ran.err
+    assert "--imgsz 128x160 --calibrate f1" in ran.err
+    assert "warning" not in rtdetr(*given, "--imgsz", "128x160", "--conf", 0.5).err
+    ran = rtdetr(
+        "eval",
+        "runs/tiny-01",
+        "--data",
+        pictures / "shapes.json",
+        "--split",
+        "val",
+        "--imgsz",
+        "128x160",
+        "--calibrate",
+        "f1",
+    )
+    assert ran.code == 0, ran.err
+    header = read_header(here / "runs/tiny-01/best.safetensors")
+    assert header.thresholds is not None
+    assert header.thresholds.imgsz == (128, 160)
+    assert "warning" not in rtdetr(*given, "--imgsz", "128x160").err
+    assert "calibrated at 128x160" in rtdetr(*given).err
+    rewrite_header(here / "runs/tiny-01/best.safetensors", replace(header, thresholds=None))
+    assert "warning" not in rtdetr(*given, "--imgsz", "128x160").err
 
 
 def test_newest_run_is_taken_and_named(
