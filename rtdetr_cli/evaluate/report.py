@@ -364,7 +364,8 @@ def place_texts(marks: Sequence[_Mark], size_wh: tuple[int, int], text_size: flo
 def _overlaps(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Return (A, B) whether rectangles of corners lie on one another."""
     apart = (a[:, None, :2] >= b[None, :, 2:]) | (a[:, None, 2:] <= b[None, :, :2])
-    return ~apart.any(axis=2)
+    together: NDArray[np.bool_] = ~np.any(apart, axis=2)
+    return together
 
 
 def choose_pictures(analysis: ErrorAnalysis) -> list[int]:
