@@ -143,7 +143,6 @@ def _report(outcome: Outcome, as_json: bool) -> None:
         terminal.table(
             ("export", *(e.name for e in outcome.exports)),
             [
-                ("file", *(str(e.artefact.path) for e in outcome.exports)),
                 ("gate", *("passed" if e.artefact.passed else "FAILED" for e in outcome.exports)),
                 ("ms in ONNX Runtime", *(f"{e.milliseconds:.1f}" for e in outcome.exports)),
                 ("operators", *(str(sum(e.artefact.operators.values())) for e in outcome.exports)),
@@ -154,7 +153,11 @@ def _report(outcome: Outcome, as_json: bool) -> None:
                 ),
             ],
         )
-        terminal.out(outcome.recommendation)
+        # Outside the table, which a narrow terminal folds: a path must stay whole to be copied.
+        terminal.out(f"model  {outcome.best}")
+        for export in outcome.exports:
+            terminal.out(f"export of the {export.name} model  {export.artefact.path}")
+        terminal.out("\n" + outcome.recommendation)
     if outcome.passed:
         return
     error = GateError(

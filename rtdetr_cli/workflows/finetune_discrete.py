@@ -37,7 +37,7 @@ from rtdetr_cli.workflows.finetune import EndReport, Event, finetune
 from rtdetr_cli.workflows.prepare import training_sets
 
 RESULT = "discrete.json"
-FASTER = 0.95  # of the original's latency, below which the discrete export counts as faster
+AS_FAST = 0.05  # share of the original's latency within which the discrete export counts as equally fast
 ROUNDS = 3
 FEWEST_EPOCHS = 2
 USUAL_SHARE = 12 / 72  # of the first stage, where nothing was published for a preset
@@ -262,19 +262,29 @@ def recommend(rows: tuple[Row, Row, Row], exports: Sequence[Exported], *, max_dr
     if before.ap.value - after.ap.value > max_drop:
         return f"keep the original: discrete sampling costs more than {max_drop:g} AP: {told}"
     original, discrete = exports[0].milliseconds, exports[1].milliseconds
-    speed = f"{original:.1f} ms against {discrete:.1f} ms in ONNX Runtime here"
+    word = _pace(discrete, original)
+    speed = f"it is {word} ({discrete:.1f} ms against {original:.1f} ms of the original in ONNX Runtime here)"
     if gap.lower > 0:
         return (
             f"deploy the discrete model: it is the better one, {told}; {speed}; it has also been trained for longer, "
             "which may be the gain: the original, trained as long, might be as good"
         )
-    if discrete < FASTER * original:
+    if word == "faster":
         cost = "for no difference in AP that can be told" if gap.upper >= 0 else "at a real loss of AP"
         return f"deploy the discrete model where speed counts: {speed}, {cost}: {told}"
+    own = "as fast" if word == "as fast" else "faster"
     return (
-        f"keep the original: it is as fast ({speed}), its export holds no GridSample either, and the discrete model "
-        f"brings {told}; take the discrete one only for a runtime that is slow at the gather of four pixels"
+        f"keep the original: it is {own} ({original:.1f} ms against {discrete:.1f} ms of the discrete model in ONNX "
+        f"Runtime here), its export holds no GridSample either, and the discrete model brings {told}; take the "
+        "discrete one only for a runtime that is slow at the gather of four pixels"
     )
+
+
+def _pace(milliseconds: float, beside: float) -> str:
+    """Return `faster`, `as fast` or `slower`; a difference of `AS_FAST` is none."""
+    if abs(milliseconds - beside) <= AS_FAST * beside * (1 + 1e-9):  # the bound itself is within
+        return "as fast"
+    return "faster" if milliseconds < beside else "slower"
 
 
 # ------------------------------------------------------------------------------------------------------- plan

@@ -153,6 +153,8 @@ def outcome(
         ({"after": 0.498, "times": (10.0, 8.0)}, "deploy the discrete model where speed counts"),
         ({"after": 0.495, "spread": 0.001, "times": (10.0, 8.0)}, "deploy the discrete model where speed counts"),
         ({"after": 0.502, "times": (10.0, 9.8)}, "keep the original: it is as fast"),
+        ({"after": 0.502, "times": (10.0, 10.5)}, "keep the original: it is as fast (10.0 ms against 10.5 ms"),
+        ({"after": 0.502, "times": (10.0, 10.6)}, "keep the original: it is faster (10.0 ms against 10.6 ms"),
         ({"after": 0.55, "times": (10.0, 5.0), "passed": False}, "deploy neither yet"),
     ],
 )
@@ -163,6 +165,14 @@ def test_recommendation(facts: dict[str, Any], begins: str) -> None:
 def test_gain_may_be_the_longer_training() -> None:
     """A better discrete model has also been trained for longer, and the words say so."""
     assert "trained for longer" in recommend(*outcome(after=0.55, times=(10.0, 10.0)), max_drop=0.01)
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "word"), [(5.0, "faster"), (9.6, "as fast"), (10.4, "as fast"), (20.0, "slower")]
+)
+def test_speed_of_the_better_model_is_told_as_it_is(milliseconds: float, word: str) -> None:
+    told = recommend(*outcome(after=0.55, times=(10.0, milliseconds)), max_drop=0.01)
+    assert f"it is {word} ({milliseconds:.1f} ms against 10.0 ms of the original" in told
 
 
 def test_real_loss_is_called_one() -> None:
@@ -192,6 +202,24 @@ def test_command_refuses_first(rtdetr: Callable[..., Any], shapes_model: Path, s
         ran = rtdetr("finetune-discrete", *words)
         assert ran.code == code, ran.err
         assert "Traceback" not in ran.err
+
+
+def test_paths_stay_whole_on_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rtdetr_cli.cli import terminal
+    from rtdetr_cli.cli.finetune_discrete import _report
+
+    monkeypatch.setattr(terminal, "is_terminal", lambda stream=None: True)
+    monkeypatch.setenv("COLUMNS", "50")
+    rows, exports = outcome(after=0.5, times=(1.0, 1.0))
+    folder = Path("runs/tiny-a-dataset-with-a-long-name-discrete-01")
+    paths = [folder / "export-original" / "best.onnx", folder / "export" / "best.onnx"]
+    exports = [replace(e, artefact=replace(e.artefact, path=p)) for e, p in zip(exports, paths, strict=True)]
+    _report(Outcome(folder, folder / "best.safetensors", rows, tuple(exports), "keep it", 0.0, 0.01), False)
+    said = capsys.readouterr().out
+    for path in (*paths, folder / "best.safetensors"):
+        assert any(line.endswith(str(path)) for line in said.splitlines()), said
 
 
 @pytest.mark.slow
