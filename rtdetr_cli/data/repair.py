@@ -2,13 +2,19 @@
 
 Nothing is ever changed in place. Label files are mended by replacing spans of their text, so everything else in them
 stays to the byte: other keys, spaces, comments. What cannot be mended safely is left out of the copy and said; files
-that are left out are kept under `left-out/`, so that the patch alone brings the original back.
+that are left out are kept under `left-out/`, so that copy and patch alone bring the original back.
+
+The copy holds what makes up the dataset: label files, the pictures they name, lists of pictures, and the texts that
+belong to all of them, such as a licence. Undoing brings every one of these files back to the byte. What else lies in
+the original's folder (pictures that no label names, masks, programs) was never part of what is checked: it is not
+copied, and undoing does not bring it back. `patch.json` says so too.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 import shutil
 import struct
@@ -30,11 +36,22 @@ from rtdetr_cli.data.doctor import Report
 from rtdetr_cli.data.pictures import FORMATS, SUFFIXES
 from rtdetr_cli.data.raw import RawDataset, RawSplit
 from rtdetr_cli.data.records import Finding
-from rtdetr_cli.data.voc import listed_name
+from rtdetr_cli.data.voc import CLASS_LISTS, listed_name
 from rtdetr_cli.errors import DataError, RtdetrError
 
 PATCH_FILE = "patch.json"
 LEFT_OUT = "left-out"
+HOLDS = (
+    "label files, the pictures they name, lists of pictures, and texts such as licence and readme; whatever else lies "
+    "in the original's folder was not copied, and undoing does not bring it back"
+)
+_NOTE = re.compile(
+    r"(licen[cs]es?|copying|copyright|notice|readme|read_me|citation|authors|changelog|classes|labels|class_names)"
+    r"([._-].*)?",
+    re.IGNORECASE,
+)
+_NOTE_SUFFIXES = ("", ".txt", ".md", ".rst", ".html", ".bib", ".cff")
+_NOTE_BYTES = 1 << 20
 
 _DROPPED_BOXES = frozenset(
     {
@@ -174,6 +191,7 @@ def repair(report: Report, out: Path) -> Repaired:
         _plan_voc(plan, lost, renamed)
     _plan_marks(plan)
     _plan_line_ends(plan)
+    _plan_notes(plan)
     try:
         out.mkdir(parents=True, exist_ok=True)
         _carry_out(plan)
@@ -188,6 +206,7 @@ def repair(report: Report, out: Path) -> Repaired:
         "schema_version": 1,
         "source": str(raw.source),
         "format": raw.format,
+        "holds": HOLDS,
         "changes": plan.changes,
         "not_repaired": [
             {"code": f.code, "file": f.file, "line": f.line, "message": f.message}
@@ -198,6 +217,31 @@ def repair(report: Report, out: Path) -> Repaired:
     patch.write_text(json.dumps(document, indent=1), "utf-8")
     data = out / plan.destination(raw.source) if raw.source.is_file() else out
     return Repaired(data, patch, dict(repaired), dict(left))
+
+
+def _plan_notes(plan: _Plan) -> None:
+    """Carry over the texts that belong to the dataset as a whole: a licence asks to stay with the pictures."""
+    raw = plan.report.raw
+    left_out = {change["file"] for change in plan.changes if change["op"] == "leave-out"}
+    for folder in dict.fromkeys((raw.folder, *(path.parent for path in raw.label_paths.values()))):
+        for path in _files_in(folder):
+            target = plan.destination(path)
+            if _is_note(path) and target not in left_out and path.is_relative_to(raw.folder):
+                plan.files.setdefault(target, path)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return the files of a folder that are no links: a link may lead anywhere."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(folder / entry.name for entry in entries if entry.is_file(follow_symlinks=False))
+    except OSError:
+        return []
+
+
+def _is_note(path: Path) -> bool:
+    named = _NOTE.fullmatch(path.name) is not None and path.suffix.lower() in _NOTE_SUFFIXES
+    return named and os.access(path, os.R_OK) and path.stat().st_size <= _NOTE_BYTES
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -622,8 +666,7 @@ def _plan_voc(plan: _Plan, lost: dict[str, set[int]], renamed: dict[tuple[str, i
             _leave_out(plan, path, "picture")
         elif path.is_file():
             plan.files[plan.destination(path)] = path
-    for name, split in raw.splits.items():
-        _mend_voc_lists(plan, split, lost[name], own)
+    _plan_voc_lists(plan, lost, own)
     texts: dict[str, str] = {}
 
     def opened(shown: str) -> str:
@@ -692,22 +735,31 @@ def _plan_voc(plan: _Plan, lost: dict[str, set[int]], renamed: dict[tuple[str, i
             _replace_value(plan, shown, text, "filename", Path(new).name, told)
 
 
-def _mend_voc_lists(plan: _Plan, split: RawSplit, lost: set[int], own: set[str]) -> None:
-    names = [split.said_names.get(p, name) for p, name in enumerate(split.file_names)]
-    stems = [str(Path(name).with_suffix("")) for name in names]
-    gone = {stems[p] for p in lost}
-    if not gone:
-        return
-    for shown, path in plan.report.raw.label_paths.items():
-        if path.suffix != ".txt" or shown in own or path.stem not in (split.split, "trainval"):
+def _plan_voc_lists(plan: _Plan, lost: dict[str, set[int]], own: set[str]) -> None:
+    """Carry over every list below `ImageSets/`, also those that no split is read from, without the lost pictures."""
+    raw = plan.report.raw
+    stems: dict[str, bool] = {}  # whether a picture is lost everywhere
+    for name, split in raw.splits.items():
+        for picture, file_name in enumerate(split.file_names):
+            stem = str(Path(split.said_names.get(picture, file_name)).with_suffix(""))
+            stems[stem] = picture in lost[name] and stems.get(stem, True)
+    lists = {path for shown, path in raw.label_paths.items() if path.suffix == ".txt" and shown not in own}
+    for folder, _, _ in os.walk(raw.folder / "ImageSets"):
+        lists.update(path for path in _files_in(Path(folder)) if path.suffix == ".txt")
+    for path in sorted(lists - {raw.folder / name for name in CLASS_LISTS}):
+        target = plan.destination(path)
+        plan.files.setdefault(target, path)
+        if not any(stems.values()):
             continue
-        text = plan.text(path)
+        try:
+            text = plan.text(path)
+        except UnicodeDecodeError:
+            continue
         shift = len(_BOM) if text.startswith(_BOM) else 0
         for start, end in plan.lines(text[shift:]):
             listed = listed_name(text[start + shift : end + shift], stems)
-            if listed in gone:
-                told = Finding("picture", "error", f"{listed} cannot be used")
-                _edit(plan, shown, start + shift, end + shift, "", told)
+            if stems.get(listed):
+                plan.edits[target].append(_Edit(start + shift, end + shift, "", "picture", f"{listed} cannot be used"))
 
 
 def _clip_object(text: str, corners: list[float]) -> str | None:

@@ -28,7 +28,7 @@ _OBJECT = re.compile(r"<object[\s>/]")
 _COLUMN = re.compile(r"(.*\S)\s+-?[01]")
 _MAX_DEPTH = 64
 _NOTHING = KeptBox()
-_CLASS_LISTS = ("classes.txt", "labels.txt", "class_names.txt")
+CLASS_LISTS = ("classes.txt", "labels.txt", "class_names.txt")
 
 
 @dataclass(slots=True)
@@ -159,7 +159,7 @@ def _too_deep(root: Element) -> bool:
 
 def _class_list(dataset: RawDataset, oddities: Oddities) -> list[str] | None:
     """Return the classes of a class list beside the data, where there is one."""
-    for file in _CLASS_LISTS:
+    for file in CLASS_LISTS:
         path = dataset.folder / file
         if path.is_file():
             text = read_text(path, dataset.show(path), dataset.findings, oddities)

@@ -139,6 +139,59 @@ def test_lists_of_yolo_lose_pictures_that_cannot_be_used(yolo: Any) -> None:
     assert (yolo.folder.parent / "out/train.txt").read_text().split() == [f"images/train/train_{i}.jpg" for i in (0, 2)]
 
 
+NOTES = {"LICENSE": "CC0", "README.md": "# nuts\r\n", "README.dataset.txt": "from a shelf", "CITATION.cff": "x: y\n"}
+
+
+@pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
+def test_licence_and_readme_come_along_and_go_back(form: str, request: pytest.FixtureRequest) -> None:
+    """A licence asks to stay with the pictures."""
+    folder = request.getfixturevalue(form).write()
+    for name, text in NOTES.items():
+        (folder / name).write_bytes(text.encode())
+    if form == "coco":
+        (folder / "images/train_0.jpg").write_bytes(b"")
+    elif form == "yolo":
+        (folder / "labels/train/train_0.txt").write_text("0 0.5 0.5 0 0.1\n")
+    else:
+        (folder / "JPEGImages/train_0.jpg").write_bytes(b"")
+    repaired(folder, "box-zero-size" if form == "yolo" else "picture-empty")
+    for name, text in NOTES.items():
+        assert (folder.parent / "out" / name).read_bytes() == text.encode()
+
+
+def test_every_list_of_voc_comes_along_without_the_pictures_left_out(voc: Any) -> None:
+    """Those that no split is read from too: `trainval`, and the lists of one class with their second column."""
+    folder = voc.write()
+    lists = folder / "ImageSets"
+    (lists / "Layout").mkdir()
+    names = [*voc.lists["train"], *voc.lists["val"]]
+    (lists / "Main/trainval.txt").write_bytes("".join(f"{name}\r\n" for name in names).encode())
+    (lists / "Main/nut_train.txt").write_text("".join(f"{name} {n - 1:2d}\n" for n, name in enumerate(names[:3])))
+    (lists / "Layout/val.txt").write_text("\n".join(names[3:]))
+    (lists / "Main/odd.txt").write_bytes(b"train_0\n\xff\n")
+    (folder / "JPEGImages/train_1.jpg").write_bytes(b"")
+    repaired(folder, "picture-empty")
+    out = folder.parent / "out" / "ImageSets"
+    assert (out / "Main/trainval.txt").read_text().split() == [n for n in names if n != "train_1"]
+    assert (out / "Main/nut_train.txt").read_text() == "train_0 -1\ntrain_2  1\n"
+    assert (out / "Layout/val.txt").read_text() == "\n".join(names[3:])
+    assert (out / "Main/odd.txt").read_bytes() == b"train_0\n\xff\n", "what is no text is left as it is"
+
+
+def test_what_is_not_of_the_dataset_stays_behind_and_the_patch_says_so(coco: Any) -> None:
+    coco.box["bbox"] = [1, 1, 0, 0]
+    folder = coco.write()
+    (folder / "diary.txt").write_text("mine")
+    (folder / "images/unlisted.jpg").write_bytes(b"x")
+    (folder.parent / "elsewhere").write_text("not a note of this dataset")
+    (folder / "README").symlink_to(folder.parent / "elsewhere")
+    done = repair(examine(folder), folder.parent / "out")
+    assert not {"diary.txt", "images/unlisted.jpg", "README"} & set(hashes(folder.parent / "out"))
+    patch = json.loads(done.patch.read_text())
+    assert "licence" in patch["holds"]
+    assert "not copied" in patch["holds"]
+
+
 def test_all_faults_of_a_dataset_at_once(coco: Any) -> None:
     for code, plants in BOXES.items():
         if code in REPAIRABLE and code.startswith("box-"):
