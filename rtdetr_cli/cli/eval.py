@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rtdetr_cli.errors import GateError, RtdetrError, UsageError
+from rtdetr_cli.errors import GateError, UsageError
 
 if TYPE_CHECKING:
     from rtdetr_cli.evaluate.bootstrap import Interval
@@ -56,7 +56,7 @@ def evaluate_command(
     """Judge a model, or detections made by anything, by COCO's metrics; say how sure they are and what goes wrong."""
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.cli.judging import parse_batch, run_model
-    from rtdetr_cli.cli.select import parse_size, resolve_model
+    from rtdetr_cli.cli.select import output_file, parse_size, resolve_model
 
     # ------------------------------------------------------------------------------- refuse before heavy work
     size = parse_size(imgsz) if imgsz else None
@@ -79,9 +79,9 @@ def evaluate_command(
             f"--fail-under {fail_under:g} is not a fraction from 0 to 1", hint="an AP of 40 is --fail-under 0.4"
         )
     parse_batch(batch)
-    for target in (save_json, html):
+    for flag, target in (("--save-json", save_json), ("--html", html)):
         if target is not None:
-            _writable(target)
+            output_file(target, flag)
     if calibrate is not None:
         from rtdetr_cli.evaluate.thresholds import parse_target
 
@@ -195,19 +195,6 @@ def _refuse_clashes(predictions: Path | None, others: dict[str, object], data: P
         raise UsageError(
             "--predictions needs the dataset that the pictures are from", hint="--data DATA", code="data-missing"
         )
-
-
-def _writable(path: Path) -> None:
-    """Refuse an output that cannot be written, before the work and not after it."""
-    import os
-
-    if path.is_dir():
-        raise RtdetrError(f"{path} is a folder, and a file is to be written there", code="not-writable")
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise RtdetrError(f"{path} cannot be written: {folder} does not let it", code="not-writable")
 
 
 def _calibrate(path: Path, evaluation: Evaluation, target: str, facts: dict[str, Any]) -> Calibration:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from rtdetr_cli.errors import ModelError, UsageError
+from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 
 BEST = "best.safetensors"
 MODEL_SUFFIXES = (".safetensors", ".pth", ".pt", ".onnx", ".xml", ".engine")
@@ -120,6 +121,30 @@ def _beside(path: Path) -> str:
     if found:
         return f"{path.parent} holds {', '.join(found[:5])}"
     return f"name a model file ({', '.join(MODEL_SUFFIXES)}) or the folder of a run"
+
+
+def output_file(path: Path, flag: str) -> None:
+    """Refuse a file to write that cannot be written, before the work and not after it.
+
+    Args:
+        path: as it was given.
+        flag: that gave it, such as `--html`.
+
+    Raises:
+        UsageError: a folder of that name exists.
+        RtdetrError: it cannot be made where it is to lie.
+    """
+    if path.is_dir():
+        suggested = path / ("report.html" if flag == "--html" else "results.json")
+        raise UsageError(f"{flag} {path} is a folder, not a file", hint=f"{flag} {suggested}", code="output")
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = "may not be written into" if folder.is_dir() else "is a file, not a folder"
+        raise RtdetrError(
+            f"{path} cannot be written: {folder} {why}", hint=f"name another file: {flag} FILE", code="not-writable"
+        )
 
 
 def parse_size(text: str) -> tuple[int, int]:

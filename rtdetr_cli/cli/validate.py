@@ -135,8 +135,10 @@ def _refuse_clashes(
         inside = data if data.is_dir() else data.parent
         if data.exists() and folder.resolve().is_relative_to(inside.resolve()) and data.is_dir():
             raise UsageError(f"{flag} {folder} lies inside the dataset", hint="name a folder elsewhere")
-    if html is not None and html.is_dir():
-        raise UsageError(f"--html {html} is a folder", hint=f"--html {html / 'report.html'}")
+    if html is not None:
+        from rtdetr_cli.cli.select import output_file
+
+        output_file(html, "--html")
 
 
 def _shares(text: str) -> tuple[float, ...]:

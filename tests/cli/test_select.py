@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rtdetr_cli.cli.select import model_file, parse_size
-from rtdetr_cli.errors import ModelError, UsageError
+from rtdetr_cli.cli.select import model_file, output_file, parse_size
+from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 
 
 def refused(path: Path) -> ModelError:
@@ -117,3 +117,16 @@ def test_a_size_that_cannot_be_has_a_hint(text: str, hint: str) -> None:
 def test_sizes() -> None:
     assert parse_size("640") == (640, 640)
     assert parse_size("480x4096") == (480, 4096)
+
+
+def test_a_file_to_write_is_tried_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for free in (tmp_path / "file", tmp_path / "new.html", tmp_path / "new" / "deep" / "page.html"):
+        output_file(free, "--html")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UsageError, match="is a folder, not a file") as folder:
+        output_file(tmp_path, "--html")
+    assert folder.value.hint == f"--html {tmp_path / 'report.html'}"
+    with pytest.raises(RtdetrError, match="is a file, not a folder") as caught:
+        output_file(tmp_path / "file" / "page.html", "--html")
+    assert caught.value.exit_code == 1

@@ -213,6 +213,13 @@ def test_clashes_are_refused_before_the_work(
     assert "hint:" in ran.err
 
 
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(rtdetr: Run, data: Path) -> None:
+    ran = rtdetr("validate", data, "--html", data / "page.html")
+    assert ran.code == 1
+    assert f"{data} is a file, not a folder" in ran.err
+    assert not ran.out, "nothing was looked at"
+
+
 def test_missing_dataset(rtdetr: Run, tmp_path: Path) -> None:
     assert rtdetr("validate", tmp_path / "nothing").code == 3
     assert rtdetr("validate").code == 2
