@@ -18,21 +18,22 @@ from rtdetr_cli import __version__
 from rtdetr_cli.cli.aliases import translate
 from rtdetr_cli.errors import EnvironmentProblem, RtdetrError, UsageError
 
-# name -> (module below rtdetr_cli.cli, attribute). The order is that of `rtdetr --help`.
+# name -> (module below rtdetr_cli.cli, attribute, what `rtdetr --help` says). The order is that of `rtdetr --help`,
+# and what it says fits into a terminal of 80 columns: click would cut a docstring in the middle of a sentence.
 COMMANDS = {
-    "demo": ("demo", "demo"),
-    "presets": ("presets", "app"),
-    "validate": ("validate", "validate"),
-    "train": ("train", "train"),
-    "finetune-discrete": ("finetune_discrete", "finetune_discrete"),
-    "eval": ("eval", "evaluate_command"),
-    "predict": ("predict", "predict"),
-    "export": ("export", "export"),
-    "benchmark": ("benchmark", "benchmark"),
-    "compare": ("compare", "compare"),
-    "info": ("info", "info"),
-    "weights": ("weights", "app"),
-    "doctor": ("doctor", "doctor"),
+    "demo": ("demo", "demo", "Go through everything on a small dataset, offline."),
+    "presets": ("presets", "app", "Presets with their sizes and rates, and why."),
+    "validate": ("validate", "validate", "Check a dataset; repair, split or convert a copy."),
+    "train": ("train", "train", "Finetune a detector on your own pictures."),
+    "finetune-discrete": ("finetune_discrete", "finetune_discrete", "Train the second stage, with discrete sampling."),
+    "eval": ("eval", "evaluate_command", "Judge a model or detections by COCO's metrics."),
+    "predict": ("predict", "predict", "Find objects in pictures and videos."),
+    "export": ("export", "export", "Write an ONNX, OpenVINO or TensorRT file; verify it."),
+    "benchmark": ("benchmark", "benchmark", "Measure latency and AP side by side."),
+    "compare": ("compare", "compare", "Say whether one model is better than another."),
+    "info": ("info", "info", "Say what is inside any model file."),
+    "weights": ("weights", "app", "List, fetch, verify and import published weights."),
+    "doctor": ("doctor", "doctor", "Say whether this machine is fit."),
 }
 
 SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "no_args_is_help": True}
@@ -53,14 +54,14 @@ def build(only: str | None = None) -> typer.Typer:
     ) -> None:
         pass  # --version is answered in `run`, before anything is built
 
-    for name, (module_name, attribute) in COMMANDS.items():
+    for name, (module_name, attribute, short) in COMMANDS.items():
         if only is not None and name != only:
             continue
         target = getattr(import_module(f"rtdetr_cli.cli.{module_name}"), attribute)
         if isinstance(target, typer.Typer):
-            app.add_typer(target, name=name)
+            app.add_typer(target, name=name, short_help=short)
         else:
-            app.command(name=name)(target)
+            app.command(name=name, short_help=short)(target)
     return app
 
 
@@ -79,6 +80,8 @@ def run(argv: Sequence[str]) -> int:
     as_json = "--json" in arguments
     try:
         command = typer.main.get_command(build(name))
+        if name is None:  # typer puts groups last
+            command.commands = {n: command.commands[n] for n in COMMANDS}  # type: ignore[attr-defined]
         if name is not None:
             leaf = command.commands[name]  # type: ignore[attr-defined]
             known = {flag for p in leaf.params for flag in (*p.opts, *p.secondary_opts)}

@@ -84,7 +84,7 @@ def diff(
     b: Annotated[str, typer.Argument(help="Another preset.")],
     as_json: Json = False,
 ) -> None:
-    """Show only what differs between two presets, and why their learning rates do."""
+    """Show what differs between two presets, and why."""
     from rtdetr_cli.config.presets import flatten, load_preset
 
     first, second = load_preset(a), load_preset(b)

@@ -39,6 +39,20 @@ def test_help_lists_every_command(rtdetr) -> None:
         assert f"\n  {name} " in ran.out
 
 
+@pytest.mark.parametrize("group", [[], ["presets"], ["weights"]])
+def test_no_command_list_is_cut_in_80_columns(rtdetr, group: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    ran = rtdetr(*group, "--help")
+    listed = ran.out.partition("Commands:\n")[2].splitlines()
+    assert len(listed) == (len(COMMANDS) if not group else len(listed)) > 2, "each command has one line"
+    for line in listed:
+        assert line.endswith("."), line
+        assert not line.endswith("...")
+        assert len(line) <= 80
+    if not group:
+        assert [line.split()[0] for line in listed] == list(COMMANDS)
+
+
 def test_module_runs_as_the_program_does() -> None:
     ran = subprocess.run([sys.executable, "-m", "rtdetr_cli", "--version"], capture_output=True, text=True, check=True)
     assert ran.stdout.startswith("rtdetr ")
