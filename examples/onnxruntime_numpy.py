@@ -6,6 +6,7 @@ Class names, thresholds and the input size come from the file itself. Prints wha
 """
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -16,7 +17,9 @@ from PIL import Image, ImageOps
 def load(path):
     """Open the graph and the header that it carries."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    header = json.loads(session.get_modelmeta().custom_metadata_map["rtdetr"])
+    if "labels" not in {output.name for output in session.get_outputs()}:
+        sys.exit(f"{path} is a raw export, without post-processing: export it without --raw")
+    header = json.loads(session.get_modelmeta().custom_metadata_map.get("rtdetr") or sys.exit(f"{path} has no header"))
     stored = header["thresholds"]
     floors = stored["per_class"] if stored else [0.5] * len(header["names"])
     return session, header, np.array(floors, np.float32)
@@ -43,6 +46,11 @@ def detect(session, header, floors, path):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python examples/onnxruntime_numpy.py MODEL.onnx PICTURE")
+    for path in sys.argv[1:]:
+        if not os.path.isfile(path):
+            sys.exit(f"{path} is not a file")
     model = load(sys.argv[1])
     for name, category, score, *box in detect(*model, sys.argv[2]):
         print(f"{name} ({category}) {score:.3f} [{', '.join(f'{v:.1f}' for v in box)}]")

@@ -2,43 +2,54 @@
 
     python examples/predict_folder.py best.onnx pictures/ --class-name person --out crops/
 
-Works with any model file; with an ONNX file torch is never loaded.
+Works with any model file; with an ONNX file torch is never loaded. Pictures that cannot be read are named and left
+out, and the exit code is then 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from PIL import Image
 
 from rtdetr_cli import load
 from rtdetr_cli.data.pictures import PictureError, read_picture
+from rtdetr_cli.errors import RtdetrError
 
 
-def main() -> None:
-    """Read the arguments, predict, write the crops."""
+def main() -> int:
+    """Read the arguments, predict, write the crops; return how many pictures could not be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model file, or a run folder")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--class-name", required=True)
     parser.add_argument("--out", type=Path, default=Path("crops"))
     arguments = parser.parse_args()
+    if not arguments.folder.is_dir():
+        parser.error(f"{arguments.folder} is not a folder")
     arguments.out.mkdir(parents=True, exist_ok=True)
 
+    unreadable = 0
     detector = load(arguments.model)
     for path in sorted(p for p in arguments.folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")):
         try:
             picture = read_picture(path)  # upright RGB, as in training
         except PictureError as error:
-            print(error)
+            print(error, file=sys.stderr)
+            unreadable += 1
             continue
         found = detector.predict(picture, classes=[arguments.class_name])
         for number, (x1, y1, x2, y2) in enumerate(found.boxes_xyxy_px.round().astype(int)):
             if x2 > x1 and y2 > y1:
                 Image.fromarray(picture[y1:y2, x1:x2]).save(arguments.out / f"{path.stem}_{number}.png")
         print(f"{path.name}: {len(found)} {arguments.class_name}")
+    return unreadable
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(1 if main() else 0)
+    except RtdetrError as error:  # no such model, or no such class
+        sys.exit(f"{error.message}\n{error.hint}".rstrip())

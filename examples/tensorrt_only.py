@@ -7,27 +7,24 @@ Class names, thresholds and the input size come from the header beside the engin
 
 import ctypes
 import json
+import os
 import sys
 
 import numpy as np
-import tensorrt
 from PIL import Image, ImageOps
-
-TO_DEVICE, TO_HOST = 1, 2
 
 
 def detect(engine, header, path):
     """Return (name, category id, score, x1, y1, x2, y2) of each object, best first, in pixels of the picture."""
-    cuda = ctypes.CDLL("libcudart.so")
+    if "labels" not in {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}:
+        sys.exit("this is a raw export, without post-processing: export it without --raw")
+    cuda, to_device, to_host = ctypes.CDLL("libcudart.so"), 1, 2
     picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     width, height = picture.size
-    size = (header["imgsz"][1], header["imgsz"][0])
-    stretched = np.asarray(picture.resize(size, Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    stretched = np.asarray(picture.resize(header["imgsz"][::-1], Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     copies = max(1, engine.get_tensor_shape("images")[0])  # -1 where the batch is open
-    arrays = {
-        "images": np.repeat(stretched[None].astype(np.float32) / 255, copies, 0),
-        "orig_target_sizes": np.array([[width, height]] * copies, np.int64),
-    }
+    images = np.repeat(stretched[None].astype(np.float32) / 255, copies, 0)
+    arrays = {"images": images, "orig_target_sizes": np.array([[width, height]] * copies, np.int64)}
     context = engine.create_execution_context()
     for name, array in arrays.items():
         context.set_input_shape(name, array.shape)
@@ -37,15 +34,14 @@ def detect(engine, header, path):
     for name, array in arrays.items():
         if cuda.cudaMalloc(ctypes.byref(pointers[name]), ctypes.c_size_t(array.nbytes)):
             raise MemoryError(f"no device memory for {name}")
-        cuda.cudaMemcpy(pointers[name], ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), TO_DEVICE)
+        cuda.cudaMemcpy(pointers[name], ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), to_device)
         context.set_tensor_address(name, pointers[name].value)
     if not context.execute_async_v3(0):
         raise RuntimeError("TensorRT could not run the engine")
     for name, array in arrays.items():
-        cuda.cudaMemcpy(ctypes.c_void_p(array.ctypes.data), pointers[name], ctypes.c_size_t(array.nbytes), TO_HOST)
+        cuda.cudaMemcpy(ctypes.c_void_p(array.ctypes.data), pointers[name], ctypes.c_size_t(array.nbytes), to_host)
         cuda.cudaFree(pointers[name])
-    stored = header["thresholds"]
-    floors = np.array(stored["per_class"] if stored else [0.5] * len(header["names"]), np.float32)
+    floors = np.array((header["thresholds"] or {"per_class": [0.5] * len(header["names"])})["per_class"], np.float32)
     labels, boxes, scores = arrays["labels"][0], arrays["boxes"][0].clip(0, [width, height] * 2), arrays["scores"][0]
     for row in np.flatnonzero(scores >= floors[labels])[:100]:
         label = labels[row]
@@ -53,6 +49,10 @@ def detect(engine, header, path):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or not all(map(os.path.isfile, [*sys.argv[1:], sys.argv[1] + ".json"])):
+        sys.exit("usage: python examples/tensorrt_only.py MODEL.engine PICTURE (with MODEL.engine.json beside it)")
+    import tensorrt
+
     with open(sys.argv[1], "rb") as plan, open(sys.argv[1] + ".json", encoding="utf-8") as beside:
         loaded = tensorrt.Runtime(tensorrt.Logger()).deserialize_cuda_engine(plan.read())
         for name, category, score, *box in detect(loaded, json.load(beside), sys.argv[2]):

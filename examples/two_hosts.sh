@@ -8,7 +8,7 @@
 # takes the GPU of its local rank, or the CPU where there is none.
 set -euo pipefail
 
-DATA="$1"
+DATA="${1:?is missing; usage: examples/two_hosts.sh DATA [more flags of rtdetr train]}"
 shift
 ADDRESS="${ADDRESS:-127.0.0.1}"
 PORT="${PORT:-29500}"

@@ -80,6 +80,43 @@ def test_onnxruntime_example(rtdetr: Callable[..., Any], shapes_onnx: Path, shap
         assert [float(v) for v in line[4].split(",")] == pytest.approx(detection["box_xyxy"], abs=0.06)
 
 
+@pytest.mark.parametrize("name", ["onnxruntime_numpy.py", "tensorrt_only.py"])
+def test_wrong_arguments_are_told_in_one_line(name: str, tmp_path: Path) -> None:
+    for words, said in (
+        ([], f"usage: python examples/{name} MODEL"),
+        (["a"], "usage:"),
+        (["a", "b", "c"], "usage:"),
+        ([str(tmp_path / "gone"), str(tmp_path / "gone.jpg")], "gone is not a file" if "onnx" in name else "usage:"),
+    ):
+        ran = subprocess.run([sys.executable, EXAMPLES / name, *words], capture_output=True, text=True, check=False)
+        assert ran.returncode == 1
+        assert said in ran.stderr
+        assert len(ran.stderr.splitlines()) == 1
+
+
+def test_onnxruntime_example_says_what_a_raw_export_is(shapes_onnx: Path, shapes_data: Path, tmp_path: Path) -> None:
+    """Its outputs are called what a raw export calls them; and a graph without our header is no traceback either."""
+    model = onnx.load(shapes_onnx)
+    renamed = {"labels": "logits", "boxes": "boxes_cxcywh"}
+    for node in model.graph.node:
+        node.output[:] = [renamed.get(o, o) for o in node.output]
+        node.input[:] = [renamed.get(i, i) for i in node.input]
+    for value in model.graph.output:
+        value.name = renamed.get(value.name, value.name)
+    onnx.save(model, tmp_path / "raw.onnx")
+    bare = onnx.load(shapes_onnx)
+    bare.ClearField("metadata_props")
+    onnx.save(bare, tmp_path / "bare.onnx")
+    for name, said in (("raw", "is a raw export"), ("bare", "has no header")):
+        words = [tmp_path / f"{name}.onnx", shapes_data.parent / "shapes_02.png"]
+        ran = subprocess.run(
+            [sys.executable, EXAMPLES / "onnxruntime_numpy.py", *words], capture_output=True, text=True, check=False
+        )
+        assert ran.returncode == 1
+        assert said in ran.stderr
+        assert "Traceback" not in ran.stderr
+
+
 @pytest.mark.parametrize("change", ["fixed batch", "no thresholds", "preprocessing inside"])
 def test_onnxruntime_example_on_variants(
     change: str, rtdetr: Callable[..., Any], shapes_onnx: Path, shapes_data: Path, tmp_path: Path
@@ -164,3 +201,12 @@ def test_tensorrt_example(
         assert row[2] == pytest.approx(detection["score"], abs=1e-4)
         assert list(row[3:]) == pytest.approx(detection["box_xyxy"], abs=0.02)
     assert Cudart.held == {}
+
+    class Raw:
+        num_io_tensors = 3
+
+        def get_tensor_name(self, index: int) -> str:
+            return ("images", "logits", "boxes_cxcywh")[index]
+
+    with pytest.raises(SystemExit, match="raw export"):
+        list(example.detect(Raw(), header, picture))
