@@ -65,7 +65,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             return tomllib.load(file)
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}", code="config-unreadable") from error
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}",
+            hint="every run keeps its settings: runs/NAME/config.toml",
+            code="config-unreadable",
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{path} is not valid TOML: {error}",

@@ -225,11 +225,20 @@ def resolve_run(flags: Mapping[str, Any], *, sets: Sequence[str] = (), config_fi
             f"rtdetr presets show {preset_name} shows every key of model.* and optim.*, rtdetr train --help the flags"
         )
         raise UsageError("; ".join(unknown), hint=f"{near}; {hint}" if near else hint, code="config-invalid")
-    preset = validate(Preset, {**base.model_dump(), **tables}, source=f"preset {base.name}", places=places)
-    if "weights" not in own and preset.weights is None:
+    if "weights" not in own and base.weights is None:
         own["weights"] = "none"
         provenance["weights"] = f"preset {base.name} has no published weights"
-    settings = validate(RunSettings, own, source="settings", places=places)
+    faults: list[str] = []
+    try:
+        preset = validate(Preset, {**base.model_dump(), **tables}, source=f"preset {base.name}", places=places)
+    except UsageError as error:
+        faults.append(error.message)
+    try:
+        settings = validate(RunSettings, own, source="settings", places=places)
+    except UsageError as error:
+        faults.append(error.message)
+    if faults:
+        raise UsageError("; ".join(faults), code="config-invalid")
     for key in tables:
         for inner in tables[key]:
             provenance.setdefault(f"{key}.{inner}", "preset")

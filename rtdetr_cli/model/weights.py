@@ -344,8 +344,8 @@ def _unpickle(path: Path) -> Any:
     if not start:
         raise ModelError(f"{path} is empty", hint="copy or fetch it again", code="model-truncated")
     if not start.startswith((b"PK\x03\x04", b"\x80")):
-        what = "a web page" if start.lstrip()[:1] == b"<" else "no checkpoint"
-        raise ModelError(f"{path} is {what}, not a model file", hint=_KINDS_HINT, code="model-foreign")
+        what = "a web page, not a model file" if start.lstrip()[:1] == b"<" else "not a model file"
+        raise ModelError(f"{path} is {what}", hint=_KINDS_HINT, code="model-foreign")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old storage types

@@ -170,3 +170,13 @@ def test_a_file_that_is_no_toml_has_a_hint(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="line 1") as caught:
         resolve_run({}, config_file=file)
     assert "epochs = 50" in caught.value.hint
+    with pytest.raises(UsageError, match="cannot be read") as missing:
+        resolve_run({}, config_file=tmp_path / "gone.toml")
+    assert "config.toml" in missing.value.hint
+
+
+def test_faults_of_the_run_and_of_its_preset_are_told_at_once() -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve_run({"batch": "foo"}, sets=["optim.lr=-1"])
+    assert "--batch foo: wants" in caught.value.message
+    assert "--set optim.lr=-1: wants" in caught.value.message
