@@ -169,6 +169,9 @@ def _report(artefacts: Sequence[Artefact], as_json: bool) -> None:
             ("file", "precision", "MB", "matched", "score error", "AP model", "AP export", "gate"),
             [_row(a) for a in artefacts],
         )
+        # Outside the table, which a narrow terminal folds: a path must stay whole to be copied.
+        for artefact in artefacts:
+            terminal.out(str(artefact.path))
     if not failed:
         return
     told = "; ".join(f"{a.path.name}: {a.verdict.summary}" for a in failed if a.verdict is not None)
@@ -189,10 +192,10 @@ def _row(artefact: Artefact) -> tuple[object, ...]:
 
     size = size_of(artefact.path) / 1e6
     if artefact.verdict is None:
-        return (str(artefact.path), artefact.precision, f"{size:.1f}", None, None, None, None, "not run")
+        return (artefact.path.name, artefact.precision, f"{size:.1f}", None, None, None, None, "not run")
     agreement, ap = artefact.verdict.agreement.figures, artefact.verdict.ap.figures
     return (
-        str(artefact.path),
+        artefact.path.name,
         artefact.precision,
         f"{size:.1f}",
         agreement.get("matched"),

@@ -98,6 +98,7 @@ def test_without_the_gate(rtdetr: Rtdetr, model: Path) -> None:
     assert ran.code == 0, ran.err
     assert "nobody has looked" in ran.err
     assert "not run" in ran.out
+    assert ran.out.splitlines()[-1] == str(model.parent / "export/best.onnx")
     shown = rtdetr("info", model.parent / "export/best.onnx")
     assert shown.code == 0, shown.err
 
