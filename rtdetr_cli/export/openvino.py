@@ -11,7 +11,7 @@ import onnx
 from rtdetr_cli.errors import ExportError
 from rtdetr_cli.export.gate import Interface, TensorSpec
 from rtdetr_cli.infer.graph import first_line
-from rtdetr_cli.infer.openvino_backend import import_openvino
+from rtdetr_cli.infer.openvino_backend import import_openvino, openvino_core
 from rtdetr_cli.model.header import METADATA_KEY, ModelHeader
 
 TYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "u8": "uint8"}
@@ -35,7 +35,7 @@ class OpenvinoFile:
         """
         self.openvino: Any = import_openvino()
         try:
-            self.model = self.openvino.Core().read_model(model.SerializeToString())
+            self.model = openvino_core().read_model(model.SerializeToString())
             if preprocess:
                 self.model = self._with_resize(self.model)
         except RuntimeError as error:

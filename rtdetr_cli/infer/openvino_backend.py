@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -47,8 +49,7 @@ class OpenvinoBackend(GraphBackend):
             EnvironmentProblem: the package or the device is missing.
             ModelError: not an OpenVINO model, its `.bin` is missing, or it does not keep the contract.
         """
-        openvino = import_openvino()
-        core = openvino.Core()
+        core = openvino_core()
         name = "CPU" if device in ("auto", "cpu") else device.upper()
         if name.partition(".")[0] not in {d.partition(".")[0] for d in core.available_devices}:
             raise EnvironmentProblem(
@@ -86,6 +87,21 @@ class OpenvinoBackend(GraphBackend):
         except RuntimeError as error:
             raise ModelError(f"{self.path} fails on this batch: {first_line(error)}", code="model-run") from error
         return {name: np.array(results[name]) for name in self._names}
+
+
+def openvino_core() -> Any:
+    """Return the one `openvino.Core` of this process, which lives as long as it does.
+
+    The CPU plugin replaces the signal stack of the thread that loads it, and frees the new one with the last object
+    of that core. Where that happens in another thread, as it may whenever the collector runs there, the first thread
+    is left with a freed signal stack, and the next signal, Ctrl-C included, is a segmentation fault.
+    """
+    return _core(import_openvino())
+
+
+@functools.cache
+def _core(openvino: ModuleType) -> Any:
+    return openvino.Core()
 
 
 def import_openvino() -> Any:

@@ -418,3 +418,16 @@ def test_openvino_is_imported_without_its_telemetry() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[] 1"
+
+
+def test_a_signal_finds_its_stack_after_openvino_was_freed_in_another_thread(openvino_file: Path) -> None:
+    """The CPU plugin changes the signal stack of the thread that loads it; freed elsewhere, it stayed dangling."""
+    code = (
+        "import faulthandler, signal, threading; from pathlib import Path; faulthandler.enable();"
+        "from rtdetr_cli.infer.backend import open_backend;"
+        f"held = [open_backend(Path({str(openvino_file)!r}))];"
+        "thread = threading.Thread(target=held.clear); thread.start(); thread.join();"
+        "signal.signal(signal.SIGINT, lambda *_: print('heard')); signal.raise_signal(signal.SIGINT)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout.strip()) == (0, "heard"), ran.stderr
