@@ -225,6 +225,10 @@ def resolve_run(flags: Mapping[str, Any], *, sets: Sequence[str] = (), config_fi
             f"rtdetr presets show {preset_name} shows every key of model.* and optim.*, rtdetr train --help the flags"
         )
         raise UsageError("; ".join(unknown), hint=f"{near}; {hint}" if near else hint, code="config-invalid")
+    few = own.get("overfit")
+    if "effective_batch" not in own and isinstance(few, int) and 0 < few < RunSettings.model_fields["effective_batch"].default:
+        own["effective_batch"] = few
+        provenance["effective_batch"] = "--overfit: a step sees each picture once"
     if "weights" not in own and base.weights is None:
         own["weights"] = "none"
         provenance["weights"] = f"preset {base.name} has no published weights"

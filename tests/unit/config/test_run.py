@@ -180,3 +180,12 @@ def test_faults_of_the_run_and_of_its_preset_are_told_at_once() -> None:
         resolve_run({"batch": "foo"}, sets=["optim.lr=-1"])
     assert "--batch foo: wants" in caught.value.message
     assert "--set optim.lr=-1: wants" in caught.value.message
+
+
+def test_learning_few_pictures_by_heart_takes_a_step_for_each_look_at_them() -> None:
+    config = resolve_run({"overfit": 4})
+    assert config.settings.effective_batch == 4
+    assert "--overfit" in config.source("effective_batch")
+    assert resolve_run({"overfit": 4, "effective_batch": 8}).settings.effective_batch == 8
+    assert resolve_run({"overfit": 100}).settings.effective_batch == 16
+    assert resolve_run({"overfit": 0}).settings.effective_batch == 16
