@@ -24,7 +24,7 @@ def info(
     if model is None:
         path = resolve_model(None)
     else:
-        path = model if model.suffix.lower() in (CHECKPOINT_SUFFIX, ".plan") and model.is_file() else model_file(model)
+        path = model if model.suffix.lower() == CHECKPOINT_SUFFIX and model.is_file() else model_file(model)
     described = _checkpoint(path) if path.suffix.lower() == CHECKPOINT_SUFFIX else _described(path)
     if as_json:
         terminal.emit_json({"model": described})

@@ -207,7 +207,7 @@ def _model(weights: Path | None) -> Path:
     from rtdetr_cli.infer.backend import check_model_path
 
     if weights is not None:
-        path = select.model_file(weights) if weights.is_dir() else weights
+        path = select.model_file(weights)
         check_model_path(path)
         return path
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 
 BEST = "best.safetensors"
-MODEL_SUFFIXES = (".safetensors", ".pth", ".pt", ".onnx", ".xml", ".engine")
+MODEL_SUFFIXES = (".safetensors", ".pth", ".pt", ".onnx", ".xml", ".engine", ".plan")
 CHECKPOINT_SUFFIX = ".ckpt"
 _PICTURE = "rtdetr predict takes pictures"
 _DATASET = "a dataset goes to --data or rtdetr validate"

@@ -226,7 +226,11 @@ def resolve_run(flags: Mapping[str, Any], *, sets: Sequence[str] = (), config_fi
         )
         raise UsageError("; ".join(unknown), hint=f"{near}; {hint}" if near else hint, code="config-invalid")
     few = own.get("overfit")
-    if "effective_batch" not in own and isinstance(few, int) and 0 < few < RunSettings.model_fields["effective_batch"].default:
+    if (
+        "effective_batch" not in own
+        and isinstance(few, int)
+        and 0 < few < RunSettings.model_fields["effective_batch"].default
+    ):
         own["effective_batch"] = few
         provenance["effective_batch"] = "--overfit: a step sees each picture once"
     if "weights" not in own and base.weights is None:
