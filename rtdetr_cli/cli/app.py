@@ -36,6 +36,7 @@ COMMANDS = {
     "doctor": ("doctor", "doctor", "Say whether this machine is fit."),
 }
 
+SMALLER = "close other programs, or take a smaller --batch, --imgsz or preset"
 SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "no_args_is_help": True}
 
 
@@ -101,16 +102,20 @@ def run(argv: Sequence[str]) -> int:
         missing = (error.name or "").partition(".")[0]
         if not missing or missing == "rtdetr_cli":
             raise
-        problem = EnvironmentProblem(
+        missing_package = EnvironmentProblem(
             f"the package {missing} is not installed or does not import: {error}",
             hint=f"pip install {missing}",
             code="package-missing",
         )
-        return report(problem, as_json=as_json)
+        return report(missing_package, as_json=as_json)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return report(RtdetrError(f"{where}{error.strerror or error}", code="os"), as_json=as_json)
     except Exception as error:
+        if out_of_memory(error):
+            first_line = str(error).partition("\n")[0].rstrip(".")
+            problem = RtdetrError(f"memory ran out: {first_line}", hint=SMALLER, code="out-of-memory")
+            return report(problem, as_json=as_json)
         if not hasattr(error, "format_message"):  # click's own usage errors carry it, in every version of typer
             raise
         said = sentence(error.format_message())
@@ -119,6 +124,15 @@ def run(argv: Sequence[str]) -> int:
             return 2
         hint = f"rtdetr {name} --help" if name else "rtdetr --help"
         return report(UsageError(said, hint=hint), as_json=as_json)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Tell memory that ran out, where nothing nearer to it could try with less, from every other error."""
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from rtdetr_cli.train.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def command_named(arguments: list[str]) -> str | None:

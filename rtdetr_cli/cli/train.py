@@ -62,7 +62,7 @@ def train(
         bool | None, typer.Option("--deterministic", help="CUDA: gather sampling, deterministic kernels.")
     ] = None,
     patience: Annotated[
-        int | None, typer.Option(help="Stop after so many epochs without a better AP; 0: never. [0]")
+        int | None, typer.Option(help="Stop after so many evaluations without a better AP; 0: never. [0]")
     ] = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run; needs no other flag.")
@@ -309,6 +309,10 @@ def _say_beginning(report: BeginReport) -> None:
         + (f", {warned} warning{'s' if warned > 1 else ''} (rtdetr validate)" if warned else ""),
     ]
     _lay("  ".join(parts))
+    if splits.split_made and report.resumed is None and not report.config.settings.overfit:
+        whole, settings = report.train_pictures + report.val_pictures, report.config.settings
+        drawn = f"{report.val_pictures} of {whole} pictures were drawn for it (seed {settings.seed})"
+        _lay(f"split  no val split in the dataset: {drawn}")
     table = report.transfer
     if table is None:
         _lay(f"start  {report.start}" if report.resumed is None else "start  the run's own checkpoint")
@@ -329,6 +333,9 @@ def _say_beginning(report: BeginReport) -> None:
     _lay(report.plan.line(report.micro_batch, report.processes))
     for choice in report.plan.choices:
         _lay(f"  {choice.name:<20} {choice.value:<34} {choice.reason}", indent=23)
+    given = report.config.given("batch") and report.config.settings.batch != "auto"
+    at_once = report.config.source("batch") if given else "what fits"
+    terminal.say(f"  {'micro-batch':<20} {report.micro_batch:<34} {at_once}")
     terminal.say(f"  {'precision':<20} {report.precision:<34} {report.precision_reason}")
     if report.folder is not None:
         terminal.say(f"run  {report.folder}")
@@ -430,7 +437,7 @@ def dry_document(report: DryReport, begun: BeginReport) -> dict[str, Any]:
     """Return the rehearsal as plain values."""
     return {
         "plan": [{"name": c.name, "value": c.value, "reason": c.reason} for c in begun.plan.choices],
-        "micro_batch": begun.micro_batch,
+        "micro_batch": report.micro_batch,
         "seconds": {
             "step": report.step_seconds,
             "worst_step": report.worst_seconds,
@@ -443,8 +450,26 @@ def dry_document(report: DryReport, begun: BeginReport) -> dict[str, Any]:
         "disk_bytes": report.disk_bytes,
         "disk_free": report.disk_free,
         "export_bytes": report.export_bytes,
-        "warnings": list(begun.warnings),
+        "warnings": [*begun.warnings, *_dry_warnings(report)],
     }
+
+
+def _dry_warnings(report: DryReport) -> list[str]:
+    """Say what the run would be refused for, or end with."""
+    from rtdetr_cli.train.checkpoint import room_for
+
+    warnings = []
+    if not room_for(report.disk_bytes, report.disk_free):
+        warnings.append(
+            f"the run keeps {report.disk_bytes / 1e9:.2f} GB and {report.disk_free / 1e9:.2f} GB are free: free some "
+            "space, or --out DIR names another disk"
+        )
+    if report.memory_bytes > 0.95 * report.memory_total:
+        warnings.append(
+            f"the worst step takes {report.memory_bytes / 1e9:.1f} of {report.memory_total / 1e9:.1f} GB: a smaller "
+            "--batch leaves room"
+        )
+    return warnings
 
 
 def _show_dry(report: DryReport, begun: BeginReport) -> None:
@@ -459,11 +484,14 @@ def _show_dry(report: DryReport, begun: BeginReport) -> None:
             ("evaluation", f"{report.evaluation_seconds:.1f} s", f"{evaluations} of {begun.val_pictures} pictures"),
             ("export", f"{report.export_seconds:.1f} s", f"ONNX, {report.export_bytes / 1e6:.1f} MB"),
             ("whole run", terminal.duration(report.total_seconds), f"{begun.plan.epochs} epochs"),
+            ("at once", report.micro_batch, f"of {begun.plan.effective_batch} pictures in a step"),
             ("memory", f"{report.memory_bytes / 1e9:.1f} GB", f"{report.memory_total / 1e9:.1f} GB"),
             ("disk", f"{report.disk_bytes / 1e9:.2f} GB", f"{report.disk_free / 1e9:.1f} GB free"),
         ],
         title="dry run: nothing was trained or written",
     )
+    for warning in _dry_warnings(report):
+        terminal.warn(warning)
 
 
 def _show_end(report: EndReport) -> None:

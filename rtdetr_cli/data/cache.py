@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from PIL import Image
 from rtdetr_cli.data.pictures import PictureFile, divisor, opened
 from rtdetr_cli.data.records import Dataset
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 CACHES = ("none", "ram", "disk")
 _ALIGNMENT = 64
 _DIVISORS = (1, 2, 4, 8)
@@ -307,8 +309,11 @@ def free_bytes(folder: Path | None) -> int:
         return int(psutil.disk_usage(os.fspath(folder)).free)
     free = int(psutil.virtual_memory().available)
     try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+        limit = int((CONTROL_GROUP / "memory.max").read_text())
+        taken = int((CONTROL_GROUP / "memory.current").read_text())
+        # Files that were read count as taken, and are given up when somebody needs the room.
+        given_up = re.search(r"^inactive_file (\d+)$", (CONTROL_GROUP / "memory.stat").read_text(), re.MULTILINE)
+        free = min(free, limit - taken + (int(given_up[1]) if given_up else 0))
     except (OSError, ValueError):  # no control group, or no limit ("max")
         pass
     return max(free, 0)

@@ -166,12 +166,14 @@ def _providers() -> Iterator[Check]:
 def _memory() -> Iterator[Check]:
     import psutil
 
-    memory = psutil.virtual_memory()
-    low = memory.available < 2 * 2**30
+    from rtdetr_cli.data.cache import free_bytes
+
+    total, free = psutil.virtual_memory().total, free_bytes(None)
+    low = free < 2 * 2**30
     yield Check(
         "memory",
         "warn" if low else "ok",
-        f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
+        f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
         "less than 2 GiB is free: close something, or train with --batch 1 --workers 0" if low else "",
     )
     shared = Path("/dev/shm")

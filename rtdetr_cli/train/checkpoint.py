@@ -119,6 +119,11 @@ def kept_bytes(learner_state: dict[str, Any]) -> int:
     return 3 * bytes_of(learner_state) + bytes_of(learner_state["average"])
 
 
+def room_for(wanted: int, free: int) -> bool:
+    """Tell whether so many bytes can be kept where so many are free."""
+    return free >= wanted * 1.05 + 2**20
+
+
 def require_room(folder: Path, wanted: int) -> None:
     """Refuse to begin a run that the disk cannot hold.
 
@@ -126,7 +131,7 @@ def require_room(folder: Path, wanted: int) -> None:
         RtdetrError: it names both sizes.
     """
     free = shutil.disk_usage(folder).free
-    if free < wanted * 1.05 + 2**20:
+    if not room_for(wanted, free):
         raise RtdetrError(
             f"a run keeps {wanted / 1e9:.2f} GB in {folder}, and {free / 1e9:.2f} GB are free",
             hint="free some space, or --out DIR names another disk",
@@ -159,7 +164,7 @@ def _check_room(folder: Path, wanted: int) -> None:
     Raises:
         OSError: ENOSPC.
     """
-    if shutil.disk_usage(folder).free < wanted * 1.05 + 2**20:
+    if not room_for(wanted, shutil.disk_usage(folder).free):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 

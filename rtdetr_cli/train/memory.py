@@ -6,11 +6,13 @@ cutting it changes the gradient by rounding only (with live batch norms it also 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from rtdetr_cli.data.cache import free_bytes as host_free_bytes
 from rtdetr_cli.errors import RtdetrError
 
 # Of what is free: the rest is left for the loader, the evaluation and fragmentation.
@@ -48,12 +50,31 @@ def smaller(micro: int, *, where: str) -> int:
         RtdetrError: it is one picture already.
     """
     if micro <= 1:
-        raise RtdetrError(
-            f"one picture does not fit into the memory of {where}",
-            hint="a smaller --imgsz, --freeze backbone, or a smaller preset",
-            code="out-of-memory",
-        )
+        raise _too_small(where)
     return -(-micro // 2)
+
+
+@contextmanager
+def one_picture(*, where: str) -> Iterator[None]:
+    """Do something with a single picture.
+
+    Raises:
+        RtdetrError: it does not fit.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _too_small(where) from error
+
+
+def _too_small(where: str) -> RtdetrError:
+    return RtdetrError(
+        f"one picture does not fit into the memory of {where}",
+        hint="a smaller --imgsz, --freeze backbone, or a smaller preset",
+        code="out-of-memory",
+    )
 
 
 def release(device: torch.device) -> None:
@@ -66,9 +87,7 @@ def free_bytes(device: torch.device) -> int:
     """Return the bytes that a training step may still take on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
+    return host_free_bytes(None)
 
 
 def saved_bytes(forward: Callable[[], object]) -> int:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rtdetr_cli.config.run import RunConfig
+from rtdetr_cli.config.schema import ModelSpec
 
 # The published scales at 640 pixels, 480 to 800 in steps of 32 with 640 three times, as shares.
 SCALES = tuple(s / 640 for s in (480, 512, 544, 576, 608, 640, 640, 640, 672, 704, 736, 768, 800))
@@ -138,6 +139,11 @@ def make_plan(config: RunConfig, *, pictures: int) -> Plan:
     choices: list[Choice] = []
     warnings: list[str] = []
 
+    height, width = config.imgsz
+    size_reason = config.source("imgsz") if settings.imgsz else f"preset {preset.name}"
+    choices.append(Choice("input size", f"{height}x{width}", size_reason))
+    choices.append(Choice("frozen", *_frozen(config)))
+
     # ---- length -----------------------------------------------------------------------------------------------
     epochs, reason = settings.epochs, config.source("epochs")
     if official and not config.given("epochs"):
@@ -145,6 +151,7 @@ def make_plan(config: RunConfig, *, pictures: int) -> Plan:
     effective = settings.effective_batch
     per_epoch = max(1, math.ceil(pictures / effective))
     total = epochs * per_epoch
+    choices.append(Choice("effective batch", str(effective), config.source("effective_batch")))
     choices.append(Choice("epochs", str(epochs), reason))
     choices.append(Choice("steps", f"{total}", f"{epochs} epochs x {per_epoch}: {pictures} pictures / {effective}"))
 
@@ -181,11 +188,14 @@ def make_plan(config: RunConfig, *, pictures: int) -> Plan:
     else:
         # The ramp grows until it meets the final age; below one step there is nothing to average.
         age, ramp = max(1.0, settings.ema_age * total), settings.ema_ramp
+        share = f"{settings.ema_age:.1%} of the run"
+        if settings.ema_age * total < 1:
+            share = f"{share} would be less"
         choices.append(
             Choice(
                 "EMA",
-                f"mean age {age:.0f} steps (decay {age / (age + 1):.5g})",
-                f"{settings.ema_age:.1%} of the run; {ramp:.0%} of the steps made until step {math.ceil(age / ramp)}",
+                f"mean age {age:.0f} step{'s' if round(age) != 1 else ''} (decay {age / (age + 1):.5g})",
+                f"{share}; {ramp:.0%} of the steps made until step {math.ceil(age / ramp)}",
             )
         )
 
@@ -196,6 +206,8 @@ def make_plan(config: RunConfig, *, pictures: int) -> Plan:
         calm = max(2, round(settings.calm * epochs))
         why = f"off for the last {settings.calm:.0%} of the epochs, at least two"
     strong_until = max(epochs - calm, (epochs + 1) // 2)
+    if strong_until > epochs - calm:
+        why = "off for at most half of so few epochs"
     augmentation, aug_reason = _augmentation(config, official, total)
     choices.append(Choice("augmentation", augmentation, aug_reason))
     if augmentation == "none":
@@ -207,7 +219,6 @@ def make_plan(config: RunConfig, *, pictures: int) -> Plan:
         multi_until = max(epochs - (published.epochs - published.multi_scale_until), (epochs + 1) // 2)
     if augmentation == "none":
         multi_until = 0
-    height, width = config.imgsz
     scales = tuple((_multiple(height * s), _multiple(width * s)) for s in SCALES)
     if multi_until:
         low, high = scales[0], scales[-1]
@@ -254,6 +265,35 @@ def make_plan(config: RunConfig, *, pictures: int) -> Plan:
         choices=tuple(choices),
         warnings=tuple(warnings),
     )
+
+
+def frozen_spec(config: RunConfig) -> ModelSpec:
+    """Return the model's sizes with what `--freeze` and random weights change of its freezing."""
+    settings, spec = config.settings, config.preset.model
+    if settings.freeze == "none":
+        return spec.model_copy(update={"freeze_at": -1})
+    if settings.freeze == "preset" and settings.weights == "none":
+        return spec.model_copy(update={"freeze_at": -1, "freeze_norm": False})
+    return spec
+
+
+def _frozen(config: RunConfig) -> tuple[str, str]:
+    """Return what does not learn, in words, and why."""
+    settings, spec = config.settings, frozen_spec(config)
+    parts = []
+    if settings.freeze in ("backbone", "encoder"):
+        parts.append("backbone" if settings.freeze == "backbone" else "backbone and encoder")
+    elif settings.freeze == "stem" or spec.freeze_at == 0:
+        parts.append("stem")
+    elif spec.freeze_at > 0:
+        parts.append(f"stem and {spec.freeze_at} stage{'s' if spec.freeze_at > 1 else ''}")
+    if spec.freeze_norm:
+        parts.append("norms of the backbone")
+    if config.given("freeze"):
+        reason = config.source("freeze")
+    else:
+        reason = f"preset {config.preset.name}" if spec == config.preset.model else "random weights"
+    return ", ".join(parts) or "nothing", reason
 
 
 def _augmentation(config: RunConfig, official: bool, steps: int) -> tuple[str, str]:

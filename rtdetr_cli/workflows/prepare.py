@@ -33,7 +33,7 @@ from rtdetr_cli.train import memory
 from rtdetr_cli.train.loop import as_input, step_denoising, worst_batch, worst_step
 from rtdetr_cli.train.losses import Criterion
 from rtdetr_cli.train.optim import MovingAverage, NormStatistics, Stepper, parameter_groups
-from rtdetr_cli.train.plan import Plan, make_plan
+from rtdetr_cli.train.plan import Plan, frozen_spec, make_plan
 from rtdetr_cli.train.precision import choose_precision
 from rtdetr_cli.train.state import Learner
 from rtdetr_cli.train.team import SOLO, Team, share_of
@@ -230,6 +230,8 @@ def training_sets(splits: Splits, config: RunConfig, warnings: list[str]) -> tup
         )
     if settings.overfit:
         wanted = min(settings.overfit, len(train_set))
+        if wanted < settings.overfit:
+            warnings.append(f"--overfit {settings.overfit}: there are only {wanted} training pictures")
         few = train_set.subset(range(wanted))
         # Repeated, so that an epoch is worth an evaluation.
         times = max(1, math.ceil(OVERFIT_STEPS * settings.effective_batch / wanted))
@@ -254,16 +256,11 @@ OVERFIT_STEPS = 20
 
 def resolve_freezing(config: RunConfig, warnings: list[str]) -> ModelSpec:
     """Return the model's sizes with what `--freeze` and random weights change of them."""
-    settings, spec = config.settings, config.preset.model
-    if settings.freeze == "none":
-        return spec.model_copy(update={"freeze_at": -1})
-    if settings.freeze != "preset":
-        return spec
-    if settings.weights == "none" and (spec.freeze_at >= 0 or spec.freeze_norm):
+    spec = frozen_spec(config)
+    if config.settings.freeze == "preset" and spec != config.preset.model:
         warnings.append(
             f"preset {config.preset.name} freezes part of the backbone; with random weights nothing is frozen"
         )
-        return spec.model_copy(update={"freeze_at": -1, "freeze_norm": False})
     return spec
 
 
@@ -330,7 +327,8 @@ def resolve_micro_batch(prepared: Prepared) -> int:
     def attempt(micro: int) -> None:
         worst_step(learner, plan, most_boxes=most, micro_batch=micro, parts=1)
 
-    one = memory.saved_bytes(lambda: worst_forward(prepared))
+    with memory.one_picture(where=str(learner.device)):
+        one = memory.saved_bytes(lambda: worst_forward(prepared))
     free = memory.free_bytes(learner.device)
     found = memory.fitting_micro_batch(
         own,

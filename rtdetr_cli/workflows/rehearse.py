@@ -18,6 +18,7 @@ from rtdetr_cli.train import memory
 from rtdetr_cli.train.checkpoint import kept_bytes
 from rtdetr_cli.train.loop import StopFlag, accumulate, step_denoising, worst_step
 from rtdetr_cli.train.memory import peak_bytes
+from rtdetr_cli.train.plan import Plan
 from rtdetr_cli.train.run_folder import nearest
 from rtdetr_cli.train.state import Place
 from rtdetr_cli.train.team import share_of
@@ -30,6 +31,7 @@ class DryReport:
     """What a run would cost, from one worst-case step, some real ones, one evaluation and one export.
 
     Attributes:
+        micro_batch: pictures at once, halved until the worst step fitted.
         step_seconds: of a usual step, with the loader; worst_seconds: of one at the largest scale with most boxes.
         evaluation_seconds: of one evaluation.
         export_seconds: of one export to ONNX; export_bytes: of its file.
@@ -39,6 +41,7 @@ class DryReport:
         metrics: of the evaluation before any training.
     """
 
+    micro_batch: int
     step_seconds: float
     worst_seconds: float
     evaluation_seconds: float
@@ -62,12 +65,7 @@ def rehearse(prepared: Prepared, micro: int) -> DryReport:
     if settings.compile:
         compile_parts(learner.model)
     plan = replace(prepared.plan, effective_batch=share_of(settings.effective_batch, prepared.team.size))
-    worst_step(learner, plan, most_boxes=prepared.most_boxes, micro_batch=micro, parts=1)  # warms kernels up
-    if learner.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(learner.device)
-    begun = time.monotonic()
-    worst_step(learner, plan, most_boxes=prepared.most_boxes, micro_batch=micro)
-    worst = time.monotonic() - begun
+    micro, worst = _worst_steps(prepared, plan, micro)
     peak = peak_bytes(learner.device)
     step = _real_steps(prepared, micro)
     begun = time.monotonic()
@@ -81,6 +79,7 @@ def rehearse(prepared: Prepared, micro: int) -> DryReport:
         else memory.free_bytes(learner.device) + peak
     )
     return DryReport(
+        micro_batch=micro,
         step_seconds=step,
         worst_seconds=worst,
         evaluation_seconds=evaluation,
@@ -93,6 +92,30 @@ def rehearse(prepared: Prepared, micro: int) -> DryReport:
         disk_free=shutil.disk_usage(nearest(Path(settings.out))).free,
         metrics=metrics,
     )
+
+
+def _worst_steps(prepared: Prepared, plan: Plan, micro: int) -> tuple[int, float]:
+    """Run worst-case steps, with smaller micro-batches where memory runs out, as training would.
+
+    Returns:
+        The micro-batch that fits, and the seconds of a step with it.
+
+    Raises:
+        RtdetrError: not even one picture fits.
+    """
+    learner, most = prepared.learner, prepared.most_boxes
+    while True:
+        try:
+            worst_step(learner, plan, most_boxes=most, micro_batch=micro, parts=1)  # warms kernels up
+            if learner.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(learner.device)
+            begun = time.monotonic()
+            worst_step(learner, plan, most_boxes=most, micro_batch=micro)
+            return prepared.team.least(micro), time.monotonic() - begun
+        except Exception as error:
+            if not memory.is_out_of_memory(error):
+                raise
+        micro = memory.smaller(micro, where=str(learner.device))
 
 
 def _real_steps(prepared: Prepared, micro: int, count: int = 4) -> float:

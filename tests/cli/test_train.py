@@ -284,6 +284,60 @@ def test_a_dry_run_measures_and_leaves_nothing(data: Path, rtdetr, tmp_path: Pat
     assert {c["name"] for c in ran.json["plan"]} >= {"lr", "warm-up", "EMA"}
 
 
+def test_a_dry_run_that_has_no_room_says_so(data: Path, rtdetr, tmp_path: Path, monkeypatch) -> None:
+    small = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
+    ran = rtdetr("train", *SMALL, "--data", data, "--out", tmp_path / "runs", "--dry-run", "--json")
+    assert ran.code == 0, ran.err
+    assert any("0.00 GB are free" in warning for warning in ran.json["warnings"])
+
+
+def test_a_dry_run_halves_what_does_not_fit(data: Path, rtdetr, tmp_path: Path, monkeypatch) -> None:
+    import torch
+
+    from rtdetr_cli.workflows import rehearse
+
+    real = rehearse.worst_step
+
+    def full(*words: object, micro_batch: int, **others: object) -> None:
+        if micro_batch > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        real(*words, micro_batch=micro_batch, **others)
+
+    monkeypatch.setattr(rehearse, "worst_step", full)
+    words = ["train", *SMALL, "--data", data, "--out", tmp_path / "runs", "--dry-run", "--batch", 4, "--json"]
+    ran = rtdetr(*words)
+    assert ran.code == 0, ran.err
+    assert ran.json["micro_batch"] == 1
+
+
+def test_a_single_picture_that_does_not_fit_is_one_sentence(data: Path, rtdetr, tmp_path: Path, monkeypatch) -> None:
+    import torch
+
+    from rtdetr_cli.workflows import prepare
+
+    def full(*_: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+
+    monkeypatch.setattr(prepare, "worst_forward", full)
+    ran = rtdetr("train", *SMALL, "--data", data, "--out", tmp_path, "--batch", "auto")
+    assert (ran.code, "one picture does not fit into the memory of cpu" in ran.err) == (1, True)
+    monkeypatch.setattr(prepare, "make_learner", full)
+    ran = rtdetr("train", *SMALL, "--data", data, "--out", tmp_path)
+    assert ran.code == 1
+    assert "error: memory ran out: CUDA out of memory" in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_split_that_was_drawn_is_said(data: Path, rtdetr, tmp_path: Path) -> None:
+    single = tmp_path / "single.json"
+    shutil.copy(data / "train.json", single)
+    ran = rtdetr("train", *SMALL, "--data", single, "--images", data, "--out", tmp_path, "--epochs", 1)
+    assert ran.code == 0, ran.err
+    assert "no val split in the dataset: " in ran.err
+    assert "(seed 0)" in ran.err
+
+
 def test_training_goes_on_from_a_model_by_class_name(finished: Path, data: Path, rtdetr, tmp_path: Path) -> None:
     """Names are matched, one has changed; the table says which came from where."""
     own = tmp_path / "shapes"

@@ -200,3 +200,13 @@ def test_the_default_budget_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPa
         free = module.free_bytes(module._disk_folder() if kind == "disk" else None)
         cache = PictureCache(2, kind=kind, regions=3, largest=1000)
         assert 0.3 * free < cache.budget < 0.7 * free
+
+
+def test_a_containers_limit_is_what_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "CONTROL_GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 200000\nactive_file 5\n")
+    assert module.free_bytes(None) == 500_000, "what was read from files is given up"
+    (tmp_path / "memory.max").write_text("max\n")
+    assert module.free_bytes(None) > 10_000_000

@@ -207,3 +207,26 @@ def test_a_plan_needs_no_torch() -> None:
         "make_plan(resolve_run({}), pictures=9); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_value_has_its_reason_also_in_a_run_of_one_epoch() -> None:
+    plan = plan_of(16, epochs=1, aug="light")
+    reasons = {c.name: (c.value, c.reason) for c in plan.choices}
+    assert {"input size", "frozen", "effective batch"} <= set(reasons)
+    assert all(value and reason for value, reason in reasons.values())
+    assert reasons["strong augmentation"] == ("until epoch 1", "off for at most half of so few epochs")
+    assert "would be less" in reasons["EMA"][1]
+
+
+def test_what_is_frozen_is_said() -> None:
+    def frozen(**flags: object) -> tuple[str, str]:
+        (found,) = [c for c in plan_of(100, **flags).choices if c.name == "frozen"]
+        return found.value, found.reason
+
+    assert frozen(preset="r50", weights="coco") == ("stem, norms of the backbone", "preset r50")
+    assert frozen(preset="r50", weights="none") == ("nothing", "random weights")
+    assert frozen(preset="r50", weights="coco", freeze="encoder") == (
+        "backbone and encoder, norms of the backbone",
+        "--freeze",
+    )
+    assert frozen(preset="r18", weights="coco", freeze="none")[0] == "nothing"
