@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from rtdetr_cli.data.checks import (
     measure_pictures,
 )
 from rtdetr_cli.data.coco import read_coco, sound_name
+from rtdetr_cli.data.fingerprint import fingerprint
 from rtdetr_cli.data.kept import IDS_FILE
 from rtdetr_cli.data.raw import RawDataset, RawSplit
 from rtdetr_cli.data.records import Dataset, Finding, FlatStrings, Splits
@@ -144,21 +144,6 @@ def _dataset(raw: RawDataset, split: RawSplit) -> Dataset:
         crowd=split.crowd,
         annotation_ids=split.annotation_ids,
     )
-
-
-def fingerprint(datasets: dict[str, Dataset]) -> str:
-    """Return sha256 over categories, file names, sizes, boxes and classes of every split."""
-    digest = hashlib.sha256()
-    for name in SPLITS:
-        dataset = datasets.get(name)
-        if dataset is None:
-            continue
-        digest.update(json.dumps([name, [(c.id, c.name) for c in dataset.categories]]).encode())
-        for file_name in dataset.file_names:
-            digest.update(file_name.encode("utf-8", "surrogateescape") + b"\0")
-        for values in (dataset.sizes_wh, dataset.offsets, dataset.labels, dataset.boxes_xyxy_px, dataset.crowd):
-            digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.hexdigest()
 
 
 def draw_val(raw: RawDataset, val_fraction: float, seed: int) -> None:

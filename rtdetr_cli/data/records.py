@@ -165,7 +165,7 @@ class Splits:
 
     Attributes:
         source: what the user named.
-        fingerprint: sha256 over categories, file names, sizes and boxes; `--resume` refuses another.
+        fingerprint: sha256 over categories, file names, image ids, sizes, boxes and areas; `--resume` refuses another.
         findings: what the annotation checks noticed (never an error: those were raised).
         split_made: True when the val part was drawn from one file by us.
     """
