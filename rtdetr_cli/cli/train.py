@@ -55,7 +55,9 @@ def train(
     precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16. [auto]")] = None,
     compile_: Annotated[bool | None, typer.Option("--compile", help="Compile backbone and encoder.")] = None,
     workers: Annotated[str | None, typer.Option(help="Processes that load pictures, or auto. [auto]")] = None,
-    cache: Annotated[str | None, typer.Option(help="Keep decoded pictures: none, ram or disk. [none]")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Keep decoded pictures: none, ram or disk (--set cache_gb=4). [none]")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, 0, or several: 0,1. [auto]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random. [0]")] = None,
     deterministic: Annotated[

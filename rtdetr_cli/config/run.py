@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from rtdetr_cli.config.presets import flatten, load_preset, read_toml, suggest, validate
-from rtdetr_cli.config.schema import Fraction, Positive, Preset, Rate, Schema
+from rtdetr_cli.config.schema import Fraction, ModelSpec, OptimSpec, Positive, Preset, Rate, Schema
 from rtdetr_cli.errors import UsageError
 
 
@@ -62,6 +63,7 @@ class RunSettings(Schema):
     compile: bool = Field(False, description="compile backbone and encoder")
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field("auto", description="processes that load pictures")
     cache: Literal["none", "ram", "disk"] = Field("none", description="where decoded pictures are kept")
+    cache_gb: Annotated[float, Field(ge=0)] = Field(0.0, description="GB for the cache; 0: half of what is free")
     device: str = Field("auto", description="auto, cpu, 0, or several: 0,1")
     seed: Annotated[int, Field(ge=0)] = 0
     deterministic: bool = Field(False, description="CUDA: gather sampling and deterministic kernels")
@@ -97,6 +99,23 @@ class RunSettings(Schema):
     checkpoint_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps between saves within an epoch; 0: none")
 
 
+# Settings that may name a file or folder, and the words that do not.
+NAMED = {
+    "data": (),
+    "images": (),
+    "preset": (),
+    "weights": ("coco", "imagenet", "none"),
+    "aug": ("auto", "recipe", "light", "none"),
+}
+
+
+def absolute(key: str, value: str) -> str:
+    """Return the absolute path that a setting names; a word that names no file as it is."""
+    if value in NAMED[key] or (key == "preset" and not value.endswith(".toml")):
+        return value
+    return os.path.abspath(value)
+
+
 @dataclass(frozen=True, slots=True)
 class RunConfig:
     """A resolved run.
@@ -124,11 +143,17 @@ class RunConfig:
         """Tell whether somebody set this key, in whatever way."""
         return self.source(key) not in ("default", "preset")
 
+    def anchored(self) -> RunConfig:
+        """Return the same run with absolute paths, so that it can be resumed from another folder."""
+        settings = self.settings
+        paths = {key: absolute(key, value) for key in NAMED if (value := getattr(settings, key)) is not None}
+        return replace(self, settings=settings.model_copy(update=paths))
+
     def to_toml(self) -> str:
         """Return the whole run as TOML; `--config` reads it back.
 
-        Every value is there, so that nothing changes when a default does; a last table says which were chosen and
-        by what, since a schedule may take another value for one that nobody chose.
+        Every value is there, so that nothing changes when a default does or a preset's file goes; a last table says
+        which were chosen and by what, since a schedule may take another value for one that nobody chose.
         """
         lines = [f"# Resolved settings of one run of rtdetr train. preset: {self.preset.name}"]
         lines += [_toml_line(k, v, self.source(k)) for k, v in flatten(self.settings).items() if v is not None]
@@ -136,12 +161,18 @@ class RunConfig:
             lines += ["", f"[{table}]"]
             for key, value in flatten(getattr(self.preset, table)).items():
                 lines.append(_toml_line(key, value, self.source(f"{table}.{key}")))
+        rest = self.preset.model_dump(exclude={"model", "optim", "official"}, exclude_none=True)
+        for table, values in {PRESET: rest, f"{PRESET}.official": self.preset.official.model_dump()}.items():
+            lines += ["", f"[{table}]"]
+            lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
         lines += ["", f"[{PROVENANCE}]"]
         lines += [f"{_toml(key)} = {_toml(source)}" for key, source in self.provenance.items() if self.given(key)]
         return "\n".join(lines) + "\n"
 
 
 PROVENANCE = "provenance"
+# What a preset says besides model and rates, as it was when the run began.
+PRESET = "rest_of_preset"
 
 
 def _toml_line(key: str, value: Any, source: str) -> str:
@@ -191,9 +222,11 @@ def resolve_run(flags: Mapping[str, Any], *, sets: Sequence[str] = (), config_fi
     places: dict[str, str] = {}
     layers: list[tuple[str, Mapping[str, Any]]] = []
     chosen: dict[str, str] | None = None
+    kept: dict[str, Any] = {}
     if config_file is not None:
         document = read_toml(config_file)
         chosen = document.pop(PROVENANCE, None)
+        kept = {"of": document.get("preset"), "values": document.pop(PRESET, None)}
         layers.append((f"{config_file}", _dotted(document)))
     layers.append(("--set", parse_set(sets)))
     layers.append(("flag", flags))
@@ -205,8 +238,12 @@ def resolve_run(flags: Mapping[str, Any], *, sets: Sequence[str] = (), config_fi
             if name not in ("flag", "--set") and chosen is not None:
                 provenance[key] = chosen.get(key, "preset" if "." in key else "default")
     preset_name = str(values.get("preset", RunSettings.model_fields["preset"].default))
-    base = load_preset(preset_name)
-    tables = {"model": base.model.model_dump(), "optim": base.optim.model_dump()}
+    if isinstance(kept.get("values"), Mapping) and kept["of"] == preset_name:
+        # The tables beside it hold every value of these two.
+        base = {**kept["values"], "model": ModelSpec().model_dump(), "optim": OptimSpec().model_dump()}
+    else:
+        base = load_preset(preset_name).model_dump()
+    tables = {"model": dict(base["model"]), "optim": dict(base["optim"])}
     own: dict[str, Any] = {}
     unknown: list[str] = []
     known = [*RunSettings.model_fields, *(f"{t}.{k}" for t, keys in tables.items() for k in keys)]
@@ -233,12 +270,12 @@ def resolve_run(flags: Mapping[str, Any], *, sets: Sequence[str] = (), config_fi
     ):
         own["effective_batch"] = few
         provenance["effective_batch"] = "--overfit: a step sees each picture once"
-    if "weights" not in own and base.weights is None:
+    if "weights" not in own and base.get("weights") is None:
         own["weights"] = "none"
-        provenance["weights"] = f"preset {base.name} has no published weights"
+        provenance["weights"] = f"preset {base.get('name')} has no published weights"
     faults: list[str] = []
     try:
-        preset = validate(Preset, {**base.model_dump(), **tables}, source=f"preset {base.name}", places=places)
+        preset = validate(Preset, {**base, **tables}, source=f"preset {base.get('name')}", places=places)
     except UsageError as error:
         faults.append(error.message)
     try:

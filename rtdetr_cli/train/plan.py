@@ -227,6 +227,10 @@ def make_plan(config: RunConfig, *, pictures: int) -> Plan:
     else:
         choices.append(Choice("multi-scale", "none", f"preset {preset.name} is trained at one size"))
 
+    if settings.cache != "none":
+        room = f"{settings.cache_gb:g} GB" if settings.cache_gb else "half of what is free"
+        choices.append(Choice("cache", f"{settings.cache}, {room}", config.source("cache")))
+
     # ---- will it learn ----------------------------------------------------------------------------------------
     start = settings.weights if settings.weights in SHORT else "coco"
     if total < SHORT[start]:

@@ -24,6 +24,7 @@ PLACES = (
     "name",
     "workers",
     "cache",
+    "cache_gb",
     "log",
     "device",
     "checkpoint_minutes",

@@ -154,6 +154,7 @@ def prepare(config: RunConfig, team: Team = SOLO, *, pretrained: bool = True) ->
         augmentation=augmentation,
         workers=workers,
         cache=settings.cache,
+        cache_budget=int(settings.cache_gb * 1e9) or None,
         rank=team.rank,
         world_size=team.size,
         pin_memory=device.type == "cuda",

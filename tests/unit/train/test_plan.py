@@ -230,3 +230,12 @@ def test_what_is_frozen_is_said() -> None:
         "--freeze",
     )
     assert frozen(preset="r18", weights="coco", freeze="none")[0] == "nothing"
+
+
+def test_the_cache_and_its_budget_are_said() -> None:
+    def cache(**flags: object) -> list[str]:
+        return [c.value for c in plan_of(100, **flags).choices if c.name == "cache"]
+
+    assert cache() == []
+    assert cache(cache="ram") == ["ram, half of what is free"]
+    assert cache(cache="disk", cache_gb=2.5) == ["disk, 2.5 GB"]

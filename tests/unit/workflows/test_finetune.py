@@ -73,6 +73,13 @@ def test_the_loader_ends_with_the_run(settings: Callable[..., RunConfig], closed
     assert len(closed) == 1
 
 
+def test_the_cache_has_the_budget_that_was_asked_for(settings: Callable[..., RunConfig]) -> None:
+    prepared = prepare(settings(cache="ram", cache_gb=0.5))
+    with prepared.loader as loader:
+        assert loader.cache is not None
+        assert loader.cache.budget == 500_000_000
+
+
 def test_the_loader_ends_where_no_micro_batch_fits(
     settings: Callable[..., RunConfig], closed: list[TrainLoader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
