@@ -100,7 +100,7 @@ class RunSettings(Schema):
 
 
 # Settings that may name a file or folder, and the words that do not.
-NAMED = {
+NAMED: dict[str, tuple[str, ...]] = {
     "data": (),
     "images": (),
     "preset": (),

@@ -189,3 +189,54 @@ def test_learning_few_pictures_by_heart_takes_a_step_for_each_look_at_them() -> 
     assert resolve_run({"overfit": 4, "effective_batch": 8}).settings.effective_batch == 8
     assert resolve_run({"overfit": 100}).settings.effective_batch == 16
     assert resolve_run({"overfit": 0}).settings.effective_batch == 16
+
+
+OWN_PRESET = """
+name = "mine"
+description = "ours"
+params_m = 1.0
+imgsz = [96, 128]
+[model]
+width = 8
+queries = 12
+[optim]
+lr = 3e-4
+[official]
+epochs = 11
+strong_augmentation_until = 9
+"""
+
+
+def test_a_resolved_run_needs_the_file_of_its_preset_no_more(tmp_path: Path) -> None:
+    mine, file = tmp_path / "mine.toml", tmp_path / "config.toml"
+    mine.write_text(OWN_PRESET)
+    run = resolve_run({"preset": str(mine)}, sets=["model.queries=20"])
+    file.write_text(run.to_toml(), encoding="utf-8")
+    mine.unlink()
+    again = resolve_run({"epochs": 3}, config_file=file)
+    assert again.preset == run.preset
+    assert again.imgsz == (96, 128)
+    assert again.preset.official.epochs == 11
+    with pytest.raises(UsageError, match="other.toml does not exist"):
+        resolve_run({"preset": "other.toml"}, config_file=file)
+    assert resolve_run({"preset": "r18"}, config_file=file).preset.official.epochs != 11, "another was asked for"
+
+
+def test_a_resolved_run_follows_its_own_values_not_those_of_a_preset_that_was_edited(tmp_path: Path) -> None:
+    mine, file = tmp_path / "mine.toml", tmp_path / "config.toml"
+    mine.write_text(OWN_PRESET)
+    run = resolve_run({"preset": str(mine)})
+    file.write_text(run.to_toml(), encoding="utf-8")
+    mine.write_text(OWN_PRESET.replace("96, 128", "320, 320").replace("epochs = 11", "epochs = 99"))
+    assert resolve_run({}, config_file=file).preset == run.preset
+
+
+def test_paths_become_absolute_and_words_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text(OWN_PRESET)
+    settings = resolve_run({"data": "d", "preset": "mine.toml", "weights": "run", "aug": "a.json"}).anchored().settings
+    for key, name in {"data": "d", "preset": "mine.toml", "weights": "run", "aug": "a.json"}.items():
+        assert getattr(settings, key) == str(tmp_path / name)
+    settings = resolve_run({"preset": "tiny"}).anchored().settings
+    assert (settings.data, settings.images, settings.preset, settings.weights) == (None, None, "tiny", "none")
+    assert settings.aug == "auto"
