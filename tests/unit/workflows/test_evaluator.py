@@ -1,0 +1,78 @@
+"""Measuring while training: shares of the pictures give the whole's figures, and memory that runs out is no end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rtdetr_cli.data.read import load_splits
+from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.evaluate.classes import map_classes
+from rtdetr_cli.evaluate.run import Detected, conclude, detect, evaluate
+from rtdetr_cli.infer.torch_backend import TorchBackend
+from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.model.header import ModelHeader
+from rtdetr_cli.model.weights import load_model
+from rtdetr_cli.train.loop import StopFlag
+from rtdetr_cli.train.state import Place
+from rtdetr_cli.train.team import SOLO
+from rtdetr_cli.workflows import evaluator as module
+from rtdetr_cli.workflows.evaluator import Evaluator
+
+
+@pytest.fixture(scope="module")
+def val(shapes_data: Path) -> Dataset:
+    found = load_splits(shapes_data).val
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def loaded(shapes_model: Path) -> tuple[RTDETR, ModelHeader]:
+    return load_model(shapes_model)
+
+
+@pytest.mark.parametrize("size", [2, 3, 100])
+def test_shares_together_are_the_whole(val: Dataset, loaded: tuple[RTDETR, ModelHeader], size: int) -> None:
+    """Also where some processes have no picture at all."""
+    model, header = loaded
+    classes = map_classes(header.names, val)
+    backend = TorchBackend(model, header, device=torch.device("cpu"))
+    parts = []
+    for rank in range(size):
+        mine = np.arange(rank, len(val), size)
+        parts.append((mine, detect(backend, val.subset(mine), batch=1, label_map=classes.labels)))
+    joined = conclude(val, Detected.join(parts), classes, seconds=1.0)
+    whole = evaluate(backend, val, batch=1)
+    assert whole.metrics["AP"] is not None
+    assert whole.metrics["AP"] > 0.3, "figures of nothing would all be equal"
+    assert joined.metrics == whole.metrics
+    assert joined.per_class == whole.per_class
+
+
+def test_an_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(
+    val: Dataset, loaded: tuple[RTDETR, ModelHeader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, header = loaded
+    learner = SimpleNamespace(device=torch.device("cpu"))
+    prepared: Any = SimpleNamespace(team=SOLO, header=header, val_set=val, learner=learner)
+    expected = Evaluator(prepared, Place(micro_batch=2), StopFlag())(model)
+    seen: list[int] = []
+
+    def full(*words: Any, batch: int, **others: Any) -> Detected:
+        seen.append(batch)
+        if batch > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return detect(*words, batch=batch, **others)
+
+    monkeypatch.setattr(module, "detect", full)
+    measure = Evaluator(prepared, Place(micro_batch=8), StopFlag())
+    assert measure(model) == pytest.approx(expected)
+    assert seen == [8, 4, 2]
+    measure(model)
+    assert seen == [8, 4, 2, 2], "what fits is remembered"
