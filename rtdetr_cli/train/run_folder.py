@@ -8,17 +8,22 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rtdetr_cli.errors import RtdetrError, UsageError
-from rtdetr_cli.train.checkpoint import CHECKPOINT, sync_folder
+from rtdetr_cli.train.checkpoint import CHECKPOINT, PREVIOUS, sync_folder
 
 BEST = "best.safetensors"
 CONFIG = "config.toml"
 MANIFEST = "manifest.json"
 METRICS = "metrics.csv"
 LOG = "train.log"
+DIGESTS = ".pictures"
 
 
 class RunFolder:
@@ -30,6 +35,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._told_of_log = False
 
     @classmethod
     def create(cls, out: Path, *, name: str, stem: str) -> RunFolder:
@@ -69,7 +75,19 @@ class RunFolder:
             raise UsageError(
                 f"the run {path} does not exist", hint="--resume takes a folder of runs/", code="run-missing"
             )
-        if not (path / CONFIG).is_file() or not (path / MANIFEST).is_file():
+        if (path / CONFIG).is_file() and not (path / MANIFEST).is_file():
+            raise UsageError(
+                f"the run {path} was killed before it began: it has {CONFIG}, but no {MANIFEST}",
+                hint=f"rtdetr train --config {path / CONFIG} --name {path.name}-again starts it again",
+                code="run-missing",
+            )
+        if {p.name for p in path.iterdir()} <= {".probe", f".{CONFIG}.partial"}:
+            raise UsageError(
+                f"{path} is empty: the run was killed before it began",
+                hint=f"rm -r {path}, then the same command as before: rtdetr train --data DATA ...",
+                code="run-missing",
+            )
+        if not (path / CONFIG).is_file():
             raise UsageError(
                 f"{path} is not a run of rtdetr train: it has no {CONFIG}",
                 hint="rtdetr train --weights FILE starts a new run from a model file",
@@ -86,6 +104,11 @@ class RunFolder:
     def checkpoint(self) -> Path:
         """The file to resume from."""
         return self.path / CHECKPOINT
+
+    @property
+    def untrained(self) -> bool:
+        """True where the run was killed before its first checkpoint: it has its settings, and nothing came of them."""
+        return not any((self.path / name).exists() for name in (CHECKPOINT, PREVIOUS, METRICS, BEST))
 
     def write(self, name: str, text: str) -> Path:
         """Write a small text file whole: aside, synced, renamed."""
@@ -106,6 +129,21 @@ class RunFolder:
         """Read `manifest.json`."""
         found: dict[str, Any] = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
         return found
+
+    # ---- digests of the pictures ------------------------------------------------------------------------------
+
+    def write_digests(self, digests: NDArray[np.uint64]) -> None:
+        """Keep a number for each picture, by which a changed one can be named; without them the run is as good."""
+        with suppress(OSError):
+            (self.path / DIGESTS).write_bytes(digests.astype("<u8").tobytes())
+
+    def digests(self) -> NDArray[np.uint64] | None:
+        """Read what `write_digests` kept; None where it is not there, or not whole."""
+        try:
+            found = (self.path / DIGESTS).read_bytes()
+        except OSError:
+            return None
+        return np.frombuffer(found, "<u8").astype(np.uint64) if len(found) % 8 == 0 else None
 
     # ---- metrics.csv ------------------------------------------------------------------------------------------
 
@@ -153,10 +191,23 @@ class RunFolder:
 
     # ---- train.log --------------------------------------------------------------------------------------------
 
-    def log(self, line: str) -> None:
-        """Append a line, with the time, to `train.log`."""
-        with (self.path / LOG).open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+    def log(self, line: str) -> str:
+        """Append a line, with the time, to `train.log`.
+
+        Returns:
+            What a person should be told, since the line could not be written: the first time, else "". A line is no
+            reason to end a run; what the run cannot do without is its checkpoint, which says so itself.
+        """
+        path = self.path / LOG
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+        except OSError as error:
+            if self._told_of_log:
+                return ""
+            self._told_of_log = True
+            return f"{path} cannot be written: {error.strerror or error}; the run goes on without it"
+        return ""
 
 
 def nearest(path: Path) -> Path:

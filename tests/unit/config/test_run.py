@@ -217,7 +217,7 @@ def test_a_resolved_run_needs_the_file_of_its_preset_no_more(tmp_path: Path) -> 
     assert again.preset == run.preset
     assert again.imgsz == (96, 128)
     assert again.preset.official.epochs == 11
-    with pytest.raises(UsageError, match="other.toml does not exist"):
+    with pytest.raises(UsageError, match=r"other\.toml does not exist"):
         resolve_run({"preset": "other.toml"}, config_file=file)
     assert resolve_run({"preset": "r18"}, config_file=file).preset.official.epochs != 11, "another was asked for"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rtdetr_cli.errors import RtdetrError, UsageError
@@ -64,3 +65,51 @@ def test_rows_can_be_taken_back(tmp_path: Path) -> None:
     folder.truncate_metrics(0)
     folder.add_metrics({"loss": 1.5})
     assert (tmp_path / "metrics.csv").read_text() == "loss\n1.5\n"
+
+
+def test_a_run_that_was_killed_before_it_began_says_how_to_start_again(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "mine"
+    path.mkdir(parents=True)
+    (path / ".config.toml.partial").touch()
+    with pytest.raises(UsageError, match="mine is empty: the run was killed before it began") as empty:
+        RunFolder.open(path)
+    assert f"rm -r {path}, then the same command" in empty.value.hint
+    (path / "config.toml").write_text("epochs = 3\n")
+    with pytest.raises(
+        UsageError, match=r"was killed before it began: it has config\.toml, but no manifest"
+    ) as settled:
+        RunFolder.open(path)
+    assert f"rtdetr train --config {path / 'config.toml'} --name mine-again" in settled.value.hint
+    (path / "manifest.json").write_text("{}\n")
+    assert RunFolder.open(path).untrained
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", ".last.ckpt.previous", "metrics.csv", "best.safetensors"])
+def test_what_came_of_a_run(tmp_path: Path, name: str) -> None:
+    assert RunFolder(tmp_path).untrained
+    (tmp_path / ".last.ckpt.partial").touch()
+    (tmp_path / "train.log").touch()
+    assert RunFolder(tmp_path).untrained
+    (tmp_path / name).touch()
+    assert not RunFolder(tmp_path).untrained
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_log_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.log("one") == ""
+    (tmp_path / "train.log").unlink()
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    assert "No space left on device; the run goes on" in folder.log("two")
+    assert folder.log("three") == ""
+
+
+def test_digests_of_pictures_are_kept(tmp_path: Path) -> None:
+    folder, digests = RunFolder(tmp_path), np.asarray([0, 2**64 - 1, 7], np.uint64)
+    assert folder.digests() is None
+    folder.write_digests(digests)
+    kept = folder.digests()
+    assert kept is not None
+    assert kept.tolist() == digests.tolist()
+    (tmp_path / ".pictures").write_bytes(b"cut")
+    assert folder.digests() is None
