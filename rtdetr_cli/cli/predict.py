@@ -69,7 +69,7 @@ def predict(
 ) -> None:
     """Find objects in pictures and videos, and write annotated copies.
 
-    A picture that cannot be read is reported and does not stop the rest; the exit code is then 1.
+    A picture that cannot be read, or a video that is cut off, does not stop the rest; the exit code is then 1.
     """
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.cli.select import parse_size
@@ -128,20 +128,33 @@ def predict(
         terminal.say(terminal.paint("hint:", "36") + " " + tally.hint(model, backend))
     if failed and len(found) == 1:
         raise failed[0]
+    early = "ends before its time" if tally.cut_off == 1 else "end before their time"
     if failed:
-        rest = ", the rest are done" if len(failed) < len(found) else ""
+        rest = (
+            f", and {tally.cut_off} {early}"
+            if tally.cut_off
+            else ", the rest are done"
+            if len(failed) < len(found)
+            else ""
+        )
         raise RtdetrError(
             f"{len(failed)} of {_count(found)} could not be read{rest}",
             hint="each is named above",
             code="pictures-unreadable",
         )
+    if tally.cut_off:
+        raise RtdetrError(
+            f"{tally.cut_off} of {_count([source for source in found if source.video])} {early}",
+            hint="what is there is done; copy or fetch the rest again",
+            code="video-cut-off",
+        )
 
 
 class _Tally:
-    """What all pictures together came to: whether anything was found, and the best score that was seen."""
+    """What all came to: whether anything was found, the best score that was seen, and videos that are cut off."""
 
     def __init__(self) -> None:
-        self.pictures = self.detections = 0
+        self.pictures = self.detections = self.cut_off = 0
         self.best: float | None = None
 
     def add(self, event: Predicted) -> None:
@@ -218,7 +231,7 @@ def _model(weights: Path | None) -> Path:
     from rtdetr_cli.model import hub
 
     terminal.say(f"no finished run lies under runs/: taking the published r18 COCO weights ({FIRST_MODEL})")
-    return hub.fetch(FIRST_MODEL)
+    return hub.fetch(FIRST_MODEL, progress=terminal.transfer)
 
 
 def _folder(out: Path | None, drawn: Sequence[Source]) -> Path:
@@ -318,6 +331,9 @@ def _predict_video(
         rate = frames / max(time.monotonic() - start, 1e-9)
         width, height = video.size_wh
         terminal.out(f"{source.path}  {width}x{height}  {frames} frames  {found} detections  {rate:.1f} frames/s")
+    if video.ends_early:
+        tally.cut_off += 1
+        terminal.warn(f"{source.path} ends after {frames} of {video.frames} frames")
     return None
 
 

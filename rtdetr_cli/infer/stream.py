@@ -19,6 +19,7 @@ from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.pictures import read_ahead
 
 Key = TypeVar("Key")
+WHOLE, FRAMES_AMISS = 0.95, 2  # share of a video below which it is cut off, and frames that are never missed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,11 +132,31 @@ class Video:
         self.rate = rate if 0.1 <= rate <= 1000 else 25.0
         count = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
         self.frames = count if count > 0 else None  # what the container claims
+        self.frames_read = 0
+        self._position_property = cv2.CAP_PROP_POS_MSEC
+        self._milliseconds = float(self._capture.get(self._position_property))  # at which the last frame stands
 
     def read(self) -> NDArray[np.uint8] | None:
         """Return the next frame as (H, W, 3) uint8 RGB, or None at the end."""
         first, self._first = self._first, None
-        return first if first is not None else self._grab()
+        frame = first if first is not None else self._grab()
+        if frame is not None:
+            self.frames_read += 1
+            if first is None:
+                self._milliseconds = float(self._capture.get(self._position_property))
+        return frame
+
+    @property
+    def ends_early(self) -> bool:
+        """True when, at the end, clearly fewer frames were there than the container claims.
+
+        Some containers only estimate their frames, from duration and rate: a whole video of varying rate has fewer,
+        but its last frame stands near the end of the duration, and that of a file that was cut off does not.
+        """
+        if self.frames is None or self.frames - self.frames_read <= FRAMES_AMISS:
+            return False
+        duration = 1000 * self.frames / self.rate
+        return max(self.frames_read / self.frames, self._milliseconds / duration) < WHOLE
 
     def _grab(self) -> NDArray[np.uint8] | None:
         there, frame = self._capture.read()

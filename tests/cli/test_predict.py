@@ -204,6 +204,47 @@ def test_video_is_written_back(rtdetr: Callable[..., Any], here: Path, shapes_on
     assert [d["frame"] for d in documents(as_json)] == list(range(9))
 
 
+def filmed(path: Path, frames: int, picture: Path) -> None:
+    """Write a video of so many frames, in which a picture moves."""
+    import cv2
+
+    frame = read_picture(picture)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 12.0, (256, 192))
+    for shift in range(frames):
+        writer.write(np.ascontiguousarray(np.roll(frame, shift, axis=1)[:, :, ::-1]))
+    writer.release()
+
+
+def test_a_video_that_is_cut_off_is_not_taken_for_a_whole_one(
+    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path
+) -> None:
+    """What there is of it is done and kept; the exit code says that it is not all."""
+    filmed(here / "whole.avi", 12, pictures / "shapes_00.png")
+    whole = (here / "whole.avi").read_bytes()
+    (here / "cut.avi").write_bytes(whole[: len(whole) // 2])
+    given = ("-w", shapes_onnx, "--batch", 4)
+    ran = rtdetr("predict", "whole.avi", *given, "--no-save")
+    assert ran.code == 0, ran.err
+    assert "warning" not in ran.err
+    ran = rtdetr("predict", "cut.avi", *given, "--out", "out", "--save-json")
+    assert ran.code == 1
+    lines = (here / "out/predictions.jsonl").read_text().splitlines()
+    assert 3 <= len(lines) <= 8
+    assert f"warning: cut.avi ends after {len(lines)} of 12 frames" in ran.err
+    assert "error: 1 of 1 video ends before its time" in ran.err
+    assert "results in out" in ran.err
+    assert f"cut.avi  256x192  {len(lines)} frames" in ran.out
+    assert (here / "out/cut.avi").exists() or (here / "out/cut.mp4").exists()
+    ran = rtdetr("predict", "cut.avi", pictures / "shapes_00.png", "whole.avi", *given, "--no-save", "--json")
+    assert ran.code == 1
+    assert len(documents(ran)) == len(lines) + 1 + 12 + 1
+    assert documents(ran)[-1]["error"]["code"] == "video-cut-off"
+    (here / "bad.png").write_text("x")
+    ran = rtdetr("predict", "cut.avi", "bad.png", *given, "--no-save")
+    assert ran.code == 1
+    assert "1 of 1 picture and 1 video could not be read, and 1 ends before its time" in ran.err
+
+
 def test_classes_conf_and_number(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path) -> None:
     def run(*options: object) -> list[dict[str, Any]]:
         ran = rtdetr("predict", pictures, "-w", shapes_onnx, "--no-save", "--json", *options)
