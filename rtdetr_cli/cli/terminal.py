@@ -154,6 +154,42 @@ class _Bar:
         self.bar.update(self.task, advance=n, **({"facts": told} if told else {}))
 
 
+class _TransferLines(_Lines):
+    """A transfer in a pipe: a line every ten percent, in megabytes."""
+
+    def advance(self, n: int = 1, **facts: object) -> None:
+        self.done += n
+        if not self.total or (tenth := min(10, 10 * self.done // self.total)) <= self.tenth:
+            return
+        self.tenth = tenth
+        seconds = time.monotonic() - self.start
+        rate = f"  {self.done / seconds / 1e6:.1f} MB/s" if seconds > 0 else ""
+        say(f"{self.what}  {tenth * 10} %  {self.done / 1e6:.1f} of {self.total / 1e6:.1f} MB{rate}")
+
+
+@contextmanager
+def transfer(total: int | None, what: str) -> Iterator[Progress]:
+    """Show how much of a file has come, in bytes: a bar with rate and time left, or lines in a pipe."""
+    if not is_terminal():
+        yield _TransferLines(total, what)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as RichProgress
+
+    bar = RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+        console=Console(file=sys.stderr),
+        transient=True,
+    )
+    with bar:
+        yield _Bar(bar, bar.add_task(what, total=total))
+
+
 @contextmanager
 def progress(total: int | None, what: str) -> Iterator[Progress]:
     """Show how far long work has come: a bar with rate and time left, or lines in a pipe."""

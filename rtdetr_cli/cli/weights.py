@@ -69,13 +69,18 @@ def list_files(as_json: Json = False) -> None:
 @app.command()
 def fetch(
     name: Name,
-    force: Annotated[bool, typer.Option("--force", help="Fetch it again although it is here.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Fetch it again although it is here; replaces a recorded hash.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Fetch a file once, hash-checked."""
     from rtdetr_cli.model import hub
 
-    path = hub.fetch(file_named(name), force=force)
+    file = file_named(name)
+    before = hub.expected_sha256(file)
+    path = hub.fetch(file, force=force, progress=terminal.transfer)
+    _say_change(before, hub.expected_sha256(file))
     _say_path(path, as_json)
 
 
@@ -107,12 +112,17 @@ def verify(as_json: Json = False) -> None:
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="A file fetched by other means.")], as_json: Json = False
+    file: Annotated[Path, typer.Argument(help="A file fetched by other means.")],
+    force: Annotated[bool, typer.Option("--force", help="Let it replace a recorded hash.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Copy a file into the cache, hash-checked."""
     from rtdetr_cli.model import hub
 
-    _say_path(hub.import_file(file), as_json)
+    before = hub.expected_sha256(file.name)
+    path = hub.import_file(file, force=force)
+    _say_change(before, hub.expected_sha256(file.name))
+    _say_path(path, as_json)
 
 
 @app.command()
@@ -121,6 +131,11 @@ def path(name: Name, as_json: Json = False) -> None:
     from rtdetr_cli.model import hub
 
     _say_path(hub.weights_folder() / hub.published(file_named(name)).file, as_json)
+
+
+def _say_change(before: str, after: str) -> None:
+    if before and before != after:
+        terminal.warn(f"another file than before: the recorded sha256 was {before[:12]}..., it is {after[:12]}... now")
 
 
 def _say_path(found: Path, as_json: bool) -> None:

@@ -1,26 +1,40 @@
 """Published weights: where they come from, where they are kept, and that they are what they say.
 
 A file is looked for in the cache first, then fetched from the mirror or the official release. The two files whose
-hashes are publicly known are held to them; of any other the first download's hash is recorded in `hashes.json`, and
-every later copy is held to that. Nothing is fetched unless a command needs it.
+hashes are publicly known are held to them; of any other the hash of the first copy that can be read as such weights is
+recorded in `hashes.json`, and every later copy is held to that. Nothing is fetched unless a command needs it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from rtdetr_cli.errors import ModelError, RtdetrError
+from rtdetr_cli.model.files import written_aside
 
 HOME_VARIABLE = "RTDETR_CLI_HOME"
 MIRROR_VARIABLE = "RTDETR_CLI_MIRROR"
 RELEASES = "https://github.com/lyuwenyu/storage/releases/download"
+TIMEOUT = 30  # seconds without a byte
+CHUNK = 1 << 16
+
+
+class Told(Protocol):
+    """Something that is told how many more bytes have come."""
+
+    def advance(self, n: int = 1) -> None:
+        """Say that `n` more bytes are here."""
+
+
+Watch = Callable[[int | None, str], AbstractContextManager[Told]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +52,11 @@ class Published:
         """Address of the file: the mirror's when one is set, else the official release's."""
         mirror = os.environ.get(MIRROR_VARIABLE, "").rstrip("/")
         return f"{mirror}/{self.file}" if mirror else f"{RELEASES}/{self.release}/{self.file}"
+
+    @property
+    def backbone(self) -> bool:
+        """Whether it holds a backbone only."""
+        return self.file.startswith("ResNet")
 
 
 def _catalogue() -> dict[str, Published]:
@@ -116,92 +135,175 @@ def expected_sha256(file: str) -> str:
 
 
 def verify(file: str, path: Path) -> str:
-    """Hold a file to its hash and return the hash; the first one seen is recorded.
+    """Hold a file to its hash and return the hash; the first one seen is recorded, if it is that of such weights.
 
     Raises:
-        ModelError: the hash is another one.
+        ModelError: the hash is another one, or there is none and the file is not what its name says.
     """
-    found, expected = file_sha256(path), expected_sha256(file)
-    if expected and found != expected:
-        raise ModelError(
-            f"{path} is not the published {file}: its sha256 is {found[:12]}..., expected {expected[:12]}...",
-            hint=f"rtdetr weights fetch {file} --force",
-            code="weights-hash",
-        )
-    if not expected:
-        _record(file, found)
-    return found
+    sha256 = _held(published(file), path, expected_sha256(file), whose=str(path))
+    if not expected_sha256(file):
+        _record(file, sha256)
+    return sha256
 
 
-def fetch(file: str, *, force: bool = False, progressbar: bool = False) -> Path:
+def fetch(file: str, *, force: bool = False, progress: Watch | None = None) -> Path:
     """Return the path of a published file, fetched once and hash-checked.
+
+    A file that is here already is hashed again at each use: that takes a fraction of what loading it does, sees every
+    change, and needs no second record of sizes and dates that could itself be wrong.
 
     Args:
         file: a name of `PUBLISHED`.
-        force: fetch it again although it is there.
-        progressbar: show the download on stderr.
+        force: fetch it again although it is there, and let its hash replace a recorded one (never a pinned one).
+        progress: shows how far the download has come, in bytes; called with the total, where the server says it, and
+            what is done.
 
     Raises:
-        ModelError: unknown file, no network, or a wrong hash (the wrong file is not kept).
+        ModelError: unknown file, no network, a connection that broke off, or not the published file (nothing is kept).
         RtdetrError: the cache cannot be written.
     """
     entry = published(file)
     path = weights_folder() / file
     if path.is_file() and not force:
+        verify(file, path)
         return path
-    import pooch
-    import requests
-
-    pooch.get_logger().setLevel(logging.ERROR)
-    url = entry.url
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        expected = expected_sha256(file)
-        fetched = Path(
-            pooch.retrieve(
-                url,
-                known_hash=f"sha256:{expected}" if expected else None,
-                fname=file + ".part",
-                path=path.parent,
-                downloader=pooch.HTTPDownloader(progressbar=progressbar, timeout=30),
-            )
-        )
-    except requests.exceptions.RequestException as error:
-        raise ModelError(
-            f"{file} could not be fetched from {url}: {_reason(error)}",
-            hint=f"fetch it by other means, then: rtdetr weights import {file} (or set {MIRROR_VARIABLE})",
-            code="weights-network",
-        ) from error
-    except ValueError as error:  # pooch's word for a wrong hash; it has removed the file
-        raise ModelError(
-            f"{url} did not give the published {file}: its sha256 is not {expected[:12]}...",
-            hint="the download is damaged or the mirror holds another file; nothing was kept",
-            code="weights-hash",
-        ) from error
-    except OSError as error:
-        raise RtdetrError(f"the weights folder {path.parent} cannot be written: {error.strerror}") from error
+    expected = entry.sha256 if force else expected_sha256(file)
+    with _written(path) as aside:
+        _download(entry, aside, progress)
+        sha256 = _held(entry, aside, expected, whose=entry.url)
     if not expected:
-        _record(file, file_sha256(fetched))
-    os.replace(fetched, path)
+        _record(file, sha256)
     return path
 
 
-def import_file(source: Path) -> Path:
+def import_file(source: Path, *, force: bool = False) -> Path:
     """Copy a file that was fetched by other means into the cache, held to its hash.
 
+    Args:
+        source: has the name under which it was published.
+        force: let its hash replace a recorded one (never a pinned one).
+
     Raises:
-        ModelError: it is missing, its name is unknown, or its hash is wrong.
+        ModelError: it is missing, its name is unknown, or it is not the published file.
+        RtdetrError: the cache cannot be written.
     """
     if not source.is_file():
         raise ModelError(f"{source} does not exist", code="weights-missing")
     entry = published(source.name)
-    verify(entry.file, source)
+    expected = entry.sha256 if force else expected_sha256(entry.file)
+    recorded = expected and not entry.sha256
+    hint = f"rtdetr weights import {source} --force takes it in place of the recorded one" if recorded else ""
+    sha256 = _held(entry, source, expected, whose=str(source), hint=hint)
     path = weights_folder() / entry.file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    shutil.copyfile(source, aside)
-    os.replace(aside, path)
+    if not (path.exists() and path.samefile(source)):
+        with _written(path) as aside:
+            shutil.copyfile(source, aside)
+    if not expected:
+        _record(entry.file, sha256)
     return path
+
+
+def by_hand(entry: Published) -> str:
+    """Return what to do where a file cannot be fetched from here."""
+    return (
+        f"download {entry.url} elsewhere and put it at {weights_folder() / entry.file}, "
+        f"or: rtdetr weights import {entry.file} ({MIRROR_VARIABLE} names a mirror)"
+    )
+
+
+def refetch(entry: Published) -> str:
+    """Return the command that replaces a file that is here and wrong."""
+    return f"rtdetr weights fetch {entry.file} --force"
+
+
+def _held(entry: Published, path: Path, expected: str, *, whose: str, hint: str = "") -> str:
+    """Return a file's hash if it is what it should be: the expected one, or, where none is known, that of such weights.
+
+    Args:
+        entry: what it should be.
+        path: of the file.
+        expected: its hash, or "".
+        whose: what a message says it came from: a path, or an address.
+        hint: of the message about a path; else how to fetch the file.
+    """
+    size, sha256, fault = path.stat().st_size, "", ""
+    with path.open("rb") as file:
+        page = file.read(512).lstrip()[:1] == b"<"
+    if page:
+        fault = f"it is a web page of {size:,} bytes"
+    elif entry.size and size != entry.size:
+        fault = f"it has {size:,} bytes of {entry.size:,}"
+    else:
+        sha256 = file_sha256(path)
+        if expected and sha256 != expected:
+            fault = f"its sha256 is {sha256[:12]}..., expected {expected[:12]}..."
+        elif not expected:
+            fault = _unlike(entry, path)
+    if not fault:
+        return sha256
+    code = "weights-hash" if sha256 and expected else "weights-foreign"
+    if whose == entry.url:
+        recorded = code == "weights-hash" and not entry.sha256
+        taken = f"; rtdetr weights fetch {entry.file} --force takes it all the same" if recorded else ""
+        raise ModelError(
+            f"{whose} did not give the published {entry.file}: {fault}",
+            hint=f"nothing was kept{taken}; else {by_hand(entry)}",
+            code=code,
+        )
+    raise ModelError(f"{whose} is not the published {entry.file}: {fault}", hint=hint or refetch(entry), code=code)
+
+
+def _unlike(entry: Published, path: Path) -> str:
+    """Say why a file cannot be the published one whose hash nobody knows; empty if it can."""
+    from rtdetr_cli.model.weights import read_published
+
+    try:
+        content = read_published(path)
+    except ModelError as error:
+        return error.message.replace(str(path), "it")
+    if (content.spec is None) != entry.backbone:
+        return f"it holds {'a backbone' if content.spec is None else 'a detector'}"
+    return ""
+
+
+def _download(entry: Published, to: Path, progress: Watch | None) -> None:
+    """Write what an address gives to a file.
+
+    Raises:
+        ModelError: there is no connection, the server refuses, or the connection breaks off.
+        OSError: the file cannot be written.
+    """
+    import requests
+
+    response: requests.Response | None = None
+    total = 0
+    try:
+        # As it is: a packed transfer would have another length than the file.
+        response = requests.get(entry.url, stream=True, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"})
+        response.raise_for_status()
+        total = int(response.headers.get("Content-Length", 0))
+        shown = progress(total or None, f"fetching {entry.file}") if progress else nullcontext()
+        with shown as told, to.open("wb") as file:
+            for part in response.iter_content(CHUNK):
+                file.write(part)
+                if told is not None:
+                    told.advance(len(part))
+        if total and to.stat().st_size < total:
+            raise requests.exceptions.ChunkedEncodingError
+    except requests.exceptions.RequestException as error:
+        if response is not None and response.ok:
+            # What has come over the wire; the last part of it never came out of the library's buffer.
+            came = f"{response.raw.tell():,}" + (f" of {total:,}" if total else "")
+            message = f"{entry.file} was not fetched: the connection to {entry.url} broke off after {came} bytes"
+            raise ModelError(message, hint=f"try again, or {by_hand(entry)}", code="weights-network") from error
+        raise ModelError(
+            f"{entry.file} could not be fetched from {entry.url}: {_reason(error)}",
+            hint=by_hand(entry),
+            code="weights-network",
+        ) from error
+    finally:
+        if response is not None:
+            response.close()
 
 
 def _reason(error: Exception) -> str:
@@ -209,27 +311,45 @@ def _reason(error: Exception) -> str:
     response = getattr(error, "response", None)
     if response is not None:
         return f"the server answered {response.status_code}"
+    known = {
+        "ConnectionError": "no connection",
+        "ConnectTimeout": "no answer",
+        "ReadTimeout": "no answer",
+        "ProxyError": "the proxy gives no connection",
+        "SSLError": "no secure connection",
+        "MissingSchema": "that is no address",
+        "InvalidSchema": "that is no address",
+        "InvalidURL": "that is no address",
+    }
     kind = type(error).__name__
-    return {"ConnectionError": "no connection", "ConnectTimeout": "no answer", "ReadTimeout": "no answer"}.get(
-        kind, kind
-    )
+    return known.get(kind, kind)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` that takes its place on success; what cannot be written names the way out."""
+    try:
+        with written_aside(path) as aside:
+            yield aside
+    except RtdetrError as error:
+        if error.code != "not-writable":
+            raise
+        hint = f"make room, or set {HOME_VARIABLE} to another folder"
+        raise RtdetrError(error.message, hint=hint, code=error.code) from error
 
 
 def _recorded() -> dict[str, str]:
     path = weights_folder() / "hashes.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        return {str(k): str(v) for k, v in values.items()}
     except FileNotFoundError:
         return {}
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, AttributeError) as error:
         raise ModelError(f"{path} cannot be read: {error}", hint=f"remove {path}", code="weights-hashes") from error
-    return {str(k): str(v) for k, v in values.items()}
 
 
 def _record(file: str, sha256: str) -> None:
-    folder = weights_folder()
-    folder.mkdir(parents=True, exist_ok=True)
     known = {**_recorded(), file: sha256}
-    aside = folder / "hashes.json.part"
-    aside.write_text(json.dumps(known, indent=1, sort_keys=True), encoding="utf-8")
-    os.replace(aside, folder / "hashes.json")
+    with _written(weights_folder() / "hashes.json") as aside:
+        aside.write_text(json.dumps(known, indent=1, sort_keys=True), encoding="utf-8")
