@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from rtdetr_cli.cli.runs import BEST, caveat, runs_with_models
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 
-BEST = "best.safetensors"
 MODEL_SUFFIXES = (".safetensors", ".pth", ".pt", ".onnx", ".xml", ".engine", ".plan")
 CHECKPOINT_SUFFIX = ".ckpt"
 _PICTURE = "rtdetr predict takes pictures"
@@ -17,34 +17,34 @@ OTHER_FILES = {
     **dict.fromkeys((".json", ".yaml", ".yml"), _DATASET),
 }
 """What a file is for that is no model, by its suffix."""
+__all__ = ["BEST", "model_file", "newest_run", "output_file", "parse_size", "resolve_model"]
 
 
-def finished_runs(runs: Path) -> list[Path]:
-    """Return the run folders below `runs` that hold a model to deploy, newest last."""
-    if not runs.is_dir():
-        return []
-    found = [p.parent for p in runs.glob(f"*/{BEST}")]
-    return sorted(found, key=lambda run: ((run / BEST).stat().st_mtime_ns, run.name))
-
-
-def newest_run(runs: Path = Path("runs")) -> Path:
-    """Return the newest run folder.
+def newest_run(runs: Path = Path("runs")) -> tuple[Path, str]:
+    """Return the newest finished run folder, and what it is in words; where none has finished, the newest.
 
     Raises:
         ModelError: there is none.
     """
-    found = finished_runs(runs)
+    found = runs_with_models(runs)
     if not found:
         raise ModelError(
             f"no finished run lies under {runs}/ and no model was named",
             hint="rtdetr train --preset r18 --data DATA, or name a model file",
             code="run-missing",
         )
-    return found[-1]
+    newest = found[-1]
+    against = caveat(newest)
+    if not against:
+        return newest, "the newest run"
+    for run in reversed(found[:-1]):
+        if not caveat(run):
+            return run, f"the newest finished run; {newest} is newer, but {against}"
+    return newest, f"the newest run, {against}"
 
 
 def resolve_model(model: Path | None, *, runs: Path = Path("runs")) -> Path:
-    """Return the model file that is meant: a file, a run folder's best, or the newest run's when None.
+    """Return the model file that is meant: a file, a run folder's best, or the newest finished run's when None.
 
     What was taken in place of a missing name is said on stderr.
 
@@ -54,9 +54,9 @@ def resolve_model(model: Path | None, *, runs: Path = Path("runs")) -> Path:
     if model is None:
         from rtdetr_cli.cli import terminal
 
-        taken = newest_run(runs) / BEST
-        terminal.say(f"model {taken} (the newest run)")
-        return taken
+        run, what = newest_run(runs)
+        terminal.say(f"model {run / BEST} ({what})")
+        return run / BEST
     return model_file(model)
 
 
@@ -93,7 +93,7 @@ def model_file(model: Path) -> Path:
 def _no_model_in(folder: Path) -> ModelError:
     """Say what a folder without a model is."""
     name = "name a model file, or the folder of a run such as runs/NAME"
-    runs = finished_runs(folder)
+    runs = runs_with_models(folder)
     models = _models_in(folder)
     if runs:
         said, hint = f"{folder} is a folder of runs ({len(runs)}), not a run", f"{runs[-1]} is the newest"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from rtdetr_cli.cli.select import model_file, output_file, parse_size
+from rtdetr_cli.cli.select import model_file, output_file, parse_size, resolve_model
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
+from rtdetr_cli.model.files import read_header, rewrite_header
 
 
 def refused(path: Path) -> ModelError:
@@ -39,6 +41,82 @@ def test_a_folder_of_runs_is_answered_with_its_newest(runs: Path) -> None:
     error = refused(runs)
     assert error.message == f"{runs} is a folder of runs (2), not a run"
     assert error.hint == f"{runs / 'b'} is the newest"
+
+
+# ---------------------------------------------------------------------------------- what is meant by no name at all
+
+
+def record(run: Path, *, started: str = "", epochs: int = 50, rows: int | None = None, finished: bool = False) -> None:
+    """Write what training leaves in a run besides the weights."""
+    if started:
+        (run / "manifest.json").write_text(json.dumps({"started": started}))
+    (run / "config.toml").write_text(f"epochs = {epochs}\n")
+    rows = epochs if rows is None else rows
+    (run / "metrics.csv").write_text("epoch,loss\n" + "".join(f"{n + 1},2.5\n" for n in range(rows)))
+    log = [f"2026-11-21 16:01:{n:02d}  epoch {n + 1}/{epochs}  step {n}" for n in range(rows)]
+    if finished:
+        log.append("2026-11-21 16:09:26  finished (patience), best AP 0.5221 at epoch 8")
+    (run / "train.log").write_text("".join(f"{line}\n" for line in log))
+
+
+def taken(runs: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    """Return the run that is meant by no name, and what is said of it."""
+    path = resolve_model(None, runs=runs)
+    return path.parent.name, capsys.readouterr().err.strip().replace(f"{runs}{os.sep}", "")
+
+
+def test_the_newest_run_is_the_one_begun_last(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Calibrating, copying and touching make no run newer."""
+    record(runs / "a", started="2026-11-21T17:07:35+0100", finished=True)
+    record(runs / "b", started="2026-11-21T16:07:36+0000", finished=True)
+    assert taken(runs, capsys) == ("b", "model b/best.safetensors (the newest run)")
+    best = runs / "a" / "best.safetensors"
+    rewrite_header(best, read_header(best))
+    assert taken(runs, capsys)[0] == "b"
+
+
+def test_without_a_record_the_file_says_how_old_it_is(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert taken(runs, capsys) == ("b", "model b/best.safetensors (the newest run)")
+    for broken in ("", "[]", '{"started": "yesterday"}', '{"started": 5}'):
+        (runs / "a" / "manifest.json").write_text(broken)
+        assert taken(runs, capsys)[0] == "b"
+
+
+def test_a_finished_run_is_taken_before_one_that_is_not(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(runs / "a", finished=True)
+    record(runs / "b", rows=3)
+    said = "model a/best.safetensors (the newest finished run; b is newer, but unfinished, epoch 3 of 50)"
+    assert taken(runs, capsys) == ("a", said)
+
+
+def test_an_unfinished_run_is_taken_where_there_is_no_other_and_called_one(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(runs / "a", rows=7)
+    record(runs / "b", rows=3)
+    assert taken(runs, capsys) == ("b", "model b/best.safetensors (the newest run, unfinished, epoch 3 of 50)")
+    (runs / "b" / "config.toml").write_text("epochs = [")
+    assert taken(runs, capsys)[1] == "model b/best.safetensors (the newest run, unfinished, epoch 3)"
+    (runs / "b" / "metrics.csv").unlink()
+    assert taken(runs, capsys)[1] == "model b/best.safetensors (the newest run, unfinished)"
+
+
+def test_a_discrete_run_that_lost_too_much_is_not_taken_silently(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        record(runs / name, finished=True)
+    result = {"passed": False, "drop": 0.034, "max_drop": 0.01}
+    (runs / "b" / "discrete.json").write_text(json.dumps(result))
+    lost = "its discrete sampling lost 0.034 AP, more than --max-drop 0.01"
+    said = f"model a/best.safetensors (the newest finished run; b is newer, but {lost})"
+    assert taken(runs, capsys) == ("a", said)
+    shutil.rmtree(runs / "a")
+    assert taken(runs, capsys) == ("b", f"model b/best.safetensors (the newest run, {lost})")
+    (runs / "b" / "discrete.json").write_text(json.dumps({**result, "drop": 0.002}))
+    assert taken(runs, capsys)[1].endswith("(the newest run, an export of finetune-discrete did not pass its gate)")
+    (runs / "b" / "discrete.json").write_text(json.dumps({**result, "passed": True}))
+    assert taken(runs, capsys)[1].endswith("(the newest run)")
 
 
 def test_an_empty_folder_is_said_to_be_empty(tmp_path: Path) -> None:
