@@ -299,7 +299,7 @@ def _write(
 
         made = resplit(report, parts, shares, seed=seed)
         parts = made.parts
-        facts = {"clusters": made.clusters, "largest_cluster": made.largest, "seed": seed}
+        facts = {"clusters": made.clusters, "groups": made.groups, "largest_cluster": made.largest, "seed": seed}
     form = convert or {"roboflow": "coco"}.get(report.raw.format, report.raw.format)
     data = write_dataset(parts, form, to)
     counts = {name: len(part) for name, part in parts.items()}
@@ -308,7 +308,8 @@ def _write(
     document["written"] = {"format": form, "data": str(data), "splits": counts, **changed, **facts}
     if not as_json:
         told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-        extra = f"; {counted(facts['clusters'], 'group')} of pictures that belong together" if facts else ""
+        groups = facts.get("groups")
+        extra = f"; pictures kept together in {counted(groups, 'group')}" if groups else ""
         terminal.out(f"written: {data} ({form}; {told}{extra})")
         for what, by_code in changed.items():
             if by_code:

@@ -95,6 +95,11 @@ class Joined:
         a, b = self.root(a), self.root(b)
         self.parent[max(a, b)] = min(a, b)
 
+    def join_all(self, positions: Sequence[int]) -> None:
+        """Put positions into one group."""
+        for position in positions[1:]:
+            self.join(positions[0], position)
+
     def groups(self) -> list[list[int]]:
         """Return the groups of at least two."""
         members: dict[int, list[int]] = defaultdict(list)

@@ -137,6 +137,14 @@ def test_resplit(rtdetr: Run, data: Path, tmp_path: Path) -> None:
         assert rtdetr("validate", to).code == 0
 
 
+def test_resplit_says_what_it_keeps_together_and_nothing_otherwise(rtdetr: Run, data: Path, tmp_path: Path) -> None:
+    ran = rtdetr("validate", data, "--resplit", "0.5,0.5", "--to", tmp_path / "alone")
+    assert "(coco; train 3, val 3)\n" in ran.out
+    shutil.copy(data.parent / "0.jpg", data.parent / "5.jpg")
+    ran = rtdetr("validate", data, "--resplit", "0.5,0.5", "--to", tmp_path / "together")
+    assert "(coco; train 3, val 3; pictures kept together in 1 group)\n" in ran.out
+
+
 def test_fix_is_hinted_at_only_where_it_helps(rtdetr: Run, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "fixed"
     assert "--fix OUT" in rtdetr("validate", data).err
