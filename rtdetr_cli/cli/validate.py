@@ -196,7 +196,7 @@ def _entry(entry: Any) -> dict[str, str]:
 def _show(report: Report, images: Path | None, *, fixing: bool) -> None:
     """Print the short table: one row a code, with the first place it was found."""
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.data.codes import CODES, counted, tally
+    from rtdetr_cli.data.codes import counted, tally
     from rtdetr_cli.data.read import place
     from rtdetr_cli.data.repair import repairable
 
@@ -209,9 +209,9 @@ def _show(report: Report, images: Path | None, *, fixing: bool) -> None:
     )
     rows = []
     for code, positions in report.by_code().items():
-        entry = CODES[code]
-        first = place(report.findings[positions[0]])
-        rows.append((entry.severity, code, len(positions), first if len(first) <= 140 else first[:137] + "..."))
+        worst = report.findings[positions[0]]
+        first = place(worst)
+        rows.append((worst.severity, code, len(positions), first if len(first) <= 140 else first[:137] + "..."))
     if rows:
         terminal.table(("severity", "code", "count", "first"), rows)
     counts = report.counts()

@@ -440,13 +440,22 @@ def _px(value: float) -> str:
 # Splits and classes
 
 
-def check_structure(dataset: RawDataset) -> None:
-    """Check that the splits are there, not empty and not the same, and look at the classes over all of them."""
+def check_structure(dataset: RawDataset, *, to_train: bool = False) -> None:
+    """Check that the splits are there, not empty and not the same, and look at the classes over all of them.
+
+    Args:
+        dataset: gets the findings.
+        to_train: a train split without objects is an error; one to be measured on may have none.
+    """
     findings = dataset.findings
     shown = dataset.main_file()
     for name, split in dataset.splits.items():
         if not len(split):
             findings.add("split-empty", f"the split {name} has no pictures", file=shown, spot=Spot(name))
+        elif to_train and name == "train" and split.crowd.all():
+            what = "nothing but crowds" if len(split.crowd) else "no boxes"
+            said = f"the split {name} has {what}, so there is nothing to learn"
+            findings.add("split-no-objects", said, file=shown, spot=Spot(name), severity="error")
         elif not len(split.box_pictures):
             findings.add("split-no-objects", f"the split {name} has no boxes", file=shown, spot=Spot(name))
         counts = np.bincount(split.box_pictures, minlength=len(split))

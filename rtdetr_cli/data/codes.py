@@ -651,7 +651,8 @@ _TABLE = (
         "split-no-objects",
         "warning",
         "a split without a single box",
-        "Nothing can be learned from it, or no AP can be computed on it.",
+        "No AP can be computed on it. A train split without a box, or with nothing but crowds, is an error: nothing "
+        "can be learned from it, and training refuses it.",
         "check that the labels are where they belong",
     ),
     Code(
@@ -734,8 +735,9 @@ class Findings(list[Finding]):
         annotation_id: int | str | None = None,
         hint: str = "",
         spot: Spot = NOWHERE,
+        severity: str = "",
     ) -> None:
-        """Append a finding; severity and hint come from the table unless a better hint is given."""
+        """Append a finding; severity and hint come from the table unless others are given."""
         entry = CODES[code]
         if isinstance(image_id, str):
             image_id = printable(image_id)
@@ -745,7 +747,7 @@ class Findings(list[Finding]):
         self.append(
             Finding(
                 code,
-                entry.severity,
+                severity or entry.severity,
                 printable(message),
                 printable(file),
                 int(line),

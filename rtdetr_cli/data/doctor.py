@@ -104,11 +104,13 @@ class Report:
         return {severity: found[severity] for severity in SEVERITIES}
 
     def by_code(self) -> dict[str, list[int]]:
-        """Return code -> positions of its findings; errors first, then the most frequent."""
+        """Return code -> positions of its findings, the most severe first; errors first, then the most frequent."""
         groups: dict[str, list[int]] = defaultdict(list)
         for position, finding in enumerate(self.findings):
             groups[finding.code].append(position)
         rank = {s: i for i, s in enumerate(SEVERITIES)}
+        for positions in groups.values():
+            positions.sort(key=lambda position: rank[self.findings[position].severity])
         return dict(
             sorted(groups.items(), key=lambda item: (rank[self.findings[item[1][0]].severity], -len(item[1]), item[0]))
         )
@@ -191,7 +193,7 @@ def examine(
     else:
         measure_pictures(raw, all_pictures=False)
     check_boxes(raw, imgsz=imgsz, queries=queries)
-    check_structure(raw)
+    check_structure(raw, to_train=True)
     check_train(raw)
     if decode:
         _check_copies(raw, report.looks)

@@ -66,7 +66,7 @@ def page_context(report: Report) -> dict[str, Any]:
         "codes": [
             {
                 "code": code,
-                "severity": CODES[code].severity,
+                "severity": report.findings[positions[0]].severity,
                 "title": CODES[code].title,
                 "explanation": CODES[code].explanation,
                 "hint": CODES[code].hint,

@@ -93,6 +93,22 @@ def test_imgsz_decides_what_is_tiny(rtdetr: Run, data: Path) -> None:
     assert "box-below-8px" in rtdetr("validate", data, "--imgsz", "32").out
 
 
+def test_what_train_refuses_for_want_of_objects_validate_refuses_too(rtdetr: Run, data: Path, tmp_path: Path) -> None:
+    document = json.loads(data.read_text())
+    data.write_text(json.dumps({**document, "annotations": []}))
+    ran = rtdetr("validate", data)
+    assert ran.code == 3
+    assert "training refuses it" in ran.out
+    row = next(line for line in ran.out.splitlines() if "split-no-objects" in line)
+    assert row.split()[0] == "error"
+    train = ("train", "--preset", "tiny", "--weights", "none", "--data", data, "--out", tmp_path / "runs", "--json")
+    refused = rtdetr(*train)
+    assert (refused.code, refused.json["error"]["code"]) == (3, "split-no-objects")
+    page = tmp_path / "page.html"
+    assert rtdetr("validate", data, "--html", page).code == 3
+    assert '<td class="severity error">error</td><td class="number">1</td>' in page.read_text()
+
+
 def test_explain(rtdetr: Run) -> None:
     ran = rtdetr("validate", "--explain", "box-zero-size")
     assert ran.code == 0

@@ -754,6 +754,20 @@ def test_dataset_without_train_can_be_measured_on_but_not_trained_on(form: str, 
     assert splits.val is not None
 
 
+@pytest.mark.parametrize("crowds", [False, True])
+def test_train_without_objects_is_an_error_to_the_doctor_but_can_be_read(coco: Any, crowds: bool) -> None:
+    for document in coco.documents.values():
+        document["annotations"] = [{**a, "iscrowd": 1} for a in document["annotations"]] if crowds else []
+    folder = coco.write()
+    report = examine(folder)
+    told = {f.message.split()[2]: f.severity for f in report.findings if f.code == "split-no-objects"}
+    assert told == ({"train": "error"} if crowds else {"train": "error", "val": "warning"})
+    assert report.counts()["error"] == 1
+    assert next(iter(report.by_code())) == "split-no-objects"
+    read = [f.severity for f in load_splits(folder).findings if f.code == "split-no-objects"]
+    assert read == ([] if crowds else ["warning", "warning"])
+
+
 def test_dataset_without_val_is_drawn_and_said(coco: Any) -> None:
     del coco.documents["val"]
     folder = coco.write()
