@@ -126,6 +126,9 @@ def train(
     if config is not None:
         _refuse_early(config.settings.data)
 
+    if config is not None:
+        config = _as_the_weights_say(config, flags, sets, config_file)
+
     from rtdetr_cli.workflows import finetune as workflow
 
     _start_processes(given, sets, config_file, resume, dry_run, as_json, config)
@@ -136,11 +139,42 @@ def train(
             assert config is not None
             import sys
 
-            events = workflow.finetune(config, stop=stop, argv=sys.argv, dry_run=dry_run)
+            from rtdetr_cli.cli import terminal
+
+            events = workflow.finetune(config, stop=stop, argv=sys.argv, dry_run=dry_run, fetching=terminal.transfer)
         if _leads():
             render(events, as_json=as_json)
         else:
             deque(events, maxlen=0)  # another process of the run speaks for all
+
+
+def _as_the_weights_say(
+    config: RunConfig, flags: dict[str, Any], sets: list[str], config_file: Path | None
+) -> RunConfig:
+    """Take preset, input size and sizes of the model from the file of weights, where nobody has named a preset."""
+    from rtdetr_cli.config.run import resolve_run
+
+    weights = config.settings.weights
+    if config.source("preset") != "default" or weights in ("coco", "imagenet", "none"):
+        return config
+
+    from rtdetr_cli.workflows.start import settings_of
+
+    found = settings_of(weights)
+    if found is None:
+        return config
+    path, values = found
+    config = resolve_run(flags, sets=sets, config_file=config_file, inherited=(str(path), values))
+    if _leads():
+        from rtdetr_cli.cli import terminal
+
+        taken = [f"{key} {_shown(value)}" for key, value in values.items() if config.source(key) == str(path)]
+        terminal.say(f"from {path}: {_some(taken, 5)}")
+    return config
+
+
+def _shown(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _start_processes(
@@ -341,7 +375,9 @@ def _say_beginning(report: BeginReport) -> None:
     terminal.say(f"  {'precision':<20} {report.precision:<34} {report.precision_reason}")
     if report.folder is not None:
         terminal.say(f"run  {report.folder}")
-    if report.resumed is not None:
+    if report.begun_again:
+        terminal.say("resumed at step 0: the run was killed before its first checkpoint, and begins with its settings")
+    elif report.resumed is not None:
         terminal.say(f"resumed at epoch {report.resumed[0] + 1}, step {report.resumed[1]}")
     for warning in report.warnings:
         terminal.warn(_laid(warning, indent=9, first=9))

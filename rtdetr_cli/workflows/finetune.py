@@ -24,6 +24,7 @@ from rtdetr_cli.config.run import RunConfig, resolve_run
 from rtdetr_cli.data.records import Splits
 from rtdetr_cli.errors import DataError, ModelError, RtdetrError, UsageError
 from rtdetr_cli.infer.torch_backend import choose_device
+from rtdetr_cli.model.hub import Watch
 from rtdetr_cli.model.transfer import TransferTable
 from rtdetr_cli.model.weights import read_header, save_model
 from rtdetr_cli.train.checkpoint import load_checkpoint, put_first
@@ -45,7 +46,7 @@ from rtdetr_cli.train.state import Place, restore
 from rtdetr_cli.train.sync_norm import synchronise_norms
 from rtdetr_cli.train.team import join, launched, parse_devices, share_of
 from rtdetr_cli.workflows.evaluator import Evaluator, explain_overfit
-from rtdetr_cli.workflows.identity import check_identity, identity, refuse_changes
+from rtdetr_cli.workflows.identity import Pictures, check_identity, identity, look_at_pictures, refuse_changes
 from rtdetr_cli.workflows.prepare import Prepared, compile_parts, prepare, resolve_micro_batch, versions
 from rtdetr_cli.workflows.recording import Notice, Recorder
 from rtdetr_cli.workflows.rehearse import DryReport, rehearse
@@ -67,6 +68,7 @@ class BeginReport:
         transfer: what the pretrained weights gave, or None.
         start: where the weights came from, in words.
         resumed: (epoch, step) a resumed run goes on from, or None.
+        begun_again: a resumed run that had no checkpoint yet, and begins as it had begun.
         warnings: what a person should know now.
         processes: that make the steps together.
     """
@@ -88,6 +90,7 @@ class BeginReport:
     resumed: tuple[int, int] | None
     warnings: tuple[str, ...]
     processes: int = 1
+    begun_again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,12 @@ Event = BeginReport | Report | Notice | EndReport | DryReport
 
 
 def finetune(
-    config: RunConfig, *, stop: StopFlag | None = None, argv: Sequence[str] = (), dry_run: bool = False
+    config: RunConfig,
+    *,
+    stop: StopFlag | None = None,
+    argv: Sequence[str] = (),
+    dry_run: bool = False,
+    fetching: Watch | None = None,
 ) -> Iterator[Event]:
     """Train a detector from beginning to end.
 
@@ -129,6 +137,7 @@ def finetune(
         stop: set by a signal handler.
         argv: for the manifest.
         dry_run: only measure; leaves nothing behind.
+        fetching: shows how far a download of weights has come.
 
     Yields:
         BeginReport, the loop's reports, EndReport; or BeginReport and DryReport.
@@ -138,32 +147,22 @@ def finetune(
     """
     began = time.monotonic()
     refuse_early(config)
-    config = from_anywhere(config)
+    config = config.anchored()
     stop = stop if stop is not None else StopFlag()
     team = join(config.settings.device)
-    prepared = prepare(config, team)
+    prepared = prepare(config, team, fetching=fetching)
     with prepared.loader:
         place = Place(micro_batch=resolve_micro_batch(prepared))
         if dry_run:
             yield begin_report(prepared, place, None, None)
             yield rehearse(prepared, place.micro_batch)
         else:
+            pictures = look_at_pictures(prepared)
             stop.heeded = True
-            folder = make_folder(prepared, argv)
+            folder = make_folder(prepared, place, pictures, argv)
             yield begin_report(prepared, place, folder, None)
-            yield from run(prepared, place, folder, stop, began)
+            yield from run(prepared, place, folder, stop, began, pictures)
     team.leave()
-
-
-def from_anywhere(config: RunConfig) -> RunConfig:
-    """Make the paths of a run absolute, so that it can be resumed from another folder."""
-    settings = config.settings
-    paths = {k: os.path.abspath(v) for k in ("data", "images") if (v := getattr(settings, k)) is not None}
-    for key in ("weights", "aug", "preset"):
-        value = getattr(settings, key)
-        if os.sep in value or Path(value).suffix in (".toml", ".json", ".yaml", ".yml", ".safetensors", ".pth"):
-            paths[key] = os.path.abspath(value)
-    return replace(config, settings=settings.model_copy(update=paths))
 
 
 def config_of(path: Path) -> RunConfig:
@@ -175,7 +174,7 @@ def config_of(path: Path) -> RunConfig:
     return resolve_run({}, config_file=RunFolder.open(path).path / CONFIG)
 
 
-def make_folder(prepared: Prepared, argv: Sequence[str]) -> RunFolder:
+def make_folder(prepared: Prepared, place: Place, pictures: Pictures, argv: Sequence[str]) -> RunFolder:
     """Make the run's folder with its settings and manifest; the first process does, and tells the others its name."""
     config, team = prepared.config, prepared.team
     folder = None
@@ -183,7 +182,8 @@ def make_folder(prepared: Prepared, argv: Sequence[str]) -> RunFolder:
         stem = f"{Path(config.preset.name).stem}-{prepared.splits.name}"
         folder = RunFolder.create(Path(config.settings.out), name=config.settings.name, stem=stem)
         folder.write(CONFIG, config.to_toml())
-        folder.write_manifest(manifest(prepared, argv))
+        folder.write_digests(pictures.digests)
+        folder.write_manifest(manifest(prepared, place, pictures, argv))
     return RunFolder(Path(team.tell(str(folder.path) if folder is not None else "")))
 
 
@@ -201,49 +201,61 @@ def resume(
     Raises:
         UsageError: it is no run, is finished, or a setting is another.
         DataError: the dataset has changed.
-        ModelError: the checkpoint cannot be read.
+        ModelError: the checkpoint cannot be read, or the weights of a run that had none yet.
     """
     began = time.monotonic()
     config = config_of(path) if (path / CONFIG).is_file() else None
     # Another host may have neither the folder nor a say: the first process reads for all.
     team = join(config.settings.device if config is not None else "auto")
     read: dict[str, Any] | None = None
+    first: dict[str, Any] | None = None
     damaged = ""
     if team.leads:
         folder = RunFolder.open(path)
         assert config is not None
         refuse_changes(config, flags or {}, sets, path)
         require_loggers(config.settings.log)
-        read, damaged = load_checkpoint(path)
+        if folder.untrained:
+            first = folder.manifest()
+        else:
+            read, damaged = load_checkpoint(path)
     folder = RunFolder(path)
-    config, damaged = team.tell((config, damaged))
-    state = team.tell_state(read)
+    config, damaged, first = team.tell((config, damaged, first))
+    state: dict[str, Any] = team.tell_state(read) if first is None else {"identity": first.get("identity")}
     del read
-    if state["place"]["finished"]:
+    if first is None and state["place"]["finished"]:
         done = state["place"]["epoch"]
         raise UsageError(
             f"the run {path} is finished ({done} of {config.settings.epochs} epochs): there is nothing to resume",
-            hint=f"rtdetr train --weights {folder.best} --data ... trains further, as a new run",
+            hint=f"rtdetr train --weights {folder.best} --data {config.settings.data} trains further, as a new run",
             code="run-finished",
         )
     stop = stop if stop is not None else StopFlag()
-    prepared = prepare(config, team, pretrained=False)
+    prepared = prepare(config, team, pretrained=first is not None)
     with prepared.loader:
         if damaged:
             prepared.warnings.append(damaged)
-        check_identity(state["identity"], identity(prepared), path)
+        pictures = look_at_pictures(prepared)
+        if state["identity"] is not None:
+            check_identity(state["identity"], identity(prepared, pictures), path, pictures)
         if team.leads:
             prepared.warnings += other_machine(prepared, folder)
             if damaged:
                 put_first(path)
-        place = Place(micro_batch=1)
-        restore(prepared.learner, place, state, folder if team.leads else None)
+        if first is None:
+            place = Place(micro_batch=1)
+            restore(prepared.learner, place, state, folder if team.leads else None)
+        else:
+            place = Place(micro_batch=first.get("micro_batch") or resolve_micro_batch(prepared))
         del state
-        if team.leads:
-            folder.log(f"resumed at epoch {place.epoch + 1}, step {place.step}")
+        if team.leads and (trouble := folder.log(f"resumed at epoch {place.epoch + 1}, step {place.step}")):
+            prepared.warnings.append(trouble)
         stop.heeded = True
-        yield begin_report(prepared, place, folder, (place.epoch, place.step))
-        yield from run(prepared, place, folder, stop, began)
+        if first is None:
+            yield begin_report(prepared, place, folder, (place.epoch, place.step))
+        else:
+            yield replace(begin_report(prepared, place, folder, None), begun_again=True)
+        yield from run(prepared, place, folder, stop, began, pictures)
     team.leave()
 
 
@@ -259,7 +271,9 @@ def other_machine(prepared: Prepared, folder: RunFolder) -> list[str]:
     ]
 
 
-def run(prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, began: float) -> Iterator[Event]:
+def run(
+    prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, began: float, pictures: Pictures
+) -> Iterator[Event]:
     """Train from `place` to the end, and say what is left behind."""
     config, learner = prepared.config, prepared.learner
     settings = config.settings
@@ -280,7 +294,7 @@ def run(prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, beg
         patience=settings.patience,
         checkpoint_seconds=settings.checkpoint_minutes * 60,
         checkpoint_steps=settings.checkpoint_steps,
-        identity=identity(prepared),
+        identity=identity(prepared, pictures),
         files=prepared.train_set.file_names,
     )
     if settings.compile:
@@ -300,8 +314,8 @@ def run(prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, beg
         if isinstance(report, FinishedReport):
             if not best and prepared.team.leads and folder.best.is_file():
                 best = dict(read_header(folder.best).metrics)
-            if prepared.team.leads:
-                folder.log(log_line(report))
+            if prepared.team.leads and (trouble := folder.log(log_line(report))):
+                yield Notice(trouble)
             explanation = explain_overfit(prepared, report.best_score) if settings.overfit else ""
             yield report
             if recorder is not None:
@@ -319,8 +333,8 @@ def run(prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, beg
                 page=page if page.is_file() else None,
             )
             return
-        if prepared.team.leads and (line := log_line(report)):
-            folder.log(line)
+        if prepared.team.leads and (line := log_line(report)) and (trouble := folder.log(line)):
+            yield Notice(trouble)
         if getattr(report, "improved", False):
             best = dict(getattr(report, "metrics", None) or {})
         if recorder is not None:
@@ -437,8 +451,8 @@ def begin_report(
     )
 
 
-def manifest(prepared: Prepared, argv: Sequence[str]) -> dict[str, Any]:
-    """Return the run's record: what was asked, of what, with what."""
+def manifest(prepared: Prepared, place: Place, pictures: Pictures, argv: Sequence[str]) -> dict[str, Any]:
+    """Return the run's record: what was asked, of what, with what; enough to begin it again."""
     return {
         "argv": list(argv or sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -446,6 +460,8 @@ def manifest(prepared: Prepared, argv: Sequence[str]) -> dict[str, Any]:
         "dataset": {"source": str(prepared.splits.source), **prepared.header.dataset, "format": prepared.splits.format},
         "weights": prepared.start,
         "precision": prepared.precision,
+        "micro_batch": place.micro_batch,
+        "identity": identity(prepared, pictures),
         "plan": {**asdict(prepared.plan)},
         "transfer": asdict(prepared.transfer) if prepared.transfer is not None else None,
     }
