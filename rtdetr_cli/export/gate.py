@@ -8,6 +8,7 @@ labels. Nothing in here knows a file format: it sees two backends.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,8 @@ from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.model.header import ModelHeader
 
 MOST_PICTURES = 200
-PROBED = 4  # pictures of the batch checks
+PROBED = 4  # pictures of a batch, at least
+ALONE = 8  # pictures run by themselves, at most: each costs a whole batch where it is fixed
 SCORE_FLOOR = 0.1  # rows below are background: the model itself ranks them by rounding
 ROWS_WANTED = 5  # a picture, on average, before the floor counts as too high for a weak model
 SAME_MODEL_SHARE = 0.95  # of detections that must stay when only the neighbours in the batch change
@@ -319,6 +321,7 @@ def judge_batches(
     """Return what goes wrong when the neighbours in a batch change: order, number, and copies of one picture."""
     findings: list[str] = []
     count = len(pictures)
+    some = sorted({round(i) for i in np.linspace(0, count - 1, min(ALONE, count))})
 
     def answers(order: Sequence[int], together: bool) -> dict[int, Detections] | None:
         what = f"a batch of {len(order)}" if together else "a batch of 1"
@@ -339,28 +342,39 @@ def judge_batches(
         if first is None or second is None:
             return
         floor = choose_floor(list(first.values()))
-        matches = [match_sets(finite_rows(first[i]), finite_rows(second[i]), floor=floor, limits=limits) for i in first]
+        common = [i for i in first if i in second]
+        matches = [
+            match_sets(finite_rows(first[i]), finite_rows(second[i]), floor=floor, limits=limits) for i in common
+        ]
         rows, matched = sum(m.rows for m in matches), sum(m.matched for m in matches)
         if rows and matched / rows < SAME_MODEL_SHARE:
             findings.append(f"{what}: only {matched / rows:.0%} of the detections stay the same")
 
-    alone = answers(range(count), together=False)
+    alone = answers(some, together=False)
     forwards = answers(range(count), together=True)
     backwards = answers(range(count - 1, -1, -1), together=True)
     compare(alone, forwards, f"batch elements are not independent (alone against a batch of {count})")
     compare(forwards, backwards, "batch elements are not independent (another order)")
-    copies = PROBED
     try:
-        repeated = candidate.run(np.repeat(pictures[:1], copies, axis=0), np.repeat(sizes_wh[:1], copies, axis=0))
+        repeated = candidate.run(np.repeat(pictures[:1], count, axis=0), np.repeat(sizes_wh[:1], count, axis=0))
     except Exception as error:
-        findings.append(f"one picture {copies} times does not run: {first_line(error)}")
+        findings.append(f"one picture {count} times does not run: {first_line(error)}")
     else:
         for other in repeated[1:]:
             before = len(findings)
-            compare({0: repeated[0]}, {0: other}, f"one picture repeated {copies} times gives several answers")
+            compare({0: repeated[0]}, {0: other}, f"one picture repeated {count} times gives several answers")
             if len(findings) > before:
                 break
     return findings
+
+
+def at_a_time(backend: Backend) -> int:
+    """Return how many pictures to give a backend at once: as many as one run of it takes, so that each place counts.
+
+    A graph for one, two or three pictures gets several runs: the answer to a picture must not depend on the last one.
+    """
+    most = backend.fixed_batch or getattr(backend, "largest_batch", None) or PROBED
+    return int(most * math.ceil(PROBED / most))
 
 
 def first_line(error: Exception) -> str:
@@ -392,7 +406,6 @@ class Gate:
         pictures: Dataset | Sequence[Path],
         *,
         most: int = MOST_PICTURES,
-        batch: int = 4,
         threads: int | None = None,
         evaluator: str = "hotcoco",
         progress: Callable[[int], None] | None = None,
@@ -403,7 +416,6 @@ class Gate:
             reference: the model, with nothing folded, cast or exchanged for deployment.
             pictures: a split with labels, or paths without.
             most: pictures used at most.
-            batch: pictures at a time.
             threads: of the decoder.
             evaluator: of the AP.
             progress: told after each batch how many pictures were answered.
@@ -422,7 +434,7 @@ class Gate:
             else [pictures[int(i)] for i in chosen]  # type: ignore[index]
         )
         self.reference = reference
-        self.batch, self.threads, self.evaluator, self.progress = batch, threads, evaluator, progress
+        self.threads, self.evaluator, self.progress = threads, evaluator, progress
         self._answers: Answers | None = None
 
     def judge(
@@ -472,9 +484,10 @@ class Gate:
         return self._answers
 
     def ask(self, backend: Backend) -> Answers:
-        """Return what a backend says about the pictures."""
+        """Return what a backend says about the pictures, given as many at once as it takes."""
         from rtdetr_cli.infer.pictures import prefetch
 
+        together = at_a_time(backend)
         found: list[Detections] = []
         indices: list[int] = []
         waiting: list[tuple[int, NDArray[np.uint8], tuple[int, int]]] = []
@@ -496,7 +509,7 @@ class Gate:
                 faults.append(str(fault))
                 continue
             waiting.append((index, picture, size))
-            if len(waiting) == self.batch:
+            if len(waiting) == together:
                 flush()
         flush()
         if not found:
@@ -531,12 +544,13 @@ class Gate:
             findings += compare_interfaces(*interface)
         if dynamic and candidate.fixed_batch is not None:
             findings.append(f"the batch was asked to be open, but the graph has it fixed at {candidate.fixed_batch}")
-        probed = self.answers().indices[:PROBED]
-        decoded = [read_picture(self.paths[i]) for i in probed]
-        pictures = np.stack([stretch(picture, candidate.imgsz) for picture in decoded])
-        sizes = np.array([(p.shape[1], p.shape[0]) for p in decoded], np.int64)
+        count = at_a_time(candidate)
+        decoded = [read_picture(self.paths[i]) for i in self.answers().indices[:count]]
+        places = np.arange(count) % len(decoded)  # too few pictures are repeated
+        pictures = np.stack([stretch(picture, candidate.imgsz) for picture in decoded])[places]
+        sizes = np.array([(p.shape[1], p.shape[0]) for p in decoded], np.int64)[places]
         findings += judge_batches(candidate, pictures, sizes, limits)
-        figures = {"batch": "dynamic" if candidate.fixed_batch is None else candidate.fixed_batch}
+        figures = {"batch": "dynamic" if candidate.fixed_batch is None else candidate.fixed_batch, "probed": count}
         return Part(not findings, tuple(findings), figures)
 
     def _ap(self, ours: Answers, theirs: Answers, candidate: Backend, limits: Limits) -> Part:

@@ -41,6 +41,8 @@ class GraphBackend(ABC):
     """A graph in some runtime; a subclass opens it and runs one batch."""
 
     kind: str
+    largest_batch: int | None
+    """Pictures that one run of the graph takes at most: those of a fixed batch, or of an engine's range."""
 
     def __init__(
         self,
@@ -96,7 +98,7 @@ class GraphBackend(ABC):
         self.path = path
         self.header = header or ModelHeader(names=(), category_ids=(), imgsz=self.imgsz, extra={"foreign": True})
         self.fixed_batch = shape[0]
-        self._most = shape[0] or most
+        self.largest_batch = shape[0] or most
 
     @abstractmethod
     def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -105,7 +107,7 @@ class GraphBackend(ABC):
     def run(self, pictures: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> list[Detections]:
         """Detect objects; see `Backend.run`. Cuts the batch to what the graph takes and fills up the last part."""
         count = len(pictures)
-        step = self._most or max(count, 1)
+        step = self.largest_batch or max(count, 1)
         found: list[Detections] = []
         for start in range(0, count, step):
             part, sizes = pictures[start : start + step], np.asarray(sizes_wh[start : start + step], np.int64)

@@ -27,6 +27,7 @@ from rtdetr_cli.export.gate import (
     Part,
     TensorSpec,
     Verdict,
+    at_a_time,
     choose_floor,
     compare_headers,
     compare_interfaces,
@@ -224,6 +225,7 @@ class Damaged:
         boxes: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None,
     ) -> None:
         self.header, self.kind, self.imgsz, self.fixed_batch = inner.header, inner.kind, inner.imgsz, inner.fixed_batch
+        self.largest_batch: int | None = None
         self.inner, self.pictures, self.boxes = inner, pictures, boxes
 
     def run(self, pictures: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> list[Detections]:
@@ -391,6 +393,52 @@ def test_one_picture_repeated(gate: Gate, exported: dict[str, Artefact]) -> None
 
     verdict = caught(gate, Damaged(open_backend(exported["onnx"].path, device="cpu"), pictures=fade))
     assert any("repeated 4 times" in finding for finding in verdict.contract.findings)
+
+
+def test_later_places_of_a_fixed_batch(gate: Gate, edited: Edit) -> None:
+    """An export with a batch of eight that finds nothing from the fifth picture on: each part of the gate sees it."""
+
+    def empty(model: onnx.ModelProto) -> None:
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_value = 8
+        last = next(n for n in model.graph.node if "scores" in n.output)
+        last.output[list(last.output).index("scores")] = "whole scores"
+        kept = np.array([1] * 4 + [0] * 4, np.float32).reshape(8, 1)
+        model.graph.initializer.append(numpy_helper.from_array(kept, "kept"))
+        model.graph.node.append(helper.make_node("Mul", ["whole scores", "kept"], ["scores"]))
+
+    candidate = open_backend(edited(empty), device="cpu")
+    assert candidate.fixed_batch == 8
+    verdict = caught(gate, candidate, dynamic=False)
+    assert verdict.failed_parts == ("contract", "agreement", "ap")
+    assert any("alone against a batch of 8" in finding for finding in verdict.contract.findings)
+    assert any("repeated 8 times" in finding for finding in verdict.contract.findings)
+    few = caught(Gate(gate.reference, gate.paths[:3]), candidate, dynamic=False)  # the pictures are repeated
+    assert any("alone against a batch of 8" in finding for finding in few.contract.findings)
+
+
+def test_later_places_of_an_engine(gate: Gate, exported: dict[str, Artefact]) -> None:
+    """The same in a batch that is open up to eight, as the profile of an engine is."""
+
+    def blank(pictures: NDArray[np.uint8], _: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return np.concatenate([pictures[:4], np.zeros_like(pictures[4:])])
+
+    candidate = Damaged(open_backend(exported["onnx"].path, device="cpu"), pictures=blank)
+    assert gate.judge(candidate, dynamic=True).passed  # nobody has said that it takes more than four
+    candidate.largest_batch = 8
+    assert caught(gate, candidate).failed_parts == ("contract", "agreement", "ap")
+
+
+@pytest.mark.parametrize(
+    ("fixed", "largest", "together"), [(None, None, 4), (1, 1, 4), (3, 3, 6), (8, 8, 8), (None, 16, 16)]
+)
+def test_pictures_at_a_time(
+    exported: dict[str, Artefact], fixed: int | None, largest: int | None, together: int
+) -> None:
+    """Full batches, and never fewer than four pictures."""
+    backend = Damaged(open_backend(exported["onnx"].path, device="cpu"))
+    backend.fixed_batch, backend.largest_batch = fixed, largest
+    assert at_a_time(backend) == together
 
 
 def test_stale_class_list(gate: Gate, edited: Edit) -> None:
