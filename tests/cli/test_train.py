@@ -180,8 +180,12 @@ def test_resume_needs_no_other_flag_and_ends_the_same(copy: Path, finished: Path
         assert (copy / name).read_bytes() == (finished / name).read_bytes(), name
 
 
-def test_the_same_flags_again_are_no_change(copy: Path, data: Path, rtdetr) -> None:
-    ran = rtdetr("train", "--resume", copy, *SMALL, "--data", data, "--epochs", 2)
+@pytest.mark.parametrize("resolved", [False, True])
+def test_the_same_flags_again_are_no_change(copy: Path, data: Path, rtdetr, resolved: bool) -> None:
+    """As they were given, or as the values that the run found for what was not given."""
+    lr = json.loads((copy / "manifest.json").read_text())["plan"]["lr"]
+    found = ["--lr", lr, "--aug", "light", "--weights", "none", "--out", copy.parent, "--name", copy.name]
+    ran = rtdetr("train", "--resume", copy, *SMALL, "--data", data, "--epochs", 2, *(found if resolved else []))
     assert ran.code == 0, ran.err
 
 
@@ -196,6 +200,10 @@ def test_the_same_flags_again_are_no_change(copy: Path, data: Path, rtdetr) -> N
         (["--set", "schedule=official"], "schedule is scaled in this run, not official"),
         (["--set", "model.queries=13"], "model.queries is 12 in this run, not 13"),
         (["--effective-batch", "16"], "effective_batch is 8"),
+        (["--weights", "other"], "weights is none in this run, not /"),
+        (["--aug", "recipe"], "aug is light in this run, not recipe"),
+        (["--name", "other"], "name is mine in this run, not other"),
+        (["--preset", "other.toml"], "other.toml does not exist"),
     ],
 )
 def test_a_changed_flag_is_refused_by_name(flags: list[str], said: str, copy: Path, rtdetr) -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from rtdetr_cli.config.run import RunConfig, resolve_run
 from rtdetr_cli.data.generate import generate_dataset
 from rtdetr_cli.data.loader import TrainLoader
-from rtdetr_cli.errors import EnvironmentProblem, RtdetrError, UsageError
+from rtdetr_cli.data.read import load_splits
+from rtdetr_cli.errors import DataError, EnvironmentProblem, ModelError, RtdetrError, UsageError
 from rtdetr_cli.train import loggers, memory
 from rtdetr_cli.train.checkpoint import load_checkpoint, read_sealed
 from rtdetr_cli.train.reports import EpochReport, StepReport
 from rtdetr_cli.workflows import finetune as workflow
 from rtdetr_cli.workflows.finetune import BeginReport, EndReport, finetune, resume, stop_on_signals
+from rtdetr_cli.workflows.identity import refuse_changes
 from rtdetr_cli.workflows.prepare import prepare, resolve_micro_batch
 
 SETS = [
@@ -177,6 +181,160 @@ def test_a_changed_augmentation_file_is_refused_by_name(settings: Callable[..., 
     assert "put the file back" in caught.value.hint
     write(0.5)
     assert isinstance(list(resume(folder))[-1], EndReport)
+
+
+PRESET = """
+name = "mine"
+description = "ours"
+params_m = 1.0
+imgsz = [64, 64]
+[model]
+depth = 10
+denoising = 8
+num_points = [1, 1, 1]
+[optim]
+[official]
+epochs = 11
+strong_augmentation_until = 9
+"""
+
+
+def test_a_run_goes_on_without_the_file_of_its_preset(
+    settings: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the words that named it, and the size that it gave, are no change."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text(PRESET)
+    folder = interrupted(settings(preset="mine.toml", imgsz=None))
+    (tmp_path / "mine.toml").rename(tmp_path / "moved.toml")
+    events = list(resume(folder, flags={"preset": "mine.toml", "imgsz": (64, 64)}, sets=SETS))
+    begun = next(e for e in events if isinstance(e, BeginReport))
+    assert begun.config.preset.name == "mine"
+    assert begun.config.preset.official.epochs == 11
+    assert isinstance(events[-1], EndReport)
+
+
+def test_what_names_the_same_is_no_change(
+    settings: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = interrupted(settings(imgsz=None, name="w"))
+    (tmp_path / "w").symlink_to(first)
+    config = settings(imgsz=None, weights="w/best.safetensors").anchored()
+    folder = tmp_path / "runs" / "x"
+    folder.mkdir()
+    (folder / "config.toml").write_text(config.to_toml())
+    (folder / "manifest.json").write_text('{"plan": {"lr": 0.25, "augmentation": "light"}}')
+    same = {"weights": "w/best.safetensors", "imgsz": (192, 192), "lr": 0.25, "aug": "light", "name": "x"}
+    refuse_changes(config, {**same, "out": "runs"}, ["model.decoder_layers=2"], Path("runs/x"))
+    refuse_changes(config, {"weights": str(first / "best.safetensors")}, [], folder)
+    for key, value in {"weights": "other", "imgsz": (64, 64), "lr": 0.5, "aug": "none", "name": "y"}.items():
+        with pytest.raises(UsageError, match=f"{key} is "):
+            refuse_changes(config, {key: value}, [], folder)
+
+
+# ---- pictures ---------------------------------------------------------------------------------------------------
+
+
+def test_another_picture_in_the_place_of_one_is_refused_by_name(
+    settings: Callable[..., RunConfig], shapes: Path, tmp_path: Path
+) -> None:
+    """Of the same size in pixels; times are no sign of a change, a copy of the dataset elsewhere has others."""
+    own = tmp_path / "own"
+    shutil.copytree(shapes, own)
+    folder = interrupted(settings(data=str(own)))
+    kept = tmp_path / "kept"
+    own.rename(kept)
+    shutil.copytree(kept, own, copy_function=shutil.copyfile)
+    pictures = sorted(load_splits(own).train.path(i) for i in range(8))  # type: ignore[union-attr]
+    good = {path: path.read_bytes() for path in pictures}
+
+    def overwrite(path: Path) -> None:
+        with Image.open(path) as picture:
+            picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+
+    overwrite(pictures[2])
+    with pytest.raises(DataError, match=f"the picture .*{pictures[2].name} is another file"):
+        list(resume(folder))
+    overwrite(pictures[5])
+    with pytest.raises(DataError, match=f"2 pictures are other files, the first .*{pictures[2].name}"):
+        list(resume(folder))
+    (folder / ".pictures").unlink()
+    with pytest.raises(DataError, match="pictures are not the files that they were"):
+        list(resume(folder))
+    for path, content in good.items():
+        path.write_bytes(content)
+    assert isinstance(list(resume(folder))[-1], EndReport)
+
+
+# ---- nothing saved yet ------------------------------------------------------------------------------------------
+
+
+def left(folder: Path) -> tuple[bytes, bytes]:
+    return (folder / "best.safetensors").read_bytes(), (folder / "metrics.csv").read_bytes()
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_as_it_had_begun(
+    settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(finetune(settings(name="alone")))
+    runs = Path(settings().settings.out)
+    first = settings(name="killed", weights=str(runs / "alone"))
+    other = settings(name="other", weights=str(runs / "alone"))
+    list(finetune(other))
+    events = finetune(first)
+    assert isinstance(next(events), BeginReport)
+    events.close()  # type: ignore[attr-defined]
+    assert not (runs / "killed" / "last.ckpt").exists()
+
+    monkeypatch.setattr(workflow, "resolve_micro_batch", None)  # it is the one that was found
+    with pytest.raises(UsageError, match="epochs is 2 in this run, not 3"):
+        next(resume(runs / "killed", flags={"epochs": 3}))
+    events = resume(runs / "killed")
+    begun = next(e for e in events if isinstance(e, BeginReport))
+    assert begun.begun_again
+    assert begun.resumed is None
+    assert begun.transfer is not None
+    assert isinstance(list(events)[-1], EndReport)
+    assert left(runs / "killed") == left(runs / "other")
+
+
+def test_a_run_that_lost_its_checkpoint_later_is_not_begun_again(settings: Callable[..., RunConfig]) -> None:
+    folder = interrupted(settings())
+    for name in ("last.ckpt", ".last.ckpt.previous"):
+        (folder / name).unlink()
+    before = left(folder)
+    with pytest.raises(ModelError, match=r"last\.ckpt does not exist"):
+        list(resume(folder))
+    assert left(folder) == before
+
+
+def test_a_run_that_begins_again_begins_with_the_same_dataset(
+    settings: Callable[..., RunConfig], shapes: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(shapes, own)
+    events = finetune(settings(data=str(own)))
+    next(events)
+    events.close()  # type: ignore[attr-defined]
+    text = (own / "train.json").read_text()
+    (own / "train.json").write_text(text.replace('"name": "disc"', '"name": "other"'))
+    (own / "val.json").write_text((own / "val.json").read_text().replace('"name": "disc"', '"name": "other"'))
+    with pytest.raises(DataError, match=r"the dataset has changed .*: classes"):
+        list(resume(tmp_path / "runs" / "x"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_log_on_a_full_disk_does_not_end_a_run(settings: Callable[..., RunConfig]) -> None:
+    config = settings()
+    events = finetune(config)
+    begun = next(e for e in events if isinstance(e, BeginReport))
+    assert begun.folder is not None
+    (begun.folder / "train.log").symlink_to("/dev/full")
+    rest = list(events)
+    told = [e.text for e in rest if isinstance(e, workflow.Notice)]
+    assert len([t for t in told if "train.log cannot be written: No space left on device" in t]) == 1
+    assert isinstance(rest[-1], EndReport)
 
 
 def test_another_machine_is_told(settings: Callable[..., RunConfig]) -> None:
