@@ -8,11 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rtdetr_cli.data.pictures import PICTURE_SUFFIXES
 from rtdetr_cli.errors import DataError, UsageError
 
-_PICTURES = ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif .jp2 .tga"
 _VIDEOS = ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .ts"
-PICTURE_SUFFIXES = frozenset(_PICTURES.split())
 VIDEO_SUFFIXES = frozenset(_VIDEOS.split())
 
 
@@ -85,7 +84,7 @@ def _expand(word: str, *, alone: bool) -> list[tuple[Path, Path]]:
         if not files:
             raise DataError(
                 f"the folder {word} holds no pictures or videos",
-                hint=f"looked for {_PICTURES} {_VIDEOS}",
+                hint=f"looked for {' '.join(sorted(PICTURE_SUFFIXES))} {_VIDEOS}",
                 code="no-pictures",
             )
         return [(p, path) for p in files]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rtdetr_cli.data.pictures import PICTURE_SUFFIXES
 from rtdetr_cli.errors import DataError, UsageError
 from rtdetr_cli.infer.sources import find_sources
 
@@ -33,6 +34,13 @@ def test_folder_is_searched_through_in_order(folder: Path) -> None:
         ("shots/sub/a.png", "sub/a", False),
         ("shots/sub/c.webp", "sub/c", False),
     ]
+
+
+def test_a_picture_is_what_a_dataset_takes_for_one(folder: Path) -> None:
+    for suffix in PICTURE_SUFFIXES:
+        (folder / "kinds" / suffix[1:]).mkdir(parents=True)
+        (folder / "kinds" / suffix[1:] / f"a{suffix}").write_bytes(b"x")
+    assert {Path(path).suffix for path, _, _ in names(["kinds"])} == PICTURE_SUFFIXES
 
 
 def test_files_patterns_and_lists(folder: Path) -> None:
