@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from rtdetr_cli.evaluate.thresholds import Calibration, Point
 
 
+_NOT_SHOWN = ("names", "stale_exports", "export_folders", "dial", "elsewhere")  # facts for this command alone
+
+
 def evaluate_command(
     model: Annotated[
         Path | None, typer.Argument(help="Model file or run folder; the newest run when left out.", show_default=False)
@@ -86,6 +89,13 @@ def evaluate_command(
         from rtdetr_cli.evaluate.thresholds import parse_target
 
         parse_target(calibrate)
+        if split == "train":
+            raise UsageError(
+                "--calibrate on the train split: a model is surer of pictures it was trained on, so such thresholds "
+                "mislead",
+                hint="--split val, or another dataset with --data",
+                code="calibrate-split",
+            )
 
     # ------------------------------------------------------------------------------------------------ evaluate
     facts: dict[str, Any]
@@ -123,6 +133,8 @@ def evaluate_command(
         what = f"{path} ({facts['kind']}, {facts['imgsz'][0]}x{facts['imgsz'][1]})"
     for note in evaluation.notes:
         terminal.warn(note)
+    if facts.get("elsewhere") and calibrate is None:
+        terminal.warn(facts["elsewhere"])
     if evaluator == "pycocotools":
         from rtdetr_cli.evaluate.coco import FALLBACK_LACKS
 
@@ -200,7 +212,7 @@ def _refuse_clashes(predictions: Path | None, others: dict[str, object], data: P
 def _calibrate(path: Path, evaluation: Evaluation, target: str, facts: dict[str, Any]) -> Calibration:
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.classes import map_classes
-    from rtdetr_cli.evaluate.stored import stale_exports, store_thresholds
+    from rtdetr_cli.evaluate.stored import export_folders, stale_exports, store_thresholds
     from rtdetr_cli.evaluate.thresholds import calibrate
 
     found = calibrate(evaluation.dataset, evaluation.table, evaluation.matches, target)
@@ -210,12 +222,16 @@ def _calibrate(path: Path, evaluation: Evaluation, target: str, facts: dict[str,
         )
     labels = map_classes(facts["names"], evaluation.dataset).labels
     height, width = facts["imgsz"]
-    header = store_thresholds(path, found.thresholds, labels, imgsz=(height, width))
+    header = store_thresholds(
+        path, found.thresholds, labels, imgsz=(height, width), layers=facts["layers"], queries=facts["queries"]
+    )
     facts["stale_exports"] = [str(p) for p in stale_exports(path, header)]
+    facts["export_folders"] = [str(p) for p in export_folders(path)]
     for note in found.notes:
         terminal.warn(note)
     for stale in facts["stale_exports"]:
         terminal.warn(f"{stale} was exported before and carries other thresholds: export it again")
+    terminal.say(f"exports made before were looked for in {', '.join(facts['export_folders'])}")
     return found
 
 
@@ -243,7 +259,7 @@ def _document(
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     document = evaluation.to_json()
-    document["model"] = {k: v for k, v in facts.items() if k not in ("names", "stale_exports", "dial")}
+    document["model"] = {k: v for k, v in facts.items() if k not in _NOT_SHOWN}
     document["errors"] = analysis.to_json()
     if interval is not None:
         document["interval"] = interval.to_json()
@@ -260,8 +276,10 @@ def _document(
                 {"name": name, **point.to_json()} for name, point in zip(evaluation.dataset.names, classes, strict=True)
             ],
             "at_thresholds": overall.to_json(),
+            "one_for_all": evaluation.at_one(thresholds.overall).to_json(),
             "notes": list(calibration.notes),
             "stale_exports": facts["stale_exports"],
+            "export_folders": facts["export_folders"],
         }
     return document
 
@@ -356,6 +374,7 @@ def _show_thresholds(evaluation: Evaluation, calibration: Calibration | None) ->
             terminal.out(f"one score for all classes, best F1: {best.threshold:.3f} gives {said(best)}\n")
         return
     overall, classes = evaluation.at_thresholds(thresholds)
+    one = evaluation.at_one(thresholds.overall)
     where = "stored in the model now" if calibration else "stored in the model"
     terminal.table(
         ("class", "threshold", "precision", "recall", "F1"),
@@ -364,7 +383,8 @@ def _show_thresholds(evaluation: Evaluation, calibration: Calibration | None) ->
                 [name, p.threshold, p.precision, p.recall, p.f1]
                 for name, p in zip(evaluation.dataset.names, classes, strict=True)
             ),
-            ["all, each at its own", thresholds.overall, overall.precision, overall.recall, overall.f1],
+            ["all, each at its own", None, overall.precision, overall.recall, overall.f1],
+            [f"all, at {one.threshold:.3f}", one.threshold, one.precision, one.recall, one.f1],
         ],
         title=f"Thresholds for {thresholds.target}, {where}",
     )

@@ -53,6 +53,7 @@ def run_model(
     from rtdetr_cli.evaluate.run import evaluate
     from rtdetr_cli.evaluate.source import choose_split
     from rtdetr_cli.infer.backend import open_backend
+    from rtdetr_cli.infer.selection import used_elsewhere
 
     if data is not None and not data.exists():
         choose_split(data, split=split)  # says what is wrong before the model is loaded
@@ -64,6 +65,7 @@ def run_model(
     with terminal.progress(len(chosen.dataset), "eval") as bar:
         evaluation = evaluate(backend, chosen.dataset, batch=at_once, progress=bar.advance, evaluator=evaluator)
     header = backend.header
+    elsewhere = used_elsewhere(header, backend.imgsz)
     facts = {
         "model": str(path),
         "kind": backend.kind,
@@ -73,6 +75,7 @@ def run_model(
         "queries": options["queries"] or header.queries,
         "sampling": header.sampling,
         "names": list(header.names),
+        "elsewhere": "" if elsewhere is None else elsewhere[0],
         "dial": [f"--{name} {_shown(options[name])}" for name in ("layers", "queries", "imgsz") if options[name]],
     }
     return chosen, evaluation, facts

@@ -181,21 +181,16 @@ class _Tally:
 
 
 def _check_thresholds(model: Path, backend: Backend, conf: str) -> None:
-    """Warn when the stored thresholds are used at another input size than the one they were found at."""
+    """Warn when the stored thresholds are used at another size, layers or queries than they were found at."""
     from rtdetr_cli.cli import terminal
+    from rtdetr_cli.infer.selection import used_elsewhere
 
-    header = backend.header
-    if conf != "auto" or header.thresholds is None:
+    elsewhere = used_elsewhere(backend.header, backend.imgsz) if conf == "auto" else None
+    if elsewhere is None:
         return
-    found_at = header.thresholds.imgsz or header.imgsz
-    if found_at == backend.imgsz:
-        return
-    used = "{}x{}".format(*backend.imgsz)
-    again = f": rtdetr eval {model} --imgsz {used} --calibrate f1" if model.suffix == ".safetensors" else ""
-    terminal.warn(
-        f"the stored thresholds were calibrated at {found_at[0]}x{found_at[1]} and are used at {used}, where scores "
-        f"differ{again}"
-    )
+    said, flags = elsewhere
+    again = f": rtdetr eval {model} {flags} --calibrate f1" if model.suffix == ".safetensors" else ""
+    terminal.warn(said + again)
 
 
 class _Dataset:

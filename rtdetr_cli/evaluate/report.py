@@ -110,6 +110,7 @@ def page_context(
             "target": thresholds.target,
             "overall": thresholds.overall,
             "point": overall,
+            "one": evaluation.at_one(thresholds.overall),
             "rows": list(zip(dataset.names, classes, strict=True)),
         }
     gains = analysis.gains

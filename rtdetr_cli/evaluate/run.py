@@ -85,6 +85,12 @@ class Evaluation:
             )
         return rows
 
+    def at_one(self, threshold: float) -> Point:
+        """Return precision and recall over all classes at one threshold for all of them."""
+        classes = len(self.dataset.categories)
+        overall, _ = points_at(self.dataset, self.table, self.matches, np.full(classes, threshold))
+        return replace(overall, threshold=threshold)
+
     @cached_property
     def best(self) -> Point:
         """The highest F1 of all classes together, at one threshold for all."""

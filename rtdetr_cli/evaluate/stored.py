@@ -13,6 +13,7 @@ from rtdetr_cli.model.files import read_header, rewrite_header
 from rtdetr_cli.model.header import METADATA_KEY, ModelHeader, Thresholds
 
 STORING_SUFFIX = ".safetensors"
+ORIGINAL = "export-original"
 
 
 def refuse_to_store(path: Path) -> None:
@@ -37,6 +38,8 @@ def store_thresholds(
     label_map: NDArray[np.int64] | None,
     *,
     imgsz: tuple[int, int] | None = None,
+    layers: int | None = None,
+    queries: int | None = None,
 ) -> ModelHeader:
     """Write thresholds into a model's header; tensors and identity stay as they are.
 
@@ -45,6 +48,8 @@ def store_thresholds(
         thresholds: in the labels of the dataset they were found on.
         label_map: (model classes,) the dataset's label of each class, -1 for none; None when they are the same.
         imgsz: (height, width) of the input at which they were found.
+        layers: of the decoder with which they were found.
+        queries: likewise.
 
     Returns:
         The header as written. A class that the dataset does not have gets the overall threshold.
@@ -53,22 +58,46 @@ def store_thresholds(
     if label_map is not None:
         own = tuple(thresholds.per_class[k] if k >= 0 else thresholds.overall for k in label_map.tolist())
         thresholds = replace(thresholds, per_class=own)
-    return rewrite_header(path, replace(header, thresholds=replace(thresholds, imgsz=imgsz)))
+    thresholds = replace(thresholds, imgsz=imgsz, layers=layers, queries=queries)
+    return rewrite_header(path, replace(header, thresholds=thresholds))
+
+
+def export_folders(path: Path) -> list[Path]:
+    """Return the folders in which exports of a model are looked for: its own first, which need not be there.
+
+    A second stage exports the model that it began with too, into its own run: into `export-original/`.
+    """
+    found = [path.parent / "export"]
+    for run in sorted({path.parent, *(p.parent for p in path.parent.parent.glob(f"*/{ORIGINAL}"))}):
+        if (run / ORIGINAL).is_dir():
+            found.append(run / ORIGINAL)
+    return found
 
 
 def stale_exports(path: Path, header: ModelHeader) -> list[Path]:
-    """Return the exports of a model's run folder that carry other thresholds than the model now has."""
-    folder = path.parent / "export"
-    if not folder.is_dir():
-        return []
+    """Return the exports of a model, in `export_folders`, that carry other thresholds than the model now has."""
     stale = []
-    for export in sorted(folder.rglob("*")):
-        if export.suffix.lower() not in (".onnx", ".xml", ".engine") or not export.is_file():
-            continue
-        carried = exported_header(export)
-        if carried is not None and carried.thresholds != header.thresholds:
-            stale.append(export)
+    for folder in export_folders(path):
+        for export in sorted(folder.rglob("*")):
+            if export.suffix.lower() not in (".onnx", ".xml", ".engine") or not export.is_file():
+                continue
+            carried = exported_header(export)
+            if carried is None or not _made_of(carried, header, sure=folder.name == ORIGINAL):
+                continue
+            if _bare(carried.thresholds) != _bare(header.thresholds):
+                stale.append(export)
     return stale
+
+
+def _made_of(export: ModelHeader, model: ModelHeader, *, sure: bool) -> bool:
+    """Tell whether an export is of a model; one that does not say counts, unless that must be sure."""
+    source = export.extra.get("source_identity")
+    return source == model.identity if source else not sure
+
+
+def _bare(thresholds: Thresholds | None) -> Thresholds | None:
+    """Return thresholds without what older files do not say."""
+    return None if thresholds is None else replace(thresholds, imgsz=None, layers=None, queries=None)
 
 
 def exported_header(export: Path) -> ModelHeader | None:

@@ -95,6 +95,45 @@ def select_by(
     return Selection(stored.overall, per_class, labels, max_det, f"{span}, stored for each class for {stored.target}")
 
 
+def used_elsewhere(header: ModelHeader, imgsz: tuple[int, int]) -> tuple[str, str] | None:
+    """Say where stored thresholds were calibrated when it is not where they are used: scores differ there.
+
+    Args:
+        header: of the model as it is used: with the layers and queries that it runs with.
+        imgsz: (height, width) of the input that it runs at.
+
+    Returns:
+        A sentence, and the flags of `rtdetr eval --calibrate` that would find fitting ones; None where all agree,
+        or nothing is stored.
+    """
+    stored = header.thresholds
+    if stored is None:
+        return None
+    found, used, flags = [], [], []
+    at = stored.imgsz or header.imgsz
+    if at != imgsz:
+        found.append(f"{at[0]}x{at[1]}")
+        used.append(f"{imgsz[0]}x{imgsz[1]}")
+        flags.append(f"--imgsz {used[-1]}")
+    for name, then, now in (("layers", stored.layers, header.layers), ("queries", stored.queries, header.queries)):
+        if then and now and then != now:
+            found.append(_counted(then, name))
+            used.append(_counted(now, name))
+            flags.append(f"--{name} {now}")
+    if not flags:
+        return None
+    said = (
+        f"the stored thresholds were calibrated at {', '.join(found)} and are used at {', '.join(used)}, "
+        "where scores differ"
+    )
+    return said, " ".join(flags)
+
+
+def _counted(number: int, name: str) -> str:
+    one = {"layers": "layer", "queries": "query"}
+    return f"{number} {one[name] if number == 1 else name}"
+
+
 def parse_conf(conf: float | str) -> float | None:
     """Return the score that `--conf` names, or None for `auto`."""
     if conf == "auto":

@@ -25,12 +25,15 @@ class Thresholds:
         overall: for all classes together.
         per_class: for each class.
         imgsz: (height, width) of the input at which they were found; None is the model's own, of older files.
+        layers, queries: of the decoder with which they were found; None is not known, of older files.
     """
 
     target: str
     overall: float
     per_class: tuple[float, ...]
     imgsz: tuple[int, int] | None = None
+    layers: int | None = None
+    queries: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,8 @@ class ModelHeader:
                     float(found["overall"]),
                     tuple(float(t) for t in found["per_class"]),
                     (int(size[0]), int(size[1])) if size else None,
+                    int(found["layers"]) if found.get("layers") else None,
+                    int(found["queries"]) if found.get("queries") else None,
                 )
             return cls(**known)
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rtdetr_cli.evaluate.stored import stale_exports
 from rtdetr_cli.model.files import read_header, rewrite_header, tensors_identity
 from rtdetr_cli.model.header import ModelHeader, Thresholds
 
@@ -161,6 +163,7 @@ def test_fail_under(rtdetr: Callable[..., Any], eval_pair: Path, least: str, cod
         (["m.onnx", "--imgsz", "100"], "not a multiple of 32"),
         (["m.onnx", "--batch", "many"], "not a number of pictures"),
         (["m.onnx", "--calibrate", "recall"], "not a target"),
+        (["m.safetensors", "--calibrate", "f1", "--split", "train"], "--calibrate on the train split"),
     ],
 )
 def test_words_that_cannot_be_meant(rtdetr: Callable[..., Any], words: list[str], said: str) -> None:
@@ -233,6 +236,69 @@ def test_calibration_is_stored_and_older_exports_are_named(
         later = rtdetr("eval", run_folder, "--json").json["at_thresholds"]
         assert later["target"] == "f1"
         assert later["overall"] == calibration["at_thresholds"]
+    finally:
+        rewrite_header(best, before)
+
+
+def test_thresholds_of_another_dial_are_not_taken_silently(
+    rtdetr: Callable[..., Any], run_folder: Path, shapes: Path
+) -> None:
+    best = run_folder / "best.safetensors"
+    before = read_header(best)
+    try:
+        assert rtdetr("eval", run_folder, "--calibrate", "f1", "--layers", 1, "--queries", 50).code == 0
+        stored = read_header(best).thresholds
+        assert stored is not None
+        assert (stored.imgsz, stored.layers, stored.queries) == ((96, 96), 1, 50)
+        same = ("--layers", 1, "--queries", 50)
+        said = "warning: the stored thresholds were calibrated at 1 layer, 50 queries and are used at 3 layers, 100 "
+        picture = next((shapes).rglob("*.jpg"))
+        for command in (("eval", run_folder), ("predict", picture, "--weights", run_folder, "--no-save")):
+            assert said in rtdetr(*command).err
+            assert "were calibrated" not in rtdetr(*command, *same).err
+        assert f"rtdetr eval {best} --layers 3 --queries 100 --calibrate f1" in rtdetr(*command).err
+    finally:
+        rewrite_header(best, before)
+
+
+def test_exports_of_the_original_in_a_second_stages_run_are_looked_at(
+    rtdetr: Callable[..., Any], run_folder: Path, onnx_file: Path, tmp_path: Path
+) -> None:
+    """They are of the model that the stage began with; the second stage's own model has nothing to do with them."""
+    runs = tmp_path / "runs"
+    shutil.copytree(run_folder, runs / "first")
+    (runs / "second" / "export-original").mkdir(parents=True)
+    original = runs / "second" / "export-original" / "best.onnx"
+    shutil.copy(onnx_file, original)
+    ran = rtdetr("eval", runs / "first", "--calibrate", "f1", "--json")
+    assert ran.code == 0, ran.err
+    calibration = ran.json["calibration"]
+    assert calibration["stale_exports"] == [str(runs / "first/export/best.onnx"), str(original)]
+    folders = [str(runs / "first/export"), str(original.parent)]
+    assert calibration["export_folders"] == folders
+    assert f"exports made before were looked for in {', '.join(folders)}" in ran.err
+    # another model's run: what lies beside it is not made of it
+    second = runs / "second" / "best.safetensors"
+    shutil.copy(run_folder / "best.safetensors", second)
+    header = replace(read_header(second), thresholds=Thresholds("f1", 0.5, (0.5,) * 5))
+    assert stale_exports(second, header) == [original]
+    assert stale_exports(second, replace(header, identity="another")) == []
+
+
+def test_the_table_of_thresholds_sets_no_figure_beside_another_thresholds(
+    rtdetr: Callable[..., Any], run_folder: Path
+) -> None:
+    best = run_folder / "best.safetensors"
+    before = read_header(best)
+    try:
+        rewrite_header(best, replace(before, thresholds=Thresholds("f1", 0.001, (0.9,) * 5)))
+        lines = [line.split() for line in rtdetr("eval", run_folder).out.splitlines()]
+        (own,) = [line for line in lines if line[:5] == ["all,", "each", "at", "its", "own"]]
+        (one,) = [line for line in lines if line[:3] == ["all,", "at", "0.001"]]
+        assert own[5] == "-"
+        assert one[3] == "0.001"
+        assert len(own[5:]) == len(one[3:]) == 4
+        assert own[6:] != one[4:]
     finally:
         rewrite_header(best, before)
 

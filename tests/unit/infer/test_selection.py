@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.infer.detections import Detections
-from rtdetr_cli.infer.selection import parse_conf, resolve_classes, select_by
+from rtdetr_cli.infer.selection import parse_conf, resolve_classes, select_by, used_elsewhere
 from rtdetr_cli.model.header import ModelHeader, Thresholds
 
 NAMES = ("cat", "Dog", "traffic light", "salt, pepper")
@@ -40,6 +43,31 @@ def test_thresholds(conf: float | str, thresholds: Thresholds | None, kept: list
     found = selection.apply(rows((0.9, 0), (0.5, 1), (0.3, 2), (0.1, 3)))
     assert found.scores.tolist() == pytest.approx(kept)
     assert selection.said
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"),
+    [
+        ({}, None),
+        ({"imgsz": (640, 640), "layers": 6, "queries": 300}, None),
+        ({"imgsz": (480, 640)}, ("480x640 and are used at 640x640,", "--imgsz 640x640")),
+        ({"layers": 1, "queries": 300}, ("1 layer and are used at 6 layers,", "--layers 6")),
+        ({"imgsz": (32, 32), "queries": 1}, ("32x32, 1 query and are", "--imgsz 640x640 --queries 300")),
+    ],
+)
+def test_where_thresholds_were_found_is_compared_with_where_they_are_used(
+    stored: dict[str, Any], said: tuple[str, str] | None
+) -> None:
+    """What an older file does not say is not held against it."""
+    used = replace(header(thresholds=Thresholds("f1", 0.5, (0.5,) * 4, **stored)), layers=6, queries=300)
+    found = used_elsewhere(ModelHeader.from_json(used.to_json()), (640, 640))
+    if said is None:
+        assert found is None
+        return
+    assert found is not None
+    assert said[0] in found[0]
+    assert found[1] == said[1]
+    assert used_elsewhere(replace(used, thresholds=None), (640, 640)) is None
 
 
 def test_classes_number_and_order() -> None:
