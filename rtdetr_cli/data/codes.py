@@ -595,6 +595,15 @@ _TABLE = (
         _DROP,
     ),
     Code(
+        "yolo-pose",
+        "warning",
+        "keypoints that data.yaml does not announce",
+        "There is no `kpt_shape`, but nearly all label lines are of one length, and their first four numbers are a box "
+        "that holds the points behind it: these are labels of a pose dataset. Read as polygons, their boxes would be "
+        "wrong; so the box is taken, and the points are dropped.",
+        "write kpt_shape into data.yaml",
+    ),
+    Code(
         "label-pixels",
         "error",
         "coordinates that are pixels, not shares of the picture",

@@ -1,7 +1,8 @@
 """Read YOLO: a `data.yaml`, pictures in folders or lists, and one text file a picture.
 
 A line is `class cx cy w h` in shares of the picture, or `class x1 y1 x2 y2 ...`, a polygon, which becomes its
-bounding box. The YAML is read as plain text values: a class called `no` or `0101` stays what it is.
+bounding box, or a box with the keypoints of a pose dataset, which are dropped. The YAML is read as plain text values: a
+class called `no` or `0101` stays what it is.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from rtdetr_cli.data.coco import sound_name
 from rtdetr_cli.data.codes import Findings, Spot, counted
@@ -30,6 +34,13 @@ _BRACKET = re.compile(r"[\[\]{}]")
 _ID = re.compile(r"-?[0-9]{1,19}")
 _ROUNDING = 1e-3
 _NOTHING = KeptBox()
+_LOOKED_AT = 500
+_LOOKED_AT_CHARACTERS = 1 << 16
+"""Label files, and of each the first characters, that tell whether there are keypoints."""
+
+_FEWEST_COLUMNS = 11
+_NEARLY_ALL = 0.9
+_SLACK = 0.01
 _CLASS_FILES = frozenset({"classes.txt", "labels.txt", "obj.names"})
 
 
@@ -59,14 +70,16 @@ class YoloFile:
         classes: class number in the label files -> name.
         category_ids: class number -> the dataset's own id; the number itself unless our writer kept another.
         splits: split -> the folders and lists it names.
-        keypoints: numbers that follow each box in a pose dataset.
+        keypoints: numbers that follow each box in a pose dataset; None where nothing is said of it.
+        guessed: whether the labels, not the file, say that there are keypoints.
     """
 
     base: Path
     classes: dict[int, str]
     category_ids: dict[int, int]
     splits: dict[str, list[str]]
-    keypoints: int
+    keypoints: int | None
+    guessed: bool = False
 
 
 def read_yolo(dataset: RawDataset, path: Path, images: Path | None) -> None:
@@ -83,10 +96,14 @@ def read_yolo(dataset: RawDataset, path: Path, images: Path | None) -> None:
     kept = read_kept(dataset, described.base, oddities)
     first = 1
     label_files: set[str] = set()
+    listed: dict[str, list[Path]] = {}
     for split, entries in described.splits.items():
         pictures = _pictures(dataset, described, split, entries, shown, oddities)
-        if pictures is None:
-            continue
+        if pictures is not None:
+            listed[split] = pictures
+    if described.keypoints is None:
+        _guess_keypoints(dataset, described, [path for pictures in listed.values() for path in pictures], shown)
+    for split, pictures in listed.items():
         rows = _split(dataset, described, split, pictures, labels, kept, first, oddities, label_files)
         dataset.splits[split] = rows.split(split, described.base)
         dataset.splits[split].shares = True
@@ -206,13 +223,13 @@ def _category_ids(document: dict[Any, Any], classes: dict[int, str]) -> dict[int
     return {number: number for number in numbers}
 
 
-def _keypoints(document: dict[Any, Any]) -> int:
+def _keypoints(document: dict[Any, Any]) -> int | None:
     shape = document.get("kpt_shape")
     if isinstance(shape, list) and len(shape) == 2:
         points, each = _whole(shape[0]), _whole(shape[1])
-        if points is not None and each is not None and 0 < points < 1000 and each in (2, 3):
+        if points is not None and each is not None and points < 1000 and each in (2, 3):
             return points * each
-    return 0
+    return None
 
 
 def _base(
@@ -403,7 +420,7 @@ def _split(
                 line,
                 labels,
                 numbered,
-                described.keypoints,
+                described,
                 facts[count],
                 Spot(split, picture, number),
                 shown,
@@ -421,7 +438,7 @@ def _line_of_label(
     line: str,
     labels: dict[int, int],
     numbered: str,
-    keypoints: int,
+    described: YoloFile,
     facts: KeptBox,
     spot: Spot,
     shown: str,
@@ -439,10 +456,13 @@ def _line_of_label(
         wrong = next(word for word in words if not _is_number(word))
         findings.add("box-not-number", f"has {wrong[:40]!r}, which is no number", **where)
         return
+    keypoints = described.keypoints or 0
     if len(values) == 5 + keypoints:
         values = values[:5]
-    elif keypoints or len(values) < 7 or len(values) % 2 == 0:
-        wanted = f"{5 + keypoints}" if keypoints else "5, or a class and three points or more"
+    elif described.guessed and len(values) == 5:
+        pass
+    elif (keypoints and not described.guessed) or len(values) < 7 or len(values) % 2 == 0:
+        wanted = f"{5 + keypoints}" if keypoints and not described.guessed else "5, or a class and three points or more"
         findings.add("label-columns", f"has {counted(len(values), 'column')} in place of {wanted}", **where)
         return
     if not all(map(math.isfinite, values)):
@@ -489,6 +509,86 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+# ---- keypoints that nobody announced
+
+
+def _guess_keypoints(dataset: RawDataset, described: YoloFile, pictures: list[Path], shown: str) -> None:
+    """Find out from the labels whether boxes are followed by keypoints, and say so."""
+    few = pictures[:: max(1, len(pictures) // _LOOKED_AT)]
+    rows = [values for path in few for values in _numbers(label_path(path))]
+    if not rows:
+        return
+    columns, count = Counter(map(len, rows)).most_common(1)[0]
+    if columns < _FEWEST_COLUMNS or count < _NEARLY_ALL * len(rows):
+        return
+    table = np.asarray([row for row in rows if len(row) == columns])
+    each = _point_size(table)
+    if not each:
+        return
+    described.keypoints, described.guessed = columns - 5, True
+    shape = f"kpt_shape: [{(columns - 5) // each}, {each}]"
+    dataset.findings.add(
+        "yolo-pose",
+        f"has no kpt_shape, but label lines of {columns} columns: they are read as a class, a box and "
+        f"{counted((columns - 5) // each, 'keypoint')}, which are dropped",
+        file=shown,
+        line=1,
+        hint=f"write {shape} into {shown}; or kpt_shape: [0, 2] if the lines are polygons",
+    )
+
+
+def _numbers(label: Path) -> list[list[float]]:
+    """Return the lines of a label file that are numbers; its faults are told by whoever reads it in earnest."""
+    if not label.is_file():  # reading a pipe would wait for ever
+        return []
+    try:
+        with open(label, encoding="utf-8", errors="replace") as file:
+            lines = file.read(_LOOKED_AT_CHARACTERS).splitlines()
+    except OSError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            row = [float(word) for word in line.split()]
+        except ValueError:
+            continue
+        if row and all(map(math.isfinite, row)):
+            rows.append(row)
+    return rows
+
+
+def _point_size(table: NDArray[np.float64]) -> int:
+    """Return how many numbers each keypoint behind a box has (2, or 3 with its visibility), or 0: these are polygons.
+
+    Args:
+        table: (L, 5 + P) lines of one length.
+    """
+    middle, size, rest = table[:, 1:3], table[:, 3:5], table[:, 5:]
+    low, high = middle - size / 2, middle + size / 2
+    boxes = np.all((size > 0) & (low > -_SLACK) & (high < 1 + _SLACK), axis=1)
+    for each in (3, 2):
+        if rest.shape[1] % each:
+            continue
+        points = rest.reshape(len(table), -1, each)
+        # What was not labelled stands at 0, 0.
+        labelled = np.any(points[..., :2] != 0, axis=2)
+        room = _SLACK + 0.05 * size[:, None]
+        inside = np.all((points[..., :2] >= low[:, None] - room) & (points[..., :2] <= high[:, None] + room), axis=2)
+        fits = boxes & np.all(inside | ~labelled, axis=1)
+        if np.mean(fits) < _NEARLY_ALL:
+            continue
+        if each == 3 and np.isin(points[..., 2], (0, 1, 2)).all():
+            return 3
+        if each == 2:
+            # A small polygon passes for all that: a corner taken for a width and height is large. But it is then
+            # itself among the other corners.
+            first, last = points.min(axis=1), points.max(axis=1)
+            room = (last - first) / 2
+            corner = np.all((size >= first - room) & (size <= last + room), axis=1)
+            return 2 if np.mean(corner) < 0.5 else 0
+    return 0
 
 
 # ---- files without a picture

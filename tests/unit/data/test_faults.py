@@ -582,7 +582,36 @@ def _first(y: Any, line: str) -> None:
     y.labels["train/train_0"] += line + "\n"
 
 
+def _pose(y: Any, points: Callable[[float, float], str]) -> None:
+    for name in y.labels:
+        boxes = [(0.1 + 0.15 * k, 0.3 + 0.1 * k) for k in range(5)]
+        y.labels[name] = "".join(f"0 {cx} {cy} 0.16 0.3 {points(cx, cy)}\n" for cx, cy in boxes)
+
+
+def _pairs(cx: float, cy: float) -> str:
+    return " ".join(f"{cx + dx:.3f} {cy + dy:.3f}" for dx, dy in ((0, 0), (-0.07, 0.1), (0.05, -0.1), (0.03, 0.14)))
+
+
+def _triplets(cx: float, cy: float) -> str:
+    return f"{cx:.3f} {cy - 0.1:.3f} 2 {cx + 0.05:.3f} {cy + 0.1:.3f} 1 " + "0 0 0 " * 15
+
+
+def _polygons(y: Any) -> None:
+    for number, name in enumerate(y.labels):
+        random = np.random.default_rng(number)
+        lines = []
+        for cx, cy in random.uniform(0.05, 0.95, (5, 2)):
+            around = [(cx + 0.03 * np.cos(a), cy + 0.03 * np.sin(a)) for a in np.arange(8) * np.pi / 4]
+            lines.append("0 " + " ".join(f"{x:.4f} {y_:.4f}" for x, y_ in around) + "\n")
+        y.labels[name] = "".join(lines)
+
+
 YOLO: dict[str, list[Plant]] = {
+    "yolo-pose": [
+        lambda y: _pose(y, _pairs),
+        lambda y: _pose(y, _triplets),
+        lambda y: _pose(y, lambda cx, cy: f"{cx} {cy} " * 17),
+    ],
     "label-columns": [lambda y: _first(y, "0 0.5 0.5 0.1"), lambda y: _first(y, "0 0.5 0.5 0.1 0.1 0.9")],
     "box-not-number": [lambda y: _first(y, "0 0.5 0.5 0.1 zwei"), lambda y: _first(y, "washer 0.5 0.5 0.1 0.1")],
     "box-not-finite": [lambda y: _first(y, "0 nan 0.5 0.1 0.1"), lambda y: _first(y, "0 0.5 0.5 inf 0.1")],
@@ -651,6 +680,34 @@ def test_fault_of_yolo(yolo: Any, code: str, plant: Plant) -> None:
             load_splits(folder / "data.yaml")
     else:
         load_splits(folder / "data.yaml")
+
+
+def test_boxes_are_taken_where_keypoints_are_not_announced(yolo: Any) -> None:
+    _pose(yolo, _triplets)
+    yolo.labels["train/train_0"] += "1 0.5 0.5 0.2 0.2\n"
+    folder = yolo.write()
+    train = load_splits(folder).train
+    assert train is not None
+    assert len(train.labels) == 16
+    np.testing.assert_allclose(train.boxes_xyxy_px[0], [96 * 0.02, 64 * 0.15, 96 * 0.18, 64 * 0.45], atol=1e-6)
+    said = next(f for f in load_splits(folder).findings if f.code == "yolo-pose")
+    assert "kpt_shape: [17, 3]" in said.hint
+    (folder / "data.yaml").write_text(yolo.yaml + "kpt_shape: [17, 3]\n")
+    yolo.labels["train/train_0"] = yolo.labels["train/train_0"].rsplit("1 0.5", 1)[0]
+    (folder / "labels/train/train_0.txt").write_text(yolo.labels["train/train_0"])
+    assert "yolo-pose" not in {f.code for f in load_splits(folder).findings}
+
+
+def test_polygons_are_no_keypoints(yolo: Any) -> None:
+    _polygons(yolo)
+    folder = yolo.write()
+    assert "yolo-pose" not in found(examine(folder, decode=False))
+    _pose(yolo, _pairs)
+    yolo.yaml += "kpt_shape: [0, 2]\n"
+    splits = load_splits(yolo.write())
+    assert "yolo-pose" not in {f.code for f in splits.findings}
+    assert splits.train is not None
+    np.testing.assert_allclose(splits.train.boxes_xyxy_px[0, 2:], [96 * 0.16, 64 * 0.44], atol=1e-6)
 
 
 # ---- Pascal VOC
