@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _BLANK = re.compile(r"[ \t\n\r]*").match
 _scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 _INT64 = 1 << 63
 _INT32 = 1 << 31
+_WORDS_SHOWN = 10
 
 
 class JSONFault(ValueError):
@@ -252,9 +254,22 @@ def read_coco(dataset: RawDataset, files: dict[str, tuple[Path, Path]]) -> None:
             documents[split] = read
     oddities.report(dataset.findings)
     names = _categories(documents, dataset.findings)
-    ids = sorted(names)
-    dataset.categories = tuple(Category(i, names[i]) for i in ids)
-    labels = {category_id: label for label, category_id in enumerate(ids)}
+    ids = _numbered(names)
+    keys = sorted(names, key=lambda key: ids[key])
+    dataset.categories = tuple(Category(ids[key], names[key]) for key in keys)
+    labels = {key: label for label, key in enumerate(keys)}
+    words = [key for key in names if isinstance(key, str)]
+    if words:
+        first = next(iter(documents.values()))[0]
+        mapping = ", ".join(f"{_short(word)} is {ids[word]}" for word in words[:_WORDS_SHOWN])
+        more = len(words) - _WORDS_SHOWN
+        dataset.findings.add(
+            "id-not-integer",
+            f"the category ids are not integers, so they are numbered: {mapping}"
+            + (f", and so on for {more:,} more" if more > 0 else ""),
+            file=first.file,
+            line=int(lines_of(documents[first.split][1], first.category_starts)[0]) if first.category_starts else 0,
+        )
     for split, (document, text) in documents.items():
         dataset.splits[split] = _split(document, text, labels, files[split][1])
 
@@ -312,21 +327,30 @@ def _column(text: str, position: int) -> int:
     return position - text.rfind("\n", 0, position)
 
 
-def _categories(documents: dict[str, tuple[_Document, str]], findings: Findings) -> dict[int, str]:
+def _numbered(keys: Collection[int | str]) -> dict[int | str, int]:
+    """Return the id of each category: itself, or for a word the lowest number from 1 that is free, in their order."""
+    taken = {key for key in keys if isinstance(key, int)}
+    free = (number for number in count(1) if number not in taken)
+    return {key: key if isinstance(key, int) else next(free) for key in keys}
+
+
+def _categories(documents: dict[str, tuple[_Document, str]], findings: Findings) -> dict[int | str, str]:
     """Join the categories of all files."""
-    names: dict[int, str] = {}
-    first: dict[int, str] = {}
+    names: dict[int | str, str] = {}
+    first: dict[int | str, str] = {}
     for document, text in documents.values():
-        seen: set[int] = set()
+        seen: set[int | str] = set()
         lines = lines_of(text, document.category_starts)
         for position, entry in enumerate(document.categories):
             line = int(lines[position])
-            key = id_key(entry.get("id")) if isinstance(entry, dict) else None
+            said = entry.get("id") if isinstance(entry, dict) else None
+            key = id_key(said)
             name = entry.get("name") if isinstance(entry, dict) else None
-            if not isinstance(key, int) or not isinstance(name, str) or not sound_name(name):
+            word = isinstance(said, str) and sound_name(said.strip())
+            if key is None or not (word or isinstance(key, int)) or not isinstance(name, str) or not sound_name(name):
                 findings.add(
                     "category-malformed",
-                    f"the category {_short(entry)} lacks an integer id or a name",
+                    f"the category {_short(entry)} lacks an id or a name",
                     file=document.file,
                     line=line,
                 )
@@ -402,7 +426,7 @@ def _floats(values: list[Any]) -> NDArray[np.float64]:
         return np.asarray(good, np.float64)
 
 
-def _split(document: _Document, text: str, labels: dict[int, int], root: Path) -> RawSplit:
+def _split(document: _Document, text: str, labels: dict[int | str, int], root: Path) -> RawSplit:
     findings, file, split = document.findings, document.file, document.split
     picture_lines = lines_of(text, document.image_starts)
     box_lines = lines_of(text, document.box_starts)
@@ -489,7 +513,8 @@ def _split(document: _Document, text: str, labels: dict[int, int], root: Path) -
                 **told(row),
             )
     known = counted(len(labels), "category", "categories")
-    known += f" (ids {min(labels)} to {max(labels)})" if labels else ""
+    numbers = [key for key in labels if isinstance(key, int)]
+    known += f" (ids {min(numbers)} to {max(numbers)})" if numbers and len(numbers) == len(labels) else ""
     for row in np.flatnonzero(classes < 0).tolist():
         if category_keys[row] is None:
             findings.add(

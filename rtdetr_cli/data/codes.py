@@ -415,7 +415,7 @@ _TABLE = (
         "category-malformed",
         "error",
         "a category without id or name",
-        "A category needs an integer id and a name.",
+        "A category needs a name, and an id that is an integer or a word.",
         "correct the list of categories",
     ),
     Code(
@@ -558,7 +558,8 @@ _TABLE = (
         "id-not-integer",
         "warning",
         "ids that are not integers",
-        "Ids are integers in COCO. Others are read as integers where they are, else numbered in order.",
+        "Ids are integers in COCO. Others are read as integers where they are, else numbered in order. For categories "
+        "the message says which id became which number: detections carry the number.",
         "write them as integers",
     ),
     Code(

@@ -534,6 +534,50 @@ def test_string_ids_that_are_numbers_keep_their_value(coco: Any) -> None:
     assert len(splits.train.labels) == 24
 
 
+def _lettered(c: Any, ids: dict[int, Any]) -> None:
+    for document in c.documents.values():
+        for category in document["categories"]:
+            category["id"] = ids[category["id"]]
+        for annotation in document["annotations"]:
+            annotation["category_id"] = ids[annotation["category_id"]]
+
+
+def test_category_ids_that_are_words_are_numbered_and_the_numbers_said(coco: Any) -> None:
+    before = load_splits(coco.write())
+    _lettered(coco, {1: "c1", 2: "c2"})
+    splits = load_splits(coco.write())
+    assert [(c.id, c.name) for c in splits.categories] == [(1, "nut"), (2, "washer")]
+    assert splits.train is not None
+    assert before.train is not None
+    assert splits.train.labels.tolist() == before.train.labels.tolist()
+    said = [(f.code, f.severity, f.message) for f in splits.findings]
+    message = "the category ids are not integers, so they are numbered: 'c1' is 1, 'c2' is 2"
+    assert said == [("id-not-integer", "warning", message)]
+    coco.box["category_id"] = "c9"
+    report = examine(coco.write(), decode=False)
+    assert (
+        "has category c9, which is not among the 2 categories"
+        in report.findings[0].message + report.findings[1].message
+    )
+
+
+def test_category_ids_of_words_and_numbers_do_not_collide(coco: Any) -> None:
+    _lettered(coco, {1: "c1", 2: 1})
+    assert [(c.id, c.name) for c in load_splits(coco.write()).categories] == [(1, "washer"), (2, "nut")]
+    for value in (1.5, 1 << 70, "", "a\0b", True):
+        for category in coco.train["categories"]:
+            if category["name"] == "nut":
+                category["id"] = value
+        assert "category-malformed" in found(examine(coco.write(), decode=False)), value
+
+
+def test_category_ids_that_are_numbers_in_quotes_keep_their_value(coco: Any) -> None:
+    _lettered(coco, {1: "8", 2: "05"})
+    splits = load_splits(coco.write())
+    assert [(c.id, c.name) for c in splits.categories] == [(5, "washer"), (8, "nut")]
+    assert {f.code for f in splits.findings} == {"category-gaps"}
+
+
 # ---- files
 
 
