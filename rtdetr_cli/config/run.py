@@ -206,13 +206,20 @@ def parse_set(words: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def resolve_run(flags: Mapping[str, Any], *, sets: Sequence[str] = (), config_file: Path | None = None) -> RunConfig:
-    """Put a run together: flag over `--set` over file over preset over default.
+def resolve_run(
+    flags: Mapping[str, Any],
+    *,
+    sets: Sequence[str] = (),
+    config_file: Path | None = None,
+    inherited: tuple[str, Mapping[str, Any]] | None = None,
+) -> RunConfig:
+    """Put a run together: flag over `--set` over file over what is inherited over preset over default.
 
     Args:
         flags: setting -> value, those that were given on the command line only.
         sets: the words of `--set`; keys of `RunSettings`, or `model.*` and `optim.*` of the preset.
         config_file: TOML with the same keys.
+        inherited: where settings come from that nobody wrote, and those settings, with the same keys.
 
     Raises:
         UsageError: an unknown key or a value that cannot be; all problems at once.
@@ -223,6 +230,8 @@ def resolve_run(flags: Mapping[str, Any], *, sets: Sequence[str] = (), config_fi
     layers: list[tuple[str, Mapping[str, Any]]] = []
     chosen: dict[str, str] | None = None
     kept: dict[str, Any] = {}
+    if inherited is not None:
+        layers.append(inherited)
     if config_file is not None:
         document = read_toml(config_file)
         chosen = document.pop(PROVENANCE, None)
@@ -235,7 +244,7 @@ def resolve_run(flags: Mapping[str, Any], *, sets: Sequence[str] = (), config_fi
             values[key] = value
             places[key] = _place(name, key, value)
             provenance[key] = f"--{key.replace('_', '-')}" if name == "flag" else name
-            if name not in ("flag", "--set") and chosen is not None:
+            if config_file is not None and name == f"{config_file}" and chosen is not None:
                 provenance[key] = chosen.get(key, "preset" if "." in key else "default")
     preset_name = str(values.get("preset", RunSettings.model_fields["preset"].default))
     if isinstance(kept.get("values"), Mapping) and kept["of"] == preset_name:

@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rtdetr_cli.config.presets import load_preset, preset_names
 from rtdetr_cli.errors import ModelError
 from rtdetr_cli.model.backbone import ResNet
 from rtdetr_cli.model.detector import RTDETR
-from rtdetr_cli.model.weights import load_strictly, read_published
+from rtdetr_cli.model.weights import backbone_depth, load_strictly, read_published
 
 _COUNTER = "num_batches_tracked"
 _PER_POINT = ("cross_attn.sampling_offsets.", "cross_attn.attention_weights.", "cross_attn.num_points_scale")
+_OTHER_HINT = "train without --preset and --set model.*: rtdetr takes the architecture from the weights"
 _EMBEDDING = "decoder.denoising_class_embed.weight"
 
 
@@ -105,7 +107,7 @@ def transfer_weights(
             if name.endswith(_COUNTER):
                 merged[name] = tensor  # a frozen norm counts no batches
             continue  # load_strictly names any other
-        if any(part in name for part in _PER_POINT) and state[name].shape != tensor.shape:
+        if any(part in name for part in _PER_POINT) and _other_points(name, state, own):
             merged[name] = tensor
             fresh.append(name)
             continue
@@ -113,17 +115,13 @@ def transfer_weights(
             merged[name] = state[name]
             continue
         if state[name].shape[1:] != tensor.shape[1:]:
-            raise ModelError(
-                f"{source} is another architecture: {name} has shape {tuple(state[name].shape)}, "
-                f"the model's is {tuple(tensor.shape)}",
-                hint="take the preset that the weights were made with",
-                code="model-misfit",
-            )
+            merged[name] = state[name]  # load_strictly refuses it along with all others
+            continue
         filled = tensor.detach().cpu().clone()
         filled[to] = state[name].to(filled.dtype)[from_]
         merged[name] = filled
     merged.update({n: t for n, t in state.items() if n not in own and not n.endswith(_COUNTER)})
-    load_strictly(model, merged, source=source)
+    load_strictly(model, merged, source=source, hint=_OTHER_HINT)
     return TransferTable(
         classes=tuple(rows),
         tensors_loaded=len(own) - len(fresh) - (0 if same_classes else len(by_class)),
@@ -131,6 +129,15 @@ def transfer_weights(
         by_class=() if same_classes else tuple(by_class),
         fresh=tuple(fresh),
     )
+
+
+def _other_points(name: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    """Tell whether a layer's points are others: 2, 4 and 6 make as many as 4, 4 and 4, but not the same."""
+    scale = name.partition("cross_attn.")[0] + "cross_attn.num_points_scale"
+    theirs, mine = state.get(scale), own[scale]
+    if state[name].shape != own[name].shape:
+        return True
+    return theirs is not None and not torch.allclose(theirs.float().cpu(), mine.float().cpu(), atol=1e-3)
 
 
 def _plain(name: str) -> str:
@@ -155,9 +162,9 @@ def load_backbone(model: RTDETR, path: Path) -> TransferTable:
     if missing or left or other:
         named = (missing + left + other)[0]
         raise ModelError(
-            f"{path} is the backbone of another depth: {len(missing) + len(left) + len(other)} tensors do not fit, "
+            f"{path} is the backbone of another model: {len(missing) + len(left) + len(other)} tensors do not fit, "
             f"such as {named}",
-            hint="`rtdetr presets` lists the backbone file of each preset",
+            hint=_presets_with(source),
             code="model-misfit",
         )
     loaded = {n: source[n] for n in own if n in source}
@@ -171,3 +178,14 @@ def load_backbone(model: RTDETR, path: Path) -> TransferTable:
         by_class=(),
         fresh=tuple(n for n in whole if n not in names),
     )
+
+
+def _presets_with(backbone: Mapping[str, Tensor]) -> str:
+    """Return the presets that have this backbone, as a hint."""
+    try:
+        depth, width = backbone_depth(backbone), len(backbone["conv1.conv1_3.conv.weight"])
+    except (ValueError, KeyError):
+        depth, width = 0, 0
+    models = {name: load_preset(name).model for name in preset_names()}
+    found = [f"--preset {name}" for name, model in models.items() if (model.depth, model.width) == (depth, width)]
+    return " or ".join(found) or "rtdetr weights list names the backbone of each preset"

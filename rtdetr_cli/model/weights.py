@@ -208,8 +208,14 @@ def _build(spec: ModelSpec, num_classes: int, sampling: Sampling, rounding: Roun
     return model.to_empty(device="cpu")
 
 
-def load_strictly(model: RTDETR, state: Mapping[str, Tensor], *, source: str) -> int:
+def load_strictly(model: RTDETR, state: Mapping[str, Tensor], *, source: str, hint: str = _KINDS_HINT) -> int:
     """Load every tensor of `state`, and every tensor of the model from it.
+
+    Args:
+        model: what is filled.
+        state: names and tensors.
+        source: what messages call it.
+        hint: what helps where the two differ.
 
     Returns:
         How many were loaded.
@@ -228,7 +234,7 @@ def load_strictly(model: RTDETR, state: Mapping[str, Tensor], *, source: str) ->
     if problems:
         rest = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ModelError(
-            f"{source} does not fit the model: {', '.join(problems[:3])}{rest}", hint=_KINDS_HINT, code="model-misfit"
+            f"{source} does not fit the model: {', '.join(problems[:3])}{rest}", hint=hint, code="model-misfit"
         )
     model.load_state_dict(dict(state))
     return len(own)
@@ -412,13 +418,23 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     return max(numbers) + 1 if numbers else 0
 
 
-def _spec_of(state: Mapping[str, Tensor]) -> ModelSpec:
-    """Read the architecture off the names and shapes of a detector's tensors."""
-    stages = tuple(_count(state, rf"backbone\.res_layers\.{i}\.blocks\.(\d+)\.") for i in range(4))
+def backbone_depth(state: Mapping[str, Tensor]) -> int:
+    """Return the depth of a ResNet from the names of its tensors.
+
+    Raises:
+        ValueError: no ResNet of ours has such stages.
+    """
+    stages = tuple(_count(state, rf"res_layers\.{i}\.blocks\.(\d+)\.") for i in range(4))
     bottleneck = any(".branch2c." in n for n in state)
     depths = [d for d, blocks in BLOCKS.items() if blocks == stages and (d >= 50) == bottleneck]
     if not depths:
         raise ValueError(f"no ResNet has {stages} blocks")
+    return depths[0]
+
+
+def _spec_of(state: Mapping[str, Tensor]) -> ModelSpec:
+    """Read the architecture off the names and shapes of a detector's tensors."""
+    depth = backbone_depth({n.removeprefix("backbone."): t for n, t in state.items() if n.startswith("backbone.")})
     width = state["backbone.conv1.conv1_3.conv.weight"].shape[0]
     freeze_norm = "backbone.conv1.conv1_1.norm.num_batches_tracked" not in state
     hidden = state["encoder.input_proj.0.conv.weight"].shape[0]
@@ -428,9 +444,9 @@ def _spec_of(state: Mapping[str, Tensor]) -> ModelSpec:
     points = _points_of(state, weights.shape[0])
     expansion = state["encoder.fpn_blocks.0.conv1.conv.weight"].shape[0] / hidden
     # r50m alone trains six layers to use three; nothing but its narrow fusion blocks tells it from r50.
-    is_r50m = depths[0] == 50 and layers == 6 and expansion == 0.5
+    is_r50m = depth == 50 and layers == 6 and expansion == 0.5
     return ModelSpec(
-        depth=depths[0],
+        depth=depth,
         width=width,
         freeze_at=0 if freeze_norm else -1,
         freeze_norm=freeze_norm,

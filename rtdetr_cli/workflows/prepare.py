@@ -26,9 +26,8 @@ from rtdetr_cli.infer.torch_backend import choose_device
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.model.header import ModelHeader
-from rtdetr_cli.model.hub import fetch
-from rtdetr_cli.model.transfer import TransferTable, load_backbone, transfer_weights
-from rtdetr_cli.model.weights import load_model
+from rtdetr_cli.model.hub import Watch
+from rtdetr_cli.model.transfer import TransferTable
 from rtdetr_cli.train import memory
 from rtdetr_cli.train.loop import as_input, step_denoising, worst_batch, worst_step
 from rtdetr_cli.train.losses import Criterion
@@ -38,6 +37,7 @@ from rtdetr_cli.train.precision import choose_precision
 from rtdetr_cli.train.state import Learner
 from rtdetr_cli.train.team import SOLO, Team, share_of
 from rtdetr_cli.workflows.checkup import examine_if_cheap
+from rtdetr_cli.workflows.start import load_start
 
 
 @dataclass(slots=True)
@@ -67,13 +67,16 @@ class Prepared:
         return int(np.diff(self.train_set.offsets).max(initial=1))
 
 
-def prepare(config: RunConfig, team: Team = SOLO, *, pretrained: bool = True) -> Prepared:
+def prepare(
+    config: RunConfig, team: Team = SOLO, *, pretrained: bool = True, fetching: Watch | None = None
+) -> Prepared:
     """Load dataset and weights and put everything that learns on its device.
 
     Args:
         config: the resolved settings.
         team: the processes of the run.
         pretrained: False when the tensors come from a checkpoint anyway.
+        fetching: shows how far a download of weights has come.
     """
     settings, preset = config.settings, config.preset
     warnings: list[str] = []
@@ -124,7 +127,7 @@ def prepare(config: RunConfig, team: Team = SOLO, *, pretrained: bool = True) ->
     )
     table, start = None, f"random weights, seed {settings.seed}"
     if pretrained and settings.weights != "none" and team.leads:
-        table, start = load_start(model, config, train_set)
+        table, start = load_start(model, config, train_set, fetching=fetching)
     freeze(model, settings.freeze)
     if settings.deterministic and device.type == "cuda" and settings.sampling == "bilinear":
         # The backward pass of grid_sample adds in no fixed order; that of a gather can.
@@ -274,31 +277,6 @@ def freeze(model: RTDETR, what: str) -> None:
         model.backbone.requires_grad_(False)
         if what == "encoder":
             model.encoder.requires_grad_(False)
-
-
-def load_start(model: RTDETR, config: RunConfig, train_set: Dataset) -> tuple[TransferTable, str]:
-    """Fill a model from `--weights`.
-
-    Returns:
-        What came from where, and the start in words.
-    """
-    weights, preset = config.settings.weights, config.preset
-    if weights == "imagenet":
-        assert preset.imagenet is not None
-        path = fetch(preset.imagenet)
-        return load_backbone(model, path), f"ImageNet backbone {path.name}"
-    if weights == "coco":
-        assert preset.weights is not None
-        path = fetch(preset.weights)
-    else:
-        path = Path(weights)
-        if path.is_dir():
-            path = path / "best.safetensors"
-    source, header = load_model(path)
-    table = transfer_weights(
-        model, source.state_dict(), source_names=header.names, target_names=train_set.names, source=str(path)
-    )
-    return table, path.name
 
 
 def compile_parts(model: RTDETR) -> None:

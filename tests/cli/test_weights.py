@@ -1,0 +1,100 @@
+"""Weights on the command line: what `train` takes from a file of them, and how a fetch is shown."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from rtdetr_cli.model import hub
+from rtdetr_cli.model.backbone import ResNet
+
+QUICK = ["--epochs", "1", "--workers", "0", "--device", "cpu", "--effective-batch", "8", "--set", "plots=false"]
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that a server on loopback gives as the mirror, and an empty cache."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    folder = tmp_path / "served"
+    folder.mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as running:
+        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
+        thread.start()
+        monkeypatch.setenv(hub.MIRROR_VARIABLE, f"http://127.0.0.1:{running.server_port}")
+        monkeypatch.setenv(hub.HOME_VARIABLE, str(tmp_path / "home"))
+        yield folder
+        running.shutdown()
+        thread.join()
+
+
+def test_the_hint_of_a_finished_run_works_as_it_stands(
+    rtdetr, shapes_model: Path, shapes_data: Path, tmp_path: Path
+) -> None:
+    words = ["train", "--data", shapes_data, *QUICK, "--out", tmp_path / "runs"]
+    first = rtdetr(*words, "--weights", shapes_model)
+    assert first.code == 0, first.err
+    lines = [line for line in first.err.splitlines() if line.startswith(f"from {shapes_model}: ")]
+    assert len(lines) == 1
+    assert "preset tiny, imgsz 96x128, model.width 12" in lines[0]
+    run = next((tmp_path / "runs").glob("tiny-*"))
+    finished = rtdetr("train", "--resume", run)
+    hint = finished.err.partition("hint: ")[2].split(" trains further")[0].split()
+    assert hint[:2] == ["rtdetr", "train"]
+    again = rtdetr(*hint[1:], *QUICK, "--out", tmp_path / "runs")
+    assert again.code == 0, again.err
+    assert f"from {run}" in again.err
+
+
+def test_a_preset_that_the_weights_contradict(rtdetr, shapes_model: Path, shapes_data: Path, tmp_path: Path) -> None:
+    words = ["train", "--data", shapes_data, *QUICK, "--imgsz", 64, "--out", tmp_path / "runs"]
+    ran = rtdetr(*words, "--weights", shapes_model, "--preset", "r18")
+    assert ran.code == 4
+    assert "holds weights of preset tiny; r18 was asked" in ran.err
+    assert "leave out --preset" in ran.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_training_starts_from_a_backbone_file(rtdetr, shapes_data: Path, tmp_path: Path) -> None:
+    torch.save(ResNet(depth=10, width=24).state_dict(), tmp_path / "backbone.pth")
+    words = ["train", "--data", shapes_data, *QUICK, "--imgsz", 64, "--out", tmp_path / "runs", "--preset", "tiny"]
+    ran = rtdetr(*words, "--weights", tmp_path / "backbone.pth")
+    assert ran.code == 0, ran.err
+    assert "start  backbone backbone.pth: " in ran.err
+
+
+def test_train_shows_how_far_its_fetch_is(
+    rtdetr, served: Path, shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = tmp_path / "mine.toml"
+    text = (Path(__file__).parents[2] / "presets" / "tiny.toml").read_text()
+    file = "ResNet34_vd_pretrained_from_paddle.pth"
+    preset.write_text(text.replace("imgsz =", f'imagenet = "{file}"\nimgsz ='))
+    torch.save(ResNet(depth=10, width=24).state_dict(), served / file)
+    words = ["train", "--data", shapes_data, *QUICK, "--imgsz", 64, "--out", tmp_path / "runs", "--preset", preset]
+    ran = rtdetr(*words, "--weights", "imagenet")
+    assert ran.code == 0, ran.err
+    assert f"fetching {file}  100 %" in ran.err
+    assert f"start  ImageNet backbone {file}" in ran.err
+
+
+@pytest.mark.parametrize("word", ["coco", "imagenet"])
+def test_train_without_a_network(
+    rtdetr, shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    monkeypatch.setenv(hub.HOME_VARIABLE, str(tmp_path / "home"))
+    monkeypatch.setenv(hub.MIRROR_VARIABLE, "http://127.0.0.1:9")  # nothing listens there
+    ran = rtdetr("train", "--data", shapes_data, *QUICK, "--out", tmp_path / "runs", "--weights", word)
+    assert ran.code == 4
+    for said in ("no connection", "http://127.0.0.1:9/", str(tmp_path / "home"), "weights import", "--weights none"):
+        assert said in ran.err
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,173 @@
+"""What a file of weights asks for, and what a training that starts from it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rtdetr_cli.config.presets import load_preset
+from rtdetr_cli.config.run import RunConfig, resolve_run
+from rtdetr_cli.config.schema import ModelSpec
+from rtdetr_cli.data.read import load_splits
+from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.errors import ModelError
+from rtdetr_cli.model import hub
+from rtdetr_cli.model.backbone import ResNet
+from rtdetr_cli.model.build import build_detector
+from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.model.header import ModelHeader
+from rtdetr_cli.model.weights import save_model
+from rtdetr_cli.workflows.start import load_start, settings_of
+
+
+@pytest.fixture(scope="module")
+def train_set(shapes_data: Path) -> Dataset:
+    found = load_splits(shapes_data).train
+    assert found is not None
+    return found
+
+
+def write_model(path: Path, spec: ModelSpec, **header: Any) -> Path:
+    model = build_detector(spec, num_classes=1)
+    said = ModelHeader(
+        names=("disc",),
+        category_ids=(1,),
+        architecture=spec.model_dump(mode="json"),
+        queries=spec.queries,
+        **{"imgsz": (192, 192), **header},
+    )
+    save_model(path, model.state_dict(), said)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of preset tiny, as `train` writes it."""
+    return write_model(tmp_path_factory.mktemp("tiny") / "best.safetensors", load_preset("tiny").model, preset="tiny")
+
+
+def built(config: RunConfig) -> RTDETR:
+    return build_detector(config.preset.model, num_classes=3)
+
+
+def test_a_plain_preset_asks_for_no_more_than_its_name(tiny: Path) -> None:
+    assert settings_of(str(tiny)) == (tiny, {"preset": "tiny"})
+    assert settings_of(str(tiny.parent)) == (tiny, {"preset": "tiny"})  # a run stands for its best model
+
+
+@pytest.mark.parametrize("word", ["coco", "imagenet", "none", "gone.safetensors"])
+def test_no_file_asks_for_nothing(word: str) -> None:
+    assert settings_of(word) is None
+
+
+def test_sizes_and_input_come_along_and_what_is_frozen_does_not(tmp_path: Path) -> None:
+    spec = load_preset("tiny").model.model_copy(update={"queries": 50, "width": 16, "freeze_at": 0})
+    path = write_model(tmp_path / "m.safetensors", spec, preset="tiny", imgsz=(96, 128))
+    expected = {"preset": "tiny", "imgsz": (96, 128), "model.width": 16, "model.queries": 50}
+    assert settings_of(str(path)) == (path, expected)
+
+
+def test_a_file_of_no_known_preset_takes_the_nearest(shapes_model: Path, train_set: Dataset) -> None:
+    found = settings_of(str(shapes_model))
+    assert found is not None
+    assert found[1]["preset"] == "tiny"
+    config = resolve_run({"weights": str(shapes_model)}, inherited=(str(shapes_model), found[1]))
+    assert config.imgsz == (96, 128)
+    assert config.source("imgsz") == config.source("model.width") == str(shapes_model)
+    table, start = load_start(built(config), config, train_set)
+    assert (table.tensors_loaded, table.matched) == (table.tensors_total, 3)
+    assert start == shapes_model.name
+
+
+def test_what_is_written_goes_before_what_is_inherited(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("epochs = 3\n")
+    inherited = (str(tiny), {"preset": "tiny", "imgsz": (64, 64), "model.queries": 20})
+    config = resolve_run(
+        {"imgsz": (96, 96)}, sets=["model.queries=30"], config_file=tmp_path / "c.toml", inherited=inherited
+    )
+    assert (config.preset.name, config.imgsz, config.preset.model.queries) == ("tiny", (96, 96), 30)
+    assert config.settings.epochs == 3
+    assert config.source("preset") == str(tiny)
+    assert config.given("preset")
+
+
+@pytest.mark.parametrize("name", ["r18", "r50m", "r101"])
+def test_a_published_file_says_its_preset(tmp_path: Path, name: str) -> None:
+    spec = load_preset(name).model
+    with torch.device("meta"):
+        state = build_detector(spec, num_classes=80).state_dict()
+    # One value is enough of a tensor to give its shape: the file stays small.
+    small = {n: torch.zeros((), dtype=t.dtype).expand(t.shape) for n, t in state.items()}
+    for i in range(spec.decoder_layers):
+        small[f"decoder.decoder.layers.{i}.cross_attn.num_points_scale"] = torch.full((12,), 0.25)
+    torch.save({"ema": {"module": small}}, tmp_path / "x.pth")
+    assert settings_of(str(tmp_path / "x.pth")) == (tmp_path / "x.pth", {"preset": name})
+
+
+def test_weights_of_another_preset_name_it(tiny: Path, train_set: Dataset) -> None:
+    config = resolve_run({"preset": "r18", "weights": str(tiny)})
+    with pytest.raises(ModelError, match="holds weights of preset tiny; r18 was asked") as caught:
+        load_start(built(config), config, train_set)
+    assert caught.value.hint.startswith("--preset tiny,")
+    assert caught.value.exit_code == 4
+
+
+def test_weights_of_other_sizes_name_them(tiny: Path, train_set: Dataset) -> None:
+    config = resolve_run({"preset": "tiny", "weights": str(tiny)}, sets=["model.width=16"])
+    with pytest.raises(ModelError, match="of other sizes than asked: width 24 and not 16") as caught:
+        load_start(built(config), config, train_set)
+    assert "--preset" in caught.value.hint
+
+
+def test_other_sampling_points_queries_and_noise_do_not_hinder(tiny: Path, train_set: Dataset) -> None:
+    sets = ["model.num_points=[2,4,6]", "model.queries=30", "model.denoising=0", "model.eval_layers=2"]
+    config = resolve_run({"preset": "tiny", "weights": str(tiny)}, sets=sets)
+    table, _ = load_start(built(config), config, train_set)
+    assert table.fresh
+    assert all("cross_attn" in name for name in table.fresh)
+
+
+def test_a_backbone_is_loaded_as_one(tmp_path: Path, train_set: Dataset) -> None:
+    given = ResNet(depth=10, width=24).state_dict()
+    torch.save(given, tmp_path / "backbone.pth")
+    assert settings_of(str(tmp_path / "backbone.pth")) is None
+    config = resolve_run({"preset": "tiny", "weights": str(tmp_path / "backbone.pth")})
+    model = built(config)
+    table, start = load_start(model, config, train_set)
+    assert start == "backbone backbone.pth"
+    assert table.tensors_loaded == len(given)
+    assert all(torch.equal(t, given[n]) for n, t in model.backbone.state_dict().items())
+    config = resolve_run({"preset": "r18", "weights": str(tmp_path / "backbone.pth")})
+    with pytest.raises(ModelError, match="the backbone of another model") as caught:
+        load_start(built(config), config, train_set)
+    assert caught.value.hint == "--preset tiny"
+
+
+@pytest.mark.parametrize("word", ["coco", "imagenet"])
+def test_no_network_names_all_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_set: Dataset, make_tiny: Callable[[], RTDETR], word: str
+) -> None:
+    monkeypatch.setenv(hub.HOME_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(hub.MIRROR_VARIABLE, "http://127.0.0.1:9")  # nothing listens there
+    config = resolve_run({"preset": "r18", "weights": word})
+    file = config.preset.weights if word == "coco" else config.preset.imagenet
+    assert file is not None
+    with pytest.raises(ModelError, match="no connection") as caught:
+        load_start(make_tiny(), config, train_set)
+    assert caught.value.exit_code == 4
+    for way in (
+        f"http://127.0.0.1:9/{file}",
+        str(tmp_path / "weights" / file),
+        "rtdetr weights import",
+        "--weights none",
+    ):
+        assert way in caught.value.hint
+
+
+@pytest.fixture
+def make_tiny() -> Callable[[], RTDETR]:
+    return lambda: build_detector(load_preset("tiny").model, num_classes=3)
