@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rtdetr_cli.config.presets import flatten, load_preset, preset_names
+from rtdetr_cli.config.presets import load_preset, preset_names
 from rtdetr_cli.config.run import RunConfig, resolve_run
-from rtdetr_cli.config.schema import OfficialSchedule
+from rtdetr_cli.config.schema import ModelSpec, OfficialSchedule
 from rtdetr_cli.data.read import load_splits
 from rtdetr_cli.data.records import Dataset
 from rtdetr_cli.errors import RtdetrError, UsageError
@@ -326,8 +326,9 @@ def plan_discrete(model: Path, header: ModelHeader, flags: Mapping[str, Any], *,
             base["images"] = str(own.images)
     earlier = resolve_run({}, config_file=settings_file) if settings_file is not None else None
     # The run's own name, start and length belong to the first stage.
-    preset = flags.get("preset") or (earlier.preset.name if earlier is not None else preset_for(header))
-    published = load_preset(str(preset)).official
+    preset = flags.get("preset") or (earlier.settings.preset if earlier is not None else preset_for(header))
+    # The file of a preset of one's own may be gone; the run's settings hold all of it.
+    published = resolve_run({"preset": preset}, config_file=settings_file).preset.official
     if "epochs" not in flags:
         first = earlier.settings.epochs if earlier is not None else resolve_run({}).settings.epochs
         base["epochs"] = epochs_of(first, published)
@@ -337,7 +338,7 @@ def plan_discrete(model: Path, header: ModelHeader, flags: Mapping[str, Any], *,
     base["name"] = ""
     config = resolve_run(
         {**{k: v for k, v in base.items() if k not in given}, **flags, "preset": preset},
-        sets=[*model_sets(header, str(preset)), *sets],
+        sets=[*model_sets(header), *sets],
         config_file=settings_file,
     )
     if config.settings.name:
@@ -382,7 +383,7 @@ def preset_for(header: ModelHeader) -> str:
     return min(alike, key=differing)
 
 
-def model_sets(header: ModelHeader, preset: str) -> list[str]:
+def model_sets(header: ModelHeader) -> list[str]:
     """Return the words of `--set` that make the preset's sizes those of the model."""
-    known = flatten(load_preset(preset).model)
+    known = ModelSpec.model_fields
     return [f"model.{key}={json.dumps(value)}" for key, value in header.architecture.items() if key in known]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rtdetr_cli.config.presets import load_preset
+from rtdetr_cli.config.presets import load_preset, preset_folder
 from rtdetr_cli.config.run import resolve_run
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.evaluate.bootstrap import Interval
@@ -73,7 +73,7 @@ def test_plan_of_a_run(shapes_model: Path, header: ModelHeader, shapes_data: Pat
     model.write_bytes(shapes_model.read_bytes())
     first = resolve_run(
         {"data": str(shapes_data), "preset": "tiny", "epochs": 40, "lr": 3e-4, "effective_batch": 4, "seed": 9},
-        sets=model_sets(header, "tiny"),
+        sets=model_sets(header),
     )
     (run / "config.toml").write_text(first.to_toml())
     config = plan_discrete(model, header, {"seed": 1}, sets=["rounding=nearest", "calm=0.2"])
@@ -85,6 +85,24 @@ def test_plan_of_a_run(shapes_model: Path, header: ModelHeader, shapes_data: Pat
     assert config.preset.model == first.preset.model
     assert plan_discrete(model, header, {"epochs": 3}).settings.epochs == 3
     assert plan_discrete(model, header, {}, sets=["epochs=5"]).settings.epochs == 5
+
+
+def test_plan_of_a_run_whose_preset_file_is_gone(
+    shapes_model: Path, header: ModelHeader, shapes_data: Path, tmp_path: Path
+) -> None:
+    run, mine = tmp_path / "runs/mine-shapes-01", tmp_path / "mine.toml"
+    run.mkdir(parents=True)
+    model = run / "best.safetensors"
+    model.write_bytes(shapes_model.read_bytes())
+    text = (preset_folder() / "r18.toml").read_text()
+    mine.write_text(text.replace('name = "r18"', 'name = "mine"').replace("discrete_epochs", "discrete_epochs = 60 #"))
+    first = resolve_run({"data": str(shapes_data), "preset": str(mine), "epochs": 60}, sets=model_sets(header))
+    (run / "config.toml").write_text(first.to_toml())
+    mine.unlink()
+    config = plan_discrete(model, header, {})
+    assert config.preset.official == first.preset.official
+    assert config.settings.epochs == epochs_of(60, first.preset.official)
+    assert config.settings.name.startswith("mine-")
 
 
 def test_names_are_never_reused(shapes_model: Path, header: ModelHeader, shapes_data: Path, tmp_path: Path) -> None:
@@ -220,6 +238,35 @@ def test_paths_stay_whole_on_a_narrow_terminal(
     said = capsys.readouterr().out
     for path in (*paths, folder / "best.safetensors"):
         assert any(line.endswith(str(path)) for line in said.splitlines()), said
+
+
+@pytest.mark.parametrize("kinds", [3, 60])
+def test_operators_of_both_exports_are_listed(capsys: pytest.CaptureFixture[str], kinds: int) -> None:
+    """Most frequent first, in one line that fits; the whole list is in the document."""
+    from rtdetr_cli.cli.finetune_discrete import _report
+
+    rows, exports = outcome(after=0.5, times=(1.0, 1.0))
+    operators = {f"Kind{n:02d}": n + 1 for n in range(kinds)}
+    exports = [
+        replace(e, artefact=replace(e.artefact, operators={**operators, "Conv": 500 + n}))
+        for n, e in enumerate(exports)
+    ]
+    _report(Outcome(Path("run"), Path("b"), rows, tuple(exports), "keep it", 0.0, 0.01), False)
+    lines = capsys.readouterr().out.splitlines()
+    for n, name in enumerate(("original", "discrete")):
+        (line,) = [line for line in lines if line.startswith(f"operators of the {name} model")]
+        last = kinds - 1
+        start = f"operators of the {name} model  Conv {500 + n}, Kind{last:02d} {kinds}, Kind{last - 1:02d} {last}"
+        assert line.startswith(start)
+        assert len(line) <= 120
+        assert ("more kinds" in line) == (kinds == 60)
+    if kinds == 60:
+        listed = line.count(",") + 1
+        assert line.endswith(f" and {61 - listed} more kinds")
+        assert "all operators  run/discrete.json" in lines
+    else:
+        assert line.endswith("Kind00 1")
+        assert "all operators  run/discrete.json" not in lines
 
 
 @pytest.mark.slow
