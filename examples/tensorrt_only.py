@@ -43,14 +43,14 @@ def detect(engine, header, path):
         cuda.cudaFree(pointers[name])
     floors = np.array((header["thresholds"] or {"per_class": [0.5] * len(header["names"])})["per_class"], np.float32)
     labels, boxes, scores = arrays["labels"][0], arrays["boxes"][0].clip(0, [width, height] * 2), arrays["scores"][0]
-    for row in np.flatnonzero(scores >= floors[labels])[:100]:
-        label = labels[row]
-        yield (header["names"][label], header["category_ids"][label], float(scores[row]), *map(float, boxes[row]))
+    for i in np.flatnonzero(scores >= floors[labels])[:100]:
+        yield (header["names"][labels[i]], header["category_ids"][labels[i]], float(scores[i]), *map(float, boxes[i]))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or not all(map(os.path.isfile, [*sys.argv[1:], sys.argv[1] + ".json"])):
+    if len(sys.argv) != 3 or not all(map(os.path.isfile, sys.argv[1:])):
         sys.exit("usage: python examples/tensorrt_only.py MODEL.engine PICTURE (with MODEL.engine.json beside it)")
+    os.path.isfile(sys.argv[1] + ".json") or sys.exit(f"{sys.argv[1]}.json is not there: copy it beside the engine")
     import tensorrt
 
     with open(sys.argv[1], "rb") as plan, open(sys.argv[1] + ".json", encoding="utf-8") as beside:

@@ -7,7 +7,7 @@ import copy
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from rtdetr_cli.model.files import written_aside
 from rtdetr_cli.model.header import ModelHeader
 
 PARITY_FILE = "parity.json"
+SUFFIXES = {"onnx": ".onnx", "fp16": "-fp16.onnx", "openvino": ".xml", "trt-fp16": ".engine"}
 ENGINE_BATCH = 8  # the largest batch of a dynamic engine, where no larger one is asked for
 
 
@@ -98,6 +99,7 @@ class Work:
     tell: Callable[[str], None]
     build_progress: Callable[[str, int, int], None] | None = None
     cache: dict[str, Any] = field(default_factory=dict)
+    moved: dict[str, str] = field(default_factory=dict)  # old and new name of what earlier exports left
 
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
@@ -137,6 +139,10 @@ class Work:
 
             self.cache["half"] = half_program(self.graph, self.inputs, dynamic=self.options.dynamic)
         return self.cache["half"]  # type: ignore[no-any-return]
+
+    def final(self, name: str) -> Path:
+        """Return the path that a format gets once it has passed."""
+        return self.out / f"{self.stem}{SUFFIXES[name]}"
 
     def header_for(self, format: str, precision: str, **facts: Any) -> ModelHeader:
         """Return the header that an artefact carries."""
@@ -186,10 +192,12 @@ def export_model(
     progress: Callable[[int], None] | None = None,
     build_progress: Callable[[str, int, int], None] | None = None,
     device: str = "auto",
+    finished: Callable[[Artefact], None] = lambda artefact: None,
 ) -> list[Artefact]:
     """Export a model, and hold every file against it.
 
-    A file is written as `<stem>.unverified.*`, judged, and renamed: to its final name, or to `<stem>.failed.*`. The
+    A file is written as `<stem>.unverified.*`, judged, and renamed: to its final name, or to `<stem>.failed.*`. A file
+    of an earlier export never keeps a name that this export could not give: it becomes `<stem>.previous.*`. The
     verdicts lie in `parity.json` beside the files and in the metadata of each.
 
     Args:
@@ -204,6 +212,7 @@ def export_model(
         progress: is told how many pictures the gate has answered.
         build_progress: is told the phase of a TensorRT build, the steps done and all of them.
         device: of the model and of ONNX Runtime in the gate.
+        finished: is given each artefact as soon as it has its name, since a later format may raise.
 
     Returns:
         One artefact a format, passed or not.
@@ -249,14 +258,21 @@ def export_model(
             start = time.perf_counter()
             if name == "trt-fp16" and not work.cache["fp16"].passed:
                 tell("tensorrt  not built, since the graph that it would be built from did not pass")
+                set_aside(work, work.final(name))
                 continue
             artefact = judge(work, DRAFTS[name](work), gate, tol_ap=tol_ap, device=device)
             artefact = replace(artefact, seconds=time.perf_counter() - start)
             artefacts.append(artefact)
             work.cache[name] = artefact
+            finished(artefact)
+    except RtdetrError:
+        for name in options.formats:
+            if name not in work.cache:
+                set_aside(work, work.final(name))
+        raise
     finally:
-        if artefacts:
-            write_parity(out / PARITY_FILE, work.header, artefacts)
+        if artefacts or work.moved:
+            write_parity(out / PARITY_FILE, work.header, artefacts, moved=work.moved)
     return artefacts
 
 
@@ -296,11 +312,16 @@ def judge(work: Work, draft: Draft, gate: Gate | None, *, tol_ap: float | None, 
         for part in files_of(draft.path):
             part.unlink(missing_ok=True)
         raise
-    final = draft.final if verdict is None or verdict.passed else marked(draft.final, "failed")
-    rename(draft.path, final)
-    if verdict is None or verdict.passed:
-        for part in files_of(marked(draft.final, "failed")):
-            part.unlink(missing_ok=True)  # of an earlier try
+    if verdict is not None and not verdict.passed:
+        final = marked(draft.final, "failed")
+        rename(draft.path, final)
+        set_aside(work, draft.final)
+    else:
+        final = draft.final
+        rename(draft.path, final)
+        for mark in ("failed", "previous"):  # of earlier tries
+            for part in files_of(marked(final, mark)):
+                part.unlink(missing_ok=True)
     return Artefact(final, draft.format, draft.precision, verdict, draft.operators)
 
 
@@ -322,9 +343,7 @@ def engine_device() -> torch.device | None:
 def draft_onnx(work: Work) -> Draft:
     """Write the float32 graph."""
     work.tell(f"onnx  opset {work.options.opset}")
-    return onnx_draft(
-        work, work.traced(work.graph, preprocess=work.options.preprocess), work.out / f"{work.stem}.onnx", "fp32"
-    )
+    return onnx_draft(work, work.traced(work.graph, preprocess=work.options.preprocess), work.final("onnx"), "fp32")
 
 
 def draft_fp16(work: Work) -> Draft:
@@ -336,7 +355,7 @@ def draft_fp16(work: Work) -> Draft:
     draft = onnx_draft(
         work,
         work.traced(work.half(), preprocess=work.options.preprocess),
-        work.out / f"{work.stem}-fp16.onnx",
+        work.final("fp16"),
         "fp16",
         islands=islands,
     )
@@ -365,7 +384,7 @@ def draft_openvino(work: Work) -> Draft:
 
     work.tell("openvino  float16-compressed weights")
     made = OpenvinoFile(work.traced(work.graph), preprocess=work.options.preprocess)
-    final = work.out / f"{work.stem}.xml"
+    final = work.final("openvino")
     path = marked(final, "unverified")
     header = work.header_for(
         "openvino", "fp16", versions={**work.header_for("", "").extra["versions"], **made.versions}
@@ -387,7 +406,7 @@ def draft_engine(work: Work) -> Draft:
     from rtdetr_cli.export.tensorrt import build_engine, profile_shapes, trtexec_command
 
     graph: Artefact = work.cache["fp16"]
-    final = work.out / f"{work.stem}.engine"
+    final = work.final("trt-fp16")
     path = marked(final, "unverified")
     most = max(work.options.batch, ENGINE_BATCH) if work.options.dynamic else work.options.batch
     shapes = profile_shapes(work.interface, most=most)
@@ -406,9 +425,17 @@ def draft_engine(work: Work) -> Draft:
             progress=work.build_progress,
         )
     except EnvironmentProblem as error:
+        if error.code == "tensorrt-fault":  # building it elsewhere would be as wrong
+            raise
+        set_aside(work, final)  # before its header is written for the engine to come
+        header = work.header_for("tensorrt", "fp16", gate={"passed": None})
+        with written_aside(header_path(final)) as aside:
+            aside.write_text(header.to_json() + "\n", encoding="utf-8")
         raise EnvironmentProblem(
             f"the engine cannot be built here ({error.message}); the typed graph {graph.path} is ready",
-            hint=f"on the machine that will run it: {trtexec_command(graph.path, final, shapes)}",
+            hint=f"on the machine that will run it: {trtexec_command(graph.path, final, shapes)}\n"
+            f"beside the engine must lie {header_path(final)}, which holds names and thresholds: copy it there\n"
+            f"nothing has verified that engine yet; its AP must be the model's: rtdetr eval {final} --data DATA",
             code=error.code,
         ) from error
     versions = {**work.header_for("", "").extra["versions"], "tensorrt": built.version}
@@ -452,7 +479,19 @@ def files_of(path: Path) -> list[Path]:
 def rename(source: Path, target: Path) -> None:
     """Give an artefact its name; the file that names the others last."""
     for old, new in zip(files_of(source), files_of(target), strict=True):
-        old.replace(new)
+        if old.exists() or old == source:
+            old.replace(new)
+        else:  # an engine that trtexec made may lie there without its header
+            new.unlink(missing_ok=True)
+
+
+def set_aside(work: Work, path: Path) -> None:
+    """Take the name from a file of an earlier export, and say so: who deploys it must know that it is not this one."""
+    if path.exists():
+        other = marked(path, "previous")
+        rename(path, other)
+        work.moved[path.name] = other.name
+        work.tell(f"{path.name} of an earlier export is now {other.name}: this export made no such file that passed")
 
 
 def size_of(path: Path) -> int:
@@ -475,13 +514,41 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
-def write_parity(path: Path, header: ModelHeader, artefacts: Sequence[Artefact]) -> None:
-    """Write the verdicts and figures of one export."""
+def write_parity(
+    path: Path, header: ModelHeader, artefacts: Sequence[Artefact], *, moved: Mapping[str, str] | None = None
+) -> None:
+    """Write the verdicts and figures of one export, and keep those of earlier ones that still hold.
+
+    Args:
+        path: of the file.
+        header: of the model.
+        artefacts: of this export.
+        moved: old and new name of files of earlier exports.
+    """
+    made = [{**a.to_json(), "imgsz": list(header.imgsz), "operators": a.operators} for a in artefacts]
+    kept = earlier_entries(path, header.identity, dict(moved or {}), {a.path.name for a in artefacts})
     document = {
         "schema_version": 1,
         "model": {"identity": header.identity, "preset": header.preset, "names": list(header.names)},
         "imgsz": list(header.imgsz),
-        "artefacts": [{**a.to_json(), "operators": a.operators} for a in artefacts],
+        "artefacts": made + kept,
     }
     with contextlib.suppress(FileNotFoundError), written_aside(path) as aside:
         aside.write_text(json.dumps(document, indent=1, allow_nan=False, default=float) + "\n", encoding="utf-8")
+
+
+def earlier_entries(path: Path, identity: str, moved: dict[str, str], made: set[str]) -> list[dict[str, Any]]:
+    """Return the entries of files that lie there still, were made of the same model, and are not made anew."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not identity or document["model"]["identity"] != identity:
+            return []
+        kept = []
+        for entry in document["artefacts"]:
+            old = Path(entry["path"])
+            here = path.parent / moved.get(old.name, old.name)
+            if here.exists() and here.name not in made and old.name not in moved.values():
+                kept.append({"imgsz": document["imgsz"], **entry, "path": str(here)})
+        return kept
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # none, or not one of ours

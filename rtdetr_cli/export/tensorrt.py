@@ -28,6 +28,7 @@ class KnownFault:
     since: tuple[int, int]
     until: tuple[int, int]  # the first version without it; (99, 0) while none is known
     why: str
+    hint: str
 
 
 TYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "UINT8": "uint8"}
@@ -47,7 +48,8 @@ KNOWN_FAULTS = (
         "GridSample",
         (10, 14),
         (99, 0),
-        "gives wrong values in strongly typed engines since 10.14 (pytorch/TensorRT#4074); leave out --gridsample",
+        "gives wrong values in strongly typed engines since 10.14 (pytorch/TensorRT#4074)",
+        "export again without --gridsample: the gather in its place gives the same values, here and on other machines",
     ),
 )
 
@@ -75,6 +77,7 @@ def refuse_version(tensorrt: Any, operators: dict[str, int]) -> None:
         if operators.get(fault.operator) and fault.since <= version < fault.until:
             raise EnvironmentProblem(
                 f"TensorRT {tensorrt.__version__} cannot be trusted with this graph: {fault.operator} {fault.why}",
+                hint=fault.hint,
                 code="tensorrt-fault",
             )
 
@@ -222,10 +225,13 @@ def progress_monitor(tensorrt: Any, told: Callable[[str, int, int], None]) -> An
 
 
 def count_types(information: str) -> dict[str, int]:
-    """Count an engine's layers by the type of what they give: `half`, `float`, or `other` (integers, no type told).
+    """Count an engine's layers by the type they compute in: `half`, `float`, or `other`.
 
-    Version 10 writes `"Format/Datatype": "Row major linear FP16 format"` (or just `Half`) on every tensor, version 11
-    `"Format"` and `"DataType": "Half"`.
+    The type is that of a layer's weights where they are told, else that of what it gives. Version 10 writes
+    `"Format/Datatype": "Row major linear FP16 format"` (or just `Half`) on every tensor, version 11 `"Format"` and
+    `"DataType": "Half"`; both write `"Weights": {"Type": "Half", "Count": 9408}`, the only type told of an engine with
+    an open batch, whose formats are `N/A due to dynamic shapes`. A layer without weights that takes one of the two
+    types and gives the other is a conversion, and counts as other, as do integers and what tells no type.
 
     Raises:
         ExportError: the text is not what either version writes.
@@ -236,15 +242,28 @@ def count_types(information: str) -> dict[str, int]:
         raise ExportError("the engine does not say what its layers compute in") from error
     counts = {"half": 0, "float": 0, "other": 0}
     for layer in layers:
-        outputs = layer.get("Outputs", []) if isinstance(layer, dict) else []
-        told = " ".join(str(o.get("DataType") or o.get("Format/Datatype") or "") for o in outputs).lower()
-        if "half" in told or "fp16" in told:
-            counts["half"] += 1
-        elif "float" in told or "fp32" in told:
-            counts["float"] += 1
-        else:
-            counts["other"] += 1
+        layer = layer if isinstance(layer, dict) else {}
+        weights = layer.get("Weights")
+        kind = floating_type(str(weights.get("Type", ""))) if isinstance(weights, dict) else None
+        if kind is None:
+            taken, kind = floating_type(tensor_types(layer, "Inputs")), floating_type(tensor_types(layer, "Outputs"))
+            if taken is not None and taken != kind:
+                kind = None
+        counts[kind or "other"] += 1
     return counts
+
+
+def tensor_types(layer: dict[str, Any], side: str) -> str:
+    """Return what a layer tells of the types of its `Inputs` or `Outputs`."""
+    return " ".join(str(t.get("DataType") or t.get("Format/Datatype") or "") for t in layer.get(side) or [])
+
+
+def floating_type(told: str) -> str | None:
+    """Return `half` where a text names float16, else `float` where it names float32, else None."""
+    told = told.lower()
+    if "half" in told or "fp16" in told:
+        return "half"
+    return "float" if "float" in told or "fp32" in told else None
 
 
 def refuse_single(layers: dict[str, int]) -> None:

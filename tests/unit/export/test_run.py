@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rtdetr_cli.data.records import Dataset
-from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
+from rtdetr_cli.errors import EnvironmentProblem, ModelError, RtdetrError, UsageError
 from rtdetr_cli.export import run
 from rtdetr_cli.export.gate import Gate, Limits, Part, Verdict
 from rtdetr_cli.export.graph import ExportOptions
@@ -39,6 +39,14 @@ def ready(exported: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -> Non
 
 def names_in(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
+
+
+def entries(folder: Path) -> dict[str, bool | None]:
+    """Return what parity.json says of each file."""
+    document = json.loads((folder / "parity.json").read_text())
+    told = {Path(a["path"]).name: a["gate"] and a["gate"]["passed"] for a in document["artefacts"]}
+    assert len(told) == len(document["artefacts"])
+    return told
 
 
 def verdict(passed: bool) -> Verdict:
@@ -76,6 +84,79 @@ def test_failed_export_is_marked(
     export_model(*loaded, tmp_path, options, pictures=dataset, stem="m")
     assert names_in(tmp_path) == ["m.bin", "m.onnx", "m.xml", "parity.json"]  # the old failures are gone
     assert open_backend(tmp_path / "m.xml").header.names == loaded[1].names
+
+
+@pytest.mark.usefixtures("ready")
+def test_older_file_gives_up_its_name(
+    loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody finds, under the name to deploy, a file that the last export did not pass."""
+    options = ExportOptions(formats=("onnx", "openvino"))
+    monkeypatch.setattr(Gate, "judge", lambda self, candidate, **facts: verdict(True))
+    export_model(*loaded, tmp_path, options, pictures=dataset, stem="m")
+    older = (tmp_path / "m.onnx").read_bytes()
+    monkeypatch.setattr(Gate, "judge", lambda self, candidate, **facts: verdict(False))
+    told: list[str] = []
+    export_model(*loaded, tmp_path, options, pictures=dataset, stem="m", tell=told.append)
+    failed = ["m.failed.bin", "m.failed.onnx", "m.failed.xml"]
+    aside = ["m.previous.bin", "m.previous.onnx", "m.previous.xml"]
+    assert names_in(tmp_path) == [*failed, *aside, "parity.json"]
+    assert (tmp_path / "m.previous.onnx").read_bytes() == older
+    assert "m.onnx of an earlier export is now m.previous.onnx" in "\n".join(told)
+    assert open_backend(tmp_path / "m.previous.xml").header.names == loaded[1].names
+    assert entries(tmp_path) == {
+        "m.failed.onnx": False,
+        "m.failed.xml": False,
+        "m.previous.onnx": True,
+        "m.previous.xml": True,
+    }
+    monkeypatch.setattr(Gate, "judge", lambda self, candidate, **facts: verdict(True))
+    export_model(*loaded, tmp_path, options, pictures=dataset, stem="m")
+    assert names_in(tmp_path) == ["m.bin", "m.onnx", "m.xml", "parity.json"]
+
+
+@pytest.mark.usefixtures("ready")
+def test_older_file_after_an_export_that_breaks_off(
+    loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One format is made, the next cannot be: what was made is told, and its older file gives up its name too."""
+    options = ExportOptions(formats=("onnx", "openvino"))
+    monkeypatch.setattr(Gate, "judge", lambda self, candidate, **facts: verdict(True))
+    export_model(*loaded, tmp_path, options, pictures=dataset, stem="m")
+
+    def missing(work: Work) -> Draft:
+        raise EnvironmentProblem("planted")
+
+    monkeypatch.setitem(run.DRAFTS, "openvino", missing)
+    made: list[Artefact] = []
+    with pytest.raises(EnvironmentProblem):
+        export_model(*loaded, tmp_path, options, pictures=dataset, stem="m", finished=made.append)
+    assert [a.path.name for a in made] == ["m.onnx"]
+    assert names_in(tmp_path) == ["m.onnx", "m.previous.bin", "m.previous.xml", "parity.json"]
+    assert entries(tmp_path) == {"m.onnx": True, "m.previous.xml": True}
+
+
+@pytest.mark.usefixtures("ready")
+def test_parity_file_keeps_what_still_holds(
+    loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The verdicts of another format, of the same model, as long as its file is there."""
+    model, header = loaded
+    monkeypatch.setattr(Gate, "judge", lambda self, candidate, **facts: verdict(True))
+
+    def export(name: str, header: ModelHeader = header) -> dict[str, bool | None]:
+        export_model(model, header, tmp_path, ExportOptions(formats=(name,)), pictures=dataset, stem="m")
+        return entries(tmp_path)
+
+    assert header.identity
+    assert export("onnx") == {"m.onnx": True}
+    assert export("openvino") == {"m.xml": True, "m.onnx": True}
+    assert export("openvino") == {"m.xml": True, "m.onnx": True}
+    (tmp_path / "m.onnx").unlink()
+    assert export("openvino") == {"m.xml": True}
+    assert export("onnx", replace(header, identity="of another model")) == {"m.onnx": True}
+    (tmp_path / "parity.json").write_text('{"model": 3}')
+    assert export("onnx") == {"m.onnx": True}
 
 
 @pytest.mark.usefixtures("ready")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,11 +15,11 @@ import torch
 
 from rtdetr_cli.data.records import Dataset
 from rtdetr_cli.errors import EnvironmentProblem, ExportError
-from rtdetr_cli.export import run, tensorrt
+from rtdetr_cli.export import gate, run, tensorrt
 from rtdetr_cli.export.gate import Interface, TensorSpec
 from rtdetr_cli.export.graph import ExportOptions
 from rtdetr_cli.export.run import Artefact, Draft, Work, export_model, files_of, marked
-from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend, header_path
+from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend, header_path, read_engine_header
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.model.header import ModelHeader
 
@@ -136,14 +138,77 @@ def test_without_tensorrt(ready: Artefact, loaded: Loaded, dataset: Dataset, tmp
     assert caught.value.exit_code == 7
     assert "TensorRT is not installed" in caught.value.message
     assert str(graph) in caught.value.message
-    assert caught.value.hint.endswith(
+    build, copy, check = caught.value.hint.splitlines()
+    assert build.endswith(
         f"trtexec --onnx={graph} --saveEngine={engine} --stronglyTyped"
         " --minShapes=images:1x3x96x128,orig_target_sizes:1x2"
         " --optShapes=images:8x3x96x128,orig_target_sizes:8x2"
         " --maxShapes=images:8x3x96x128,orig_target_sizes:8x2"
     )
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m-fp16.onnx", "parity.json"]
+    assert str(header_path(engine)) in copy
+    assert f"rtdetr eval {engine} --data" in check
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m-fp16.onnx", "m.engine.json", "parity.json"]
+    header = read_engine_header(engine)
+    assert header is not None
+    assert (header.names, header.category_ids) == (loaded[1].names, loaded[1].category_ids)
+    assert header.thresholds == loaded[1].thresholds
+    assert header.extra["gate"] == {"passed": None}  # nobody has seen that engine
+    assert header.extra["format"] == "tensorrt"
     assert json.loads((tmp_path / "parity.json").read_text())["artefacts"][0]["gate"]["passed"]
+
+
+def test_older_engine_does_not_get_the_new_header(
+    ready: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path
+) -> None:
+    engine = tmp_path / "m.engine"
+    engine.write_bytes(b"older")
+    header_path(engine).write_text("older header")
+    options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
+    with pytest.raises(EnvironmentProblem):
+        export_model(*loaded, tmp_path, options, pictures=dataset, stem="m", device="cpu")
+    assert not engine.exists()
+    assert (tmp_path / "m.previous.engine").read_bytes() == b"older"
+    assert header_path(tmp_path / "m.previous.engine").read_text() == "older header"
+
+
+def test_no_engine_of_a_graph_that_failed(
+    use: Any, ready: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a new one, nor an older one under its name."""
+    use("11.4.0")
+    (tmp_path / "m.engine").write_bytes(b"older")
+    monkeypatch.setitem(gate.LIMITS, "fp16", replace(gate.LIMITS["fp16"], matched=1.5))
+    told: list[str] = []
+    options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
+    made = export_model(*loaded, tmp_path, options, pictures=dataset, stem="m", device="cpu", tell=told.append)
+    assert [a.passed for a in made] == [False]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m-fp16.failed.onnx", "m.previous.engine", "parity.json"]
+    assert "m.engine of an earlier export is now m.previous.engine" in "\n".join(told)
+
+
+def test_fault_of_a_version_is_no_reason_to_build_elsewhere(
+    use: Any, ready: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hint leads to a graph that the version computes rightly, not to trtexec with the same graph."""
+    use("11.4.0")
+    monkeypatch.setitem(ready.operators, "GridSample", 3)
+    options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
+    with pytest.raises(EnvironmentProblem, match="GridSample") as caught:
+        export_model(*loaded, tmp_path, options, pictures=dataset, stem="m", device="cpu")
+    assert caught.value.code == "tensorrt-fault"
+    assert "without --gridsample" in caught.value.hint
+    assert "trtexec" not in caught.value.hint
+    assert not header_path(tmp_path / "m.engine").exists()
+
+
+def test_example_without_the_header(tmp_path: Path) -> None:
+    engine, picture = tmp_path / "m.engine", tmp_path / "a.png"
+    engine.touch()
+    picture.touch()
+    script = Path(__file__).resolve().parents[3] / "examples/tensorrt_only.py"
+    ran = subprocess.run([sys.executable, script, engine, picture], capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines() == [f"{header_path(engine)} is not there: copy it beside the engine"]
 
 
 def test_without_a_gpu(
@@ -171,8 +236,9 @@ def test_old_version_and_known_faults() -> None:
         tensorrt.refuse_version(package(version), {"Conv": 3, "Gather": 2})
     tensorrt.refuse_version(package("10.13.3"), {"GridSample": 3})
     for version in ("10.14.1", "11.0.0"):
-        with pytest.raises(EnvironmentProblem, match="leave out --gridsample"):
+        with pytest.raises(EnvironmentProblem, match="GridSample") as caught:
             tensorrt.refuse_version(package(version), {"GridSample": 3})
+        assert "without --gridsample" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -200,6 +266,33 @@ def test_old_version_and_known_faults() -> None:
                 "I/O Tensors": [],
             },
             {"half": 1, "float": 1, "other": 0},
+        ),
+        (  # an open batch: only the weights tell
+            {
+                "Layers": [
+                    {
+                        "Weights": {"Type": kind, "Count": 9408},
+                        "Outputs": [{"Format/Datatype": "N/A due to dynamic shapes"}],
+                    }
+                    for kind in ("Half", "Half", "Float")
+                ]
+            },
+            {"half": 2, "float": 1, "other": 0},
+        ),
+        (  # computed in float32, and given away as half
+            {
+                "Layers": [
+                    {
+                        "Inputs": [{"DataType": "Float"}],
+                        "Weights": {"Type": "Float"},
+                        "Outputs": [{"DataType": "Half"}],
+                    },
+                    {"Inputs": [{"DataType": "Float"}], "Outputs": [{"DataType": "Half"}]},
+                    {"Inputs": [{"DataType": "Half"}], "Outputs": [{"DataType": "Float"}]},
+                    {"Inputs": [{"DataType": "Half"}, {"DataType": "Float"}], "Outputs": [{"DataType": "Half"}]},
+                ]
+            },
+            {"half": 1, "float": 1, "other": 2},
         ),
         ({"Layers": ["names only", "no types"]}, {"half": 0, "float": 0, "other": 2}),
     ],
