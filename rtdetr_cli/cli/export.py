@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rtdetr_cli.errors import DataError, GateError, UsageError
+from rtdetr_cli.errors import DataError, GateError, RtdetrError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -79,7 +79,8 @@ def export(
     from rtdetr_cli.export.graph import ExportOptions
     from rtdetr_cli.export.run import export_model, gate_rounds
 
-    wanted = {"onnx": onnx, "fp16": fp16 or trt_fp16, "trt-fp16": trt_fp16, "openvino": openvino}
+    # TensorRT last: many machines lack it, and what can be made without it is made first.
+    wanted = {"onnx": onnx, "fp16": fp16 or trt_fp16, "openvino": openvino, "trt-fp16": trt_fp16}
     formats = tuple(name for name, asked in wanted.items() if asked) or ("onnx",)
     options = ExportOptions(formats, size, batch, dynamic, opset, gridsample, raw, preprocess)
     options.check()
@@ -92,23 +93,31 @@ def export(
     pictures = None if no_gate else _pictures(verify, path, header)
     folder = out or (path.parent / "export")
     rounds = 0 if pictures is None else gate_rounds(options.formats) * min(len(pictures), 200)
+    artefacts: list[Artefact] = []
+    stopped: RtdetrError | None = None
     with terminal.progress(rounds or None, "gate") as bar:
-        artefacts = export_model(
-            loaded,
-            header,
-            folder,
-            options,
-            pictures=pictures,
-            stem=path.stem,
-            tol_ap=tol_ap,
-            tell=terminal.say,
-            progress=bar.advance,
-            build_progress=_tell_tenths(terminal.say),
-            device=device,
-        )
+        try:
+            export_model(
+                loaded,
+                header,
+                folder,
+                options,
+                pictures=pictures,
+                stem=path.stem,
+                tol_ap=tol_ap,
+                tell=terminal.say,
+                progress=bar.advance,
+                build_progress=_tell_tenths(terminal.say),
+                device=device,
+                finished=artefacts.append,
+            )
+        except RtdetrError as error:
+            if not artefacts:
+                raise
+            stopped = error  # what was made before is told first
     if no_gate:
         terminal.warn("--no-gate: nobody has looked whether these files detect what the model detects")
-    _report(artefacts, as_json)
+    _report(artefacts, as_json, stopped)
 
 
 def _tell_tenths(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
@@ -146,11 +155,11 @@ def _pictures(verify: Path | None, model: Path, header: ModelHeader) -> Dataset 
                 hint="--verify DATA or a folder of pictures; or --no-gate to go without",
                 code=error.code,
             ) from None
+        if error.code == "empty-split":
+            raise _nothing_to_verify(error.message) from None
         if error.code != "format-unknown" or not verify.is_dir():
             raise
-        from rtdetr_cli.infer.sources import find_sources
-
-        found = [source.path for source in find_sources([str(verify)]) if not source.video]
+        found = _pictures_in(verify)
         terminal.say(f"verify {verify}: {len(found)} pictures without labels, so no AP")
         return found
     for note in chosen.notes:
@@ -158,12 +167,49 @@ def _pictures(verify: Path | None, model: Path, header: ModelHeader) -> Dataset 
     return chosen.dataset
 
 
-def _report(artefacts: Sequence[Artefact], as_json: bool) -> None:
+def _pictures_in(folder: Path) -> list[Path]:
+    """Return the pictures in a folder without labels."""
+    from rtdetr_cli.infer.sources import find_sources
+
+    try:
+        sources = find_sources([str(folder)])
+    except DataError:
+        raise _nothing_to_verify(f"the folder {folder} holds no pictures") from None
+    found = [source.path for source in sources if not source.video]
+    if not found:
+        raise _nothing_to_verify(f"the folder {folder} holds {len(sources)} videos and no pictures")
+    return found
+
+
+def _nothing_to_verify(message: str) -> UsageError:
+    return UsageError(
+        f"{message}, so there is nothing to hold the export against",
+        hint="--verify DATA or a folder of pictures; or --no-gate to go without",
+        code="no-pictures",
+    )
+
+
+def _report(artefacts: Sequence[Artefact], as_json: bool, stopped: RtdetrError | None = None) -> None:
+    """Tell what was made, then what did not pass and what stopped the rest: the first of these gives the exit code."""
     from rtdetr_cli.cli import terminal
 
     failed = [a for a in artefacts if not a.passed]
+    faults: list[RtdetrError] = [] if stopped is None else [stopped]
+    if failed:
+        told = "; ".join(f"{a.path.name}: {a.verdict.summary}" for a in failed if a.verdict is not None)
+        message = f"the export does not detect what the model detects: {told}"
+        hint = "the figures are in parity.json; --tol-ap allows more AP to be lost, --no-gate skips the check"
+        faults.insert(0, GateError(message, hint=hint, code="parity"))
     if as_json:
-        terminal.emit_json({"artefacts": [a.to_json() for a in artefacts]})
+        document: dict[str, object] = {"artefacts": [a.to_json() for a in artefacts]}
+        if stopped is not None:
+            document["error"] = {
+                "code": stopped.code,
+                "message": stopped.message,
+                "hint": stopped.hint,
+                "exit_code": stopped.exit_code,
+            }
+        terminal.emit_json(document)
     else:
         terminal.table(
             ("file", "precision", "MB", "matched", "score error", "AP model", "AP export", "gate"),
@@ -172,19 +218,12 @@ def _report(artefacts: Sequence[Artefact], as_json: bool) -> None:
         # Outside the table, which a narrow terminal folds: a path must stay whole to be copied.
         for artefact in artefacts:
             terminal.out(str(artefact.path))
-    if not failed:
+    if not faults:
         return
-    told = "; ".join(f"{a.path.name}: {a.verdict.summary}" for a in failed if a.verdict is not None)
-    error = GateError(
-        f"the export does not detect what the model detects: {told}",
-        hint="the figures are in parity.json; --tol-ap allows more AP to be lost, --no-gate skips the check",
-        code="parity",
-    )
-    if not as_json:
-        raise error
-    # The document is out already; a second one would break who reads one line.
-    terminal.complain(error.message, error.hint)
-    raise typer.Exit(error.exit_code)
+    # Said here and not raised: with --json the document is out, and a second one would break who reads one line.
+    for fault in faults:
+        terminal.complain(fault.message, fault.hint)
+    raise typer.Exit(faults[0].exit_code)
 
 
 def _row(artefact: Artefact) -> tuple[object, ...]:

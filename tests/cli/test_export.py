@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import onnx
 import pytest
+from PIL import Image
 
 from rtdetr_cli.export import gate
 from rtdetr_cli.export import onnx as onnx_file
@@ -110,6 +112,55 @@ def test_no_pictures(rtdetr: Rtdetr, model: Path) -> None:
     assert "--verify" in ran.err
     assert "--no-gate" in ran.err
     assert not (model.parent / "export").exists()
+
+
+@pytest.mark.parametrize("content", ["nothing", "videos", "no val split"])
+def test_no_pictures_to_verify_on(rtdetr: Rtdetr, model: Path, tmp_path: Path, content: str) -> None:
+    """The same exit for a folder that was named and holds none."""
+    folder = tmp_path / "named"
+    folder.mkdir()
+    if content == "videos":
+        (folder / "a.mp4").touch()
+    elif content == "no val split":
+        (folder / "data.yaml").write_text("names: [tomato]\ntrain: images/train\ntest: images/test\n")
+        for part in ("train", "test"):
+            (folder / "images" / part).mkdir(parents=True)
+            (folder / "labels" / part).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(folder / f"images/{part}/{part}.png")
+            (folder / f"labels/{part}/{part}.txt").write_text("0 0.5 0.5 0.4 0.4\n")
+    ran = rtdetr("export", model, "--verify", folder)
+    assert ran.code == 2, ran.err
+    assert "--verify" in ran.err
+    assert "--no-gate" in ran.err
+    assert ".jpeg" not in ran.err
+    assert not (model.parent / "export").exists()
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("as_json", [False, True])
+def test_without_tensorrt_the_rest_is_made_and_told(
+    rtdetr: Rtdetr, model: Path, shapes_data: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    """Exit 7 is for the engine alone: OpenVINO's files come before it, and all that passed is in the report."""
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setattr("rtdetr_cli.export.fp16.half_program", lambda graph, *args, **facts: graph)
+    monkeypatch.setattr("rtdetr_cli.export.fp16.HalfTwin", lambda *args, **facts: None)
+    words = ["--trt-fp16", "--openvino", "--dynamic", "--verify", shapes_data, "--device", "cpu"]
+    ran = rtdetr("export", model, *words, *(["--json"] if as_json else []))
+    assert ran.code == 7, ran.err
+    folder = model.parent / "export"
+    made = ["best-fp16.onnx", "best.bin", "best.engine.json", "best.xml", "parity.json"]
+    assert sorted(p.name for p in folder.iterdir()) == made
+    assert "TensorRT is not installed" in ran.err
+    assert "best.engine.json" in ran.err
+    if as_json:
+        told = [(Path(a["path"]).name, a["gate"]["passed"]) for a in ran.json["artefacts"]]
+        assert told == [("best-fp16.onnx", True), ("best.xml", True)]
+        assert ran.json["error"]["exit_code"] == 7
+        assert "trtexec" in ran.json["error"]["hint"]
+    else:
+        assert ran.out.splitlines()[-2:] == [str(folder / "best-fp16.onnx"), str(folder / "best.xml")]
 
 
 @pytest.mark.parametrize(
