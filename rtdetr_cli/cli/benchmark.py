@@ -89,11 +89,13 @@ def benchmark(
         terminal.emit_json(document)
         return
     machine = document["environment"]
+    columns, cells, same = workflow.narrowed(*workflow.table_rows(rows))
     terminal.out(
         f"{machine['processor']}, {threads or machine['cores']} threads, batch {batch}, "
-        f"median of {runs} runs after {warmup}"
+        f"median / 90th percentile of {runs} runs after {warmup}"
     )
-    columns, cells = workflow.table_rows(rows)
+    if same:
+        terminal.out(f"all rows: {same}")
     terminal.table(columns, cells)
     if any(row.front for row in rows):
         terminal.out("* nothing is both quicker and better; differences are to the first row, on the same pictures")

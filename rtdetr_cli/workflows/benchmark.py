@@ -576,11 +576,7 @@ def table_rows(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
         "size",
         "layers",
         "queries",
-        "pre ms",
-        "network ms",
-        "post ms",
-        "total ms",
-        "p90",
+        *(f"{part} ms\nmedian / p90" for part in ("pre", "network", "post", "total")),
         *(["pictures/s"] if batched else []),
         "AP",
         "AP - first (95 %)",
@@ -598,8 +594,7 @@ def table_rows(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
                 str(height) if height == width else f"{height}x{width}",
                 row.layers,
                 row.queries,
-                *(f"{times[part].median:.1f}" for part in PARTS),
-                f"{times['total'].p90:.1f}",
+                *(f"{times[part].median:.1f} / {times[part].p90:.1f}" for part in PARTS),
                 *([f"{1000 * row.batch / times['total'].median:.1f}"] if batched else []),
                 row.ap,
                 None if row.difference is None else f"{row.difference.value:+.3f} ± {row.difference.half:.3f}",
@@ -609,6 +604,18 @@ def table_rows(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
     return columns, cells
 
 
+def narrowed(columns: list[str], cells: list[list[object]]) -> tuple[list[str], list[list[object]], str]:
+    """Leave out columns of settings that are the same in every row, and say them in words: a terminal is narrow."""
+    same = [
+        position
+        for position, name in enumerate(columns)
+        if name in ("type", "size", "layers", "queries") and len({row[position] for row in cells}) == 1
+    ]
+    said = ", ".join(f"{columns[p]} {cells[0][p]}" for p in same if cells[0][p] is not None)
+    kept = [p for p in range(len(columns)) if p not in same]
+    return [columns[p] for p in kept], [[row[p] for p in kept] for row in cells], said
+
+
 def _markdown(rows: Sequence[Row]) -> str:
     columns, cells = table_rows(rows)
 
@@ -616,7 +623,7 @@ def _markdown(rows: Sequence[Row]) -> str:
         shown = "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
         return shown.replace("|", "\\|")
 
-    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    lines = [" | ".join(column.replace("\n", ", ") for column in columns), " | ".join("---" for _ in columns)]
     lines += [" | ".join(cell(v) for v in row) for row in cells]
     return "\n".join(f"| {line} |" for line in lines) + "\n"
 

@@ -82,6 +82,14 @@ def test_a_sweep_writes_its_table_document_and_plot(
     assert len({line.count("|") for line in lines}) == 1
     assert (tmp_path / "b" / "benchmark.png").read_bytes()[:4] == b"\x89PNG"
     assert "nothing is both quicker and better" in ran.out
+    assert "median / 90th percentile of 2 runs after 0" in ran.out
+    parts = [cell.strip() for cell in lines[0].split("|")][6:10]
+    assert parts == [f"{part} ms, median / p90" for part in ("pre", "network", "post", "total")]
+    times = document["rows"][0]["times"]
+    cells = [cell.strip() for cell in lines[2].split("|")][6:10]
+    assert cells == [f"{spread['median']:.1f} / {spread['p90']:.1f}" for spread in times.values()]
+    for cell in cells:
+        assert cell in ran.out
 
 
 def test_without_a_dataset_there_is_latency_alone(rtdetr: Callable[..., Any], model: Path) -> None:

@@ -11,6 +11,7 @@ from rtdetr_cli.workflows.benchmark import (
     Spread,
     benchmark,
     mark_front,
+    narrowed,
     parse_sweep,
     plan,
     sweep_settings,
@@ -47,7 +48,25 @@ def test_cells(height: int, width: int, shown: str) -> None:
     assert cells[0][columns.index("size")] == shown
     assert cells[0][columns.index("best")] == "*"
     assert "model" not in columns
+    parts = [c for c in columns if c.endswith("\nmedian / p90")]
+    assert [c.split()[0] for c in parts] == ["pre", "network", "post", "total"]
+    shown = replace(one, times={part: Spread(n + 2, n + 3.25) for n, part in enumerate(one.times)})
+    cells = table_rows([shown])[1][0]
+    assert [cells[columns.index(c)] for c in parts] == ["2.0 / 3.2", "3.0 / 4.2", "4.0 / 5.2", "5.0 / 6.2"]
     assert "model" in table_rows([one, replace(one, model="other")])[0]
+
+
+def test_settings_that_are_the_same_in_all_rows_are_said_once() -> None:
+    one = row(2, 0.25)
+    columns, cells, said = narrowed(*table_rows([one, replace(one, layers=1)]))
+    assert said == "type fp32, size 640, queries 300"
+    assert columns[:3] == ["backend", "layers", "pre ms\nmedian / p90"]
+    assert [cell[:2] for cell in cells] == [["torch", 3], ["torch", 1]]
+    foreign = [replace(one, layers=None, queries=None), replace(one, layers=None, queries=None, precision="fp16")]
+    columns, _, said = narrowed(*table_rows(foreign))
+    assert said == "size 640"
+    assert columns[:2] == ["backend", "type"]
+    assert "layers" not in columns
 
 
 def test_every_difference_is_to_the_first_row(shapes_model: Path, shapes_data: Path, tmp_path: Path) -> None:
