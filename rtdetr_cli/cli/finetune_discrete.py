@@ -12,6 +12,8 @@ from rtdetr_cli.errors import GateError, UsageError
 if TYPE_CHECKING:
     from rtdetr_cli.workflows.finetune_discrete import FinetuneDiscrete, Outcome
 
+LINE = 120  # characters of the longest line of a list
+
 
 def finetune_discrete(
     model: Annotated[
@@ -119,8 +121,21 @@ def _train(stage: FinetuneDiscrete, stop: Any, argv: list[str]) -> None:
         raise typer.Exit(code)
 
 
+def _operators(counts: dict[str, int], begin: str) -> tuple[str, bool]:
+    """Return a line of an export's operators, the most frequent first, and whether some had no room in it."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    words = [f"{kind} {number}" for kind, number in ordered]
+    for shown in range(len(words), 0, -1):
+        rest = len(words) - shown
+        line = begin + ", ".join(words[:shown]) + (f" and {rest} more kinds" if rest else "")
+        if len(line) <= LINE:
+            return line, rest > 0
+    return begin + f"{len(words)} kinds", bool(words)
+
+
 def _report(outcome: Outcome, as_json: bool) -> None:
     from rtdetr_cli.cli import terminal
+    from rtdetr_cli.workflows.finetune_discrete import RESULT
 
     if as_json:
         terminal.emit_json(outcome.to_json())
@@ -157,6 +172,11 @@ def _report(outcome: Outcome, as_json: bool) -> None:
         terminal.out(f"model  {outcome.best}")
         for export in outcome.exports:
             terminal.out(f"export of the {export.name} model  {export.artefact.path}")
+        lists = [_operators(e.artefact.operators, f"operators of the {e.name} model  ") for e in outcome.exports]
+        for line, _ in lists:
+            terminal.out(line)
+        if any(cut for _, cut in lists):
+            terminal.out(f"all operators  {outcome.run / RESULT}")
         terminal.out("\n" + outcome.recommendation)
     if outcome.passed:
         return
