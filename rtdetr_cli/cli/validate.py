@@ -44,7 +44,10 @@ def validate(
     to: Annotated[Path | None, typer.Option(help="New folder for --resplit and --convert.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of --resplit.")] = 0,
     explain: Annotated[str | None, typer.Option(help="Explain a finding's code, or list all with `all`.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write the report as one self-contained page.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write the report as one self-contained page, of at most 500 pictures and 3,000 findings."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the full report as JSON.")] = False,
 ) -> int:
     """Check a dataset: every label, and every picture to its last pixel."""

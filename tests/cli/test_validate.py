@@ -244,6 +244,13 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(rtdetr: Run, d
     assert not ran.out, "nothing was looked at"
 
 
+def test_help_says_what_the_page_holds_at_most(rtdetr: Run) -> None:
+    from rtdetr_cli.data.pages import MOST_FINDINGS, MOST_PICTURES
+
+    told = " ".join(rtdetr("validate", "--help").out.split())
+    assert f"at most {MOST_PICTURES} pictures and {MOST_FINDINGS:,} findings" in told
+
+
 def test_missing_dataset(rtdetr: Run, tmp_path: Path) -> None:
     assert rtdetr("validate", tmp_path / "nothing").code == 3
     assert rtdetr("validate").code == 2
