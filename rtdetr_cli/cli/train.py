@@ -165,10 +165,13 @@ def _as_the_weights_say(
         return config
     path, values = found
     config = resolve_run(flags, sets=sets, config_file=config_file, inherited=(str(path), values))
-    if _leads():
+    taken = [f"{key} {_shown(value)}" for key, value in values.items() if config.source(key) == str(path)]
+
+    from rtdetr_cli.train import launch
+
+    if taken and _leads() and not launch.supervised():  # whoever starts several processes has said it
         from rtdetr_cli.cli import terminal
 
-        taken = [f"{key} {_shown(value)}" for key, value in values.items() if config.source(key) == str(path)]
         terminal.say(f"from {path}: {_some(taken, 5)}")
     return config
 

@@ -98,3 +98,15 @@ def test_train_without_a_network(
     for said in ("no connection", "http://127.0.0.1:9/", str(tmp_path / "home"), "weights import", "--weights none"):
         assert said in ran.err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_settings_file_names_its_preset(rtdetr, shapes_model: Path, shapes_data: Path, tmp_path: Path) -> None:
+    """Every value is in it, those that nobody chose too: weights do not change them."""
+    from rtdetr_cli.config.run import resolve_run
+
+    (tmp_path / "config.toml").write_text(resolve_run({"data": str(shapes_data)}).to_toml())
+    words = ["train", "--config", tmp_path / "config.toml", *QUICK, "--imgsz", 64, "--out", tmp_path / "runs"]
+    ran = rtdetr(*words, "--weights", shapes_model)
+    assert ran.code == 4
+    assert "holds weights of preset tiny; r18 was asked" in ran.err
+    assert f"from {shapes_model}" not in ran.err
