@@ -45,15 +45,18 @@ def settings_of(weights: str) -> tuple[Path, dict[str, Any]] | None:
     if weights in WORDS or not path.is_file():
         return None
     size: tuple[int, int] | None = None
+    values: dict[str, Any] = {}
     if is_ours(path):
         header = read_header(path)
         spec, named, size = _spec(header.architecture), header.preset, header.imgsz
+        if header.sampling == "discrete":
+            values = {"sampling": header.sampling, "rounding": header.rounding}
     else:
         spec, named = read_published(path).spec, ""
     if spec is None:
         return None
     preset = preset_like(spec, named)
-    values: dict[str, Any] = {"preset": preset.name}
+    values["preset"] = preset.name
     if size is not None and size != preset.imgsz:
         values["imgsz"] = size
     own, theirs = preset.model.model_dump(), spec.model_dump()

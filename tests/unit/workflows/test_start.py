@@ -171,3 +171,9 @@ def test_no_network_names_all_ways(
 @pytest.fixture
 def make_tiny() -> Callable[[], RTDETR]:
     return lambda: build_detector(load_preset("tiny").model, num_classes=3)
+
+
+def test_a_model_of_discrete_sampling_goes_on_with_it(tmp_path: Path) -> None:
+    model = load_preset("tiny").model
+    path = write_model(tmp_path / "d.safetensors", model, preset="tiny", sampling="discrete", rounding="nearest")
+    assert settings_of(str(path)) == (path, {"preset": "tiny", "sampling": "discrete", "rounding": "nearest"})
