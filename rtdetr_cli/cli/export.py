@@ -85,11 +85,15 @@ def export(
     options = ExportOptions(formats, size, batch, dynamic, opset, gridsample, raw, preprocess)
     options.check()
 
+    from rtdetr_cli.infer.selection import used_elsewhere
     from rtdetr_cli.infer.torch_backend import refuse_other_sampling
     from rtdetr_cli.model.weights import load_model
 
     refuse_other_sampling(path, sampling)
     loaded, header = load_model(path, sampling=sampling, layers=layers, queries=queries)
+    elsewhere = used_elsewhere(header, size or header.imgsz)
+    if elsewhere is not None:
+        terminal.warn(f"{elsewhere[0]}: the files carry them all the same")
     pictures = None if no_gate else _pictures(verify, path, header)
     folder = out or (path.parent / "export")
     rounds = 0 if pictures is None else gate_rounds(options.formats) * min(len(pictures), 200)

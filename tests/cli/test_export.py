@@ -16,6 +16,7 @@ from PIL import Image
 
 from rtdetr_cli.export import gate
 from rtdetr_cli.export import onnx as onnx_file
+from rtdetr_cli.model.files import read_header, rewrite_header
 
 Rtdetr = Callable[..., Any]
 
@@ -229,3 +230,14 @@ def test_fewer_layers_and_queries(rtdetr: Rtdetr, model: Path, shapes_data: Path
     assert ran.code == 0, ran.err
     interface = onnx_file.describe(model.parent / "export/best.onnx")
     assert interface.outputs[0].shape == (1, 75)
+
+
+@pytest.mark.usefixtures("traced")
+def test_thresholds_of_another_setting_are_told(rtdetr: Rtdetr, model: Path) -> None:
+    header = read_header(model)
+    assert header.thresholds is not None
+    rewrite_header(model, replace(header, thresholds=replace(header.thresholds, layers=1)))
+    ran = rtdetr("export", model, "--no-gate", "--device", "cpu")
+    assert ran.code == 0, ran.err
+    assert "warning: the stored thresholds were calibrated at 1 layer" in ran.err
+    assert "the files carry them all the same" in ran.err
