@@ -491,11 +491,11 @@ def dry_document(report: DryReport, begun: BeginReport) -> dict[str, Any]:
         "disk_bytes": report.disk_bytes,
         "disk_free": report.disk_free,
         "export_bytes": report.export_bytes,
-        "warnings": [*begun.warnings, *_dry_warnings(report)],
+        "warnings": [*begun.warnings, *dry_warnings(report)],
     }
 
 
-def _dry_warnings(report: DryReport) -> list[str]:
+def dry_warnings(report: DryReport) -> list[str]:
     """Say what the run would be refused for, or end with."""
     from rtdetr_cli.train.checkpoint import room_for
 
@@ -531,7 +531,7 @@ def _show_dry(report: DryReport, begun: BeginReport) -> None:
         ],
         title="dry run: nothing was trained or written",
     )
-    for warning in _dry_warnings(report):
+    for warning in dry_warnings(report):
         terminal.warn(warning)
 
 

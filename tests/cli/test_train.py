@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from rtdetr_cli.cli.train import dry_warnings
 from rtdetr_cli.model.files import read_header
+from rtdetr_cli.workflows.rehearse import DryReport
 
 SMALL = [
     "--preset", "tiny", "--imgsz", "64", "--effective-batch", "8", "--batch", "4", "--workers", "0", "--device", "cpu",
@@ -292,36 +295,28 @@ def test_a_dry_run_measures_and_leaves_nothing(data: Path, rtdetr, tmp_path: Pat
     assert {c["name"] for c in ran.json["plan"]} >= {"lr", "warm-up", "EMA"}
 
 
-def test_a_dry_run_that_has_no_room_says_so(data: Path, rtdetr, tmp_path: Path, monkeypatch) -> None:
-    small = shutil.disk_usage(tmp_path)._replace(free=10**6)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
-    ran = rtdetr("train", *SMALL, "--data", data, "--out", tmp_path / "runs", "--dry-run", "--json")
-    assert ran.code == 0, ran.err
-    assert any("0.00 GB are free" in warning for warning in ran.json["warnings"])
-
-
-def test_a_dry_run_halves_what_does_not_fit(data: Path, rtdetr, tmp_path: Path, monkeypatch) -> None:
-    import torch
-
-    from rtdetr_cli.workflows import rehearse
-
-    real = rehearse.worst_step
-
-    def full(*words: object, micro_batch: int, **others: object) -> None:
-        if micro_batch > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
-        real(*words, micro_batch=micro_batch, **others)
-
-    monkeypatch.setattr(rehearse, "worst_step", full)
-    words = ["train", *SMALL, "--data", data, "--out", tmp_path / "runs", "--dry-run", "--batch", 4, "--json"]
-    ran = rtdetr(*words)
-    assert ran.code == 0, ran.err
-    assert ran.json["micro_batch"] == 1
+@pytest.mark.parametrize(
+    ("disk_free", "memory_total", "words"),
+    [(10**12, 10**10, []), (10**6, 10**10, ["0.00 GB are free"]), (10**12, 2 * 10**9, ["2.0 of 2.0 GB"])],
+)
+def test_a_dry_run_says_what_has_no_room(disk_free: int, memory_total: int, words: list[str]) -> None:
+    report = DryReport(
+        **dict.fromkeys(("step_seconds", "worst_seconds", "evaluation_seconds", "export_seconds"), 1.0),
+        total_seconds=9.0,
+        micro_batch=1,
+        export_bytes=1,
+        memory_bytes=2 * 10**9,
+        memory_total=memory_total,
+        disk_bytes=10**8,
+        disk_free=disk_free,
+        metrics={},
+    )
+    found = dry_warnings(report)
+    assert len(found) == len(words)
+    assert all(word in warning for word, warning in zip(words, found, strict=True))
 
 
 def test_a_single_picture_that_does_not_fit_is_one_sentence(data: Path, rtdetr, tmp_path: Path, monkeypatch) -> None:
-    import torch
-
     from rtdetr_cli.workflows import prepare
 
     def full(*_: object) -> object:

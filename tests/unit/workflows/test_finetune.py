@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from rtdetr_cli.config.run import RunConfig, resolve_run
@@ -20,6 +21,7 @@ from rtdetr_cli.train import loggers, memory
 from rtdetr_cli.train.checkpoint import load_checkpoint, read_sealed
 from rtdetr_cli.train.reports import EpochReport, StepReport
 from rtdetr_cli.workflows import finetune as workflow
+from rtdetr_cli.workflows import rehearse
 from rtdetr_cli.workflows.finetune import BeginReport, EndReport, finetune, resume, stop_on_signals
 from rtdetr_cli.workflows.identity import refuse_changes
 from rtdetr_cli.workflows.prepare import prepare, resolve_micro_batch
@@ -152,6 +154,24 @@ def test_a_run_heeds_signals_from_its_folder_on(settings: Callable[..., RunConfi
         with pytest.raises(workflow.Interrupted) as caught:
             list(events)
     assert caught.value.exit_code == 130
+
+
+def test_a_dry_run_halves_what_does_not_fit(
+    settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tried = rehearse.worst_step, []
+
+    def full(*words: Any, micro_batch: int, **others: Any) -> None:
+        tried.append(micro_batch)
+        if micro_batch > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        real(*words, micro_batch=micro_batch, **others)
+
+    monkeypatch.setattr(rehearse, "worst_step", full)
+    events = list(finetune(settings(), dry_run=True))
+    assert isinstance(events[-1], rehearse.DryReport)
+    assert events[-1].micro_batch == 1
+    assert tried == [4, 2, 1, 1]
 
 
 def test_a_dry_run_has_nothing_to_save(settings: Callable[..., RunConfig]) -> None:
