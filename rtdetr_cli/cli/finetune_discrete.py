@@ -44,6 +44,12 @@ def finetune_discrete(
     patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without a better AP.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs. [runs]")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the new run; an existing one is refused.")] = None,
+    compile_: Annotated[bool | None, typer.Option("--compile", help="Compile backbone and encoder.")] = None,
+    deterministic: Annotated[bool | None, typer.Option("--deterministic", help="CUDA: deterministic kernels.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Go on with an interrupted second stage; goes with --max-drop alone."),
+    ] = None,
     log: Annotated[str | None, typer.Option(help="Besides the CSV: tensorboard,wandb,mlflow.")] = None,
     set_values: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as rounding=nearest.")
@@ -75,27 +81,36 @@ def finetune_discrete(
         "device": device,
         "seed": seed,
         "patience": patience,
+        "compile": compile_,
+        "deterministic": deterministic,
         "out": out and str(out),
         "name": name,
         "log": tuple(w for w in log.split(",") if w) if log is not None else None,
     }
     flags = {key: value for key, value in given.items() if value is not None}
-    path = resolve_model(model)
-    if path.suffix.lower() in (".onnx", ".xml", ".engine"):
+    if resume is not None and (model is not None or flags or set_values):
+        raise UsageError("--resume takes model and settings from the run", hint=f"finetune-discrete --resume {resume}")
+    path = resolve_model(model) if resume is None else None
+    if path is not None and path.suffix.lower() in (".onnx", ".xml", ".engine"):
         raise UsageError(f"{path} is an export, which cannot be trained", hint="name the weights that it was made of")
 
     from rtdetr_cli.model.weights import load_model
     from rtdetr_cli.workflows.finetune import refuse_early, stop_on_signals
-    from rtdetr_cli.workflows.finetune_discrete import FinetuneDiscrete, plan_discrete
+    from rtdetr_cli.workflows.finetune_discrete import FinetuneDiscrete, begun_stage, plan_discrete
 
-    config = plan_discrete(path, load_model(path)[1], flags, sets=set_values or [])
-    refuse_early(config)
-    stage = FinetuneDiscrete(path, config, max_drop=max_drop, tell=terminal.say)
+    if path is None:
+        assert resume is not None
+        path, config = begun_stage(resume)
+    else:
+        config = plan_discrete(path, load_model(path)[1], flags, sets=set_values or [])
+        refuse_early(config)
+    stage = FinetuneDiscrete(path, config, max_drop=max_drop, begun=resume is not None, tell=terminal.say)
     terminal.say(f"start {path}  discrete sampling, rounding {config.settings.rounding}, offsets frozen")
     with terminal.progress(2 * len(stage.val), "before") as bar:
         stage.before(progress=bar.advance)
-    with stop_on_signals() as stop:
-        _train(stage, stop, sys.argv)
+    if not stage.trained:
+        with stop_on_signals() as stop:
+            _train(stage, stop, sys.argv)
     with terminal.progress(len(stage.val), "after") as bar:
         outcome = stage.after(progress=bar.advance)
     _report(outcome, as_json)
@@ -107,16 +122,22 @@ def _train(stage: FinetuneDiscrete, stop: Any, argv: list[str]) -> None:
 
     from rtdetr_cli.cli.train import render
     from rtdetr_cli.train import launch
+    from rtdetr_cli.train.loop import Interrupted
     from rtdetr_cli.train.team import parse_devices
 
     devices = parse_devices(stage.config.settings.device)
     if len(devices) == 1:
-        render(stage.train(stop=stop, argv=argv), result_on_stdout=False)
+        try:
+            render(stage.train(stop=stop, argv=argv), result_on_stdout=False)
+        except Interrupted as error:
+            error.hint = f"rtdetr finetune-discrete --resume {stage.run}"
+            raise
         return
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder) / "config.toml"
         settings.write_text(stage.config.to_toml(), encoding="utf-8")
-        code = launch.supervise(["train", "--config", str(settings)], devices)
+        words = ["--resume", str(stage.run)] if stage.begun else ["--config", str(settings)]
+        code = launch.supervise(["train", *words], devices)
     if code:
         raise typer.Exit(code)
 

@@ -21,7 +21,7 @@ from rtdetr_cli.config.run import RunConfig, resolve_run
 from rtdetr_cli.config.schema import ModelSpec, OfficialSchedule
 from rtdetr_cli.data.read import load_splits
 from rtdetr_cli.data.records import Dataset
-from rtdetr_cli.errors import RtdetrError, UsageError
+from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 from rtdetr_cli.evaluate.bootstrap import Interval, compare, resample
 from rtdetr_cli.evaluate.run import Evaluation, evaluate
 from rtdetr_cli.evaluate.source import own_data
@@ -30,11 +30,13 @@ from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.header import ModelHeader
 from rtdetr_cli.model.weights import load_model
+from rtdetr_cli.train.checkpoint import load_checkpoint
 from rtdetr_cli.train.loop import StopFlag
-from rtdetr_cli.train.run_folder import CONFIG
+from rtdetr_cli.train.run_folder import CONFIG, RunFolder
 from rtdetr_cli.workflows.benchmark import measure, pictures_to_time
-from rtdetr_cli.workflows.finetune import EndReport, Event, finetune
+from rtdetr_cli.workflows.finetune import EndReport, Event, config_of, finetune, resume
 from rtdetr_cli.workflows.prepare import training_sets
+from rtdetr_cli.workflows.start import WORDS, weights_file
 
 RESULT = "discrete.json"
 AS_FAST = 0.05  # share of the original's latency within which the discrete export counts as equally fast
@@ -129,12 +131,14 @@ class FinetuneDiscrete:
         config: of the training, resolved by `plan_discrete`.
         max_drop: AP that may be lost, 0 to 1.
         resamples: of the intervals.
+        begun: whether the run exists, and is to go on.
     """
 
     model: Path
     config: RunConfig
     max_drop: float = 0.01
     resamples: int = 1000
+    begun: bool = False
     tell: Callable[[str], None] = lambda text: None
     val: Dataset = field(init=False)
     run: Path = field(init=False)
@@ -163,9 +167,17 @@ class FinetuneDiscrete:
             backend = TorchBackend(model.fuse(), header, device=self._device, imgsz=self.config.imgsz)
             self._found[name] = evaluate(backend, self.val, progress=progress)
 
+    @property
+    def trained(self) -> bool:
+        """True when there is nothing left to train: the stage was ended while it was judged."""
+        if not self.begun or RunFolder(self.run).untrained:
+            return False
+        return bool(load_checkpoint(self.run)[0]["place"]["finished"])
+
     def train(self, *, stop: StopFlag | None = None, argv: Sequence[str] = ()) -> Iterator[Event]:
-        """Train with discrete sampling."""
-        for event in finetune(self.config, stop=stop, argv=argv):
+        """Train with discrete sampling, from the beginning or from where it was interrupted."""
+        events = resume(self.run, stop=stop) if self.begun else finetune(self.config, stop=stop, argv=argv)
+        for event in events:
             if isinstance(event, EndReport):
                 self.run, self.best = event.folder, event.best
             yield event
@@ -344,6 +356,29 @@ def plan_discrete(model: Path, header: ModelHeader, flags: Mapping[str, Any], *,
     if config.settings.name:
         return config
     return named(config, own.source if own is not None and "data" not in flags else Path(str(config.settings.data)))
+
+
+def begun_stage(run: Path) -> tuple[Path, RunConfig]:
+    """Return the model and the settings of a second stage that was begun.
+
+    Raises:
+        UsageError: it is no run, or none of `finetune-discrete`.
+        ModelError: the model that it began with is gone.
+    """
+    config = config_of(run)
+    settings = config.settings
+    if settings.sampling != "discrete" or settings.weights in WORDS:
+        raise UsageError(f"{run} is not a run of finetune-discrete", hint=f"rtdetr train --resume {run}")
+    model = weights_file(settings.weights)
+    if not model.is_file():
+        raise ModelError(
+            f"the model {model}, which {run} is compared with, is not there any more",
+            hint=f"rtdetr train --resume {run} trains to the end without the comparison",
+            code="model-missing",
+        )
+    # The folder may have been moved since.
+    place = {"out": os.fspath(run.resolve().parent), "name": run.resolve().name}
+    return model, replace(config, settings=settings.model_copy(update=place))
 
 
 def named(config: RunConfig, data: Path) -> RunConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +12,21 @@ import pytest
 
 from rtdetr_cli.config.presets import load_preset, preset_folder
 from rtdetr_cli.config.run import resolve_run
-from rtdetr_cli.errors import UsageError
+from rtdetr_cli.errors import ModelError, UsageError
 from rtdetr_cli.evaluate.bootstrap import Interval
 from rtdetr_cli.export.gate import Limits, Part, Verdict
 from rtdetr_cli.export.run import Artefact
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.header import ModelHeader
-from rtdetr_cli.model.weights import read_header
+from rtdetr_cli.model.weights import load_model, read_header
+from rtdetr_cli.train.loop import Interrupted, StopFlag
+from rtdetr_cli.train.reports import EpochReport
 from rtdetr_cli.workflows.finetune_discrete import (
     Exported,
+    FinetuneDiscrete,
     Outcome,
     Row,
+    begun_stage,
     epochs_of,
     model_sets,
     plan_discrete,
@@ -216,6 +221,9 @@ def test_command_refuses_first(rtdetr: Callable[..., Any], shapes_model: Path, s
         ([shapes_model, "--max-drop", "5"], 2),
         ([shapes_model, "--data", "nowhere"], 3),
         ([shapes_model, "--imgsz", "100"], 2),
+        (["--resume", "nowhere"], 2),
+        (["--resume", "nowhere", "--epochs", 3], 2),
+        ([shapes_model, "--resume", "nowhere"], 2),
     ):
         ran = rtdetr("finetune-discrete", *words)
         assert ran.code == code, ran.err
@@ -296,3 +304,45 @@ def test_whole_stage(
     assert {"discrete.json", "best.safetensors", "export", "export-original"} <= {
         p.name for p in (tmp_path / "d").iterdir()
     }
+
+
+def test_only_a_second_stage_is_resumed_as_one(shapes_model: Path, shapes_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs/first"
+    run.mkdir(parents=True)
+    (run / "manifest.json").write_text("{}")
+    flags = {"data": str(shapes_data), "preset": "tiny"}
+    (run / "config.toml").write_text(resolve_run(flags).to_toml())
+    with pytest.raises(UsageError, match=r"is not a run of finetune-discrete"):
+        begun_stage(run)
+    gone = {**flags, "weights": str(tmp_path / "gone.safetensors"), "sampling": "discrete"}
+    (run / "config.toml").write_text(resolve_run(gone).to_toml())
+    with pytest.raises(ModelError, match=r"gone\.safetensors, which .* is compared with, is not there any more"):
+        begun_stage(run)
+    (run / "config.toml").write_text(resolve_run({**gone, "weights": str(shapes_model)}).to_toml())
+    model, config = begun_stage(run)
+    assert model == shapes_model
+    assert Path(config.settings.out) / config.settings.name == run
+
+
+@pytest.mark.slow
+def test_a_stage_that_was_interrupted_goes_on_to_its_table(
+    rtdetr: Callable[..., Any], shapes_model: Path, shapes_data: Path, tmp_path: Path
+) -> None:
+    """Once in the training, and once after it."""
+    where = {"data": str(shapes_data), "out": str(tmp_path), "name": "d", "workers": 0, "aug": "none", "lr": 1e-9}
+    config = plan_discrete(shapes_model, load_model(shapes_model)[1], {**where, "epochs": 2})
+    stage, stop = FinetuneDiscrete(shapes_model, config), StopFlag()
+
+    def until_the_first_epoch() -> None:
+        for event in stage.train(stop=stop):
+            if isinstance(event, EpochReport):
+                stop.number = signal.SIGTERM
+
+    with pytest.raises(Interrupted):
+        until_the_first_epoch()
+    for _ in range(2):  # the second time all that is left is the judgement
+        ran = rtdetr("finetune-discrete", "--resume", tmp_path / "d", "--max-drop", 1, "--json")
+        assert ran.code == 0, ran.err
+        assert len(ran.json["table"]) == 3
+    assert "resumed at epoch 2" not in ran.err
+    assert (tmp_path / "d/discrete.json").is_file()
