@@ -165,12 +165,18 @@ def make_plan(config: RunConfig, *, pictures: int) -> Plan:
     # A share that somebody set holds in the official schedule too: one may be changed and the rest kept.
     if official and not config.given("warmup"):
         warmup = published.warmup_steps
-        choices.append(Choice("warm-up", f"{warmup} steps", "published"))
+        choices.append(Choice("warm-up", f"{warmup} step{'s' if warmup != 1 else ''}", "published"))
     else:
         warmup = min(published.warmup_steps, max(1, round(settings.warmup * total)))
         share = f"{settings.warmup:.0%} of {total}"
         capped = warmup == published.warmup_steps and settings.warmup * total > warmup
-        choices.append(Choice("warm-up", f"{warmup} steps", f"the published most, under {share}" if capped else share))
+        choices.append(
+            Choice(
+                "warm-up",
+                f"{warmup} step{'s' if warmup != 1 else ''}",
+                f"the published most, under {share}" if capped else share,
+            )
+        )
     if official and not (config.given("flat") or config.given("final_rate")):
         flat, final = total, 1.0
         choices.append(Choice("decay", "none", "published: a constant rate"))
