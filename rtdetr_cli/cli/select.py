@@ -10,13 +10,6 @@ from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 
 MODEL_SUFFIXES = (".safetensors", ".pth", ".pt", ".onnx", ".xml", ".engine", ".plan")
 CHECKPOINT_SUFFIX = ".ckpt"
-_PICTURE = "rtdetr predict takes pictures"
-_DATASET = "a dataset goes to --data or rtdetr validate"
-OTHER_FILES = {
-    **dict.fromkeys((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"), _PICTURE),
-    **dict.fromkeys((".json", ".yaml", ".yml"), _DATASET),
-}
-"""What a file is for that is no model, by its suffix."""
 __all__ = ["BEST", "model_file", "newest_run", "output_file", "parse_size", "resolve_model"]
 
 
@@ -84,7 +77,7 @@ def model_file(model: Path) -> Path:
         kinds = f"models end in {', '.join(MODEL_SUFFIXES)}"
         raise ModelError(
             f"{model} is not a model file",
-            hint=f"{OTHER_FILES[suffix]}; {kinds}" if suffix in OTHER_FILES else kinds,
+            hint=_purpose(suffix) + kinds,
             code="model-foreign",
         )
     return model
@@ -99,7 +92,8 @@ def _no_model_in(folder: Path) -> ModelError:
         said, hint = f"{folder} is a folder of runs ({len(runs)}), not a run", f"{runs[-1]} is the newest"
     elif (folder / "config.toml").is_file():
         said = f"the folder {folder} holds no {BEST}: no epoch of that run has been evaluated"
-        hint = f"rtdetr train --resume {folder}" if (folder / "last.ckpt").is_file() else name
+        begun = any((folder / file).is_file() for file in ("last.ckpt", "manifest.json"))
+        hint = f"rtdetr train --resume {folder}" if begun else name
     elif models:
         said, hint = f"the folder {folder} is not a run", f"name the file: {', '.join(map(str, models[:5]))}"
     elif not any(folder.iterdir()):
@@ -115,12 +109,18 @@ def _models_in(folder: Path) -> list[Path]:
 
 def _beside(path: Path) -> str:
     """Return a hint about what lies where a missing file was looked for."""
-    if not path.parent.is_dir():
-        return f"the folder {path.parent} does not exist either"
-    found = [p.name for p in _models_in(path.parent)]
-    if found:
-        return f"{path.parent} holds {', '.join(found[:5])}"
-    return f"name a model file ({', '.join(MODEL_SUFFIXES)}) or the folder of a run"
+    from rtdetr_cli.infer.backend import neighbours
+
+    return neighbours(path) or f"name a model file ({', '.join(MODEL_SUFFIXES)}) or the folder of a run"
+
+
+def _purpose(suffix: str) -> str:
+    """Say what a file is for that is no model; empty where nobody knows."""
+    from rtdetr_cli.data.pictures import PICTURE_SUFFIXES
+
+    if suffix in PICTURE_SUFFIXES:
+        return "rtdetr predict takes pictures; "
+    return "a dataset goes to --data or rtdetr validate; " if suffix in (".json", ".yaml", ".yml") else ""
 
 
 def output_file(path: Path, flag: str) -> None:

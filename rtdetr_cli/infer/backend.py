@@ -111,7 +111,7 @@ def check_model_path(path: Path) -> None:
     if path.is_dir():
         raise ModelError(f"{path} is a folder, not a model file", code="model-missing")
     if not path.exists():
-        raise ModelError(f"{path} does not exist", hint=_neighbours(path), code="model-missing")
+        raise ModelError(f"{path} does not exist", hint=neighbours(path), code="model-missing")
     if path.stat().st_size == 0:
         raise ModelError(f"{path} is empty", code="model-truncated")
 
@@ -121,7 +121,7 @@ def name_classes(backend: Backend, names: Sequence[str], category_ids: Sequence[
     backend.header = replace(backend.header, names=tuple(names), category_ids=tuple(category_ids))
 
 
-def _neighbours(path: Path) -> str:
+def neighbours(path: Path) -> str:
     """Return a hint that lists the model files beside a missing one."""
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist either"

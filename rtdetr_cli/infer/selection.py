@@ -9,6 +9,7 @@ from difflib import get_close_matches
 import numpy as np
 from numpy.typing import NDArray
 
+from rtdetr_cli.data.codes import counted
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.model.header import ModelHeader
@@ -115,11 +116,12 @@ def used_elsewhere(header: ModelHeader, imgsz: tuple[int, int]) -> tuple[str, st
         found.append(f"{at[0]}x{at[1]}")
         used.append(f"{imgsz[0]}x{imgsz[1]}")
         flags.append(f"--imgsz {used[-1]}")
-    for name, then, now in (("layers", stored.layers, header.layers), ("queries", stored.queries, header.queries)):
+    dials = (("layer", "layers", stored.layers, header.layers), ("query", "queries", stored.queries, header.queries))
+    for one, many, then, now in dials:
         if then and now and then != now:
-            found.append(_counted(then, name))
-            used.append(_counted(now, name))
-            flags.append(f"--{name} {now}")
+            found.append(counted(then, one, many))
+            used.append(counted(now, one, many))
+            flags.append(f"--{many} {now}")
     if not flags:
         return None
     said = (
@@ -127,11 +129,6 @@ def used_elsewhere(header: ModelHeader, imgsz: tuple[int, int]) -> tuple[str, st
         "where scores differ"
     )
     return said, " ".join(flags)
-
-
-def _counted(number: int, name: str) -> str:
-    one = {"layers": "layer", "queries": "query"}
-    return f"{number} {one[name] if number == 1 else name}"
 
 
 def parse_conf(conf: float | str) -> float | None:

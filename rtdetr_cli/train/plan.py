@@ -16,13 +16,15 @@ from typing import Any
 
 from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.config.schema import ModelSpec
+from rtdetr_cli.data.codes import counted
 
 # The published scales at 640 pixels, 480 to 800 in steps of 32 with 640 three times, as shares.
 SCALES = tuple(s / 640 for s in (480, 512, 544, 576, 608, 640, 640, 640, 672, 704, 736, 768, 800))
 # Steps below which a run from such a start learns little. Measured for random weights, with `tiny`: 260 steps reach
-# AP 0.5 on blood cells, 200 steps AP50 0.37 on the demo's shapes. The others are shares of that, not measured.
+# AP 0.5 on blood cells (tests/bench/bench_schedules.py). The others are shares of that, not measured.
 SHORT = {"coco": 100, "imagenet": 200, "none": 250}
-# Steps from which on the recipe's crops and shrunken pictures are taken (tests/bench/bench_schedules.py).
+# Steps from which on the recipe's crops and shrunken pictures are taken. That they cost AP in short runs is measured at
+# 260 steps (tests/bench/bench_schedules.py --arm recipe:aug=recipe); where they begin to pay is not: a round number.
 RECIPE_STEPS = 2000
 
 
@@ -165,7 +167,7 @@ def make_plan(config: RunConfig, *, pictures: int) -> Plan:
     # A share that somebody set holds in the official schedule too: one may be changed and the rest kept.
     if official and not config.given("warmup"):
         warmup = published.warmup_steps
-        choices.append(Choice("warm-up", f"{warmup} step{'s' if warmup != 1 else ''}", "published"))
+        choices.append(Choice("warm-up", counted(warmup, "step"), "published"))
     else:
         warmup = min(published.warmup_steps, max(1, round(settings.warmup * total)))
         share = f"{settings.warmup:.0%} of {total}"
@@ -173,7 +175,7 @@ def make_plan(config: RunConfig, *, pictures: int) -> Plan:
         choices.append(
             Choice(
                 "warm-up",
-                f"{warmup} step{'s' if warmup != 1 else ''}",
+                counted(warmup, "step"),
                 f"the published most, under {share}" if capped else share,
             )
         )
@@ -200,7 +202,7 @@ def make_plan(config: RunConfig, *, pictures: int) -> Plan:
         choices.append(
             Choice(
                 "EMA",
-                f"mean age {age:.0f} step{'s' if round(age) != 1 else ''} (decay {age / (age + 1):.5g})",
+                f"mean age {counted(round(age), 'step')} (decay {age / (age + 1):.5g})",
                 f"{share}; {ramp:.0%} of the steps made until step {math.ceil(age / ramp)}",
             )
         )
@@ -296,7 +298,7 @@ def _frozen(config: RunConfig) -> tuple[str, str]:
     elif settings.freeze == "stem" or spec.freeze_at == 0:
         parts.append("stem")
     elif spec.freeze_at > 0:
-        parts.append(f"stem and {spec.freeze_at} stage{'s' if spec.freeze_at > 1 else ''}")
+        parts.append(f"stem and {counted(spec.freeze_at, 'stage')}")
     if spec.freeze_norm:
         parts.append("norms of the backbone")
     if config.given("freeze"):
@@ -309,8 +311,8 @@ def _frozen(config: RunConfig) -> tuple[str, str]:
 def _augmentation(config: RunConfig, official: bool, steps: int) -> tuple[str, str]:
     """Return (name, reason).
 
-    Crops and shrunken pictures pay in long runs and cost in short ones: they show objects at sizes and places that
-    the val split does not have, before the network knows those that it has.
+    The recipe was published for long runs. In short ones its crops and shrunken pictures cost AP: they show objects at
+    sizes and places that the val split does not have, before the network knows those that it has.
     """
     settings = config.settings
     if settings.overfit and not config.given("aug"):
@@ -320,7 +322,7 @@ def _augmentation(config: RunConfig, official: bool, steps: int) -> tuple[str, s
     if official:
         return "recipe", "published"
     if steps < RECIPE_STEPS:
-        return "light", f"under {RECIPE_STEPS} steps the recipe's crops cost more than they bring"
+        return "light", f"under {RECIPE_STEPS} steps: the recipe's crops cost AP in short runs"
     return "recipe", f"published; from {RECIPE_STEPS} steps on"
 
 
