@@ -7,6 +7,7 @@ content security policy forbids whatever is not in the file.
 from __future__ import annotations
 
 import base64
+import re
 from functools import cache
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
     from jinja2 import Environment
+    from markupsafe import Markup
     from numpy.typing import NDArray
+
+_FLAG = re.compile(r"--[a-z][a-z-]*")
 
 
 @cache
@@ -28,8 +32,16 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["flags_whole"] = flags_whole
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "ensure_ascii": True}
     return environment
+
+
+def flags_whole(text: str) -> Markup:
+    """Return text, escaped, in which no line breaks inside a flag: browsers would, after its hyphens."""
+    from markupsafe import Markup, escape
+
+    return Markup(_FLAG.sub(r'<span style="white-space:nowrap">\g<0></span>', str(escape(text))))
 
 
 def render_page(template: str, **context: Any) -> str:

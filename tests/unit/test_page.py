@@ -10,7 +10,7 @@ import pytest
 from jinja2 import UndefinedError
 from PIL import Image
 
-from rtdetr_cli.page import picture_uri, render_page
+from rtdetr_cli.page import flags_whole, picture_uri, render_page
 
 
 def test_page_is_escaped_and_can_be_written() -> None:
@@ -34,3 +34,9 @@ def test_picture_is_embedded_and_not_larger_than_asked(shape: tuple[int, int], s
     with Image.open(BytesIO(base64.b64decode(data))) as image:
         assert image.size == size
         assert np.abs(np.asarray(image).astype(int) - [200, 30, 90]).max() < 6
+
+
+def test_flags_stay_whole_and_text_stays_escaped() -> None:
+    told = str(flags_whole("make <b>new</b> splits with --resplit"))
+    assert told.endswith('<span style="white-space:nowrap">--resplit</span>')
+    assert "&lt;b&gt;new&lt;/b&gt;" in told
