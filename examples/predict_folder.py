@@ -15,8 +15,8 @@ from pathlib import Path
 from PIL import Image
 
 from rtdetr_cli import load
-from rtdetr_cli.data.pictures import PictureError, read_picture
 from rtdetr_cli.errors import RtdetrError
+from rtdetr_cli.images.decode import PictureError, read_picture
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ def doctor(
     """Say whether this machine is fit: versions, devices, providers, disk, shared memory, name clash."""
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.errors import EnvironmentProblem
-    from rtdetr_cli.infer.machine import inspect_machine
+    from rtdetr_cli.workflows.doctor import inspect_machine
 
     checks = inspect_machine(data)
     failed = [c for c in checks if c.state == "fail"]

@@ -12,9 +12,9 @@ from rtdetr_cli.errors import DataError, GateError, RtdetrError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from rtdetr_cli.data.records import Dataset
+    from rtdetr_cli.datasets.records import Dataset
     from rtdetr_cli.export.run import Artefact
-    from rtdetr_cli.model.header import ModelHeader
+    from rtdetr_cli.weights.header import ModelHeader
 
 
 def export(
@@ -87,7 +87,7 @@ def export(
 
     from rtdetr_cli.infer.selection import used_elsewhere
     from rtdetr_cli.infer.torch_backend import refuse_other_sampling
-    from rtdetr_cli.model.weights import load_model
+    from rtdetr_cli.weights.published import load_model
 
     refuse_other_sampling(path, sampling)
     loaded, header = load_model(path, sampling=sampling, layers=layers, queries=queries)

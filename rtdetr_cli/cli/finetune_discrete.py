@@ -94,7 +94,7 @@ def finetune_discrete(
     if path is not None and path.suffix.lower() in (".onnx", ".xml", ".engine"):
         raise UsageError(f"{path} is an export, which cannot be trained", hint="name the weights that it was made of")
 
-    from rtdetr_cli.model.weights import load_model
+    from rtdetr_cli.weights.published import load_model
     from rtdetr_cli.workflows.finetune import refuse_early, stop_on_signals
     from rtdetr_cli.workflows.finetune_discrete import FinetuneDiscrete, begun_stage, plan_discrete
 

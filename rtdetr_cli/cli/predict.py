@@ -197,7 +197,7 @@ class _Dataset:
     """What a dataset knows that a foreign model or a file name does not."""
 
     def __init__(self, data: Path) -> None:
-        from rtdetr_cli.data.read import load_splits
+        from rtdetr_cli.checks.load import load_splits
 
         splits = load_splits(data)
         self.names = [category.name for category in splits.categories]
@@ -223,7 +223,7 @@ def _model(weights: Path | None) -> Path:
     except ModelError as error:
         if error.code != "run-missing":
             raise
-    from rtdetr_cli.model import hub
+    from rtdetr_cli.weights import hub
 
     terminal.say(f"no finished run lies under runs/: taking the published r18 COCO weights ({FIRST_MODEL})")
     return hub.fetch(FIRST_MODEL, progress=terminal.transfer)
@@ -301,7 +301,7 @@ def _predict_video(
 ) -> RtdetrError | None:
     """Predict one video; return the error of one that does not open."""
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.data.pictures import PictureError
+    from rtdetr_cli.images.decode import PictureError
     from rtdetr_cli.infer.job import predict_video
     from rtdetr_cli.infer.stream import Video
 

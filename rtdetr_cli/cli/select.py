@@ -116,7 +116,7 @@ def _beside(path: Path) -> str:
 
 def _purpose(suffix: str) -> str:
     """Say what a file is for that is no model; empty where nobody knows."""
-    from rtdetr_cli.data.pictures import PICTURE_SUFFIXES
+    from rtdetr_cli.images.decode import PICTURE_SUFFIXES
 
     if suffix in PICTURE_SUFFIXES:
         return "rtdetr predict takes pictures; "

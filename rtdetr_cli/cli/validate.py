@@ -11,8 +11,8 @@ import typer
 from rtdetr_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
+    from rtdetr_cli.checks.doctor import Report
     from rtdetr_cli.cli.terminal import Progress
-    from rtdetr_cli.data.doctor import Report
 
 FORMATS = ("coco", "yolo", "voc")
 CHANGED = {
@@ -64,8 +64,8 @@ def validate(
     if data.name == "patch.json" and data.is_file():
         return _undo(data, fix, as_json)
 
+    from rtdetr_cli.checks.doctor import examine
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.data.doctor import examine
 
     with ExitStack() as stack:
         report = examine(
@@ -78,7 +78,7 @@ def validate(
     counts = report.counts()
     failed = bool(counts["error"] or (strict and counts["warning"]))
     if html is not None:
-        from rtdetr_cli.data.pages import write_page
+        from rtdetr_cli.checks.page import write_page
 
         write_page(report, html)
         document["html"] = str(html)
@@ -161,7 +161,7 @@ def _explain(code: str, as_json: bool) -> int:
     import difflib
 
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.data.codes import CODES
+    from rtdetr_cli.datasets.codes import CODES
 
     if code == "all":
         if as_json:
@@ -198,10 +198,10 @@ def _entry(entry: Any) -> dict[str, str]:
 
 def _show(report: Report, images: Path | None, *, fixing: bool) -> None:
     """Print the short table: one row a code, with the first place it was found."""
+    from rtdetr_cli.checks.load import place
+    from rtdetr_cli.checks.repair import repairable
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.data.codes import counted, tally
-    from rtdetr_cli.data.read import place
-    from rtdetr_cli.data.repair import repairable
+    from rtdetr_cli.datasets.codes import counted, tally
 
     facts = report.summary()
     splits = ", ".join(f"{name} {part['pictures']:,}" for name, part in facts["splits"].items()) or "no split"
@@ -231,10 +231,10 @@ def _show(report: Report, images: Path | None, *, fixing: bool) -> None:
 
 def _fix(report: Report, out: Path, document: dict[str, Any], as_json: bool, strict: bool) -> bool:
     """Write the repaired copy, look at it again, and tell whether it still fails."""
+    from rtdetr_cli.checks.doctor import examine
+    from rtdetr_cli.checks.repair import repair
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.data.codes import tally
-    from rtdetr_cli.data.doctor import examine
-    from rtdetr_cli.data.repair import repair
+    from rtdetr_cli.datasets.codes import tally
 
     done = repair(report, out)
     again = examine(done.data, imgsz=report.imgsz, decode=report.decoded)
@@ -258,9 +258,9 @@ def _fix(report: Report, out: Path, document: dict[str, Any], as_json: bool, str
 
 
 def _undo(patch: Path, to: Path | None, as_json: bool) -> int:
+    from rtdetr_cli.checks.repair import undo
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.data.codes import counted
-    from rtdetr_cli.data.repair import undo
+    from rtdetr_cli.datasets.codes import counted
 
     if to is None:
         raise UsageError("undoing a patch needs a new folder", hint=f"rtdetr validate {patch} --fix RESTORED")
@@ -281,11 +281,11 @@ def _write(
     document: dict[str, Any],
     as_json: bool,
 ) -> None:
+    from rtdetr_cli.checks.repair import repairable
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.data.codes import counted
-    from rtdetr_cli.data.read import to_splits
-    from rtdetr_cli.data.repair import repairable
-    from rtdetr_cli.data.write import write_dataset
+    from rtdetr_cli.datasets.codes import counted
+    from rtdetr_cli.datasets.splits import to_splits
+    from rtdetr_cli.datasets.write import write_dataset
 
     errors = report.counts()["error"]
     if errors:
@@ -298,7 +298,7 @@ def _write(
     parts = {d.split: d for d in (splits.train, splits.val, splits.test) if d is not None}
     facts: dict[str, Any] = {}
     if shares is not None:
-        from rtdetr_cli.data.split import resplit
+        from rtdetr_cli.checks.split import resplit
 
         made = resplit(report, parts, shares, seed=seed)
         parts = made.parts

@@ -44,7 +44,7 @@ def file_named(name: str) -> str:
 @app.command("list")
 def list_files(as_json: Json = False) -> None:
     """List the published files and which of them are here."""
-    from rtdetr_cli.model import hub
+    from rtdetr_cli.weights import hub
 
     folder = hub.weights_folder()
     rows = [
@@ -75,7 +75,7 @@ def fetch(
     as_json: Json = False,
 ) -> None:
     """Fetch a file once, hash-checked."""
-    from rtdetr_cli.model import hub
+    from rtdetr_cli.weights import hub
 
     file = file_named(name)
     before = hub.expected_sha256(file)
@@ -88,7 +88,7 @@ def fetch(
 def verify(as_json: Json = False) -> None:
     """Check every file that is here against its hash."""
     from rtdetr_cli.errors import ModelError
-    from rtdetr_cli.model import hub
+    from rtdetr_cli.weights import hub
 
     rows, wrong = [], []
     for file in hub.PUBLISHED:
@@ -117,7 +117,7 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Copy a file into the cache, hash-checked."""
-    from rtdetr_cli.model import hub
+    from rtdetr_cli.weights import hub
 
     before = hub.expected_sha256(file.name)
     path = hub.import_file(file, force=force)
@@ -128,7 +128,7 @@ def import_(
 @app.command()
 def path(name: Name, as_json: Json = False) -> None:
     """Print where a file is or would be kept."""
-    from rtdetr_cli.model import hub
+    from rtdetr_cli.weights import hub
 
     _say_path(hub.weights_folder() / hub.published(file_named(name)).file, as_json)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.evaluate.coco import picture_numbers
 from rtdetr_cli.evaluate.matching import TRUE, box_images, fates_at

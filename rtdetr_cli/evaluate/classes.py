@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError
 
 _NAMELESS = re.compile(r"(class[ _-]?)?\d+", re.IGNORECASE)

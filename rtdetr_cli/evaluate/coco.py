@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError, EnvironmentProblem, UsageError
 from rtdetr_cli.evaluate.table import DetectionTable
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.evaluate.coco import AREA_RANGES, SIZES, xywh
 from rtdetr_cli.evaluate.table import DetectionTable
 

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.data.draw import colour
-from rtdetr_cli.data.pictures import PictureError, read_picture
 from rtdetr_cli.evaluate.bootstrap import Interval
 from rtdetr_cli.evaluate.coco import METRICS
 from rtdetr_cli.evaluate.errors_analysis import (
@@ -30,6 +28,8 @@ from rtdetr_cli.evaluate.errors_analysis import (
 )
 from rtdetr_cli.evaluate.run import Evaluation
 from rtdetr_cli.evaluate.thresholds import Calibration, score_curve
+from rtdetr_cli.images.decode import PictureError, read_picture
+from rtdetr_cli.images.draw import colour
 from rtdetr_cli.page import picture_uri, render_page
 
 if TYPE_CHECKING:

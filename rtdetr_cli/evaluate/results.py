@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.evaluate.coco import xywh
 from rtdetr_cli.evaluate.table import DetectionTable

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError, EnvironmentProblem
 from rtdetr_cli.evaluate.classes import ClassMap, map_classes
 from rtdetr_cli.evaluate.coco import FALLBACK_LACKS, SIZES, CocoResult, coco_metrics
@@ -19,7 +19,7 @@ from rtdetr_cli.evaluate.matching import MatchTable, match
 from rtdetr_cli.evaluate.table import DetectionTable, TableBuilder
 from rtdetr_cli.evaluate.thresholds import Point, best_point, points_at, score_curve
 from rtdetr_cli.infer.backend import Backend
-from rtdetr_cli.model.header import Thresholds
+from rtdetr_cli.weights.header import Thresholds
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,7 +271,7 @@ def _batches(
     backend: Backend, dataset: Dataset, batch: int, threads: int | None
 ) -> Iterator[tuple[list[int], list[NDArray[np.uint8]], list[tuple[int, int]], list[tuple[int, str]]]]:
     """Yield (positions, stretched pictures, sizes, faults) of up to `batch` pictures."""
-    from rtdetr_cli.infer.pictures import prefetch
+    from rtdetr_cli.infer.prefetch import prefetch
 
     indices: list[int] = []
     pictures: list[NDArray[np.uint8]] = []

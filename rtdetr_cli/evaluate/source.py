@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtdetr_cli.data.read import load_splits
-from rtdetr_cli.data.records import Dataset, Splits
+from rtdetr_cli.checks.load import load_splits
+from rtdetr_cli.datasets.records import Dataset, Splits
 from rtdetr_cli.errors import DataError, UsageError
-from rtdetr_cli.model.header import ModelHeader
+from rtdetr_cli.weights.header import ModelHeader
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.errors import RtdetrError, UsageError
-from rtdetr_cli.model.files import read_header, rewrite_header
-from rtdetr_cli.model.header import METADATA_KEY, ModelHeader, Thresholds
+from rtdetr_cli.weights.files import read_header, rewrite_header
+from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader, Thresholds
 
 STORING_SUFFIX = ".safetensors"
 ORIGINAL = "export-original"

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.evaluate.matching import FALSE, TRUE, MatchTable
 from rtdetr_cli.evaluate.table import DetectionTable
-from rtdetr_cli.model.header import Thresholds
+from rtdetr_cli.weights.header import Thresholds
 
 LEAST_F1, LEAST_RECALL = 0.1, 0.01  # of a class whose best threshold is worth using
 

@@ -36,7 +36,7 @@ from torch import Tensor, fx, nn
 from rtdetr_cli.export.onnx import MAX_BATCH, quiet
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.graph import finish_raw
-from rtdetr_cli.model.header import ModelHeader
+from rtdetr_cli.weights.header import ModelHeader
 
 HEAVY = ("conv2d", "linear", "matmul", "bmm", "addmm", "scaled_dot_product_attention")
 

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError, RtdetrError
 from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.infer.detections import Detections
-from rtdetr_cli.model.header import ModelHeader
+from rtdetr_cli.weights.header import ModelHeader
 
 MOST_PICTURES = 200
 PROBED = 4  # pictures of a batch, at least
@@ -485,7 +485,7 @@ class Gate:
 
     def ask(self, backend: Backend) -> Answers:
         """Return what a backend says about the pictures, given as many at once as it takes."""
-        from rtdetr_cli.infer.pictures import prefetch
+        from rtdetr_cli.infer.prefetch import prefetch
 
         together = at_a_time(backend)
         found: list[Detections] = []
@@ -518,7 +518,7 @@ class Gate:
         return Answers([found[i] for i in order], [indices[i] for i in order])
 
     def _ask_originals(self, backend: Backend) -> Answers:
-        from rtdetr_cli.data.pictures import read_picture
+        from rtdetr_cli.images.decode import read_picture
 
         answers = Answers([], [])
         for index in self.answers().indices:
@@ -537,7 +537,7 @@ class Gate:
         dynamic: bool | None,
         limits: Limits,
     ) -> Part:
-        from rtdetr_cli.data.pictures import read_picture, stretch
+        from rtdetr_cli.images.decode import read_picture, stretch
 
         findings = compare_headers(candidate.header, self.reference.header)
         if interface is not None:

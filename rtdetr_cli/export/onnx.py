@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from rtdetr_cli.errors import ExportError
 from rtdetr_cli.export.gate import Interface, TensorSpec
-from rtdetr_cli.model.files import written_aside
-from rtdetr_cli.model.header import METADATA_KEY, ModelHeader
+from rtdetr_cli.files import written_aside
+from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 MAX_BATCH = 1024
 TRACED_OPSET = 18  # what torch's translations are written for; 17 is converted from it

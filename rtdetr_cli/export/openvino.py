@@ -12,7 +12,7 @@ from rtdetr_cli.errors import ExportError
 from rtdetr_cli.export.gate import Interface, TensorSpec
 from rtdetr_cli.infer.graph import first_line
 from rtdetr_cli.infer.openvino_backend import import_openvino, openvino_core
-from rtdetr_cli.model.header import METADATA_KEY, ModelHeader
+from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 TYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "u8": "uint8"}
 

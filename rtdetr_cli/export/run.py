@@ -16,7 +16,7 @@ import onnx
 import torch
 
 from rtdetr_cli import __version__
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import EnvironmentProblem, RtdetrError, UsageError
 from rtdetr_cli.export import onnx as onnx_file
 from rtdetr_cli.export.gate import Gate, Interface, Verdict
@@ -30,12 +30,12 @@ from rtdetr_cli.export.graph import (
     interface_of,
     output_names,
 )
+from rtdetr_cli.files import written_aside
 from rtdetr_cli.infer.backend import Backend, open_backend
 from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend, header_path, import_tensorrt
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
-from rtdetr_cli.model.files import written_aside
-from rtdetr_cli.model.header import ModelHeader
+from rtdetr_cli.weights.header import ModelHeader
 
 PARITY_FILE = "parity.json"
 SUFFIXES = {"onnx": ".onnx", "fp16": "-fp16.onnx", "openvino": ".xml", "trt-fp16": ".engine"}

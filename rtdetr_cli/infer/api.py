@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.data.pictures import PictureError
 from rtdetr_cli.errors import ModelError, UsageError
+from rtdetr_cli.images.decode import PictureError
 from rtdetr_cli.infer.backend import Backend, open_backend
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.selection import Selection, select_by
 from rtdetr_cli.infer.stream import detect_pictures
-from rtdetr_cli.model.header import ModelHeader
+from rtdetr_cli.weights.header import ModelHeader
 
 if TYPE_CHECKING:
     from PIL import Image

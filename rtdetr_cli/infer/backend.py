@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.errors import ModelError, UsageError
 from rtdetr_cli.infer.detections import Detections
-from rtdetr_cli.model.header import ModelHeader
+from rtdetr_cli.weights.header import ModelHeader
 
 GRAPH_SUFFIXES = {".onnx": "onnx", ".xml": "openvino", ".engine": "tensorrt", ".plan": "tensorrt"}
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")

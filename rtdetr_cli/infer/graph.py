@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.errors import ModelError, UsageError
 from rtdetr_cli.infer.detections import Detections
-from rtdetr_cli.model.header import ModelHeader
+from rtdetr_cli.weights.header import ModelHeader
 
 PICTURES, SIZES = "images", "orig_target_sizes"
 FINISHED = ("labels", "boxes", "scores")

@@ -12,7 +12,7 @@ from typing import Any
 from rtdetr_cli.errors import ModelError
 from rtdetr_cli.infer.backend import check_model_path
 from rtdetr_cli.infer.graph import FINISHED, PICTURES, RAW, first_line
-from rtdetr_cli.model.header import METADATA_KEY, ModelHeader
+from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 _TYPE_NAMES = {
     "f64": "float64",
@@ -53,7 +53,7 @@ def inspect_model(path: Path) -> dict[str, Any]:
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
-    from rtdetr_cli.model.files import read_layout
+    from rtdetr_cli.weights.files import read_layout
 
     layout = read_layout(path)
     text = layout.metadata.get(METADATA_KEY)
@@ -66,7 +66,7 @@ def _safetensors(path: Path) -> dict[str, Any]:
 
 
 def _published(path: Path) -> dict[str, Any]:
-    from rtdetr_cli.model.weights import load_model, read_published
+    from rtdetr_cli.weights.published import load_model, read_published
 
     file = read_published(path)
     shapes = ((_is_buffer(n), str(t.dtype).removeprefix("torch."), t.shape) for n, t in file.state.items())

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.data.draw import draw_boxes
-from rtdetr_cli.data.pictures import PictureError
+from rtdetr_cli.images.decode import PictureError
+from rtdetr_cli.images.draw import draw_boxes
 from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.infer.detections import Detections
-from rtdetr_cli.infer.pictures import read_ahead
+from rtdetr_cli.infer.prefetch import read_ahead
 from rtdetr_cli.infer.selection import Selection
 from rtdetr_cli.infer.sources import Source
 from rtdetr_cli.infer.stream import Seen, Video, detect_frames, detect_pictures

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.errors import EnvironmentProblem, ModelError, UsageError
 from rtdetr_cli.infer.graph import GraphBackend, Port, first_line
-from rtdetr_cli.model.header import METADATA_KEY, ModelHeader
+from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 _TYPES = {
     "tensor(float)": np.float32,

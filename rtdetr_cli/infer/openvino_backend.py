@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rtdetr_cli.errors import EnvironmentProblem, ModelError
 from rtdetr_cli.infer.graph import GraphBackend, Port, first_line
 from rtdetr_cli.infer.packages import import_package
-from rtdetr_cli.model.header import METADATA_KEY, ModelHeader
+from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 
 class OpenvinoBackend(GraphBackend):

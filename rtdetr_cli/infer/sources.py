@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rtdetr_cli.data.pictures import PICTURE_SUFFIXES
 from rtdetr_cli.errors import DataError, UsageError
+from rtdetr_cli.images.decode import PICTURE_SUFFIXES
 
 _VIDEOS = ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .ts"
 VIDEO_SUFFIXES = frozenset(_VIDEOS.split())

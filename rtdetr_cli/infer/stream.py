@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.data.pictures import PictureError, read_picture, stretch
 from rtdetr_cli.errors import EnvironmentProblem
+from rtdetr_cli.images.decode import PictureError, read_picture, stretch
 from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.infer.detections import Detections
-from rtdetr_cli.infer.pictures import read_ahead
+from rtdetr_cli.infer.prefetch import read_ahead
 
 Key = TypeVar("Key")
 WHOLE, FRAMES_AMISS = 0.95, 2  # share of a video below which it is cut off, and frames that are never missed

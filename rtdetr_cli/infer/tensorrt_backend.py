@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rtdetr_cli.errors import EnvironmentProblem, ModelError
 from rtdetr_cli.infer.graph import GraphBackend, Port
 from rtdetr_cli.infer.packages import import_package
-from rtdetr_cli.model.header import ModelHeader
+from rtdetr_cli.weights.header import ModelHeader
 
 _TYPES = {
     "FLOAT": np.float32,

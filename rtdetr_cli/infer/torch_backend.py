@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from rtdetr_cli.errors import EnvironmentProblem, UsageError
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.model.detector import RTDETR
-from rtdetr_cli.model.header import ModelHeader
 from rtdetr_cli.model.postprocess import select_detections
+from rtdetr_cli.weights.header import ModelHeader
 
 
 class TorchBackend:
@@ -91,7 +91,7 @@ def open_torch(
     threads: int | None = None,
 ) -> TorchBackend:
     """Load weights for inference, with norms folded; see `open_backend`."""
-    from rtdetr_cli.model.weights import load_model
+    from rtdetr_cli.weights.published import load_model
 
     refuse_other_sampling(path, sampling)
     chosen = choose_device(device)
@@ -110,8 +110,8 @@ def refuse_other_sampling(path: Path, sampling: str | None) -> None:
         UsageError: it does.
         ModelError: the file is missing or damaged.
     """
-    from rtdetr_cli.model.files import read_header
-    from rtdetr_cli.model.weights import is_ours
+    from rtdetr_cli.weights.files import read_header
+    from rtdetr_cli.weights.published import is_ours
 
     if sampling not in ("bilinear", "discrete") or not is_ours(path):
         return

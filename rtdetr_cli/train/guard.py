@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rtdetr_cli.data.loader import Batch
-from rtdetr_cli.data.records import FlatStrings
+from rtdetr_cli.batches.loader import Batch
+from rtdetr_cli.datasets.records import FlatStrings
 from rtdetr_cli.errors import RtdetrError
 
 IN_A_ROW = 5

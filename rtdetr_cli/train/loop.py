@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rtdetr_cli.data.loader import Batch, TrainLoader
-from rtdetr_cli.data.records import FlatStrings
+from rtdetr_cli.batches.loader import Batch, TrainLoader
+from rtdetr_cli.datasets.records import FlatStrings
 from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.model.denoising import DenoisingGroup, draw_denoising
 from rtdetr_cli.train import memory

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from rtdetr_cli.data.cache import free_bytes as host_free_bytes
 from rtdetr_cli.errors import RtdetrError
+from rtdetr_cli.machine import free_bytes as host_free_bytes
 
 # Of what is free: the rest is left for the loader, the evaluation and fragmentation.
 SHARE_OF_FREE = 0.6

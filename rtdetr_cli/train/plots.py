@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from rtdetr_cli.data.draw import colour, draw_boxes
-from rtdetr_cli.data.pictures import PictureError, read_picture
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
+from rtdetr_cli.images.decode import PictureError, read_picture
+from rtdetr_cli.images.draw import colour, draw_boxes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

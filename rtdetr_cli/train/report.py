@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.config.presets import flatten
 from rtdetr_cli.config.run import RunConfig
-from rtdetr_cli.data.draw import colour
+from rtdetr_cli.images.draw import colour
 from rtdetr_cli.page import picture_uri, render_page
 from rtdetr_cli.train import plots
 from rtdetr_cli.train.plan import Plan

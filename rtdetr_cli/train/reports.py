@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rtdetr_cli.data.loader import Batch
+from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.train.guard import Skipped
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")

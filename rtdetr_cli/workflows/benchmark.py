@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.data.pictures import read_picture, stretch
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import EnvironmentProblem, ModelError, UsageError
 from rtdetr_cli.evaluate.bootstrap import Interval, Resamples, resample
 from rtdetr_cli.evaluate.run import Evaluation, evaluate
+from rtdetr_cli.images.decode import read_picture, stretch
 from rtdetr_cli.infer.backend import GRAPH_SUFFIXES, Backend, check_model_path, open_backend
 
 BACKENDS = ("torch", "onnx", "openvino", "tensorrt")
@@ -392,7 +392,7 @@ def plan(
             )
         settings[model] = [Setting()]
         if sweep:
-            from rtdetr_cli.model.weights import load_model
+            from rtdetr_cli.weights.published import load_model
 
             _, header = load_model(model)
             settings[model] = sweep_settings(sweep, layers=header.layers, queries=header.queries, imgsz=header.imgsz)
@@ -478,7 +478,7 @@ def _export(model: Path, kind: str, setting: Setting, batch: int, folder: Path, 
     """Export a model for a runtime at one setting, without the gate: its AP is measured here."""
     from rtdetr_cli.export.graph import ExportOptions
     from rtdetr_cli.export.run import export_model
-    from rtdetr_cli.model.weights import load_model
+    from rtdetr_cli.weights.published import load_model
 
     detector, header = load_model(model, layers=setting.layers, queries=setting.queries)
     tell(f"{model.name}: exporting for {kind}")

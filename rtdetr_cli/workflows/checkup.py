@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from rtdetr_cli.data.doctor import examine
-from rtdetr_cli.data.pictures import PictureError, read_picture
-from rtdetr_cli.data.read import refuse_errors
-from rtdetr_cli.data.records import Dataset, Finding
+from rtdetr_cli.checks.doctor import examine
+from rtdetr_cli.checks.load import refuse_errors
+from rtdetr_cli.datasets.records import Dataset, Finding
+from rtdetr_cli.images.decode import PictureError, read_picture
 from rtdetr_cli.model.detector import RTDETR
 
 WORTH = 0.1

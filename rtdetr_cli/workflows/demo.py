@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rtdetr_cli.checks.doctor import examine
+from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.config.run import resolve_run
-from rtdetr_cli.data.doctor import examine
-from rtdetr_cli.data.generate import generate_dataset
-from rtdetr_cli.data.read import load_splits
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.generate import generate_dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import GateError, RtdetrError, UsageError
 from rtdetr_cli.evaluate.run import Evaluation, evaluate
 from rtdetr_cli.export.run import Artefact, export_model
@@ -23,8 +23,8 @@ from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.job import Predicted, predict_pictures
 from rtdetr_cli.infer.selection import select_by
 from rtdetr_cli.infer.sources import find_sources
-from rtdetr_cli.model.weights import load_model
 from rtdetr_cli.train.loop import StopFlag
+from rtdetr_cli.weights.published import load_model
 from rtdetr_cli.workflows.finetune import EndReport, Event, finetune
 
 TRAIN_PICTURES = 800

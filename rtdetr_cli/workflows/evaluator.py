@@ -8,7 +8,7 @@ import time
 import numpy as np
 from torch import nn
 
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.evaluate.classes import ClassMap, map_classes
 from rtdetr_cli.evaluate.run import Detected, Evaluation, conclude, detect
 from rtdetr_cli.infer.torch_backend import TorchBackend

@@ -21,12 +21,9 @@ from typing import Any
 from torch import nn
 
 from rtdetr_cli.config.run import RunConfig, resolve_run
-from rtdetr_cli.data.records import Splits
+from rtdetr_cli.datasets.records import Splits
 from rtdetr_cli.errors import DataError, ModelError, RtdetrError, UsageError
 from rtdetr_cli.infer.torch_backend import choose_device
-from rtdetr_cli.model.hub import Watch
-from rtdetr_cli.model.transfer import TransferTable
-from rtdetr_cli.model.weights import read_header, save_model
 from rtdetr_cli.train.checkpoint import load_checkpoint, put_first
 from rtdetr_cli.train.loggers import require_loggers
 from rtdetr_cli.train.loop import Interrupted, LoopOptions, StopFlag, train
@@ -45,6 +42,9 @@ from rtdetr_cli.train.run_folder import CONFIG, RunFolder, nearest, refuse_exist
 from rtdetr_cli.train.state import Place, restore
 from rtdetr_cli.train.sync_norm import synchronise_norms
 from rtdetr_cli.train.team import join, launched, parse_devices, share_of
+from rtdetr_cli.weights.hub import Watch
+from rtdetr_cli.weights.published import read_header, save_model
+from rtdetr_cli.weights.transfer import TransferTable
 from rtdetr_cli.workflows.evaluator import Evaluator, explain_overfit
 from rtdetr_cli.workflows.identity import Pictures, check_identity, identity, look_at_pictures, refuse_changes
 from rtdetr_cli.workflows.prepare import Prepared, compile_parts, prepare, resolve_micro_batch, versions

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.config.presets import load_preset, preset_names
 from rtdetr_cli.config.run import RunConfig, resolve_run
 from rtdetr_cli.config.schema import ModelSpec, OfficialSchedule
-from rtdetr_cli.data.read import load_splits
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 from rtdetr_cli.evaluate.bootstrap import Interval, compare, resample
 from rtdetr_cli.evaluate.run import Evaluation, evaluate
@@ -28,11 +28,11 @@ from rtdetr_cli.evaluate.source import own_data
 from rtdetr_cli.export.run import Artefact, export_model
 from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.torch_backend import TorchBackend
-from rtdetr_cli.model.header import ModelHeader
-from rtdetr_cli.model.weights import load_model
 from rtdetr_cli.train.checkpoint import load_checkpoint
 from rtdetr_cli.train.loop import StopFlag
 from rtdetr_cli.train.run_folder import CONFIG, RunFolder
+from rtdetr_cli.weights.header import ModelHeader
+from rtdetr_cli.weights.published import load_model
 from rtdetr_cli.workflows.benchmark import measure, pictures_to_time
 from rtdetr_cli.workflows.finetune import EndReport, Event, config_of, finetune, resume
 from rtdetr_cli.workflows.prepare import training_sets

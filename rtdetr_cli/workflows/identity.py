@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.config.presets import flatten
 from rtdetr_cli.config.run import NAMED, RunConfig, absolute, parse_set, resolve_run
-from rtdetr_cli.data.fingerprint import picture_digests
+from rtdetr_cli.datasets.fingerprint import picture_digests
 from rtdetr_cli.errors import DataError, UsageError
 from rtdetr_cli.train.run_folder import CONFIG, RunFolder
 from rtdetr_cli.workflows.prepare import Prepared

@@ -15,19 +15,16 @@ import numpy as np
 import torch
 
 import rtdetr_cli
+from rtdetr_cli.batches.loader import TrainLoader
+from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.config.schema import ModelSpec
-from rtdetr_cli.data.augment import Augmentation, load_augmentation
-from rtdetr_cli.data.loader import TrainLoader
-from rtdetr_cli.data.read import load_splits
-from rtdetr_cli.data.records import Dataset, Splits
+from rtdetr_cli.datasets.records import Dataset, Splits
 from rtdetr_cli.errors import DataError, UsageError
+from rtdetr_cli.images.augment import Augmentation, load_augmentation
 from rtdetr_cli.infer.torch_backend import choose_device
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.detector import RTDETR
-from rtdetr_cli.model.header import ModelHeader
-from rtdetr_cli.model.hub import Watch
-from rtdetr_cli.model.transfer import TransferTable
 from rtdetr_cli.train import memory
 from rtdetr_cli.train.loop import as_input, step_denoising, worst_batch, worst_step
 from rtdetr_cli.train.losses import Criterion
@@ -36,6 +33,9 @@ from rtdetr_cli.train.plan import Plan, frozen_spec, make_plan
 from rtdetr_cli.train.precision import choose_precision
 from rtdetr_cli.train.state import Learner
 from rtdetr_cli.train.team import SOLO, Team, share_of
+from rtdetr_cli.weights.header import ModelHeader
+from rtdetr_cli.weights.hub import Watch
+from rtdetr_cli.weights.transfer import TransferTable
 from rtdetr_cli.workflows.checkup import examine_if_cheap
 from rtdetr_cli.workflows.start import load_start
 

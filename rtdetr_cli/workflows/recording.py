@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from rtdetr_cli.config.presets import flatten
 from rtdetr_cli.evaluate.run import Evaluation, evaluate
 from rtdetr_cli.infer.torch_backend import TorchBackend
-from rtdetr_cli.model.weights import load_model
 from rtdetr_cli.train import plots
 from rtdetr_cli.train.loggers import Loggers
 from rtdetr_cli.train.report import RunStory, write_report
@@ -29,6 +28,7 @@ from rtdetr_cli.train.reports import (
     WentBackReport,
 )
 from rtdetr_cli.train.run_folder import RunFolder
+from rtdetr_cli.weights.published import load_model
 
 if TYPE_CHECKING:
     from rtdetr_cli.workflows.evaluator import Evaluator

@@ -9,12 +9,12 @@ from typing import Any
 from rtdetr_cli.config.presets import load_preset, preset_names
 from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.config.schema import ModelSpec, Preset
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import ModelError
 from rtdetr_cli.model.detector import RTDETR
-from rtdetr_cli.model.hub import Watch, fetch
-from rtdetr_cli.model.transfer import TransferTable, load_backbone, transfer_weights
-from rtdetr_cli.model.weights import is_ours, load_model, read_header, read_published
+from rtdetr_cli.weights.hub import Watch, fetch
+from rtdetr_cli.weights.published import is_ours, load_model, read_header, read_published
+from rtdetr_cli.weights.transfer import TransferTable, load_backbone, transfer_weights
 
 WORDS = ("coco", "imagenet", "none")
 # These give no tensor its shape, or may differ: `transfer_weights` makes other sampling points anew.

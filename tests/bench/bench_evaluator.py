@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rtdetr_cli.data.records import Category, Dataset, FlatStrings
+from rtdetr_cli.datasets.records import Category, Dataset, FlatStrings
 from rtdetr_cli.evaluate.bootstrap import resample
 from rtdetr_cli.evaluate.coco import coco_metrics
 from rtdetr_cli.evaluate.errors_analysis import analyse

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from rtdetr_cli.data.read import load_splits
+from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.export.fp16 import ISLANDS, Accumulating, HalfTwin, halve, module_path, operator_name, traced_program
 from rtdetr_cli.export.gate import LIMITS, Gate, judge_agreement
 from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs
 from rtdetr_cli.infer.torch_backend import TorchBackend
-from rtdetr_cli.model.weights import load_model
+from rtdetr_cli.weights.published import load_model
 
 Rule = Callable[[str, str], bool]
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"

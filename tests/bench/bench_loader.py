@@ -31,11 +31,11 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from rtdetr_cli.data.augment import RECIPE, augment
-from rtdetr_cli.data.generate import generate_picture
-from rtdetr_cli.data.loader import CHILD_ENVIRONMENT
-from rtdetr_cli.data.pictures import opened
-from rtdetr_cli.data.worker import receive, send
+from rtdetr_cli.batches.loader import CHILD_ENVIRONMENT
+from rtdetr_cli.batches.worker import receive, send
+from rtdetr_cli.datasets.generate import generate_picture
+from rtdetr_cli.images.augment import RECIPE, augment
+from rtdetr_cli.images.decode import opened
 
 NETWORK = (640, 640)
 SIZES = {"640x480": ((640, 480), 4.0, 21), "4000x3000": ((4000, 3000), 10.0, 6)}

@@ -77,7 +77,7 @@ def export_r18(folder: Path) -> Path:
     from rtdetr_cli.config.presets import load_preset
     from rtdetr_cli.export.run import ExportOptions, export_model
     from rtdetr_cli.model.build import build_detector
-    from rtdetr_cli.model.header import ModelHeader
+    from rtdetr_cli.weights.header import ModelHeader
 
     torch.manual_seed(0)
     preset = load_preset("r18")

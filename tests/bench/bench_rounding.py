@@ -23,8 +23,8 @@ from rtdetr_cli.evaluate.bootstrap import resample
 from rtdetr_cli.evaluate.run import Evaluation, evaluate
 from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.torch_backend import TorchBackend
-from rtdetr_cli.model.weights import load_model, read_header
 from rtdetr_cli.train.reports import EpochReport
+from rtdetr_cli.weights.published import load_model, read_header
 from rtdetr_cli.workflows.finetune_discrete import FinetuneDiscrete, plan_discrete
 
 ROUNDINGS = ("published", "nearest")

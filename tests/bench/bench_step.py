@@ -21,8 +21,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.config.run import resolve_run
-from rtdetr_cli.data.loader import Batch
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.train.loop import accumulate, as_input, step_denoising
 from rtdetr_cli.train.plan import make_plan

@@ -131,7 +131,7 @@ def decode(path: Path) -> None:
 
 
 def full(folder: Path, count: int) -> bool:
-    from rtdetr_cli.data.doctor import examine
+    from rtdetr_cli.checks.doctor import examine
 
     path = make_pictures(folder, count)
     files = sorted((folder / "images").iterdir())

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from rtdetr_cli.model.header import ModelHeader
+from rtdetr_cli.weights.header import ModelHeader
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from rtdetr_cli.data.generate import generate_dataset
+    from rtdetr_cli.datasets.generate import generate_dataset
 
     folder = tmp_path_factory.mktemp("benchmark") / "shapes"
     generate_dataset(folder, train=2, val=6, imgsz=64, seed=0)
@@ -23,10 +23,10 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(shapes: Path) -> Path:
     import torch
 
+    from rtdetr_cli.checks.load import load_splits
     from rtdetr_cli.config.presets import load_preset
-    from rtdetr_cli.data.read import load_splits
     from rtdetr_cli.model.build import build_detector
-    from rtdetr_cli.model.weights import save_model
+    from rtdetr_cli.weights.published import save_model
 
     splits = load_splits(shapes)
     assert splits.val is not None

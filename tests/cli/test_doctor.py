@@ -6,7 +6,7 @@ from importlib import metadata
 
 import pytest
 
-from rtdetr_cli.infer import machine
+from rtdetr_cli.workflows import doctor as machine
 
 
 def test_a_fit_machine_is_called_fit(rtdetr) -> None:

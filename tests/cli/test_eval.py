@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from rtdetr_cli.evaluate.stored import stale_exports
-from rtdetr_cli.model.files import read_header, rewrite_header, tensors_identity
-from rtdetr_cli.model.header import ModelHeader, Thresholds
+from rtdetr_cli.weights.files import read_header, rewrite_header, tensors_identity
+from rtdetr_cli.weights.header import ModelHeader, Thresholds
 
 METRICS = {
     "AP": 0.504581,
@@ -33,7 +33,7 @@ METRICS = {
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from rtdetr_cli.data.generate import generate_dataset
+    from rtdetr_cli.datasets.generate import generate_dataset
 
     folder = tmp_path_factory.mktemp("eval") / "shapes"
     generate_dataset(folder, train=2, val=10, imgsz=96, seed=0)
@@ -45,10 +45,10 @@ def run_folder(shapes: Path) -> Path:
     """A run as training leaves it, but for the training: random weights."""
     import torch
 
+    from rtdetr_cli.checks.load import load_splits
     from rtdetr_cli.config.presets import load_preset
-    from rtdetr_cli.data.read import load_splits
     from rtdetr_cli.model.build import build_detector
-    from rtdetr_cli.model.weights import save_model
+    from rtdetr_cli.weights.published import save_model
 
     splits = load_splits(shapes)
     assert splits.val is not None
@@ -76,7 +76,7 @@ def run_folder(shapes: Path) -> Path:
 def onnx_file(run_folder: Path) -> Path:
     from rtdetr_cli.export.graph import ExportOptions
     from rtdetr_cli.export.run import export_model
-    from rtdetr_cli.model.weights import load_model
+    from rtdetr_cli.weights.published import load_model
 
     model, header = load_model(run_folder / "best.safetensors")
     return export_model(model, header, run_folder / "export", ExportOptions(), stem="best")[0].path
@@ -418,7 +418,7 @@ def test_from_the_onnx_file_the_stored_thresholds_give_the_same_figures(
     rtdetr: Callable[..., Any], tmp_path: Path
 ) -> None:
     """With a model that has learnt something: random scores are all ties, and prove nothing."""
-    from rtdetr_cli.data.generate import generate_dataset
+    from rtdetr_cli.datasets.generate import generate_dataset
 
     data = tmp_path / "shapes"
     generate_dataset(data, train=100, val=30, imgsz=96, seed=0)

@@ -122,7 +122,7 @@ def test_onnxruntime_example_on_variants(
     change: str, rtdetr: Callable[..., Any], shapes_onnx: Path, shapes_data: Path, tmp_path: Path
 ) -> None:
     from rtdetr_cli.export.onnx import embed, prepend_preprocessing
-    from rtdetr_cli.model.header import ModelHeader
+    from rtdetr_cli.weights.header import ModelHeader
 
     model = onnx.load(shapes_onnx)
     header = json.loads(next(p.value for p in model.metadata_props if p.key == "rtdetr"))

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtdetr_cli.data.pictures import read_picture
-from rtdetr_cli.model.files import read_header, rewrite_header
+from rtdetr_cli.images.decode import read_picture
+from rtdetr_cli.weights.files import read_header, rewrite_header
 
 
 @pytest.fixture

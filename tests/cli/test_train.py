@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rtdetr_cli.cli.train import dry_warnings
-from rtdetr_cli.model.files import read_header
+from rtdetr_cli.weights.files import read_header
 from rtdetr_cli.workflows.rehearse import DryReport
 
 SMALL = [
@@ -27,7 +27,7 @@ SMALL = [
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the shapes, with one box that leaves its picture: a warning."""
-    from rtdetr_cli.data.generate import generate_dataset
+    from rtdetr_cli.datasets.generate import generate_dataset
 
     folder = generate_dataset(tmp_path_factory.mktemp("data") / "shapes", train=20, val=6, imgsz=64)
     document = json.loads((folder / "train.json").read_text())

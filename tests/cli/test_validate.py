@@ -245,7 +245,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(rtdetr: Run, d
 
 
 def test_help_says_what_the_page_holds_at_most(rtdetr: Run) -> None:
-    from rtdetr_cli.data.pages import MOST_FINDINGS, MOST_PICTURES
+    from rtdetr_cli.checks.page import MOST_FINDINGS, MOST_PICTURES
 
     told = " ".join(rtdetr("validate", "--help").out.split())
     assert f"at most {MOST_PICTURES} pictures and {MOST_FINDINGS:,} findings" in told

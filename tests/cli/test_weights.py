@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rtdetr_cli.model import hub
 from rtdetr_cli.model.backbone import ResNet
+from rtdetr_cli.weights import hub
 
 QUICK = ["--epochs", "1", "--workers", "0", "--device", "cpu", "--effective-batch", "8", "--set", "plots=false"]
 

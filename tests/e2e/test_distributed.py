@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from rtdetr_cli.data.generate import generate_dataset
+from rtdetr_cli.datasets.generate import generate_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = [

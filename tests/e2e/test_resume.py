@@ -76,7 +76,7 @@ def server() -> Iterator[ForkServerContext]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from rtdetr_cli.data.generate import generate_dataset
+    from rtdetr_cli.datasets.generate import generate_dataset
 
     return generate_dataset(tmp_path_factory.mktemp("data") / "shapes", train=40, val=6, imgsz=64)
 

@@ -89,12 +89,12 @@ def train(steps: int, *, seed: int = 0, batch: int = 8) -> None:
     import torch
 
     from rtdetr_cli.config.schema import ModelSpec
-    from rtdetr_cli.data.pictures import stretch
+    from rtdetr_cli.images.decode import stretch
     from rtdetr_cli.model.build import build_detector
     from rtdetr_cli.model.denoising import draw_denoising
-    from rtdetr_cli.model.header import ModelHeader, Thresholds
-    from rtdetr_cli.model.weights import save_model
     from rtdetr_cli.train.losses import Criterion
+    from rtdetr_cli.weights.header import ModelHeader, Thresholds
+    from rtdetr_cli.weights.published import save_model
 
     spec = ModelSpec(
         depth=10,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rtdetr_cli.data.records import Category, Dataset, FlatStrings
+from rtdetr_cli.datasets.records import Category, Dataset, FlatStrings
 from rtdetr_cli.evaluate.table import DetectionTable
 
 

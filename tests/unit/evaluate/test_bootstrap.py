@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.evaluate.bootstrap import compare, draw_weights, resample, too_small
 from rtdetr_cli.evaluate.coco import coco_metrics

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError, UsageError
 from rtdetr_cli.evaluate.coco import EVALUATORS, METRICS, coco_metrics, without_crowds
 from rtdetr_cli.evaluate.run import metrics_from

@@ -159,7 +159,7 @@ def test_without_hotcoco_the_kinds_remain(make: Any) -> None:
 
 
 def test_stored_thresholds_come_first_then_the_best_f1(make: Any) -> None:
-    from rtdetr_cli.model.header import Thresholds
+    from rtdetr_cli.weights.header import Thresholds
 
     dataset, table = make.random(seed=4)
     assert "where F1 is highest" in analyse(metrics_from(dataset, table)).origin

@@ -16,7 +16,7 @@ from rtdetr_cli.evaluate.bootstrap import resample
 from rtdetr_cli.evaluate.errors_analysis import ErrorAnalysis, analyse
 from rtdetr_cli.evaluate.report import _Mark, choose_pictures, page_context, place_texts, write_page
 from rtdetr_cli.evaluate.run import metrics_from
-from rtdetr_cli.model.header import Thresholds
+from rtdetr_cli.weights.header import Thresholds
 
 NAMES = ("<script>alert(1)</script>", "$\\frac$ & \"quoted\" 'too'", "_дом 犬")
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.evaluate.run import evaluate, metrics_from
 from rtdetr_cli.infer.detections import Detections
-from rtdetr_cli.model.header import ModelHeader, Thresholds
+from rtdetr_cli.weights.header import ModelHeader, Thresholds
 
 NAMES = ("disc", "ring")
 

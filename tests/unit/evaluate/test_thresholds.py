@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.evaluate.matching import match
 from rtdetr_cli.evaluate.run import metrics_from

@@ -12,16 +12,16 @@ import onnx
 import pytest
 from torch import nn
 
-from rtdetr_cli.data.read import load_splits
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.checks.load import load_splits
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.export import onnx as onnx_file
 from rtdetr_cli.export.gate import Gate
 from rtdetr_cli.export.graph import DeployGraph, ExportOptions
 from rtdetr_cli.export.run import Artefact, export_model
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
-from rtdetr_cli.model.header import ModelHeader
-from rtdetr_cli.model.weights import load_model
+from rtdetr_cli.weights.header import ModelHeader
+from rtdetr_cli.weights.published import load_model
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 from PIL import Image
 from torch import Tensor
 
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.export import onnx as onnx_file
 from rtdetr_cli.export.fp16 import HalfTwin, half_program
@@ -41,7 +41,7 @@ from rtdetr_cli.infer.backend import Backend, open_backend
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR, Outputs, Prediction
-from rtdetr_cli.model.header import METADATA_KEY, ModelHeader
+from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 Edit = Callable[[Callable[[onnx.ModelProto], None]], Path]
 Loaded = tuple[RTDETR, ModelHeader]

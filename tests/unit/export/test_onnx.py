@@ -13,18 +13,18 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from rtdetr_cli.data.pictures import read_picture, stretch
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import ExportError, UsageError
 from rtdetr_cli.export import onnx as onnx_file
 from rtdetr_cli.export.gate import LIMITS, judge_agreement
 from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs
 from rtdetr_cli.export.run import Artefact, export_model
+from rtdetr_cli.images.decode import read_picture, stretch
 from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.onnx_backend import OnnxBackend
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
-from rtdetr_cli.model.header import ModelHeader
+from rtdetr_cli.weights.header import ModelHeader
 
 Loaded = tuple[RTDETR, ModelHeader]
 Edit = Callable[[Callable[[onnx.ModelProto], None]], Path]
@@ -227,7 +227,7 @@ def test_variants_pass_the_gate(loaded: Loaded, dataset: Dataset, tmp_path: Path
 @pytest.mark.parametrize("rounding", ["published", "nearest"])
 def test_discrete_export(loaded: Loaded, shapes_model: Path, dataset: Dataset, tmp_path: Path, rounding: str) -> None:
     """No GridSample, fewer operators than bilinear, and the choice travels in the file."""
-    from rtdetr_cli.model.weights import load_model
+    from rtdetr_cli.weights.published import load_model
 
     model, header = load_model(shapes_model, sampling="discrete")
     model.set_sampling("discrete", rounding)  # type: ignore[arg-type]

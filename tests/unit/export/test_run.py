@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import EnvironmentProblem, ModelError, RtdetrError, UsageError
 from rtdetr_cli.export import run
 from rtdetr_cli.export.gate import Gate, Limits, Part, Verdict
@@ -16,7 +16,7 @@ from rtdetr_cli.export.graph import ExportOptions
 from rtdetr_cli.export.run import Artefact, Draft, Work, export_model, files_of, gate_rounds, marked
 from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.model.detector import RTDETR
-from rtdetr_cli.model.header import ModelHeader
+from rtdetr_cli.weights.header import ModelHeader
 
 Loaded = tuple[RTDETR, ModelHeader]
 

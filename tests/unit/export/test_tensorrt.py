@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import EnvironmentProblem, ExportError
 from rtdetr_cli.export import gate, run, tensorrt
 from rtdetr_cli.export.gate import Interface, TensorSpec
@@ -21,7 +21,7 @@ from rtdetr_cli.export.graph import ExportOptions
 from rtdetr_cli.export.run import Artefact, Draft, Work, export_model, files_of, marked
 from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend, header_path, read_engine_header
 from rtdetr_cli.model.detector import RTDETR
-from rtdetr_cli.model.header import ModelHeader
+from rtdetr_cli.weights.header import ModelHeader
 
 Loaded = tuple[RTDETR, ModelHeader]
 VERSIONS = ["10.16.1", "11.4.0"]

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 import rtdetr_cli
-from rtdetr_cli.data.pictures import PictureError, read_picture
 from rtdetr_cli.errors import EnvironmentProblem, ModelError, UsageError
+from rtdetr_cli.images.decode import PictureError, read_picture
 from rtdetr_cli.infer.api import Detector, load
 from rtdetr_cli.infer.detections import Detections
 

@@ -11,7 +11,7 @@ import pytest
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.selection import parse_conf, resolve_classes, select_by, used_elsewhere
-from rtdetr_cli.model.header import ModelHeader, Thresholds
+from rtdetr_cli.weights.header import ModelHeader, Thresholds
 
 NAMES = ("cat", "Dog", "traffic light", "salt, pepper")
 

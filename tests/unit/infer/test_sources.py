@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rtdetr_cli.data.pictures import PICTURE_SUFFIXES
 from rtdetr_cli.errors import DataError, UsageError
+from rtdetr_cli.images.decode import PICTURE_SUFFIXES
 from rtdetr_cli.infer.sources import find_sources
 
 

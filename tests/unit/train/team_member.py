@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.config.schema import ModelSpec
-from rtdetr_cli.data.loader import Batch
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.train import memory
 from rtdetr_cli.train.loop import accumulate, step_denoising

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.config.run import RunConfig
-from rtdetr_cli.data.loader import Batch
-from rtdetr_cli.data.pictures import stretch
 from rtdetr_cli.errors import RtdetrError
+from rtdetr_cli.images.decode import stretch
 from rtdetr_cli.train import checkpoint as checkpointing
 from rtdetr_cli.train import loop, memory
 from rtdetr_cli.train import reports as reports_

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtdetr_cli.data.draw import colour
-from rtdetr_cli.data.records import Category, Dataset, FlatStrings
+from rtdetr_cli.datasets.records import Category, Dataset, FlatStrings
 from rtdetr_cli.evaluate.table import DetectionTable
+from rtdetr_cli.images.draw import colour
 from rtdetr_cli.train import plots
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.config.run import resolve_run
-from rtdetr_cli.data.read import load_splits
-from rtdetr_cli.data.records import Category
+from rtdetr_cli.datasets.records import Category
 from rtdetr_cli.evaluate.run import metrics_from
 from rtdetr_cli.evaluate.table import DetectionTable
 from rtdetr_cli.train import plots

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.config.presets import load_preset
-from rtdetr_cli.data.generate import generate_dataset
-from rtdetr_cli.data.read import load_splits
+from rtdetr_cli.datasets.generate import generate_dataset
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.workflows.checkup import examine_if_cheap

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from rtdetr_cli.data.read import load_splits
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.checks.load import load_splits
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.evaluate.classes import map_classes
 from rtdetr_cli.evaluate.run import Detected, conclude, detect, evaluate
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
-from rtdetr_cli.model.header import ModelHeader
-from rtdetr_cli.model.weights import load_model
 from rtdetr_cli.train.loop import StopFlag
 from rtdetr_cli.train.state import Place
 from rtdetr_cli.train.team import SOLO
+from rtdetr_cli.weights.header import ModelHeader
+from rtdetr_cli.weights.published import load_model
 from rtdetr_cli.workflows import evaluator as module
 from rtdetr_cli.workflows.evaluator import Evaluator
 

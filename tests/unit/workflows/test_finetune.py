@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from rtdetr_cli.batches.loader import TrainLoader
+from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.config.run import RunConfig, resolve_run
-from rtdetr_cli.data.generate import generate_dataset
-from rtdetr_cli.data.loader import TrainLoader
-from rtdetr_cli.data.read import load_splits
+from rtdetr_cli.datasets.generate import generate_dataset
 from rtdetr_cli.errors import DataError, EnvironmentProblem, ModelError, RtdetrError, UsageError
 from rtdetr_cli.train import loggers, memory
 from rtdetr_cli.train.checkpoint import load_checkpoint, read_sealed

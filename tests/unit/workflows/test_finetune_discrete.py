@@ -17,10 +17,10 @@ from rtdetr_cli.evaluate.bootstrap import Interval
 from rtdetr_cli.export.gate import Limits, Part, Verdict
 from rtdetr_cli.export.run import Artefact
 from rtdetr_cli.model.build import build_detector
-from rtdetr_cli.model.header import ModelHeader
-from rtdetr_cli.model.weights import load_model, read_header
 from rtdetr_cli.train.loop import Interrupted, StopFlag
 from rtdetr_cli.train.reports import EpochReport
+from rtdetr_cli.weights.header import ModelHeader
+from rtdetr_cli.weights.published import load_model, read_header
 from rtdetr_cli.workflows.finetune_discrete import (
     Exported,
     FinetuneDiscrete,

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from rtdetr_cli.config.run import resolve_run
-from rtdetr_cli.data.generate import generate_dataset
+from rtdetr_cli.datasets.generate import generate_dataset
 from rtdetr_cli.errors import EnvironmentProblem
 from rtdetr_cli.train import loggers, plots
 from rtdetr_cli.train.plan import make_plan

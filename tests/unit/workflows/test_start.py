@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 
+from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.config.presets import load_preset
 from rtdetr_cli.config.run import RunConfig, resolve_run
 from rtdetr_cli.config.schema import ModelSpec
-from rtdetr_cli.data.read import load_splits
-from rtdetr_cli.data.records import Dataset
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import ModelError
-from rtdetr_cli.model import hub
 from rtdetr_cli.model.backbone import ResNet
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.detector import RTDETR
-from rtdetr_cli.model.header import ModelHeader
-from rtdetr_cli.model.weights import save_model
+from rtdetr_cli.weights import hub
+from rtdetr_cli.weights.header import ModelHeader
+from rtdetr_cli.weights.published import save_model
 from rtdetr_cli.workflows.start import load_start, settings_of
 
 

@@ -1,0 +1,1 @@
+"""Training batches: the loader, its workers and its cache."""

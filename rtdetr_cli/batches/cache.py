@@ -1,0 +1,300 @@
+"""Memory shared by the loader's processes: the dataset, the batches under way, and decoded pictures.
+
+`SharedBlock` is anonymous memory (or an already deleted file) that a child inherits by file descriptor. It needs no
+room in `/dev/shm`, which containers keep small, leaves nothing behind however the run ends, and one block counts
+once however many processes read it.
+
+`PictureCache` keeps what was decoded, each picture at each fraction that was asked for, so a picture from the cache
+has the same bits as one decoded again. It fills in the order of use until its budget is spent; nothing is evicted,
+since every picture of an epoch is as likely as any other to come next.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from rtdetr_cli.datasets.records import Dataset
+from rtdetr_cli.images.decode import PictureFile, divisor, opened
+from rtdetr_cli.machine import free_bytes
+
+CACHES = ("none", "ram", "disk")
+_ALIGNMENT = 64
+_DIVISORS = (1, 2, 4, 8)
+_WIDTH = len(_DIVISORS)  # column of the width in a row of the cache's table; height and "scalable" follow
+_ROW = _WIDTH + 3
+
+
+class SharedBlock:
+    """Bytes that this process and the children it passes `fd` to have in common, zero at first.
+
+    Pickling carries the descriptor's number, so only a child that was started with it can unpickle.
+
+    Args:
+        size: bytes; pages are taken as they are written.
+        folder: where to put a file for it; None for memory.
+    """
+
+    def __init__(self, size: int, *, folder: Path | None = None) -> None:
+        self.size = max(size, 1)
+        self.in_memory = folder is None and hasattr(os, "memfd_create")
+        if self.in_memory:
+            self.fd = os.memfd_create("rtdetr")
+        else:
+            self.fd, name = tempfile.mkstemp(prefix="rtdetr-", dir=folder)
+            os.unlink(name)
+        os.ftruncate(self.fd, self.size)
+        self._open()
+
+    def __getstate__(self) -> tuple[int, int, bool]:
+        return self.fd, self.size, self.in_memory
+
+    def __setstate__(self, state: tuple[int, int, bool]) -> None:
+        self.fd, self.size, self.in_memory = state
+        self._open()
+
+    def _open(self) -> None:
+        self._map = mmap.mmap(self.fd, self.size)
+        weakref.finalize(self, os.close, self.fd)
+
+    def array(self, dtype: Any, shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
+        """Return a view of the block; it keeps the mapping alive."""
+        return np.ndarray(shape, dtype, self._map, offset)
+
+    def reserve(self, offset: int, size: int) -> bool:
+        """Take the pages for a range now; False when there is no room for them.
+
+        Writing into a file without room kills the process instead of raising; so does taking more memory than there
+        is, which the system grants at first.
+        """
+        if self.in_memory and size > free_bytes(None) * 0.9:
+            return False
+        try:
+            os.posix_fallocate(self.fd, offset, size)
+        except OSError:
+            return False
+        return True
+
+
+class SharedRecords:
+    """What training needs of a dataset, in one shared block: paths, boxes and labels, without the crowds."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        kept = ~dataset.crowd
+        before = np.concatenate([[0], np.cumsum(kept)])
+        root = os.fspath(dataset.root)
+        names = [os.fsencode(os.path.join(root, name)) for name in dataset.file_names]
+        arrays: dict[str, NDArray[Any]] = {
+            "offsets": before[dataset.offsets].astype(np.int64),
+            "boxes": dataset.boxes_xyxy_px[kept].astype(np.float64),
+            "labels": dataset.labels[kept].astype(np.int64),
+            "name_ends": np.cumsum([0, *map(len, names)]).astype(np.int64),
+            "names": np.frombuffer(b"".join(names), np.uint8),
+        }
+        self._layout: dict[str, tuple[str, tuple[int, ...], int]] = {}
+        size = 0
+        for key, array in arrays.items():
+            self._layout[key] = (array.dtype.str, array.shape, size)
+            size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self.block = SharedBlock(size)
+        self._open()
+        for key, array in arrays.items():
+            self._arrays[key][...] = array
+
+    def __getstate__(self) -> tuple[SharedBlock, dict[str, tuple[str, tuple[int, ...], int]]]:
+        return self.block, self._layout
+
+    def __setstate__(self, state: tuple[SharedBlock, dict[str, tuple[str, tuple[int, ...], int]]]) -> None:
+        self.block, self._layout = state
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._arrays["offsets"]) - 1
+
+    def _open(self) -> None:
+        self._arrays = {
+            key: self.block.array(dtype, shape, offset) for key, (dtype, shape, offset) in self._layout.items()
+        }
+
+    def path(self, index: int) -> Path:
+        """Return the path of one picture."""
+        start, stop = self._arrays["name_ends"][index : index + 2]
+        return Path(os.fsdecode(self._arrays["names"][start:stop].tobytes()))
+
+    def boxes(self, index: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Return the boxes (N, 4) in xyxy pixels and the labels (N,) of one picture, as views."""
+        start, stop = self._arrays["offsets"][index : index + 2]
+        return self._arrays["boxes"][start:stop], self._arrays["labels"][start:stop]
+
+
+class CacheEntry(NamedTuple):
+    """One decoded picture in the cache: which, at which fraction, and where its pixels lie."""
+
+    picture: int
+    divisor: int
+    offset: int
+    size_wh: tuple[int, int]
+    scalable: bool
+
+
+class PictureCache:
+    """Decoded pictures in shared memory or in a file, each at each fraction it was decoded at.
+
+    Every process has a region of its own to write to, and reads all of them. Only the process that made the cache
+    writes the table (`publish`), after the writer has told it that the pixels are there: so no reader ever sees a
+    row before its pixels.
+
+    Args:
+        pictures: how many there are.
+        kind: `ram` or `disk`.
+        regions: one for each process that decodes.
+        budget: bytes for all pixels; None for half of what is free.
+        largest: bytes that all pixels together may take, for a smaller file than the budget allows.
+    """
+
+    def __init__(
+        self, pictures: int, *, kind: str, regions: int, budget: int | None = None, largest: int | None = None
+    ) -> None:
+        folder = _disk_folder() if kind == "disk" else None
+        self.budget = free_bytes(folder) // 2 if budget is None else budget
+        self._region = self.budget // regions if largest is None else min(self.budget // regions, largest)
+        self._used = 0
+        self._pixels = SharedBlock(self._region * regions, folder=folder)
+        # offset + 1 of each fraction (0: not there), width, height, 1 + scalable (0: not known)
+        self._rows = SharedBlock(pictures * _ROW * 8)
+        self._pictures = pictures
+        self._table = self._rows.array(np.int64, (pictures, _ROW))
+        self._number = 0
+
+    def __getstate__(self) -> tuple[SharedBlock, SharedBlock, int, int, int]:
+        return self._pixels, self._rows, self._pictures, self._region, self.budget
+
+    def __setstate__(self, state: tuple[SharedBlock, SharedBlock, int, int, int]) -> None:
+        self._pixels, self._rows, self._pictures, self._region, self.budget = state
+        self._table = self._rows.array(np.int64, (self._pictures, _ROW))
+        self._used = 0
+        self._number = 0
+
+    @property
+    def blocks(self) -> tuple[SharedBlock, ...]:
+        """What a child must inherit."""
+        return self._pixels, self._rows
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the pictures that the table knows."""
+        total = 0
+        sizes = self._table[:, _WIDTH : _WIDTH + 2]
+        for column, fraction in enumerate(_DIVISORS):
+            sides = -(-sizes[self._table[:, column] > 0] // fraction)
+            total += int(sides.prod(1).sum()) * 3
+        return total
+
+    def __len__(self) -> int:
+        """How many pictures have at least one entry."""
+        return int((self._table[:, : len(_DIVISORS)] > 0).any(1).sum())
+
+    def write_to(self, region: int) -> None:
+        """Choose the region that this process writes to."""
+        self._number = region
+
+    def publish(self, entry: CacheEntry) -> None:
+        """Make an entry known to all. Of two for the same pixels, equal by nature, the later one is read."""
+        row = self._table[entry.picture]
+        row[_DIVISORS.index(entry.divisor)] = entry.offset + 1
+        row[_WIDTH:] = (*entry.size_wh, 1 + entry.scalable)
+
+    @contextmanager
+    def opened(self, index: int, path: Path) -> Iterator[CachedPicture]:
+        """Open a picture, from the cache when its header is known there."""
+        width, height, scalable = self._table[index, _WIDTH:].tolist()
+        if scalable:
+            yield CachedPicture(self, index, path, (width, height), scalable=scalable == 2)
+        else:
+            with opened(path) as file:
+                yield CachedPicture(self, index, path, file.size_wh, scalable=file.scalable, file=file)
+
+    def read(self, index: int, divisor: int, size_wh: tuple[int, int]) -> Image.Image | None:
+        """Return what was decoded before, or None."""
+        offset = int(self._table[index, _DIVISORS.index(divisor)]) - 1
+        if offset < 0:
+            return None
+        width, height = (-(-side // divisor) for side in size_wh)
+        return Image.fromarray(self._pixels.array(np.uint8, (height, width, 3), offset))
+
+    def write(self, image: Image.Image) -> int | None:
+        """Store decoded pixels in this process's region and return their offset; None when there is no room."""
+        size = image.width * image.height * 3
+        if self._used + size > self._region:
+            return None
+        offset = self._number * self._region + self._used
+        if not self._pixels.reserve(offset, size):
+            self._used = self._region
+            return None
+        self._pixels.array(np.uint8, (image.height, image.width, 3), offset)[...] = np.asarray(image)
+        self._used += size
+        return offset
+
+
+class CachedPicture:
+    """A picture that is looked up before it is decoded, and kept after; a `Source` for `augment`.
+
+    Attributes:
+        size_wh: width and height of the upright picture in pixels.
+        stored: what `decode` added to the cache, for `PictureCache.publish`.
+    """
+
+    def __init__(
+        self,
+        cache: PictureCache,
+        index: int,
+        path: Path,
+        size_wh: tuple[int, int],
+        *,
+        scalable: bool,
+        file: PictureFile | None = None,
+    ) -> None:
+        self._cache = cache
+        self._index = index
+        self._path = path
+        self._scalable = scalable
+        self._file = file
+        self.size_wh = size_wh
+        self.stored: CacheEntry | None = None
+
+    def divisor(self, hw: tuple[int, int]) -> int:
+        """Return the most that the sides can be divided by and still cover `hw`, as the file itself would."""
+        return divisor(self.size_wh, hw) if self._scalable else 1
+
+    def decode(self, divisor: int = 1) -> Image.Image:
+        """Return the upright RGB picture with its sides divided, the same bits from the cache as from the file."""
+        image = self._cache.read(self._index, divisor, self.size_wh)
+        if image is not None:
+            return image
+        if self._file is not None:
+            image = self._file.decode(divisor)
+        else:
+            with opened(self._path) as file:
+                image = file.decode(divisor)
+        if image.size == tuple(-(-side // divisor) for side in self.size_wh):
+            offset = self._cache.write(image)
+            if offset is not None:
+                self.stored = CacheEntry(self._index, divisor, offset, self.size_wh, self._scalable)
+        return image
+
+
+def _disk_folder() -> Path:
+    """Return a folder for large files that need not outlive the run: on a disk, where `/tmp` is often memory."""
+    if os.environ.get("TMPDIR") or not os.access("/var/tmp", os.W_OK):
+        return Path(tempfile.gettempdir())
+    return Path("/var/tmp")

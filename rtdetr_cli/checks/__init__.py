@@ -1,0 +1,1 @@
+"""What is wrong with a dataset: checks, report, page, repair, new splits."""

@@ -1,1 +1,0 @@
-"""From pictures and labels on disk to batches, and the doctor that checks them."""

@@ -1,0 +1,253 @@
+"""What a reader finds before it is judged: boxes as they are written, in flat arrays, with their place in the file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtdetr_cli.datasets.codes import Findings, Spot
+from rtdetr_cli.datasets.records import Category
+
+
+@dataclass(slots=True, eq=False)
+class RawSplit:
+    """One split as it is written: boxes may be inverted, outside or not finite.
+
+    N pictures, M boxes, the boxes in the order of their pictures.
+
+    Attributes:
+        split: `train`, `val` or `test`.
+        root: the folder that relative `file_names` start from.
+        label_files: paths for people, relative to the dataset's folder.
+        file_names: N paths; mended where only the case differs.
+        image_ids: (N,) int64.
+        sizes_wh: (N, 2) int32 as declared; 0 where the labels do not say.
+        declared: (N,) bool, whether the labels say a size.
+        picture_labels: (N,) int32, position in `label_files`; -1 for none.
+        picture_lines: (N,) int32, line of the entry in its label file; 0 for none.
+        picture_entries: (N,) int32, position of the entry in its list; -1 for none.
+        box_pictures: (M,) int64, position of the picture, ascending.
+        boxes_xyxy_px: (M, 4) float64.
+        labels: (M,) int64, positions in the dataset's categories.
+        areas: (M,) float64, NaN where the labels do not say.
+        crowd: (M,) bool.
+        annotation_ids: (M,) int64.
+        box_lines: (M,) int32.
+        box_entries: (M,) int32.
+        said_beyond: (M,) bool, boxes that the reader has already called beyond the picture.
+        said_names: picture -> its name in the labels, where the disk has another.
+        usable: (N,) bool, False once a check found that the picture cannot be used.
+        shares: True while boxes and areas are shares of the picture, which are scaled once its size is known.
+    """
+
+    split: str
+    root: Path
+    label_files: list[str]
+    file_names: list[str]
+    image_ids: NDArray[np.int64]
+    sizes_wh: NDArray[np.int32]
+    picture_labels: NDArray[np.int32]
+    picture_lines: NDArray[np.int32]
+    picture_entries: NDArray[np.int32]
+    box_pictures: NDArray[np.int64]
+    boxes_xyxy_px: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    areas: NDArray[np.float64]
+    crowd: NDArray[np.bool_]
+    annotation_ids: NDArray[np.int64]
+    box_lines: NDArray[np.int32]
+    box_entries: NDArray[np.int32]
+    said_beyond: NDArray[np.bool_] = field(init=False)
+    shares: bool = field(default=False, init=False)
+    said_names: dict[int, str] = field(default_factory=dict, init=False)
+    declared: NDArray[np.bool_] = field(init=False)
+    usable: NDArray[np.bool_] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.declared = np.all(self.sizes_wh > 0, axis=1)
+        self.said_beyond = np.zeros(len(self.box_pictures), np.bool_)
+        self.usable = np.ones(len(self.file_names), np.bool_)
+
+    def __len__(self) -> int:
+        return len(self.file_names)
+
+    def path(self, picture: int) -> Path:
+        """Return the path of one picture."""
+        return self.root / self.file_names[picture]
+
+    def label_file(self, picture: int) -> str:
+        """Return the label file of one picture, for people."""
+        position = int(self.picture_labels[picture])
+        return self.label_files[position] if position >= 0 else ""
+
+    def picture_spot(self, picture: int) -> Spot:
+        """Return where one picture's entry lies."""
+        return Spot(self.split, picture, int(self.picture_entries[picture]))
+
+    def box_spot(self, box: int) -> Spot:
+        """Return where one box's entry lies."""
+        x1, y1, x2, y2 = self.boxes_xyxy_px[box].tolist()
+        return Spot(self.split, int(self.box_pictures[box]), int(self.box_entries[box]), (x1, y1, x2, y2))
+
+    def scale_shares(self) -> None:
+        """Turn shares into pixels; boxes of pictures whose size is not known are dropped."""
+        if not self.shares:
+            return
+        self.shares = False
+        sizes = self.sizes_wh[self.box_pictures].astype(np.float64)
+        self.boxes_xyxy_px = self.boxes_xyxy_px * np.concatenate([sizes, sizes], 1)
+        self.areas = self.areas * sizes[:, 0] * sizes[:, 1]
+        known = sizes[:, 0] > 0
+        if not known.all():
+            self.keep_boxes(known)
+
+    def keep_boxes(self, keep: NDArray[np.bool_]) -> None:
+        """Drop the boxes where `keep` is False."""
+        for name in _BOX_ROWS:
+            setattr(self, name, getattr(self, name)[keep])
+
+    def sort_boxes(self) -> None:
+        """Bring the boxes into the order of their pictures; those of one picture keep theirs."""
+        if len(self.box_pictures) and (np.diff(self.box_pictures) < 0).any():
+            order = np.argsort(self.box_pictures, kind="stable")
+            for name in _BOX_ROWS:
+                setattr(self, name, getattr(self, name)[order])
+
+
+_BOX_ROWS = (
+    "box_pictures",
+    "boxes_xyxy_px",
+    "labels",
+    "areas",
+    "crowd",
+    "annotation_ids",
+    "box_lines",
+    "box_entries",
+    "said_beyond",
+)
+
+
+@dataclass(slots=True, eq=False)
+class RawDataset:
+    """A dataset as it is written.
+
+    Attributes:
+        source: what the user named.
+        folder: the dataset's folder; pictures may not leave it.
+        roots: real paths that pictures may lie under: the folder, and what the user named with `--images`.
+        label_paths: every label file on disk by the path shown to people.
+        findings: what reading noticed.
+        split_made: True when the val part was drawn from one file by us.
+    """
+
+    source: Path
+    name: str
+    format: str
+    folder: Path
+    roots: tuple[Path, ...]
+    categories: tuple[Category, ...] = ()
+    splits: dict[str, RawSplit] = field(default_factory=dict)
+    label_paths: dict[str, Path] = field(default_factory=dict)
+    findings: Findings = field(default_factory=Findings)
+    split_made: bool = False
+
+    def show(self, path: Path) -> str:
+        """Return a path for people: relative to the dataset's folder where it lies below it."""
+        try:
+            shown = str(path.relative_to(self.folder))
+        except ValueError:
+            return str(path)
+        return shown if shown != "." else str(path)
+
+    def main_file(self) -> str:
+        """Return the file, for people, that what concerns the whole dataset is found in."""
+        if self.source.is_file():
+            return self.show(self.source)
+        central = [shown for shown, path in self.label_paths.items() if path.suffix in (".json", ".yaml", ".yml")]
+        return central[0] if central and self.format != "voc" else str(self.source)
+
+
+@dataclass(slots=True)
+class Rows:
+    """Collects pictures and boxes one by one, for the formats with one label file a picture."""
+
+    label_files: list[str] = field(default_factory=list)
+    file_names: list[str] = field(default_factory=list)
+    image_ids: list[int] = field(default_factory=list)
+    sizes_wh: list[tuple[int, int]] = field(default_factory=list)
+    picture_labels: list[int] = field(default_factory=list)
+    box_pictures: list[int] = field(default_factory=list)
+    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    areas: list[float] = field(default_factory=list)
+    crowd: list[bool] = field(default_factory=list)
+    annotation_ids: list[int | None] = field(default_factory=list)
+    box_lines: list[int] = field(default_factory=list)
+    box_entries: list[int] = field(default_factory=list)
+    said_beyond: list[int] = field(default_factory=list)
+
+    def add_picture(self, file_name: str, *, image_id: int, size_wh: tuple[int, int], label_file: str) -> int:
+        """Add a picture and return its position; an empty `label_file` stands for none."""
+        self.file_names.append(file_name)
+        self.image_ids.append(image_id)
+        self.sizes_wh.append(size_wh)
+        if label_file:
+            self.label_files.append(label_file)
+        self.picture_labels.append(len(self.label_files) - 1 if label_file else -1)
+        return len(self.file_names) - 1
+
+    def add_box(
+        self,
+        picture: int,
+        box_xyxy_px: tuple[float, float, float, float],
+        label: int,
+        *,
+        line: int,
+        entry: int,
+        area: float = float("nan"),
+        crowd: bool = False,
+        annotation_id: int | None = None,
+        beyond: bool = False,
+    ) -> None:
+        """Add a box; `beyond` stands for a box already called beyond the picture."""
+        if beyond:
+            self.said_beyond.append(len(self.boxes))
+        self.box_pictures.append(picture)
+        self.boxes.append(box_xyxy_px)
+        self.labels.append(label)
+        self.areas.append(area)
+        self.crowd.append(crowd)
+        self.annotation_ids.append(annotation_id)
+        self.box_lines.append(line)
+        self.box_entries.append(entry)
+
+    def split(self, name: str, root: Path) -> RawSplit:
+        """Return everything as flat arrays; where a box has no id of its own, all are numbered."""
+        count = len(self.file_names)
+        own = [i for i in self.annotation_ids if i is not None]
+        if len(set(own)) != len(self.annotation_ids):
+            own = list(range(1, len(self.annotation_ids) + 1))
+        split = RawSplit(
+            split=name,
+            root=root,
+            label_files=self.label_files,
+            file_names=self.file_names,
+            image_ids=np.asarray(self.image_ids, np.int64),
+            sizes_wh=np.asarray(self.sizes_wh, np.int32).reshape(count, 2),
+            picture_labels=np.asarray(self.picture_labels, np.int32),
+            picture_lines=np.zeros(count, np.int32),
+            picture_entries=np.full(count, -1, np.int32),
+            box_pictures=np.asarray(self.box_pictures, np.int64),
+            boxes_xyxy_px=np.asarray(self.boxes, np.float64).reshape(-1, 4),
+            labels=np.asarray(self.labels, np.int64),
+            areas=np.asarray(self.areas, np.float64),
+            crowd=np.asarray(self.crowd, np.bool_),
+            annotation_ids=np.asarray(own, np.int64),
+            box_lines=np.asarray(self.box_lines, np.int32),
+            box_entries=np.asarray(self.box_entries, np.int32),
+        )
+        split.said_beyond[self.said_beyond] = True
+        return split

@@ -1,0 +1,98 @@
+"""Splits: what the readers found, as flat arrays; a val split drawn where there is none."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rtdetr_cli.datasets.fingerprint import fingerprint
+from rtdetr_cli.datasets.raw import RawDataset, RawSplit
+from rtdetr_cli.datasets.records import Dataset, FlatStrings, Splits
+
+
+def to_splits(raw: RawDataset) -> Splits:
+    """Return checked records as flat arrays."""
+    datasets = {name: _dataset(raw, split) for name, split in raw.splits.items()}
+    return Splits(
+        source=raw.source,
+        name=raw.name,
+        format=raw.format,
+        categories=raw.categories,
+        train=datasets.get("train"),
+        val=datasets.get("val"),
+        test=datasets.get("test"),
+        fingerprint=fingerprint(datasets),
+        findings=tuple(raw.findings),
+        split_made=raw.split_made,
+    )
+
+
+def _dataset(raw: RawDataset, split: RawSplit) -> Dataset:
+    count = len(split)
+    offsets = np.zeros(count + 1, np.int64)
+    np.cumsum(np.bincount(split.box_pictures, minlength=count), out=offsets[1:])
+    boxes = split.boxes_xyxy_px
+    sides = boxes[:, 2:] - boxes[:, :2]
+    areas = np.where(np.isfinite(split.areas) & (split.areas > 0), split.areas, sides[:, 0] * sides[:, 1])
+    return Dataset(
+        name=raw.name,
+        split=split.split,
+        format=raw.format,
+        root=split.root,
+        categories=raw.categories,
+        file_names=FlatStrings(split.file_names),
+        image_ids=split.image_ids,
+        sizes_wh=split.sizes_wh,
+        offsets=offsets,
+        boxes_xyxy_px=boxes,
+        labels=split.labels,
+        areas=areas,
+        crowd=split.crowd,
+        annotation_ids=split.annotation_ids,
+    )
+
+
+def draw_val(raw: RawDataset, val_fraction: float, seed: int) -> None:
+    """Draw a val split by picture from a dataset that has only train."""
+    if set(raw.splits) != {"train"} or len(raw.splits["train"]) < 2:
+        return
+    whole = raw.splits["train"]
+    count = min(len(whole) - 1, max(1, round(val_fraction * len(whole))))
+    # By file name, not by position: the draw survives a file whose entries were written in another order.
+    order = np.argsort(np.asarray(whole.file_names, object), kind="stable")
+    drawn = np.zeros(len(whole), np.bool_)
+    drawn[order[np.random.default_rng(seed).permutation(len(whole))[:count]]] = True
+    raw.splits = {"train": take(whole, ~drawn, "train"), "val": take(whole, drawn, "val")}
+    raw.split_made = True
+    raw.findings.add(
+        "split-made",
+        f"there is no val split: {count} of {len(whole)} pictures were drawn for it (seed {seed})",
+        file=raw.main_file(),
+    )
+
+
+def take(split: RawSplit, pictures: np.typing.NDArray[np.bool_], name: str) -> RawSplit:
+    """Return the chosen pictures of a split, with their boxes."""
+    position = np.cumsum(pictures) - 1
+    boxes = pictures[split.box_pictures]
+    part = RawSplit(
+        split=name,
+        root=split.root,
+        label_files=split.label_files,
+        file_names=[f for f, chosen in zip(split.file_names, pictures, strict=True) if chosen],
+        image_ids=split.image_ids[pictures],
+        sizes_wh=split.sizes_wh[pictures],
+        picture_labels=split.picture_labels[pictures],
+        picture_lines=split.picture_lines[pictures],
+        picture_entries=split.picture_entries[pictures],
+        box_pictures=position[split.box_pictures[boxes]],
+        boxes_xyxy_px=split.boxes_xyxy_px[boxes],
+        labels=split.labels[boxes],
+        areas=split.areas[boxes],
+        crowd=split.crowd[boxes],
+        annotation_ids=split.annotation_ids[boxes],
+        box_lines=split.box_lines[boxes],
+        box_entries=split.box_entries[boxes],
+    )
+    part.shares, part.said_beyond = split.shares, split.said_beyond[boxes]
+    part.declared, part.usable = split.declared[pictures], split.usable[pictures]
+    return part

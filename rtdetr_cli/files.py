@@ -1,0 +1,56 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from rtdetr_cli.errors import RtdetrError
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success it is flushed to the disk and takes `path`'s place.
+
+    A reader, or a machine that loses its power, sees the old file or the new one and never a part of one.
+
+    Raises:
+        RtdetrError: the folder cannot be written, or is full.
+    """
+    aside: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+        aside = Path(name)
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        aside.chmod(0o666 & ~mask)  # a temporary file is private; the model need not be
+        aside.replace(path)
+        aside = None
+        sync_folder(path.parent)
+    except OSError as error:
+        raise RtdetrError(
+            f"{path} cannot be written: {error.strerror or error}",
+            hint="choose another folder, or make room",
+            code="not-writable",
+        ) from error
+    finally:
+        if aside is not None:
+            aside.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,213 @@
+"""Shared memory and the picture cache: the same pixels back, within a budget, and no more than that."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rtdetr_cli import machine
+from rtdetr_cli.batches import cache as module
+from rtdetr_cli.batches.cache import PictureCache, SharedBlock, SharedRecords
+from rtdetr_cli.datasets.records import Category, Dataset, FlatStrings
+from rtdetr_cli.images.decode import PictureError, open_picture
+
+
+def tiny_dataset(root: Path, names: list[str]) -> Dataset:
+    """Picture i has i boxes, of which the second is a crowd."""
+    counts = list(range(len(names)))
+    boxes = np.arange(4 * sum(counts), dtype=np.float64).reshape(-1, 4)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    crowd = np.zeros(len(boxes), np.bool_)
+    crowd[[offsets[i] + 1 for i in range(2, len(names))]] = True
+    return Dataset(
+        name="tiny",
+        split="train",
+        format="coco",
+        root=root,
+        categories=(Category(1, "a"),),
+        file_names=FlatStrings(names),
+        image_ids=np.arange(len(names)),
+        sizes_wh=np.full((len(names), 2), 32, np.int32),
+        offsets=offsets,
+        boxes_xyxy_px=boxes,
+        labels=np.arange(len(boxes)),
+        areas=np.ones(len(boxes)),
+        crowd=crowd,
+        annotation_ids=np.arange(len(boxes)),
+    )
+
+
+@pytest.fixture
+def jpeg(tmp_path: Path) -> Path:
+    path = tmp_path / "a.jpg"
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (61, 83, 3), np.uint8)).resize((333, 245)).save(path)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------- blocks
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_block_is_shared_with_who_inherits_it(on_disk: bool, tmp_path: Path) -> None:
+    block = SharedBlock(100_000, folder=tmp_path if on_disk else None)
+    assert list(tmp_path.iterdir()) == [], "the file has no name that could be left behind"
+    assert block.reserve(0, 100_000)
+    a = block.array(np.int64, (100,), 800)
+    child = os.fork()
+    if not child:
+        a[:] = np.arange(100)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert a.tolist() == list(range(100))
+    again = SharedBlock.__new__(SharedBlock)
+    again.__setstate__((os.dup(block.fd), block.size, block.in_memory))
+    assert again.array(np.int64, (100,), 800).tolist() == list(range(100))
+
+
+def test_a_blocks_views_outlive_it_and_its_descriptor_does_not() -> None:
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    view = SharedBlock(4096).array(np.uint8, (10,))
+    view[:] = 7
+    gc.collect()
+    assert view.tolist() == [7] * 10
+    del view
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_no_room_is_told_and_does_not_kill(tmp_path: Path) -> None:
+    block = SharedBlock(1 << 20, folder=tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    try:
+        assert block.reserve(0, 4096)
+        assert not block.reserve(1 << 20, 1 << 20), "the file may not grow"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert block.reserve(4096, 1 << 19)
+
+
+# ---------------------------------------------------------------------------------------------------- records
+
+
+def test_records_keep_paths_boxes_and_labels_but_no_crowds(tmp_path: Path) -> None:
+    names = ["a.jpg", "sub/b c.png", "\udce9.jpg", "ünï.jpg", str(tmp_path / "elsewhere.jpg"), "f.jpg"]
+    dataset = tiny_dataset(tmp_path, names)
+    records = SharedRecords(dataset)
+    assert len(records) == len(names)
+    for i in range(len(names)):
+        assert records.path(i) == dataset.path(i)
+        boxes, labels = records.boxes(i)
+        truth = dataset.annotations(i)
+        assert np.array_equal(boxes, truth.boxes_xyxy_px[~truth.crowd])
+        assert np.array_equal(labels, truth.labels[~truth.crowd])
+    assert len(pickle.dumps(records)) < 2000, "a process is handed a descriptor, not the boxes"
+
+
+def test_records_of_a_dataset_without_boxes(tmp_path: Path) -> None:
+    records = SharedRecords(tiny_dataset(tmp_path, ["a.jpg"]))
+    boxes, labels = records.boxes(0)
+    assert boxes.shape == (0, 4)
+    assert labels.shape == (0,)
+
+
+# ---------------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+@pytest.mark.parametrize("divisor", [1, 2, 4, 8])
+def test_pictures_come_back_bit_for_bit(jpeg: Path, kind: str, divisor: int) -> None:
+    cache = PictureCache(3, kind=kind, regions=1, budget=10_000_000)
+    with cache.opened(1, jpeg) as first:
+        fresh = first.decode(divisor)
+        assert first.size_wh == (333, 245)
+        assert first.stored is not None
+    with cache.opened(1, jpeg) as second:
+        assert second.decode(divisor).tobytes() == fresh.tobytes()
+        assert second.stored is not None, "nobody has published the first"
+    cache.publish(first.stored)
+    jpeg.unlink()
+    with cache.opened(1, jpeg) as third:
+        assert third.size_wh == (333, 245)
+        assert third.divisor((30, 40)) == 8
+        image = third.decode(divisor)
+        assert third.stored is None
+    assert image.size == fresh.size
+    assert image.tobytes() == fresh.tobytes()
+    other = 8 if divisor == 1 else 1
+    with cache.opened(1, jpeg) as fourth, pytest.raises(PictureError, match="does not exist"):
+        fourth.decode(other)
+    assert len(cache) == 1
+    assert cache.used_bytes == fresh.width * fresh.height * 3
+
+
+def test_each_fraction_is_a_picture_of_its_own(jpeg: Path) -> None:
+    cache = PictureCache(1, kind="ram", regions=1, budget=10_000_000)
+    for divisor in (4, 1, 2):
+        with cache.opened(0, jpeg) as picture:
+            picture.decode(divisor)
+            assert picture.stored is not None
+            cache.publish(picture.stored)
+    for divisor in (1, 2, 4):
+        expected = open_picture(jpeg, reduce_to=(245 // divisor, 333 // divisor))
+        with cache.opened(0, jpeg) as picture:
+            assert picture.decode(divisor).tobytes() == expected.tobytes()
+
+
+def test_a_png_is_never_divided(tmp_path: Path) -> None:
+    Image.new("RGB", (400, 300)).save(tmp_path / "a.png")
+    cache = PictureCache(1, kind="ram", regions=1, budget=1_000_000)
+    for _ in range(2):
+        with cache.opened(0, tmp_path / "a.png") as picture:
+            assert picture.divisor((10, 10)) == 1
+            picture.decode(1)
+            if picture.stored is not None:
+                cache.publish(picture.stored)
+
+
+def test_the_budget_holds_for_all_regions_together(jpeg: Path) -> None:
+    size = 333 * 245 * 3
+    cache = PictureCache(9, kind="ram", regions=2, budget=5 * size)
+    stored = 0
+    for region in (0, 1):
+        worker = PictureCache.__new__(PictureCache)
+        worker.__setstate__(cache.__getstate__())
+        worker.write_to(region)
+        for picture in range(4):
+            with worker.opened(4 * region + picture, jpeg) as given:
+                given.decode(1)
+            if given.stored is not None:
+                cache.publish(given.stored)
+                stored += 1
+    assert stored == 4, "two in each half"
+    assert cache.used_bytes == 4 * size <= cache.budget
+    expected = open_picture(jpeg).tobytes()
+    for picture in (0, 1, 4, 5):
+        with cache.opened(picture, jpeg) as given:
+            assert given.decode(1).tobytes() == expected, "the regions do not overlap"
+
+
+def test_the_default_budget_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("ram", "disk"):
+        free = machine.free_bytes(module._disk_folder() if kind == "disk" else None)
+        cache = PictureCache(2, kind=kind, regions=3, largest=1000)
+        assert 0.3 * free < cache.budget < 0.7 * free
+
+
+def test_a_containers_limit_is_what_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 200000\nactive_file 5\n")
+    assert machine.free_bytes(None) == 500_000, "what was read from files is given up"
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.free_bytes(None) > 10_000_000

@@ -1,0 +1,157 @@
+"""What `examine` returns, whatever it runs on; look-alikes; lines of big files."""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rtdetr_cli.checks import doctor, duplicates
+from rtdetr_cli.checks.checks import iou_of_pairs
+from rtdetr_cli.checks.doctor import examine
+from rtdetr_cli.checks.duplicates import THUMB, near_groups
+from rtdetr_cli.checks.repair import repair, undo
+from rtdetr_cli.datasets.coco import lines_of
+
+
+def test_processes_and_threads_see_the_same(coco: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (coco.folder / "images/train_1.jpg").write_bytes(b"nothing")
+    folder = coco.write()
+    threads = examine(folder, workers=2)
+    monkeypatch.setattr(doctor, "_MANY_CORES", 1)
+    monkeypatch.setattr(doctor, "_WORTH_A_PROCESS", 1)
+    processes = examine(folder, workers=2, processes=True)
+    assert threads.to_json() == processes.to_json()
+    assert threads.looks == processes.looks
+
+
+def test_progress_counts_every_picture(coco: Any) -> None:
+    told: list[tuple[int, int]] = []
+    examine(coco.write(), progress=lambda done, total: told.append((done, total)))
+    assert told[0] == (0, 8)
+    assert told[-1] == (8, 8)
+
+
+def test_report_is_plain_json(coco: Any) -> None:
+    coco.box["bbox"] = [float("nan"), 1, 1, 1]
+    document = examine(coco.write()).to_json()
+    assert json.loads(json.dumps(document)) == document
+    assert document["counts"]["error"] == 1
+    assert document["dataset"]["per_class"][0] == {"id": 1, "name": "nut", "boxes": {"train": 12, "val": 12}}
+
+
+def test_most_severe_code_comes_first(coco: Any) -> None:
+    coco.train["annotations"][0]["iscrowd"] = 1
+    coco.train["annotations"][1]["bbox"] = [0, 0, 0, 0]
+    coco.train["annotations"][2]["bbox"] = [0, 0, -1, 1]
+    assert list(examine(coco.write()).by_code()) == ["box-inverted", "box-zero-size", "box-crowd"]
+
+
+@pytest.mark.parametrize("change", ["half size", "JPEG again", "brighter", "PNG"])
+def test_copies_look_alike(bccd: Path, change: str) -> None:
+    def thumb(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        return np.frombuffer(doctor._thumb(image, 0), np.uint8).reshape(THUMB, THUMB)
+
+    thumbs = []
+    paths = sorted((bccd / "JPEGImages").iterdir())[:40]
+    for path in paths:
+        with Image.open(path) as image:
+            image.load()
+            copy = {
+                "half size": lambda im: im.resize((320, 240), Image.Resampling.BICUBIC),
+                "JPEG again": lambda im: im.resize((600, 450)),
+                "brighter": lambda im: im.point(lambda v: min(255, int(1.1 * v + 9))),
+                "PNG": lambda im: im.copy(),
+            }[change](image)
+            thumbs += [thumb(image), thumb(copy)]
+    found = near_groups(np.stack(thumbs))
+    pairs = {frozenset(group) for group in found}
+    # 37 and 38 are the same field of view, and so are their copies.
+    names = [p.stem for p in paths]
+    twins = {names.index(n) for n in ("BloodImage_00037", "BloodImage_00038") if n in names}
+    alone = [i for i in range(len(paths)) if i not in twins]
+    assert all(frozenset((2 * i, 2 * i + 1)) in pairs for i in alone)
+    assert len(pairs) == len(alone) + bool(twins)
+
+
+def test_flat_pictures_are_like_none() -> None:
+    assert near_groups(np.full((50, THUMB, THUMB), 7, np.uint8)) == []
+    assert near_groups(np.zeros((0, THUMB, THUMB), np.uint8)) == []
+
+
+def test_candidates_miss_no_pair_that_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (300, 4, 4), np.uint8)
+    pictures = np.stack([np.asarray(Image.fromarray(c).resize((THUMB, THUMB), 3)) for c in coarse])
+    noisy = np.clip(pictures[:80].astype(int) + random.integers(-6, 7, (80, THUMB, THUMB)), 0, 255).astype(np.uint8)
+    thumbs = np.concatenate([pictures, noisy])
+    monkeypatch.setattr(duplicates, "_ROWS", 37)
+    monkeypatch.setattr(duplicates, "MAX_DIFFERENCE", 0.6)
+    values = thumbs.reshape(len(thumbs), -1).astype(float)
+    standard = (values - values.mean(axis=1, keepdims=True)) / values.std(axis=1, keepdims=True)
+    correlation = standard @ standard.T / THUMB**2
+    expected = duplicates.Joined(len(thumbs))
+    for a, b in zip(*np.nonzero(np.triu(1 - correlation <= 0.36, 1)), strict=True):
+        expected.join(int(a), int(b))
+    assert near_groups(thumbs) == expected.groups()
+    monkeypatch.undo()
+    found = near_groups(thumbs)
+    assert [[i, 300 + i] for i in range(80)] == found
+
+
+def test_lines_of_positions() -> None:
+    for text in ("a\nbc\n\nd", "ä\nbc\n\nd", "abcd"):
+        starts = array("q", [m.start() for m in re.finditer(r"\w+", text)])
+        assert lines_of(text, starts).tolist() == [text.count("\n", 0, s) + 1 for s in starts]
+    assert lines_of("", array("q")).tolist() == []
+
+
+def test_iou_of_pairs() -> None:
+    a = np.array([[0, 0, 10, 10], [0, 0, 10, 10], [0, 0, 1, 1]], float)
+    b = np.array([[0, 0, 10, 10], [5, 0, 15, 10], [5, 5, 6, 6]], float)
+    assert iou_of_pairs(a, b).tolist() == pytest.approx([1, 1 / 3, 0])
+
+
+def test_many_equal_boxes_end(coco: Any) -> None:
+    base = coco.box
+    coco.train["annotations"] += [{**base, "id": 10_000 + i} for i in range(20_000)]
+    report = examine(coco.write(indent=None), decode=False)
+    assert len(report.by_code()["box-duplicate"]) == 20_000
+
+
+@pytest.mark.parametrize("where", ["pictures elsewhere", "annotations folder", "YOLO path"])
+def test_repair_of_datasets_in_several_places(coco: Any, yolo: Any, tmp_path: Path, where: str) -> None:
+    images = None
+    if where == "YOLO path":
+        yolo.labels["train/train_0"] += "0 0.5 0.5 0 0\n"
+        yolo.yaml = "path: ../nuts-yolo\n" + yolo.yaml
+        source = yolo.write() / "data.yaml"
+        moved = tmp_path / "configs/nuts.yaml"
+        moved.parent.mkdir()
+        source.rename(moved)
+        source = moved
+    else:
+        coco.box["bbox"] = [1, 1, 0, 0]
+        folder = coco.write()
+        if where == "pictures elsewhere":
+            images = tmp_path / "kept"
+            (folder / "images").rename(images)
+            source = folder
+        else:
+            (folder / "annotations").mkdir()
+            for name in ("train.json", "val.json"):
+                (folder / name).rename(folder / "annotations" / name)
+            source = folder / "annotations/train.json"
+    report = examine(source, images=images)
+    done = repair(report, tmp_path / "out")
+    again = examine(done.data)
+    assert "box-zero-size" not in {f.code for f in again.findings}
+    assert again.counts()["error"] == 0
+    assert sum(len(s) for s in again.raw.splits.values()) == sum(len(s) for s in report.raw.splits.values())
+    assert undo(done.patch, tmp_path / "back") == 1 + (where == "YOLO path")

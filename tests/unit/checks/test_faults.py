@@ -1,0 +1,895 @@
+"""Every fault that the doctor knows, planted one at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rtdetr_cli.checks.doctor import Report, examine
+from rtdetr_cli.checks.load import load_splits
+from rtdetr_cli.datasets.codes import CODES
+from rtdetr_cli.errors import DataError
+
+Plant = Callable[[Any], object]
+
+
+def found(report: Report) -> set[str]:
+    return {f.code for f in report.findings}
+
+
+def test_sound_datasets_have_nothing_to_find(coco: Any, yolo: Any, voc: Any) -> None:
+    for builder in (coco, yolo, voc):
+        folder = builder.write()
+        # The three pictures of YOLO and VOC have nine boxes of each class in train; ten count as enough.
+        few = set() if builder is coco else {"category-few"}
+        assert found(examine(folder)) == few
+        assert {f.code for f in load_splits(folder).findings} == few
+
+
+# ---- COCO: pictures
+
+
+def _exif(value: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif.tobytes()
+
+
+def _turned(c: Any, orientation: int, *, declared_unturned: bool) -> None:
+    image = Image.open(c.picture)
+    image.load()
+    image.save(c.picture, exif=_exif(orientation))
+    if not declared_unturned and orientation >= 5:
+        c.train["images"][0] |= {"width": 64, "height": 96}
+        for annotation in c.train["annotations"]:
+            if annotation["image_id"] == 1:
+                annotation["bbox"] = [4, 4 + annotation["id"] % 10 * 14, 10, 10]
+
+
+def _bomb(c: Any) -> None:
+    # A PNG header that promises 60,000 by 60,000 pixels.
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+    c.picture.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b""))
+
+
+def _saved(c: Any, image: Image.Image, suffix: str, **options: Any) -> None:
+    name = f"train_0{suffix}"
+    c.picture.unlink()
+    image.save(c.folder / "images" / name, **options)
+    c.train["images"][0]["file_name"] = name
+
+
+def _sixteen(c: Any) -> None:
+    values = np.random.default_rng(0).integers(0, 65535, (64, 96)).astype(np.uint16)
+    _saved(c, Image.fromarray(values), ".png")
+
+
+def _loaded(c: Any) -> Image.Image:
+    with Image.open(c.picture) as image:
+        image.load()
+        return image.copy()
+
+
+def _sixteen_with_alpha(c: Any) -> None:
+    import cv2
+
+    values = np.random.default_rng(0).integers(0, 65535, (64, 96, 4)).astype(np.uint16)
+    c.picture.unlink()
+    cv2.imwrite(str(c.folder / "images/train_0.png"), values)
+    c.train["images"][0]["file_name"] = "train_0.png"
+
+
+def _animated(c: Any) -> None:
+    first = _loaded(c)
+    _saved(c, first, ".gif", save_all=True, append_images=[first.rotate(90), first.rotate(180)])
+
+
+def _huge(c: Any) -> None:
+    Image.new("RGB", (10000, 5200), (90, 20, 60)).save(c.picture)
+    c.train["images"][0] |= {"width": 10000, "height": 5200}
+
+
+def _rename(c: Any, name: str | bytes) -> None:
+    os.rename(c.picture, os.path.join(os.fsencode(c.picture.parent), os.fsencode(name)))
+
+
+def _not_utf8(c: Any) -> None:
+    raw = b"train_\xe4.jpg"
+    _rename(c, raw)
+    c.train["images"][0]["file_name"] = os.fsdecode(raw)
+
+
+def _outside_link(c: Any) -> None:
+    target = c.folder.parent / "elsewhere.jpg"
+    shutil.move(c.picture, target)
+    c.picture.symlink_to(target)
+
+
+def _outside_absolute(c: Any) -> None:
+    target = c.folder.parent / "elsewhere.jpg"
+    shutil.move(c.picture, target)
+    c.train["images"][0]["file_name"] = str(target)
+
+
+def _outside_dots(c: Any) -> None:
+    shutil.move(c.picture, c.folder.parent / "elsewhere.jpg")
+    c.train["images"][0]["file_name"] = "../../elsewhere.jpg"
+
+
+def _copy_inside(c: Any) -> None:
+    shutil.copy(c.folder / "images/train_0.jpg", c.folder / "images/train_1.jpg")
+    c.train["annotations"] = [
+        *(a for a in c.train["annotations"] if a["image_id"] != 2),
+        *({**a, "id": a["id"] + 5000, "image_id": 2} for a in c.train["annotations"] if a["image_id"] == 1),
+    ]
+
+
+def _compressed_again(c: Any, to: str) -> None:
+    with Image.open(c.picture) as image:
+        image.save(c.folder / "images" / to, quality=40)
+
+
+def _other_boxes(c: Any) -> None:
+    _copy_inside(c)
+    c.train["annotations"][-1]["bbox"] = [30.0, 30.0, 20.0, 20.0]
+
+
+PICTURES: dict[str, Plant] = {
+    "picture-missing": lambda c: c.picture.unlink(),
+    "picture-empty": lambda c: c.picture.write_bytes(b""),
+    "picture-unreadable": lambda c: c.picture.write_bytes(b"these are no pixels at all"),
+    "picture-truncated": lambda c: c.picture.write_bytes(c.picture.read_bytes()[:-400]),
+    "picture-bomb": _bomb,
+    "picture-samples": lambda c: _saved(c, Image.fromarray(np.zeros((64, 96), np.float32)), ".tiff"),
+    "picture-extension": lambda c: _loaded(c).save(c.picture, "PNG"),
+    "picture-size": lambda c: c.train["images"][0].update(width=100),
+    "picture-size-undeclared": lambda c: c.train["images"][0].pop("width"),
+    "picture-exif-orientation": lambda c: _turned(c, 6, declared_unturned=False),
+    "picture-exif-swapped": lambda c: _turned(c, 6, declared_unturned=True),
+    "picture-exif-invalid": lambda c: _turned(c, 9, declared_unturned=True),
+    "picture-16bit": _sixteen,
+    "picture-palette": lambda c: _saved(c, _loaded(c).quantize(16), ".png"),
+    "picture-cmyk": lambda c: _loaded(c).convert("CMYK").save(c.picture),
+    "picture-grey": lambda c: _loaded(c).convert("L").save(c.picture),
+    "picture-alpha": lambda c: _saved(c, _loaded(c).convert("RGBA"), ".png"),
+    "picture-animated": _animated,
+    "picture-huge": _huge,
+    "picture-name-case": lambda c: _rename(c, "TRAIN_0.JPG"),
+    "picture-name-encoding": _not_utf8,
+    "picture-duplicate": _copy_inside,
+    "picture-near-duplicate": lambda c: _compressed_again(c, "train_1.jpg"),
+    "picture-leak": lambda c: shutil.copy(c.picture, c.folder / "images/val_0.jpg"),
+    "picture-near-leak": lambda c: _compressed_again(c, "val_0.jpg"),
+    "picture-other-boxes": _other_boxes,
+    "picture-no-objects": lambda c: c.train.update(
+        annotations=[a for a in c.train["annotations"] if a["image_id"] != 1]
+    ),
+}
+
+
+@pytest.mark.parametrize("code", PICTURES)
+def test_fault_of_a_picture(coco: Any, code: str) -> None:
+    PICTURES[code](coco)
+    report = examine(coco.write())
+    assert code in found(report), [f.code for f in report.findings]
+    finding = next(f for f in report.findings if f.code == code)
+    assert finding.severity == CODES[code].severity
+    assert finding.hint
+    assert finding.image_id is not None
+    if code != "picture-leak" and not code.endswith("near-leak"):
+        assert finding.file == "train.json"
+    assert finding.line > 1
+
+
+@pytest.mark.parametrize("plant", [_outside_link, _outside_absolute, _outside_dots], ids=["link", "absolute", "dots"])
+def test_picture_outside_the_folder_is_refused_however_it_got_there(coco: Any, plant: Plant) -> None:
+    plant(coco)
+    folder = coco.write()
+    assert "picture-outside" in found(examine(folder))
+    with pytest.raises(DataError) as refused:
+        load_splits(folder)
+    assert refused.value.code == "picture-outside"
+
+
+def test_folder_behind_a_link_is_outside_too(coco: Any) -> None:
+    shutil.move(coco.folder / "images", coco.folder.parent / "kept")
+    (coco.folder / "images").symlink_to(coco.folder.parent / "kept")
+    folder = coco.write()
+    assert "picture-outside" in found(examine(folder, decode=False))
+    # Named by the user, the same folder is fine.
+    assert found(examine(folder, images=coco.folder.parent / "kept")) == set()
+
+
+def _listed_outside(y: Any, name: str) -> None:
+    shutil.move(y.folder / "images/train/train_0.jpg", y.folder.parent / "elsewhere.jpg")
+    y.yaml = y.yaml.replace("train: images/train", "train: train.txt")
+    y.make("train.txt").write_text(f"{name}\nimages/train/train_1.jpg\n")
+
+
+@pytest.mark.parametrize("how", ["link", "absolute", "dots"])
+def test_picture_of_yolo_outside_the_folder(yolo: Any, how: str) -> None:
+    elsewhere = yolo.folder.parent / "elsewhere.jpg"
+    _listed_outside(yolo, str(elsewhere) if how == "absolute" else "../elsewhere.jpg")
+    if how == "link":
+        (yolo.folder / "images/train/train_0.jpg").symlink_to(elsewhere)
+        yolo.yaml = yolo.yaml.replace("train.txt", "images/train")
+    folder = yolo.write()
+    assert "picture-outside" in found(examine(folder))
+    with pytest.raises(DataError):
+        load_splits(folder)
+
+
+@pytest.mark.parametrize("how", ["link", "absolute", "dots"])
+def test_picture_of_voc_outside_the_folder(voc: Any, how: str) -> None:
+    elsewhere = voc.folder.parent / "train_0.jpg"
+    picture = voc.folder / "JPEGImages/train_0.jpg"
+    shutil.move(picture, elsewhere)
+    if how == "link":
+        picture.symlink_to(elsewhere)
+    else:
+        _swap(voc, "train_0.jpg", str(elsewhere) if how == "absolute" else "../../train_0.jpg")
+    folder = voc.write()
+    assert "picture-outside" in found(examine(folder))
+    with pytest.raises(DataError):
+        load_splits(folder)
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["full", "fast"])
+def test_link_to_nothing_is_a_missing_picture(coco: Any, decode: bool) -> None:
+    coco.picture.unlink()
+    coco.picture.symlink_to(coco.folder / "images/gone.jpg")
+    assert "picture-missing" in found(examine(coco.write(), decode=decode))
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["full", "fast"])
+@pytest.mark.parametrize("what", ["pipe", "folder", "link to a pipe"])
+def test_what_is_no_file_is_unreadable_and_never_waited_for(coco: Any, what: str, decode: bool) -> None:
+    coco.picture.unlink()
+    if what == "folder":
+        coco.picture.mkdir()
+    elif what == "pipe":
+        os.mkfifo(coco.picture)
+    else:
+        os.mkfifo(coco.folder / "pipe")
+        coco.picture.symlink_to(coco.folder / "pipe")
+    folder = coco.write()
+    assert "picture-unreadable" in found(examine(folder, decode=decode))
+    with pytest.raises(DataError):
+        load_splits(folder)
+
+
+def test_label_file_that_is_a_pipe_is_not_waited_for(yolo: Any) -> None:
+    yolo.labels["train/train_0"] = None
+    folder = yolo.write()
+    os.mkfifo(folder / "labels/train/train_0.txt")
+    assert "file-missing" in found(examine(folder, decode=False))
+
+
+def test_sixteen_bits_are_seen_beside_alpha(coco: Any) -> None:
+    _sixteen_with_alpha(coco)
+    assert {"picture-16bit", "picture-alpha"} <= found(examine(coco.write()))
+
+
+@pytest.mark.parametrize("form", ["TIFF", "PNG", "WEBP"])
+@pytest.mark.parametrize("declared_unturned", [True, False])
+def test_orientation_is_seen_in_every_format(coco: Any, form: str, declared_unturned: bool) -> None:
+    image = _loaded(coco)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    _saved(coco, image, f".{form.lower()}", exif=exif)
+    if not declared_unturned:
+        coco.train["images"][0] |= {"width": 64, "height": 96}
+        coco.train["annotations"] = [a for a in coco.train["annotations"] if a["image_id"] != 1]
+    codes = found(examine(coco.write()))
+    assert ("picture-exif-swapped" in codes) == declared_unturned
+    assert "picture-exif-orientation" in codes
+    assert "picture-size" not in codes
+
+
+def test_exif_that_agrees_with_the_labels_turns_boxes_nowhere(coco: Any) -> None:
+    _turned(coco, 6, declared_unturned=False)
+    splits = load_splits(coco.write())
+    assert splits.train is not None
+    assert splits.train.sizes_wh[0].tolist() == [64, 96]
+
+
+def test_missing_among_two_names_of_other_case_is_an_error(coco: Any) -> None:
+    coco.picture.rename(coco.picture.with_name("TRAIN_0.jpg"))
+    (coco.folder / "images/Train_0.jpg").write_bytes((coco.folder / "images/train_1.jpg").read_bytes())
+    assert "picture-missing" in found(examine(coco.write()))
+
+
+# ---- COCO: boxes, ids, categories
+
+
+def _near(c: Any, category: int) -> None:
+    c.train["annotations"].append(
+        {**c.box, "id": 9999, "category_id": category, "bbox": [c.box["bbox"][0] + 0.2, *c.box["bbox"][1:]]}
+    )
+
+
+def _crowded(c: Any) -> None:
+    for i in range(301):
+        c.train["annotations"].append(
+            {**c.box, "id": 20000 + i, "bbox": [i % 30 * 3.0, i // 30 * 5.0, 2.9 + i % 7, 4.9 + i % 5]}
+        )
+
+
+def _append_box(c: Any, **values: Any) -> None:
+    c.train["annotations"].append({**c.box, "id": 7777, **values})
+
+
+def _imbalance(c: Any) -> None:
+    c.train["annotations"] = [a for a in c.train["annotations"] if a["category_id"] == 1 or a["id"] == 101]
+    c.val["annotations"] = [a for a in c.val["annotations"] if a["category_id"] == 1]
+    for i in range(100):
+        _append_box(c, id=30000 + i, category_id=1, bbox=[i % 10 * 8.0, i // 10 * 6.0, 7.0, 5.0])
+
+
+def _rename_category(c: Any, name: str) -> None:
+    for document in c.documents.values():
+        document["categories"].append({"id": 3, "name": name})
+
+
+BOXES: dict[str, list[Plant]] = {
+    "box-zero-size": [
+        lambda c: c.box.update(bbox=[20, 20, 0, 10]),
+        lambda c: c.box.update(bbox=[20, 20, 10, 0]),
+    ],
+    "box-inverted": [
+        lambda c: c.box.update(bbox=[20, 20, -5, 10]),
+        lambda c: c.box.update(bbox=[20, 20, 5, -10]),
+    ],
+    "box-not-finite": [
+        lambda c: c.box.update(bbox=[20, float("nan"), 5, 10]),
+        lambda c: c.box.update(bbox=[20, 20, float("inf"), 10]),
+        lambda c: c.box.update(bbox=[1.7e308, 20, 1.7e308, 10]),
+        lambda c: c.box.update(bbox=[10**400, 20, 1, 1]),
+    ],
+    "box-not-number": [
+        lambda c: c.box.update(bbox=[20, "20", 5, 10]),
+        lambda c: c.box.update(bbox=[20, None, 5, 10]),
+        lambda c: c.box.update(bbox={"x": 1}),
+    ],
+    "box-count": [
+        lambda c: c.box.update(bbox=[20, 20, 5]),
+        lambda c: c.box.update(bbox=[20, 20, 5, 5, 1]),
+        lambda c: c.box.pop("bbox"),
+    ],
+    "box-outside": [
+        lambda c: c.box.update(bbox=[200, 20, 5, 10]),
+        lambda c: c.box.update(bbox=[-50, 20, 5, 10]),
+    ],
+    "box-partly-outside": [
+        lambda c: c.box.update(bbox=[90, 20, 20, 10]),
+        lambda c: c.box.update(bbox=[-8, -8, 20, 20]),
+    ],
+    "box-whole-picture": [lambda c: c.box.update(bbox=[0, 0, 96, 64])],
+    "box-below-2px": [lambda c: c.box.update(bbox=[20, 20, 0.2, 10])],
+    "box-below-8px": [lambda c: c.box.update(bbox=[20, 20, 0.9, 10])],
+    "box-aspect": [lambda c: c.box.update(bbox=[2, 40, 90, 2])],
+    "box-duplicate": [lambda c: _near(c, 2)],
+    "box-two-classes": [lambda c: _near(c, 1)],
+    "box-crowd": [lambda c: c.box.update(iscrowd=1)],
+    "box-no-area": [lambda c: c.box.pop("area")],
+    "box-over-queries": [_crowded],
+    "category-unknown": [lambda c: c.box.update(category_id=9)],
+    "category-unused": [lambda c: _rename_category(c, "bolt")],
+    "category-gaps": [
+        lambda c: (
+            [a.update(category_id=a["category_id"] * 7) for d in c.documents.values() for a in d["annotations"]]
+            and [k.update(id=k["id"] * 7) for d in c.documents.values() for k in d["categories"]]
+        )
+    ],
+    "category-duplicate-name": [lambda c: _rename_category(c, "nut")],
+    "category-similar-names": [
+        lambda c: _rename_category(c, "Nut"),
+        lambda c: _rename_category(c, "nut "),
+        lambda c: _rename_category(c, "nuts"),
+        lambda c: _rename_category(c, "waser"),
+        lambda c: _rename_category(c, "wacher"),
+    ],
+    "category-only-val": [
+        lambda c: c.train.update(annotations=[a for a in c.train["annotations"] if a["category_id"] == 1])
+    ],
+    "category-imbalance": [_imbalance],
+    "category-few": [lambda c: c.train.update(annotations=c.train["annotations"][:8])],
+    "category-conflict": [
+        lambda c: c.val["categories"][0].update(name="screw"),
+        lambda c: c.train["categories"].append({"id": 1, "name": "screw"}),
+    ],
+    "category-malformed": [
+        lambda c: c.train["categories"].append({"id": 3}),
+        lambda c: c.train["categories"].append("bolt"),
+        lambda c: c.train["categories"].append({"id": [], "name": "bolt"}),
+    ],
+    "category-none": [lambda c: [d.update(categories=[], annotations=[]) for d in c.documents.values()]],
+    "entry-malformed": [
+        lambda c: c.train["images"].append({"id": 77}),
+        lambda c: c.train["images"].append({"file_name": "a.jpg"}),
+        lambda c: c.train["images"].append(5),
+        lambda c: c.train["images"].append({"id": 77, "file_name": "a\0.jpg"}),
+        lambda c: c.train["images"].append({"id": 77, "file_name": "\ud800.jpg"}),
+    ],
+    "annotation-malformed": [
+        lambda c: c.box.pop("image_id"),
+        lambda c: c.box.update(image_id=[1]),
+        lambda c: c.box.update(category_id=None),
+        lambda c: c.train["annotations"].append(None),
+    ],
+    "image-id-duplicate": [lambda c: c.train["images"][1].update(id=1)],
+    "annotation-id-duplicate": [lambda c: c.box.update(id=c.train["annotations"][0]["id"])],
+    "id-not-integer": [
+        lambda c: [i.update(id=f"{i['id']:012d}") for i in c.train["images"]],
+        lambda c: c.box.update(id="abc"),
+        lambda c: c.box.update(id=4.5),
+    ],
+    "annotation-orphan": [lambda c: c.box.update(image_id=555)],
+    "split-no-objects": [lambda c: c.val.update(annotations=[])],
+    "split-empty": [lambda c: c.val.update(annotations=[], images=[])],
+    "split-equal": [lambda c: c.documents.update(val=c.documents["train"])],
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "plant"), [pytest.param(c, p, id=f"{c}-{n}") for c, ps in BOXES.items() for n, p in enumerate(ps)]
+)
+def test_fault_of_a_label(coco: Any, code: str, plant: Plant) -> None:
+    plant(coco)
+    folder = coco.write()
+    report = examine(folder, decode=False)
+    assert code in found(report), [(f.code, f.message) for f in report.findings]
+    finding = next(f for f in report.findings if f.code == code)
+    assert finding.severity == CODES[code].severity
+    if code.startswith("box-") and code not in ("box-over-queries", "box-no-area"):
+        assert finding.file == "train.json"
+        assert finding.line > 1
+        assert finding.annotation_id is not None
+        assert finding.image_id == 1
+    if CODES[code].severity == "error":
+        with pytest.raises(DataError, match=r".") as refused:
+            load_splits(folder)
+        assert refused.value.exit_code == 3
+        assert refused.value.hint.startswith("rtdetr validate")
+    else:
+        load_splits(folder)
+
+
+def test_line_is_that_of_the_entry(coco: Any) -> None:
+    coco.box["bbox"] = [20, 20, 0, 10]
+    folder = coco.write()
+    finding = next(f for f in examine(folder, decode=False).findings if f.code == "box-zero-size")
+    lines = (folder / "train.json").read_text().splitlines()
+    assert f'"id": {coco.box["id"]}' in "".join(lines[finding.line - 1 : finding.line + 2])
+
+
+def test_crowds_may_be_written_as_words(coco: Any) -> None:
+    for annotation, word in zip(coco.train["annotations"], ("0", "1", False, True, 0, 1), strict=False):
+        annotation["iscrowd"] = word
+    train = load_splits(coco.write()).train
+    assert train is not None
+    assert train.crowd[:6].tolist() == [False, True] * 3
+
+
+def test_truth_values_are_no_coordinates(coco: Any) -> None:
+    coco.box["bbox"] = [20, 20, True, 10]
+    assert "box-not-number" in found(examine(coco.write(), decode=False))
+
+
+def test_val_equal_to_train_is_seen_in_copies_too(coco: Any) -> None:
+    for i in range(4):
+        shutil.copy(coco.folder / f"images/train_{i}.jpg", coco.folder / f"images/val_{i}.jpg")
+    coco.val["annotations"][0]["bbox"] = [40, 2, 9, 9]
+    folder = coco.write()
+    report = examine(folder)
+    assert "split-equal" in found(report)
+    assert "picture-leak" not in found(report), "said once for the split, not for each picture"
+    assert [f.image_id for f in report.findings if f.code == "picture-other-boxes"] == [11]
+
+
+def test_same_category_listed_twice_is_no_conflict(coco: Any) -> None:
+    coco.train["categories"].append(dict(coco.train["categories"][0]))
+    report = examine(coco.write())
+    assert found(report) == {"category-duplicate-name"}
+
+
+def test_names_that_differ_on_purpose_are_not_similar(coco: Any) -> None:
+    for document in coco.documents.values():
+        document["categories"] += [
+            {"id": 3 + i, "name": n} for i, n in enumerate(("car", "cat", "type 1", "type 2", "cup", "cap"))
+        ]
+    assert "category-similar-names" not in found(examine(coco.write(), decode=False))
+
+
+def test_dropped_and_clipped_boxes_do_not_reach_training(coco: Any) -> None:
+    annotations = coco.train["annotations"]
+    annotations[0]["bbox"] = [20, 20, 0, 0]
+    annotations[1]["bbox"] = [90.0, 60.0, 20.0, 20.0]
+    splits = load_splits(coco.write())
+    assert splits.train is not None
+    boxes = splits.train.annotations(0).boxes_xyxy_px
+    assert len(boxes) == 5
+    assert boxes[0].tolist() == [90, 60, 96, 64]
+    assert (splits.train.boxes_xyxy_px >= 0).all()
+
+
+def test_string_ids_that_are_numbers_keep_their_value(coco: Any) -> None:
+    for image in coco.train["images"]:
+        image["id"] = f"{image['id']:06d}"
+    splits = load_splits(coco.write())
+    assert splits.train is not None
+    assert splits.train.image_ids.tolist() == [1, 2, 3, 4]
+    assert len(splits.train.labels) == 24
+
+
+def _lettered(c: Any, ids: dict[int, Any]) -> None:
+    for document in c.documents.values():
+        for category in document["categories"]:
+            category["id"] = ids[category["id"]]
+        for annotation in document["annotations"]:
+            annotation["category_id"] = ids[annotation["category_id"]]
+
+
+def test_category_ids_that_are_words_are_numbered_and_the_numbers_said(coco: Any) -> None:
+    before = load_splits(coco.write())
+    _lettered(coco, {1: "c1", 2: "c2"})
+    splits = load_splits(coco.write())
+    assert [(c.id, c.name) for c in splits.categories] == [(1, "nut"), (2, "washer")]
+    assert splits.train is not None
+    assert before.train is not None
+    assert splits.train.labels.tolist() == before.train.labels.tolist()
+    said = [(f.code, f.severity, f.message) for f in splits.findings]
+    message = "the category ids are not integers, so they are numbered: 'c1' is 1, 'c2' is 2"
+    assert said == [("id-not-integer", "warning", message)]
+    coco.box["category_id"] = "c9"
+    report = examine(coco.write(), decode=False)
+    assert (
+        "has category c9, which is not among the 2 categories"
+        in report.findings[0].message + report.findings[1].message
+    )
+
+
+def test_category_ids_of_words_and_numbers_do_not_collide(coco: Any) -> None:
+    _lettered(coco, {1: "c1", 2: 1})
+    assert [(c.id, c.name) for c in load_splits(coco.write()).categories] == [(1, "washer"), (2, "nut")]
+    for value in (1.5, 1 << 70, "", "a\0b", True):
+        for category in coco.train["categories"]:
+            if category["name"] == "nut":
+                category["id"] = value
+        assert "category-malformed" in found(examine(coco.write(), decode=False)), value
+
+
+def test_category_ids_that_are_numbers_in_quotes_keep_their_value(coco: Any) -> None:
+    _lettered(coco, {1: "8", 2: "05"})
+    splits = load_splits(coco.write())
+    assert [(c.id, c.name) for c in splits.categories] == [(5, "washer"), (8, "nut")]
+    assert {f.code for f in splits.findings} == {"category-gaps"}
+
+
+# ---- files
+
+
+def _raw(c: Any, data: bytes) -> None:
+    c.write()
+    (c.folder / "train.json").write_bytes(data)
+
+
+FILES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "cut": ("file-malformed", lambda data: data[: len(data) // 2]),
+    "a list": ("file-malformed", lambda data: b"[1, 2]"),
+    "empty": ("file-malformed", lambda data: b""),
+    "no images": ("file-malformed", lambda data: data.replace(b'"images"', b'"pictures"', 1)),
+    "not UTF-8": ("file-malformed", lambda data: data.replace(b"washer", b"w\xe4sher", 1)),
+    "UTF-16": ("file-malformed", lambda data: data.decode().encode("utf-16")),
+    "something behind": ("file-malformed", lambda data: data + b"{}"),
+    "long number": ("file-malformed", lambda data: data.replace(b"192.0", b"9" * 5000, 1)),
+    "deep": ("file-bounds", lambda data: b'{"images": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"),
+    "key twice": ("file-repeated-key", lambda data: data.rstrip()[:-1] + b', "annotations": []}'),
+    "mark": ("file-bom", lambda data: b"\xef\xbb\xbf" + data),
+    "CRLF": ("file-crlf", lambda data: data.replace(b"\n", b"\r\n")),
+}
+
+
+@pytest.mark.parametrize("fault", FILES)
+def test_fault_of_a_json_file(coco: Any, fault: str) -> None:
+    code, spoil = FILES[fault]
+    folder = coco.write()
+    path = folder / "train.json"
+    path.write_bytes(spoil(path.read_bytes()))
+    report = examine(folder / "train.json", decode=False)
+    assert code in found(report), [(f.code, f.message) for f in report.findings]
+    finding = next(f for f in report.findings if f.code == code)
+    assert finding.file == "train.json"
+    if CODES[code].severity == "error":
+        with pytest.raises(DataError):
+            load_splits(folder / "train.json")
+    else:
+        assert load_splits(folder / "train.json").train is not None
+
+
+# ---- YOLO
+
+
+def _first(y: Any, line: str) -> None:
+    y.labels["train/train_0"] += line + "\n"
+
+
+def _pose(y: Any, points: Callable[[float, float], str]) -> None:
+    for name in y.labels:
+        boxes = [(0.1 + 0.15 * k, 0.3 + 0.1 * k) for k in range(5)]
+        y.labels[name] = "".join(f"0 {cx} {cy} 0.16 0.3 {points(cx, cy)}\n" for cx, cy in boxes)
+
+
+def _pairs(cx: float, cy: float) -> str:
+    return " ".join(f"{cx + dx:.3f} {cy + dy:.3f}" for dx, dy in ((0, 0), (-0.07, 0.1), (0.05, -0.1), (0.03, 0.14)))
+
+
+def _triplets(cx: float, cy: float) -> str:
+    return f"{cx:.3f} {cy - 0.1:.3f} 2 {cx + 0.05:.3f} {cy + 0.1:.3f} 1 " + "0 0 0 " * 15
+
+
+def _polygons(y: Any) -> None:
+    for number, name in enumerate(y.labels):
+        random = np.random.default_rng(number)
+        lines = []
+        for cx, cy in random.uniform(0.05, 0.95, (5, 2)):
+            around = [(cx + 0.03 * np.cos(a), cy + 0.03 * np.sin(a)) for a in np.arange(8) * np.pi / 4]
+            lines.append("0 " + " ".join(f"{x:.4f} {y_:.4f}" for x, y_ in around) + "\n")
+        y.labels[name] = "".join(lines)
+
+
+YOLO: dict[str, list[Plant]] = {
+    "yolo-pose": [
+        lambda y: _pose(y, _pairs),
+        lambda y: _pose(y, _triplets),
+        lambda y: _pose(y, lambda cx, cy: f"{cx} {cy} " * 17),
+    ],
+    "label-columns": [lambda y: _first(y, "0 0.5 0.5 0.1"), lambda y: _first(y, "0 0.5 0.5 0.1 0.1 0.9")],
+    "box-not-number": [lambda y: _first(y, "0 0.5 0.5 0.1 zwei"), lambda y: _first(y, "washer 0.5 0.5 0.1 0.1")],
+    "box-not-finite": [lambda y: _first(y, "0 nan 0.5 0.1 0.1"), lambda y: _first(y, "0 0.5 0.5 inf 0.1")],
+    "box-inverted": [lambda y: _first(y, "0 0.5 0.5 -0.1 0.1")],
+    "box-zero-size": [lambda y: _first(y, "0 0.5 0.5 0 0.1")],
+    "box-partly-outside": [lambda y: _first(y, "0 0.98 0.5 0.2 0.1")],
+    "category-unknown": [lambda y: _first(y, "2 0.5 0.5 0.1 0.1"), lambda y: _first(y, "0.5 0.5 0.5 0.1 0.1")],
+    "label-pixels": [lambda y: _first(y, "0 48 32 12 12")],
+    "label-beyond-one": [
+        lambda y: _first(y, "0 1.01 0.5 0.1 0.1"),
+        lambda y: _first(y, "0 0.1 0.1 1.2 0.1 0.5 0.5"),
+    ],
+    "label-missing": [lambda y: y.labels.update({"train/train_0": None})],
+    "picture-no-objects": [lambda y: y.labels.update({"train/train_0": ""})],
+    "label-orphan": [lambda y: y.labels.update({"train/lost": "0 0.5 0.5 0.1 0.1\n"})],
+    "file-bom": [lambda y: y.labels.update({"train/train_0": b"\xef\xbb\xbf0 0.5 0.5 0.1 0.1\n"})],
+    "file-crlf": [lambda y: y.labels.update({"train/train_0": b"0 0.5 0.5 0.1 0.1\r\n"})],
+    "file-malformed": [
+        lambda y: y.labels.update({"train/train_0": b"0 0.5 0.5 \xff 0.1\n"}),
+        lambda y: setattr(y, "yaml", "train: [images\nnames: ["),
+        lambda y: setattr(y, "yaml", "just words"),
+        lambda y: setattr(y, "yaml", "train: {a: b}\nval: images/val\nnames: [nut, washer]\n"),
+        lambda y: setattr(y, "yaml", "? [a, b]\n: {c: d}\ntrain: images/train\nnames: [nut, washer]\n"),
+    ],
+    "file-repeated-key": [lambda y: setattr(y, "yaml", y.yaml + "names: [a, b]\n")],
+    "file-bounds": [lambda y: setattr(y, "yaml", "names: " + "[" * 20000 + "]" * 20000)],
+    "category-count": [lambda y: setattr(y, "yaml", y.yaml.replace("nc: 2", "nc: 3"))],
+    "category-none": [lambda y: setattr(y, "yaml", "train: images/train\nval: images/val\n")],
+    "category-malformed": [lambda y: setattr(y, "yaml", y.yaml.replace("[nut, washer]", "{0: nut, x: washer}"))],
+    "split-missing": [
+        lambda y: setattr(y, "yaml", y.yaml.replace("images/val", "images/nowhere")),
+        lambda y: setattr(y, "yaml", "names: [nut, washer]\n"),
+    ],
+    "file-missing": [
+        lambda y: y.labels.update({"train/train_0": None}) or y.make("labels/train/train_0.txt/nothing in it"),
+    ],
+    "split-empty": [lambda y: [p.unlink() for p in (y.folder / "images/val").iterdir()]],
+    "split-equal": [lambda y: setattr(y, "yaml", y.yaml.replace("images/val", "images/train"))],
+    "yolo-path": [
+        lambda y: setattr(y, "yaml", "path: /content/datasets/nuts\n" + y.yaml),
+        lambda y: setattr(y, "yaml", "path: /\n" + y.yaml),
+    ],
+    "picture-outside": [
+        lambda y: (
+            shutil.move(y.folder / "images/val", y.folder.parent / "val")
+            and setattr(y, "yaml", y.yaml.replace("images/val", "../val"))
+        )
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "plant"), [pytest.param(c, p, id=f"{c}-{n}") for c, ps in YOLO.items() for n, p in enumerate(ps)]
+)
+def test_fault_of_yolo(yolo: Any, code: str, plant: Plant) -> None:
+    plant(yolo)
+    folder = yolo.write()
+    report = examine(folder / "data.yaml", decode=False)
+    assert code in found(report), [(f.code, f.message) for f in report.findings]
+    finding = next(f for f in report.findings if f.code == code)
+    assert finding.severity == CODES[code].severity
+    if code.startswith(("box-", "label-columns", "label-pixels", "label-beyond")):
+        assert (finding.file, finding.line) == ("labels/train/train_0.txt", 7)
+    if CODES[code].severity == "error":
+        with pytest.raises(DataError):
+            load_splits(folder / "data.yaml")
+    else:
+        load_splits(folder / "data.yaml")
+
+
+def test_boxes_are_taken_where_keypoints_are_not_announced(yolo: Any) -> None:
+    _pose(yolo, _triplets)
+    yolo.labels["train/train_0"] += "1 0.5 0.5 0.2 0.2\n"
+    folder = yolo.write()
+    train = load_splits(folder).train
+    assert train is not None
+    assert len(train.labels) == 16
+    np.testing.assert_allclose(train.boxes_xyxy_px[0], [96 * 0.02, 64 * 0.15, 96 * 0.18, 64 * 0.45], atol=1e-6)
+    said = next(f for f in load_splits(folder).findings if f.code == "yolo-pose")
+    assert "kpt_shape: [17, 3]" in said.hint
+    (folder / "data.yaml").write_text(yolo.yaml + "kpt_shape: [17, 3]\n")
+    yolo.labels["train/train_0"] = yolo.labels["train/train_0"].rsplit("1 0.5", 1)[0]
+    (folder / "labels/train/train_0.txt").write_text(yolo.labels["train/train_0"])
+    assert "yolo-pose" not in {f.code for f in load_splits(folder).findings}
+
+
+def test_polygons_are_no_keypoints(yolo: Any) -> None:
+    _polygons(yolo)
+    folder = yolo.write()
+    assert "yolo-pose" not in found(examine(folder, decode=False))
+    _pose(yolo, _pairs)
+    yolo.yaml += "kpt_shape: [0, 2]\n"
+    splits = load_splits(yolo.write())
+    assert "yolo-pose" not in {f.code for f in splits.findings}
+    assert splits.train is not None
+    np.testing.assert_allclose(splits.train.boxes_xyxy_px[0, 2:], [96 * 0.16, 64 * 0.44], atol=1e-6)
+
+
+# ---- Pascal VOC
+
+
+def _swap(v: Any, old: str, new: str, stem: str = "train_0") -> None:
+    assert old in v.xml[stem]
+    v.xml[stem] = v.xml[stem].replace(old, new, 1)
+
+
+VOC: dict[str, list[Plant]] = {
+    "voc-filename": [lambda v: _swap(v, "train_0.jpg", "other.jpg")],
+    "voc-folder": [lambda v: _swap(v, "<folder>JPEGImages", "<folder>elsewhere")],
+    "picture-size": [lambda v: _swap(v, "<width>96", "<width>69")],
+    "picture-size-undeclared": [lambda v: _swap(v, "<width>96</width>", "")],
+    "box-zero-size": [lambda v: _swap(v, "<xmax>16</xmax>", "<xmax>4</xmax>")],
+    "box-inverted": [lambda v: _swap(v, "<xmax>16</xmax>", "<xmax>1</xmax>")],
+    "box-not-number": [lambda v: _swap(v, "<xmin>4</xmin>", "<xmin>four</xmin>")],
+    "box-not-finite": [lambda v: _swap(v, "<xmin>4</xmin>", "<xmin>nan</xmin>")],
+    "box-count": [
+        lambda v: _swap(v, "<xmin>4</xmin>", ""),
+        lambda v: _swap(v, "<xmin>4</xmin>", "<xmin>4</xmin><xmin>5</xmin>"),
+        lambda v: v.xml.update(train_0=v.xml["train_0"].replace("bndbox", "box")),
+    ],
+    "box-partly-outside": [lambda v: _swap(v, "<xmin>4</xmin>", "<xmin>-4</xmin>")],
+    "box-outside": [
+        lambda v: _swap(v, "<xmin>4</xmin>", "<xmin>-40</xmin>") or _swap(v, "<xmax>16</xmax>", "<xmax>-9</xmax>")
+    ],
+    "box-difficult": [lambda v: _swap(v, "<name>nut</name>", "<name>nut</name><difficult>1</difficult>")],
+    "category-unknown": [
+        lambda v: v.make("classes.txt").write_text("washer\n"),
+        lambda v: _swap(v, "<name>nut</name>", ""),
+    ],
+    "label-missing": [lambda v: v.xml.update(train_0=None)],
+    "label-orphan": [lambda v: v.xml.update(lost=v.xml["train_0"])],
+    "file-malformed": [
+        lambda v: _swap(v, "</annotation>", ""),
+        lambda v: v.xml.update(train_0=b""),
+        lambda v: v.xml.update(train_0="<html></html>"),
+        lambda v: v.xml.update(
+            train_0='<!DOCTYPE a [<!ENTITY b "bbbb"><!ENTITY c "&b;&b;">]><annotation>&c;</annotation>'
+        ),
+        lambda v: v.xml.update(
+            train_0='<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><annotation>&b;</annotation>'
+        ),
+    ],
+    "file-bounds": [lambda v: v.xml.update(train_0="<annotation>" + "<a>" * 90 + "</a>" * 90 + "</annotation>")],
+    "file-bom": [lambda v: v.xml.update(train_0=b"\xef\xbb\xbf" + v.xml["train_0"].encode())],
+    "file-crlf": [lambda v: v.xml.update(train_0=v.xml["train_0"].replace("\n", "\r\n").encode())],
+    "picture-missing": [lambda v: v.lists["train"].append("nothing")],
+    "split-empty": [lambda v: v.lists.update(val=[])],
+    "split-equal": [lambda v: v.lists.update(val=v.lists["train"])],
+    "picture-leak": [lambda v: v.lists["val"].append("train_0")],
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "plant"), [pytest.param(c, p, id=f"{c}-{n}") for c, ps in VOC.items() for n, p in enumerate(ps)]
+)
+def test_fault_of_voc(voc: Any, code: str, plant: Plant) -> None:
+    plant(voc)
+    folder = voc.write()
+    report = examine(folder)
+    assert code in found(report), [(f.code, f.message) for f in report.findings]
+    finding = next(f for f in report.findings if f.code == code)
+    assert finding.severity == CODES[code].severity
+    if code.startswith("box-") and code != "box-difficult":
+        assert finding.file == "Annotations/train_0.xml"
+        assert voc.xml["train_0"].splitlines()[finding.line - 1].strip() == "<object>"
+    if CODES[code].severity == "error":
+        with pytest.raises(DataError):
+            load_splits(folder)
+    else:
+        load_splits(folder)
+
+
+# ---- splits
+
+
+@pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
+def test_dataset_without_train_can_be_measured_on_but_not_trained_on(form: str, request: Any) -> None:
+    builder = request.getfixturevalue(form)
+    if form == "coco":
+        export = builder.folder / "valid"
+        export.mkdir(parents=True, exist_ok=True)
+        for i in range(4):
+            shutil.move(builder.folder / f"images/val_{i}.jpg", export)
+        (export / "_annotations.coco.json").write_text(json.dumps(builder.val))
+        folder = builder.folder
+    elif form == "yolo":
+        builder.yaml = builder.yaml.replace("train: images/train\n", "")
+        folder = builder.write()
+    else:
+        del builder.lists["train"]
+        folder = builder.write()
+    report = examine(folder)
+    assert [f.code for f in report.findings if f.severity == "error"] == ["split-missing"]
+    assert "train" in next(f.message for f in report.findings if f.code == "split-missing")
+    splits = load_splits(folder)
+    assert splits.train is None
+    assert splits.val is not None
+
+
+@pytest.mark.parametrize("crowds", [False, True])
+def test_train_without_objects_is_an_error_to_the_doctor_but_can_be_read(coco: Any, crowds: bool) -> None:
+    for document in coco.documents.values():
+        document["annotations"] = [{**a, "iscrowd": 1} for a in document["annotations"]] if crowds else []
+    folder = coco.write()
+    report = examine(folder)
+    told = {f.message.split()[2]: f.severity for f in report.findings if f.code == "split-no-objects"}
+    assert told == ({"train": "error"} if crowds else {"train": "error", "val": "warning"})
+    assert report.counts()["error"] == 1
+    assert next(iter(report.by_code())) == "split-no-objects"
+    read = [f.severity for f in load_splits(folder).findings if f.code == "split-no-objects"]
+    assert read == ([] if crowds else ["warning", "warning"])
+
+
+def test_dataset_without_val_is_drawn_and_said(coco: Any) -> None:
+    del coco.documents["val"]
+    folder = coco.write()
+    splits = load_splits(folder)
+    assert splits.split_made
+    assert [f.code for f in splits.findings] == ["split-made"]
+    assert "split-made" in found(examine(folder))
+
+
+def test_every_code_is_planted_somewhere() -> None:
+    elsewhere = {"split-made"}
+    planted = {*PICTURES, *BOXES, *YOLO, *VOC, *(code for code, _ in FILES.values()), *elsewhere}
+    assert set(CODES) - planted == set()
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_code_is_documented(code: str) -> None:
+    entry = CODES[code]
+    assert code == code.lower()
+    assert entry.severity in ("error", "warning", "info")
+    assert len(entry.title) > 10
+    assert entry.explanation.endswith(".")
+    assert len(entry.explanation) > 30
+    assert entry.hint

@@ -1,0 +1,188 @@
+"""The page: complete, self-contained, deaf to what names contain, and alive in a browser."""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from rtdetr_cli.checks import page as pages
+from rtdetr_cli.checks.doctor import examine
+from rtdetr_cli.checks.page import page_context, write_page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+EVIL = "<script>document.title='owned'</script>"
+
+
+class Tags(HTMLParser):
+    """Counts elements and collects what they refer to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("href", "src", "xlink:href", "action")]
+
+
+def spoiled(coco: Any) -> Path:
+    annotations = coco.train["annotations"]
+    annotations[1]["bbox"] = [20, 20, 0, 10]
+    annotations[2]["bbox"] = [90, 20, 20, 10]
+    annotations[3]["bbox"] = [300, 20, 20, 10]
+    annotations[4]["bbox"] = [float("nan"), 20, 20, 10]
+    (coco.folder / "images/train_3.jpg").write_bytes(b"")
+    shutil.copy(coco.picture, coco.folder / "images/val_0.jpg")
+    for document in coco.documents.values():
+        document["categories"][0]["name"] = EVIL
+    folder: Path = coco.write()
+    return folder
+
+
+def browse(page: Path, *flags: str) -> str:
+    """Return what Chromium prints for a page."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    done = subprocess.run(
+        [
+            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
+            *("--disable-sync", "--no-first-run", f"--user-data-dir={page.parent / 'profile'}"),
+            *("--virtual-time-budget=3000", *flags, page.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    if done.returncode != 0:
+        pytest.skip(f"Chromium does not start here: {done.stderr.strip()[-200:]}")
+    return done.stdout
+
+
+def test_every_finding_is_there_with_its_box(coco: Any, tmp_path: Path) -> None:
+    report = examine(spoiled(coco))
+    context = page_context(report)
+    assert len(context["findings"]) == len(report.findings)
+    assert context["findings_left"] == 0
+    by_code = {f["code"]: f for f in context["findings"]}
+    zero = by_code["box-zero-size"]
+    assert zero["view"]
+    assert (zero["box"]["x"], zero["box"]["y"], zero["box"]["h"]) == (20, 20, 10)
+    assert zero["box"]["ring"] == 0
+    outside = by_code["box-outside"]
+    assert outside["view"]["w"] > 96
+    assert by_code["box-not-finite"]["box"] is None
+    assert by_code["picture-leak"]["other"]
+    assert by_code["picture-empty"]["no_view"]
+    path = tmp_path / "deep/er/page.html"
+    write_page(report, path)
+    text = path.read_text("utf-8")
+    for finding in report.findings:
+        assert finding.code in text
+    assert text.count("<svg") > 10
+
+
+def test_nothing_is_loaded_and_names_are_only_text(coco: Any, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    write_page(examine(spoiled(coco)), path)
+    text = path.read_text("utf-8")
+    tags = Tags()
+    tags.feed(text)
+    assert tags.tags.count("script") == 1
+    assert all(link.startswith(("data:image/jpeg;base64,", "#")) for link in tags.links)
+    assert "default-src 'none'" in html.unescape(text)
+    assert EVIL not in text
+    assert html.escape(EVIL, quote=False).replace("'", "&#39;") in text
+    assert not re.search(r"(https?:)?//[a-z]", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
+
+
+def test_many_findings_are_cut_and_said(coco: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "MOST_FINDINGS", 5)
+    for annotation in coco.train["annotations"][:12]:
+        annotation["bbox"] = [20, 20, 0, 10]
+    coco.val["annotations"][0]["iscrowd"] = 1
+    context = page_context(examine(coco.write()))
+    assert len(context["findings"]) == 5
+    assert context["findings_left"] > 0
+    assert "box-crowd" in {f["code"] for f in context["findings"]}
+
+
+def test_box_far_outside_keeps_its_extent_on_the_page(coco: Any) -> None:
+    for box, place in (([900, 20, 20, 10], "right"), ([-900, 20, 20, 10], "left")):
+        coco.box["bbox"] = box
+        finding = next(f for f in page_context(examine(coco.write()))["findings"] if f["code"] == "box-outside")
+        drawn, view = finding["box"], finding["view"]
+        assert (drawn["w"], drawn["h"]) == (20, 10), place
+        assert view["x"] < drawn["x"]
+        assert drawn["x"] + drawn["w"] < view["x"] + view["w"]
+
+
+def test_picture_that_found_no_room_is_said(coco: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "MOST_PICTURES", 1)
+    monkeypatch.setattr(pages, "SAMPLES", 1)
+    for annotation in coco.train["annotations"]:
+        annotation["bbox"] = [20, 20, 0, 10]
+    (coco.folder / "images/train_3.jpg").write_bytes(b"")
+    said = {f["no_view"] for f in page_context(examine(coco.write()))["findings"]}
+    assert said >= {"not shown: the page holds 1 pictures", "no picture to show"}
+
+
+def test_page_of_a_dataset_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"images": [')
+    report = examine(tmp_path / "a.json")
+    write_page(report, tmp_path / "page.html")
+    assert "file-malformed" in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_in_a_browser(coco: Any, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    write_page(examine(spoiled(coco)), path)
+    # The page's own script works: choosing a code hides the other tiles. The policy lets no second script in, so the
+    # click is made by a copy of the page.
+    click = "<script>document.querySelector('#filters [data-code=\"box-zero-size\"]').click()</script></body>"
+    copy = tmp_path / "clicked.html"
+    copy.write_text(path.read_text("utf-8").replace("</body>", click), "utf-8")
+    dom = browse(copy, "--dump-dom")
+    title = re.search(r"<title>(.*?)</title>", dom)
+    assert title is not None
+    assert title.group(1) == "nuts: dataset report"
+    tiles = re.findall(r'<figure class="tile" data-code="([a-z0-9-]+)"( hidden="")?', dom)
+    assert {code for code, hidden in tiles if not hidden} == {"box-zero-size"}
+    assert len({code for code, hidden in tiles if hidden}) > 4
+    assert 'data-code="box-zero-size" aria-pressed="true"' in dom
+
+
+def test_readable_on_a_phone(coco: Any, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    write_page(examine(spoiled(coco)), path)
+    # The widest element tells whether a narrow screen has to be scrolled sideways.
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f"<iframe id=f src='{path.as_uri()}' width=360 height=800></iframe><script>"
+        "const tell = () => { document.title = 'width ' + f.contentDocument.documentElement.scrollWidth };"
+        "f.onload = () => setTimeout(tell, 300)</script>",
+        "utf-8",
+    )
+    dom = browse(frame, "--allow-file-access-from-files", "--dump-dom")
+    width = re.search(r"<title>width (\d+)</title>", dom)
+    assert width is not None, dom[:500]
+    assert int(width.group(1)) <= 360
+
+
+def test_screenshot_shows_pictures_and_boxes(coco: Any, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    write_page(examine(spoiled(coco)), path)
+    shot = tmp_path / "shot.png"
+    browse(path, f"--screenshot={shot}", "--window-size=1000,2400")
+    with Image.open(shot) as image:
+        colours = image.convert("RGB").quantize(64).getcolors() or []
+    assert len(colours) > 40

@@ -1,0 +1,381 @@
+"""A repair leaves the original alone, mends the copy, says each change, and can be undone to the byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tests.unit.data.test_faults import BOXES, FILES, PICTURES, VOC, YOLO  # type: ignore[import-not-found]
+
+from rtdetr_cli.checks.doctor import examine
+from rtdetr_cli.checks.load import load_splits
+from rtdetr_cli.checks.repair import repair, repairable, undo
+from rtdetr_cli.datasets.codes import CODES
+from rtdetr_cli.errors import DataError
+
+Plant = Callable[[Any], object]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+def repaired(folder: Path, code: str) -> None:
+    """Repair a dataset and check all that must hold of every repair."""
+    before = hashes(folder)
+    report = examine(folder)
+    assert repairable(report) == any(f.severity != "info" and CODES[f.code].repair for f in report.findings)
+    out = folder.parent / "out"
+    done = repair(report, out)
+    assert hashes(folder) == before, "the original was changed"
+    again = examine(done.data)
+    assert code not in {f.code for f in again.findings}, [f.message for f in again.findings]
+    assert not again.counts()["error"], [f.message for f in again.findings if f.severity == "error"]
+    load_splits(done.data)
+    patch = json.loads(done.patch.read_text())
+    assert patch["changes"]
+    assert done.changes.get(code), done.changes
+    back = folder.parent / "back"
+    assert undo(done.patch, back) == len(patch["changes"])
+    restored = hashes(back)
+    for name, digest in restored.items():
+        assert before[name] == digest, f"{name} is not what it was"
+    # What the dataset does not name is not copied; a picture outside of it neither.
+    missing = {name for name in before if name not in restored}
+    assert not missing, missing
+
+
+REPAIRABLE = {code for code, entry in CODES.items() if entry.repair}
+IN_COCO = {
+    **{code: [plant] for code, plant in PICTURES.items()},
+    **BOXES,
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "plant"),
+    [
+        pytest.param(code, plant, id=f"{code}-{n}")
+        for code, plants in IN_COCO.items()
+        if code in REPAIRABLE
+        for n, plant in enumerate(plants)
+    ],
+)
+def test_coco(coco: Any, code: str, plant: Plant) -> None:
+    plant(coco)
+    repaired(coco.write(), code)
+
+
+@pytest.mark.parametrize("code", ["file-bom", "file-crlf"])
+def test_marks_and_line_ends_of_json(coco: Any, code: str) -> None:
+    coco.box["bbox"] = [1, 1, 0, 0]
+    folder = coco.write()
+    spoil = next(spoil for c, spoil in FILES.values() if c == code)
+    path = folder / "train.json"
+    path.write_bytes(spoil(path.read_bytes()))
+    repaired(folder, code)
+
+
+@pytest.mark.parametrize(
+    ("code", "plant"),
+    [
+        pytest.param(code, plant, id=f"{code}-{n}")
+        for code, plants in YOLO.items()
+        if code in REPAIRABLE and code != "picture-outside"
+        for n, plant in enumerate(plants)
+        if not (code == "file-malformed" and n > 0) and code != "file-bounds"  # those are of the data.yaml
+    ],
+)
+def test_yolo(yolo: Any, code: str, plant: Plant) -> None:
+    plant(yolo)
+    repaired(yolo.write(), code)
+
+
+@pytest.mark.parametrize(
+    ("code", "plant"),
+    [
+        pytest.param(code, plant, id=f"{code}-{n}")
+        for code, plants in VOC.items()
+        if code in REPAIRABLE
+        for n, plant in enumerate(plants)
+    ],
+)
+def test_voc(voc: Any, code: str, plant: Plant) -> None:
+    plant(voc)
+    repaired(voc.write(), code)
+
+
+@pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
+def test_what_repair_cannot_mend_is_not_called_repairable(form: str, request: pytest.FixtureRequest) -> None:
+    """Nothing is promised for a file that is everybody's; a file of one picture is left out with it."""
+    folder = request.getfixturevalue(form).write()
+    assert not repairable(examine(folder))
+    broken, mended = {
+        "coco": (folder / "train.json", False),
+        "yolo": (folder / "labels/train/train_0.txt", True),
+        "voc": (folder / "Annotations/train_0.xml", True),
+    }[form]
+    broken.write_bytes(broken.read_bytes()[:40] + b"\xff")
+    report = examine(folder)
+    assert report.counts()["error"]
+    assert repairable(report) == mended
+
+
+def test_lists_of_yolo_lose_pictures_that_cannot_be_used(yolo: Any) -> None:
+    yolo.yaml = "train: train.txt\nval: images/val\nnames: [nut, washer]\n"
+    (yolo.folder / "train.txt").write_text("".join(f"images/train/train_{i}.jpg\n" for i in range(3)))
+    (yolo.folder / "images/train/train_1.jpg").write_bytes(b"")
+    repaired(yolo.write(), "picture-empty")
+    assert (yolo.folder.parent / "out/train.txt").read_text().split() == [f"images/train/train_{i}.jpg" for i in (0, 2)]
+
+
+NOTES = {"LICENSE": "CC0", "README.md": "# nuts\r\n", "README.dataset.txt": "from a shelf", "CITATION.cff": "x: y\n"}
+
+
+@pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
+def test_licence_and_readme_come_along_and_go_back(form: str, request: pytest.FixtureRequest) -> None:
+    """A licence asks to stay with the pictures."""
+    folder = request.getfixturevalue(form).write()
+    for name, text in NOTES.items():
+        (folder / name).write_bytes(text.encode())
+    if form == "coco":
+        (folder / "images/train_0.jpg").write_bytes(b"")
+    elif form == "yolo":
+        (folder / "labels/train/train_0.txt").write_text("0 0.5 0.5 0 0.1\n")
+    else:
+        (folder / "JPEGImages/train_0.jpg").write_bytes(b"")
+    repaired(folder, "box-zero-size" if form == "yolo" else "picture-empty")
+    for name, text in NOTES.items():
+        assert (folder.parent / "out" / name).read_bytes() == text.encode()
+
+
+def test_every_list_of_voc_comes_along_without_the_pictures_left_out(voc: Any) -> None:
+    """Those that no split is read from too: `trainval`, and the lists of one class with their second column."""
+    folder = voc.write()
+    lists = folder / "ImageSets"
+    (lists / "Layout").mkdir()
+    names = [*voc.lists["train"], *voc.lists["val"]]
+    (lists / "Main/trainval.txt").write_bytes("".join(f"{name}\r\n" for name in names).encode())
+    (lists / "Main/nut_train.txt").write_text("".join(f"{name} {n - 1:2d}\n" for n, name in enumerate(names[:3])))
+    (lists / "Layout/val.txt").write_text("\n".join(names[3:]))
+    (lists / "Main/odd.txt").write_bytes(b"train_0\n\xff\n")
+    (folder / "JPEGImages/train_1.jpg").write_bytes(b"")
+    repaired(folder, "picture-empty")
+    out = folder.parent / "out" / "ImageSets"
+    assert (out / "Main/trainval.txt").read_text().split() == [n for n in names if n != "train_1"]
+    assert (out / "Main/nut_train.txt").read_text() == "train_0 -1\ntrain_2  1\n"
+    assert (out / "Layout/val.txt").read_text() == "\n".join(names[3:])
+    assert (out / "Main/odd.txt").read_bytes() == b"train_0\n\xff\n", "what is no text is left as it is"
+
+
+def test_what_is_not_of_the_dataset_stays_behind_and_the_patch_says_so(coco: Any) -> None:
+    coco.box["bbox"] = [1, 1, 0, 0]
+    folder = coco.write()
+    (folder / "diary.txt").write_text("mine")
+    (folder / "images/unlisted.jpg").write_bytes(b"x")
+    (folder.parent / "elsewhere").write_text("not a note of this dataset")
+    (folder / "README").symlink_to(folder.parent / "elsewhere")
+    done = repair(examine(folder), folder.parent / "out")
+    assert not {"diary.txt", "images/unlisted.jpg", "README"} & set(hashes(folder.parent / "out"))
+    patch = json.loads(done.patch.read_text())
+    assert "licence" in patch["holds"]
+    assert "not copied" in patch["holds"]
+
+
+def test_all_faults_of_a_dataset_at_once(coco: Any) -> None:
+    for code, plants in BOXES.items():
+        if code in REPAIRABLE and code.startswith("box-"):
+            annotation = dict(coco.train["annotations"][1], id=90_000 + len(coco.train["annotations"]))
+            coco.train["annotations"].append(annotation)
+            plants[0](_Second(coco, annotation))
+    (coco.folder / "images/train_3.jpg").write_bytes(b"")
+    (coco.folder / "images/train_2.jpg").unlink()
+    repaired(coco.write(indent=None), "picture-empty")
+
+
+class _Second:
+    """A builder whose `box` is another annotation."""
+
+    def __init__(self, builder: Any, box: dict[str, Any]) -> None:
+        self.train, self.box = builder.train, box
+
+
+def test_keys_that_nobody_knows_survive(coco: Any) -> None:
+    coco.box.update(bbox=[90.0, 20.0, 20.0, 10.0], area=200.0, attributes={"occluded": True}, note="ä")
+    folder = coco.write()
+    done = repair(examine(folder), folder.parent / "out")
+    document = json.loads((done.data / "train.json").read_text())
+    assert document["annotations"][1] == {**coco.box, "bbox": [90.0, 20.0, 6.0, 10.0], "area": 60.0}
+    assert document["annotations"][2:] == coco.train["annotations"][2:]
+
+
+def test_what_cannot_be_repaired_is_said(coco: Any) -> None:
+    coco.train["images"][1]["id"] = 1
+    folder = coco.write()
+    done = repair(examine(folder), folder.parent / "out")
+    assert done.not_repaired["image-id-duplicate"] == 1
+    assert "image-id-duplicate" in {f["code"] for f in json.loads(done.patch.read_text())["not_repaired"]}
+
+
+def test_picture_outside_is_not_copied(coco: Any) -> None:
+    secret = coco.folder.parent / "secret.jpg"
+    shutil.move(coco.picture, secret)
+    coco.picture.symlink_to(secret)
+    folder = coco.write()
+    out = folder.parent / "out"
+    done = repair(examine(folder), out)
+    assert secret.read_bytes() not in [p.read_bytes() for p in out.rglob("*") if p.is_file()]
+    assert len(load_splits(done.data).train or ()) == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"changes": [{"op": "edit", "file": "../x", "start": 0, "old": "", "new": ""}]}',
+        '{"changes": [{"op": "?"}]}',
+        '{"changes": [{"op": "edit", "file": "train.json", "start": 0, "old": "a", "new": "b"}]}',
+    ],
+)
+def test_foreign_patch_is_refused(tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    (folder / "patch.json").write_text(text)
+    (folder / "train.json").write_text("something")
+    with pytest.raises(DataError):
+        undo(folder / "patch.json", tmp_path / "back")
+    assert not (tmp_path / "x").exists()
+
+
+def test_bccd(bccd: Path, tmp_path: Path) -> None:
+    report = examine(bccd)
+    done = repair(report, tmp_path / "out")
+    assert done.changes == {"box-zero-size": 2, "box-duplicate": 7}
+    assert {f.code for f in examine(done.data, decode=False).findings} == {"voc-folder"}
+    undo(done.patch, tmp_path / "back")
+    for path in sorted((tmp_path / "back").rglob("*.xml")):
+        assert path.read_bytes() == (bccd / path.relative_to(tmp_path / "back")).read_bytes()
+
+
+def _spoil_a_picture(path: Path, code: str) -> None:
+    with Image.open(path) as image:
+        image.load()
+        plain = image.copy()
+    exif = Image.Exif()
+    if code == "picture-missing":
+        path.unlink()
+    elif code == "picture-empty":
+        path.write_bytes(b"")
+    elif code == "picture-unreadable":
+        path.write_bytes(b"no pixels")
+    elif code == "picture-truncated":
+        path.write_bytes(path.read_bytes()[:-400])
+    elif code == "picture-extension":
+        plain.save(path, "PNG")
+    elif code == "picture-exif-invalid":
+        exif[0x0112] = 9
+        plain.save(path, exif=exif)
+    else:
+        path.rename(path.with_name(path.name.upper()))
+
+
+PICTURE_FAULTS = (
+    *("picture-missing", "picture-empty", "picture-unreadable", "picture-truncated"),
+    *("picture-extension", "picture-exif-invalid", "picture-name-case"),
+)
+
+
+@pytest.mark.parametrize(
+    ("form", "code"),
+    [
+        (form, code)
+        for form in ("coco", "voc", "yolo", "yolo list")
+        for code in PICTURE_FAULTS
+        # A folder has no names for pictures that are not there.
+        if form != "yolo" or code not in ("picture-missing", "picture-name-case")
+    ],
+)
+def test_picture_of_every_format(form: str, code: str, request: Any) -> None:
+    form, _, listed = form.partition(" ")
+    builder = request.getfixturevalue(form)
+    if listed:
+        builder.yaml = builder.yaml.replace("train: images/train", "train: train.txt")
+        builder.make("train.txt").write_text("".join(f"images/train/train_{i}.jpg\n" for i in range(3)))
+    folder = {"coco": "images", "yolo": "images/train", "voc": "JPEGImages"}[form]
+    _spoil_a_picture(builder.folder / folder / "train_1.jpg", code)
+    repaired(builder.write(), code)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP", "JPEG"])
+def test_picture_whose_orientation_stays_is_left_out(coco: Any, form: str) -> None:
+    with Image.open(coco.picture) as image:
+        image.load()
+        plain = image.copy()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    coco.picture.unlink()
+    plain.save(coco.picture.with_suffix(f".{form.lower()}"), exif=exif)
+    coco.train["images"][0]["file_name"] = f"train_0.{form.lower()}"
+    repaired(coco.write(), "picture-exif-swapped")
+    kept = len(json.loads((coco.folder.parent / "out/train.json").read_text())["images"])
+    assert kept == (4 if form in ("JPEG", "WEBP") else 3)
+
+
+@pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b""])
+@pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
+def test_marks_line_ends_and_edits_together(form: str, mark: bytes, request: Any) -> None:
+    """Every label file has a mark and Windows line ends, and some have boxes to drop and to clip."""
+    builder = request.getfixturevalue(form)
+    if form == "coco":
+        for document in builder.documents.values():
+            document["annotations"][0]["bbox"] = [1, 1, 0, 0]
+            document["annotations"][1]["bbox"] = [90.0, 20.0, 20.0, 10.0]
+            document["images"][2].pop("width")
+    elif form == "yolo":
+        builder.labels["train/train_0"] = "0 0.5 0.5 0 0.1\n1 0.98 0.5 0.2 0.1\n0 0.2 0.2 0.1 0.1\n"
+        builder.labels["val/val_1"] = "0 1.01 0.5 0.1 0.1\n5 0.1 0.1 0.1 0.1"
+    else:
+        text = builder.xml["train_0"].replace("<xmax>16</xmax>", "<xmax>4</xmax>").replace("<width>96</width>", "")
+        builder.xml["train_0"] = text.replace("<xmin>18</xmin>", "<xmin>-18</xmin>")
+        builder.xml["val_0"] = builder.xml["val_0"].replace("<width>96", "<width>69")
+    folder = builder.write()
+    for path in folder.rglob("*"):
+        if path.suffix in (".json", ".txt", ".xml", ".yaml"):
+            path.write_bytes(mark + path.read_bytes().replace(b"\n", b"\r\n"))
+    repaired(folder, "file-crlf")
+    assert {f.severity for f in examine(folder.parent / "out").findings} <= {"info"} | (
+        set() if form == "coco" else {"warning"}
+    )
+    for path in (folder.parent / "out").rglob("*"):
+        if path.suffix in (".json", ".txt", ".xml", ".yaml") and path.name != "patch.json":
+            assert b"\r" not in path.read_bytes()
+            assert not path.read_bytes().startswith(b"\xef")
+
+
+def test_line_ends_of_a_large_file(coco: Any) -> None:
+    coco.train["info"] = {"description": ["x" * 60] * 40_000}
+    folder = coco.write()
+    path = folder / "train.json"
+    assert path.stat().st_size > 2 << 20
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    repaired(folder, "file-crlf")
+
+
+def test_picture_of_two_splits_is_renamed_in_both(coco: Any) -> None:
+    with Image.open(coco.picture) as image:
+        image.load()
+        image.copy().save(coco.picture, "PNG")
+    entry = {**coco.train["images"][0], "id": 77}
+    coco.val["images"].append(entry)
+    repaired(coco.write(), "picture-extension")

@@ -1,0 +1,205 @@
+"""New splits do not leak, are spread by class, and depend on the seed and the data alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rtdetr_cli.checks.doctor import examine
+from rtdetr_cli.checks.duplicates import Joined
+from rtdetr_cli.checks.split import Resplit, blocks, place_clusters, resplit, sequences
+from rtdetr_cli.datasets.records import Dataset
+from rtdetr_cli.datasets.splits import to_splits
+from rtdetr_cli.errors import DataError
+
+
+def split(folder: Path, shares: tuple[float, ...], seed: int = 0) -> Resplit:
+    report = examine(folder)
+    splits = to_splits(report.raw)
+    parts = {d.split: d for d in (splits.train, splits.val, splits.test) if d is not None}
+    return resplit(report, parts, shares, seed=seed)
+
+
+def names(dataset: Dataset) -> set[str]:
+    return {Path(f).name for f in dataset.file_names}
+
+
+def test_every_picture_lands_once(coco: Any) -> None:
+    made = split(coco.write(), (0.5, 0.25, 0.25))
+    assert list(made.parts) == ["train", "val", "test"]
+    assert {n: len(d) for n, d in made.parts.items()} == {"train": 4, "val": 2, "test": 2}
+    together = [f for d in made.parts.values() for f in names(d)]
+    assert len(together) == len(set(together)) == 8
+    assert sum(len(d.labels) for d in made.parts.values()) == 48
+
+
+def test_look_alikes_stay_on_one_side(coco: Any) -> None:
+    folder = coco.folder
+    # Each picture of val becomes a copy of one of train: the same bytes, or compressed again at half the size.
+    for i in range(4):
+        source, target = folder / f"images/train_{i}.jpg", folder / f"images/val_{i}.jpg"
+        if i % 2:
+            shutil.copy(source, target)
+        else:
+            with Image.open(source) as image:
+                image.save(target, quality=50)
+    coco.write()
+    for seed in range(5):
+        made = split(folder, (0.5, 0.5), seed)
+        assert made.clusters == 4
+        for part in made.parts.values():
+            stems = {name.split("_")[1] for name in names(part)}
+            assert len(part) == 2 * len(stems)
+
+
+def test_seed_decides_and_repeats(coco: Any) -> None:
+    folder = coco.write()
+    sides = [names(split(folder, (0.5, 0.5), seed).parts["val"]) for seed in range(6)]
+    assert sides[0] == names(split(folder, (0.5, 0.5), 0).parts["val"])
+    assert any(side != sides[0] for side in sides)
+
+
+def groups(names: list[str]) -> list[list[int]]:
+    return sorted(sorted(group) for group in sequences(names).whole)
+
+
+def test_sequences_are_told_by_name() -> None:
+    cameras = [f"cam{c}_{i:04d}.jpg" for c in range(5) for i in range(3)]
+    by_camera = [[3 * c, 3 * c + 1, 3 * c + 2] for c in range(5)]
+    assert groups(cameras) == by_camera
+    assert groups([name.replace(".jpg", "_x.jpg") for name in cameras]) == by_camera
+    assert groups([name.replace(".jpg", "_640x480.jpg") for name in cameras]) == by_camera
+    assert groups([name.replace(".jpg", f"_jpg.rf.{i:03x}f.jpg") for i, name in enumerate(cameras)]) == by_camera
+    assert groups([f"{i * 7919:08x}-{name}" for i, name in enumerate(cameras)]) == by_camera
+    assert groups([f"clip{c}/{i:06d}.jpg" for c in range(5) for i in range(3)]) == by_camera
+    assert sequences([f"IMG_{i:04d}.jpg" for i in range(20)]) == ([], [])
+    assert groups(["a_jpg.rf.0f3.jpg", "b_jpg.rf.77a.jpg", "a_jpg.rf.9c1.jpg"]) == [[0, 2]]
+    assert groups(["one/001.jpg", "two/001.jpg"]) == []
+
+
+def test_folders_of_the_old_splits_do_not_part_a_sequence() -> None:
+    names = [
+        f"{s}/cam{c}_{2 * i + k}.jpg" for c in range(5) for k, s in enumerate(("train2017", "valid")) for i in (0, 1)
+    ]
+    assert groups(names) == [[4 * c + k for k in range(4)] for c in range(5)]
+
+
+def test_large_sequences_are_cut_into_blocks_of_neighbours() -> None:
+    names = [f"cam{c}_{i:04d}_x.jpg" for c in (1, 2) for i in range(200)]
+    found = sequences(names)
+    assert found.whole == []
+    assert [(len(run), block) for run, block in found.runs] == [(200, 20), (200, 20)]
+    made = blocks(found.runs, Joined(400))
+    assert sorted(i for block in made for i in block) == list(range(400))
+    assert [block == list(range(block[0], block[0] + 20)) for block in made] == [True] * 20
+
+
+def test_runs_end_where_the_numbers_pause_and_need_numbers_that_count() -> None:
+    strided = [f"frame_{10 * i}.jpg" for i in (*range(50), *range(200, 250))]
+    assert [len(run) for run, _ in sequences(strided).runs] == [50, 50]
+    random = np.random.default_rng(0).choice(581_929, 5000, replace=False)
+    assert sequences([f"{n:012d}.jpg" for n in random]) == ([], [])
+
+
+def test_look_alikes_do_not_tie_blocks_together() -> None:
+    joined = Joined(400)
+    for i in range(19):
+        joined.join(20 * i + 3, 20 * i + 25)
+    joined.join(0, 399)
+    made = blocks([(list(range(400)), 20)], joined)
+    for block in made:
+        joined.join_all(block)
+    sizes = sorted(len(group) for group in joined.groups())
+    assert sum(sizes) == 400
+    assert len(sizes) == len(made) == 20
+    assert sizes[-1] <= 80
+
+
+def test_a_class_of_one_sequence_is_shared_out() -> None:
+    names = [f"clip{c}/{i:06d}.jpg" for c in range(12) for i in range(40)]
+    counts = np.zeros((480, 13), np.int64)
+    counts[np.arange(480), np.repeat(np.arange(12), 40)] = 2
+    counts[:, -1] = 1
+    assert len(sequences(names).whole) == 12
+    found = sequences(names, counts)
+    assert (len(found.whole), len(found.runs)) == (0, 12)
+    clusters = blocks(found.runs, Joined(480))
+    val = counts[
+        [i for c, s in zip(clusters, place_clusters(clusters, counts, (0.8, 0.2), 0), strict=True) if s for i in c]
+    ]
+    assert val.sum(axis=0).tolist() == [16] * 12 + [96]
+
+
+LAYOUTS = {
+    "two cameras": lambda i: f"cam{1 + i // 60}_{i % 60:04d}.jpg",
+    "one camera, with a suffix": lambda i: f"cam0_{i:04d}_x.jpg",
+    "a folder of frames": lambda i: f"clip/{i:06d}.jpg",
+    "Roboflow": lambda i: f"cam0_{i:04d}_jpg.rf.{i * 7919:08x}.jpg",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_val_of_one_sequence_is_a_few_runs(tmp_path: Path, layout: str) -> None:
+    images, annotations = [], []
+    for i in range(120):
+        name = LAYOUTS[layout](i)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        coarse = np.random.default_rng(i).integers(0, 256, (6, 8, 3), np.uint8)
+        Image.fromarray(coarse).resize((96, 64)).save(tmp_path / name)
+        images.append({"id": i, "file_name": name, "width": 96, "height": 64})
+        box = {"bbox": [10, 10, 30, 30], "area": 900}
+        annotations.append({"id": i, "image_id": i, "category_id": 1 + i % 2, **box})
+    categories = [{"id": 1, "name": "nut"}, {"id": 2, "name": "washer"}]
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "all.json").write_text(json.dumps(document))
+    vals = []
+    for seed in range(3):
+        made = split(tmp_path / "all.json", (0.8, 0.2), seed)
+        assert made.groups == made.clusters == 20
+        val = sorted(made.parts["val"].image_ids.tolist())
+        assert len(val) == 24
+        assert sum(b - a > 1 for a, b in pairwise(val)) < 4
+        vals.append(val)
+    assert vals[0] != vals[1] or vals[0] != vals[2], "the seed decides"
+
+
+def test_rare_class_is_in_both_splits() -> None:
+    random = np.random.default_rng(0)
+    counts = np.zeros((200, 4), np.int64)
+    counts[:, 0] = random.integers(1, 9, 200)
+    counts[random.permutation(200)[:20], 1] = 1
+    counts[random.permutation(200)[:5], 2] = 3
+    counts[:, -1] = 1
+    sides = np.asarray(place_clusters([[i] for i in range(200)], counts, (0.8, 0.2), 0))
+    val = counts[sides == 1].sum(axis=0)
+    assert val[-1] == pytest.approx(40, abs=2)
+    assert val[1] == 4
+    assert val[2] == 3
+    assert val[0] / counts[:, 0].sum() == pytest.approx(0.2, abs=0.03)
+
+
+def test_bccd(bccd: Path) -> None:
+    made = split(bccd, (0.7, 0.2, 0.1))
+    assert [len(d) for d in made.parts.values()] == pytest.approx([255, 73, 36], abs=4)
+    assert sum(len(d) for d in made.parts.values()) == 364
+    side = {name: n for n, d in made.parts.items() for name in names(d)}
+    assert side["BloodImage_00037.jpg"] == side["BloodImage_00038.jpg"]
+    whole = sum(np.bincount(d.labels, minlength=3) for d in made.parts.values())
+    for share, part in zip((0.7, 0.2, 0.1), made.parts.values(), strict=True):
+        np.testing.assert_allclose(np.bincount(part.labels, minlength=3) / whole, share, atol=0.02)
+
+
+def test_pictures_that_are_all_one_scene_cannot_be_split(coco: Any) -> None:
+    for path in (coco.folder / "images").iterdir():
+        if path != coco.picture:
+            shutil.copy(coco.picture, path)
+    with pytest.raises(DataError, match="form only 1 group") as refused:
+        split(coco.write(), (0.5, 0.5))
+    assert refused.value.code == "split-impossible"

@@ -1,0 +1,146 @@
+"""Annotated pictures: what is drawn where, whatever the size of the picture."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import ImageFont
+
+from rtdetr_cli.images import draw
+from rtdetr_cli.images.draw import colour, draw_boxes
+
+NAMES = ("person", "car", "traffic light")
+
+
+def ground(width: int = 640, height: int = 480, level: int = 128) -> NDArray[np.uint8]:
+    return np.full((height, width, 3), level, np.uint8)
+
+
+def changed(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> tuple[int, int, int, int]:
+    """Return the rectangle (x1, y1, x2, y2) outside which nothing was drawn."""
+    rows, columns = np.nonzero((before != after).any(axis=2))
+    return int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
+
+
+def luminance(rgb: tuple[int, int, int]) -> float:
+    linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_colours_are_stable_distinct_and_legible() -> None:
+    first = [colour(label) for label in range(100)]
+    assert first == [colour(label) for label in range(100)]
+    assert colour(0) == (255, 101, 87)  # a saved picture of last year shows the same class alike
+    assert all(0 <= channel <= 255 for rgb in first for channel in rgb)
+    for a, b in itertools.combinations(first[:10], 2):
+        assert sum(abs(x - y) for x, y in zip(a, b, strict=True)) > 60
+    for rgb in first:
+        ink = luminance(draw._ink(rgb))
+        bright, dark = max(ink, luminance(rgb)), min(ink, luminance(rgb))
+        assert (bright + 0.05) / (dark + 0.05) >= 4.5  # WCAG AA for text
+
+
+def test_box_is_drawn_in_its_colour_on_its_edge() -> None:
+    picture = ground()
+    drawn = draw_boxes(picture, [[100, 200, 300, 400]], [1], NAMES)
+    assert (picture == 128).all()  # the original is left alone
+    for x, y in ((100, 300), (299, 300), (200, 399), (250, 200)):
+        assert tuple(drawn[y, x]) == colour(1)
+    assert tuple(drawn[300, 200]) == (128, 128, 128)  # the inside stays
+    x1, y1, x2, y2 = changed(picture, drawn)
+    assert (x1, x2, y2) == (100, 300, 400)
+    assert y1 < 200  # the label lies on top
+
+
+@pytest.mark.parametrize("size", [(64, 48), (32, 200), (640, 480), (4000, 3000), (1, 1), (7, 3)])
+@pytest.mark.parametrize("box", [[0, 0, 1, 1], [0.9, 0, 1, 0.05], [-0.5, -0.5, 0.2, 0.2], [0.4, 0.97, 0.6, 1.4]])
+def test_every_size_and_corner(size: tuple[int, int], box: list[float]) -> None:
+    width, height = size
+    picture = ground(width, height)
+    pixels = [[box[0] * width, box[1] * height, box[2] * width, box[3] * height]]
+    drawn = draw_boxes(picture, pixels, [0], ("a class with quite a long name",), scores=[0.987])
+    assert drawn.shape == picture.shape
+    assert drawn.dtype == np.uint8
+    assert (drawn != picture).any()
+
+
+def test_line_and_text_follow_the_size_of_the_picture() -> None:
+    small, middle, large = (draw._sizes(w, h, 1) for w, h in ((64, 64), (640, 480), (4000, 3000)))
+    assert small[0] == 1
+    assert small < middle < large
+    # A 12 MP photograph shown 1000 pixels wide has the look of a small picture.
+    assert 1.5 < large[0] / 4 < 4
+    assert 12 < large[1] / 4 < 24
+    assert draw._sizes(640, 480, 200) < middle  # a crowd gets a finer pen
+
+
+def test_labels_avoid_each_other() -> None:
+    boxes = np.array([[100, 100, 300, 300], [110, 100, 310, 300], [100, 104, 300, 304]], np.float64)
+    placed: list[draw.Rectangle] = []
+    for box in boxes:
+        placed.append(draw._place(box, (80, 20), (640, 480), 2, placed))
+    for a, b in itertools.combinations(placed, 2):
+        assert draw._overlap(a, b) == 0
+    for x1, y1, x2, y2 in placed:
+        assert 0 <= x1 < x2 <= 640
+        assert 0 <= y1 < y2 <= 480
+
+
+def test_many_labels_do_not_hide_the_picture() -> None:
+    random = np.random.default_rng(0)
+    corners = random.uniform(0, 300, (300, 2))
+    boxes = np.concatenate([corners, corners + random.uniform(20, 150, (300, 2))], axis=1)
+    picture = ground()
+    few = draw_boxes(picture, boxes[:1], [0], NAMES, scores=[0.9])
+    many = draw_boxes(picture, boxes, random.integers(0, 3, 300), NAMES, scores=random.uniform(0, 1, 300))
+    assert (many != few).any()
+    # Text is black or white: what is neither that nor ground nor line shows how much is left of the picture.
+    assert (many == 128).all(axis=2).mean() > 0.3
+
+
+def test_best_score_lies_on_top() -> None:
+    boxes = [[100, 100, 300, 300], [100, 100, 300, 300]]
+    for scores in ([0.9, 0.2], [0.2, 0.9]):
+        drawn = draw_boxes(ground(), boxes, [0, 1], NAMES, scores=scores)
+        assert tuple(drawn[300 - 1, 200]) == colour(int(np.argmax(scores)))
+
+
+def test_nothing_to_draw_and_unknown_label() -> None:
+    picture = ground()
+    empty = draw_boxes(picture, np.zeros((0, 4)), [], NAMES, scores=[])
+    assert (empty == picture).all()
+    assert empty is not picture
+    assert (draw_boxes(picture, [[5, 5, 50, 50]], [7], ()) != picture).any()
+
+
+def test_box_outside_the_picture_leaves_no_line() -> None:
+    picture = ground()
+    drawn = draw_boxes(picture, [[700, 100, 800, 300]], [0], NAMES)
+    assert not (drawn[150:, 600:] == np.array(colour(0))).all(axis=2).any()
+
+
+@pytest.mark.parametrize("name", ["Käse", "Лось", "Ελαία", "a\tb", "", "x" * 500, "100 % & <b>"])
+def test_names_of_all_kinds(name: str) -> None:
+    drawn = draw_boxes(ground(), [[100, 100, 300, 300]], [0], (name,), scores=[0.5])
+    assert (drawn != ground()).any()
+
+
+def test_letters_that_the_own_font_lacks_come_from_another() -> None:
+    pytest.importorskip("matplotlib", reason="its font is the fallback")
+    own = ImageFont.load_default(20)
+    assert not draw._has_letters(own, "Лось")  # type: ignore[arg-type]
+    assert draw._has_letters(draw._font(20, "Лось"), "Лось")
+    assert draw._font(20, "moose").getname() == own.getname()  # type: ignore[union-attr]
+
+
+def test_real_picture(coco21: Path) -> None:
+    from rtdetr_cli.images.decode import read_picture
+
+    picture = read_picture(min((coco21 / "images").iterdir()))
+    drawn = draw_boxes(picture, [[50, 60, 200, 220]], [2], NAMES, scores=[0.83])
+    share = (drawn != picture).any(axis=2).mean()
+    assert 0.001 < share < 0.05
