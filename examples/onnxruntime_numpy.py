@@ -1,6 +1,6 @@
-"""Run an exported detector with numpy and onnxruntime alone; Pillow only reads the picture.
+"""Run an exported detector with numpy and onnxruntime alone; Pillow only reads the image.
 
-    python examples/onnxruntime_numpy.py runs/tiny-demo-01/export/best.onnx picture.jpg
+    python examples/onnxruntime_numpy.py runs/tiny-demo-01/export/best.onnx image.jpg
 
 Class names, thresholds and the input size come from the file itself. Prints what `rtdetr predict` finds.
 """
@@ -26,14 +26,14 @@ def load(path):
 
 
 def detect(session, header, floors, path):
-    """Return (name, category id, score, x1, y1, x2, y2) of each object, best first, in pixels of the picture."""
-    picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    width, height = picture.size
+    """Return (name, category id, score, x1, y1, x2, y2) of each object, best first, in pixels of the image."""
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    width, height = image.size
     if session.get_inputs()[0].type == "tensor(uint8)":  # exported with --preprocess-in-graph
-        images = np.asarray(picture)[None]
+        images = np.asarray(image)[None]
     else:
         size = (header["imgsz"][1], header["imgsz"][0])
-        stretched = np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
+        stretched = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
         images = np.ascontiguousarray(stretched.transpose(2, 0, 1)[None], dtype=np.float32) / 255
     batch = session.get_inputs()[0].shape[0]
     copies = batch if isinstance(batch, int) else 1  # a fixed batch wants to be full
@@ -47,7 +47,7 @@ def detect(session, header, floors, path):
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit("usage: python examples/onnxruntime_numpy.py MODEL.onnx PICTURE")
+        sys.exit("usage: python examples/onnxruntime_numpy.py MODEL.onnx IMAGE")
     for path in sys.argv[1:]:
         if not os.path.isfile(path):
             sys.exit(f"{path} is not a file")

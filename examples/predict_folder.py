@@ -1,8 +1,8 @@
-"""Find objects in every picture of a folder, and keep the crops of one class.
+"""Find objects in every image of a folder, and keep the crops of one class.
 
-    python examples/predict_folder.py best.onnx pictures/ --class-name person --out crops/
+    python examples/predict_folder.py best.onnx images/ --class-name person --out crops/
 
-Works with any model file; with an ONNX file torch is never loaded. Pictures that cannot be read are named and left
+Works with any model file; with an ONNX file torch is never loaded. Images that cannot be read are named and left
 out, and the exit code is then 1.
 """
 
@@ -16,11 +16,11 @@ from PIL import Image
 
 from rtdetr_cli import load
 from rtdetr_cli.errors import RtdetrError
-from rtdetr_cli.images.decode import PictureError, read_picture
+from rtdetr_cli.images.decode import ImageError, read_image
 
 
 def main() -> int:
-    """Read the arguments, predict, write the crops; return how many pictures could not be read."""
+    """Read the arguments, predict, write the crops; return how many images could not be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model file, or a run folder")
     parser.add_argument("folder", type=Path)
@@ -35,15 +35,15 @@ def main() -> int:
     detector = load(arguments.model)
     for path in sorted(p for p in arguments.folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")):
         try:
-            picture = read_picture(path)  # upright RGB, as in training
-        except PictureError as error:
+            image = read_image(path)  # upright RGB, as in training
+        except ImageError as error:
             print(error, file=sys.stderr)
             unreadable += 1
             continue
-        found = detector.predict(picture, classes=[arguments.class_name])
+        found = detector.predict(image, classes=[arguments.class_name])
         for number, (x1, y1, x2, y2) in enumerate(found.boxes_xyxy_px.round().astype(int)):
             if x2 > x1 and y2 > y1:
-                Image.fromarray(picture[y1:y2, x1:x2]).save(arguments.out / f"{path.stem}_{number}.png")
+                Image.fromarray(image[y1:y2, x1:x2]).save(arguments.out / f"{path.stem}_{number}.png")
         print(f"{path.name}: {len(found)} {arguments.class_name}")
     return unreadable
 

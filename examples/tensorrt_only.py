@@ -1,6 +1,6 @@
-"""Run an exported engine with TensorRT alone; numpy holds the pictures, Pillow reads them, libcudart copies them.
+"""Run an exported engine with TensorRT alone; numpy holds the images, Pillow reads them, libcudart copies them.
 
-    python examples/tensorrt_only.py runs/r18-mine-01/export/best.engine picture.jpg
+    python examples/tensorrt_only.py runs/r18-mine-01/export/best.engine image.jpg
 
 Class names, thresholds and the input size come from the header beside the engine: `best.engine.json`.
 """
@@ -15,13 +15,13 @@ from PIL import Image, ImageOps
 
 
 def detect(engine, header, path):
-    """Return (name, category id, score, x1, y1, x2, y2) of each object, best first, in pixels of the picture."""
+    """Return (name, category id, score, x1, y1, x2, y2) of each object, best first, in pixels of the image."""
     if "labels" not in {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}:
         sys.exit("this is a raw export, without post-processing: export it without --raw")
     cuda, to_device, to_host = ctypes.CDLL("libcudart.so"), 1, 2
-    picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    width, height = picture.size
-    stretched = np.asarray(picture.resize(header["imgsz"][::-1], Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    width, height = image.size
+    stretched = np.asarray(image.resize(header["imgsz"][::-1], Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     copies = max(1, engine.get_tensor_shape("images")[0])  # -1 where the batch is open
     images = np.repeat(stretched[None].astype(np.float32) / 255, copies, 0)
     arrays = {"images": images, "orig_target_sizes": np.array([[width, height]] * copies, np.int64)}
@@ -49,7 +49,7 @@ def detect(engine, header, path):
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or not all(map(os.path.isfile, sys.argv[1:])):
-        sys.exit("usage: python examples/tensorrt_only.py MODEL.engine PICTURE (with MODEL.engine.json beside it)")
+        sys.exit("usage: python examples/tensorrt_only.py MODEL.engine IMAGE (with MODEL.engine.json beside it)")
     os.path.isfile(sys.argv[1] + ".json") or sys.exit(f"{sys.argv[1]}.json is not there: copy it beside the engine")
     import tensorrt
 

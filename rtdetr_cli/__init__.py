@@ -1,4 +1,4 @@
-"""rtdetr-cli: finetune RT-DETRv2 on your own pictures, and deploy it.
+"""rtdetr-cli: finetune RT-DETRv2 on your own images, and deploy it.
 
 The Python API is a few names, imported when first used:
 

@@ -12,7 +12,7 @@ from rtdetr_cli.errors import RtdetrError
 
 
 @contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it is flushed to the disk and takes `path`'s place.
 
     A reader, or a machine that loses its power, sees the old file or the new one and never a part of one.

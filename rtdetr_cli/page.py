@@ -58,21 +58,21 @@ def render_page(template: str, **context: Any) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def picture_uri(picture: NDArray[np.uint8], *, max_side: int = 640, quality: int = 78) -> str:
-    """Return a picture as a `data:` address of a JPEG.
+def image_uri(image: NDArray[np.uint8], *, max_side: int = 640, quality: int = 78) -> str:
+    """Return an image as a `data:` address of a JPEG.
 
     Args:
-        picture: (H, W, 3) uint8 RGB.
-        max_side: the longer side in pixels; a larger picture is scaled down.
+        image: (H, W, 3) uint8 RGB.
+        max_side: the longer side in pixels; a larger image is scaled down.
         quality: of the JPEG, 1 to 95.
     """
     from PIL import Image
 
-    image = Image.fromarray(picture)
-    scale = max_side / max(image.size)
+    thumbnail = Image.fromarray(image)
+    scale = max_side / max(thumbnail.size)
     if scale < 1:
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+        size = (max(1, round(thumbnail.width * scale)), max(1, round(thumbnail.height * scale)))
+        thumbnail = thumbnail.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
     buffer = BytesIO()
-    image.save(buffer, "JPEG", quality=quality, optimize=True)
+    thumbnail.save(buffer, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

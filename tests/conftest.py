@@ -37,13 +37,13 @@ def shared_data(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def bccd() -> Path:
-    """Blood cells: 364 pictures, Pascal VOC."""
+    """Blood cells: 364 images, Pascal VOC."""
     return shared_data("data/bccd")
 
 
 @pytest.fixture(scope="session")
 def coco21() -> Path:
-    """21 pictures of COCO with their annotations."""
+    """21 images of COCO with their annotations."""
     return shared_data("data/coco21")
 
 
@@ -61,7 +61,7 @@ def parity() -> Path:
 
 @pytest.fixture(scope="session")
 def shapes() -> ModuleType:
-    """The module that made the small trained detector of `golden/`: its names, ids, size, and its pictures."""
+    """The module that made the small trained detector of `golden/`: its names, ids, size, and its images."""
     path = REPOSITORY / "tests/golden/shapes.py"
     spec = importlib.util.spec_from_file_location("golden_shapes", path)
     assert spec is not None
@@ -80,7 +80,7 @@ def shapes_model(shapes: ModuleType) -> Path:
 
 @pytest.fixture(scope="session")
 def shapes_data(shapes: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A COCO JSON of 16 pictures that the small detector knows, the pictures beside it."""
+    """A COCO JSON of 16 images that the small detector knows, the images beside it."""
     path: Path = shapes.write_dataset(tmp_path_factory.mktemp("shapes"))
     return path
 

@@ -1,12 +1,12 @@
-"""Memory shared by the loader's processes: the dataset, the batches under way, and decoded pictures.
+"""Memory shared by the loader's processes: the dataset, the batches under way, and decoded images.
 
 `SharedBlock` is anonymous memory (or an already deleted file) that a child inherits by file descriptor. It needs no
 room in `/dev/shm`, which containers keep small, leaves nothing behind however the run ends, and one block counts
 once however many processes read it.
 
-`PictureCache` keeps what was decoded, each picture at each fraction that was asked for, so a picture from the cache
+`ImageCache` keeps what was decoded, each image at each fraction that was asked for, so an image from the cache
 has the same bits as one decoded again. It fills in the order of use until its budget is spent; nothing is evicted,
-since every picture of an epoch is as likely as any other to come next.
+since every image of an epoch is as likely as any other to come next.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rtdetr_cli.datasets.records import Dataset
-from rtdetr_cli.images.decode import PictureFile, divisor, opened
+from rtdetr_cli.images.decode import ImageFile, divisor, opened
 from rtdetr_cli.machine import free_bytes
 
 CACHES = ("none", "ram", "disk")
@@ -127,35 +127,35 @@ class SharedRecords:
         }
 
     def path(self, index: int) -> Path:
-        """Return the path of one picture."""
+        """Return the path of one image."""
         start, stop = self._arrays["name_ends"][index : index + 2]
         return Path(os.fsdecode(self._arrays["names"][start:stop].tobytes()))
 
     def boxes(self, index: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Return the boxes (N, 4) in xyxy pixels and the labels (N,) of one picture, as views."""
+        """Return the boxes (N, 4) in xyxy pixels and the labels (N,) of one image, as views."""
         start, stop = self._arrays["offsets"][index : index + 2]
         return self._arrays["boxes"][start:stop], self._arrays["labels"][start:stop]
 
 
 class CacheEntry(NamedTuple):
-    """One decoded picture in the cache: which, at which fraction, and where its pixels lie."""
+    """One decoded image in the cache: which, at which fraction, and where its pixels lie."""
 
-    picture: int
+    image: int
     divisor: int
     offset: int
     size_wh: tuple[int, int]
     scalable: bool
 
 
-class PictureCache:
-    """Decoded pictures in shared memory or in a file, each at each fraction it was decoded at.
+class ImageCache:
+    """Decoded images in shared memory or in a file, each at each fraction it was decoded at.
 
     Every process has a region of its own to write to, and reads all of them. Only the process that made the cache
     writes the table (`publish`), after the writer has told it that the pixels are there: so no reader ever sees a
     row before its pixels.
 
     Args:
-        pictures: how many there are.
+        images: how many there are.
         kind: `ram` or `disk`.
         regions: one for each process that decodes.
         budget: bytes for all pixels; None for half of what is free.
@@ -163,7 +163,7 @@ class PictureCache:
     """
 
     def __init__(
-        self, pictures: int, *, kind: str, regions: int, budget: int | None = None, largest: int | None = None
+        self, images: int, *, kind: str, regions: int, budget: int | None = None, largest: int | None = None
     ) -> None:
         folder = _disk_folder() if kind == "disk" else None
         self.budget = free_bytes(folder) // 2 if budget is None else budget
@@ -171,17 +171,17 @@ class PictureCache:
         self._used = 0
         self._pixels = SharedBlock(self._region * regions, folder=folder)
         # offset + 1 of each fraction (0: not there), width, height, 1 + scalable (0: not known)
-        self._rows = SharedBlock(pictures * _ROW * 8)
-        self._pictures = pictures
-        self._table = self._rows.array(np.int64, (pictures, _ROW))
+        self._rows = SharedBlock(images * _ROW * 8)
+        self._images = images
+        self._table = self._rows.array(np.int64, (images, _ROW))
         self._number = 0
 
     def __getstate__(self) -> tuple[SharedBlock, SharedBlock, int, int, int]:
-        return self._pixels, self._rows, self._pictures, self._region, self.budget
+        return self._pixels, self._rows, self._images, self._region, self.budget
 
     def __setstate__(self, state: tuple[SharedBlock, SharedBlock, int, int, int]) -> None:
-        self._pixels, self._rows, self._pictures, self._region, self.budget = state
-        self._table = self._rows.array(np.int64, (self._pictures, _ROW))
+        self._pixels, self._rows, self._images, self._region, self.budget = state
+        self._table = self._rows.array(np.int64, (self._images, _ROW))
         self._used = 0
         self._number = 0
 
@@ -192,7 +192,7 @@ class PictureCache:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the pictures that the table knows."""
+        """Bytes of the images that the table knows."""
         total = 0
         sizes = self._table[:, _WIDTH : _WIDTH + 2]
         for column, fraction in enumerate(_DIVISORS):
@@ -201,7 +201,7 @@ class PictureCache:
         return total
 
     def __len__(self) -> int:
-        """How many pictures have at least one entry."""
+        """How many images have at least one entry."""
         return int((self._table[:, : len(_DIVISORS)] > 0).any(1).sum())
 
     def write_to(self, region: int) -> None:
@@ -210,19 +210,19 @@ class PictureCache:
 
     def publish(self, entry: CacheEntry) -> None:
         """Make an entry known to all. Of two for the same pixels, equal by nature, the later one is read."""
-        row = self._table[entry.picture]
+        row = self._table[entry.image]
         row[_DIVISORS.index(entry.divisor)] = entry.offset + 1
         row[_WIDTH:] = (*entry.size_wh, 1 + entry.scalable)
 
     @contextmanager
-    def opened(self, index: int, path: Path) -> Iterator[CachedPicture]:
-        """Open a picture, from the cache when its header is known there."""
+    def opened(self, index: int, path: Path) -> Iterator[CachedImage]:
+        """Open an image, from the cache when its header is known there."""
         width, height, scalable = self._table[index, _WIDTH:].tolist()
         if scalable:
-            yield CachedPicture(self, index, path, (width, height), scalable=scalable == 2)
+            yield CachedImage(self, index, path, (width, height), scalable=scalable == 2)
         else:
             with opened(path) as file:
-                yield CachedPicture(self, index, path, file.size_wh, scalable=file.scalable, file=file)
+                yield CachedImage(self, index, path, file.size_wh, scalable=file.scalable, file=file)
 
     def read(self, index: int, divisor: int, size_wh: tuple[int, int]) -> Image.Image | None:
         """Return what was decoded before, or None."""
@@ -246,23 +246,23 @@ class PictureCache:
         return offset
 
 
-class CachedPicture:
-    """A picture that is looked up before it is decoded, and kept after; a `Source` for `augment`.
+class CachedImage:
+    """An image that is looked up before it is decoded, and kept after; a `Source` for `augment`.
 
     Attributes:
-        size_wh: width and height of the upright picture in pixels.
-        stored: what `decode` added to the cache, for `PictureCache.publish`.
+        size_wh: width and height of the upright image in pixels.
+        stored: what `decode` added to the cache, for `ImageCache.publish`.
     """
 
     def __init__(
         self,
-        cache: PictureCache,
+        cache: ImageCache,
         index: int,
         path: Path,
         size_wh: tuple[int, int],
         *,
         scalable: bool,
-        file: PictureFile | None = None,
+        file: ImageFile | None = None,
     ) -> None:
         self._cache = cache
         self._index = index
@@ -277,7 +277,7 @@ class CachedPicture:
         return divisor(self.size_wh, hw) if self._scalable else 1
 
     def decode(self, divisor: int = 1) -> Image.Image:
-        """Return the upright RGB picture with its sides divided, the same bits from the cache as from the file."""
+        """Return the upright RGB image with its sides divided, the same bits from the cache as from the file."""
         image = self._cache.read(self._index, divisor, self.size_wh)
         if image is not None:
             return image

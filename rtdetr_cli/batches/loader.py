@@ -1,4 +1,4 @@
-"""Batches for training: uint8 pictures and their boxes, the same whatever the number of processes.
+"""Batches for training: uint8 images and their boxes, the same whatever the number of processes.
 
 Every draw is made from (seed, epoch, position in the epoch), so a batch depends on (seed, epoch, index) only: not on
 the number of workers, not on how many ranks share it, not on what was loaded before. That makes a resumed run see
@@ -32,7 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rtdetr_cli.batches.cache import CACHES, PictureCache, SharedBlock, SharedRecords
+from rtdetr_cli.batches.cache import CACHES, ImageCache, SharedBlock, SharedRecords
 from rtdetr_cli.batches.worker import Answer, Maker, Row, Setup, Task, order_of, receive, send
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError, EnvironmentProblem, RtdetrError, UsageError
@@ -43,7 +43,7 @@ _CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from rtdetr_c
 _GOODBYE_S = 5.0
 CHILD_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
-    # Pictures come and go by the megabyte. Left alone, the C library maps and unmaps each of them, and a quarter of
+    # Images come and go by the megabyte. Left alone, the C library maps and unmaps each of them, and a quarter of
     # the time goes to the kernel's clearing of pages; so it keeps up to this much for the next one.
     "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
@@ -53,15 +53,15 @@ CHILD_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Batch:
-    """B pictures with their boxes.
+    """B images with their boxes.
 
     Attributes:
         images: (B, 3, H, W) uint8 RGB.
         boxes_cxcywh: B tensors (N, 4) float32, shares of the sides, 0 to 1.
         labels: B tensors (N,) int64, contiguous.
         image_indices: B positions in the dataset.
-        replaced: pictures that could not be read, as (position in the dataset, what is wrong with it); another
-            picture stands in for each.
+        replaced: images that could not be read, as (position in the dataset, what is wrong with it); another
+            image stands in for each.
     """
 
     images: Tensor
@@ -77,18 +77,18 @@ class TrainLoader:
     Args:
         dataset: what to train on; crowds are left out.
         imgsz: height and width of the network's input.
-        batch_size: pictures of this rank in a step (the effective batch; micro-batches are cut by the loop).
+        batch_size: images of this rank in a step (the effective batch; micro-batches are cut by the loop).
         seed: of the order and of every augmentation.
         augmentation: from `load_augmentation`.
-        workers: processes; 0 makes the pictures in this one.
-        cache: `none`, or keep decoded pictures in `ram` or on `disk`.
+        workers: processes; 0 makes the images in this one.
+        cache: `none`, or keep decoded images in `ram` or on `disk`.
         cache_budget: bytes for the cache; None for half of the free memory or disk.
-        rank, world_size: step k takes pictures `k * batch_size * world_size` onward of the epoch's order, and each
+        rank, world_size: step k takes images `k * batch_size * world_size` onward of the epoch's order, and each
             rank its contiguous share: together the ranks see what one process with the whole batch would.
-        pin_memory: put pictures into page-locked memory, for copies that overlap with the GPU's work.
+        pin_memory: put images into page-locked memory, for copies that overlap with the GPU's work.
 
     Raises:
-        DataError: a dataset without pictures.
+        DataError: a dataset without images.
         UsageError: an unknown cache or a size that makes no sense.
     """
 
@@ -108,14 +108,14 @@ class TrainLoader:
         pin_memory: bool = False,
     ) -> None:
         if not len(dataset):
-            raise DataError(f"{dataset.name}: the {dataset.split} split has no pictures to train on")
+            raise DataError(f"{dataset.name}: the {dataset.split} split has no images to train on")
         if cache not in CACHES:
             raise UsageError(f"--cache {cache!r} is none of {', '.join(CACHES)}")
         if batch_size < 1 or workers < 0 or not 0 <= rank < world_size:
             raise UsageError(f"no loader has batch {batch_size}, {workers} workers and rank {rank} of {world_size}")
         if workers and os.name != "posix":
             raise EnvironmentProblem("loader processes need a POSIX system", hint="--workers 0")
-        self._pictures = len(dataset)
+        self._images = len(dataset)
         self._batch = batch_size
         self._seed = seed
         self._rank = rank
@@ -124,11 +124,11 @@ class TrainLoader:
         self._shape = (batch_size, 3, *imgsz)
         wanted = math.prod(self._shape)
         if 2 * wanted > free_bytes(None):
-            raise _no_memory(f"a batch of {batch_size} pictures of {imgsz[0]}x{imgsz[1]}", wanted)
+            raise _no_memory(f"a batch of {batch_size} images of {imgsz[0]}x{imgsz[1]}", wanted)
         self._known_order: tuple[int, NDArray[np.int64]] | None = None
         records = SharedRecords(dataset)
         self.cache = (
-            PictureCache(
+            ImageCache(
                 len(dataset),
                 kind=cache,
                 regions=max(workers, 1),
@@ -142,8 +142,8 @@ class TrainLoader:
         self._pool = _Pool(records, augmentation, seed, self._shape, self.cache, workers) if workers else None
 
     def __len__(self) -> int:
-        """Batches in an epoch: every picture comes at least once."""
-        return math.ceil(self._pictures / (self._batch * self._world))
+        """Batches in an epoch: every image comes at least once."""
+        return math.ceil(self._images / (self._batch * self._world))
 
     def epoch(self, epoch: int, *, strong: bool, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from number `start` on.
@@ -154,7 +154,7 @@ class TrainLoader:
             start: first batch, to resume inside an epoch.
 
         Raises:
-            DataError: many pictures in a row cannot be read.
+            DataError: many images in a row cannot be read.
             RtdetrError: a loader process was killed.
         """
         jobs = (self._job(epoch, index, strong=strong) for index in range(start, len(self)))
@@ -179,12 +179,12 @@ class TrainLoader:
         positions = range(first, first + self._batch)
         order = self._order(epoch)
         # The last batch is filled from the start of the same order.
-        pictures = tuple(int(order[p % self._pictures]) for p in positions)
-        return Task(0, 0, epoch, strong, tuple(range(self._batch)), tuple(positions), pictures)
+        images = tuple(int(order[p % self._images]) for p in positions)
+        return Task(0, 0, epoch, strong, tuple(range(self._batch)), tuple(positions), images)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if self._known_order is None or self._known_order[0] != epoch:
-            self._known_order = (epoch, order_of(self._seed, epoch, self._pictures))
+            self._known_order = (epoch, order_of(self._seed, epoch, self._images))
         return self._known_order[1]
 
     def _make(self, job: Task) -> Batch:
@@ -192,8 +192,8 @@ class TrainLoader:
         images = torch.empty(self._shape, dtype=torch.uint8, pin_memory=self._pin)
         pixels = images.numpy()
         rows = []
-        for at, position, picture in zip(job.rows, job.positions, job.pictures, strict=True):
-            row = self._maker.make(picture, position, job.epoch, strong=job.strong, out=pixels[at])
+        for at, position, image in zip(job.rows, job.positions, job.images, strict=True):
+            row = self._maker.make(image, position, job.epoch, strong=job.strong, out=pixels[at])
             if row.stored is not None and self.cache is not None:
                 self.cache.publish(row.stored)
             rows.append(row)
@@ -222,7 +222,7 @@ def _batch(images: Tensor, rows: list[Row]) -> Batch:
         images,
         tuple(torch.from_numpy(row.boxes_cxcywh) for row in rows),
         tuple(torch.from_numpy(row.labels) for row in rows),
-        tuple(row.picture for row in rows),
+        tuple(row.image for row in rows),
         tuple(bad for row in rows for bad in row.replaced),
     )
 
@@ -254,15 +254,15 @@ class _Pool:
         augmentation: Augmentation,
         seed: int,
         shape: tuple[int, int, int, int],
-        cache: PictureCache | None,
+        cache: ImageCache | None,
         workers: int,
     ) -> None:
-        # Enough under way that every process always has a next picture, and two batches for uneven steps.
+        # Enough under way that every process always has a next image, and two batches for uneven steps.
         depth = max(2, -(-3 * workers // shape[0]))
         self._shape = (depth, *shape)
         slots = SharedBlock(int(np.prod(self._shape)))
         if not slots.reserve(0, slots.size):
-            raise _no_memory(f"{depth} batches of {shape[0]} pictures under way", slots.size)
+            raise _no_memory(f"{depth} batches of {shape[0]} images under way", slots.size)
         self._slots = slots.array(np.uint8, self._shape)
         self._free = deque(range(depth))
         self._cache = cache
@@ -312,7 +312,7 @@ class _Pool:
             ticket = self._next_ticket
             self._next_ticket += 1
             self._tickets[ticket] = (pending, job.rows[part])
-            task = Task(ticket, slot, job.epoch, job.strong, job.rows[part], job.positions[part], job.pictures[part])
+            task = Task(ticket, slot, job.epoch, job.strong, job.rows[part], job.positions[part], job.images[part])
             self._tell(self._next_worker, task)
             self._next_worker = (self._next_worker + 1) % len(self._children)
 

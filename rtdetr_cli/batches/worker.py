@@ -1,4 +1,4 @@
-"""Make the pictures of a batch: in the loader's own process, or in a child that does nothing else.
+"""Make the images of a batch: in the loader's own process, or in a child that does nothing else.
 
 A child is a fresh interpreter that imports numpy, Pillow and OpenCV and never torch: it starts in a fifth of a second
 where torch takes two, holds 60 MB, and cannot inherit a lock or a CUDA context from the middle of whatever the parent
@@ -21,10 +21,10 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.batches.cache import CacheEntry, PictureCache, SharedBlock, SharedRecords
+from rtdetr_cli.batches.cache import CacheEntry, ImageCache, SharedBlock, SharedRecords
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.images.augment import Augmentation, augment
-from rtdetr_cli.images.decode import PictureError, opened
+from rtdetr_cli.images.decode import ImageError, opened
 
 _MOST_SUBSTITUTES = 16
 _LENGTH = struct.Struct("<Q")
@@ -35,9 +35,9 @@ def generator(seed: int, epoch: int, *purpose: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch, *purpose)))
 
 
-def order_of(seed: int, epoch: int, pictures: int) -> NDArray[np.int64]:
+def order_of(seed: int, epoch: int, images: int) -> NDArray[np.int64]:
     """Return the permutation that an epoch goes through."""
-    return generator(seed, epoch, 0).permutation(pictures)
+    return generator(seed, epoch, 0).permutation(images)
 
 
 class Task(NamedTuple):
@@ -49,7 +49,7 @@ class Task(NamedTuple):
         epoch, strong: of the batch.
         rows: in the batch.
         positions: in the epoch; with seed and epoch they fix every draw.
-        pictures: indices into the dataset.
+        images: indices into the dataset.
     """
 
     ticket: int
@@ -58,22 +58,22 @@ class Task(NamedTuple):
     strong: bool
     rows: tuple[int, ...]
     positions: tuple[int, ...]
-    pictures: tuple[int, ...]
+    images: tuple[int, ...]
 
 
 @dataclass(slots=True)
 class Row:
-    """One picture of a batch, but for its pixels.
+    """One image of a batch, but for its pixels.
 
     Attributes:
-        picture: the index that was used.
+        image: the index that was used.
         boxes_cxcywh: (N, 4) float32.
         labels: (N,) int64.
-        replaced: pictures that could not be read, and why.
+        replaced: images that could not be read, and why.
         stored: what was added to the cache.
     """
 
-    picture: int
+    image: int
     boxes_cxcywh: NDArray[np.float32]
     labels: NDArray[np.int64]
     replaced: list[tuple[int, str]] = field(default_factory=list)
@@ -81,50 +81,50 @@ class Row:
 
 
 class Maker:
-    """Makes pictures of a dataset, each from (seed, epoch, position) and its index alone."""
+    """Makes images of a dataset, each from (seed, epoch, position) and its index alone."""
 
     def __init__(
-        self, records: SharedRecords, augmentation: Augmentation, seed: int, cache: PictureCache | None = None
+        self, records: SharedRecords, augmentation: Augmentation, seed: int, cache: ImageCache | None = None
     ) -> None:
         self._records = records
         self._augmentation = {True: augmentation, False: augmentation.without_strong()}
         self._seed = seed
         self._cache = cache
 
-    def make(self, picture: int, position: int, epoch: int, *, strong: bool, out: NDArray[np.uint8]) -> Row:
-        """Write one picture into `out` (3, H, W); an unreadable one is replaced by another, drawn for its position.
+    def make(self, image: int, position: int, epoch: int, *, strong: bool, out: NDArray[np.uint8]) -> Row:
+        """Write one image into `out` (3, H, W); an unreadable one is replaced by another, drawn for its position.
 
         Raises:
-            DataError: so many pictures in a row cannot be read that something else is wrong.
+            DataError: so many images in a row cannot be read that something else is wrong.
         """
         replaced: list[tuple[int, str]] = []
         while True:
             try:
-                row = self._make(picture, position, epoch, strong=strong, out=out)
-            except PictureError as error:
-                replaced.append((picture, error.message))
+                row = self._make(image, position, epoch, strong=strong, out=out)
+            except ImageError as error:
+                replaced.append((image, error.message))
                 if len(replaced) > _MOST_SUBSTITUTES:
                     raise DataError(
-                        f"{len(replaced)} pictures in a row could not be read, the last because {error.message}",
-                        hint="is the disk still there? `rtdetr validate` reads every picture",
-                        code="pictures-unreadable",
+                        f"{len(replaced)} images in a row could not be read, the last because {error.message}",
+                        hint="is the disk still there? `rtdetr validate` reads every image",
+                        code="images-unreadable",
                     ) from None
                 draws = generator(self._seed, epoch, 2, position, len(replaced))
-                picture = int(draws.integers(len(self._records)))
+                image = int(draws.integers(len(self._records)))
             else:
                 row.replaced = replaced
                 return row
 
-    def _make(self, picture: int, position: int, epoch: int, *, strong: bool, out: NDArray[np.uint8]) -> Row:
-        boxes, labels = self._records.boxes(picture)
-        path = self._records.path(picture)
+    def _make(self, image: int, position: int, epoch: int, *, strong: bool, out: NDArray[np.uint8]) -> Row:
+        boxes, labels = self._records.boxes(image)
+        path = self._records.path(image)
         rng = generator(self._seed, epoch, 1, position)
         if self._cache is None:
             with opened(path) as file:
-                return Row(picture, *augment(file, boxes, labels, self._augmentation[strong], rng, out))
-        with self._cache.opened(picture, path) as cached:
+                return Row(image, *augment(file, boxes, labels, self._augmentation[strong], rng, out))
+        with self._cache.opened(image, path) as cached:
             made = augment(cached, boxes, labels, self._augmentation[strong], rng, out)
-            return Row(picture, *made, stored=cached.stored)
+            return Row(image, *made, stored=cached.stored)
 
 
 class Answer(NamedTuple):
@@ -145,7 +145,7 @@ class Setup:
     seed: int
     slots: SharedBlock
     slots_shape: tuple[int, int, int, int, int]
-    cache: PictureCache | None
+    cache: ImageCache | None
     number: int
 
 
@@ -171,7 +171,7 @@ def receive(stream: IO[bytes]) -> Any:
 def main() -> None:
     """Serve one parent until it closes our standard input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; it gets the keystroke too
-    warnings.simplefilter("ignore")  # what there is to say about a picture, `rtdetr validate` says
+    warnings.simplefilter("ignore")  # what there is to say about an image, `rtdetr validate` says
     tasks = sys.stdin.buffer
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a library that prints must not do it into our answers
@@ -192,8 +192,8 @@ def main() -> None:
             task: Task = receive(tasks)
             try:
                 rows = tuple(
-                    maker.make(picture, position, task.epoch, strong=task.strong, out=slots[task.slot, row])
-                    for row, position, picture in zip(task.rows, task.positions, task.pictures, strict=True)
+                    maker.make(image, position, task.epoch, strong=task.strong, out=slots[task.slot, row])
+                    for row, position, image in zip(task.rows, task.positions, task.images, strict=True)
                 )
                 answer = Answer(task.ticket, rows)
             except DataError as error:

@@ -1,4 +1,4 @@
-"""What can be told about a dataset from its labels, folder listings and picture headers, without decoding anything.
+"""What can be told about a dataset from its labels, folder listings and image headers, without decoding anything.
 
 This is what training runs; `examine` in `doctor.py` adds what needs the pixels.
 """
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.datasets.codes import Spot, counted
 from rtdetr_cli.datasets.raw import RawDataset, RawSplit
-from rtdetr_cli.images.decode import PictureError, picture_size
+from rtdetr_cli.images.decode import ImageError, image_size
 
 EDGE_PX = 0.5
 """A box may reach over the edge by this much before it is said: less is rounding."""
@@ -30,9 +30,9 @@ DUPLICATE_IOU = 0.9
 EXTREME_ASPECT = 20.0
 FEW_BOXES = 10
 IMBALANCE = 100.0
-WHOLE_PICTURE = 0.99
+WHOLE_IMAGE = 0.99
 CROWDED_PARTNERS = 64
-"""With how many of its neighbours a box is compared at most: a picture of a hundred thousand equal boxes must end."""
+"""With how many of its neighbours a box is compared at most: an image of a hundred thousand equal boxes must end."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ CROWDED_PARTNERS = 64
 
 
 class Listings:
-    """Folder listings, each read once: whether a picture exists costs no system call of its own."""
+    """Folder listings, each read once: whether an image exists costs no system call of its own."""
 
     def __init__(self, roots: tuple[Path, ...]) -> None:
         self.roots = [os.path.realpath(r) for r in roots]
@@ -70,11 +70,11 @@ class Listings:
 
 
 def check_files(dataset: RawDataset) -> None:
-    """Check that every picture is there, inside the dataset's folder and not empty; mend names of another case."""
+    """Check that every image is there, inside the dataset's folder and not empty; mend names of another case."""
     listings = Listings(dataset.roots)
     for split in dataset.splits.values():
         root = str(split.root)
-        for picture, name in enumerate(split.file_names):
+        for image, name in enumerate(split.file_names):
             folder, _, base = name.rpartition("/")
             if folder or name in (".", ".."):
                 where = os.path.join(root, folder or name) if name[:1] != "/" else folder or "/"
@@ -83,40 +83,40 @@ def check_files(dataset: RawDataset) -> None:
             names, lower, inside = listings.folder(where)
             code = ""
             if not inside or base in ("", ".", ".."):
-                code, said = "picture-outside", f"{name} lies outside the dataset's folder"
+                code, said = "image-outside", f"{name} lies outside the dataset's folder"
                 if inside:
-                    code, said = "picture-missing", f"{name} is a folder, not a picture"
+                    code, said = "image-missing", f"{name} is a folder, not an image"
             elif base in names:
                 path = os.path.join(where, base)
                 if names[base] == "link" and not listings.contains(path):
-                    code, said = "picture-outside", f"{name} is a link that leaves the dataset's folder"
+                    code, said = "image-outside", f"{name} is a link that leaves the dataset's folder"
                 elif names[base] == "link" and not os.path.exists(path):
-                    code, said = "picture-missing", f"{name} is a link to nothing"
+                    code, said = "image-missing", f"{name} is a link to nothing"
                 elif names[base] != "file" and not os.path.isfile(path):  # reading a pipe would wait for ever
-                    what = "a folder, not a picture" if os.path.isdir(path) else "no file"
-                    code, said = "picture-unreadable", f"{name} is {what}"
+                    what = "a folder, not an image" if os.path.isdir(path) else "no file"
+                    code, said = "image-unreadable", f"{name} is {what}"
             else:
                 others = lower.get(base.lower(), [])
                 if len(others) == 1:
-                    split.said_names[picture] = name
-                    split.file_names[picture] = f"{folder}/{others[0]}" if folder else others[0]
+                    split.said_names[image] = name
+                    split.file_names[image] = f"{folder}/{others[0]}" if folder else others[0]
                     dataset.findings.add(
-                        "picture-name-case",
+                        "image-name-case",
                         f"{name} is called {others[0]} on disk",
-                        **picture_place(dataset, split, picture),
+                        **image_place(dataset, split, image),
                     )
                 else:
-                    code, said = "picture-missing", f"{name} is not in {dataset.show(Path(where))}"
+                    code, said = "image-missing", f"{name} is not in {dataset.show(Path(where))}"
                     if len(others) > 1:
                         said += f", which has {' and '.join(others)}"
             if code:
-                split.usable[picture] = False
-                dataset.findings.add(code, said, **picture_place(dataset, split, picture))
-            elif not base.isascii() and _not_utf8(split.file_names[picture]):
+                split.usable[image] = False
+                dataset.findings.add(code, said, **image_place(dataset, split, image))
+            elif not base.isascii() and _not_utf8(split.file_names[image]):
                 dataset.findings.add(
-                    "picture-name-encoding",
+                    "image-name-encoding",
                     f"{name} is not a name in UTF-8",
-                    **picture_place(dataset, split, picture),
+                    **image_place(dataset, split, image),
                 )
 
 
@@ -128,48 +128,48 @@ def _not_utf8(name: str) -> bool:
     return False
 
 
-def picture_place(
-    dataset: RawDataset, split: RawSplit, picture: int, *, other: tuple[str, int] | None = None
+def image_place(
+    dataset: RawDataset, split: RawSplit, image: int, *, other: tuple[str, int] | None = None
 ) -> dict[str, Any]:
-    """Return where a picture's entry lies, as the arguments of `Findings.add`."""
-    file = split.label_file(picture)
+    """Return where an image's entry lies, as the arguments of `Findings.add`."""
+    file = split.label_file(image)
     return {
-        "file": file or dataset.show(split.path(picture)),
-        "line": int(split.picture_lines[picture]) if file else 0,
-        "image_id": int(split.image_ids[picture]),
-        "spot": replace(split.picture_spot(picture), other=other),
+        "file": file or dataset.show(split.path(image)),
+        "line": int(split.image_lines[image]) if file else 0,
+        "image_id": int(split.image_ids[image]),
+        "spot": replace(split.image_spot(image), other=other),
     }
 
 
-def measure_pictures(dataset: RawDataset, *, threads: int | None = None, all_pictures: bool = True) -> None:
-    """Read sizes from the pictures' headers and use them; say where the labels declare another.
+def measure_images(dataset: RawDataset, *, threads: int | None = None, all_images: bool = True) -> None:
+    """Read sizes from the images' headers and use them; say where the labels declare another.
 
     Args:
         dataset: gets the sizes and the findings.
         threads: how many headers are read at once.
-        all_pictures: False reads only those whose size the labels do not say.
+        all_images: False reads only those whose size the labels do not say.
     """
     for split in dataset.splits.values():
-        wanted = np.flatnonzero(split.usable if all_pictures else split.usable & ~split.declared)
+        wanted = np.flatnonzero(split.usable if all_images else split.usable & ~split.declared)
         paths = [split.path(int(i)) for i in wanted]
 
-        def measure(path: Path) -> tuple[int, int] | PictureError:
+        def measure(path: Path) -> tuple[int, int] | ImageError:
             try:
-                return picture_size(path)
-            except PictureError as error:
+                return image_size(path)
+            except ImageError as error:
                 return error
 
         with ThreadPoolExecutor(threads or min(16, (os.cpu_count() or 1) + 4)) as pool:
-            for picture, size in zip(wanted.tolist(), pool.map(measure, paths, chunksize=64), strict=True):
-                if isinstance(size, PictureError):
-                    report_fault(dataset, split, picture, size)
+            for image, size in zip(wanted.tolist(), pool.map(measure, paths, chunksize=64), strict=True):
+                if isinstance(size, ImageError):
+                    report_fault(dataset, split, image, size)
                 else:
-                    report_size(dataset, split, picture, size)
+                    report_size(dataset, split, image, size)
         report_undeclared(dataset, split)
 
 
 def report_undeclared(dataset: RawDataset, split: RawSplit) -> None:
-    """Say once for a split that labels lack the pictures' sizes; YOLO labels never have them."""
+    """Say once for a split that labels lack the images' sizes; YOLO labels never have them."""
     if split.shares:
         return
     undeclared = np.flatnonzero(split.usable & ~split.declared)
@@ -177,48 +177,48 @@ def report_undeclared(dataset: RawDataset, split: RawSplit) -> None:
         first = int(undeclared[0])
         more = f" and {len(undeclared) - 1} more have" if len(undeclared) > 1 else " has"
         dataset.findings.add(
-            "picture-size-undeclared",
+            "image-size-undeclared",
             f"{split.file_names[first]}{more} no size in the labels",
-            **picture_place(dataset, split, first),
+            **image_place(dataset, split, first),
         )
 
 
-def report_fault(dataset: RawDataset, split: RawSplit, picture: int, error: PictureError) -> None:
-    """Add what is wrong with a picture that cannot be used."""
-    split.usable[picture] = False
-    message = error.message.replace(str(split.path(picture)), split.file_names[picture])
-    dataset.findings.add(error.code, message, **picture_place(dataset, split, picture))
+def report_fault(dataset: RawDataset, split: RawSplit, image: int, error: ImageError) -> None:
+    """Add what is wrong with an image that cannot be used."""
+    split.usable[image] = False
+    message = error.message.replace(str(split.path(image)), split.file_names[image])
+    dataset.findings.add(error.code, message, **image_place(dataset, split, image))
 
 
 def report_size(
-    dataset: RawDataset, split: RawSplit, picture: int, size: tuple[int, int], *, turned: bool | None = None
+    dataset: RawDataset, split: RawSplit, image: int, size: tuple[int, int], *, turned: bool | None = None
 ) -> None:
-    """Take a picture's own upright size; say so where another was declared.
+    """Take an image's own upright size; say so where another was declared.
 
     Args:
         dataset: gets the finding.
         split: gets the size.
-        picture: position in the split.
+        image: position in the split.
         size: width and height.
         turned: whether EXIF turns it by 90 degrees; None looks it up if it matters.
     """
-    if split.declared[picture]:
-        declared = tuple(split.sizes_wh[picture].tolist())
+    if split.declared[image]:
+        declared = tuple(split.sizes_wh[image].tolist())
         if declared != size:
-            name = split.file_names[picture]
-            if declared == size[::-1] and (_turned(split.path(picture)) if turned is None else turned):
+            name = split.file_names[image]
+            if declared == size[::-1] and (_turned(split.path(image)) if turned is None else turned):
                 code, said = (
-                    "picture-exif-swapped",
+                    "image-exif-swapped",
                     f"{name} is {size[0]}x{size[1]} upright, but the labels declare it unturned as "
                     f"{declared[0]}x{declared[1]}",
                 )
             else:
                 code, said = (
-                    "picture-size",
+                    "image-size",
                     f"{name} is {size[0]}x{size[1]}, but the labels declare {declared[0]}x{declared[1]}",
                 )
-            dataset.findings.add(code, said, **picture_place(dataset, split, picture))
-    split.sizes_wh[picture] = size
+            dataset.findings.add(code, said, **image_place(dataset, split, image))
+    split.sizes_wh[image] = size
 
 
 def _turned(path: Path) -> bool:
@@ -238,12 +238,12 @@ def _turned(path: Path) -> bool:
 def check_boxes(dataset: RawDataset, *, imgsz: tuple[int, int] = (640, 640), queries: int = 300) -> None:
     """Judge every box, and clip or drop what is safely clipped or dropped.
 
-    Afterwards every remaining box is finite, has an area and lies inside its picture, whatever was found.
+    Afterwards every remaining box is finite, has an area and lies inside its image, whatever was found.
 
     Args:
         dataset: its boxes are judged and replaced.
         imgsz: height and width of the network, which decide what is tiny.
-        queries: how many objects the network can find in a picture.
+        queries: how many objects the network can find in an image.
     """
     for split in dataset.splits.values():
         split.scale_shares()
@@ -260,13 +260,13 @@ class _Boxes:
     def add(self, code: str, rows: Iterable[int], say: Callable[[int], str]) -> None:
         split = self.split
         for row in rows:
-            picture = int(split.box_pictures[row])
+            image = int(split.box_images[row])
             self.dataset.findings.add(
                 code,
                 f"{called(self.dataset, split, row)} {say(row)}",
-                file=split.label_file(picture),
+                file=split.label_file(image),
                 line=int(split.box_lines[row]),
-                image_id=int(split.image_ids[picture]),
+                image_id=int(split.image_ids[image]),
                 annotation_id=int(split.annotation_ids[row]),
                 spot=split.box_spot(row),
             )
@@ -287,10 +287,10 @@ def _rows(mask: NDArray[np.bool_]) -> list[int]:
 
 def _check_extent(dataset: RawDataset, split: RawSplit) -> None:
     """Judge where each box begins and ends; clip and drop."""
-    if not len(split.box_pictures):
+    if not len(split.box_images):
         return
     boxes = split.boxes_xyxy_px
-    sizes = split.sizes_wh[split.box_pictures].astype(np.float64)
+    sizes = split.sizes_wh[split.box_images].astype(np.float64)
     limit = np.where(sizes > 0, sizes, np.inf)
     with np.errstate(invalid="ignore", over="ignore"):
         sides = boxes[:, 2:] - boxes[:, :2]
@@ -310,17 +310,15 @@ def _check_extent(dataset: RawDataset, split: RawSplit) -> None:
     def corners(row: int) -> str:
         return f"at ({', '.join(_px(v) for v in boxes[row].tolist())})"
 
-    def picture(row: int) -> str:
-        return f"its {int(sizes[row, 0])}x{int(sizes[row, 1])} picture"
+    def image(row: int) -> str:
+        return f"its {int(sizes[row, 0])}x{int(sizes[row, 1])} image"
 
     found = _Boxes(dataset, split)
     found.add("box-not-finite", _rows(~finite), lambda row: f"has the corners {corners(row)[3:]}")
     found.add("box-inverted", _rows(inverted), extent)
     found.add("box-zero-size", _rows(zero), extent)
-    found.add("box-outside", _rows(outside), lambda row: f"{corners(row)} lies wholly outside {picture(row)}")
-    found.add(
-        "box-partly-outside", _rows(partly), lambda row: f"{corners(row)} reaches over the edge of {picture(row)}"
-    )
+    found.add("box-outside", _rows(outside), lambda row: f"{corners(row)} lies wholly outside {image(row)}")
+    found.add("box-partly-outside", _rows(partly), lambda row: f"{corners(row)} reaches over the edge of {image(row)}")
     split.boxes_xyxy_px = np.concatenate([low, high], axis=1)
     keep = sound & ~outside
     if not keep.all():
@@ -329,12 +327,12 @@ def _check_extent(dataset: RawDataset, split: RawSplit) -> None:
 
 def _check_meaning(dataset: RawDataset, split: RawSplit, imgsz: tuple[int, int], queries: int) -> None:
     """Look at boxes that are sound, one by one and in pairs."""
-    count = len(split.box_pictures)
+    count = len(split.box_images)
     if not count:
         return
     boxes = split.boxes_xyxy_px
     sides = boxes[:, 2:] - boxes[:, :2]
-    sizes = split.sizes_wh[split.box_pictures].astype(np.float64)
+    sizes = split.sizes_wh[split.box_images].astype(np.float64)
     known = sizes[:, 0] > 0
     objects = ~split.crowd
     found = _Boxes(dataset, split)
@@ -348,8 +346,8 @@ def _check_meaning(dataset: RawDataset, split: RawSplit, imgsz: tuple[int, int],
 
     found.add("box-below-2px", _rows(objects & (smallest < 2)), tiny)
     found.add("box-below-8px", _rows(objects & (smallest >= 2) & (smallest < 8)), tiny)
-    whole = known & objects & np.all(sides >= WHOLE_PICTURE * sizes, axis=1)
-    found.add("box-whole-picture", _rows(whole), lambda row: "covers its whole picture")
+    whole = known & objects & np.all(sides >= WHOLE_IMAGE * sizes, axis=1)
+    found.add("box-whole-image", _rows(whole), lambda row: "covers its whole image")
     aspect = sides.max(axis=1) / sides.min(axis=1)
     found.add(
         "box-aspect",
@@ -365,18 +363,18 @@ def _check_meaning(dataset: RawDataset, split: RawSplit, imgsz: tuple[int, int],
             row = int(missing[0])
             more = f" and {len(missing) - 1:,} more have" if len(missing) > 1 else " has"
             found.add("box-no-area", [row], lambda _: f"{more[1:]} no area")
-    per_picture = np.bincount(split.box_pictures[objects], minlength=len(split))
-    for picture in _rows(per_picture > queries):
+    per_image = np.bincount(split.box_images[objects], minlength=len(split))
+    for image in _rows(per_image > queries):
         dataset.findings.add(
             "box-over-queries",
-            f"{split.file_names[picture]} has {counted(int(per_picture[picture]), 'box')} "
+            f"{split.file_names[image]} has {counted(int(per_image[image]), 'box')} "
             f"for {counted(queries, 'query', 'queries')}",
-            **picture_place(dataset, split, picture),
+            **image_place(dataset, split, image),
         )
 
 
 def _check_pairs(split: RawSplit, found: _Boxes) -> None:
-    """Find pairs of boxes in a picture that are nearly the same.
+    """Find pairs of boxes in an image that are nearly the same.
 
     Boxes are sorted by their left edge. IoU above 0.9 needs left edges closer than a tenth of the width, so each box
     is compared with the few that follow it closely.
@@ -384,8 +382,8 @@ def _check_pairs(split: RawSplit, found: _Boxes) -> None:
     rows = np.flatnonzero(~split.crowd)
     if len(rows) < 2:
         return
-    boxes, pictures = split.boxes_xyxy_px, split.box_pictures
-    order = rows[np.lexsort((boxes[rows, 0], pictures[rows]))]
+    boxes, images = split.boxes_xyxy_px, split.box_images
+    order = rows[np.lexsort((boxes[rows, 0], images[rows]))]
     first = np.arange(len(order) - 1)
     firsts: list[NDArray[np.int64]] = []
     seconds: list[NDArray[np.int64]] = []
@@ -393,7 +391,7 @@ def _check_pairs(split: RawSplit, found: _Boxes) -> None:
         first = first[first + step < len(order)]
         a, b = order[first], order[first + step]
         slack = (1 - DUPLICATE_IOU) * (boxes[a, 2] - boxes[a, 0])
-        near = (pictures[a] == pictures[b]) & (boxes[b, 0] - boxes[a, 0] <= slack)
+        near = (images[a] == images[b]) & (boxes[b, 0] - boxes[a, 0] <= slack)
         first, a, b = first[near], a[near], b[near]
         if not len(first):
             break
@@ -451,19 +449,19 @@ def check_structure(dataset: RawDataset, *, to_train: bool = False) -> None:
     shown = dataset.main_file()
     for name, split in dataset.splits.items():
         if not len(split):
-            findings.add("split-empty", f"the split {name} has no pictures", file=shown, spot=Spot(name))
+            findings.add("split-empty", f"the split {name} has no images", file=shown, spot=Spot(name))
         elif to_train and name == "train" and split.crowd.all():
             what = "nothing but crowds" if len(split.crowd) else "no boxes"
             said = f"the split {name} has {what}, so there is nothing to learn"
             findings.add("split-no-objects", said, file=shown, spot=Spot(name), severity="error")
-        elif not len(split.box_pictures):
+        elif not len(split.box_images):
             findings.add("split-no-objects", f"the split {name} has no boxes", file=shown, spot=Spot(name))
-        counts = np.bincount(split.box_pictures, minlength=len(split))
-        for picture in _rows((counts == 0) & split.usable & (split.picture_labels >= 0)):
+        counts = np.bincount(split.box_images, minlength=len(split))
+        for image in _rows((counts == 0) & split.usable & (split.image_labels >= 0)):
             findings.add(
-                "picture-no-objects",
-                f"{split.file_names[picture]} has no objects",
-                **picture_place(dataset, split, picture),
+                "image-no-objects",
+                f"{split.file_names[image]} has no objects",
+                **image_place(dataset, split, image),
             )
     if not dataset.splits and not any(f.severity == "error" for f in findings):
         findings.add("split-missing", "no split was found", file=shown)
@@ -555,31 +553,29 @@ def _check_names(names: Sequence[str], dataset: RawDataset, shown: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same picture more than once
+# The same image more than once
 
 
 Member = tuple[str, int]
-"""Split and position of a picture."""
+"""Split and position of an image."""
 
 
 def groups_by_path(dataset: RawDataset) -> list[list[Member]]:
-    """Return the pictures that are listed more than once."""
+    """Return the images that are listed more than once."""
     groups: dict[str, list[Member]] = defaultdict(list)
     for name, split in dataset.splits.items():
         root = str(split.root)
-        for picture, file_name in enumerate(split.file_names):
-            groups[file_name if file_name[:1] == "/" else os.path.normpath(f"{root}/{file_name}")].append(
-                (name, picture)
-            )
+        for image, file_name in enumerate(split.file_names):
+            groups[file_name if file_name[:1] == "/" else os.path.normpath(f"{root}/{file_name}")].append((name, image))
     return [group for group in groups.values() if len(group) > 1]
 
 
 def check_equal_splits(dataset: RawDataset, groups: list[list[Member]]) -> set[frozenset[str]]:
-    """Find splits that are wholly the same pictures; their pictures need not be named one by one.
+    """Find splits that are wholly the same images; their images need not be named one by one.
 
     Args:
         dataset: gets the findings.
-        groups: pictures that are the same.
+        groups: images that are the same.
     """
     shared: dict[frozenset[str], int] = defaultdict(int)
     for group in groups:
@@ -594,7 +590,7 @@ def check_equal_splits(dataset: RawDataset, groups: list[list[Member]]) -> set[f
             equal.add(pair)
             dataset.findings.add(
                 "split-equal",
-                f"{b} holds the same {counted(count, 'picture')} as {a}",
+                f"{b} holds the same {counted(count, 'image')} as {a}",
                 file=dataset.main_file(),
                 spot=Spot(b),
             )
@@ -602,33 +598,33 @@ def check_equal_splits(dataset: RawDataset, groups: list[list[Member]]) -> set[f
 
 
 def check_copies(dataset: RawDataset, groups: list[list[Member]], equal: set[frozenset[str]]) -> None:
-    """Say which pictures are the same, in a split or over two, and whether their boxes differ."""
+    """Say which images are the same, in a split or over two, and whether their boxes differ."""
     for group in groups:
         first_name, first = group[0]
         origin = dataset.splits[first_name]
-        for name, picture in group[1:]:
+        for name, image in group[1:]:
             split = dataset.splits[name]
-            code = "picture-duplicate" if name == first_name else "picture-leak"
-            said = f"{split.file_names[picture]} is the same picture as {origin.file_names[first]}"
-            if split.path(picture) == origin.path(first):
-                said = f"{split.file_names[picture]} is listed twice"
+            code = "image-duplicate" if name == first_name else "image-leak"
+            said = f"{split.file_names[image]} is the same image as {origin.file_names[first]}"
+            if split.path(image) == origin.path(first):
+                said = f"{split.file_names[image]} is listed twice"
             if name != first_name:
                 said += f", once in {first_name} and once in {name}"
-            where = picture_place(dataset, split, picture, other=group[0])
+            where = image_place(dataset, split, image, other=group[0])
             if frozenset((first_name, name)) not in equal:
                 dataset.findings.add(code, said, **where)
-            if not _same_boxes(origin, first, split, picture):
+            if not _same_boxes(origin, first, split, image):
                 dataset.findings.add(
-                    "picture-other-boxes",
-                    f"{split.file_names[picture]} is the same picture as {origin.file_names[first]} "
+                    "image-other-boxes",
+                    f"{split.file_names[image]} is the same image as {origin.file_names[first]} "
                     f"({first_name}), but their boxes differ",
                     **where,
                 )
 
 
 def _same_boxes(a: RawSplit, first: int, b: RawSplit, second: int) -> bool:
-    def rows(split: RawSplit, picture: int) -> NDArray[np.float64]:
-        low, high = np.searchsorted(split.box_pictures, [picture, picture + 1])
+    def rows(split: RawSplit, image: int) -> NDArray[np.float64]:
+        low, high = np.searchsorted(split.box_images, [image, image + 1])
         table = np.column_stack([split.labels[low:high], split.boxes_xyxy_px[low:high]])
         order = np.lexsort(table.T[::-1])
         result: NDArray[np.float64] = table[order]

@@ -1,4 +1,4 @@
-"""Examine a whole dataset: every label, every picture to its last pixel, and what they say together."""
+"""Examine a whole dataset: every label, every image to its last pixel, and what they say together."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from rtdetr_cli.checks.checks import (
     check_structure,
     check_train,
     groups_by_path,
-    measure_pictures,
-    picture_place,
+    image_place,
+    measure_images,
     report_fault,
     report_size,
     report_undeclared,
@@ -37,19 +37,19 @@ from rtdetr_cli.datasets.codes import SEVERITIES, Spot
 from rtdetr_cli.datasets.raw import RawDataset, RawSplit
 from rtdetr_cli.datasets.read import read_raw
 from rtdetr_cli.datasets.records import Finding
-from rtdetr_cli.images.decode import FORMATS, SUFFIXES, PictureError, exif_orientation, open_picture
+from rtdetr_cli.images.decode import FORMATS, SUFFIXES, ImageError, exif_orientation, open_image
 
 HUGE_PIXELS = 50_000_000
 _MANY_CORES = 4
 """Up to here threads do: decoding releases the interpreter's lock. Beyond, its rest would hold the cores back."""
 
 _WORTH_A_PROCESS = 64
-"""Pictures for each process that make up for starting it."""
+"""Images for each process that make up for starting it."""
 
 
 @dataclass(slots=True)
 class Look:
-    """What one picture is, seen by a worker.
+    """What one image is, seen by a worker.
 
     Attributes:
         fault: code and message of what makes it unusable, or None.
@@ -78,9 +78,9 @@ class Report:
 
     Attributes:
         raw: the records; boxes are clipped and those that cannot be used are gone.
-        decoded: whether the pictures were decoded.
+        decoded: whether the images were decoded.
         imgsz: height and width that tiny objects were judged at.
-        looks: split -> what each picture is; empty when they were not decoded.
+        looks: split -> what each image is; empty when they were not decoded.
     """
 
     raw: RawDataset
@@ -127,10 +127,10 @@ class Report:
             "format": raw.format,
             "source": str(raw.source),
             "pictures": sum(len(s) for s in raw.splits.values()),
-            "boxes": sum(len(s.box_pictures) for s in raw.splits.values()),
+            "boxes": sum(len(s.box_images) for s in raw.splits.values()),
             "classes": len(raw.categories),
             "decoded": self.decoded,
-            "splits": {name: {"pictures": len(s), "boxes": len(s.box_pictures)} for name, s in raw.splits.items()},
+            "splits": {name: {"pictures": len(s), "boxes": len(s.box_images)} for name, s in raw.splits.items()},
             "per_class": [
                 {"id": c.id, "name": c.name, "boxes": {name: counts[i] for name, counts in boxes.items()}}
                 for i, c in enumerate(raw.categories)
@@ -173,14 +173,14 @@ def examine(
 
     Args:
         source: what `load_splits` takes.
-        images: the folder of the pictures, where it cannot be guessed.
+        images: the folder of the images, where it cannot be guessed.
         imgsz: height and width of the network, which decide what is tiny.
         decode: False looks at labels and folder listings only, and at headers where the labels say no size.
-        workers: how many pictures are decoded at once; the cores by default.
-        queries: how many objects the network can find in a picture.
+        workers: how many images are decoded at once; the cores by default.
+        queries: how many objects the network can find in an image.
         processes: on many cores, decode in processes and not in threads; they start the calling program's main module
             anew, so a script must be guarded by `if __name__ == "__main__"`.
-        progress: called with the pictures done and all pictures.
+        progress: called with the images done and all images.
 
     Raises:
         DataError: there is no dataset at `source`. Faults of a dataset that is there are findings.
@@ -191,7 +191,7 @@ def examine(
     if decode:
         report.looks = _look_at_all(raw, workers, processes, progress)
     else:
-        measure_pictures(raw, all_pictures=False)
+        measure_images(raw, all_images=False)
     check_boxes(raw, imgsz=imgsz, queries=queries)
     check_structure(raw, to_train=True)
     check_train(raw)
@@ -203,18 +203,18 @@ def examine(
     if set(raw.splits) == {"train"} and len(raw.splits["train"]):
         raw.findings.add(
             "split-made",
-            f"there is no val split: training draws one from the {len(raw.splits['train'])} pictures",
+            f"there is no val split: training draws one from the {len(raw.splits['train'])} images",
             file=raw.main_file(),
         )
     return report
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 def look(path: str) -> Look:
-    """Decode one picture and tell what it is."""
+    """Decode one image and tell what it is."""
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -231,23 +231,23 @@ def look(path: str) -> Look:
                 found.orientation = getattr(image, "tag_v2", {}).get(0x0112, 0)
             if image.mode in ("RGB", "L"):
                 image.load()
-                picture: Image.Image = image
+                decoded: Image.Image = image
             else:
-                picture = open_picture(data)
+                decoded = open_image(data)
             size = image.size
             turned = 5 <= turn <= 8
             found.size_wh = (size[1], size[0]) if turned else size
-            found.thumb = _thumb(picture, turn if image.mode in ("RGB", "L") else 0)
-    except Exception:  # `open_picture` knows what each of them means
+            found.thumb = _thumb(decoded, turn if image.mode in ("RGB", "L") else 0)
+    except Exception:  # `open_image` knows what each of them means
         return _faulty(path, found.digest)
     return found
 
 
 def _faulty(path: str, digest: bytes = b"") -> Look:
     try:
-        with open_picture(Path(path)) as picture:
-            return Look(size_wh=picture.size, digest=digest)
-    except PictureError as error:
+        with open_image(Path(path)) as image:
+            return Look(size_wh=image.size, digest=digest)
+    except ImageError as error:
         return Look(fault=(error.code, error.message))
 
 
@@ -255,15 +255,15 @@ def _kinds(image: Image.Image) -> tuple[str, ...]:
     mode = image.mode
     kinds = []
     if mode.startswith("I") or _deep(image):
-        kinds.append("picture-16bit")
+        kinds.append("image-16bit")
     if mode in ("P", "PA"):
-        kinds.append("picture-palette")
+        kinds.append("image-palette")
     if mode == "CMYK":
-        kinds.append("picture-cmyk")
+        kinds.append("image-cmyk")
     if mode in ("L", "1", "LA") or mode.startswith("I"):
-        kinds.append("picture-grey")
+        kinds.append("image-grey")
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or (mode == "P" and "transparency" in image.info):
-        kinds.append("picture-alpha")
+        kinds.append("image-alpha")
     return tuple(kinds)
 
 
@@ -276,9 +276,9 @@ def _deep(image: Image.Image) -> bool:
     return False
 
 
-def _thumb(picture: Image.Image, orientation: int) -> bytes:
-    width, height = picture.size
-    small = picture.reduce((max(1, width // (2 * THUMB)), max(1, height // (2 * THUMB))))
+def _thumb(image: Image.Image, orientation: int) -> bytes:
+    width, height = image.size
+    small = image.reduce((max(1, width // (2 * THUMB)), max(1, height // (2 * THUMB))))
     grey = small.resize((THUMB, THUMB), Image.Resampling.BOX).convert("L")
     turn = _TURNS.get(orientation)
     return (grey if turn is None else grey.transpose(turn)).tobytes()
@@ -298,11 +298,11 @@ _TURNS = {
 def _look_at_all(
     raw: RawDataset, workers: int | None, processes: bool, progress: Callable[[int, int], None] | None
 ) -> dict[str, list[Look]]:
-    """Decode every picture once, however often it is listed, and report what is wrong with it."""
+    """Decode every image once, however often it is listed, and report what is wrong with it."""
     paths: dict[str, None] = {}
     for split in raw.splits.values():
-        for picture in np.flatnonzero(split.usable).tolist():
-            paths[str(split.path(picture))] = None
+        for image in np.flatnonzero(split.usable).tolist():
+            paths[str(split.path(image))] = None
     seen: dict[str, Look] = {}
     if progress is not None:
         progress(0, len(paths))
@@ -315,9 +315,9 @@ def _look_at_all(
     looks: dict[str, list[Look]] = {}
     unused = Look()
     for name, split in raw.splits.items():
-        looks[name] = [seen.get(str(split.path(picture)), unused) for picture in range(len(split))]
-        for picture in np.flatnonzero(split.usable).tolist():
-            _report(raw, split, picture, looks[name][picture])
+        looks[name] = [seen.get(str(split.path(image)), unused) for image in range(len(split))]
+        for image in np.flatnonzero(split.usable).tolist():
+            _report(raw, split, image, looks[name][image])
         report_undeclared(raw, split)
     return looks
 
@@ -335,62 +335,62 @@ def _map(paths: list[str], workers: int | None, processes: bool) -> Iterator[Loo
         yield from pool.map(look, paths, chunksize=16)
 
 
-def _report(raw: RawDataset, split: RawSplit, picture: int, found: Look) -> None:
-    name = split.file_names[picture]
+def _report(raw: RawDataset, split: RawSplit, image: int, found: Look) -> None:
+    name = split.file_names[image]
 
     def add(code: str, said: str) -> None:
-        raw.findings.add(code, f"{name} {said}", **picture_place(raw, split, picture))
+        raw.findings.add(code, f"{name} {said}", **image_place(raw, split, image))
 
     if found.fault is not None:
         code, message = found.fault
-        report_fault(raw, split, picture, PictureError(message, code=code))
+        report_fault(raw, split, image, ImageError(message, code=code))
         return
-    report_size(raw, split, picture, found.size_wh, turned=5 <= found.orientation <= 8)
+    report_size(raw, split, image, found.size_wh, turned=5 <= found.orientation <= 8)
     if not found.format:
         return
     suffix = Path(name).suffix.lower()
     if suffix not in SUFFIXES.get(found.format, (suffix,)):
-        add("picture-extension", f"holds a {found.format}")
+        add("image-extension", f"holds a {found.format}")
     if 2 <= found.orientation <= 8:
-        add("picture-exif-orientation", f"is turned by its EXIF orientation {found.orientation}")
+        add("image-exif-orientation", f"is turned by its EXIF orientation {found.orientation}")
     elif found.orientation not in (0, 1):
-        add("picture-exif-invalid", f"has an EXIF orientation that is not one ({found.orientation})")
+        add("image-exif-invalid", f"has an EXIF orientation that is not one ({found.orientation})")
     for kind in found.kinds:
         add(kind, _KINDS[kind])
     if found.frames > 1:
-        add("picture-animated", f"has {found.frames} frames")
+        add("image-animated", f"has {found.frames} frames")
     if found.size_wh[0] * found.size_wh[1] > HUGE_PIXELS:
-        add("picture-huge", f"is {found.size_wh[0]}x{found.size_wh[1]}")
+        add("image-huge", f"is {found.size_wh[0]}x{found.size_wh[1]}")
 
 
 _KINDS = {
-    "picture-16bit": "has 16 bits a channel",
-    "picture-palette": "has a palette",
-    "picture-cmyk": "is in print colours (CMYK)",
-    "picture-grey": "is grey",
-    "picture-alpha": "has transparency",
+    "image-16bit": "has 16 bits a channel",
+    "image-palette": "has a palette",
+    "image-cmyk": "is in print colours (CMYK)",
+    "image-grey": "is grey",
+    "image-alpha": "has transparency",
 }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same picture more than once
+# The same image more than once
 
 
 def members_of(raw: RawDataset) -> list[Member]:
-    """Return every picture of every split, in order."""
-    return [(name, picture) for name, split in raw.splits.items() for picture in range(len(split))]
+    """Return every image of every split, in order."""
+    return [(name, image) for name, split in raw.splits.items() for image in range(len(split))]
 
 
 def look_alikes(raw: RawDataset, looks: dict[str, list[Look]]) -> tuple[list[list[Member]], list[list[Member]]]:
-    """Return groups of pictures with the same bytes, and groups that look nearly the same (one of each of those)."""
+    """Return groups of images with the same bytes, and groups that look nearly the same (one of each of those)."""
     members = members_of(raw)
-    digests = [looks[name][picture].digest for name, picture in members]
+    digests = [looks[name][image].digest for name, image in members]
     exact = exact_groups(digests)
     again = {position for group in exact for position in group[1:]}
     rows = [
         position
-        for position, (name, picture) in enumerate(members)
-        if position not in again and len(looks[name][picture].thumb) == THUMB * THUMB
+        for position, (name, image) in enumerate(members)
+        if position not in again and len(looks[name][image].thumb) == THUMB * THUMB
     ]
     if not rows:
         return [[members[i] for i in group] for group in exact], []
@@ -409,12 +409,12 @@ def _check_copies(raw: RawDataset, looks: dict[str, list[Look]]) -> None:
     check_copies(raw, exact, check_equal_splits(raw, exact))
     for group in near:
         first_name, first = group[0]
-        for name, picture in group[1:]:
+        for name, image in group[1:]:
             split, origin = raw.splits[name], raw.splits[first_name]
             if name == first_name:
-                code, said = "picture-near-duplicate", f"looks nearly the same as {origin.file_names[first]}"
+                code, said = "image-near-duplicate", f"looks nearly the same as {origin.file_names[first]}"
             else:
-                code = "picture-near-leak"
+                code = "image-near-leak"
                 said = f"({name}) looks nearly the same as {origin.file_names[first]} ({first_name})"
-            where = picture_place(raw, split, picture, other=group[0])
-            raw.findings.add(code, f"{split.file_names[picture]} {said}", **where)
+            where = image_place(raw, split, image, other=group[0])
+            raw.findings.add(code, f"{split.file_names[image]} {said}", **where)

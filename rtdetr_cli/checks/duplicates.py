@@ -1,6 +1,6 @@
-"""Find pictures that are the same, or nearly so: frames of a video, copies that were resized or compressed again.
+"""Find images that are the same, or nearly so: frames of a video, copies that were resized or compressed again.
 
-Each picture is reduced to 32x32 grey values, brightness and contrast set aside. Two of them are compared by their
+Each image is reduced to 32x32 grey values, brightness and contrast set aside. Two of them are compared by their
 lowest cosine frequencies first: what is far apart there is far apart as a whole, so nothing near is missed.
 """
 
@@ -16,7 +16,7 @@ THUMB = 32
 """Side of the grey thumbnails."""
 
 MAX_DIFFERENCE = 0.2
-"""Root of one minus the correlation. Copies compressed or resized again stay below 0.1; unrelated pictures of one
+"""Root of one minus the correlation. Copies compressed or resized again stay below 0.1; unrelated images of one
 microscope lie above 0.59."""
 
 _FREQUENCIES = 8
@@ -26,7 +26,7 @@ _PAIRS = 8192
 
 
 def near_groups(thumbs: NDArray[np.uint8]) -> list[list[int]]:
-    """Return groups of pictures that look nearly the same, each in ascending order.
+    """Return groups of images that look nearly the same, each in ascending order.
 
     Args:
         thumbs: (N, 32, 32) uint8, grey.
@@ -37,10 +37,10 @@ def near_groups(thumbs: NDArray[np.uint8]) -> list[list[int]]:
     values = thumbs.reshape(len(thumbs), THUMB * THUMB).astype(np.float32)
     values -= values.mean(axis=1, keepdims=True)
     spread = values.std(axis=1)
-    # Flat pictures (all black, all white) have no structure that could be compared: they are never alike.
+    # Flat images (all black, all white) have no structure that could be compared: they are never alike.
     usable = np.flatnonzero(spread >= _FLAT)
     values = values[usable] / spread[usable, None]
-    # Half the squared distance of standardised pictures, over their pixels, is one minus their correlation.
+    # Half the squared distance of standardised images, over their pixels, is one minus their correlation.
     limit = 2 * MAX_DIFFERENCE**2 * THUMB * THUMB
     group = np.arange(len(usable))
     for first, second in _candidates(values, limit):

@@ -11,7 +11,7 @@ from rtdetr_cli.checks.checks import (
     check_files,
     check_structure,
     groups_by_path,
-    measure_pictures,
+    measure_images,
 )
 from rtdetr_cli.datasets.raw import RawDataset
 from rtdetr_cli.datasets.read import read_raw
@@ -28,27 +28,27 @@ def load_splits(
     seed: int = 0,
     split_single: bool = True,
     headers: bool = True,
-    pictures: bool = True,
+    find_images: bool = True,
 ) -> Splits:
     """Read a dataset, check its annotations, and return its splits as flat arrays.
 
     Args:
         source: a COCO JSON file, a `data.yaml`, or a folder in any known layout.
-        images: the folder of the pictures, where it cannot be guessed.
-        val_fraction: share of the pictures that is drawn as `val` where the dataset has no such split.
+        images: the folder of the images, where it cannot be guessed.
+        val_fraction: share of the images that is drawn as `val` where the dataset has no such split.
         seed: of that draw.
         split_single: False takes a dataset without a val split whole, as `val`: what evaluation of one file wants.
-        headers: False trusts declared sizes in place of reading them from the pictures.
-        pictures: False does not even look for the pictures: what judging detections from a file wants.
+        headers: False trusts declared sizes in place of reading them from the images.
+        find_images: False does not even look for the images: what judging detections from a file wants.
 
     Raises:
         DataError: the dataset cannot be found or read, or a check found an error; all of them are counted, the first
             few told.
     """
     raw = read_raw(source, images=images)
-    if pictures:
+    if find_images:
         check_files(raw)
-    measure_pictures(raw, all_pictures=headers and pictures)
+    measure_images(raw, all_images=headers and find_images)
     check_boxes(raw)
     check_structure(raw)
     if split_single:

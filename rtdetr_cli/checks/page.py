@@ -1,4 +1,4 @@
-"""The page of an examined dataset: what it holds, what was found, and each finding on its picture."""
+"""The page of an examined dataset: what it holds, what was found, and each finding on its image."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rtdetr_cli.checks.doctor import Report
 from rtdetr_cli.datasets.codes import CODES, Spot, printable
 from rtdetr_cli.datasets.raw import RawSplit
 from rtdetr_cli.errors import RtdetrError
-from rtdetr_cli.images.decode import PictureError, open_picture
+from rtdetr_cli.images.decode import ImageError, open_image
 from rtdetr_cli.images.draw import colour
-from rtdetr_cli.page import picture_uri, render_page
+from rtdetr_cli.page import image_uri, render_page
 
 MOST_FINDINGS = 3000
-MOST_PICTURES = 500
+MOST_IMAGES = 500
 """Beyond these the page would not open on a phone; what is left out is said on the page."""
 
 MOST_CLASSES = 200
@@ -49,12 +49,12 @@ def page_context(report: Report) -> dict[str, Any]:
     wanted = dict.fromkeys([(s, p) for s, p in samples])
     for i in chosen:
         spot = report.spots[i]
-        if spot.picture >= 0 and len(wanted) < MOST_PICTURES:
-            wanted[spot.split, spot.picture] = None
+        if spot.image >= 0 and len(wanted) < MOST_IMAGES:
+            wanted[spot.split, spot.image] = None
             if spot.other is not None:
                 wanted[spot.other] = None
-    pictures = _pictures(report, list(wanted))
-    found = [_finding(report, i, pictures) for i in chosen]
+    images = _images(report, list(wanted))
+    found = [_finding(report, i, images) for i in chosen]
     by_code = report.by_code()
     shown = {code: sum(f["code"] == code for f in found) for code in by_code}
     summary = report.summary()
@@ -80,8 +80,8 @@ def page_context(report: Report) -> dict[str, Any]:
         "classes_left": max(0, summary["classes"] - MOST_CLASSES),
         "sizes": _sizes(report),
         "heat": _heat(report),
-        "samples": [s for s in (_sample(report, split, p, pictures) for split, p in samples) if s],
-        "pictures": list(pictures.values()),
+        "samples": [s for s in (_sample(report, split, p, images) for split, p in samples) if s],
+        "images": list(images.values()),
         "findings": found,
         "findings_left": len(report.findings) - len(found),
     }
@@ -112,7 +112,7 @@ def _chosen_findings(report: Report) -> list[int]:
 
 
 def _chosen_samples(report: Report) -> list[tuple[str, int]]:
-    """Return pictures that show the classes, the rare ones first, and then some from all over."""
+    """Return images that show the classes, the rare ones first, and then some from all over."""
     raw = report.raw
     chosen: dict[tuple[str, int], None] = {}
     for name in ("train", "val", "test"):
@@ -123,7 +123,7 @@ def _chosen_samples(report: Report) -> list[tuple[str, int]]:
         for label in sorted(np.flatnonzero(counts).tolist(), key=lambda c: int(counts[c])):
             if len(chosen) >= SAMPLES - 4:
                 break
-            with_it = split.box_pictures[split.labels == label]
+            with_it = split.box_images[split.labels == label]
             chosen[name, int(with_it[len(with_it) // 2])] = None
         for position in np.linspace(0, len(split) - 1, SAMPLES).astype(int).tolist():
             if len(chosen) < SAMPLES and split.usable[position]:
@@ -131,35 +131,35 @@ def _chosen_samples(report: Report) -> list[tuple[str, int]]:
     return list(chosen)
 
 
-# ---- pictures
+# ---- images
 
 
-def _pictures(report: Report, wanted: list[tuple[str, int]]) -> dict[tuple[str, int], dict[str, Any]]:
+def _images(report: Report, wanted: list[tuple[str, int]]) -> dict[tuple[str, int], dict[str, Any]]:
     def read(member: tuple[str, int]) -> dict[str, Any] | None:
-        name, picture = member
+        name, index = member
         split = report.raw.splits[name]
-        if not split.usable[picture]:
+        if not split.usable[index]:
             return None
         try:
-            image = open_picture(split.path(picture), reduce_to=(SIDE, SIDE))
-        except PictureError:
+            image = open_image(split.path(index), reduce_to=(SIDE, SIDE))
+        except ImageError:
             return None
-        width, height = split.sizes_wh[picture].tolist()
+        width, height = split.sizes_wh[index].tolist()
         if not width or not height:
             width, height = image.size
-        uri = picture_uri(np.asarray(image), max_side=SIDE, quality=72)
-        return {"id": f"p-{name}-{picture}", "uri": uri, "w": width, "h": height}
+        uri = image_uri(np.asarray(image), max_side=SIDE, quality=72)
+        return {"id": f"p-{name}-{index}", "uri": uri, "w": width, "h": height}
 
     with ThreadPoolExecutor() as pool:
         found = dict(zip(wanted, pool.map(read, wanted), strict=True))
-    return {member: picture for member, picture in found.items() if picture is not None}
+    return {member: image for member, image in found.items() if image is not None}
 
 
-def _finding(report: Report, i: int, pictures: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
+def _finding(report: Report, i: int, images: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
     finding, spot = report.findings[i], report.spots[i]
-    picture = pictures.get((spot.split, spot.picture))
-    box = _drawn(spot, picture) if picture else None
-    other = pictures.get(spot.other) if spot.other is not None else None
+    image = images.get((spot.split, spot.image))
+    box = _drawn(spot, image) if image else None
+    other = images.get(spot.other) if spot.other is not None else None
     ids = [
         f"{what} {value}"
         for what, value in (("image", finding.image_id), ("annotation", finding.annotation_id))
@@ -172,34 +172,34 @@ def _finding(report: Report, i: int, pictures: dict[tuple[str, int], dict[str, A
         "file": finding.file,
         "line": finding.line,
         "ids": ", ".join(ids),
-        "view": _view(picture, box) if picture else None,
+        "view": _view(image, box) if image else None,
         "other": _view(other, None) if other else None,
         "box": box,
-        "no_view": "" if spot.picture < 0 or picture else _why_not(report, spot),
+        "no_view": "" if spot.image < 0 or image else _why_not(report, spot),
     }
 
 
 def _why_not(report: Report, spot: Spot) -> str:
-    if not report.raw.splits[spot.split].usable[spot.picture]:
-        return "no picture to show"
-    return f"not shown: the page holds {MOST_PICTURES} pictures"
+    if not report.raw.splits[spot.split].usable[spot.image]:
+        return "no image to show"
+    return f"not shown: the page holds {MOST_IMAGES} images"
 
 
-def _view(picture: dict[str, Any], box: dict[str, float] | None) -> dict[str, Any]:
-    """Return what a frame shows: the picture, and a box outside it where it is."""
-    x1, y1, x2, y2 = 0.0, 0.0, float(picture["w"]), float(picture["h"])
+def _view(image: dict[str, Any], box: dict[str, float] | None) -> dict[str, Any]:
+    """Return what a frame shows: the image, and a box outside it where it is."""
+    x1, y1, x2, y2 = 0.0, 0.0, float(image["w"]), float(image["h"])
     if box and (box["x"] < 0 or box["y"] < 0 or box["x"] + box["w"] > x2 or box["y"] + box["h"] > y2):
         rim = max(x2, y2) / 50  # so that the line itself is seen whole
         x1, y1 = min(x1, box["x"] - rim), min(y1, box["y"] - rim)
         x2, y2 = max(x2, box["x"] + box["w"] + rim), max(y2, box["y"] + box["h"] + rim)
-    return {"id": picture["id"], "x": x1, "y": y1, "w": x2 - x1, "h": y2 - y1}
+    return {"id": image["id"], "x": x1, "y": y1, "w": x2 - x1, "h": y2 - y1}
 
 
-def _drawn(spot: Spot, picture: dict[str, Any]) -> dict[str, float] | None:
-    """Return a finding's box as it can be drawn: corners in order, not further away than half a picture."""
+def _drawn(spot: Spot, image: dict[str, Any]) -> dict[str, float] | None:
+    """Return a finding's box as it can be drawn: corners in order, not further away than half an image."""
     if spot.box is None or not np.isfinite(spot.box).all():
         return None
-    width, height = picture["w"], picture["h"]
+    width, height = image["w"], image["h"]
     xs, ys = _reach(spot.box[0], spot.box[2], width), _reach(spot.box[1], spot.box[3], height)
     side = max(xs[1] - xs[0], ys[1] - ys[0])
     return {
@@ -215,7 +215,7 @@ def _drawn(spot: Spot, picture: dict[str, Any]) -> dict[str, float] | None:
 
 
 def _reach(one: float, other: float, side: float) -> tuple[float, float]:
-    """Return both ends in order, brought to within half a side of the picture; what lies beyond keeps an extent."""
+    """Return both ends in order, brought to within half a side of the image; what lies beyond keeps an extent."""
     low, high = sorted((one, other))
     extent = min(high - low, side / 2)
     if low > 1.5 * side:
@@ -226,13 +226,13 @@ def _reach(one: float, other: float, side: float) -> tuple[float, float]:
 
 
 def _sample(
-    report: Report, name: str, position: int, pictures: dict[tuple[str, int], dict[str, Any]]
+    report: Report, name: str, position: int, images: dict[tuple[str, int], dict[str, Any]]
 ) -> dict[str, Any] | None:
-    picture = pictures.get((name, position))
-    if picture is None:
+    image = images.get((name, position))
+    if image is None:
         return None
     split = report.raw.splits[name]
-    low, high = np.searchsorted(split.box_pictures, [position, position + 1])
+    low, high = np.searchsorted(split.box_images, [position, position + 1])
     labels = split.labels[low:high]
     names = [c.name for c in report.raw.categories]
     boxes = [
@@ -250,7 +250,7 @@ def _sample(
     ]
     counts = np.bincount(labels) if len(labels) else np.zeros(0, int)
     return {
-        **picture,
+        **image,
         "name": printable(split.file_names[position]),
         "split": name,
         "boxes": boxes,
@@ -280,7 +280,7 @@ def _classes(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _shares(split: RawSplit) -> tuple[Any, Any]:
-    sizes = split.sizes_wh[split.box_pictures].astype(np.float64)
+    sizes = split.sizes_wh[split.box_images].astype(np.float64)
     known = (sizes[:, 0] > 0) & ~split.crowd
     return split.boxes_xyxy_px[known] / np.tile(sizes[known], 2), known
 

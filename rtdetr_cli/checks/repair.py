@@ -4,9 +4,9 @@ Nothing is ever changed in place. Label files are mended by replacing spans of t
 stays to the byte: other keys, spaces, comments. What cannot be mended safely is left out of the copy and said; files
 that are left out are kept under `left-out/`, so that copy and patch alone bring the original back.
 
-The copy holds what makes up the dataset: label files, the pictures they name, lists of pictures, and the texts that
+The copy holds what makes up the dataset: label files, the images they name, lists of images, and the texts that
 belong to all of them, such as a licence. Undoing brings every one of these files back to the byte. What else lies in
-the original's folder (pictures that no label names, masks, programs) was never part of what is checked: it is not
+the original's folder (images that no label names, masks, programs) was never part of what is checked: it is not
 copied, and undoing does not bring it back. `patch.json` says so too.
 """
 
@@ -42,7 +42,7 @@ from rtdetr_cli.images.decode import FORMATS, SUFFIXES
 PATCH_FILE = "patch.json"
 LEFT_OUT = "left-out"
 HOLDS = (
-    "label files, the pictures they name, lists of pictures, and texts such as licence and readme; whatever else lies "
+    "label files, the images they name, lists of images, and texts such as licence and readme; whatever else lies "
     "in the original's folder was not copied, and undoing does not bring it back"
 )
 _NOTE = re.compile(
@@ -61,7 +61,7 @@ _DROPPED_BOXES = frozenset(
     }
 )
 _CLIPPED_BOXES = frozenset({"box-partly-outside", "label-beyond-one"})
-_LOST_PICTURES = frozenset(code for code, entry in CODES.items() if entry.repair.startswith("leaves the picture"))
+_LOST_IMAGES = frozenset(code for code, entry in CODES.items() if entry.repair.startswith("leaves the image"))
 _LOST_LABELS = frozenset({"file-missing", "file-malformed", "file-bounds"})
 _BOM = "\ufeff"
 _ANNOTATION = re.compile(r"<annotation(?:\s[^>]*)?(?<!/)>")
@@ -125,7 +125,7 @@ class _Plan:
                 inside = Path(text).relative_to(normpath(root))
             except ValueError:
                 continue
-            # Pictures that the user keeps elsewhere (--images) come to lie where the reader looks for them.
+            # Images that the user keeps elsewhere (--images) come to lie where the reader looks for them.
             apart = number > 0 and raw.format != "yolo"
             return str(("JPEGImages" if raw.format == "voc" else "images") / inside) if apart else str(inside)
         return Path(text).name
@@ -152,20 +152,20 @@ def repairable(report: Report) -> bool:
     found = [f for f in report.findings if f.severity in ("error", "warning") and CODES[f.code].repair]
     if any(f.code not in _LOST_LABELS for f in found):
         return True
-    # A label file that cannot be read is left out with its picture, unless it is everybody's.
+    # A label file that cannot be read is left out with its image, unless it is everybody's.
     return raw.format in ("yolo", "voc") and not _own_files(raw).isdisjoint(f.file for f in found)
 
 
 def _own_files(raw: RawDataset) -> set[str]:
-    """Return the label files that belong to one picture."""
-    return {split.label_file(picture) for split in raw.splits.values() for picture in range(len(split))}
+    """Return the label files that belong to one image."""
+    return {split.label_file(image) for split in raw.splits.values() for image in range(len(split))}
 
 
 def repair(report: Report, out: Path) -> Repaired:
     """Write a repaired copy below `out`.
 
     Args:
-        report: of the dataset, best with its pictures decoded.
+        report: of the dataset, best with its images decoded.
         out: a folder that is new or empty.
 
     Raises:
@@ -181,8 +181,8 @@ def repair(report: Report, out: Path) -> Repaired:
             code=first.code if first else "split-missing",
         )
     plan = _Plan(report, out)
-    lost = _lost_pictures(plan)
-    renamed = _plan_pictures(plan, lost)
+    lost = _lost_images(plan)
+    renamed = _plan_images(plan, lost)
     if raw.format in ("coco", "roboflow"):
         _plan_coco(plan, lost, renamed)
     elif raw.format == "yolo":
@@ -220,7 +220,7 @@ def repair(report: Report, out: Path) -> Repaired:
 
 
 def _plan_notes(plan: _Plan) -> None:
-    """Carry over the texts that belong to the dataset as a whole: a licence asks to stay with the pictures."""
+    """Carry over the texts that belong to the dataset as a whole: a licence asks to stay with the images."""
     raw = plan.report.raw
     left_out = {change["file"] for change in plan.changes if change["op"] == "leave-out"}
     for folder in dict.fromkeys((raw.folder, *(path.parent for path in raw.label_paths.values()))):
@@ -245,81 +245,81 @@ def _is_note(path: Path) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
-def _lost_pictures(plan: _Plan) -> dict[str, set[int]]:
-    """Return the pictures that cannot be used, and mark the findings that say so, and those of their boxes."""
+def _lost_images(plan: _Plan) -> dict[str, set[int]]:
+    """Return the images that cannot be used, and mark the findings that say so, and those of their boxes."""
     raw = plan.report.raw
     lost = {name: set(np.flatnonzero(~split.usable).tolist()) for name, split in raw.splits.items()}
     broken = {f.file for f in raw.findings if f.code in _LOST_LABELS}
     if raw.format in ("yolo", "voc"):
         for name, split in raw.splits.items():
-            for picture in range(len(split)):
-                if split.label_file(picture) in broken:
-                    lost[name].add(picture)
+            for image in range(len(split)):
+                if split.label_file(image) in broken:
+                    lost[name].add(image)
     for spot in _turned_for_good(plan):
-        lost[spot.split].add(spot.picture)
+        lost[spot.split].add(spot.image)
     own = _own_files(raw) if broken else set()
     for i, (finding, spot) in enumerate(_found(plan)):
-        if finding.code in _LOST_PICTURES and spot.picture >= 0:
+        if finding.code in _LOST_IMAGES and spot.image >= 0:
             plan.done.add(i)
         elif finding.code in _LOST_LABELS and raw.format in ("yolo", "voc"):
             if finding.file in own:
                 plan.done.add(i)
-        elif spot.picture >= 0 and spot.picture in lost.get(spot.split, ()):
-            plan.done.add(i)  # gone with its picture
+        elif spot.image >= 0 and spot.image in lost.get(spot.split, ()):
+            plan.done.add(i)  # gone with its image
     return lost
 
 
 def _turned_for_good(plan: _Plan) -> list[Spot]:
-    """Return the pictures whose labels disagree with an orientation that cannot be taken out of the file."""
+    """Return the images whose labels disagree with an orientation that cannot be taken out of the file."""
     splits = plan.report.raw.splits
-    swapped = [spot for finding, spot in _found(plan) if finding.code == "picture-exif-swapped"]
-    return [s for s in swapped if _orientation_edit(splits[s.split].path(s.picture), "", "") is None]
+    swapped = [spot for finding, spot in _found(plan) if finding.code == "image-exif-swapped"]
+    return [s for s in swapped if _orientation_edit(splits[s.split].path(s.image), "", "") is None]
 
 
 def _found(plan: _Plan) -> list[tuple[Finding, Spot]]:
     return list(zip(plan.report.findings, plan.report.spots, strict=True))
 
 
-def _plan_pictures(plan: _Plan, lost: dict[str, set[int]]) -> dict[tuple[str, int], str]:
-    """Plan which pictures are copied, under which name and with which bytes; return new file names."""
+def _plan_images(plan: _Plan, lost: dict[str, set[int]]) -> dict[tuple[str, int], str]:
+    """Plan which images are copied, under which name and with which bytes; return new file names."""
     raw = plan.report.raw
     renamed: dict[tuple[str, int], str] = {}
     codes: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
     for i, (finding, spot) in enumerate(_found(plan)):
-        if spot.picture >= 0 and finding.code.startswith("picture-"):
-            codes[spot.split, spot.picture].setdefault(finding.code, i)
-    mended: dict[Path, tuple[str, set[str]]] = {}  # pictures that are copied: new suffix, faults that were mended
+        if spot.image >= 0 and finding.code.startswith("image-"):
+            codes[spot.split, spot.image].setdefault(finding.code, i)
+    mended: dict[Path, tuple[str, set[str]]] = {}  # images that are copied: new suffix, faults that were mended
     for name, split in raw.splits.items():
-        for picture in range(len(split)):
-            path = split.path(picture)
-            if picture in lost[name]:
+        for image in range(len(split)):
+            path = split.path(image)
+            if image in lost[name]:
                 continue
-            said = codes[name, picture]
+            said = codes[name, image]
             if path in mended:  # listed more than once
                 suffix, done = mended[path]
                 plan.done.update(i for code, i in said.items() if code in done)
                 if suffix:
-                    renamed[name, picture] = str(Path(split.file_names[picture]).with_suffix(suffix))
+                    renamed[name, image] = str(Path(split.file_names[image]).with_suffix(suffix))
                 continue
             suffix, done = "", set()
             target = plan.destination(path)
-            if "picture-name-case" in said and raw.format in ("yolo", "voc"):
-                wanted = plan.destination(split.root / split.said_names[picture])
-                plan.changes.append(_rename(target, wanted, "picture-name-case"))
-                done.add("picture-name-case")
+            if "image-name-case" in said and raw.format in ("yolo", "voc"):
+                wanted = plan.destination(split.root / split.said_names[image])
+                plan.changes.append(_rename(target, wanted, "image-name-case"))
+                done.add("image-name-case")
                 target = wanted
-            if "picture-extension" in said and plan.report.looks:
-                usual = SUFFIXES[plan.report.looks[name][picture].format][0]
+            if "image-extension" in said and plan.report.looks:
+                usual = SUFFIXES[plan.report.looks[name][image].format][0]
                 wanted = str(Path(target).with_suffix(usual))
                 if wanted not in plan.files and not path.with_suffix(usual).exists():
-                    plan.changes.append(_rename(target, wanted, "picture-extension"))
-                    done.add("picture-extension")
-                    renamed[name, picture] = str(Path(split.file_names[picture]).with_suffix(usual))
+                    plan.changes.append(_rename(target, wanted, "image-extension"))
+                    done.add("image-extension")
+                    renamed[name, image] = str(Path(split.file_names[image]).with_suffix(usual))
                     target, suffix = wanted, usual
-            for code in ("picture-exif-swapped", "picture-exif-invalid"):
+            for code in ("image-exif-swapped", "image-exif-invalid"):
                 if code in said:
                     change = _orientation_edit(path, target, code)
                     if change is not None:
@@ -329,13 +329,13 @@ def _plan_pictures(plan: _Plan, lost: dict[str, set[int]]) -> dict[tuple[str, in
             plan.files[target] = path
             mended[path] = (suffix, done)
     for name, split in raw.splits.items():
-        for picture in sorted(lost[name]):
-            path = split.path(picture)
+        for image in sorted(lost[name]):
+            path = split.path(image)
             if path in mended:
                 continue
-            causes = (*_LOST_PICTURES, "picture-exif-swapped")
-            code = next((c for c in codes[name, picture] if c in causes), "file-malformed")
-            _leave_out(plan, path, code, copy=code not in ("picture-missing", "picture-outside"))
+            causes = (*_LOST_IMAGES, "image-exif-swapped")
+            code = next((c for c in codes[name, image] if c in causes), "file-malformed")
+            _leave_out(plan, path, code, copy=code not in ("image-missing", "image-outside"))
     return renamed
 
 
@@ -353,7 +353,7 @@ def _leave_out(plan: _Plan, path: Path, code: str, *, copy: bool = True) -> None
 
 
 def _orientation_edit(path: Path, target: str, code: str) -> dict[str, Any] | None:
-    """Return the change that sets a picture's EXIF orientation to upright, or None where that is not safe."""
+    """Return the change that sets an image's EXIF orientation to upright, or None where that is not safe."""
     data = path.read_bytes()
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -421,9 +421,9 @@ def _plan_coco_file(plan: _Plan, path: Path, name: str, lost: set[int], renamed:
     change_boxes: dict[int, dict[str, Any]] = defaultdict(dict)
     why: dict[tuple[str, int], tuple[str, str]] = {}
     rows = {int(entry): row for row, entry in enumerate(split.box_entries.tolist())}
-    gone = {images.keys[int(split.picture_entries[p])] for p in lost}
-    for picture in lost:
-        drop_images[int(split.picture_entries[picture])] = ("picture", f"{split.file_names[picture]} cannot be used")
+    gone = {images.keys[int(split.image_entries[p])] for p in lost}
+    for image in lost:
+        drop_images[int(split.image_entries[image])] = ("image", f"{split.file_names[image]} cannot be used")
     for i, (finding, spot) in enumerate(_found(plan)):
         if finding.file not in split.label_files:
             continue
@@ -445,28 +445,28 @@ def _plan_coco_file(plan: _Plan, path: Path, name: str, lost: set[int], renamed:
                 x1, y1, x2, y2 = split.boxes_xyxy_px[row].tolist()
                 change_boxes[int(split.box_entries[row])]["area"] = round((x2 - x1) * (y2 - y1), 6)
                 why["box", int(split.box_entries[row])] = (code, "has no area")
-        elif code == "picture-size" and entry >= 0:
-            change_images[entry] |= dict(zip(("width", "height"), split.sizes_wh[spot.picture].tolist(), strict=True))
+        elif code == "image-size" and entry >= 0:
+            change_images[entry] |= dict(zip(("width", "height"), split.sizes_wh[spot.image].tolist(), strict=True))
             why["image", entry] = told
-        elif code == "picture-size-undeclared":
-            for picture in np.flatnonzero(split.usable & ~split.declared).tolist():
-                place = int(split.picture_entries[picture])
-                change_images[place] |= dict(zip(("width", "height"), split.sizes_wh[picture].tolist(), strict=True))
+        elif code == "image-size-undeclared":
+            for image in np.flatnonzero(split.usable & ~split.declared).tolist():
+                place = int(split.image_entries[image])
+                change_images[place] |= dict(zip(("width", "height"), split.sizes_wh[image].tolist(), strict=True))
                 why["image", place] = (code, "has no size")
-        elif code == "picture-name-case" and entry >= 0:
-            change_images[entry]["file_name"] = split.file_names[spot.picture]
+        elif code == "image-name-case" and entry >= 0:
+            change_images[entry]["file_name"] = split.file_names[spot.image]
             why["image", entry] = told
         else:
             continue
         plan.done.add(i)
-    for (name_, picture), new in renamed.items():
+    for (name_, image), new in renamed.items():
         if name_ == name:
-            place = int(split.picture_entries[picture])
+            place = int(split.image_entries[image])
             change_images[place]["file_name"] = new
-            why["image", place] = ("picture-extension", f"{split.file_names[picture]} is called {new}")
+            why["image", place] = ("image-extension", f"{split.file_names[image]} is called {new}")
     for entry, key in enumerate(annotations.keys):
         if key in gone and key is not None:
-            drop_boxes.setdefault(entry, ("picture", "its picture is left out"))
+            drop_boxes.setdefault(entry, ("image", "its image is left out"))
     edits = plan.edits[plan.destination(path)]
     for entries, drops, changes, kind in (
         (images, drop_images, change_images, "image"),
@@ -530,12 +530,12 @@ class _Entries:
 
 def _plan_yolo(plan: _Plan, lost: dict[str, set[int]], renamed: dict[tuple[str, int], str]) -> None:
     raw = plan.report.raw
-    labels_lost = {raw.splits[n].label_file(p) for n, pictures in lost.items() for p in pictures}
+    labels_lost = {raw.splits[n].label_file(p) for n, images in lost.items() for p in images}
     labels_kept = {s.label_file(p) for n, s in raw.splits.items() for p in range(len(s)) if p not in lost[n]}
     labels_lost -= labels_kept
     for shown, path in raw.label_paths.items():
         if shown in labels_lost:
-            _leave_out(plan, path, "picture")
+            _leave_out(plan, path, "image")
         elif path.is_file():
             plan.files[plan.destination(path)] = path
     texts: dict[str, tuple[str, list[tuple[int, int]], int]] = {}
@@ -569,8 +569,8 @@ def _plan_yolo(plan: _Plan, lost: dict[str, set[int]], renamed: dict[tuple[str, 
                 _edit(plan, finding.file, start, end, _clip_line(text[start:end]), finding)
             plan.done.add(i)
         elif code == "label-missing":
-            label = raw.splits[spot.split].path(spot.picture)
-            if spot.picture not in lost[spot.split]:
+            label = raw.splits[spot.split].path(spot.image)
+            if spot.image not in lost[spot.split]:
                 from rtdetr_cli.datasets.yolo import label_path
 
                 plan.changes.append(
@@ -603,7 +603,7 @@ def _mend_base(plan: _Plan, opened: Callable[[str], tuple[str, list[tuple[int, i
 
 
 def _clip_line(line: str) -> str:
-    """Return a label line with its box or polygon inside the picture."""
+    """Return a label line with its box or polygon inside the image."""
     body = line.rstrip("\r\n")
     words = body.split()
     values = [float(word) for word in words[1:]]
@@ -628,9 +628,9 @@ def _mend_lists(
     renamed: dict[tuple[str, int], str],
     opened: Callable[[str], tuple[str, list[tuple[int, int]], int]],
 ) -> None:
-    """Take lost pictures out of lists of pictures, and write new names into them."""
+    """Take lost images out of lists of images, and write new names into them."""
     raw = plan.report.raw
-    lost_paths = {normpath(raw.splits[n].path(p)) for n, pictures in lost.items() for p in pictures}
+    lost_paths = {normpath(raw.splits[n].path(p)) for n, images in lost.items() for p in images}
     new_names = {normpath(raw.splits[n].path(p)): Path(new).name for (n, p), new in renamed.items()}
     own = _own_files(raw)
     if not lost_paths and not new_names:
@@ -646,10 +646,10 @@ def _mend_lists(
                 continue
             here = {normpath(base / name) for base in bases}
             if here & lost_paths:
-                _edit(plan, shown, start, end, "", Finding("picture-missing", "error", f"{name} cannot be used"))
-            for picture in here & set(new_names):
-                new = text[start:end].replace(Path(name).name, new_names[picture])
-                _edit(plan, shown, start, end, new, Finding("picture-extension", "warning", f"{name} was renamed"))
+                _edit(plan, shown, start, end, "", Finding("image-missing", "error", f"{name} cannot be used"))
+            for image in here & set(new_names):
+                new = text[start:end].replace(Path(name).name, new_names[image])
+                _edit(plan, shown, start, end, new, Finding("image-extension", "warning", f"{name} was renamed"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -658,12 +658,12 @@ def _mend_lists(
 
 def _plan_voc(plan: _Plan, lost: dict[str, set[int]], renamed: dict[tuple[str, int], str]) -> None:
     raw = plan.report.raw
-    labels_lost = {raw.splits[n].label_file(p) for n, pictures in lost.items() for p in pictures}
+    labels_lost = {raw.splits[n].label_file(p) for n, images in lost.items() for p in images}
     labels_lost -= {s.label_file(p) for n, s in raw.splits.items() for p in range(len(s)) if p not in lost[n]}
     own = _own_files(raw)
     for shown, path in raw.label_paths.items():
         if shown in labels_lost:
-            _leave_out(plan, path, "picture")
+            _leave_out(plan, path, "image")
         elif path.is_file():
             plan.files[plan.destination(path)] = path
     _plan_voc_lists(plan, lost, own)
@@ -683,8 +683,8 @@ def _plan_voc(plan: _Plan, lost: dict[str, set[int]], renamed: dict[tuple[str, i
         if code == "label-orphan":
             _leave_out(plan, raw.folder / shown, code)
             plan.done.add(i)
-        elif code == "label-missing" and spot.picture not in lost[spot.split]:
-            _create_voc(plan, raw.splits[spot.split], spot.picture)
+        elif code == "label-missing" and spot.image not in lost[spot.split]:
+            _create_voc(plan, raw.splits[spot.split], spot.image)
             plan.done.add(i)
         if shown not in own or shown in labels_lost:
             continue
@@ -701,7 +701,7 @@ def _plan_voc(plan: _Plan, lost: dict[str, set[int]], renamed: dict[tuple[str, i
                 _edit(plan, shown, start, end, "", finding)
             else:
                 split = raw.splits[spot.split]
-                row = np.flatnonzero((split.box_pictures == spot.picture) & (split.box_entries == spot.entry))
+                row = np.flatnonzero((split.box_images == spot.image) & (split.box_entries == spot.entry))
                 new = _clip_object(text[start:end], split.boxes_xyxy_px[int(row[0])].tolist()) if len(row) else None
                 if new is None:
                     continue
@@ -709,40 +709,40 @@ def _plan_voc(plan: _Plan, lost: dict[str, set[int]], renamed: dict[tuple[str, i
             dropped.add((shown, spot.entry))
             plan.done.add(i)
         elif code == "voc-filename":
-            file_name = renamed.get((spot.split, spot.picture), raw.splits[spot.split].file_names[spot.picture])
+            file_name = renamed.get((spot.split, spot.image), raw.splits[spot.split].file_names[spot.image])
             if _replace_value(plan, shown, text, "filename", Path(file_name).name, finding):
                 plan.done.add(i)
-        elif code == "picture-size":
-            width, height = raw.splits[spot.split].sizes_wh[spot.picture].tolist()
+        elif code == "image-size":
+            width, height = raw.splits[spot.split].sizes_wh[spot.image].tolist()
             both = [
                 _replace_value(plan, shown, text, side, str(value), finding, after="<size")
                 for side, value in (("width", width), ("height", height))
             ]
             if all(both):
                 plan.done.add(i)
-        elif code == "picture-size-undeclared":
+        elif code == "image-size-undeclared":
             split = raw.splits[spot.split]
             undeclared = np.flatnonzero(split.usable & ~split.declared).tolist()
             files = {p: split.label_file(p) for p in undeclared if split.label_file(p) not in ("", *labels_lost)}
             declared = [_declare_size(plan, split, p, opened(file), finding) for p, file in files.items()]
             if all(declared):
                 plan.done.add(i)
-    for (name, picture), new in renamed.items():
-        shown = raw.splits[name].label_file(picture)
+    for (name, image), new in renamed.items():
+        shown = raw.splits[name].label_file(image)
         if shown and not any(f.code == "voc-filename" and f.file == shown for f in raw.findings):
             text = opened(shown)
-            told = Finding("picture-extension", "warning", f"its picture is called {new}")
+            told = Finding("image-extension", "warning", f"its image is called {new}")
             _replace_value(plan, shown, text, "filename", Path(new).name, told)
 
 
 def _plan_voc_lists(plan: _Plan, lost: dict[str, set[int]], own: set[str]) -> None:
-    """Carry over every list below `ImageSets/`, also those that no split is read from, without the lost pictures."""
+    """Carry over every list below `ImageSets/`, also those that no split is read from, without the lost images."""
     raw = plan.report.raw
-    stems: dict[str, bool] = {}  # whether a picture is lost everywhere
+    stems: dict[str, bool] = {}  # whether an image is lost everywhere
     for name, split in raw.splits.items():
-        for picture, file_name in enumerate(split.file_names):
-            stem = str(Path(split.said_names.get(picture, file_name)).with_suffix(""))
-            stems[stem] = picture in lost[name] and stems.get(stem, True)
+        for image, file_name in enumerate(split.file_names):
+            stem = str(Path(split.said_names.get(image, file_name)).with_suffix(""))
+            stems[stem] = image in lost[name] and stems.get(stem, True)
     lists = {path for shown, path in raw.label_paths.items() if path.suffix == ".txt" and shown not in own}
     for folder, _, _ in os.walk(raw.folder / "ImageSets"):
         lists.update(path for path in _files_in(Path(folder)) if path.suffix == ".txt")
@@ -759,7 +759,7 @@ def _plan_voc_lists(plan: _Plan, lost: dict[str, set[int]], own: set[str]) -> No
         for start, end in plan.lines(text[shift:]):
             listed = listed_name(text[start + shift : end + shift], stems)
             if stems.get(listed):
-                plan.edits[target].append(_Edit(start + shift, end + shift, "", "picture", f"{listed} cannot be used"))
+                plan.edits[target].append(_Edit(start + shift, end + shift, "", "image", f"{listed} cannot be used"))
 
 
 def _clip_object(text: str, corners: list[float]) -> str | None:
@@ -785,14 +785,14 @@ def _replace_value(
     return True
 
 
-def _declare_size(plan: _Plan, split: RawSplit, picture: int, text: str, finding: Finding) -> bool:
-    block = _size_block(*split.sizes_wh[picture].tolist())
+def _declare_size(plan: _Plan, split: RawSplit, image: int, text: str, finding: Finding) -> bool:
+    block = _size_block(*split.sizes_wh[image].tolist())
     span = _SIZE.search(text)
     start = _ANNOTATION.search(text)
     if span is not None:
-        _edit(plan, split.label_file(picture), *span.span(), block, finding)
+        _edit(plan, split.label_file(image), *span.span(), block, finding)
     elif start is not None:
-        _edit(plan, split.label_file(picture), start.end(), start.end(), f"\n\t{block}", finding)
+        _edit(plan, split.label_file(image), start.end(), start.end(), f"\n\t{block}", finding)
     return span is not None or start is not None
 
 
@@ -800,9 +800,9 @@ def _size_block(width: int, height: int) -> str:
     return f"<size>\n\t\t<width>{width}</width>\n\t\t<height>{height}</height>\n\t\t<depth>3</depth>\n\t</size>"
 
 
-def _create_voc(plan: _Plan, split: RawSplit, picture: int) -> None:
-    path = split.path(picture)
-    width, height = split.sizes_wh[picture].tolist()
+def _create_voc(plan: _Plan, split: RawSplit, image: int) -> None:
+    path = split.path(image)
+    width, height = split.sizes_wh[image].tolist()
     folder = plan.report.raw.folder / "Annotations"
     label = (folder if folder.is_dir() else path.parent) / f"{path.stem}.xml"
     text = f"<annotation>\n\t<filename>{escape(path.name)}</filename>\n\t{_size_block(width, height)}\n</annotation>\n"

@@ -1,6 +1,6 @@
-"""Make splits that do not leak: pictures that belong together stay on one side, classes are spread evenly.
+"""Make splits that do not leak: images that belong together stay on one side, classes are spread evenly.
 
-Together belong: the same picture twice, pictures that look nearly the same, copies that Roboflow made of one picture,
+Together belong: the same image twice, images that look nearly the same, copies that Roboflow made of one image,
 and the frames of a sequence, which folders and file names tell. A sequence too large for one side is cut into blocks of
 neighbours.
 """
@@ -29,13 +29,13 @@ _LABEL_STUDIO = re.compile(r"^[0-9a-f]{8}-")
 _DIGITS = re.compile(r"[0-9]+")
 _SPLIT_FOLDER = re.compile(r"(train|val|valid|validation|dev|test)[^a-z]*", re.IGNORECASE)
 _TOO_LARGE = 1 / 4
-"""A sequence of more than this share of the pictures is cut: no side but train could take it, or take it alone."""
+"""A sequence of more than this share of the images is cut: no side but train could take it, or take it alone."""
 
 _BLOCKS = 20
 """Into how many blocks a dataset that is one sequence is cut.
 
-The number of cuts decides how many pictures have a neighbour on the other side, whatever the length: of 20 blocks a val
-of a fifth takes four, so at most eight pictures of it do. Fewer would leave nothing to choose from, and the numbers may
+The number of cuts decides how many images have a neighbour on the other side, whatever the length: of 20 blocks a val
+of a fifth takes four, so at most eight images of it do. Fewer would leave nothing to choose from, and the numbers may
 mean nothing at all (`IMG_0001` to `IMG_9999`): with blocks of 5 % the classes can still be spread evenly.
 """
 
@@ -59,10 +59,10 @@ class Resplit:
     """New splits.
 
     Attributes:
-        parts: split -> pictures, in the order of their names.
-        clusters: how many groups of pictures were placed as one (single pictures count too).
-        groups: how many of them have more than one picture.
-        largest: pictures in the largest of them.
+        parts: split -> images, in the order of their names.
+        clusters: how many groups of images were placed as one (single images count too).
+        groups: how many of them have more than one image.
+        largest: images in the largest of them.
     """
 
     parts: dict[str, Dataset]
@@ -72,11 +72,11 @@ class Resplit:
 
 
 class Sequences(NamedTuple):
-    """Pictures that belong together by their names.
+    """Images that belong together by their names.
 
     Attributes:
-        whole: groups that stay on one side: sequences, and copies of one picture.
-        runs: (pictures in the order of their numbers, pictures in a block) of what is too large for that.
+        whole: groups that stay on one side: sequences, and copies of one image.
+        runs: (images in the order of their numbers, images in a block) of what is too large for that.
     """
 
     whole: list[list[int]]
@@ -84,10 +84,10 @@ class Sequences(NamedTuple):
 
 
 def resplit(report: Report, parts: dict[str, Dataset], shares: Sequence[float], *, seed: int = 0) -> Resplit:
-    """Place every picture of `parts` anew.
+    """Place every image of `parts` anew.
 
     Args:
-        report: of the same dataset; look-alikes are known where it decoded the pictures.
+        report: of the same dataset; look-alikes are known where it decoded the images.
         parts: the splits as they are, in the order of the report's.
         shares: of train and val, or of train, val and test.
         seed: decides between splits that are equally good for a cluster.
@@ -110,35 +110,35 @@ def resplit(report: Report, parts: dict[str, Dataset], shares: Sequence[float], 
     for block in blocks(found.runs, joined):
         joined.join_all(block)
     members: dict[int, list[int]] = defaultdict(list)
-    for picture in range(len(whole)):
-        members[joined.root(picture)].append(picture)
-    # The order on disk must not matter: clusters are sorted by the name of their first picture.
+    for image in range(len(whole)):
+        members[joined.root(image)].append(image)
+    # The order on disk must not matter: clusters are sorted by the name of their first image.
     clusters = sorted((sorted(c, key=lambda i: names[i]) for c in members.values()), key=lambda c: names[c[0]])
     if len(clusters) < len(shares):
         raise DataError(
-            f"the {len(whole)} pictures of {whole.name} form only {len(clusters)} groups that belong together, "
+            f"the {len(whole)} images of {whole.name} form only {len(clusters)} groups that belong together, "
             f"too few for {len(shares)} splits",
-            hint="add pictures of other scenes",
+            hint="add images of other scenes",
             code="split-impossible",
         )
     sides = place_clusters(clusters, counts, shares, seed)
     made = {}
     for side, name in enumerate(NAMES[: len(shares)]):
-        pictures = [i for cluster, chosen in zip(clusters, sides, strict=True) if chosen == side for i in cluster]
-        made[name] = whole.subset(sorted(pictures, key=lambda i: names[i]), split=name)
+        images = [i for cluster, chosen in zip(clusters, sides, strict=True) if chosen == side for i in cluster]
+        made[name] = whole.subset(sorted(images, key=lambda i: names[i]), split=name)
     return Resplit(made, len(clusters), sum(len(c) > 1 for c in clusters), max(len(c) for c in clusters))
 
 
 def sequences(names: Sequence[str], counts: NDArray[np.int64] | None = None) -> Sequences:
-    """Find the pictures that are frames of one sequence, or Roboflow's copies of one picture, by their names.
+    """Find the images that are frames of one sequence, or Roboflow's copies of one image, by their names.
 
     `cam1_0007` and `cam1_0008` are of one sequence, and so are `clip1/0007` and `clip1/0008`. Where a sequence has so
-    many pictures (one camera, or `IMG_0001` to `IMG_9999`), or so many of one class, that it cannot stay on one side,
+    many images (one camera, or `IMG_0001` to `IMG_9999`), or so many of one class, that it cannot stay on one side,
     only neighbours stay together.
 
     Args:
-        names: paths of the pictures.
-        counts: (N, K + 1) boxes of each class in each picture; the last column is 1.
+        names: paths of the images.
+        counts: (N, K + 1) boxes of each class in each image; the last column is 1.
     """
     copies: dict[str, list[int]] = defaultdict(list)
     folders: list[str] = []
@@ -170,10 +170,10 @@ def sequences(names: Sequence[str], counts: NDArray[np.int64] | None = None) -> 
         if len(frames) < 2:
             continue
         frames.sort()
-        pictures = [i for _, i in frames]
+        images = [i for _, i in frames]
         block = min(round(len(names) / _BLOCKS), max(1, round(len(frames) / _BLOCKS_OF_ONE)))
-        if len(frames) <= _TOO_LARGE * len(names) and not _only_one_to_show(shown, pictures, block):
-            result.whole.append(pictures)
+        if len(frames) <= _TOO_LARGE * len(names) and not _only_one_to_show(shown, images, block):
+            result.whole.append(images)
         elif block > 1:
             result.runs.extend((run, block) for run in _runs(frames))
     return result
@@ -190,11 +190,11 @@ def _frame_number(fields: Sequence[Sequence[str]]) -> int | None:
     return len(fields[0]) - 1 if fields[0] else None
 
 
-def _only_one_to_show(shown: NDArray[np.bool_] | None, pictures: Sequence[int], block: int) -> bool:
-    """Tell whether most pictures with some class are in one sequence, and enough of them to share them out."""
+def _only_one_to_show(shown: NDArray[np.bool_] | None, images: Sequence[int], block: int) -> bool:
+    """Tell whether most images with some class are in one sequence, and enough of them to share them out."""
     if shown is None:
         return False
-    here = shown[pictures].sum(axis=0)
+    here = shown[images].sum(axis=0)
     return bool(np.any((here > block) & (2 * here > shown.sum(axis=0))))
 
 
@@ -217,7 +217,7 @@ def blocks(runs: Sequence[tuple[Sequence[int], int]], joined: Joined) -> list[li
     A group belongs to the block in which it begins, and to no other: a few look-alikes far from each other would
     otherwise tie all the blocks together.
     """
-    size = Counter(joined.root(picture) for picture in range(len(joined.parent)))
+    size = Counter(joined.root(image) for image in range(len(joined.parent)))
     taken: set[int] = set()
     made: list[list[int]] = []
     for run, block in runs:
@@ -241,8 +241,8 @@ def place_clusters(
     of examples.
 
     Args:
-        clusters: pictures of each.
-        counts: (N, K + 1) boxes of each class in each picture; the last column is 1.
+        clusters: images of each.
+        counts: (N, K + 1) boxes of each class in each image; the last column is 1.
         shares: of the splits.
         seed: breaks ties.
     """
@@ -267,7 +267,7 @@ def place_clusters(
             wanted[best] -= table[cluster]
             waiting[cluster] = False
     filled = _fill_empty(clusters, sides.tolist(), len(shares))
-    # Single pictures fill every gap that is left; a few blocks do not.
+    # Single images fill every gap that is left; a few blocks do not.
     if len(clusters) <= _EXCHANGED and max(map(len, clusters)) > 1:
         return _exchange(table, filled, shares)
     return filled
@@ -284,10 +284,10 @@ def _fill_empty(clusters: Sequence[Sequence[int]], sides: list[int], count: int)
 
 
 def _exchange(table: NDArray[np.float64], sides: list[int], shares: Sequence[float]) -> list[int]:
-    """Move or swap clusters as long as the splits come closer to their shares of the pictures and of each class.
+    """Move or swap clusters as long as the splits come closer to their shares of the images and of each class.
 
-    How far off a split is is the sum of squares of its errors, as fractions of all pictures and of all boxes of a
-    class; the pictures count as much as all classes together.
+    How far off a split is is the sum of squares of its errors, as fractions of all images and of all boxes of a
+    class; the images count as much as all classes together.
     """
     count = len(table)
     total = table.sum(axis=0)
@@ -320,9 +320,9 @@ def _exchange(table: NDArray[np.float64], sides: list[int], shares: Sequence[flo
 
 
 def _class_counts(whole: Dataset) -> NDArray[np.int64]:
-    pictures = np.repeat(np.arange(len(whole)), np.diff(whole.offsets))
+    images = np.repeat(np.arange(len(whole)), np.diff(whole.offsets))
     width = len(whole.categories) + 1
-    flat = np.bincount(pictures * width + whole.labels, minlength=len(whole) * width)
+    flat = np.bincount(images * width + whole.labels, minlength=len(whole) * width)
     counts = flat.reshape(len(whole), width).astype(np.int64)
     counts[:, -1] = 1
     return counts

@@ -24,10 +24,10 @@ COMMANDS = {
     "demo": ("demo", "demo", "Go through everything on a small dataset, offline."),
     "presets": ("presets", "app", "Presets with their sizes and rates, and why."),
     "validate": ("validate", "validate", "Check a dataset; repair, split or convert a copy."),
-    "train": ("train", "train", "Finetune a detector on your own pictures."),
+    "train": ("train", "train", "Finetune a detector on your own images."),
     "finetune-discrete": ("finetune_discrete", "finetune_discrete", "Train the second stage, with discrete sampling."),
     "eval": ("eval", "evaluate_command", "Judge a model or detections by COCO's metrics."),
-    "predict": ("predict", "predict", "Find objects in pictures and videos."),
+    "predict": ("predict", "predict", "Find objects in images and videos."),
     "export": ("export", "export", "Write an ONNX, OpenVINO or TensorRT file; verify it."),
     "benchmark": ("benchmark", "benchmark", "Measure latency and AP side by side."),
     "compare": ("compare", "compare", "Say whether one model is better than another."),
@@ -43,7 +43,7 @@ SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable"
 def build(only: str | None = None) -> typer.Typer:
     """Build the application, with every command or with the one that is going to run."""
     app = typer.Typer(
-        help="Finetune RT-DETRv2 on your own pictures, and deploy it.",
+        help="Finetune RT-DETRv2 on your own images, and deploy it.",
         add_completion=True,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
         **SETTINGS,

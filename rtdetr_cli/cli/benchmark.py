@@ -24,7 +24,7 @@ def benchmark(
     data: Annotated[
         Path | None, typer.Option("--data", "-d", help="Dataset for AP; the model's own when left out.")
     ] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of the pictures, when it cannot be guessed.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images, when it cannot be guessed.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
     backends: Annotated[
         str | None, typer.Option(help="torch,onnx,openvino,tensorrt, or some; all that are installed when left out.")
@@ -35,7 +35,7 @@ def benchmark(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, or a GPU: 0.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Pictures at once.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Images at once.")] = 1,
     warmup: Annotated[int, typer.Option(min=0, help="Runs thrown away.")] = 10,
     runs: Annotated[int, typer.Option(min=1, help="Runs that count.")] = 50,
     out: Annotated[
@@ -98,7 +98,7 @@ def benchmark(
         terminal.out(f"all rows: {same}")
     terminal.table(columns, cells)
     if any(row.front for row in rows):
-        terminal.out("* nothing is both quicker and better; differences are to the first row, on the same pictures")
+        terminal.out("* nothing is both quicker and better; differences are to the first row, on the same images")
     if wanted is not None:
         _advise(rows)
     for path in document.get("saved", {}).values():
@@ -118,7 +118,7 @@ def _split(files: list[Path], data: Path | None, images: Path | None, split: str
     except UsageError as error:
         if error.code != "data-missing":
             raise
-        terminal.warn("no dataset is named, so latency is measured on a made picture of 640x480 and AP not at all")
+        terminal.warn("no dataset is named, so latency is measured on a made image of 640x480 and AP not at all")
         return None
     for note in chosen.notes:
         terminal.say(note)

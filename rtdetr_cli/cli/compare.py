@@ -19,14 +19,14 @@ def compare(
     data: Annotated[
         Path | None, typer.Option("--data", "-d", help="Dataset; the one that A was trained with when left out.")
     ] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of the pictures, when it cannot be guessed.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images, when it cannot be guessed.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
-    ci: Annotated[int, typer.Option(min=100, max=100_000, help="Resamples of the pictures.")] = 1000,
-    batch: Annotated[str, typer.Option("--batch", "-b", help="Pictures at once.")] = "auto",
+    ci: Annotated[int, typer.Option(min=100, max=100_000, help="Resamples of the images.")] = 1000,
+    batch: Annotated[str, typer.Option("--batch", "-b", help="Images at once.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, or a GPU: 0.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")] = False,
 ) -> None:
-    """Judge two models on the same pictures, and say whether one is better and how sure that is."""
+    """Judge two models on the same images, and say whether one is better and how sure that is."""
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.cli.judging import parse_batch
 
@@ -40,7 +40,7 @@ def compare(
             terminal.warn(f"{name}: {note}")
     dataset = first.dataset
     if dataset.image_ids.tolist() != second.dataset.image_ids.tolist():
-        raise DataError("A and B could not read the same pictures, so they cannot be paired", code="pictures-differ")
+        raise DataError("A and B could not read the same images, so they cannot be paired", code="images-differ")
     values = (first.metrics["AP"], second.metrics["AP"])
     if values[0] is None or values[1] is None:
         raise DataError(
@@ -106,7 +106,7 @@ def _judge(
                 hint="--data DATA",
                 code="data-missing",
             )
-        chosen = choose_split(data, split=split, images=images, pictures=False)
+        chosen = choose_split(data, split=split, images=images, find_images=False)
         return metrics_from(chosen.dataset, read_results(path, chosen.dataset)), str(path), data
     from rtdetr_cli.cli.judging import run_model
     from rtdetr_cli.cli.select import BEST, model_file

@@ -28,7 +28,7 @@ def demo(
     def stage(number: int, text: str) -> None:
         terminal.say(terminal.paint(f"[{number}/6]", "36;1") + " " + text)
 
-    stage(1, f"make a dataset: {work.train_pictures} pictures to train on, {work.val_pictures} held out")
+    stage(1, f"make a dataset: {work.train_images} images to train on, {work.val_images} held out")
     work.make_dataset()
     stage(2, "check it")
     counts = work.check_dataset()
@@ -36,11 +36,11 @@ def demo(
     stage(3, f"train the preset tiny from random weights, {work.epochs} epochs")
     with stop_on_signals() as stop:
         render(work.train(stop=stop), result_on_stdout=False)
-    stage(4, "evaluate it on the held-out pictures")
+    stage(4, "evaluate it on the held-out images")
     evaluation = work.evaluate()
     metrics = evaluation.metrics
     stage(5, "predict")
-    drawn, pictures, boxes = work.predict()
+    drawn, images, boxes = work.predict()
     stage(6, "export to ONNX, and hold the file against the model")
     artefact = work.export(tell=lambda text: terminal.say("      " + text))
     seconds = time.monotonic() - began
@@ -71,8 +71,8 @@ def demo(
             ("what", "where", "result"),
             [
                 ("dataset", artefacts["dataset"], f"{counts.get('error', 0)} errors"),
-                ("model", artefacts["model"], f"AP {shown['AP']}  AP50 {shown['AP50']} on held-out pictures"),
-                ("pictures", artefacts["predictions"], f"{boxes} boxes on {pictures} pictures"),
+                ("model", artefacts["model"], f"AP {shown['AP']}  AP50 {shown['AP50']} on held-out images"),
+                ("images", artefacts["predictions"], f"{boxes} boxes on {images} images"),
                 ("export", artefacts["onnx"], verdict.summary),
             ],
             title=f"done in {terminal.duration(seconds)}",

@@ -28,12 +28,12 @@ def evaluate_command(
         Path | None,
         typer.Option("--data", "-d", help="Dataset; the one that the model was trained with when left out."),
     ] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of the pictures, when it cannot be guessed.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images, when it cannot be guessed.")] = None,
     predictions: Annotated[
         Path | None, typer.Option(help="COCO results made by anything, in place of a model.")
     ] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
-    batch: Annotated[str, typer.Option("--batch", "-b", help="Pictures at once.")] = "auto",
+    batch: Annotated[str, typer.Option("--batch", "-b", help="Images at once.")] = "auto",
     layers: Annotated[int | None, typer.Option(min=1, help="Use only this many decoder layers.")] = None,
     queries: Annotated[int | None, typer.Option(min=1, help="Use only this many queries.")] = None,
     imgsz: Annotated[str | None, typer.Option(help="Input size, 640 or 480x640 (height first).")] = None,
@@ -52,7 +52,7 @@ def evaluate_command(
         float | None, typer.Option(help="Leave with exit code 6 when AP is below this fraction.")
     ] = None,
     save_json: Annotated[Path | None, typer.Option(help="Write the detections as COCO results.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write one page with tables, plots and pictures.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one page with tables, plots and images.")] = None,
     evaluator: Annotated[str, typer.Option(help="hotcoco or pycocotools.")] = "hotcoco",
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")] = False,
 ) -> None:
@@ -91,7 +91,7 @@ def evaluate_command(
         parse_target(calibrate)
         if split == "train":
             raise UsageError(
-                "--calibrate on the train split: a model is surer of pictures it was trained on, so such thresholds "
+                "--calibrate on the train split: a model is surer of images it was trained on, so such thresholds "
                 "mislead",
                 hint="--split val, or another dataset with --data",
                 code="calibrate-split",
@@ -104,7 +104,7 @@ def evaluate_command(
         from rtdetr_cli.evaluate.run import metrics_from
         from rtdetr_cli.evaluate.source import choose_split
 
-        chosen = choose_split(data, split=split, images=images, pictures=False)
+        chosen = choose_split(data, split=split, images=images, find_images=False)
         table = read_results(predictions, chosen.dataset)
         evaluation = metrics_from(chosen.dataset, table, evaluator, notes=chosen.notes)
         facts, what = {"predictions": str(predictions)}, str(predictions)
@@ -205,7 +205,7 @@ def _refuse_clashes(predictions: Path | None, others: dict[str, object], data: P
         )
     if data is None:
         raise UsageError(
-            "--predictions needs the dataset that the pictures are from", hint="--data DATA", code="data-missing"
+            "--predictions needs the dataset that the images are from", hint="--data DATA", code="data-missing"
         )
 
 
@@ -300,7 +300,7 @@ def _show(
 
     dataset = evaluation.dataset
     terminal.out(
-        f"{what} on {dataset.name} {dataset.split}: {len(dataset)} pictures, {document['boxes']} boxes, "
+        f"{what} on {dataset.name} {dataset.split}: {len(dataset)} images, {document['boxes']} boxes, "
         f"{len(dataset.categories)} classes ({evaluation.evaluator})"
     )
     if interval is not None:
@@ -342,12 +342,12 @@ def _show(
     empty = analysis.empty
     if empty["pictures"]:
         terminal.out(
-            f"on the {empty['pictures']} pictures without objects: {empty['false_positives']} false positives "
+            f"on the {empty['pictures']} images without objects: {empty['false_positives']} false positives "
             f"on {empty['with_false_positives']}"
         )
-    worst = [f"{dataset.file_names[p.picture]} ({p.missed} missed, {p.wrong} wrong)" for p in analysis.worst(3)]
+    worst = [f"{dataset.file_names[p.image]} ({p.missed} missed, {p.wrong} wrong)" for p in analysis.worst(3)]
     if worst:
-        terminal.out(f"worst pictures: {', '.join(worst)}")
+        terminal.out(f"worst images: {', '.join(worst)}")
     if analysis.suspects:
         count = len(analysis.suspects)
         told = "annotation looks" if count == 1 else "annotations look"
@@ -357,7 +357,7 @@ def _show(
         terminal.out(analysis.suspects_note)
     if evaluation.seconds:
         rate = len(dataset) / max(evaluation.seconds["total"], 1e-9)
-        terminal.say(f"{terminal.duration(evaluation.seconds['total'])}, {rate:.1f} pictures a second")
+        terminal.say(f"{terminal.duration(evaluation.seconds['total'])}, {rate:.1f} images a second")
 
 
 def _show_thresholds(evaluation: Evaluation, calibration: Calibration | None) -> None:

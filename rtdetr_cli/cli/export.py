@@ -45,11 +45,11 @@ def export(
     ] = False,
     raw: Annotated[bool, typer.Option("--raw", help="No post-processing: logits and boxes_cxcywh.")] = False,
     preprocess: Annotated[
-        bool, typer.Option("--preprocess-in-graph", help="Take uint8 pictures of any size and resize in the graph.")
+        bool, typer.Option("--preprocess-in-graph", help="Take uint8 images of any size and resize in the graph.")
     ] = False,
     verify: Annotated[
         Path | None,
-        typer.Option(help="Dataset or folder of pictures for the gate; the run's own val split when left out."),
+        typer.Option(help="Dataset or folder of images for the gate; the run's own val split when left out."),
     ] = None,
     tol_ap: Annotated[float, typer.Option(help="Largest difference of AP between model and export.")] = 0.002,
     no_gate: Annotated[bool, typer.Option("--no-gate", help="Do not hold the export against the model.")] = False,
@@ -94,9 +94,9 @@ def export(
     elsewhere = used_elsewhere(header, size or header.imgsz)
     if elsewhere is not None:
         terminal.warn(f"{elsewhere[0]}: the files carry them all the same")
-    pictures = None if no_gate else _pictures(verify, path, header)
+    images = None if no_gate else _images(verify, path, header)
     folder = out or (path.parent / "export")
-    rounds = 0 if pictures is None else gate_rounds(options.formats) * min(len(pictures), 200)
+    rounds = 0 if images is None else gate_rounds(options.formats) * min(len(images), 200)
     artefacts: list[Artefact] = []
     stopped: RtdetrError | None = None
     with terminal.progress(rounds or None, "gate") as bar:
@@ -106,7 +106,7 @@ def export(
                 header,
                 folder,
                 options,
-                pictures=pictures,
+                images=images,
                 stem=path.stem,
                 tol_ap=tol_ap,
                 tell=terminal.say,
@@ -137,8 +137,8 @@ def _tell_tenths(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
     return tell
 
 
-def _pictures(verify: Path | None, model: Path, header: ModelHeader) -> Dataset | Sequence[Path]:
-    """Return what the gate looks at: a split with labels, or pictures without."""
+def _images(verify: Path | None, model: Path, header: ModelHeader) -> Dataset | Sequence[Path]:
+    """Return what the gate looks at: a split with labels, or images without."""
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.source import choose_split
 
@@ -148,48 +148,48 @@ def _pictures(verify: Path | None, model: Path, header: ModelHeader) -> Dataset 
         if error.code != "data-missing":
             raise
         raise UsageError(
-            f"there are no pictures to hold the export against: {model.name} does not say what it was trained on",
-            hint="--verify DATA or a folder of pictures; or --no-gate to go without",
-            code="no-pictures",
+            f"there are no images to hold the export against: {model.name} does not say what it was trained on",
+            hint="--verify DATA or a folder of images; or --no-gate to go without",
+            code="no-images",
         ) from None
     except DataError as error:
         if verify is None:
             raise DataError(
                 error.message,
-                hint="--verify DATA or a folder of pictures; or --no-gate to go without",
+                hint="--verify DATA or a folder of images; or --no-gate to go without",
                 code=error.code,
             ) from None
         if error.code == "empty-split":
             raise _nothing_to_verify(error.message) from None
         if error.code != "format-unknown" or not verify.is_dir():
             raise
-        found = _pictures_in(verify)
-        terminal.say(f"verify {verify}: {len(found)} pictures without labels, so no AP")
+        found = _images_in(verify)
+        terminal.say(f"verify {verify}: {len(found)} images without labels, so no AP")
         return found
     for note in chosen.notes:
         terminal.say(note)
     return chosen.dataset
 
 
-def _pictures_in(folder: Path) -> list[Path]:
-    """Return the pictures in a folder without labels."""
+def _images_in(folder: Path) -> list[Path]:
+    """Return the images in a folder without labels."""
     from rtdetr_cli.infer.sources import find_sources
 
     try:
         sources = find_sources([str(folder)])
     except DataError:
-        raise _nothing_to_verify(f"the folder {folder} holds no pictures") from None
+        raise _nothing_to_verify(f"the folder {folder} holds no images") from None
     found = [source.path for source in sources if not source.video]
     if not found:
-        raise _nothing_to_verify(f"the folder {folder} holds {len(sources)} videos and no pictures")
+        raise _nothing_to_verify(f"the folder {folder} holds {len(sources)} videos and no images")
     return found
 
 
 def _nothing_to_verify(message: str) -> UsageError:
     return UsageError(
         f"{message}, so there is nothing to hold the export against",
-        hint="--verify DATA or a folder of pictures; or --no-gate to go without",
-        code="no-pictures",
+        hint="--verify DATA or a folder of images; or --no-gate to go without",
+        code="no-images",
     )
 
 

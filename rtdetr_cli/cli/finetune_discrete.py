@@ -22,23 +22,23 @@ def finetune_discrete(
     data: Annotated[
         Path | None, typer.Option("--data", "-d", help="Dataset; the one that the model was trained with.")
     ] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of the pictures, when it cannot be guessed.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images, when it cannot be guessed.")] = None,
     epochs: Annotated[
         int | None, typer.Option("--epochs", "-e", min=1, help="Passes. [the recipe's share of the first stage]")
     ] = None,
     max_drop: Annotated[float, typer.Option(help="AP that may be lost; more leaves with exit code 6.")] = 0.01,
     batch: Annotated[
-        str | None, typer.Option("--batch", "-b", help="Pictures on the device at once, or auto. [auto]")
+        str | None, typer.Option("--batch", "-b", help="Images on the device at once, or auto. [auto]")
     ] = None,
-    effective_batch: Annotated[int | None, typer.Option(help="Pictures in a step. [the run's]")] = None,
+    effective_batch: Annotated[int | None, typer.Option(help="Images in a step. [the run's]")] = None,
     imgsz: Annotated[str | None, typer.Option(help="Input size: 640, or 480x640. [the model's]")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate. [the run's]")] = None,
     lr_backbone: Annotated[float | None, typer.Option(help="The backbone's. [the run's]")] = None,
     aug: Annotated[str | None, typer.Option(help="recipe, light, none, or an Albumentations file. [the run's]")] = None,
     freeze: Annotated[str | None, typer.Option(help="preset, none, stem, backbone, encoder. [the run's]")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16. [the run's]")] = None,
-    workers: Annotated[str | None, typer.Option(help="Processes that load pictures, or auto. [the run's]")] = None,
-    cache: Annotated[str | None, typer.Option(help="Keep decoded pictures: none, ram or disk. [the run's]")] = None,
+    workers: Annotated[str | None, typer.Option(help="Processes that load images, or auto. [the run's]")] = None,
+    cache: Annotated[str | None, typer.Option(help="Keep decoded images: none, ram or disk. [the run's]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, 0, or several: 0,1. [the run's]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random. [the run's]")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without a better AP.")] = None,

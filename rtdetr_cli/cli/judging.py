@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def parse_batch(text: str) -> int | None:
-    """Read `--batch`: a number of pictures, or None for `auto`.
+    """Read `--batch`: a number of images, or None for `auto`.
 
     Raises:
         UsageError: it is neither.
@@ -22,7 +22,7 @@ def parse_batch(text: str) -> int | None:
         return None
     if text.isdecimal() and int(text) > 0:
         return int(text)
-    raise UsageError(f"--batch {text} is not a number of pictures", hint="--batch 8, or --batch auto")
+    raise UsageError(f"--batch {text} is not a number of images", hint="--batch 8, or --batch auto")
 
 
 def run_model(
@@ -40,9 +40,9 @@ def run_model(
     Args:
         path: the model file.
         data: the dataset, or None for the model's own.
-        images: folder of the pictures.
+        images: folder of the images.
         split: `train`, `val` or `test`.
-        batch: pictures at once, or `auto`.
+        batch: images at once, or `auto`.
         evaluator: `hotcoco` or `pycocotools`.
         options: of `open_backend`: device, imgsz, layers, queries, sampling.
 
@@ -86,7 +86,7 @@ def _shown(value: Any) -> str:
 
 
 def batch_for(kind: str, device: str) -> int:
-    """Return a batch that keeps the device busy: a GPU wants many pictures, a CPU only few."""
+    """Return a batch that keeps the device busy: a GPU wants many images, a CPU only few."""
     if kind != "torch" or device == "cpu":
         return 4
     import torch

@@ -1,4 +1,4 @@
-"""`rtdetr predict`: pictures and videos in; names, boxes and annotated copies out."""
+"""`rtdetr predict`: images and videos in; names, boxes and annotated copies out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAINT = 0.05  # a best score below which no threshold helps
 
 Sources = Annotated[
     list[str],
-    typer.Argument(metavar="SOURCE...", help="Picture, folder, 'pattern', video, or - for a list on stdin."),
+    typer.Argument(metavar="SOURCE...", help="Image, folder, 'pattern', video, or - for a list on stdin."),
 ]
 Weights = Annotated[
     Path | None,
@@ -44,8 +44,8 @@ def predict(
     classes: Annotated[
         list[str] | None, typer.Option("--classes", help="Only these classes: names, parted by commas.")
     ] = None,
-    max_det: Annotated[int, typer.Option("--max-det", help="Most detections in a picture.")] = 100,
-    batch: Annotated[int, typer.Option("--batch", "-b", help="Pictures in one run of the network.")] = 1,
+    max_det: Annotated[int, typer.Option("--max-det", help="Most detections in an image.")] = 100,
+    batch: Annotated[int, typer.Option("--batch", "-b", help="Images in one run of the network.")] = 1,
     imgsz: Annotated[str | None, typer.Option("--imgsz", help="Input size: 640, or height first 480x640.")] = None,
     layers: Annotated[int | None, typer.Option("--layers", help="Use only this many decoder layers.")] = None,
     queries: Annotated[int | None, typer.Option("--queries", help="Use only this many queries.")] = None,
@@ -56,20 +56,18 @@ def predict(
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads of the runtime.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", "-d", help="Dataset that names a foreign model's classes and numbers the pictures."),
+        typer.Option("--data", "-d", help="Dataset that names a foreign model's classes and numbers the images."),
     ] = None,
-    save: Annotated[bool, typer.Option("--save/--no-save", help="Write annotated pictures and videos.")] = True,
-    save_json: Annotated[
-        bool, typer.Option("--save-json", help="Write predictions.jsonl, one line a picture.")
-    ] = False,
+    save: Annotated[bool, typer.Option("--save/--no-save", help="Write annotated images and videos.")] = True,
+    save_json: Annotated[bool, typer.Option("--save-json", help="Write predictions.jsonl, one line an image.")] = False,
     save_coco: Annotated[bool, typer.Option("--save-coco", help="Write predictions.json, COCO results.")] = False,
     save_txt: Annotated[bool, typer.Option("--save-txt", help="Write labels/NAME.txt, YOLO labels.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write. Default: runs/predict-NN.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document a picture on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document an image on stdout.")] = False,
 ) -> None:
-    """Find objects in pictures and videos, and write annotated copies.
+    """Find objects in images and videos, and write annotated copies.
 
-    A picture that cannot be read, or a video that is cut off, does not stop the rest; the exit code is then 1.
+    An image that cannot be read, or a video that is cut off, does not stop the rest; the exit code is then 1.
     """
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.cli.select import parse_size
@@ -140,7 +138,7 @@ def predict(
         raise RtdetrError(
             f"{len(failed)} of {_count(found)} could not be read{rest}",
             hint="each is named above",
-            code="pictures-unreadable",
+            code="images-unreadable",
         )
     if tally.cut_off:
         raise RtdetrError(
@@ -154,25 +152,25 @@ class _Tally:
     """What all came to: whether anything was found, the best score that was seen, and videos that are cut off."""
 
     def __init__(self) -> None:
-        self.pictures = self.detections = self.cut_off = 0
+        self.images = self.detections = self.cut_off = 0
         self.best: float | None = None
 
     def add(self, event: Predicted) -> None:
-        self.pictures += 1
+        self.images += 1
         self.detections += len(event.found)
         if event.best is not None:
             self.best = max(event.best, self.best or 0.0)
 
     @property
     def empty(self) -> bool:
-        """True when pictures were read and nothing was found in any."""
-        return self.pictures > 0 and not self.detections
+        """True when images were read and nothing was found in any."""
+        return self.images > 0 and not self.detections
 
     def hint(self, model: Path, backend: Backend) -> str:
         """Say how close it was, and what to do."""
         if self.best is None or self.best < FAINT:
             seen = "no score at all was seen" if self.best is None else f"the best score seen is {self.best:.3f}"
-            return f"nothing was found, and {seen}: is it a model for such pictures, trained for long enough?"
+            return f"nothing was found, and {seen}: is it a model for such images, trained for long enough?"
         lower = math.floor(100 * self.best) / 100
         told = f"nothing was found; the best score seen is {self.best:.3f}: --conf {lower:.2f} shows it"
         if model.suffix == ".safetensors" and backend.header.thresholds is None:
@@ -260,7 +258,7 @@ def _predict_all(
 ) -> list[RtdetrError]:
     """Predict everything in the order given, say each result, and return what could not be read."""
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.infer.job import Predicted, predict_pictures
+    from rtdetr_cli.infer.job import Predicted, predict_images
 
     failed: list[RtdetrError] = []
 
@@ -277,8 +275,8 @@ def _predict_all(
                 if error is not None:
                     fail(error)
             continue
-        events = predict_pictures(part, backend, selection, batch=batch, draw_to=draw_to)
-        with closing(events), _progress(len(part), "pictures", wanted=len(part) > 1) as advance:
+        events = predict_images(part, backend, selection, batch=batch, draw_to=draw_to)
+        with closing(events), _progress(len(part), "images", wanted=len(part) > 1) as advance:
             for event in events:
                 if isinstance(event, Predicted):
                     tally.add(event)
@@ -301,13 +299,13 @@ def _predict_video(
 ) -> RtdetrError | None:
     """Predict one video; return the error of one that does not open."""
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.images.decode import PictureError
+    from rtdetr_cli.images.decode import ImageError
     from rtdetr_cli.infer.job import predict_video
     from rtdetr_cli.infer.stream import Video
 
     try:
         video = Video(source.path)
-    except PictureError as error:
+    except ImageError as error:
         return error
     frames, found, start = 0, 0, time.monotonic()
     with video:
@@ -333,14 +331,14 @@ def _predict_video(
 
 
 def _say(event: Predicted, results: Results | None, *, as_json: bool) -> None:
-    """Write one picture's line to stdout, and its rows to the result files."""
+    """Write one image's line to stdout, and its rows to the result files."""
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.infer.write import json_line, picture_document, summary
+    from rtdetr_cli.infer.write import image_document, json_line, summary
 
     if results is not None:
         results.add(event.source, event.found, frame=event.frame)
     if as_json:
-        terminal.out(json_line(picture_document(str(event.source.path), event.found, frame=event.frame)))
+        terminal.out(json_line(image_document(str(event.source.path), event.found, frame=event.frame)))
     else:
         width, height = event.found.size_wh
         terminal.out(f"{event.source.path}  {width}x{height}  {summary(event.found)}  {1000 * event.seconds:.0f} ms")
@@ -359,7 +357,7 @@ def _progress(total: int | None, what: str, *, wanted: bool, lines: bool = True)
 
 
 def _count(sources: Sequence[Source]) -> str:
-    """Say how many pictures and videos there are."""
+    """Say how many images and videos there are."""
     videos = sum(source.video for source in sources)
-    parts = [(len(sources) - videos, "picture"), (videos, "video")]
+    parts = [(len(sources) - videos, "image"), (videos, "video")]
     return " and ".join(f"{n} {word}{'s' if n != 1 else ''}" for n, word in parts if n)

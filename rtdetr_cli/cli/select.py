@@ -116,10 +116,10 @@ def _beside(path: Path) -> str:
 
 def _purpose(suffix: str) -> str:
     """Say what a file is for that is no model; empty where nobody knows."""
-    from rtdetr_cli.images.decode import PICTURE_SUFFIXES
+    from rtdetr_cli.images.decode import IMAGE_SUFFIXES
 
-    if suffix in PICTURE_SUFFIXES:
-        return "rtdetr predict takes pictures; "
+    if suffix in IMAGE_SUFFIXES:
+        return "rtdetr predict takes images; "
     return "a dataset goes to --data or rtdetr validate; " if suffix in (".json", ".yaml", ".yml") else ""
 
 

@@ -26,18 +26,16 @@ def train(
         Path | None,
         typer.Option("--data", "-d", help="COCO JSON, Roboflow folder, YOLO data.yaml or VOC folder; required."),
     ] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of the pictures, if they are not beside the JSON.")
-    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images, if they are not beside the JSON.")] = None,
     preset: Annotated[str | None, typer.Option("--preset", "-p", help="tiny, r18, r34, r50m, r50, r101. [r18]")] = None,
     weights: Annotated[
         str | None, typer.Option("--weights", "-w", help="Start: coco, imagenet, none, or a model file. [coco]")
     ] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", "-e", help="Passes over the pictures. [50]")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", "-e", help="Passes over the images. [50]")] = None,
     batch: Annotated[
-        str | None, typer.Option("--batch", "-b", help="Pictures on the device at once, or auto. [auto]")
+        str | None, typer.Option("--batch", "-b", help="Images on the device at once, or auto. [auto]")
     ] = None,
-    effective_batch: Annotated[int | None, typer.Option(help="Pictures in a step of the optimizer. [16]")] = None,
+    effective_batch: Annotated[int | None, typer.Option(help="Images in a step of the optimizer. [16]")] = None,
     imgsz: Annotated[str | None, typer.Option(help="Input size: 640, or height first 480x640. [the preset's]")] = None,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate. [the preset's, scaled to the effective batch]")
@@ -54,9 +52,9 @@ def train(
     ] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16. [auto]")] = None,
     compile_: Annotated[bool | None, typer.Option("--compile", help="Compile backbone and encoder.")] = None,
-    workers: Annotated[str | None, typer.Option(help="Processes that load pictures, or auto. [auto]")] = None,
+    workers: Annotated[str | None, typer.Option(help="Processes that load images, or auto. [auto]")] = None,
     cache: Annotated[
-        str | None, typer.Option(help="Keep decoded pictures: none, ram or disk (--set cache_gb=4). [none]")
+        str | None, typer.Option(help="Keep decoded images: none, ram or disk (--set cache_gb=4). [none]")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, 0, or several: 0,1. [auto]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random. [0]")] = None,
@@ -69,7 +67,7 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run; needs no other flag.")
     ] = None,
-    overfit: Annotated[int | None, typer.Option(metavar="N", help="Learn the first N pictures by heart.")] = None,
+    overfit: Annotated[int | None, typer.Option(metavar="N", help="Learn the first N images by heart.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, try the worst step, say time, memory and disk.")
     ] = False,
@@ -80,7 +78,7 @@ def train(
     config_file: Annotated[Path | None, typer.Option("--config", help="TOML of settings, such as a run's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON document on one line.")] = False,
 ) -> None:
-    """Finetune a detector on your own pictures."""
+    """Finetune a detector on your own images."""
     given = {
         "data": data and str(data),
         "images": images and str(images),
@@ -284,8 +282,8 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
                     bar.begin(event)
                 case reports.StepReport():
                     bar.step(event)
-                    for picture, reason in event.replaced:
-                        bar.say(f"warning: picture {picture} was replaced: {reason}")
+                    for image, reason in event.replaced:
+                        bar.say(f"warning: image {image} was replaced: {reason}")
                 case reports.EpochReport():
                     assert begun is not None
                     bar.say(epoch_line(event, bar.seconds_left(event)))
@@ -315,7 +313,7 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
                     if result_on_stdout and not as_json:
                         _show_end(event)
                     if event.explanation:
-                        terminal.warn(f"the pictures were not learned by heart: {event.explanation}")
+                        terminal.warn(f"the images were not learned by heart: {event.explanation}")
                 case _:
                     pass
     finally:
@@ -336,21 +334,21 @@ def _say_beginning(report: BeginReport) -> None:
     from rtdetr_cli.cli import terminal
 
     preset, splits = report.config.preset, report.splits
-    # A resumed run has had its full look at the pictures; what reading the labels finds is a part of that.
+    # A resumed run has had its full look at the images; what reading the labels finds is a part of that.
     warned = 0 if report.resumed else sum(f.severity == "warning" for f in splits.findings)
     device = report.device if report.processes == 1 else f"{report.device.partition(':')[0]} x {report.processes}"
     parts = [
         f"rtdetr {__version__}",
         f"torch {'.'.join(version('torch').split('.')[:2])} {device} {report.precision}",
         f" preset {preset.name} ({report.parameters / 1e6:.1f}M)",
-        f" data {splits.name}: {_pictures(report)}, "
+        f" data {splits.name}: {_images(report)}, "
         f"{len(splits.categories)} class{'es' if len(splits.categories) != 1 else ''}"
         + (f", {warned} warning{'s' if warned > 1 else ''} (rtdetr validate)" if warned else ""),
     ]
     _lay("  ".join(parts))
     if splits.split_made and report.resumed is None and not report.config.settings.overfit:
-        whole, settings = report.train_pictures + report.val_pictures, report.config.settings
-        drawn = f"{report.val_pictures} of {whole} pictures were drawn for it (seed {settings.seed})"
+        whole, settings = report.train_images + report.val_images, report.config.settings
+        drawn = f"{report.val_images} of {whole} images were drawn for it (seed {settings.seed})"
         _lay(f"split  no val split in the dataset: {drawn}")
     table = report.transfer
     if table is None:
@@ -386,14 +384,14 @@ def _say_beginning(report: BeginReport) -> None:
         terminal.warn(_laid(warning, indent=9, first=9))
 
 
-def _pictures(report: BeginReport) -> str:
-    """Return how many pictures are trained and measured on; with `--overfit` they are the same ones, repeated."""
-    few = report.val_pictures
+def _images(report: BeginReport) -> str:
+    """Return how many images are trained and measured on; with `--overfit` they are the same ones, repeated."""
+    few = report.val_images
     if report.config.settings.overfit:
-        times = report.train_pictures // few
+        times = report.train_images // few
         often = "once" if times == 1 else f"{times} times"
-        return f"{few} picture{'s' if few > 1 else ''}, {often} an epoch, measured on the same"
-    return f"{report.train_pictures}/{few} pictures"
+        return f"{few} image{'s' if few > 1 else ''}, {often} an epoch, measured on the same"
+    return f"{report.train_images}/{few} images"
 
 
 def _lay(text: str, *, indent: int = 6) -> None:
@@ -522,10 +520,10 @@ def _show_dry(report: DryReport, begun: BeginReport) -> None:
         [
             ("step", f"{report.step_seconds:.2f} s", f"{begun.plan.total_steps} steps"),
             ("worst step", f"{report.worst_seconds:.2f} s", "largest scale, most boxes"),
-            ("evaluation", f"{report.evaluation_seconds:.1f} s", f"{evaluations} of {begun.val_pictures} pictures"),
+            ("evaluation", f"{report.evaluation_seconds:.1f} s", f"{evaluations} of {begun.val_images} images"),
             ("export", f"{report.export_seconds:.1f} s", f"ONNX, {report.export_bytes / 1e6:.1f} MB"),
             ("whole run", terminal.duration(report.total_seconds), f"{begun.plan.epochs} epochs"),
-            ("at once", report.micro_batch, f"of {begun.plan.effective_batch} pictures in a step"),
+            ("at once", report.micro_batch, f"of {begun.plan.effective_batch} images in a step"),
             ("memory", f"{report.memory_bytes / 1e9:.1f} GB", f"{report.memory_total / 1e9:.1f} GB"),
             ("disk", f"{report.disk_bytes / 1e9:.2f} GB", f"{report.disk_free / 1e9:.1f} GB free"),
         ],

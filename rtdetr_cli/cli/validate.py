@@ -19,7 +19,7 @@ CHANGED = {
     "left_out": {"box-zero-size": "box", "label-orphan": "label file"},
     "clipped": {"box-partly-outside": "box", "label-beyond-one": "box"},
 }
-"""What of a dataset without errors is not written as it was: code -> what it concerns. Every picture is written."""
+"""What of a dataset without errors is not written as it was: code -> what it concerns. Every image is written."""
 
 
 def validate(
@@ -30,9 +30,9 @@ def validate(
             show_default=False,
         ),
     ] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of the pictures, if it is not beside the labels.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images, if it is not beside the labels.")] = None,
     imgsz: Annotated[str, typer.Option(help="Network size, for what counts as tiny: 640, or height x width.")] = "640",
-    fast: Annotated[bool, typer.Option("--fast", help="Look at labels only; decode no picture.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Look at labels only; decode no image.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Let warnings fail too.")] = False,
     fix: Annotated[
         Path | None, typer.Option(help="Write a repaired copy and a patch.json that undoes it into this new folder.")
@@ -46,11 +46,11 @@ def validate(
     explain: Annotated[str | None, typer.Option(help="Explain a finding's code, or list all with `all`.")] = None,
     html: Annotated[
         Path | None,
-        typer.Option(help="Write the report as one self-contained page, of at most 500 pictures and 3,000 findings."),
+        typer.Option(help="Write the report as one self-contained page, of at most 500 images and 3,000 findings."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the full report as JSON.")] = False,
 ) -> int:
-    """Check a dataset: every label, and every picture to its last pixel."""
+    """Check a dataset: every label, and every image to its last pixel."""
     if explain is not None:
         return _explain(explain, as_json)
     if data is None:
@@ -69,7 +69,7 @@ def validate(
 
     with ExitStack() as stack:
         report = examine(
-            data, images=images, imgsz=size, decode=not fast, processes=True, progress=_Pictures(stack).advance
+            data, images=images, imgsz=size, decode=not fast, processes=True, progress=_Images(stack).advance
         )
 
     document: dict[str, Any] = report.to_json()
@@ -94,8 +94,8 @@ def validate(
     return 3 if failed else 0
 
 
-class _Pictures:
-    """Shows how many pictures are decoded, from the first one on."""
+class _Images:
+    """Shows how many images are decoded, from the first one on."""
 
     def __init__(self, stack: ExitStack) -> None:
         self.stack, self.done = stack, 0
@@ -106,7 +106,7 @@ class _Pictures:
         from rtdetr_cli.cli import terminal
 
         if self.bar is None:
-            self.bar = self.stack.enter_context(terminal.progress(total, "pictures"))
+            self.bar = self.stack.enter_context(terminal.progress(total, "images"))
         self.bar.advance(done - self.done)
         self.done = done
 
@@ -206,9 +206,9 @@ def _show(report: Report, images: Path | None, *, fixing: bool) -> None:
     facts = report.summary()
     splits = ", ".join(f"{name} {part['pictures']:,}" for name, part in facts["splits"].items()) or "no split"
     terminal.out(
-        f"{facts['name']} ({facts['format']}): {counted(facts['pictures'], 'picture')} ({splits}), "
+        f"{facts['name']} ({facts['format']}): {counted(facts['pictures'], 'image')} ({splits}), "
         f"{counted(facts['boxes'], 'box')}, {counted(facts['classes'], 'class')}"
-        + ("" if report.decoded else "; pictures not decoded (--fast)")
+        + ("" if report.decoded else "; images not decoded (--fast)")
     )
     rows = []
     for code, positions in report.by_code().items():
@@ -312,7 +312,7 @@ def _write(
     if not as_json:
         told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         groups = facts.get("groups")
-        extra = f"; pictures kept together in {counted(groups, 'group')}" if groups else ""
+        extra = f"; images kept together in {counted(groups, 'group')}" if groups else ""
         terminal.out(f"written: {data} ({form}; {told}{extra})")
         for what, by_code in changed.items():
             if by_code:

@@ -44,12 +44,12 @@ class RunSettings(Schema):
     """Every setting of `rtdetr train`. The first part are its flags, the second is reached with `--set`."""
 
     data: str | None = Field(None, description="COCO JSON, Roboflow folder, YOLO data.yaml or VOC folder")
-    images: str | None = Field(None, description="folder of the pictures, where the annotations do not say it")
+    images: str | None = Field(None, description="folder of the images, where the annotations do not say it")
     preset: str = Field("r18", description="name of a preset, or the path of one's own")
     weights: str = Field("coco", description="where training starts: coco, imagenet, none, or a model file")
-    epochs: Positive = Field(50, description="passes over the training pictures")
-    batch: Positive | Literal["auto"] = Field("auto", description="pictures on the device at once: the micro-batch")
-    effective_batch: Positive = Field(16, description="pictures in one step of the optimizer")
+    epochs: Positive = Field(50, description="passes over the training images")
+    batch: Positive | Literal["auto"] = Field("auto", description="images on the device at once: the micro-batch")
+    effective_batch: Positive = Field(16, description="images in one step of the optimizer")
     imgsz: Size = Field(None, description="network input in pixels, 640 or height first 480x640; the preset's if unset")
     lr: Rate | None = Field(None, description="learning rate; the preset's, scaled to the effective batch, if unset")
     lr_backbone: Rate | None = Field(None, description="learning rate of the backbone; as lr if unset")
@@ -61,14 +61,14 @@ class RunSettings(Schema):
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="arithmetic of the network")
     compile: bool = Field(False, description="compile backbone and encoder")
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field("auto", description="processes that load pictures")
-    cache: Literal["none", "ram", "disk"] = Field("none", description="where decoded pictures are kept")
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field("auto", description="processes that load images")
+    cache: Literal["none", "ram", "disk"] = Field("none", description="where decoded images are kept")
     cache_gb: Annotated[float, Field(ge=0)] = Field(0.0, description="GB for the cache; 0: half of what is free")
     device: str = Field("auto", description="auto, cpu, 0, or several: 0,1")
     seed: Annotated[int, Field(ge=0)] = 0
     deterministic: bool = Field(False, description="CUDA: gather sampling and deterministic kernels")
     patience: Annotated[int, Field(ge=0)] = Field(0, description="epochs without a better AP before stopping; 0: never")
-    overfit: Annotated[int, Field(ge=0)] = Field(0, description="train and measure on the first N pictures only")
+    overfit: Annotated[int, Field(ge=0)] = Field(0, description="train and measure on the first N images only")
     out: str = Field("runs", description="folder of the runs")
     name: str = Field("", description="name of the run's folder; made from preset and dataset if empty")
     log: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field((), description="loggers besides the CSV file")
@@ -92,10 +92,10 @@ class RunSettings(Schema):
     calm: Share = Field(0.1, description="share of the epochs at the end without strong augmentation and multi-scale")
     eval_every: Positive = Field(1, description="epochs between evaluations; the last one is always evaluated")
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.2, description="share of the pictures drawn for validation where the dataset has no such split"
+        0.2, description="share of the images drawn for validation where the dataset has no such split"
     )
     checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(5.0, description="minutes between saves within an epoch")
-    plots: bool = Field(True, description="draw the run's pictures and write its report.html")
+    plots: bool = Field(True, description="draw the run's images and write its report.html")
     checkpoint_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps between saves within an epoch; 0: none")
 
 
@@ -278,7 +278,7 @@ def resolve_run(
         and 0 < few < RunSettings.model_fields["effective_batch"].default
     ):
         own["effective_batch"] = few
-        provenance["effective_batch"] = "--overfit: a step sees each picture once"
+        provenance["effective_batch"] = "--overfit: a step sees each image once"
     if "weights" not in own and base.get("weights") is None:
         own["weights"] = "none"
         provenance["weights"] = f"preset {base.get('name')} has no published weights"

@@ -38,7 +38,7 @@ class ModelSpec(Schema):
     eval_layers: Positive = Field(3, description="decoder layers used at inference")
     num_points: tuple[Positive, ...] = Field((4, 4, 4), description="sampling points for each scale")
     queries: Positive = Field(300, description="object queries")
-    denoising: int = Field(100, ge=0, description="denoising queries wanted in a picture; 0 for none")
+    denoising: int = Field(100, ge=0, description="denoising queries wanted in an image; 0 for none")
     label_noise: Fraction = Field(0.5, description="share of denoising labels that may be changed, halved")
     box_noise: float = Field(1.0, ge=0, description="denoising box noise, in half sides")
 

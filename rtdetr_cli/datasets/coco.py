@@ -1,6 +1,6 @@
 """Read COCO JSON.
 
-The document is walked entry by entry: each picture and annotation becomes a few numbers in flat arrays and is then
+The document is walked entry by entry: each image and annotation becomes a few numbers in flat arrays and is then
 forgotten. That needs a tenth of the memory of the parsed document, is as fast, and knows on which line every entry
 starts.
 """
@@ -186,7 +186,7 @@ class _Document:
     box_starts: array[int] = field(default_factory=lambda: array("q"))
     category_starts: array[int] = field(default_factory=lambda: array("q"))
 
-    def picture(self, entry: Any) -> None:
+    def image(self, entry: Any) -> None:
         if type(entry) is not dict:
             entry = {}
         self.image_ids.append(entry.get("id"))
@@ -242,7 +242,7 @@ def read_coco(dataset: RawDataset, files: dict[str, tuple[Path, Path]]) -> None:
 
     Args:
         dataset: gets categories, splits and findings.
-        files: split -> label file and the folder of its pictures.
+        files: split -> label file and the folder of its images.
     """
     oddities = Oddities()
     documents: dict[str, tuple[_Document, str]] = {}
@@ -286,7 +286,7 @@ def _read_document(
         keys = walk_object(
             text,
             {
-                "images": (document.picture, document.image_starts, unused),
+                "images": (document.image, document.image_starts, unused),
                 "annotations": (document.annotation, document.box_starts, unused),
                 "categories": (document.categories.append, document.category_starts, unused),
             },
@@ -428,10 +428,10 @@ def _floats(values: list[Any]) -> NDArray[np.float64]:
 
 def _split(document: _Document, text: str, labels: dict[int | str, int], root: Path) -> RawSplit:
     findings, file, split = document.findings, document.file, document.split
-    picture_lines = lines_of(text, document.image_starts)
+    image_lines = lines_of(text, document.image_starts)
     box_lines = lines_of(text, document.box_starts)
 
-    # ---- pictures
+    # ---- images
     image_keys, odd = _keys(document.image_ids)
     if odd:
         row = odd[0]
@@ -439,7 +439,7 @@ def _split(document: _Document, text: str, labels: dict[int | str, int], root: P
             "id-not-integer",
             f"the image id {_short(document.image_ids[row])} is not an integer{_nor(len(odd) - 1)}",
             file=file,
-            line=int(picture_lines[row]),
+            line=int(image_lines[row]),
         )
     position_of: dict[int | str, int] = {}
     kept: list[int] = []
@@ -448,9 +448,9 @@ def _split(document: _Document, text: str, labels: dict[int | str, int], root: P
             what = f"the id {_short(document.image_ids[row])}" if key is None else f"the file name {_short(name)}"
             findings.add(
                 "entry-malformed",
-                f"picture {row} of the list has {what}",
+                f"image {row} of the list has {what}",
                 file=file,
-                line=int(picture_lines[row]),
+                line=int(image_lines[row]),
                 spot=Spot(split, -1, row),
             )
             continue
@@ -460,7 +460,7 @@ def _split(document: _Document, text: str, labels: dict[int | str, int], root: P
                 "image-id-duplicate",
                 f"the image id {key} belongs to {other} and to {name}",
                 file=file,
-                line=int(picture_lines[row]),
+                line=int(image_lines[row]),
                 image_id=key,
                 spot=Spot(split, -1, row),
             )
@@ -475,7 +475,7 @@ def _split(document: _Document, text: str, labels: dict[int | str, int], root: P
     # ---- boxes
     box_keys, _ = _keys(document.box_images)
     category_keys, _ = _keys(document.box_categories)
-    pictures = np.fromiter((position_of.get(k, -1) for k in box_keys), np.int64, len(box_keys))  # type: ignore[arg-type]
+    images = np.fromiter((position_of.get(k, -1) for k in box_keys), np.int64, len(box_keys))  # type: ignore[arg-type]
     classes = np.fromiter((labels.get(k, -1) for k in category_keys), np.int64, len(category_keys))  # type: ignore[arg-type]
     annotation_keys, odd = _keys(document.annotation_ids)
     if odd:
@@ -493,13 +493,13 @@ def _split(document: _Document, text: str, labels: dict[int | str, int], root: P
             "line": int(box_lines[row]),
             "image_id": box_keys[row],
             "annotation_id": annotation_keys[row],
-            "spot": Spot(split, int(pictures[row]), row),
+            "spot": Spot(split, int(images[row]), row),
         }
 
     def called(row: int) -> str:
         return f"annotation {annotation_keys[row]}" if annotation_keys[row] is not None else f"annotation row {row}"
 
-    for row in np.flatnonzero(pictures < 0).tolist():
+    for row in np.flatnonzero(images < 0).tolist():
         if box_keys[row] is None:
             findings.add(
                 "annotation-malformed",
@@ -532,7 +532,7 @@ def _split(document: _Document, text: str, labels: dict[int | str, int], root: P
         findings.add(code, f"{called(row)} {message}", **told(row))
     annotation_ids = _annotation_ids(annotation_keys, called, told, findings)
 
-    keep = (pictures >= 0) & (classes >= 0)
+    keep = (images >= 0) & (classes >= 0)
     keep[list(document.bad_boxes)] = False
     boxes = np.frombuffer(document.boxes, np.float64).reshape(-1, 4).copy() if len(box_keys) else np.zeros((0, 4))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -544,10 +544,10 @@ def _split(document: _Document, text: str, labels: dict[int | str, int], root: P
         file_names=[_native(document.file_names[row]) for row in kept],
         image_ids=_integers(image_keys if whole else [image_keys[row] for row in kept]),
         sizes_wh=sizes[rows],
-        picture_labels=np.zeros(len(rows), np.int32),
-        picture_lines=picture_lines[rows],
-        picture_entries=rows.astype(np.int32),
-        box_pictures=pictures,
+        image_labels=np.zeros(len(rows), np.int32),
+        image_lines=image_lines[rows],
+        image_entries=rows.astype(np.int32),
+        box_images=images,
         boxes_xyxy_px=boxes,
         labels=classes,
         areas=_floats(document.areas),

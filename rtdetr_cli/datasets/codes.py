@@ -34,98 +34,98 @@ class Code:
     repair: str = ""
 
 
-_LEAVE_OUT = "leaves the picture and its boxes out of the copy"
+_LEAVE_OUT = "leaves the image and its boxes out of the copy"
 _DROP = "drops the box"
-_OWN_FILE = "leaves the picture out of the copy when the file is its own"
+_OWN_FILE = "leaves the image out of the copy when the file is its own"
 
 _TABLE = (
-    # ---- pictures ----------------------------------------------------------------------------------------------
+    # ---- images ----------------------------------------------------------------------------------------------
     Code(
-        "picture-missing",
+        "image-missing",
         "error",
-        "a listed picture is not on disk",
-        "The labels name a picture that does not exist. Training would stop in the middle of an epoch.",
-        "put the picture back, remove its entry, or name the right folder with --images",
+        "a listed image is not on disk",
+        "The labels name an image that does not exist. Training would stop in the middle of an epoch.",
+        "put the image back, remove its entry, or name the right folder with --images",
         _LEAVE_OUT,
     ),
     Code(
-        "picture-empty",
+        "image-empty",
         "error",
-        "a picture of zero bytes",
+        "an image of zero bytes",
         "The file exists but holds nothing: usually a copy that was interrupted or a disk that was full.",
-        "copy the picture again",
+        "copy the image again",
         _LEAVE_OUT,
     ),
     Code(
-        "picture-unreadable",
+        "image-unreadable",
         "error",
-        "a picture that cannot be opened",
-        "The file is not a picture in any format that can be read, or it may not be read by this user.",
+        "an image that cannot be opened",
+        "The file is not an image in any format that can be read, or it may not be read by this user.",
         "replace the file, or remove its entry",
         _LEAVE_OUT,
     ),
     Code(
-        "picture-truncated",
+        "image-truncated",
         "error",
-        "a picture that opens but does not decode",
+        "an image that opens but does not decode",
         "The header is whole, but the pixels break off or are damaged. Programs that read only the header miss this; "
         "decoders fill the rest with grey or stop.",
-        "copy the picture again",
+        "copy the image again",
         _LEAVE_OUT,
     ),
     Code(
-        "picture-bomb",
+        "image-bomb",
         "error",
-        "a picture too large to decode safely",
-        "Its header claims more pixels than any picture of a dataset has. Decoding it may take all memory.",
-        "scale the picture down or remove it",
+        "an image too large to decode safely",
+        "Its header claims more pixels than any image of a dataset has. Decoding it may take all memory.",
+        "scale the image down or remove it",
         _LEAVE_OUT,
     ),
     Code(
-        "picture-samples",
+        "image-samples",
         "error",
-        "a picture whose samples have no agreed range",
+        "an image whose samples have no agreed range",
         "Its samples are floating-point or 32-bit integers: nobody can say which value is white.",
         "save it with 8 or 16 bits a sample",
         _LEAVE_OUT,
     ),
     Code(
-        "picture-outside",
+        "image-outside",
         "error",
-        "a picture outside the dataset's folder",
+        "an image outside the dataset's folder",
         "The path leaves the dataset's folder by `..`, as an absolute path, or through a link. A dataset from "
-        "elsewhere could name any file of this machine, and a copy of the folder would lack the picture.",
-        "move the picture into the folder, or name the folder of the pictures with --images",
+        "elsewhere could name any file of this machine, and a copy of the folder would lack the image.",
+        "move the image into the folder, or name the folder of the images with --images",
         _LEAVE_OUT,
     ),
     Code(
-        "picture-exif-swapped",
+        "image-exif-swapped",
         "error",
-        "labels and picture disagree about which way is up",
-        "The picture carries an EXIF orientation that turns it by 90 degrees, and the labels declare the size of the "
-        "unturned picture. The boxes have two meanings: some programs show the picture turned, some do not.",
-        "remove the EXIF orientation, or label the upright picture again",
-        "takes the orientation out of the copied picture, so that it has the declared size",
+        "labels and image disagree about which way is up",
+        "The image carries an EXIF orientation that turns it by 90 degrees, and the labels declare the size of the "
+        "unturned image. The boxes have two meanings: some programs show the image turned, some do not.",
+        "remove the EXIF orientation, or label the upright image again",
+        "takes the orientation out of the copied image, so that it has the declared size",
     ),
     Code(
-        "picture-size",
+        "image-size",
         "warning",
-        "a picture of another size than declared",
-        "The labels declare a width and height that the picture does not have. The picture's own size is used; the "
-        "boxes are taken as pixels of the picture as it is, which is wrong if it was resized after labelling.",
-        "check some of these pictures with --html; write the true sizes with --fix",
-        "writes the picture's own size",
+        "an image of another size than declared",
+        "The labels declare a width and height that the image does not have. The image's own size is used; the "
+        "boxes are taken as pixels of the image as it is, which is wrong if it was resized after labelling.",
+        "check some of these images with --html; write the true sizes with --fix",
+        "writes the image's own size",
     ),
     Code(
-        "picture-size-undeclared",
+        "image-size-undeclared",
         "info",
-        "labels without the picture's size",
-        "The labels do not say the width and height, so they are read from the picture.",
+        "labels without the image's size",
+        "The labels do not say the width and height, so they are read from the image.",
         "nothing needs to be done",
-        "writes the picture's own size",
+        "writes the image's own size",
     ),
     Code(
-        "picture-extension",
+        "image-extension",
         "warning",
         "a file name that says another format than the content",
         "For example a PNG called `.jpg`. It is read by content here, but not by every program.",
@@ -133,15 +133,15 @@ _TABLE = (
         "renames the copy, in the labels too",
     ),
     Code(
-        "picture-exif-orientation",
+        "image-exif-orientation",
         "info",
-        "pictures turned by their EXIF orientation",
-        "The stored pixels are turned or mirrored when the picture is opened. Training, evaluation, prediction and "
-        "this check all apply it, so boxes refer to the upright picture.",
+        "images turned by their EXIF orientation",
+        "The stored pixels are turned or mirrored when the image is opened. Training, evaluation, prediction and "
+        "this check all apply it, so boxes refer to the upright image.",
         "check one with --html",
     ),
     Code(
-        "picture-exif-invalid",
+        "image-exif-invalid",
         "warning",
         "an EXIF orientation that does not exist",
         "EXIF defines the orientations 1 to 8. Another value is ignored here, and may be read otherwise elsewhere.",
@@ -149,56 +149,56 @@ _TABLE = (
         "sets the orientation to 1 (upright)",
     ),
     Code(
-        "picture-16bit",
+        "image-16bit",
         "info",
-        "pictures with 16 bits a channel",
-        "They are scaled to 8 bits by their full range. Dim pictures lose contrast.",
+        "images with 16 bits a channel",
+        "They are scaled to 8 bits by their full range. Dim images lose contrast.",
         "convert them beforehand if their values use a part of the range",
     ),
     Code(
-        "picture-palette",
+        "image-palette",
         "info",
-        "pictures with a palette",
+        "images with a palette",
         "Their few colours are converted to RGB; nothing is lost.",
         "nothing needs to be done",
     ),
     Code(
-        "picture-cmyk",
+        "image-cmyk",
         "info",
-        "pictures in print colours (CMYK)",
+        "images in print colours (CMYK)",
         "They are converted to RGB without a colour profile, so colours may be somewhat off.",
         "convert them to RGB beforehand if colour matters",
     ),
     Code(
-        "picture-grey",
+        "image-grey",
         "info",
-        "grey pictures",
+        "grey images",
         "They are repeated over the three channels.",
         "nothing needs to be done",
     ),
     Code(
-        "picture-alpha",
+        "image-alpha",
         "info",
-        "pictures with transparency",
+        "images with transparency",
         "The transparency is dropped; what lies behind transparent pixels becomes visible.",
         "flatten them beforehand if that matters",
     ),
     Code(
-        "picture-animated",
+        "image-animated",
         "warning",
         "a file with more than one frame",
         "Only the first frame is used. The labels may belong to another.",
-        "store the labelled frame as a picture of its own",
+        "store the labelled frame as an image of its own",
     ),
     Code(
-        "picture-huge",
+        "image-huge",
         "warning",
-        "a picture of more than 50 megapixels",
+        "an image of more than 50 megapixels",
         "It is slow to decode, and its objects shrink to a few pixels at the network's size.",
-        "cut such pictures into tiles, or scale them down",
+        "cut such images into tiles, or scale them down",
     ),
     Code(
-        "picture-name-case",
+        "image-name-case",
         "warning",
         "a file name in another case than on disk",
         "The labels say `A.JPG` and the disk has `a.jpg`. The one on disk is used; other machines may not find it.",
@@ -206,53 +206,53 @@ _TABLE = (
         "makes the name and the entry agree",
     ),
     Code(
-        "picture-name-encoding",
+        "image-name-encoding",
         "warning",
         "a file name that is not UTF-8",
         "The name's bytes are no UTF-8 text, so it cannot be written into labels or reports faithfully.",
         "rename the file",
     ),
     Code(
-        "picture-duplicate",
+        "image-duplicate",
         "warning",
-        "the same picture twice in a split",
-        "Two entries show the same pixels. The picture counts twice in training or in the metrics.",
+        "the same image twice in a split",
+        "Two entries show the same pixels. The image counts twice in training or in the metrics.",
         "remove one of them",
     ),
     Code(
-        "picture-near-duplicate",
+        "image-near-duplicate",
         "info",
-        "nearly the same picture twice in a split",
+        "nearly the same image twice in a split",
         "Frames of a video, or copies that were resized or compressed again. Harmless inside a split, but such "
-        "pictures must not be drawn into different splits.",
+        "images must not be drawn into different splits.",
         "split with --resplit, which keeps them on one side",
     ),
     Code(
-        "picture-leak",
+        "image-leak",
         "warning",
-        "the same picture in two splits",
-        "The network is measured on a picture it was trained on, so the metrics are better than the truth.",
-        "make new splits with --resplit, or remove the picture from one",
+        "the same image in two splits",
+        "The network is measured on an image it was trained on, so the metrics are better than the truth.",
+        "make new splits with --resplit, or remove the image from one",
     ),
     Code(
-        "picture-near-leak",
+        "image-near-leak",
         "warning",
-        "nearly the same picture in two splits",
+        "nearly the same image in two splits",
         "A frame next to it, or a copy that was resized, is in another split: the metrics are better than the truth.",
         "make new splits with --resplit",
     ),
     Code(
-        "picture-other-boxes",
+        "image-other-boxes",
         "warning",
-        "the same picture with different boxes",
+        "the same image with different boxes",
         "Two entries show the same pixels but their boxes differ. The network is taught both.",
         "keep the entry whose boxes are right",
     ),
     Code(
-        "picture-no-objects",
+        "image-no-objects",
         "info",
-        "pictures without objects",
-        "They teach what is background and take part in training. Too many of them, or pictures where the labels were "
+        "images without objects",
+        "They teach what is background and take part in training. Too many of them, or images where the labels were "
         "forgotten, hurt.",
         "check some with --html",
     ),
@@ -301,23 +301,23 @@ _TABLE = (
     Code(
         "box-outside",
         "error",
-        "a box wholly outside its picture",
-        "No pixel of the picture lies in the box: it belongs to another picture, or coordinates are mixed up.",
+        "a box wholly outside its image",
+        "No pixel of the image lies in the box: it belongs to another image, or coordinates are mixed up.",
         "correct or remove the box",
         _DROP,
     ),
     Code(
         "box-partly-outside",
         "warning",
-        "a box that reaches over the picture's edge",
-        "The part outside cannot be seen, so the box is clipped to the picture.",
+        "a box that reaches over the image's edge",
+        "The part outside cannot be seen, so the box is clipped to the image.",
         "clip it with --fix",
-        "clips the box to the picture",
+        "clips the box to the image",
     ),
     Code(
-        "box-whole-picture",
+        "box-whole-image",
         "info",
-        "boxes that cover the whole picture",
+        "boxes that cover the whole image",
         "Common where labels of classification were turned into boxes. They teach nothing about where things are.",
         "check some with --html",
     ),
@@ -325,16 +325,16 @@ _TABLE = (
         "box-below-2px",
         "info",
         "boxes below 2 pixels at the network's size",
-        "After the picture is scaled to the network's size these objects are smaller than two pixels: they cannot be "
+        "After the image is scaled to the network's size these objects are smaller than two pixels: they cannot be "
         "seen, and the network is punished for missing them.",
-        "train at a larger --imgsz, cut the pictures into tiles, or remove the boxes",
+        "train at a larger --imgsz, cut the images into tiles, or remove the boxes",
     ),
     Code(
         "box-below-8px",
         "info",
         "tiny objects: below 8 pixels at the network's size",
         "The finest feature map has one cell for 8 pixels. Objects below that are found badly.",
-        "train at a larger --imgsz, or cut the pictures into tiles",
+        "train at a larger --imgsz, or cut the images into tiles",
     ),
     Code(
         "box-aspect",
@@ -377,9 +377,9 @@ _TABLE = (
     Code(
         "box-over-queries",
         "warning",
-        "more boxes in a picture than the network has queries",
+        "more boxes in an image than the network has queries",
         "Each query finds at most one object, so the rest of them cannot be found.",
-        "train with more queries (--set model.queries=...), or cut the pictures into tiles",
+        "train with more queries (--set model.queries=...), or cut the images into tiles",
     ),
     Code(
         "box-difficult",
@@ -526,8 +526,8 @@ _TABLE = (
     Code(
         "entry-malformed",
         "error",
-        "a picture's entry that lacks what it needs",
-        "A picture needs an id and a file name.",
+        "an image's entry that lacks what it needs",
+        "An image needs an id and a file name.",
         "correct or remove the entry",
         "drops the entry",
     ),
@@ -542,9 +542,9 @@ _TABLE = (
     Code(
         "image-id-duplicate",
         "error",
-        "one image id for two pictures",
+        "one image id for two images",
         "Annotations of this id belong to either.",
-        "number the pictures again",
+        "number the images again",
     ),
     Code(
         "annotation-id-duplicate",
@@ -565,24 +565,24 @@ _TABLE = (
     Code(
         "annotation-orphan",
         "error",
-        "an annotation without its picture",
+        "an annotation without its image",
         "It names an image id that is not in the list: the list is incomplete, or ids are mixed up.",
-        "add the picture, or remove the annotation",
+        "add the image, or remove the annotation",
         _DROP,
     ),
     Code(
         "label-orphan",
         "warning",
-        "a label file without its picture",
-        "It is ignored. Perhaps the picture was lost, or one of the two was renamed.",
-        "put the picture back, or remove the file",
+        "a label file without its image",
+        "It is ignored. Perhaps the image was lost, or one of the two was renamed.",
+        "put the image back, or remove the file",
         "leaves the file out of the copy",
     ),
     Code(
         "label-missing",
         "warning",
-        "a picture without a label file",
-        "It counts as a picture without objects. An empty label file says so on purpose; a missing one may be an "
+        "an image without a label file",
+        "It counts as an image without objects. An empty label file says so on purpose; a missing one may be an "
         "accident.",
         "add an empty label file if there is nothing on it",
         "writes an empty label file",
@@ -607,18 +607,18 @@ _TABLE = (
     Code(
         "label-pixels",
         "error",
-        "coordinates that are pixels, not shares of the picture",
+        "coordinates that are pixels, not shares of the image",
         "YOLO labels run from 0 to 1. Values above 2 or below -1 are pixels or damage.",
-        "divide by the picture's width and height",
+        "divide by the image's width and height",
         _DROP,
     ),
     Code(
         "label-beyond-one",
         "warning",
         "coordinates beyond 0 to 1",
-        "YOLO labels run from 0 to 1. The box is clipped to the picture.",
+        "YOLO labels run from 0 to 1. The box is clipped to the image.",
         "clip it with --fix",
-        "clips the box to the picture",
+        "clips the box to the image",
     ),
     Code(
         "yolo-path",
@@ -631,16 +631,16 @@ _TABLE = (
     Code(
         "voc-filename",
         "warning",
-        "a <filename> that names another picture",
-        "The picture of the same name as the XML file is used.",
+        "a <filename> that names another image",
+        "The image of the same name as the XML file is used.",
         "correct the <filename>",
-        "writes the picture's name",
+        "writes the image's name",
     ),
     Code(
         "voc-folder",
         "info",
         "a <folder> that names another folder",
-        "It is ignored; pictures are looked for in the dataset's picture folder.",
+        "It is ignored; images are looked for in the dataset's image folder.",
         "nothing needs to be done",
     ),
     Code(
@@ -653,9 +653,9 @@ _TABLE = (
     Code(
         "split-empty",
         "error",
-        "a split without pictures",
+        "a split without images",
         "There is nothing to train on, or nothing to measure with.",
-        "put pictures into the split, or make new splits with --resplit",
+        "put images into the split, or make new splits with --resplit",
     ),
     Code(
         "split-no-objects",
@@ -669,14 +669,14 @@ _TABLE = (
         "split-equal",
         "warning",
         "val is the same as train",
-        "The metrics say how well the pictures were learned by heart, not how good the network is.",
+        "The metrics say how well the images were learned by heart, not how good the network is.",
         "make new splits with --resplit",
     ),
     Code(
         "split-made",
         "info",
         "no val split: one was drawn",
-        "One part of the pictures, drawn with the seed, is kept for measuring. Pictures that look alike may fall on "
+        "One part of the images, drawn with the seed, is kept for measuring. Images that look alike may fall on "
         "both sides.",
         "make leak-free splits with --resplit",
     ),
@@ -710,15 +710,15 @@ class Spot:
 
     Attributes:
         split: name of the split; empty when it concerns all.
-        picture: position of the picture in the split; -1 for none.
+        image: position of the image in the split; -1 for none.
         entry: position of the entry in its label file: annotation or image of a COCO list, object of a VOC file, line
             of a YOLO file (from 0); -1 for none.
         box: corners in pixels, to be drawn.
-        other: split and position of the picture that this one is like.
+        other: split and position of the image that this one is like.
     """
 
     split: str = ""
-    picture: int = -1
+    image: int = -1
     entry: int = -1
     box: tuple[float, float, float, float] | None = None
     other: tuple[str, int] | None = None

@@ -1,4 +1,4 @@
-"""Tell whether a dataset is still the same: one sum over its labels, and a small one for each picture."""
+"""Tell whether a dataset is still the same: one sum over its labels, and a small one for each image."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.datasets.records import Dataset
 
-# Of a picture its length in bytes and three blocks are looked at: the beginning, the middle and the end. Reading all of
+# Of an image its length in bytes and three blocks are looked at: the beginning, the middle and the end. Reading all of
 # it would take minutes on a large dataset; times are of no use, since a copy of the dataset has others and is the same.
-# Compressed pictures of one length that agree in all three are the same in practice; a BMP that was painted over
+# Compressed images of one length that agree in all three are the same in practice; a BMP that was painted over
 # elsewhere is missed.
 BLOCK_BYTES = 4096
-# A disk that has to seek takes 10 ms a picture: beyond this number every second, third, ... gives its blocks, and all
-# give their lengths. Measured on a busy machine, files in its cache: 5,000 pictures 0.2 s, 100,000 1.3 s.
+# A disk that has to seek takes 10 ms an image: beyond this number every second, third, ... gives its blocks, and all
+# give their lengths. Measured on a busy machine, files in its cache: 5,000 images 0.2 s, 100,000 1.3 s.
 MOST_READ = 20_000
 
 
@@ -41,15 +41,15 @@ def fingerprint(datasets: Mapping[str, Dataset]) -> str:
     return digest.hexdigest()
 
 
-def picture_digests(paths: Sequence[str], *, most_read: int = MOST_READ) -> NDArray[np.uint64]:
-    """Return a number for each picture that is another when its bytes are, wherever it lies and whenever it was copied.
+def image_digests(paths: Sequence[str], *, most_read: int = MOST_READ) -> NDArray[np.uint64]:
+    """Return a number for each image that is another when its bytes are, wherever it lies and whenever it was copied.
 
     Args:
-        paths: N pictures.
+        paths: N images.
         most_read: how many are opened; of the others only the length counts.
 
     Returns:
-        (N,) uint64; a picture that cannot be read has the number of none.
+        (N,) uint64; an image that cannot be read has the number of none.
     """
     step = -(-len(paths) // max(1, most_read)) or 1
     found = b"".join(_digest(path, opened=index % step == 0) for index, path in enumerate(paths))

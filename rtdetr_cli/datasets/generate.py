@@ -2,7 +2,7 @@
 
 The class is the shape and nothing else: colour, pattern, size, turn and place are drawn independently of it, so a
 detector that scores well has learned outlines. Objects cast soft shadows, overlap up to a third and may be cut by
-the border; one picture in ten has none. The same seed gives the same dataset.
+the border; one image in ten has none. The same seed gives the same dataset.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image
 
 NAMES = ("disc", "ring", "square", "triangle", "cross")
 SMALLEST_PX = 16
-"""Longer side of the smallest object; the largest takes half the picture's shorter side."""
+"""Longer side of the smallest object; the largest takes half the image's shorter side."""
 
 _EMPTY_SHARE = 0.1
 _MOST_OBJECTS = 7
@@ -35,22 +35,22 @@ Colour = NDArray[np.float32]
 def generate_dataset(
     folder: Path, *, train: int = 800, val: int = 100, imgsz: int | tuple[int, int] = 192, seed: int = 0
 ) -> Path:
-    """Write `train.json`, `val.json` and their pictures under `images/`; return `folder`, ready for `--data`.
+    """Write `train.json`, `val.json` and their images under `images/`; return `folder`, ready for `--data`.
 
     Args:
         folder: made when it does not exist.
-        train: number of pictures to train on.
-        val: number of held-out pictures.
-        imgsz: height and width of every picture, at least 64 pixels.
-        seed: equal seeds give equal datasets; train and val never share a picture.
+        train: number of images to train on.
+        val: number of held-out images.
+        imgsz: height and width of every image, at least 64 pixels.
+        seed: equal seeds give equal datasets; train and val never share an image.
 
     Raises:
-        ValueError: a picture too small for objects of 16 px up to half of it.
+        ValueError: an image too small for objects of 16 px up to half of it.
         OSError: the folder cannot be written.
     """
     hw = (imgsz, imgsz) if isinstance(imgsz, int) else imgsz
     if min(hw) < 4 * SMALLEST_PX:
-        raise ValueError(f"pictures of {hw[0]}x{hw[1]} are too small: at least {4 * SMALLEST_PX} pixels each way")
+        raise ValueError(f"images of {hw[0]}x{hw[1]} are too small: at least {4 * SMALLEST_PX} pixels each way")
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for number, (split, count) in enumerate((("train", train), ("val", val))):
         if count:
@@ -58,10 +58,10 @@ def generate_dataset(
     return folder
 
 
-def generate_picture(
+def generate_image(
     rng: Generator, hw: tuple[int, int]
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.int64]]:
-    """Paint one picture: (H, W, 3) uint8 RGB, (N, 4) boxes in xyxy pixels, (N,) labels into `NAMES`."""
+    """Paint one image: (H, W, 3) uint8 RGB, (N, 4) boxes in xyxy pixels, (N,) labels into `NAMES`."""
     canvas = _ground(rng, hw)
     boxes: list[tuple[float, float, float, float]] = []
     labels: list[int] = []
@@ -84,17 +84,17 @@ def generate_picture(
         boxes.append(box)
         labels.append(label)
     canvas += rng.normal(0, rng.uniform(1, 5), (*hw, 1)).astype(np.float32)  # grain of the sensor
-    picture = np.clip(canvas, 0, 255).astype(np.uint8)
-    return picture, np.array(boxes, np.float64).reshape(-1, 4), np.array(labels, np.int64)
+    image = np.clip(canvas, 0, 255).astype(np.uint8)
+    return image, np.array(boxes, np.float64).reshape(-1, 4), np.array(labels, np.int64)
 
 
 def _write_split(folder: Path, split: str, count: int, hw: tuple[int, int], seeds: np.random.SeedSequence) -> None:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index, one in enumerate(seeds.spawn(count)):
-        picture, boxes, labels = generate_picture(np.random.default_rng(one), hw)
+        image, boxes, labels = generate_image(np.random.default_rng(one), hw)
         name = f"images/{split}-{index:05d}.jpg"
-        Image.fromarray(picture).save(folder / name, quality=90)
+        Image.fromarray(image).save(folder / name, quality=90)
         images.append({"id": index + 1, "file_name": name, "width": hw[1], "height": hw[0]})
         for (x0, y0, x1, y1), label in zip(np.round(boxes, 2).tolist(), labels.tolist(), strict=True):
             width, height = round(x1 - x0, 2), round(y1 - y0, 2)
@@ -127,10 +127,10 @@ def _covered(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 
 def _box(outline: NDArray[np.float64], hw: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Return the tight box of what lies inside the picture: where a triangle is cut, less than the clipped box."""
+    """Return the tight box of what lies inside the image: where a triangle is cut, less than the clipped box."""
     corners = [(float(x), float(y)) for x, y in outline]
     for axis, bound, sign in ((0, 0, 1), (1, 0, 1), (0, hw[1], -1), (1, hw[0], -1)):
-        depths = [(corner[axis] - bound) * sign for corner in corners]  # inside one border of the picture
+        depths = [(corner[axis] - bound) * sign for corner in corners]  # inside one border of the image
         kept: list[tuple[float, float]] = []
         for (x0, y0), (x1, y1), depth, following in zip(
             corners, corners[1:] + corners[:1], depths, depths[1:] + depths[:1], strict=True

@@ -16,7 +16,7 @@ IDS_FILE = "rtdetr_ids.json"
 
 @dataclass(frozen=True, slots=True)
 class KeptBox:
-    """Facts of one box: its id, its area as a share of the picture (NaN for none), whether a crowd."""
+    """Facts of one box: its id, its area as a share of the image (NaN for none), whether a crowd."""
 
     annotation_id: int | None = None
     area_share: float = math.nan
@@ -29,14 +29,14 @@ class Kept:
 
     Attributes:
         categories: id and name in label order; empty where it says none.
-        splits: split -> name of a picture (YOLO: its path, VOC: its stem) -> the raw entry.
+        splits: split -> name of an image (YOLO: its path, VOC: its stem) -> the raw entry.
     """
 
     categories: tuple[tuple[int, str], ...] = ()
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def picture(self, split: str, name: str) -> tuple[int | None, list[KeptBox]]:
-        """Return the image id (None for none) and the facts of a picture's boxes, in the order of its labels."""
+    def image(self, split: str, name: str) -> tuple[int | None, list[KeptBox]]:
+        """Return the image id (None for none) and the facts of an image's boxes, in the order of its labels."""
         entry = self.splits.get(split, {}).get(name)
         if not isinstance(entry, dict):
             return None, []

@@ -16,7 +16,7 @@ from rtdetr_cli.datasets.records import Category
 class RawSplit:
     """One split as it is written: boxes may be inverted, outside or not finite.
 
-    N pictures, M boxes, the boxes in the order of their pictures.
+    N images, M boxes, the boxes in the order of their images.
 
     Attributes:
         split: `train`, `val` or `test`.
@@ -26,10 +26,10 @@ class RawSplit:
         image_ids: (N,) int64.
         sizes_wh: (N, 2) int32 as declared; 0 where the labels do not say.
         declared: (N,) bool, whether the labels say a size.
-        picture_labels: (N,) int32, position in `label_files`; -1 for none.
-        picture_lines: (N,) int32, line of the entry in its label file; 0 for none.
-        picture_entries: (N,) int32, position of the entry in its list; -1 for none.
-        box_pictures: (M,) int64, position of the picture, ascending.
+        image_labels: (N,) int32, position in `label_files`; -1 for none.
+        image_lines: (N,) int32, line of the entry in its label file; 0 for none.
+        image_entries: (N,) int32, position of the entry in its list; -1 for none.
+        box_images: (M,) int64, position of the image, ascending.
         boxes_xyxy_px: (M, 4) float64.
         labels: (M,) int64, positions in the dataset's categories.
         areas: (M,) float64, NaN where the labels do not say.
@@ -37,10 +37,10 @@ class RawSplit:
         annotation_ids: (M,) int64.
         box_lines: (M,) int32.
         box_entries: (M,) int32.
-        said_beyond: (M,) bool, boxes that the reader has already called beyond the picture.
-        said_names: picture -> its name in the labels, where the disk has another.
-        usable: (N,) bool, False once a check found that the picture cannot be used.
-        shares: True while boxes and areas are shares of the picture, which are scaled once its size is known.
+        said_beyond: (M,) bool, boxes that the reader has already called beyond the image.
+        said_names: image -> its name in the labels, where the disk has another.
+        usable: (N,) bool, False once a check found that the image cannot be used.
+        shares: True while boxes and areas are shares of the image, which are scaled once its size is known.
     """
 
     split: str
@@ -49,10 +49,10 @@ class RawSplit:
     file_names: list[str]
     image_ids: NDArray[np.int64]
     sizes_wh: NDArray[np.int32]
-    picture_labels: NDArray[np.int32]
-    picture_lines: NDArray[np.int32]
-    picture_entries: NDArray[np.int32]
-    box_pictures: NDArray[np.int64]
+    image_labels: NDArray[np.int32]
+    image_lines: NDArray[np.int32]
+    image_entries: NDArray[np.int32]
+    box_images: NDArray[np.int64]
     boxes_xyxy_px: NDArray[np.float64]
     labels: NDArray[np.int64]
     areas: NDArray[np.float64]
@@ -68,36 +68,36 @@ class RawSplit:
 
     def __post_init__(self) -> None:
         self.declared = np.all(self.sizes_wh > 0, axis=1)
-        self.said_beyond = np.zeros(len(self.box_pictures), np.bool_)
+        self.said_beyond = np.zeros(len(self.box_images), np.bool_)
         self.usable = np.ones(len(self.file_names), np.bool_)
 
     def __len__(self) -> int:
         return len(self.file_names)
 
-    def path(self, picture: int) -> Path:
-        """Return the path of one picture."""
-        return self.root / self.file_names[picture]
+    def path(self, image: int) -> Path:
+        """Return the path of one image."""
+        return self.root / self.file_names[image]
 
-    def label_file(self, picture: int) -> str:
-        """Return the label file of one picture, for people."""
-        position = int(self.picture_labels[picture])
+    def label_file(self, image: int) -> str:
+        """Return the label file of one image, for people."""
+        position = int(self.image_labels[image])
         return self.label_files[position] if position >= 0 else ""
 
-    def picture_spot(self, picture: int) -> Spot:
-        """Return where one picture's entry lies."""
-        return Spot(self.split, picture, int(self.picture_entries[picture]))
+    def image_spot(self, image: int) -> Spot:
+        """Return where one image's entry lies."""
+        return Spot(self.split, image, int(self.image_entries[image]))
 
     def box_spot(self, box: int) -> Spot:
         """Return where one box's entry lies."""
         x1, y1, x2, y2 = self.boxes_xyxy_px[box].tolist()
-        return Spot(self.split, int(self.box_pictures[box]), int(self.box_entries[box]), (x1, y1, x2, y2))
+        return Spot(self.split, int(self.box_images[box]), int(self.box_entries[box]), (x1, y1, x2, y2))
 
     def scale_shares(self) -> None:
-        """Turn shares into pixels; boxes of pictures whose size is not known are dropped."""
+        """Turn shares into pixels; boxes of images whose size is not known are dropped."""
         if not self.shares:
             return
         self.shares = False
-        sizes = self.sizes_wh[self.box_pictures].astype(np.float64)
+        sizes = self.sizes_wh[self.box_images].astype(np.float64)
         self.boxes_xyxy_px = self.boxes_xyxy_px * np.concatenate([sizes, sizes], 1)
         self.areas = self.areas * sizes[:, 0] * sizes[:, 1]
         known = sizes[:, 0] > 0
@@ -110,15 +110,15 @@ class RawSplit:
             setattr(self, name, getattr(self, name)[keep])
 
     def sort_boxes(self) -> None:
-        """Bring the boxes into the order of their pictures; those of one picture keep theirs."""
-        if len(self.box_pictures) and (np.diff(self.box_pictures) < 0).any():
-            order = np.argsort(self.box_pictures, kind="stable")
+        """Bring the boxes into the order of their images; those of one image keep theirs."""
+        if len(self.box_images) and (np.diff(self.box_images) < 0).any():
+            order = np.argsort(self.box_images, kind="stable")
             for name in _BOX_ROWS:
                 setattr(self, name, getattr(self, name)[order])
 
 
 _BOX_ROWS = (
-    "box_pictures",
+    "box_images",
     "boxes_xyxy_px",
     "labels",
     "areas",
@@ -136,8 +136,8 @@ class RawDataset:
 
     Attributes:
         source: what the user named.
-        folder: the dataset's folder; pictures may not leave it.
-        roots: real paths that pictures may lie under: the folder, and what the user named with `--images`.
+        folder: the dataset's folder; images may not leave it.
+        roots: real paths that images may lie under: the folder, and what the user named with `--images`.
         label_paths: every label file on disk by the path shown to people.
         findings: what reading noticed.
         split_made: True when the val part was drawn from one file by us.
@@ -172,14 +172,14 @@ class RawDataset:
 
 @dataclass(slots=True)
 class Rows:
-    """Collects pictures and boxes one by one, for the formats with one label file a picture."""
+    """Collects images and boxes one by one, for the formats with one label file an image."""
 
     label_files: list[str] = field(default_factory=list)
     file_names: list[str] = field(default_factory=list)
     image_ids: list[int] = field(default_factory=list)
     sizes_wh: list[tuple[int, int]] = field(default_factory=list)
-    picture_labels: list[int] = field(default_factory=list)
-    box_pictures: list[int] = field(default_factory=list)
+    image_labels: list[int] = field(default_factory=list)
+    box_images: list[int] = field(default_factory=list)
     boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     areas: list[float] = field(default_factory=list)
@@ -189,19 +189,19 @@ class Rows:
     box_entries: list[int] = field(default_factory=list)
     said_beyond: list[int] = field(default_factory=list)
 
-    def add_picture(self, file_name: str, *, image_id: int, size_wh: tuple[int, int], label_file: str) -> int:
-        """Add a picture and return its position; an empty `label_file` stands for none."""
+    def add_image(self, file_name: str, *, image_id: int, size_wh: tuple[int, int], label_file: str) -> int:
+        """Add an image and return its position; an empty `label_file` stands for none."""
         self.file_names.append(file_name)
         self.image_ids.append(image_id)
         self.sizes_wh.append(size_wh)
         if label_file:
             self.label_files.append(label_file)
-        self.picture_labels.append(len(self.label_files) - 1 if label_file else -1)
+        self.image_labels.append(len(self.label_files) - 1 if label_file else -1)
         return len(self.file_names) - 1
 
     def add_box(
         self,
-        picture: int,
+        image: int,
         box_xyxy_px: tuple[float, float, float, float],
         label: int,
         *,
@@ -212,10 +212,10 @@ class Rows:
         annotation_id: int | None = None,
         beyond: bool = False,
     ) -> None:
-        """Add a box; `beyond` stands for a box already called beyond the picture."""
+        """Add a box; `beyond` stands for a box already called beyond the image."""
         if beyond:
             self.said_beyond.append(len(self.boxes))
-        self.box_pictures.append(picture)
+        self.box_images.append(image)
         self.boxes.append(box_xyxy_px)
         self.labels.append(label)
         self.areas.append(area)
@@ -237,10 +237,10 @@ class Rows:
             file_names=self.file_names,
             image_ids=np.asarray(self.image_ids, np.int64),
             sizes_wh=np.asarray(self.sizes_wh, np.int32).reshape(count, 2),
-            picture_labels=np.asarray(self.picture_labels, np.int32),
-            picture_lines=np.zeros(count, np.int32),
-            picture_entries=np.full(count, -1, np.int32),
-            box_pictures=np.asarray(self.box_pictures, np.int64),
+            image_labels=np.asarray(self.image_labels, np.int32),
+            image_lines=np.zeros(count, np.int32),
+            image_entries=np.full(count, -1, np.int32),
+            box_images=np.asarray(self.box_images, np.int64),
             boxes_xyxy_px=np.asarray(self.boxes, np.float64).reshape(-1, 4),
             labels=np.asarray(self.labels, np.int64),
             areas=np.asarray(self.areas, np.float64),

@@ -11,7 +11,7 @@ from rtdetr_cli.datasets.coco import read_coco, sound_name
 from rtdetr_cli.datasets.kept import IDS_FILE
 from rtdetr_cli.datasets.raw import RawDataset
 from rtdetr_cli.datasets.text import Oddities, read_text
-from rtdetr_cli.datasets.voc import VocSplit, is_picture, listed_name, read_voc
+from rtdetr_cli.datasets.voc import VocSplit, is_image, listed_name, read_voc
 from rtdetr_cli.datasets.yolo import read_yolo
 from rtdetr_cli.errors import DataError
 
@@ -27,7 +27,7 @@ _FORMATS = "a COCO JSON file, a Roboflow folder, a YOLO data.yaml or a Pascal VO
 
 
 def read_raw(source: Path, *, images: Path | None = None) -> RawDataset:
-    """Detect the format and read every split, without judging boxes or pictures.
+    """Detect the format and read every split, without judging boxes or images.
 
     Raises:
         DataError: there is nothing there, or it is no dataset that is known.
@@ -95,7 +95,7 @@ def _folder(folder: Path, images: Path | None) -> RawDataset:
             files = {"train": (folder / ROBOFLOW_FILE, images or folder)}
         read_coco(raw, files)
     else:
-        read_coco(raw, {s: (p, images or _pictures_of(p, s, folder)) for s, p in coco.items()})
+        read_coco(raw, {s: (p, images or _images_of(p, s, folder)) for s, p in coco.items()})
     return raw
 
 
@@ -146,7 +146,7 @@ def _coco_file(path: Path, images: Path | None) -> RawDataset:
             files = {s: files[s] for s in SPLITS if s in files}
     name = path.stem if split is None and path.stem not in ("instances", "annotations", "_annotations.coco") else ""
     raw = RawDataset(source=path, name=name or _name(home), format="coco", folder=home, roots=_roots(home, images))
-    read_coco(raw, {s: (p, images or _pictures_of(p, s, home)) for s, p in files.items()})
+    read_coco(raw, {s: (p, images or _images_of(p, s, home)) for s, p in files.items()})
     return raw
 
 
@@ -197,8 +197,8 @@ def _looks_like_coco(path: Path) -> bool:
     return any(key in both for key in (b'"images"', b'"annotations"', b'"categories"'))
 
 
-def _pictures_of(json_file: Path, split: str, home: Path) -> Path:
-    """Return the folder that holds most of the first pictures a COCO file names."""
+def _images_of(json_file: Path, split: str, home: Path) -> Path:
+    """Return the folder that holds most of the first images a COCO file names."""
     stem_words = [json_file.stem.removeprefix("instances_"), *_SPLIT_WORDS[split]]
     folders: list[Path] = []
     for base in dict.fromkeys((json_file.parent, json_file.parent / "images", home, home / "images")):
@@ -285,12 +285,12 @@ def _voc_folder(folder: Path) -> Path | None:
 
 def _voc_splits(raw: RawDataset, folder: Path, images: Path | None) -> dict[str, VocSplit]:
     xml_folder = folder / "Annotations"
-    if not xml_folder.is_dir():  # a folder for each split, with pictures and XML side by side
+    if not xml_folder.is_dir():  # a folder for each split, with images and XML side by side
         return {
-            split: VocSplit(None, _picture_stems(images or path), path, images or path)
+            split: VocSplit(None, _image_stems(images or path), path, images or path)
             for split, path in _split_folders(folder).items()
         }
-    pictures = images or next(
+    image_folder = images or next(
         (folder / name for name in ("JPEGImages", "images", "Images") if (folder / name).is_dir()), folder
     )
     splits: dict[str, VocSplit] = {}
@@ -311,15 +311,15 @@ def _voc_splits(raw: RawDataset, folder: Path, images: Path | None) -> dict[str,
                 names.append(name)
             elif name:
                 raw.findings.add("file-malformed", f"has the name {name[:40]!r}", file=shown, line=number)
-        splits[split] = VocSplit(path, names, xml_folder, pictures)
+        splits[split] = VocSplit(path, names, xml_folder, image_folder)
     oddities.report(raw.findings)
     if not splits:
-        splits["train"] = VocSplit(None, _picture_stems(pictures), xml_folder, pictures)
+        splits["train"] = VocSplit(None, _image_stems(image_folder), xml_folder, image_folder)
     return splits
 
 
-def _picture_stems(folder: Path) -> list[str]:
+def _image_stems(folder: Path) -> list[str]:
     try:
-        return sorted({os.path.splitext(name)[0] for name in os.listdir(folder) if is_picture(name)})
+        return sorted({os.path.splitext(name)[0] for name in os.listdir(folder) if is_image(name)})
     except OSError:
         return []

@@ -46,10 +46,10 @@ class FlatStrings:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Annotations:
-    """The boxes of one picture.
+    """The boxes of one image.
 
     Attributes:
-        boxes_xyxy_px: (N, 4) float64, pixels of the upright picture, clipped to it.
+        boxes_xyxy_px: (N, 4) float64, pixels of the upright image, clipped to it.
         labels: (N,) int64, contiguous: the position in `Dataset.categories`.
         areas: (N,) float64, square pixels; the mask's where the dataset gives one, else width times height.
         crowd: (N,) bool; crowds are left out of training and ignored by the metrics' rules.
@@ -65,9 +65,9 @@ class Annotations:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
-    """One split of a dataset, checked: every box is finite, has an area and lies inside its picture.
+    """One split of a dataset, checked: every box is finite, has an area and lies inside its image.
 
-    N pictures, M boxes; the boxes of picture i are rows `offsets[i]:offsets[i + 1]`.
+    N images, M boxes; the boxes of image i are rows `offsets[i]:offsets[i + 1]`.
 
     Attributes:
         name: the dataset's name, for run folders and reports.
@@ -77,7 +77,7 @@ class Dataset:
         categories: in the order of the contiguous labels.
         file_names: N paths, relative to `root` (or absolute when the dataset says so).
         image_ids: (N,) int64, the dataset's own.
-        sizes_wh: (N, 2) int32, width and height in pixels of the upright picture (after EXIF orientation).
+        sizes_wh: (N, 2) int32, width and height in pixels of the upright image (after EXIF orientation).
         offsets: (N + 1,) int64.
         boxes_xyxy_px, labels, areas, crowd, annotation_ids: M rows, see `Annotations`.
     """
@@ -111,18 +111,18 @@ class Dataset:
         return tuple(c.id for c in self.categories)
 
     def path(self, index: int) -> Path:
-        """Return the path of one picture."""
+        """Return the path of one image."""
         return self.root / self.file_names[index]
 
     def annotations(self, index: int) -> Annotations:
-        """Return the boxes of one picture (views, not copies)."""
+        """Return the boxes of one image (views, not copies)."""
         rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         return Annotations(
             self.boxes_xyxy_px[rows], self.labels[rows], self.areas[rows], self.crowd[rows], self.annotation_ids[rows]
         )
 
     def subset(self, indices: Sequence[int] | NDArray[np.integer], *, split: str = "") -> Dataset:
-        """Return the pictures at `indices`, in that order, with their boxes."""
+        """Return the images at `indices`, in that order, with their boxes."""
         keep = np.asarray(indices, np.int64)
         counts = (self.offsets[1:] - self.offsets[:-1])[keep]
         offsets = np.zeros(len(keep) + 1, np.int64)

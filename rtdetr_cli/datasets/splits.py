@@ -29,7 +29,7 @@ def to_splits(raw: RawDataset) -> Splits:
 def _dataset(raw: RawDataset, split: RawSplit) -> Dataset:
     count = len(split)
     offsets = np.zeros(count + 1, np.int64)
-    np.cumsum(np.bincount(split.box_pictures, minlength=count), out=offsets[1:])
+    np.cumsum(np.bincount(split.box_images, minlength=count), out=offsets[1:])
     boxes = split.boxes_xyxy_px
     sides = boxes[:, 2:] - boxes[:, :2]
     areas = np.where(np.isfinite(split.areas) & (split.areas > 0), split.areas, sides[:, 0] * sides[:, 1])
@@ -52,7 +52,7 @@ def _dataset(raw: RawDataset, split: RawSplit) -> Dataset:
 
 
 def draw_val(raw: RawDataset, val_fraction: float, seed: int) -> None:
-    """Draw a val split by picture from a dataset that has only train."""
+    """Draw a val split by image from a dataset that has only train."""
     if set(raw.splits) != {"train"} or len(raw.splits["train"]) < 2:
         return
     whole = raw.splits["train"]
@@ -65,26 +65,26 @@ def draw_val(raw: RawDataset, val_fraction: float, seed: int) -> None:
     raw.split_made = True
     raw.findings.add(
         "split-made",
-        f"there is no val split: {count} of {len(whole)} pictures were drawn for it (seed {seed})",
+        f"there is no val split: {count} of {len(whole)} images were drawn for it (seed {seed})",
         file=raw.main_file(),
     )
 
 
-def take(split: RawSplit, pictures: np.typing.NDArray[np.bool_], name: str) -> RawSplit:
-    """Return the chosen pictures of a split, with their boxes."""
-    position = np.cumsum(pictures) - 1
-    boxes = pictures[split.box_pictures]
+def take(split: RawSplit, images: np.typing.NDArray[np.bool_], name: str) -> RawSplit:
+    """Return the chosen images of a split, with their boxes."""
+    position = np.cumsum(images) - 1
+    boxes = images[split.box_images]
     part = RawSplit(
         split=name,
         root=split.root,
         label_files=split.label_files,
-        file_names=[f for f, chosen in zip(split.file_names, pictures, strict=True) if chosen],
-        image_ids=split.image_ids[pictures],
-        sizes_wh=split.sizes_wh[pictures],
-        picture_labels=split.picture_labels[pictures],
-        picture_lines=split.picture_lines[pictures],
-        picture_entries=split.picture_entries[pictures],
-        box_pictures=position[split.box_pictures[boxes]],
+        file_names=[f for f, chosen in zip(split.file_names, images, strict=True) if chosen],
+        image_ids=split.image_ids[images],
+        sizes_wh=split.sizes_wh[images],
+        image_labels=split.image_labels[images],
+        image_lines=split.image_lines[images],
+        image_entries=split.image_entries[images],
+        box_images=position[split.box_images[boxes]],
         boxes_xyxy_px=split.boxes_xyxy_px[boxes],
         labels=split.labels[boxes],
         areas=split.areas[boxes],
@@ -94,5 +94,5 @@ def take(split: RawSplit, pictures: np.typing.NDArray[np.bool_], name: str) -> R
         box_entries=split.box_entries[boxes],
     )
     part.shares, part.said_beyond = split.shares, split.said_beyond[boxes]
-    part.declared, part.usable = split.declared[pictures], split.usable[pictures]
+    part.declared, part.usable = split.declared[images], split.usable[images]
     return part

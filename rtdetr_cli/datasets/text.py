@@ -13,7 +13,7 @@ MAX_BYTES = 4 << 30
 """Label files are refused above this size; the largest public one (Objects365) has under 4 GB."""
 
 MAX_SMALL_BYTES = 64 << 20
-"""The same for a file of one picture, a list of pictures or a `data.yaml`."""
+"""The same for a file of one image, a list of images or a `data.yaml`."""
 
 CUT_OFF_HINT = "copy, download or export the file again"
 

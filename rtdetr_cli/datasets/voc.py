@@ -1,4 +1,4 @@
-"""Read Pascal VOC: one XML file a picture, and lists of names for the splits.
+"""Read Pascal VOC: one XML file an image, and lists of names for the splits.
 
 Coordinates are taken as they are written, as edges in pixels. Some tools count pixels from 1, some from 0, and
 nothing in the file says which; the difference is at most one pixel.
@@ -22,7 +22,7 @@ from rtdetr_cli.datasets.kept import Kept, KeptBox, read_kept
 from rtdetr_cli.datasets.raw import RawDataset, Rows
 from rtdetr_cli.datasets.records import Category
 from rtdetr_cli.datasets.text import Oddities, read_text
-from rtdetr_cli.images.decode import PICTURE_SUFFIXES
+from rtdetr_cli.images.decode import IMAGE_SUFFIXES
 
 _OBJECT = re.compile(r"<object[\s>/]")
 _COLUMN = re.compile(r"(.*\S)\s+-?[01]")
@@ -33,18 +33,18 @@ CLASS_LISTS = ("classes.txt", "labels.txt", "class_names.txt")
 
 @dataclass(slots=True)
 class VocSplit:
-    """One split on disk: its list (or None), and for each picture the XML file and what the picture may be called.
+    """One split on disk: its list (or None), and for each image the XML file and what the image may be called.
 
     Attributes:
         names: names without suffix, in order.
         xml_folder: where `<name>.xml` lies.
-        pictures_folder: where the pictures lie.
+        images_folder: where the images lie.
     """
 
     list_file: Path | None
     names: list[str]
     xml_folder: Path
-    pictures_folder: Path
+    images_folder: Path
 
 
 def read_voc(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
@@ -63,7 +63,7 @@ def read_voc(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
                 continue
             text = read_text(path, shown, dataset.findings, oddities)
             root = _parse(text, shown, dataset.findings) if text is not None else None
-            # A file that cannot be read is not the same as none: its picture has been named in an error already.
+            # A file that cannot be read is not the same as none: its image has been named in an error already.
             entries.append((name, shown, root, text or ""))
         parsed[split] = entries
     listed = _class_list(dataset, oddities)
@@ -78,24 +78,24 @@ def read_voc(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
     first = 1
     for split, on_disk in splits.items():
         rows = _split(dataset, split, on_disk, parsed[split], labels, kept, first)
-        dataset.splits[split] = rows.split(split, on_disk.pictures_folder)
+        dataset.splits[split] = rows.split(split, on_disk.images_folder)
         first += len(on_disk.names)
     _orphans(dataset, splits)
 
 
 def _orphans(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
-    """Say which XML files belong to no split and to no picture."""
+    """Say which XML files belong to no split and to no image."""
     listed: dict[Path, set[str]] = {}
     stems: dict[Path, set[str]] = {}
     for on_disk in splits.values():
         listed.setdefault(on_disk.xml_folder, set()).update(on_disk.names)
-        pictures = _listing(on_disk.pictures_folder) or set()
-        stems.setdefault(on_disk.xml_folder, set()).update(Path(p).stem for p in pictures if is_picture(p))
+        images = _listing(on_disk.images_folder) or set()
+        stems.setdefault(on_disk.xml_folder, set()).update(Path(p).stem for p in images if is_image(p))
     for folder, names in listed.items():
         for file in sorted(_listing(folder) or ()):
             stem = file[:-4]
             if file.endswith(".xml") and stem not in names and stem not in stems[folder]:
-                dataset.findings.add("label-orphan", "has no picture", file=dataset.show(folder / file))
+                dataset.findings.add("label-orphan", "has no image", file=dataset.show(folder / file))
 
 
 def listed_name(line: str, known: Container[str]) -> str:
@@ -110,9 +110,9 @@ def listed_name(line: str, known: Container[str]) -> str:
     return column[1] if column else whole
 
 
-def is_picture(name: str) -> bool:
-    """Tell by its suffix whether a file counts as a picture."""
-    return Path(name).suffix.lower() in PICTURE_SUFFIXES
+def is_image(name: str) -> bool:
+    """Tell by its suffix whether a file counts as an image."""
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _listing(folder: Path) -> set[str] | None:
@@ -201,11 +201,11 @@ def _split(
 ) -> Rows:
     findings = dataset.findings
     rows = Rows()
-    on_folder = _listing(on_disk.pictures_folder) or set()
+    on_folder = _listing(on_disk.images_folder) or set()
     stems: dict[str, str] = {}
     for file in sorted(on_folder):
         suffix = Path(file).suffix.lower()
-        if suffix in PICTURE_SUFFIXES:
+        if suffix in IMAGE_SUFFIXES:
             stems.setdefault(file[: -len(suffix)], file)
     folders: dict[str, list[tuple[str, int]]] = {}
     difficult: list[str] = []
@@ -217,29 +217,29 @@ def _split(
         elif declared and declared != file_name and Path(declared).name != file_name:
             findings.add(
                 "voc-filename",
-                f"says <filename>{declared}</filename>, but its picture is {file_name}",
+                f"says <filename>{declared}</filename>, but its image is {file_name}",
                 file=shown,
                 line=_line(text, "<filename"),
                 spot=Spot(split, position),
             )
         size = (0, 0)
-        identifier, facts = kept.picture(split, name)
+        identifier, facts = kept.image(split, name)
         if root is not None:
             size = (_integer(root, "size/width") or 0, _integer(root, "size/height") or 0)
             if not (0 < size[0] < 1 << 31 and 0 < size[1] < 1 << 31):
                 size = (0, 0)
             folder = _text(root, "folder")
-            if folder and Path(folder).name != on_disk.pictures_folder.name:
+            if folder and Path(folder).name != on_disk.images_folder.name:
                 folders.setdefault(folder, []).append((shown, position))
         elif not shown:
             findings.add(
                 "label-missing",
                 f"{file_name} has no XML file ({dataset.show(on_disk.xml_folder / name)}.xml)",
-                file=dataset.show(on_disk.pictures_folder / file_name),
+                file=dataset.show(on_disk.images_folder / file_name),
                 image_id=first_id + position,
                 spot=Spot(split, position),
             )
-        picture = rows.add_picture(
+        image = rows.add_image(
             file_name,
             image_id=first_id + position if identifier is None else identifier,
             size_wh=size,
@@ -253,8 +253,8 @@ def _split(
             lines = [0] * len(objects)
         for entry, element in enumerate(objects):
             own = facts[entry] if len(facts) == len(objects) else _NOTHING
-            spot = Spot(split, picture, entry)
-            _object(findings, rows, picture, element, entry, lines[entry], labels, own, spot, shown)
+            spot = Spot(split, image, entry)
+            _object(findings, rows, image, element, entry, lines[entry], labels, own, spot, shown)
             if _text(element, "difficult") == "1":
                 difficult.append(shown)
     if len(set(rows.image_ids)) != len(rows.image_ids):
@@ -264,7 +264,7 @@ def _split(
         more = f", and {others:,} more do" if others > 1 else ", and one more does" if others else ""
         findings.add(
             "voc-folder",
-            f"says <folder>{folder}</folder>{more}; pictures are taken from {on_disk.pictures_folder.name}",
+            f"says <folder>{folder}</folder>{more}; images are taken from {on_disk.images_folder.name}",
             file=files[0][0],
             spot=Spot(split, files[0][1]),
         )
@@ -278,7 +278,7 @@ def _split(
 def _object(
     findings: Findings,
     rows: Rows,
-    picture: int,
+    image: int,
     element: Element,
     entry: int,
     line: int,
@@ -287,7 +287,7 @@ def _object(
     spot: Spot,
     shown: str,
 ) -> None:
-    where: dict[str, Any] = {"file": shown, "line": line, "image_id": rows.image_ids[picture], "spot": spot}
+    where: dict[str, Any] = {"file": shown, "line": line, "image_id": rows.image_ids[image], "spot": spot}
     name = _text(element, "name")
     label = labels.get(name)
     box = element.find("bndbox")
@@ -315,9 +315,9 @@ def _object(
             **where,
         )
         return
-    width, height = rows.sizes_wh[picture]
+    width, height = rows.sizes_wh[image]
     rows.add_box(
-        picture,
+        image,
         (corners[0], corners[1], corners[2], corners[3]),
         label,
         line=line,

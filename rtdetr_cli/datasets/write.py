@@ -1,4 +1,4 @@
-"""Write a checked dataset as COCO, YOLO or Pascal VOC, pictures included.
+"""Write a checked dataset as COCO, YOLO or Pascal VOC, images included.
 
 What a format has no place for (ids and areas in YOLO and VOC) goes into a file beside the labels, which our reader
 knows and others ignore: a dataset comes back with every id, name and box.
@@ -22,14 +22,14 @@ from rtdetr_cli.datasets.kept import IDS_FILE
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.datasets.yolo import label_path
 from rtdetr_cli.errors import DataError, RtdetrError
-from rtdetr_cli.images.decode import PICTURE_SUFFIXES, usual_suffix
+from rtdetr_cli.images.decode import IMAGE_SUFFIXES, usual_suffix
 
 
 def write_dataset(parts: dict[str, Dataset], form: str, to: Path) -> Path:
     """Write every split below `to` and return what to train on.
 
     Args:
-        parts: split -> its pictures and boxes.
+        parts: split -> its images and boxes.
         form: `coco`, `yolo` or `voc`.
         to: a folder that is new or empty.
 
@@ -61,17 +61,17 @@ def _refuse_names(parts: dict[str, Dataset], form: str) -> None:
 _CONTROL = frozenset(("Cc", "Cs", "Zl", "Zp"))
 
 
-# ---- pictures
+# ---- images
 
 
-def picture_names(dataset: Dataset, *, flat: bool, stems: bool, taken: set[str]) -> list[str]:
-    """Return a name below the split's folder for each picture.
+def image_names(dataset: Dataset, *, flat: bool, stems: bool, taken: set[str]) -> list[str]:
+    """Return a name below the split's folder for each image.
 
     Args:
         dataset: one split.
         flat: no subfolders, and nothing that a line of text cannot hold.
-        stems: two pictures may not differ in their suffix alone, since their label files would be one; and each must
-            have a suffix that is known, since a folder's other files count as no pictures.
+        stems: two images may not differ in their suffix alone, since their label files would be one; and each must
+            have a suffix that is known, since a folder's other files count as no images.
         taken: names (or stems) given so far; gets the new ones.
     """
     files = [PurePosixPath(dataset.file_names[i]) for i in range(len(dataset))]
@@ -83,7 +83,7 @@ def picture_names(dataset: Dataset, *, flat: bool, stems: bool, taken: set[str])
         if flat or short.is_absolute() or ".." in short.parts:
             text = "__".join(part for part in short.parts if part not in ("/", ".."))
         stem, suffix = text[: len(text) - len(file.suffix)], file.suffix
-        if stems and suffix.lower() not in PICTURE_SUFFIXES:
+        if stems and suffix.lower() not in IMAGE_SUFFIXES:
             stem, suffix = text, usual_suffix(dataset.path(index))
         if flat:
             stem = _one_line(stem)
@@ -119,7 +119,7 @@ def _copy(dataset: Dataset, index: int, to: Path) -> None:
 def _write_coco(parts: dict[str, Dataset], to: Path) -> Path:
     (to / "annotations").mkdir(exist_ok=True)
     for split, dataset in parts.items():
-        names = picture_names(dataset, flat=False, stems=False, taken=set())
+        names = image_names(dataset, flat=False, stems=False, taken=set())
         for index, name in enumerate(names):
             _copy(dataset, index, to / split / name)
         document = {
@@ -141,13 +141,13 @@ def _write_coco(parts: dict[str, Dataset], to: Path) -> Path:
 
 
 def _coco_annotations(dataset: Dataset) -> list[dict[str, Any]]:
-    pictures = np.repeat(dataset.image_ids, np.diff(dataset.offsets)).tolist()
+    images = np.repeat(dataset.image_ids, np.diff(dataset.offsets)).tolist()
     boxes = dataset.boxes_xyxy_px.copy()
     boxes[:, 2:] -= boxes[:, :2]
     ids = np.asarray(dataset.category_ids, np.int64)
     columns = (
         dataset.annotation_ids.tolist(),
-        pictures,
+        images,
         ids[dataset.labels].tolist() if len(dataset.labels) else [],
         boxes.round(6).tolist(),
         dataset.areas.round(6).tolist(),
@@ -176,7 +176,7 @@ def _write_yolo(parts: dict[str, Dataset], to: Path) -> Path:
     dataset = next(iter(parts.values()))
     kept: dict[str, Any] = {}
     for split, dataset in parts.items():
-        names = picture_names(dataset, flat=False, stems=True, taken=set())
+        names = image_names(dataset, flat=False, stems=True, taken=set())
         kept[split] = {}
         for index, name in enumerate(names):
             _copy(dataset, index, to / "images" / split / name)
@@ -204,7 +204,7 @@ def _write_yolo(parts: dict[str, Dataset], to: Path) -> Path:
 
 
 def _facts(dataset: Dataset, index: int) -> dict[str, Any]:
-    """Return the ids of a picture and its boxes, with each box's area as a share of the picture."""
+    """Return the ids of an image and its boxes, with each box's area as a share of the image."""
     rows = dataset.annotations(index)
     width, height = dataset.sizes_wh[index].tolist()
     return {
@@ -229,7 +229,7 @@ def _write_voc(parts: dict[str, Dataset], to: Path) -> Path:
     kept: dict[str, Any] = {}
     dataset = next(iter(parts.values()))
     for split, dataset in parts.items():
-        names = picture_names(dataset, flat=True, stems=True, taken=taken)
+        names = image_names(dataset, flat=True, stems=True, taken=taken)
         stems = []
         kept[split] = {}
         for index, name in enumerate(names):

@@ -1,6 +1,6 @@
-"""Read YOLO: a `data.yaml`, pictures in folders or lists, and one text file a picture.
+"""Read YOLO: a `data.yaml`, images in folders or lists, and one text file an image.
 
-A line is `class cx cy w h` in shares of the picture, or `class x1 y1 x2 y2 ...`, a polygon, which becomes its
+A line is `class cx cy w h` in shares of the image, or `class x1 y1 x2 y2 ...`, a polygon, which becomes its
 bounding box, or a box with the keypoints of a pose dataset, which are dropped. The YAML is read as plain text values: a
 class called `no` or `0101` stays what it is.
 """
@@ -25,7 +25,7 @@ from rtdetr_cli.datasets.kept import Kept, KeptBox, read_kept
 from rtdetr_cli.datasets.raw import RawDataset, Rows
 from rtdetr_cli.datasets.records import Category
 from rtdetr_cli.datasets.text import Oddities, read_text
-from rtdetr_cli.images.decode import PICTURE_SUFFIXES
+from rtdetr_cli.images.decode import IMAGE_SUFFIXES
 
 _MAX_YAML_BYTES = 1 << 20
 _SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -98,16 +98,16 @@ def read_yolo(dataset: RawDataset, path: Path, images: Path | None) -> None:
     label_files: set[str] = set()
     listed: dict[str, list[Path]] = {}
     for split, entries in described.splits.items():
-        pictures = _pictures(dataset, described, split, entries, shown, oddities)
-        if pictures is not None:
-            listed[split] = pictures
+        paths = _images(dataset, described, split, entries, shown, oddities)
+        if paths is not None:
+            listed[split] = paths
     if described.keypoints is None:
-        _guess_keypoints(dataset, described, [path for pictures in listed.values() for path in pictures], shown)
-    for split, pictures in listed.items():
-        rows = _split(dataset, described, split, pictures, labels, kept, first, oddities, label_files)
+        _guess_keypoints(dataset, described, [path for paths in listed.values() for path in paths], shown)
+    for split, paths in listed.items():
+        rows = _split(dataset, described, split, paths, labels, kept, first, oddities, label_files)
         dataset.splits[split] = rows.split(split, described.base)
         dataset.splits[split].shares = True
-        first += len(pictures)
+        first += len(paths)
     _orphans(dataset, described, label_files)
     oddities.report(dataset.findings)
 
@@ -243,7 +243,7 @@ def _base(
     if not isinstance(said, str) or said in ("", ".", "./") or not sound_name(said):
         return home
     for candidate in (home / said, Path(said)):
-        # A dataset that claims the whole disk would have it searched for pictures.
+        # A dataset that claims the whole disk would have it searched for images.
         if candidate.is_dir() and candidate.resolve() != Path(candidate.resolve().anchor):
             dataset.roots = (*dataset.roots, candidate)
             return candidate
@@ -268,13 +268,13 @@ def _line(text: str, key: str) -> int:
     return 1
 
 
-# ---- pictures
+# ---- images
 
 
-def _pictures(
+def _images(
     dataset: RawDataset, described: YoloFile, split: str, entries: list[str], shown: str, oddities: Oddities
 ) -> list[Path] | None:
-    """Return the pictures of a split, or None with a finding."""
+    """Return the images of a split, or None with a finding."""
     found: list[Path] = []
     for entry in entries:
         where = _locate(described.base, entry)
@@ -289,14 +289,14 @@ def _pictures(
         if where.is_dir():
             if not _inside(dataset, where):
                 dataset.findings.add(
-                    "picture-outside",
+                    "image-outside",
                     f"says {split}: {entry}, which lies outside the dataset's folder",
                     file=shown,
                     spot=Spot(split),
                     hint="set path: to the folder that holds every split",
                 )
                 return None
-            found += _pictures_below(where)
+            found += _images_below(where)
         else:
             found += _listed(dataset, described, where, oddities)
     return found
@@ -324,12 +324,12 @@ def _locate(base: Path, entry: str) -> Path | None:
     return None
 
 
-def _pictures_below(folder: Path) -> list[Path]:
+def _images_below(folder: Path) -> list[Path]:
     found = []
     for parent, folders, files in os.walk(folder):
         folders.sort()
         for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES:
+            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
                 found.append(Path(parent, name))
     return found
 
@@ -347,9 +347,9 @@ def _listed(dataset: RawDataset, described: YoloFile, path: Path, oddities: Oddi
     return [best / name for name in names]
 
 
-def label_path(picture: Path) -> Path:
-    """Return the label file of a picture: the last folder called `images` becomes `labels`."""
-    parts = list(picture.parts)
+def label_path(image: Path) -> Path:
+    """Return the label file of an image: the last folder called `images` becomes `labels`."""
+    parts = list(image.parts)
     for position in range(len(parts) - 2, -1, -1):
         if parts[position] == "images":
             parts[position] = "labels"
@@ -364,7 +364,7 @@ def _split(
     dataset: RawDataset,
     described: YoloFile,
     split: str,
-    pictures: list[Path],
+    images: list[Path],
     labels: dict[int, int],
     kept: Kept,
     first_id: int,
@@ -377,7 +377,7 @@ def _split(
     if labels:
         numbered += f" ({min(labels)} to {max(labels)})"
     base = described.base
-    for position, path in enumerate(pictures):
+    for position, path in enumerate(images):
         try:
             name = str(path.relative_to(base))
         except ValueError:
@@ -389,10 +389,10 @@ def _split(
                 listings[folder] = set(os.listdir(folder))
             except OSError:
                 listings[folder] = set()
-        own_id, facts = kept.picture(split, name)
+        own_id, facts = kept.image(split, name)
         image_id = first_id + position if own_id is None else own_id
         if label.name not in listings[folder]:
-            rows.add_picture(name, image_id=image_id, size_wh=(0, 0), label_file="")
+            rows.add_image(name, image_id=image_id, size_wh=(0, 0), label_file="")
             dataset.findings.add(
                 "label-missing",
                 f"has no label file ({dataset.show(label)})",
@@ -404,7 +404,7 @@ def _split(
         shown = dataset.show(label)
         label_files.add(str(label))
         dataset.label_paths[shown] = label
-        picture = rows.add_picture(name, image_id=image_id, size_wh=(0, 0), label_file=shown)
+        image = rows.add_image(name, image_id=image_id, size_wh=(0, 0), label_file=shown)
         text = read_text(label, shown, dataset.findings, oddities)
         if text is None:
             continue
@@ -415,14 +415,14 @@ def _split(
             _line_of_label(
                 dataset.findings,
                 rows,
-                picture,
+                image,
                 number,
                 line,
                 labels,
                 numbered,
                 described,
                 facts[count],
-                Spot(split, picture, number),
+                Spot(split, image, number),
                 shown,
             )
     if len(set(rows.image_ids)) != len(rows.image_ids):
@@ -433,7 +433,7 @@ def _split(
 def _line_of_label(
     findings: Findings,
     rows: Rows,
-    picture: int,
+    image: int,
     number: int,
     line: str,
     labels: dict[int, int],
@@ -446,7 +446,7 @@ def _line_of_label(
     where: dict[str, Any] = {
         "file": shown,
         "line": number + 1,
-        "image_id": rows.image_ids[picture],
+        "image_id": rows.image_ids[image],
         "spot": spot,
     }
     words = line.split()
@@ -475,7 +475,7 @@ def _line_of_label(
     shares = values[1:]
     low, high = min(shares), max(shares)
     if high > 2 or low < -1:
-        findings.add("label-pixels", f"has {(low if low < -1 else high):g}, which is no share of the picture", **where)
+        findings.add("label-pixels", f"has {(low if low < -1 else high):g}, which is no share of the image", **where)
         return
     beyond = low < -_ROUNDING or high > 1 + _ROUNDING
     if len(shares) == 4:
@@ -491,7 +491,7 @@ def _line_of_label(
     if beyond:
         findings.add("label-beyond-one", f"has {(high if high > 1 else low):g}, beyond 0 to 1", **where)
     rows.add_box(
-        picture,
+        image,
         box,
         label,
         line=number + 1,
@@ -514,9 +514,9 @@ def _is_number(word: str) -> bool:
 # ---- keypoints that nobody announced
 
 
-def _guess_keypoints(dataset: RawDataset, described: YoloFile, pictures: list[Path], shown: str) -> None:
+def _guess_keypoints(dataset: RawDataset, described: YoloFile, images: list[Path], shown: str) -> None:
     """Find out from the labels whether boxes are followed by keypoints, and say so."""
-    few = pictures[:: max(1, len(pictures) // _LOOKED_AT)]
+    few = images[:: max(1, len(images) // _LOOKED_AT)]
     rows = [values for path in few for values in _numbers(label_path(path))]
     if not rows:
         return
@@ -591,25 +591,25 @@ def _point_size(table: NDArray[np.float64]) -> int:
     return 0
 
 
-# ---- files without a picture
+# ---- files without an image
 
 
 def _orphans(dataset: RawDataset, described: YoloFile, label_files: set[str]) -> None:
     folders = {os.path.dirname(file) for file in label_files}
     for folder in sorted(folders):
-        pictures: set[str] | None = None
+        images: set[str] | None = None
         for name in sorted(os.listdir(folder)):
             path = os.path.join(folder, name)
             if not name.endswith(".txt") or name in _CLASS_FILES or path in label_files:
                 continue
-            if pictures is None:
-                pictures = _stems_of(Path(folder))
-            if name[:-4] not in pictures:
-                dataset.findings.add("label-orphan", "has no picture", file=dataset.show(Path(path)))
+            if images is None:
+                images = _stems_of(Path(folder))
+            if name[:-4] not in images:
+                dataset.findings.add("label-orphan", "has no image", file=dataset.show(Path(path)))
 
 
 def _stems_of(label_folder: Path) -> set[str]:
-    """Return the names, without suffix, of the pictures whose labels lie in a folder."""
+    """Return the names, without suffix, of the images whose labels lie in a folder."""
     parts = list(label_folder.parts)
     for position in range(len(parts) - 1, -1, -1):
         if parts[position] == "labels":
@@ -619,4 +619,4 @@ def _stems_of(label_folder: Path) -> set[str]:
         files = os.listdir(Path(*parts))
     except OSError:
         return set()
-    return {os.path.splitext(f)[0] for f in files if os.path.splitext(f)[1].lower() in PICTURE_SUFFIXES}
+    return {os.path.splitext(f)[0] for f in files if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES}

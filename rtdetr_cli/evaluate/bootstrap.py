@@ -1,12 +1,12 @@
-"""How sure an AP is: resample the pictures, and see how far the number moves.
+"""How sure an AP is: resample the images, and see how far the number moves.
 
-A split is one draw of pictures; another draw would give another AP. The bootstrap draws N of the N pictures with
+A split is one draw of images; another draw would give another AP. The bootstrap draws N of the N images with
 replacement, many times, and looks at the middle 95 % of the APs (Efron 1979). Detections are matched once: a resample
-only weighs each picture by how often it was drawn, and AP is computed from weighted counts.
+only weighs each image by how often it was drawn, and AP is computed from weighted counts.
 
-hotcoco's `compare` has a bootstrap, but it evaluates the *set* of pictures drawn and forgets how often each was:
-its standard errors come out at three quarters of the right ones (0.0109 against 0.0141 for AR of 40 made pictures,
-where evaluating copies of the pictures gives 0.0141). So this is ours.
+hotcoco's `compare` has a bootstrap, but it evaluates the *set* of images drawn and forgets how often each was:
+its standard errors come out at three quarters of the right ones (0.0109 against 0.0141 for AR of 40 made images,
+where evaluating copies of the images gives 0.0141). So this is ours.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError
-from rtdetr_cli.evaluate.coco import picture_numbers
+from rtdetr_cli.evaluate.coco import image_numbers
 from rtdetr_cli.evaluate.matching import TRUE, box_images, fates_at
 from rtdetr_cli.evaluate.table import DetectionTable
 
 IOUS = tuple(0.5 + 0.05 * step for step in range(10))
 CONFIDENCE = 0.95
 RESAMPLES_AT_ONCE = 250  # bounds the memory: one float32 a resample and true positive of a class
-FEW_PICTURES = 30
-FEW_WITH_CLASS = 5  # a class of fewer pictures has resamples too much alike, and an interval that is far too narrow
+FEW_IMAGES = 30
+FEW_WITH_CLASS = 5  # a class of fewer images has resamples too much alike, and an interval that is far too narrow
 WIDE = 0.05  # half an interval above which a split is called too small
 
 
@@ -38,7 +38,7 @@ class Interval:
     value: float
     lower: float
     upper: float
-    pictures: int
+    images: int
 
     @property
     def half(self) -> float:
@@ -46,7 +46,7 @@ class Interval:
         return (self.upper - self.lower) / 2
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} ± {self.half:.3f} ({CONFIDENCE:.0%}, {self.pictures} pictures)".replace("%", " %")
+        return f"{self.value:.3f} ± {self.half:.3f} ({CONFIDENCE:.0%}, {self.images} images)".replace("%", " %")
 
     def to_json(self) -> dict[str, float | int]:
         """Return the figures by name."""
@@ -56,22 +56,22 @@ class Interval:
             "upper": self.upper,
             "half": self.half,
             "confidence": CONFIDENCE,
-            "pictures": self.pictures,
+            "pictures": self.images,
         }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Resamples:
-    """AP under each of B resamples of the pictures.
+    """AP under each of B resamples of the images.
 
     Attributes:
         ap: (B, K, 3) AP, AP50 and AP75 of each class; NaN where the resample holds no box of it.
-        pictures: N.
-        with_class: (K,) pictures that hold a box of each class.
+        images: N.
+        with_class: (K,) images that hold a box of each class.
     """
 
     ap: NDArray[np.float64]
-    pictures: int
+    images: int
     with_class: NDArray[np.int64]
 
     def overall(self, which: str = "AP") -> NDArray[np.float64]:
@@ -85,10 +85,10 @@ class Resamples:
 
     def interval(self, value: float, which: str = "AP") -> Interval:
         """Return the interval of a number over all classes."""
-        return _interval(value, self.overall(which), self.pictures)
+        return _interval(value, self.overall(which), self.images)
 
     def class_interval(self, value: float, label: int) -> Interval | None:
-        """Return the interval of one class's AP; None where too few pictures hold the class for one to mean much."""
+        """Return the interval of one class's AP; None where too few images hold the class for one to mean much."""
         values = self.ap[:, label, 0]
         if self.with_class[label] < FEW_WITH_CLASS:
             return None
@@ -96,7 +96,7 @@ class Resamples:
 
     def gap(self, other: Resamples, value: float) -> Interval:
         """Return the interval of this model's AP minus another's on the same resamples."""
-        return _interval(value, self.overall() - other.overall(), self.pictures)
+        return _interval(value, self.overall() - other.overall(), self.images)
 
     def class_gap(self, other: Resamples, value: float, label: int) -> Interval | None:
         """Return the interval of this model's AP of a class minus another's on the same resamples, or None."""
@@ -106,38 +106,38 @@ class Resamples:
         return _interval(value, gaps[~np.isnan(gaps)], int(self.with_class[label]))
 
 
-def _interval(value: float, drawn: NDArray[np.float64], pictures: int) -> Interval:
+def _interval(value: float, drawn: NDArray[np.float64], images: int) -> Interval:
     """Return the basic bootstrap interval: the draws' quantiles, mirrored at the value.
 
-    AP of few pictures is too high, and AP of a resample, which repeats pictures, is higher again by about as much;
-    mirroring sets the second error against the first. On made pictures (20 classes, most of them rare, samples of
+    AP of few images is too high, and AP of a resample, which repeats images, is higher again by about as much;
+    mirroring sets the second error against the first. On made images (20 classes, most of them rare, samples of
     100 from 6,000) it held the true AP in 83 % of samples, the plain quantiles in 49 %; with 3 classes 91 and 88 %.
     """
     tail = (1 - CONFIDENCE) / 2
     lower, upper = np.quantile(drawn, [tail, 1 - tail]) if len(drawn) else (value, value)
-    return Interval(value, 2 * value - float(upper), 2 * value - float(lower), pictures)
+    return Interval(value, 2 * value - float(upper), 2 * value - float(lower), images)
 
 
-def draw_weights(pictures: int, resamples: int, *, seed: int = 0) -> NDArray[np.float32]:
-    """Return (N, B): how often each picture is in each resample."""
+def draw_weights(images: int, resamples: int, *, seed: int = 0) -> NDArray[np.float32]:
+    """Return (N, B): how often each image is in each resample."""
     random = np.random.default_rng(seed)
-    weights = np.empty((pictures, resamples), np.float32)
+    weights = np.empty((images, resamples), np.float32)
     for column in range(resamples):
-        weights[:, column] = np.bincount(random.integers(0, pictures, pictures), minlength=pictures)
+        weights[:, column] = np.bincount(random.integers(0, images, images), minlength=images)
     return weights
 
 
 def resample(dataset: Dataset, table: DetectionTable, *, resamples: int = 1000, seed: int = 0) -> Resamples:
-    """Compute AP under resamples of the pictures; equal seeds draw equal pictures, so that two models pair up.
+    """Compute AP under resamples of the images; equal seeds draw equal images, so that two models pair up.
 
     Args:
-        dataset: N pictures with boxes in K classes.
+        dataset: N images with boxes in K classes.
         table: D detections.
         resamples: B.
         seed: of the draw.
 
     Raises:
-        DataError: there is nothing to be sure about: no pictures or no boxes.
+        DataError: there is nothing to be sure about: no images or no boxes.
     """
     if not len(dataset) or not np.any(~dataset.crowd):
         raise DataError(
@@ -145,8 +145,8 @@ def resample(dataset: Dataset, table: DetectionTable, *, resamples: int = 1000, 
             code="empty-split",
         )
     fates = fates_at(dataset, table, IOUS)
-    # Equal scores rank by picture number, as in the evaluators.
-    order = np.lexsort((picture_numbers(dataset)[table.image_index], -table.scores, table.labels))
+    # Equal scores rank by image number, as in the evaluators.
+    order = np.lexsort((image_numbers(dataset)[table.image_index], -table.scores, table.labels))
     class_offsets = np.searchsorted(table.labels[order], np.arange(len(dataset.categories) + 1))
     images = box_images(dataset)
     ap = np.full((resamples, len(dataset.categories), 3), np.nan)
@@ -171,13 +171,13 @@ def resample(dataset: Dataset, table: DetectionTable, *, resamples: int = 1000, 
 def _weighted_ap(
     images: NDArray[np.int64], fates: NDArray[np.int8], boxes: NDArray[np.float32], drawn: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """Return (T, b) AP of one class at each IoU under b weightings of the pictures.
+    """Return (T, b) AP of one class at each IoU under b weightings of the images.
 
     Between two true positives precision only falls, so the envelope needs the true positives' rows alone; what
     lies between them is summed by one sparse product.
 
     Args:
-        images: (D,) picture of each detection, best first.
+        images: (D,) image of each detection, best first.
         fates: (T, D).
         boxes: (b,) weighted number of boxes.
         drawn: (N, b) weights.
@@ -226,11 +226,11 @@ def _weighted_ap(
 
 def too_small(interval: Interval) -> str:
     """Return a sentence when a split is too small to tell much, else an empty string."""
-    if interval.pictures >= FEW_PICTURES and interval.half <= WIDE:
+    if interval.images >= FEW_IMAGES and interval.half <= WIDE:
         return ""
     return (
-        f"the split is too small to tell much: with {interval.pictures} pictures AP is known to ± {interval.half:.3f}; "
-        "four times as many pictures would halve that"
+        f"the split is too small to tell much: with {interval.images} images AP is known to ± {interval.half:.3f}; "
+        "four times as many images would halve that"
     )
 
 
@@ -239,7 +239,7 @@ def too_small(interval: Interval) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two models on the same pictures.
+    """Two models on the same images.
 
     Attributes:
         a, b: each one's AP with its interval.
@@ -262,21 +262,21 @@ class Comparison:
         if self.verdict != "undecided":
             better, worse = (name_b, name_a) if self.verdict == "b" else (name_a, name_b)
             low, high = (low, high) if self.verdict == "b" else (-high, -low)
-            between = f"95 %: {low:.3f} to {high:.3f}, {self.difference.pictures} pictures"
+            between = f"95 %: {low:.3f} to {high:.3f}, {self.difference.images} images"
             return f"{better} is better than {worse} by {abs(gap):.3f} AP ({between})"
-        between = f"95 %: {low:+.3f} to {high:+.3f}, {self.difference.pictures} pictures"
-        needed = self.pictures_needed()
-        more = f"; it would take about {needed:,} pictures to tell a difference of this size" if needed else ""
+        between = f"95 %: {low:+.3f} to {high:+.3f}, {self.difference.images} images"
+        needed = self.images_needed()
+        more = f"; it would take about {needed:,} images to tell a difference of this size" if needed else ""
         return f"no difference can be told: {name_b} minus {name_a} is {gap:+.3f} AP ({between}){more}"
 
-    def pictures_needed(self) -> int | None:
-        """Return how many pictures would part two models this far apart, or None when that cannot be said."""
+    def images_needed(self) -> int | None:
+        """Return how many images would part two models this far apart, or None when that cannot be said."""
         gap = abs(self.difference.value)
         if gap < 0.001 or self.verdict != "undecided":
             return None
-        wanted = self.difference.pictures * (self.difference.half / gap) ** 2
+        wanted = self.difference.images * (self.difference.half / gap) ** 2
         digits = max(0, int(math.log10(max(wanted, 1))) - 1)
-        return max(self.difference.pictures + 1, int(math.ceil(wanted / 10**digits) * 10**digits))
+        return max(self.difference.images + 1, int(math.ceil(wanted / 10**digits) * 10**digits))
 
 
 def compare(
@@ -287,10 +287,10 @@ def compare(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[Comparison, tuple[Resamples, Resamples]]:
-    """Compare two models' detections picture by picture: both are judged on the same resamples.
+    """Compare two models' detections image by image: both are judged on the same resamples.
 
     Args:
-        dataset: the pictures that both have seen.
+        dataset: the images that both have seen.
         tables: detections of A and B.
         values: AP of A and B.
         resamples: how many.

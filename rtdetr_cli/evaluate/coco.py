@@ -81,18 +81,18 @@ def coco_metrics(dataset: Dataset, table: DetectionTable, *, evaluator: str = "h
     """Evaluate detections against a dataset's boxes.
 
     Args:
-        dataset: N pictures and their boxes.
+        dataset: N images and their boxes.
         table: detections in the dataset's labels; rows with NaN must have been dropped before.
         evaluator: `hotcoco` or `pycocotools`.
 
     Raises:
-        DataError: the dataset has no pictures, or a detection lies outside it.
+        DataError: the dataset has no images, or a detection lies outside it.
         EnvironmentProblem: the evaluator is not installed.
         UsageError: there is no such evaluator.
     """
     if not len(dataset):
         raise DataError(
-            f"the {dataset.split or 'val'} split of {dataset.name} has no pictures, so there is nothing to evaluate",
+            f"the {dataset.split or 'val'} split of {dataset.name} has no images, so there is nothing to evaluate",
             hint="name another split with --split, or make one: rtdetr validate DATA --resplit 0.8,0.2 --to DIR",
             code="empty-split",
         )
@@ -102,7 +102,7 @@ def coco_metrics(dataset: Dataset, table: DetectionTable, *, evaluator: str = "h
         or table.labels.min() < 0
         or table.labels.max() >= len(dataset.categories)
     ):
-        raise DataError("a detection names a picture or class that the dataset does not have", code="detections")
+        raise DataError("a detection names an image or class that the dataset does not have", code="detections")
     if evaluator == "hotcoco":
         return _with_hotcoco(dataset, table)
     if evaluator == "pycocotools":
@@ -125,10 +125,10 @@ def without_crowds(dataset: Dataset) -> Dataset:
     )
 
 
-def picture_numbers(dataset: Dataset) -> NDArray[np.int64]:
-    """Return the number that the evaluators know each picture by: 1 to N in the order of the dataset's own ids.
+def image_numbers(dataset: Dataset) -> NDArray[np.int64]:
+    """Return the number that the evaluators know each image by: 1 to N in the order of the dataset's own ids.
 
-    Detections of equal scores rank by their picture, so another order of pictures would be another AP.
+    Detections of equal scores rank by their image, so another order of images would be another AP.
     """
     number = np.empty(len(dataset), np.int64)
     number[np.argsort(dataset.image_ids, kind="stable")] = np.arange(1, len(dataset) + 1)
@@ -138,7 +138,7 @@ def picture_numbers(dataset: Dataset) -> NDArray[np.int64]:
 def hotcoco_session(dataset: Dataset, table: DetectionTable) -> Any:
     """Return hotcoco's evaluator after matching, for AP and for its analyses.
 
-    Pictures carry `picture_numbers`; classes and boxes are numbered from 1 in the order of the dataset, detections
+    Images carry `image_numbers`; classes and boxes are numbered from 1 in the order of the dataset, detections
     in the table's order: the dataset's own ids may start at 0, which the reference takes for "unmatched".
     """
     try:
@@ -147,7 +147,7 @@ def hotcoco_session(dataset: Dataset, table: DetectionTable) -> Any:
         raise EnvironmentProblem(
             "the evaluator hotcoco is not installed", hint="pip install hotcoco, or take --evaluator pycocotools"
         ) from error
-    number = picture_numbers(dataset)
+    number = image_numbers(dataset)
     images = [
         {"id": n, "width": w, "height": h} for n, (w, h) in zip(number.tolist(), dataset.sizes_wh.tolist(), strict=True)
     ]
@@ -187,12 +187,12 @@ def _with_pycocotools(dataset: Dataset, table: DetectionTable) -> CocoResult:
         raise EnvironmentProblem(
             "the evaluator pycocotools is not installed", hint="pip install pycocotools, or take --evaluator hotcoco"
         ) from error
-    number = picture_numbers(dataset)
+    number = image_numbers(dataset)
     images = [{"id": n} for n in number.tolist()]
     categories = [{"id": k + 1, "name": name} for k, name in enumerate(dataset.names)]
 
     def indexed(
-        pictures: NDArray[np.int64],
+        numbers: NDArray[np.int64],
         labels: NDArray[np.int64],
         boxes: NDArray[np.float64],
         areas: NDArray[np.float64],
@@ -205,7 +205,7 @@ def _with_pycocotools(dataset: Dataset, table: DetectionTable) -> CocoResult:
             "annotations": [
                 {"id": n + 1, "image_id": i, "category_id": k + 1, "bbox": b, "area": a, "iscrowd": 0, **more}
                 for n, (i, k, b, a, more) in enumerate(
-                    zip(pictures.tolist(), labels.tolist(), boxes.tolist(), areas.tolist(), extra, strict=True)
+                    zip(numbers.tolist(), labels.tolist(), boxes.tolist(), areas.tolist(), extra, strict=True)
                 )
             ],
         }

@@ -1,4 +1,4 @@
-"""Where a model goes wrong: kinds of error, what fixing each would gain, and the pictures and boxes to look at.
+"""Where a model goes wrong: kinds of error, what fixing each would gain, and the images and boxes to look at.
 
 The kinds are TIDE's (Bolya et al. 2020), at IoU 0.5 for a match and 0.1 for any overlap at all:
 
@@ -38,17 +38,17 @@ LEAST_AP50 = 0.5  # of a class whose detections say more about the annotations t
 
 
 @dataclass(frozen=True, slots=True)
-class PictureErrors:
-    """How one picture went at the thresholds."""
+class ImageErrors:
+    """How one image went at the thresholds."""
 
-    picture: int
+    image: int
     found: int
     wrong: int
     missed: int
 
     @property
     def f1(self) -> float:
-        """F1 of this picture; 1 when there was nothing to find and nothing was."""
+        """F1 of this image; 1 when there was nothing to find and nothing was."""
         total = 2 * self.found + self.wrong + self.missed
         return 2 * self.found / total if total else 1.0
 
@@ -60,7 +60,7 @@ class Suspect:
     Attributes:
         kind: `no-box` (a sure detection where nothing is annotated), `other-class` (a sure detection of another
             class on a box) or `never-found` (a box that nothing ever finds).
-        picture: position in the dataset.
+        image: position in the dataset.
         box_xyxy_px: of the detection, or of the box that is never found.
         label: class of the detection, or of the box.
         score: of the detection; None for a box.
@@ -69,7 +69,7 @@ class Suspect:
     """
 
     kind: str
-    picture: int
+    image: int
     box_xyxy_px: tuple[float, float, float, float]
     label: int
     score: float | None
@@ -136,23 +136,23 @@ class ErrorAnalysis:
         return matrix
 
     @cached_property
-    def pictures(self) -> list[PictureErrors]:
-        """Each picture's finds and errors, in the order of the dataset."""
+    def images(self) -> list[ImageErrors]:
+        """Each image's finds and errors, in the order of the dataset."""
         dataset, table = self.evaluation.dataset, self.evaluation.table
         count = len(dataset)
         found = np.bincount(table.image_index[self.kinds == RIGHT], minlength=count)
         wrong = np.bincount(table.image_index[self.kinds >= 0], minlength=count)
         missed = np.bincount(box_images(dataset)[self.missed], minlength=count)
-        return [PictureErrors(i, int(found[i]), int(wrong[i]), int(missed[i])) for i in range(count)]
+        return [ImageErrors(i, int(found[i]), int(wrong[i]), int(missed[i])) for i in range(count)]
 
-    def worst(self, most: int = 20) -> list[PictureErrors]:
-        """Return pictures with errors, lowest F1 first, then the most errors."""
-        bad = [p for p in self.pictures if p.wrong or p.missed]
-        return sorted(bad, key=lambda p: (p.f1, -(p.wrong + p.missed), p.picture))[:most]
+    def worst(self, most: int = 20) -> list[ImageErrors]:
+        """Return images with errors, lowest F1 first, then the most errors."""
+        bad = [p for p in self.images if p.wrong or p.missed]
+        return sorted(bad, key=lambda p: (p.f1, -(p.wrong + p.missed), p.image))[:most]
 
     @cached_property
     def empty(self) -> dict[str, int]:
-        """Pictures without objects: how many, how many with a false positive, and how many false positives."""
+        """Images without objects: how many, how many with a false positive, and how many false positives."""
         dataset = self.evaluation.dataset
         without = np.diff(dataset.offsets) == 0
         false = np.bincount(self.evaluation.table.image_index[self.kinds >= 0], minlength=len(dataset))[without]
@@ -253,8 +253,8 @@ class ErrorAnalysis:
             "empty_pictures": self.empty,
             "worst": [
                 {
-                    "file": dataset.file_names[p.picture],
-                    "image_id": int(dataset.image_ids[p.picture]),
+                    "file": dataset.file_names[p.image],
+                    "image_id": int(dataset.image_ids[p.image]),
                     "found": p.found,
                     "wrong": p.wrong,
                     "missed": p.missed,
@@ -267,8 +267,8 @@ class ErrorAnalysis:
             "suspects": [
                 {
                     "kind": s.kind,
-                    "file": dataset.file_names[s.picture],
-                    "image_id": int(dataset.image_ids[s.picture]),
+                    "file": dataset.file_names[s.image],
+                    "image_id": int(dataset.image_ids[s.image]),
                     "box_xyxy": list(s.box_xyxy_px),
                     "label": names[s.label],
                     "score": s.score,

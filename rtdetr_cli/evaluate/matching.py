@@ -1,9 +1,9 @@
 """Which detection found which box, at one IoU, by the rules of COCO: the ground for precision, recall and thresholds.
 
-The evaluators give curves on 101 recall points and, at great cost, one Python object a picture and class; precision
+The evaluators give curves on 101 recall points and, at great cost, one Python object an image and class; precision
 and recall at a score need every detection's fate. All of it here is array work over the whole split.
 
-COCO's matching lets the detections of a picture and class choose in the order of their scores: each takes the free
+COCO's matching lets the detections of an image and class choose in the order of their scores: each takes the free
 box it overlaps most, a counted box before an ignored one. That is a serial dictatorship, whose outcome is the one
 stable matching when every box prefers the higher score. So all detections may propose at once, each box keeps its
 best suitor, and the rejected propose again: a few rounds over arrays in place of a loop over half a million rows.
@@ -21,7 +21,7 @@ from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.evaluate.coco import AREA_RANGES, SIZES, xywh
 from rtdetr_cli.evaluate.table import DetectionTable
 
-MAX_PER_CLASS = 100  # COCO's limit of detections counted for one picture and class
+MAX_PER_CLASS = 100  # COCO's limit of detections counted for one image and class
 PAIRS_AT_ONCE = 4_000_000  # bounds the memory of overlap computations to about 300 MB
 
 TRUE, FALSE, IGNORED, CUT = 1, 0, -1, -2
@@ -44,7 +44,7 @@ class MatchTable:
 
     Attributes:
         fate: (A, D) int8: TRUE (found a counted box), FALSE (false positive), IGNORED (matched a crowd or a box of
-            another size, or is itself of another size) or CUT (beyond the 100 best of its picture and class).
+            another size, or is itself of another size) or CUT (beyond the 100 best of its image and class).
         matched_box: (D,) int64, the box that a detection took at size `all`, -1 for none.
         found_by: (G,) int64, the detection that took a box at size `all`, -1 for none.
         counted: (A, G) bool: boxes in the recall's denominator.
@@ -65,12 +65,12 @@ class MatchTable:
 
 
 def box_images(dataset: Dataset) -> NDArray[np.int64]:
-    """Return the picture of each box, (G,)."""
+    """Return the image of each box, (G,)."""
     return np.repeat(np.arange(len(dataset), dtype=np.int64), np.diff(dataset.offsets))
 
 
 def overlapping_pairs(dataset: Dataset, table: DetectionTable, *, least_iou: float, same_class: bool = True) -> Pairs:
-    """Return all pairs of a detection and a box of one picture (and class) that overlap enough.
+    """Return all pairs of a detection and a box of one image (and class) that overlap enough.
 
     A crowd's IoU is the part of the detection inside it, as COCO defines it.
     """
@@ -121,10 +121,10 @@ def _iou(found: NDArray[np.float64], truth: NDArray[np.float64], crowd: NDArray[
 
 
 def match(dataset: Dataset, table: DetectionTable, *, iou: float = 0.5) -> MatchTable:
-    """Match detections to boxes of their picture and class by COCO's rules, for every size.
+    """Match detections to boxes of their image and class by COCO's rules, for every size.
 
     Args:
-        dataset: N pictures with G boxes.
+        dataset: N images with G boxes.
         table: D detections; equal scores keep the table's order.
         iou: least overlap of a match.
     """
@@ -169,7 +169,7 @@ def fates_at(dataset: Dataset, table: DetectionTable, ious: Sequence[float]) -> 
 
 
 def _ranks(dataset: Dataset, table: DetectionTable) -> NDArray[np.int64]:
-    """Return each detection's place among those of its picture and class, (D,), 0 the best."""
+    """Return each detection's place among those of its image and class, (D,), 0 the best."""
     group = table.image_index * max(len(dataset.categories), 1) + table.labels
     order = np.lexsort((-table.scores, group))
     grouped = group[order]
@@ -206,7 +206,7 @@ def _settle(
 
     Args:
         pairs: pairs that overlap enough.
-        rank: (D,) place of a detection in its picture and class, 0 the best.
+        rank: (D,) place of a detection in its image and class, 0 the best.
         ignored: (G,) boxes that count for nothing; chosen only when no counted one is left.
         crowd: (G,) boxes with room for any number of detections.
         rows: D.

@@ -1,7 +1,7 @@
-"""The page of an evaluation: one file that opens anywhere, with every table, the curves, and the pictures themselves.
+"""The page of an evaluation: one file that opens anywhere, with every table, the curves, and the images themselves.
 
-Boxes are drawn by the browser over the picture and not into it: they stay sharp, can be filtered by kind of error
-and class, and each picture is in the file once although it is shown twice.
+Boxes are drawn by the browser over the image and not into it: they stay sharp, can be filtered by kind of error
+and class, and each image is in the file once although it is shown twice.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from rtdetr_cli.evaluate.errors_analysis import (
 )
 from rtdetr_cli.evaluate.run import Evaluation
 from rtdetr_cli.evaluate.thresholds import Calibration, score_curve
-from rtdetr_cli.images.decode import PictureError, read_picture
+from rtdetr_cli.images.decode import ImageError, read_image
 from rtdetr_cli.images.draw import colour
-from rtdetr_cli.page import picture_uri, render_page
+from rtdetr_cli.page import image_uri, render_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_PICTURES = 60
+MOST_IMAGES = 60
 MOST_SUSPECTS = 24
 WORST = 24
 EACH_KIND = 6
 EACH_CLASS = 4
-PICTURE_SIDE = 720  # pixels of an embedded picture's longer side
+IMAGE_SIDE = 720  # pixels of an embedded image's longer side
 CROP_SIDE = 260
 MATRIX_CLASSES = 20
 LETTER = 0.66  # width of a bold letter, in its height; ample, since the browser chooses the font
@@ -100,7 +100,7 @@ def page_context(
 ) -> dict[str, Any]:
     """Return everything that the template shows, as plain values."""
     dataset = evaluation.dataset
-    pictures, unreadable = _pictures(analysis)
+    images, unreadable = _images(analysis)
     suspects = _suspects(analysis)
     thresholds = calibration.thresholds if calibration else evaluation.thresholds
     at_thresholds = None
@@ -120,7 +120,7 @@ def page_context(
         "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         "model": model,
         "dataset": dataset,
-        "pictures_count": len(dataset),
+        "images_count": len(dataset),
         "boxes_count": int(np.count_nonzero(~dataset.crowd)),
         "evaluator": evaluation.evaluator,
         "notes": [*evaluation.notes, *(calibration.notes if calibration else ())],
@@ -156,19 +156,19 @@ def page_context(
         "suspects": suspects,
         "suspects_count": len(analysis.suspects),
         "suspects_note": analysis.suspects_note,
-        "pictures": pictures,
-        "pictures_lost": unreadable,
-        "filter_kinds": [kind for kind in KINDS if any(kind in p["kinds"] for p in pictures)],
+        "images": images,
+        "images_lost": unreadable,
+        "filter_kinds": [kind for kind in KINDS if any(kind in p["kinds"] for p in images)],
         "filter_classes": [
             {"label": label, "name": name, "colour": css_colour(label)}
             for label, name in enumerate(dataset.names)
-            if any(label in p["classes"] for p in pictures)
+            if any(label in p["classes"] for p in images)
         ],
     }
 
 
 def css_colour(label: int) -> str:
-    """Return the colour of a class for a style sheet: the one that it has on annotated pictures."""
+    """Return the colour of a class for a style sheet: the one that it has on annotated images."""
     red, green, blue = colour(label)
     return f"#{red:02x}{green:02x}{blue:02x}"
 
@@ -285,12 +285,12 @@ def _confused(analysis: ErrorAnalysis, most: int = 12) -> list[tuple[str, str, i
     return [(names[a], names[b], int(classes[a, b])) for a, b in found if classes[a, b]]
 
 
-# --------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------- images
 
 
 @dataclass(frozen=True, slots=True)
 class _Mark:
-    """A box on a picture of the page.
+    """A box on an image of the page.
 
     Attributes:
         outcome: a kind of error, `right`, `near` or `crowd`.
@@ -332,7 +332,7 @@ def place_texts(marks: Sequence[_Mark], size_wh: tuple[int, int], text_size: flo
 
     Args:
         marks: those drawn last, which are the surest, choose first.
-        size_wh: of the picture in pixels.
+        size_wh: of the image in pixels.
         text_size: height of a line in pixels.
     """
     width, height = size_wh
@@ -369,18 +369,18 @@ def _overlaps(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.bool
     return together
 
 
-def choose_pictures(analysis: ErrorAnalysis) -> list[int]:
-    """Return the pictures to show: the worst, then some for each kind of error and each class, then the rest."""
+def choose_images(analysis: ErrorAnalysis) -> list[int]:
+    """Return the images to show: the worst, then some for each kind of error and each class, then the rest."""
     table, dataset = analysis.evaluation.table, analysis.evaluation.dataset
     wrong = np.flatnonzero(analysis.kinds >= 0)
     wrong = wrong[np.argsort(-table.scores[wrong], kind="stable")]
     missed = np.flatnonzero(analysis.missed)
     images_of_boxes = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))
-    chosen: dict[int, None] = {p.picture: None for p in analysis.worst(WORST)}
+    chosen: dict[int, None] = {p.image: None for p in analysis.worst(WORST)}
 
-    def some(pictures: NDArray[np.int64], most: int) -> None:
-        for picture in list(dict.fromkeys(pictures.tolist()))[:most]:
-            chosen[picture] = None
+    def some(images: NDArray[np.int64], most: int) -> None:
+        for image in list(dict.fromkeys(images.tolist()))[:most]:
+            chosen[image] = None
 
     for kind in range(len(KINDS)):
         some(table.image_index[wrong[analysis.kinds[wrong] == kind]], EACH_KIND)
@@ -388,32 +388,32 @@ def choose_pictures(analysis: ErrorAnalysis) -> list[int]:
     for label in range(len(dataset.categories)):
         some(table.image_index[wrong[table.labels[wrong] == label]], EACH_CLASS)
         some(images_of_boxes[missed[dataset.labels[missed] == label]], EACH_CLASS)
-    for picture in analysis.worst(MOST_PICTURES):
-        chosen[picture.picture] = None
-    return list(chosen)[:MOST_PICTURES]
+    for image in analysis.worst(MOST_IMAGES):
+        chosen[image.image] = None
+    return list(chosen)[:MOST_IMAGES]
 
 
-def _pictures(analysis: ErrorAnalysis) -> tuple[list[dict[str, Any]], int]:
-    """Return the pictures of the page with their boxes, and how many could not be read."""
+def _images(analysis: ErrorAnalysis) -> tuple[list[dict[str, Any]], int]:
+    """Return the images of the page with their boxes, and how many could not be read."""
     dataset = analysis.evaluation.dataset
     shown, lost = [], 0
-    for index in choose_pictures(analysis):
+    for index in choose_images(analysis):
         try:
-            picture = read_picture(dataset.path(index))
-        except PictureError:
+            image = read_image(dataset.path(index))
+        except ImageError:
             lost += 1
             continue
         truth, found = _truth_marks(analysis, index), _found_marks(analysis, index)
-        figures = analysis.pictures[index]
+        figures = analysis.images[index]
         errors = [m for m in (*truth, *found) if m.outcome in KINDS]
-        height, width = picture.shape[:2]
+        height, width = image.shape[:2]
         missed = {f"{m.outcome}:{m.label}" for m in truth if m.outcome in KINDS}
         text_size = round(max(9.0, (width * height) ** 0.5 / 30), 1)
         shown.append(
             {
                 "id": index,
                 "name": dataset.file_names[index],
-                "uri": picture_uri(picture, max_side=PICTURE_SIDE),
+                "uri": image_uri(image, max_side=IMAGE_SIDE),
                 "width": width,
                 "height": height,
                 "text_size": text_size,
@@ -431,9 +431,9 @@ def _pictures(analysis: ErrorAnalysis) -> tuple[list[dict[str, Any]], int]:
     return shown, lost
 
 
-def _truth_marks(analysis: ErrorAnalysis, picture: int) -> list[_Mark]:
+def _truth_marks(analysis: ErrorAnalysis, image: int) -> list[_Mark]:
     dataset, table = analysis.evaluation.dataset, analysis.evaluation.table
-    start, stop = np.searchsorted(table.image_index, [picture, picture + 1])
+    start, stop = np.searchsorted(table.image_index, [image, image + 1])
     # The errors that are on a box: the filters show them and the box together.
     on_box: dict[int, list[str]] = {}
     for row in range(int(start), int(stop)):
@@ -441,7 +441,7 @@ def _truth_marks(analysis: ErrorAnalysis, picture: int) -> list[_Mark]:
             error = f"{KINDS[analysis.kinds[row]]}:{int(table.labels[row])}"
             on_box.setdefault(int(analysis.near_box[row]), []).append(error)
     marks = []
-    for box in range(int(dataset.offsets[picture]), int(dataset.offsets[picture + 1])):
+    for box in range(int(dataset.offsets[image]), int(dataset.offsets[image + 1])):
         label = int(dataset.labels[box])
         name = dataset.names[label]
         if dataset.crowd[box]:
@@ -458,10 +458,10 @@ def _truth_marks(analysis: ErrorAnalysis, picture: int) -> list[_Mark]:
     return marks
 
 
-def _found_marks(analysis: ErrorAnalysis, picture: int) -> list[_Mark]:
+def _found_marks(analysis: ErrorAnalysis, image: int) -> list[_Mark]:
     dataset, table = analysis.evaluation.dataset, analysis.evaluation.table
-    start, stop = np.searchsorted(table.image_index, [picture, picture + 1])
-    width, height = dataset.sizes_wh[picture].tolist()
+    start, stop = np.searchsorted(table.image_index, [image, image + 1])
+    width, height = dataset.sizes_wh[image].tolist()
     marks = []
     # The surest are drawn last and lie on top.
     for row in range(int(stop) - 1, int(start) - 1, -1):
@@ -481,15 +481,15 @@ def _found_marks(analysis: ErrorAnalysis, picture: int) -> list[_Mark]:
 
 
 def _suspects(analysis: ErrorAnalysis) -> list[dict[str, Any]]:
-    """Return the suspected annotations to show, each with a piece of its picture: some of every kind."""
+    """Return the suspected annotations to show, each with a piece of its image: some of every kind."""
     dataset = analysis.evaluation.dataset
     shown: list[dict[str, Any]] = []
     for suspect in _mixed(analysis.suspects):
         try:
-            picture = read_picture(dataset.path(suspect.picture))
-        except PictureError:
+            image = read_image(dataset.path(suspect.image))
+        except ImageError:
             continue
-        crop, (left, top) = _crop(picture, suspect.box_xyxy_px)
+        crop, (left, top) = _crop(image, suspect.box_xyxy_px)
         x1, y1, x2, y2 = suspect.box_xyxy_px
         names = dataset.names
         said = {
@@ -503,9 +503,9 @@ def _suspects(analysis: ErrorAnalysis) -> list[dict[str, Any]]:
                 "kind": suspect.kind,
                 "title": SUSPECT_TITLES[suspect.kind],
                 "said": said,
-                "name": dataset.file_names[suspect.picture],
+                "name": dataset.file_names[suspect.image],
                 "annotation_id": suspect.annotation_id,
-                "uri": picture_uri(crop, max_side=CROP_SIDE),
+                "uri": image_uri(crop, max_side=CROP_SIDE),
                 "width": crop.shape[1],
                 "height": crop.shape[0],
                 "x": round(x1 - left, 1),
@@ -528,12 +528,12 @@ def _mixed(suspects: Sequence[Suspect]) -> list[Suspect]:
 
 
 def _crop(
-    picture: NDArray[np.uint8], box: tuple[float, float, float, float]
+    image: NDArray[np.uint8], box: tuple[float, float, float, float]
 ) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     """Return the box with as much again around it, and where the piece begins."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     x1, y1, x2, y2 = box
     room = max(0.6 * max(x2 - x1, y2 - y1), 16)
     left, top = int(np.clip(x1 - room, 0, width - 1)), int(np.clip(y1 - room, 0, height - 1))
     right, bottom = int(np.clip(x2 + room, left + 1, width)), int(np.clip(y2 + room, top + 1, height))
-    return np.ascontiguousarray(picture[top:bottom, left:right]), (left, top)
+    return np.ascontiguousarray(image[top:bottom, left:right]), (left, top)

@@ -21,15 +21,15 @@ KEYS = ("image_id", "category_id", "bbox", "score")
 def read_results(path: Path, dataset: Dataset) -> DetectionTable:
     """Read a list of `{"image_id", "category_id", "bbox": [x, y, w, h], "score"}`.
 
-    A picture may be named by the dataset's id or by its file name, with or without folder and suffix.
+    An image may be named by the dataset's id or by its file name, with or without folder and suffix.
 
     Raises:
-        DataError: the file is missing or no such list, or names pictures or classes that the split does not have;
+        DataError: the file is missing or no such list, or names images or classes that the split does not have;
             all kinds of fault are named, with how often each occurs and the first place.
     """
     rows = _load(path)
     faults = _Faults()
-    pictures = {int(i): position for position, i in enumerate(dataset.image_ids)}
+    images = {int(i): position for position, i in enumerate(dataset.image_ids)}
     by_name = _names(dataset) if any(isinstance(row.get("image_id"), str) for row in rows) else {}
     labels = {int(i): label for label, i in enumerate(dataset.category_ids)}
 
@@ -42,10 +42,10 @@ def read_results(path: Path, dataset: Dataset) -> DetectionTable:
         if missing:
             faults.add("incomplete", n, f"has no {missing[0]}")
             continue
-        picture, category = row["image_id"], row["category_id"]
-        found = by_name.get(picture) if isinstance(picture, str) else _looked_up(picture, pictures)
+        image, category = row["image_id"], row["category_id"]
+        found = by_name.get(image) if isinstance(image, str) else _looked_up(image, images)
         if found is None:
-            faults.add("picture", n, f"names picture {picture!r}", picture)
+            faults.add("image", n, f"names image {image!r}", image)
         else:
             image_index[n] = found
         known = _looked_up(category, labels)
@@ -96,7 +96,7 @@ def _looked_up(value: Any, known: Mapping[int, int]) -> int | None:
 
 
 def _names(dataset: Dataset) -> dict[str, int]:
-    """Return the position of each picture by its path, file name, stem and id as text, where that is unambiguous."""
+    """Return the position of each image by its path, file name, stem and id as text, where that is unambiguous."""
     found: dict[str, int] = {}
     ambiguous: set[str] = set()
     for position, name in enumerate(dataset.file_names):
@@ -129,8 +129,8 @@ class _Faults:
         for kind, (entry, text) in self._first.items():
             count = self._count[kind]
             values = list(self._values.get(kind, {}))
-            if kind == "picture":
-                what = f"{count} results are for pictures that the {dataset.split} split does not have: {_some(values)}"
+            if kind == "image":
+                what = f"{count} results are for images that the {dataset.split} split does not have: {_some(values)}"
                 hint = hint or "name the split they were made on: --split train, or test; or another --data"
             elif kind == "category":
                 what = f"{count} results have a category that {dataset.name} does not have: {_some(values)}"

@@ -28,12 +28,12 @@ class Evaluation:
 
     Attributes:
         metrics: COCO's twelve numbers by name (`coco.METRICS`); None where the split has no such box.
-        dataset: the pictures evaluated, without those that could not be read.
+        dataset: the images evaluated, without those that could not be read.
         table: every detection, in the dataset's labels.
         coco: the curves behind the numbers.
         thresholds: the model's stored thresholds in the dataset's labels, or None.
         notes: what a reader must know: classes mapped, rows dropped, nothing to find.
-        unreadable: (picture, reason) of those left out.
+        unreadable: (image, reason) of those left out.
         seconds: spent on the network, and altogether; empty for detections from a file.
     """
 
@@ -175,7 +175,7 @@ def metrics_from(
     Where hotcoco is not installed pycocotools stands in, with a note on what it lacks.
 
     Raises:
-        DataError: the split has no pictures.
+        DataError: the split has no images.
     """
     try:
         result = coco_metrics(dataset, table, evaluator=evaluator)
@@ -204,7 +204,7 @@ class Detected:
 
     Attributes:
         table: detections in the dataset's labels.
-        unreadable: (picture, reason) by position.
+        unreadable: (image, reason) by position.
         not_finite: rows dropped because the network gave NaN or infinity.
         beyond: rows dropped because their label is none that the label map knows.
         network_seconds: time inside the backend.
@@ -221,7 +221,7 @@ class Detected:
         """Return what several processes found in shares of one split.
 
         Args:
-            parts: for each process the positions of its pictures in the split, and what it found in them.
+            parts: for each process the positions of its images in the split, and what it found in them.
         """
         return cls(
             table=DetectionTable.join([replace(f.table, image_index=own[f.table.image_index]) for own, f in parts]),
@@ -241,24 +241,24 @@ def detect(
     progress: Callable[[int], None] | None = None,
     label_map: NDArray[np.int64] | None = None,
 ) -> Detected:
-    """Run a model over a split; pictures are decoded in threads while the network runs, and then dropped.
+    """Run a model over a split; images are decoded in threads while the network runs, and then dropped.
 
     Args:
         backend: the model.
-        dataset: N pictures.
-        batch: pictures in a run of the network.
+        dataset: N images.
+        batch: images in a run of the network.
         threads: that decode; None chooses.
-        progress: is told how many pictures are done each time.
+        progress: is told how many images are done each time.
         label_map: (model classes,) the dataset's labels, -1 for none; None keeps the model's.
     """
     builder = TableBuilder(label_map)
     unreadable: list[tuple[int, str]] = []
     spent = 0.0
-    for indices, pictures, sizes_wh, faults in _batches(backend, dataset, batch, threads):
+    for indices, images, sizes_wh, faults in _batches(backend, dataset, batch, threads):
         unreadable.extend(faults)
         if indices:
             start = time.perf_counter()
-            found = backend.run(np.stack(pictures), np.asarray(sizes_wh, np.int64))
+            found = backend.run(np.stack(images), np.asarray(sizes_wh, np.int64))
             spent += time.perf_counter() - start
             for index, detections in zip(indices, found, strict=True):
                 builder.add(index, detections)
@@ -270,26 +270,26 @@ def detect(
 def _batches(
     backend: Backend, dataset: Dataset, batch: int, threads: int | None
 ) -> Iterator[tuple[list[int], list[NDArray[np.uint8]], list[tuple[int, int]], list[tuple[int, str]]]]:
-    """Yield (positions, stretched pictures, sizes, faults) of up to `batch` pictures."""
+    """Yield (positions, stretched images, sizes, faults) of up to `batch` images."""
     from rtdetr_cli.infer.prefetch import prefetch
 
     indices: list[int] = []
-    pictures: list[NDArray[np.uint8]] = []
+    images: list[NDArray[np.uint8]] = []
     sizes: list[tuple[int, int]] = []
     faults: list[tuple[int, str]] = []
     paths = [dataset.path(i) for i in range(len(dataset))]
-    for index, picture, size_wh, error in prefetch(paths, backend.imgsz, threads=threads):
-        if picture is None or size_wh is None:
+    for index, image, size_wh, error in prefetch(paths, backend.imgsz, threads=threads):
+        if image is None or size_wh is None:
             faults.append((index, str(error)))
         else:
             indices.append(index)
-            pictures.append(picture)
+            images.append(image)
             sizes.append(size_wh)
         if len(indices) == batch or len(faults) == batch:
-            yield indices, pictures, sizes, faults
-            indices, pictures, sizes, faults = [], [], [], []
+            yield indices, images, sizes, faults
+            indices, images, sizes, faults = [], [], [], []
     if indices or faults:
-        yield indices, pictures, sizes, faults
+        yield indices, images, sizes, faults
 
 
 def evaluate(
@@ -303,10 +303,10 @@ def evaluate(
 ) -> Evaluation:
     """Run a model over a split and judge what it finds.
 
-    Pictures that cannot be read are left out, counted and named; classes are brought together by name.
+    Images that cannot be read are left out, counted and named; classes are brought together by name.
 
     Raises:
-        DataError: the split is empty, no picture can be read, or the classes have nothing in common.
+        DataError: the split is empty, no image can be read, or the classes have nothing in common.
     """
     if not len(dataset):
         coco_metrics(dataset, DetectionTable.empty(), evaluator=evaluator)  # says so
@@ -330,14 +330,14 @@ def conclude(
 
     Args:
         dataset: the split.
-        found: in all its pictures.
+        found: in all its images.
         classes: of the model and the dataset.
         seconds: that detecting took.
         stored: the model's thresholds.
         evaluator: `hotcoco` or `pycocotools`.
 
     Raises:
-        DataError: no picture could be read.
+        DataError: no image could be read.
     """
     notes = list(classes.notes)
     if found.not_finite:
@@ -352,14 +352,14 @@ def conclude(
         if len(found.unreadable) == len(dataset):
             first = found.unreadable[0][1]
             raise DataError(
-                f"none of the {len(dataset)} pictures of {dataset.name} can be read; the first: {first}",
-                hint="check where the pictures are: --images DIR",
-                code="pictures-unreadable",
+                f"none of the {len(dataset)} images of {dataset.name} can be read; the first: {first}",
+                hint="check where the images are: --images DIR",
+                code="images-unreadable",
             )
         bad = np.array([i for i, _ in found.unreadable])
         readable = np.setdiff1d(np.arange(len(dataset)), bad)
-        kept, table = dataset.subset(readable), table.of_pictures(readable)
-        notes.append(f"{len(bad)} of {len(dataset)} pictures cannot be read and are left out of the evaluation")
+        kept, table = dataset.subset(readable), table.of_images(readable)
+        notes.append(f"{len(bad)} of {len(dataset)} images cannot be read and are left out of the evaluation")
     return metrics_from(
         kept,
         table,

@@ -75,7 +75,7 @@ def choose_split(
     images: Path | None = None,
     model: Path | None = None,
     header: ModelHeader | None = None,
-    pictures: bool = True,
+    find_images: bool = True,
 ) -> Chosen:
     """Load the split that a model is to be judged on.
 
@@ -85,10 +85,10 @@ def choose_split(
     Args:
         source: the dataset, or None for the model's own.
         split: `train`, `val` or `test`.
-        images: folder of the pictures.
+        images: folder of the images.
         model: path of the model file.
         header: the model's.
-        pictures: False when detections come from a file, and the pictures need not be there.
+        find_images: False when detections come from a file, and the images need not be there.
 
     Raises:
         UsageError: no dataset is named and the model does not know its own.
@@ -113,20 +113,20 @@ def choose_split(
         notes.append(f"data {source} (the model's own)")
     same_draw = own is not None and own.source.exists() and own.source.resolve() == source.resolve()
     fraction, seed = (own.val_fraction, own.seed) if own is not None and same_draw else (0.2, 0)
-    splits = load_splits(source, images=images, val_fraction=fraction, seed=seed, pictures=pictures)
+    splits = load_splits(source, images=images, val_fraction=fraction, seed=seed, find_images=find_images)
     trained_on = str((header.dataset if header else {}).get("fingerprint", ""))
     if splits.split_made:
         if same_draw or (trained_on and trained_on == splits.fingerprint):
             notes.append(f"{splits.name} has no val split: the part that training held out is taken")
         else:
-            splits = load_splits(source, images=images, split_single=False, pictures=pictures)
+            splits = load_splits(source, images=images, split_single=False, find_images=find_images)
     elif same_draw and trained_on and trained_on != splits.fingerprint:
         notes.append(f"{splits.name} has changed since the model was trained")
     found: dict[str, Dataset | None] = {"train": splits.train, "val": splits.val, "test": splits.test}
     if split not in found:
         raise UsageError(f"there is no split {split!r}", hint="--split train, val or test", code="split")
     dataset = found[split]
-    there = [f"{name} ({len(part)} pictures)" for name, part in found.items() if part is not None]
+    there = [f"{name} ({len(part)} images)" for name, part in found.items() if part is not None]
     if dataset is None or not len(dataset):
         state = "has no" if dataset is None else "has an empty"
         raise DataError(

@@ -1,4 +1,4 @@
-"""Detections of a whole split as flat arrays: small, quick to join, free of pictures and raw outputs."""
+"""Detections of a whole split as flat arrays: small, quick to join, free of images and raw outputs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rtdetr_cli.infer.detections import Detections
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DetectionTable:
-    """The detections of many pictures, one row each, in the labels of the dataset.
+    """The detections of many images, one row each, in the labels of the dataset.
 
     Attributes:
-        image_index: (D,) int64, position of the picture in its `Dataset`.
+        image_index: (D,) int64, position of the image in its `Dataset`.
         labels: (D,) int64, contiguous labels of the dataset.
         scores: (D,) float64, 0 to 1.
-        boxes_xyxy_px: (D, 4) float64, pixels of the upright picture.
+        boxes_xyxy_px: (D, 4) float64, pixels of the upright image.
     """
 
     image_index: NDArray[np.int64]
@@ -37,9 +37,9 @@ class DetectionTable:
 
     @classmethod
     def join(cls, parts: Sequence[DetectionTable]) -> DetectionTable:
-        """Return the rows of all parts, ordered by picture and best first, whatever the order of the parts.
+        """Return the rows of all parts, ordered by image and best first, whatever the order of the parts.
 
-        Sharded evaluation joins the ranks' tables; a picture that two ranks saw must be in one part only.
+        Sharded evaluation joins the ranks' tables; an image that two ranks saw must be in one part only.
         """
         if not parts:
             return cls.empty()
@@ -57,8 +57,8 @@ class DetectionTable:
         """Return the rows chosen by a mask or by positions."""
         return DetectionTable(self.image_index[keep], self.labels[keep], self.scores[keep], self.boxes_xyxy_px[keep])
 
-    def of_pictures(self, kept: NDArray[np.int64]) -> DetectionTable:
-        """Return the rows of the pictures `kept` (ascending), numbered by their position in it."""
+    def of_images(self, kept: NDArray[np.int64]) -> DetectionTable:
+        """Return the rows of the images `kept` (ascending), numbered by their position in it."""
         position = np.searchsorted(kept, self.image_index)
         inside = position < len(kept)
         inside[inside] = kept[position[inside]] == self.image_index[inside]
@@ -67,7 +67,7 @@ class DetectionTable:
 
 
 class TableBuilder:
-    """Collect the detections of pictures as they come.
+    """Collect the detections of images as they come.
 
     Args:
         label_map: (model classes,) the dataset's label for each of the model's, -1 for none; None keeps them.
@@ -80,7 +80,7 @@ class TableBuilder:
         self.beyond = 0  # rows dropped because the label map does not reach their label
 
     def add(self, image_index: int, found: Detections) -> None:
-        """Add one picture's detections: copies of a few kilobytes, so that batches can be freed."""
+        """Add one image's detections: copies of a few kilobytes, so that batches can be freed."""
         labels = np.asarray(found.labels, np.int64)
         boxes = np.asarray(found.boxes_xyxy_px, np.float64).reshape(-1, 4)
         scores = np.asarray(found.scores, np.float64)
@@ -97,5 +97,5 @@ class TableBuilder:
         )
 
     def build(self) -> DetectionTable:
-        """Return everything added, by picture and best first."""
+        """Return everything added, by image and best first."""
         return DetectionTable.join(self._parts)

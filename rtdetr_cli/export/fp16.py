@@ -11,7 +11,7 @@ ONNX part pins onnx 1.21 and onnxruntime-gpu 1.24 and brings cupy, polygraphy an
 never needs; and it gives no twin. onnxconverter-common (MIT, small) casts by operator type alone. Here a rule may name
 a module, and its weights are stored in the type that they are used in.
 
-Which parts: measured by tests/bench/bench_half_islands.py on a `tiny` trained on blood cells (24 pictures, 2,347
+Which parts: measured by tests/bench/bench_half_islands.py on a `tiny` trained on blood cells (24 images, 2,347
 detections). Everything in half moves scores by 4.1e-4 on average and boxes by 2.4e-3 of IoU; with the islands 1.1e-4
 and 4.7e-4. The first convolution is worth most, then the score heads; norms, softmax, locations and refinement hardly
 show there. Those stay float32 for their range (a sum of squares, an exponential, a logarithm near 0) and for maps
@@ -262,18 +262,18 @@ class HalfTwin:
         self.fixed_batch = fixed_batch
 
     @torch.inference_mode()
-    def run(self, pictures: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> list[Detections]:
+    def run(self, images: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> list[Detections]:
         """Detect objects; see `infer.backend.Backend.run`."""
         found: list[Detections] = []
-        step = self.fixed_batch or len(pictures)
-        for start in range(0, len(pictures), step):
-            rows = np.arange(start, start + step).clip(max=len(pictures) - 1)
-            real = min(step, len(pictures) - start)
-            images = torch.from_numpy(np.ascontiguousarray(pictures[rows])).to(self.device)
-            images = images.permute(0, 3, 1, 2).float().contiguous() / 255
+        step = self.fixed_batch or len(images)
+        for start in range(0, len(images), step):
+            rows = np.arange(start, start + step).clip(max=len(images) - 1)
+            real = min(step, len(images) - start)
+            scaled = torch.from_numpy(np.ascontiguousarray(images[rows])).to(self.device)
+            scaled = scaled.permute(0, 3, 1, 2).float().contiguous() / 255
             sizes = torch.from_numpy(np.asarray(sizes_wh[rows], np.int64)).to(self.device)
             takes_sizes = sum(node.op == "placeholder" for node in self.program.graph.nodes) > 1
-            inputs = (images, sizes) if takes_sizes else (images,)
+            inputs = (scaled, sizes) if takes_sizes else (scaled,)
             outputs = [t.cpu().numpy() for t in Accumulating(self.program).run(*inputs)]
             labels, boxes, scores = outputs if takes_sizes else finish_raw(outputs[0], outputs[1], sizes_wh[rows])
             found.extend(

@@ -1,8 +1,8 @@
-"""The gate: an export is done when it has been shown, on real pictures, to detect what the model detects.
+"""The gate: an export is done when it has been shown, on real images, to detect what the model detects.
 
 A verdict has three parts. The contract: names, types and shapes of the tensors, class list, preprocessing, and a
 batch whose elements do not see each other. The agreement: detections of the model and of the export, matched as
-sets, since queries with almost equal scores may swap places. The AP of both on the same pictures, where there are
+sets, since queries with almost equal scores may swap places. The AP of both on the same images, where there are
 labels. Nothing in here knows a file format: it sees two backends.
 """
 
@@ -24,11 +24,11 @@ from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.weights.header import ModelHeader
 
-MOST_PICTURES = 200
-PROBED = 4  # pictures of a batch, at least
-ALONE = 8  # pictures run by themselves, at most: each costs a whole batch where it is fixed
+MOST_IMAGES = 200
+PROBED = 4  # images of a batch, at least
+ALONE = 8  # images run by themselves, at most: each costs a whole batch where it is fixed
 SCORE_FLOOR = 0.1  # rows below are background: the model itself ranks them by rounding
-ROWS_WANTED = 5  # a picture, on average, before the floor counts as too high for a weak model
+ROWS_WANTED = 5  # an image, on average, before the floor counts as too high for a weak model
 SAME_MODEL_SHARE = 0.95  # of detections that must stay when only the neighbours in the batch change
 
 
@@ -100,7 +100,7 @@ class Verdict:
 
     precision: str
     limits: Limits
-    pictures: int
+    images: int
     contract: Part
     agreement: Part
     ap: Part
@@ -131,7 +131,7 @@ class Verdict:
             text = f"{figures.get('matched', 0):.1%} of {figures.get('detections', 0)} detections matched"
             if self.ap.passed is not None:
                 text += f", AP {self.ap.figures['ap_model']:.3f} -> {self.ap.figures['ap_export']:.3f}"
-            return text + f" on {self.pictures} pictures"
+            return text + f" on {self.images} images"
         return "; ".join(told)
 
     @property
@@ -150,7 +150,7 @@ class Verdict:
             "ap_model": self.ap.figures.get("ap_model"),
             "ap_export": self.ap.figures.get("ap_export"),
             "precision": self.precision,
-            "pictures": self.pictures,
+            "pictures": self.images,
             "limits": {name: getattr(self.limits, name) for name in Limits.__dataclass_fields__},
             **{name: part.to_json() for name, part in self.parts.items()},
         }
@@ -160,8 +160,8 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class PictureMatch:
-    """How two sides agree on one picture: rows that count, how many found their like, and the pairs' errors."""
+class ImageMatch:
+    """How two sides agree on one image: rows that count, how many found their like, and the pairs' errors."""
 
     rows: int
     matched: int
@@ -169,8 +169,8 @@ class PictureMatch:
     box_errors: NDArray[np.float64]
 
 
-def match_sets(ours: Detections, theirs: Detections, *, floor: float, limits: Limits) -> PictureMatch:
-    """Match the detections of one picture as sets: same label, enough overlap, almost the same score.
+def match_sets(ours: Detections, theirs: Detections, *, floor: float, limits: Limits) -> ImageMatch:
+    """Match the detections of one image as sets: same label, enough overlap, almost the same score.
 
     A row counts when its score reaches `floor`; its partner may lie below by the step that scores may differ.
     """
@@ -180,7 +180,7 @@ def match_sets(ours: Detections, theirs: Detections, *, floor: float, limits: Li
     rows = int(count_ours.sum() + count_theirs.sum())
     nothing = np.zeros(0)
     if not len(ours) or not len(theirs):
-        return PictureMatch(rows, 0, nothing, nothing)
+        return ImageMatch(rows, 0, nothing, nothing)
     ious = box_iou(ours.boxes_xyxy_px, theirs.boxes_xyxy_px)
     steps = np.abs(ours.scores[:, None].astype(np.float64) - theirs.scores[None, :])
     allowed = (ours.labels[:, None] == theirs.labels[None, :]) & (ious >= limits.iou) & (steps <= limits.score_step)
@@ -188,7 +188,7 @@ def match_sets(ours: Detections, theirs: Detections, *, floor: float, limits: Li
     left, right = linear_sum_assignment(cost)
     real = allowed[left, right]
     left, right = left[real], right[real]
-    return PictureMatch(
+    return ImageMatch(
         rows,
         int(count_ours[left].sum() + count_theirs[right].sum()),
         steps[left, right],
@@ -216,7 +216,7 @@ def choose_floor(answers: Sequence[Detections]) -> float:
 
 
 def judge_agreement(ours: Sequence[Detections], theirs: Sequence[Detections], limits: Limits) -> Part:
-    """Compare the answers of two sides, picture by picture."""
+    """Compare the answers of two sides, image by image."""
     broken = sum(not (np.isfinite(t.scores).all() and np.isfinite(t.boxes_xyxy_px).all()) for t in theirs)
     floor = choose_floor(ours)
     matches = [match_sets(o, finite_rows(t), floor=floor, limits=limits) for o, t in zip(ours, theirs, strict=True)]
@@ -237,7 +237,7 @@ def judge_agreement(ours: Sequence[Detections], theirs: Sequence[Detections], li
     }
     findings = []
     if broken:
-        findings.append(f"{broken} of {len(theirs)} pictures give NaN or infinite scores or boxes")
+        findings.append(f"{broken} of {len(theirs)} images give NaN or infinite scores or boxes")
     if share < limits.matched:
         findings.append(
             f"{share:.1%} of the detections of both sides found their like (limit {limits.matched:.0%})"
@@ -316,20 +316,20 @@ def compare_headers(found: ModelHeader, wanted: ModelHeader) -> list[str]:
 
 
 def judge_batches(
-    candidate: Backend, pictures: NDArray[np.uint8], sizes_wh: NDArray[np.int64], limits: Limits
+    candidate: Backend, images: NDArray[np.uint8], sizes_wh: NDArray[np.int64], limits: Limits
 ) -> list[str]:
-    """Return what goes wrong when the neighbours in a batch change: order, number, and copies of one picture."""
+    """Return what goes wrong when the neighbours in a batch change: order, number, and copies of one image."""
     findings: list[str] = []
-    count = len(pictures)
+    count = len(images)
     some = sorted({round(i) for i in np.linspace(0, count - 1, min(ALONE, count))})
 
     def answers(order: Sequence[int], together: bool) -> dict[int, Detections] | None:
         what = f"a batch of {len(order)}" if together else "a batch of 1"
         try:
             if together:
-                found = candidate.run(pictures[list(order)], sizes_wh[list(order)])
+                found = candidate.run(images[list(order)], sizes_wh[list(order)])
             else:
-                found = [candidate.run(pictures[i : i + 1], sizes_wh[i : i + 1])[0] for i in order]
+                found = [candidate.run(images[i : i + 1], sizes_wh[i : i + 1])[0] for i in order]
         except RtdetrError as error:
             findings.append(f"{what} does not run: {error.message}")
             return None
@@ -356,22 +356,22 @@ def judge_batches(
     compare(alone, forwards, f"batch elements are not independent (alone against a batch of {count})")
     compare(forwards, backwards, "batch elements are not independent (another order)")
     try:
-        repeated = candidate.run(np.repeat(pictures[:1], count, axis=0), np.repeat(sizes_wh[:1], count, axis=0))
+        repeated = candidate.run(np.repeat(images[:1], count, axis=0), np.repeat(sizes_wh[:1], count, axis=0))
     except Exception as error:
-        findings.append(f"one picture {count} times does not run: {first_line(error)}")
+        findings.append(f"one image {count} times does not run: {first_line(error)}")
     else:
         for other in repeated[1:]:
             before = len(findings)
-            compare({0: repeated[0]}, {0: other}, f"one picture repeated {count} times gives several answers")
+            compare({0: repeated[0]}, {0: other}, f"one image repeated {count} times gives several answers")
             if len(findings) > before:
                 break
     return findings
 
 
 def at_a_time(backend: Backend) -> int:
-    """Return how many pictures to give a backend at once: as many as one run of it takes, so that each place counts.
+    """Return how many images to give a backend at once: as many as one run of it takes, so that each place counts.
 
-    A graph for one, two or three pictures gets several runs: the answer to a picture must not depend on the last one.
+    A graph for one, two or three images gets several runs: the answer to an image must not depend on the last one.
     """
     most = backend.fixed_batch or getattr(backend, "largest_batch", None) or PROBED
     return int(most * math.ceil(PROBED / most))
@@ -388,14 +388,14 @@ def first_line(error: Exception) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What one backend said about the gate's pictures."""
+    """What one backend said about the gate's images."""
 
     found: list[Detections]
-    indices: list[int]  # which pictures; unreadable ones are left out
+    indices: list[int]  # which images; unreadable ones are left out
 
 
 class Gate:
-    """A model and the pictures that its exports are held against.
+    """A model and the images that its exports are held against.
 
     The model is run once, however many formats are judged.
     """
@@ -403,35 +403,35 @@ class Gate:
     def __init__(
         self,
         reference: Backend,
-        pictures: Dataset | Sequence[Path],
+        images: Dataset | Sequence[Path],
         *,
-        most: int = MOST_PICTURES,
+        most: int = MOST_IMAGES,
         threads: int | None = None,
         evaluator: str = "hotcoco",
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Choose the pictures: all, or `most` of them at even distances.
+        """Choose the images: all, or `most` of them at even distances.
 
         Args:
             reference: the model, with nothing folded, cast or exchanged for deployment.
-            pictures: a split with labels, or paths without.
-            most: pictures used at most.
+            images: a split with labels, or paths without.
+            most: images used at most.
             threads: of the decoder.
             evaluator: of the AP.
-            progress: told after each batch how many pictures were answered.
+            progress: told after each batch how many images were answered.
 
         Raises:
-            DataError: there is no picture.
+            DataError: there is no image.
         """
-        total = len(pictures)
+        total = len(images)
         if not total:
-            raise DataError("there is no picture to verify the export on", code="no-pictures")
+            raise DataError("there is no image to verify the export on", code="no-images")
         chosen = np.unique(np.linspace(0, total - 1, min(most, total)).round().astype(np.int64))
-        self.dataset = pictures.subset(chosen) if isinstance(pictures, Dataset) else None
+        self.dataset = images.subset(chosen) if isinstance(images, Dataset) else None
         self.paths = (
             [self.dataset.path(i) for i in range(len(self.dataset))]
             if self.dataset is not None
-            else [pictures[int(i)] for i in chosen]  # type: ignore[index]
+            else [images[int(i)] for i in chosen]  # type: ignore[index]
         )
         self.reference = reference
         self.threads, self.evaluator, self.progress = threads, evaluator, progress
@@ -457,7 +457,7 @@ class Gate:
             tol_ap: largest difference of AP in place of the default.
             interface: the tensors found in the file and those wanted.
             dynamic: whether the batch was asked to be open; None does not ask.
-            any_size: the graph resizes by itself: give it the pictures as they are, one by one.
+            any_size: the graph resizes by itself: give it the images as they are, one by one.
             twin: for half precision, a backend that really computes in half (see `export.fp16`).
             limits: in place of the precision's own.
         """
@@ -484,7 +484,7 @@ class Gate:
         return self._answers
 
     def ask(self, backend: Backend) -> Answers:
-        """Return what a backend says about the pictures, given as many at once as it takes."""
+        """Return what a backend says about the images, given as many at once as it takes."""
         from rtdetr_cli.infer.prefetch import prefetch
 
         together = at_a_time(backend)
@@ -496,35 +496,35 @@ class Gate:
         def flush() -> None:
             if not waiting:
                 return
-            pictures = np.stack([picture for _, picture, _ in waiting])
+            images = np.stack([image for _, image, _ in waiting])
             sizes = np.array([size for _, _, size in waiting], np.int64)
-            found.extend(backend.run(pictures, sizes))
+            found.extend(backend.run(images, sizes))
             indices.extend(index for index, _, _ in waiting)
             if self.progress is not None:
                 self.progress(len(waiting))
             waiting.clear()
 
-        for index, picture, size, fault in prefetch(self.paths, backend.imgsz, threads=self.threads):
-            if picture is None or size is None:
+        for index, image, size, fault in prefetch(self.paths, backend.imgsz, threads=self.threads):
+            if image is None or size is None:
                 faults.append(str(fault))
                 continue
-            waiting.append((index, picture, size))
+            waiting.append((index, image, size))
             if len(waiting) == together:
                 flush()
         flush()
         if not found:
-            raise DataError(f"none of the {len(self.paths)} pictures to verify on can be read: {faults[0]}")
+            raise DataError(f"none of the {len(self.paths)} images to verify on can be read: {faults[0]}")
         order = np.argsort(indices, kind="stable")
         return Answers([found[i] for i in order], [indices[i] for i in order])
 
     def _ask_originals(self, backend: Backend) -> Answers:
-        from rtdetr_cli.images.decode import read_picture
+        from rtdetr_cli.images.decode import read_image
 
         answers = Answers([], [])
         for index in self.answers().indices:
-            picture = read_picture(self.paths[index])
-            size = np.array([[picture.shape[1], picture.shape[0]]], np.int64)
-            answers.found.extend(backend.run(picture[None], size))
+            image = read_image(self.paths[index])
+            size = np.array([[image.shape[1], image.shape[0]]], np.int64)
+            answers.found.extend(backend.run(image[None], size))
             answers.indices.append(index)
             if self.progress is not None:
                 self.progress(1)
@@ -537,7 +537,7 @@ class Gate:
         dynamic: bool | None,
         limits: Limits,
     ) -> Part:
-        from rtdetr_cli.images.decode import read_picture, stretch
+        from rtdetr_cli.images.decode import read_image, stretch
 
         findings = compare_headers(candidate.header, self.reference.header)
         if interface is not None:
@@ -545,25 +545,25 @@ class Gate:
         if dynamic and candidate.fixed_batch is not None:
             findings.append(f"the batch was asked to be open, but the graph has it fixed at {candidate.fixed_batch}")
         count = at_a_time(candidate)
-        decoded = [read_picture(self.paths[i]) for i in self.answers().indices[:count]]
-        places = np.arange(count) % len(decoded)  # too few pictures are repeated
-        pictures = np.stack([stretch(picture, candidate.imgsz) for picture in decoded])[places]
+        decoded = [read_image(self.paths[i]) for i in self.answers().indices[:count]]
+        places = np.arange(count) % len(decoded)  # too few images are repeated
+        images = np.stack([stretch(image, candidate.imgsz) for image in decoded])[places]
         sizes = np.array([(p.shape[1], p.shape[0]) for p in decoded], np.int64)[places]
-        findings += judge_batches(candidate, pictures, sizes, limits)
+        findings += judge_batches(candidate, images, sizes, limits)
         figures = {"batch": "dynamic" if candidate.fixed_batch is None else candidate.fixed_batch, "probed": count}
         return Part(not findings, tuple(findings), figures)
 
     def _ap(self, ours: Answers, theirs: Answers, candidate: Backend, limits: Limits) -> Part:
         if self.dataset is None:
-            return Part(None, (), {"why_not": "the pictures have no labels"})
+            return Part(None, (), {"why_not": "the images have no labels"})
         if not len(self.dataset.labels):
-            return Part(None, (), {"why_not": "none of the pictures has a labelled object"})
+            return Part(None, (), {"why_not": "none of the images has a labelled object"})
         try:
             scores = [self._ap_of(ours, self.reference.header), self._ap_of(theirs, candidate.header)]
         except DataError as error:  # labelled with other classes than the model's
             return Part(None, (), {"why_not": error.message})
         if scores[0] is None or scores[1] is None:
-            return Part(None, (), {"why_not": "AP is undefined on these pictures"})
+            return Part(None, (), {"why_not": "AP is undefined on these images"})
         delta = scores[1] - scores[0]
         figures = {"ap_model": scores[0], "ap_export": scores[1], "ap_delta": delta}
         findings: tuple[str, ...] = ()
@@ -589,11 +589,11 @@ class Gate:
 def gate(
     reference: Backend,
     candidate: Backend,
-    pictures: Dataset | Sequence[Path],
+    images: Dataset | Sequence[Path],
     limits: Limits | None = None,
     *,
     precision: str = "fp32",
     tol_ap: float | None = None,
 ) -> Verdict:
     """Hold one export against its model; see `Gate.judge`."""
-    return Gate(reference, pictures).judge(candidate, precision=precision, tol_ap=tol_ap, limits=limits)
+    return Gate(reference, images).judge(candidate, precision=precision, tol_ap=tol_ap, limits=limits)

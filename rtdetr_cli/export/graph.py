@@ -33,7 +33,7 @@ class ExportOptions:
         opset: 17 or 18; below, LayerNormalization does not exist and would be split into pieces.
         gridsample: use the GridSample operator in place of the gather.
         raw: no post-processing: `logits` and `boxes_cxcywh` of all queries.
-        preprocess: take uint8 pictures of any size, height x width x RGB, and resize them in the graph.
+        preprocess: take uint8 images of any size, height x width x RGB, and resize them in the graph.
     """
 
     formats: tuple[str, ...] = ("onnx",)
@@ -73,7 +73,7 @@ class ExportOptions:
             raise UsageError("--preprocess-in-graph and --raw exclude each other")
         if self.preprocess and (self.dynamic or self.batch > 1):
             raise UsageError(
-                "--preprocess-in-graph takes one picture at a time, since pictures of several sizes make no batch",
+                "--preprocess-in-graph takes one image at a time, since images of several sizes make no batch",
                 hint="leave out --dynamic and --batch",
             )
         if self.preprocess and "trt-fp16" in self.formats:
@@ -89,7 +89,7 @@ class DeployGraph(nn.Module):
     Args:
         model: made by `deployable`.
         raw: give logits and boxes of all queries.
-        top_k: detections of a picture, at most.
+        top_k: detections of an image, at most.
     """
 
     def __init__(self, model: RTDETR, *, raw: bool = False, top_k: int = TOP_K) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rtdetr_cli.errors import ExportError
 from rtdetr_cli.export.gate import Interface, TensorSpec
-from rtdetr_cli.files import written_aside
+from rtdetr_cli.files import atomic_write
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 MAX_BATCH = 1024
@@ -218,7 +218,7 @@ def save(model: onnx.ModelProto, path: Path) -> None:
         onnx.checker.check_model(data)
     except onnx.checker.ValidationError as error:
         raise ExportError(f"the exported graph is not valid ONNX: {str(error).splitlines()[0]}") from error
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_bytes(data)
 
 
@@ -235,7 +235,7 @@ def describe(path: Path) -> Interface:
 
 
 def prepend_preprocessing(model: onnx.ModelProto, imgsz: tuple[int, int]) -> None:
-    """Let the graph take uint8 pictures, (1, any height, any width, RGB), in place of its float input.
+    """Let the graph take uint8 images, (1, any height, any width, RGB), in place of its float input.
 
     The resize is bilinear with antialiasing, across and then down with whole grey levels in between, as Pillow does
     it: they differ by one level in about one sample of a hundred at most, where a half is rounded.

@@ -30,7 +30,7 @@ class OpenvinoFile:
 
         Args:
             model: with a float input.
-            preprocess: take uint8 pictures of any size. Done with OpenVINO's own Pillow-like resize, since it ignores
+            preprocess: take uint8 images of any size. Done with OpenVINO's own Pillow-like resize, since it ignores
                 the antialiasing of an ONNX Resize.
         """
         self.openvino: Any = import_openvino()

@@ -30,7 +30,7 @@ from rtdetr_cli.export.graph import (
     interface_of,
     output_names,
 )
-from rtdetr_cli.files import written_aside
+from rtdetr_cli.files import atomic_write
 from rtdetr_cli.infer.backend import Backend, open_backend
 from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend, header_path, import_tensorrt
 from rtdetr_cli.infer.torch_backend import TorchBackend
@@ -43,7 +43,7 @@ ENGINE_BATCH = 8  # the largest batch of a dynamic engine, where no larger one i
 
 
 def gate_rounds(formats: Sequence[str]) -> int:
-    """Return how often the gate's pictures are answered: by the model, each format, and the float16 twin."""
+    """Return how often the gate's images are answered: by the model, each format, and the float16 twin."""
     return 1 + len(formats) + ("fp16" in formats)
 
 
@@ -185,7 +185,7 @@ def export_model(
     out: Path,
     options: ExportOptions | None = None,
     *,
-    pictures: Dataset | Sequence[Path] | None = None,
+    images: Dataset | Sequence[Path] | None = None,
     stem: str = "model",
     tol_ap: float | None = None,
     tell: Callable[[str], None] = lambda text: None,
@@ -205,11 +205,11 @@ def export_model(
         header: of the model, with the layers, queries and sampling that are set.
         out: folder, made if needed.
         options: formats and shapes.
-        pictures: a split with labels, or paths, for the gate; None leaves the gate out.
+        images: a split with labels, or paths, for the gate; None leaves the gate out.
         stem: of the files' names.
         tol_ap: largest difference of AP, 0 to 1.
         tell: is told what is being done, one line a step.
-        progress: is told how many pictures the gate has answered.
+        progress: is told how many images the gate has answered.
         build_progress: is told the phase of a TensorRT build, the steps done and all of them.
         device: of the model and of ONNX Runtime in the gate.
         finished: is given each artefact as soon as it has its name, since a later format may raise.
@@ -248,8 +248,8 @@ def export_model(
         build_progress,
     )
     gate = None
-    if pictures is not None:
-        gate = Gate(TorchBackend(copy.deepcopy(model), header, device=device), pictures, progress=progress)
+    if images is not None:
+        gate = Gate(TorchBackend(copy.deepcopy(model), header, device=device), images, progress=progress)
         with exact_products():
             gate.answers()
     artefacts: list[Artefact] = []
@@ -292,7 +292,7 @@ def judge(work: Work, draft: Draft, gate: Gate | None, *, tol_ap: float | None, 
     verdict: Verdict | None = None
     try:
         if gate is not None:
-            work.tell(f"gate  {draft.format} {draft.precision} against the model on {len(gate.paths)} pictures")
+            work.tell(f"gate  {draft.format} {draft.precision} against the model on {len(gate.paths)} images")
             candidate = open_draft(draft, device)
             interface = None if draft.interface is None else (draft.interface, work.interface)
             verdict = gate.judge(
@@ -429,7 +429,7 @@ def draft_engine(work: Work) -> Draft:
             raise
         set_aside(work, final)  # before its header is written for the engine to come
         header = work.header_for("tensorrt", "fp16", gate={"passed": None})
-        with written_aside(header_path(final)) as aside:
+        with atomic_write(header_path(final)) as aside:
             aside.write_text(header.to_json() + "\n", encoding="utf-8")
         raise EnvironmentProblem(
             f"the engine cannot be built here ({error.message}); the typed graph {graph.path} is ready",
@@ -533,7 +533,7 @@ def write_parity(
         "imgsz": list(header.imgsz),
         "artefacts": made + kept,
     }
-    with contextlib.suppress(FileNotFoundError), written_aside(path) as aside:
+    with contextlib.suppress(FileNotFoundError), atomic_write(path) as aside:
         aside.write_text(json.dumps(document, indent=1, allow_nan=False, default=float) + "\n", encoding="utf-8")
 
 

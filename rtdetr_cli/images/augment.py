@@ -1,16 +1,16 @@
-"""Augment a picture and its boxes while training; the only file that knows Albumentations.
+"""Augment an image and its boxes while training; the only file that knows Albumentations.
 
 The recipe (published configuration, see `RECIPE`): photometric distortion, zoom-out, IoU crop, flip, stretch. Each
 draw follows torchvision's v2 transform of that name; the work is arranged differently.
 
 1. *Geometry first.* Zoom-out, crop and flip move boxes and choose a window; nothing touches pixels. All of it is
-   one window in the picture's own coordinates, which may reach beyond the picture, where it is black.
+   one window in the image's own coordinates, which may reach beyond the image, where it is black.
 2. *Decode for the window.* A JPEG is decoded at the smallest of 1/8, 1/4, 1/2, 1 at which the window still covers
    the network's size. At 1 the result equals torchvision's pad, crop and resize, bit for bit or within one grey level.
 3. *One stretch*, of the visible part only. A zoomed-out canvas has up to sixteen times the pixels; none is made.
 4. *Photometric last*, at the network's size. These operations act on each pixel alone, so they nearly commute with
    a resize (both average; only clipping and rounding do not), and a photograph has ten to forty times the pixels of
-   the network's input. What does not commute is kept: contrast turns about the mean of the whole picture, not of
+   the network's input. What does not commute is kept: contrast turns about the mean of the whole image, not of
    the window, and black surroundings stay black.
 
 Randomness comes from the one generator passed in, and from nothing else.
@@ -55,17 +55,17 @@ _THUMBNAIL = (128, 128)
 
 
 class Source(Protocol):
-    """A picture that can be decoded once, at full size or a fraction: `PictureFile`, or one from the cache."""
+    """An image that can be decoded once, at full size or a fraction: `ImageFile`, or one from the cache."""
 
     @property
     def size_wh(self) -> tuple[int, int]:
-        """Width and height of the upright picture in pixels."""
+        """Width and height of the upright image in pixels."""
 
     def divisor(self, hw: tuple[int, int]) -> int:
         """Return the most (8, 4, 2 or 1) that the sides can be divided by and still cover `hw`."""
 
     def decode(self, divisor: int = 1) -> Image.Image:
-        """Return the upright RGB picture with its sides divided."""
+        """Return the upright RGB image with its sides divided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class Augmentation:
         """Return what is left when the strong operations are switched off at the end of training.
 
         The recipe and `light` keep the flip. A user's file is switched off as a whole: its operations do not say
-        which of them are strong, and the point is to end on pictures as they will be predicted.
+        which of them are strong, and the point is to end on images as they will be predicted.
         """
         return Augmentation(self.name, flip=self.flip)
 
@@ -126,7 +126,7 @@ def load_augmentation(name_or_path: str) -> Augmentation:
     """Resolve `none`, `light`, `recipe` or an Albumentations file (JSON or YAML of `to_dict`), and try the file out.
 
     Raises:
-        UsageError: no such name or file, or a file that does not hold transforms that work on pictures with boxes.
+        UsageError: no such name or file, or a file that does not hold transforms that work on images with boxes.
     """
     if name_or_path in _BUILT_IN:
         return _BUILT_IN[name_or_path]
@@ -142,7 +142,7 @@ def load_augmentation(name_or_path: str) -> Augmentation:
 
 
 class Window(NamedTuple):
-    """What of a picture is shown, in pixels of the upright picture; beyond the picture it is black."""
+    """What of an image is shown, in pixels of the upright image; beyond the image it is black."""
 
     left: int
     top: int
@@ -156,7 +156,7 @@ class Window(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """The geometric draws of one picture and where its boxes went.
+    """The geometric draws of one image and where its boxes went.
 
     Attributes:
         window: the part shown.
@@ -172,7 +172,7 @@ class Geometry(NamedTuple):
 
 
 class Distortion(NamedTuple):
-    """The photometric draws of one picture; None where an operation was not drawn."""
+    """The photometric draws of one image; None where an operation was not drawn."""
 
     brightness: float | None
     contrast: float | None
@@ -190,10 +190,10 @@ def augment(
     rng: Generator,
     out: NDArray[np.uint8],
 ) -> tuple[NDArray[np.float32], Labels]:
-    """Draw, decode and render one picture into `out`; return its boxes.
+    """Draw, decode and render one image into `out`; return its boxes.
 
     Args:
-        source: the picture.
+        source: the image.
         boxes_xyxy_px: (N, 4) in its pixels.
         labels: (N,).
         augmentation: what to draw from.
@@ -204,7 +204,7 @@ def augment(
         boxes (M, 4) cxcywh as shares of the sides, and labels (M,), M <= N.
 
     Raises:
-        PictureError: the pixels do not decode.
+        ImageError: the pixels do not decode.
     """
     hw = (out.shape[1], out.shape[2])
     if augmentation.custom:
@@ -264,7 +264,7 @@ def sanitize(boxes_xyxy: Boxes, labels: Labels, size_wh: tuple[float, float]) ->
 
 
 def _zoom_out(window: Window, rng: Generator) -> Window:
-    """Put the picture somewhere on a canvas of one to four times its sides."""
+    """Put the image somewhere on a canvas of one to four times its sides."""
     width, height = window.wh
     side = rng.uniform(*_ZOOM_SIDE)
     canvas = (int(width * side), int(height * side))
@@ -320,23 +320,23 @@ def render(
     flip: bool = False,
     distortion: Distortion | None = None,
 ) -> None:
-    """Write the window of a picture into `out` (3, H, W): decoded small, stretched once, flipped, distorted."""
+    """Write the window of an image into `out` (3, H, W): decoded small, stretched once, flipped, distorted."""
     height, width = out.shape[1:]
-    picture_w, picture_h = source.size_wh
+    image_w, image_h = source.size_wh
     shown_w, shown_h = window.wh
-    divisor = source.divisor((math.ceil(height * picture_h / shown_h), math.ceil(width * picture_w / shown_w)))
+    divisor = source.divisor((math.ceil(height * image_h / shown_h), math.ceil(width * image_w / shown_w)))
     image = source.decode(divisor)
 
-    across = _stretch_plan(window.left, window.right, picture_w, width, divisor, image.width)
-    down = _stretch_plan(window.top, window.bottom, picture_h, height, divisor, image.height)
+    across = _stretch_plan(window.left, window.right, image_w, width, divisor, image.width)
+    down = _stretch_plan(window.top, window.bottom, image_h, height, divisor, image.height)
     part = (across.source[0], down.source[0], across.source[1], down.source[1])
     region = image if part == (0, 0, *image.size) else image.crop(part)
     box = (across.box[0], down.box[0], across.box[1], down.box[1])
     size = (across.target[1] - across.target[0], down.target[1] - down.target[0])
     enlarged = shown_w <= width and shown_h <= height and min(window) >= 0
-    if enlarged and region is not image and window.right <= picture_w and window.bottom <= picture_h:
+    if enlarged and region is not image and window.right <= image_w and window.bottom <= image_h:
         # Nothing is shrunk, so antialiasing has nothing to do, and OpenCV's bilinear is the same within one grey
-        # level in a fifth of the time. The whole picture always takes the stretch that prediction uses.
+        # level in a fifth of the time. The whole image always takes the stretch that prediction uses.
         pixels = np.asarray(cv2.resize(np.asarray(region), size, interpolation=cv2.INTER_LINEAR), np.uint8)
     else:
         pixels = np.array(region.resize(size, Image.Resampling.BILINEAR, box=box), np.uint8)
@@ -361,10 +361,10 @@ class _StretchPlan(NamedTuple):
     """How one axis of the window is resized.
 
     Attributes:
-        source: first and last decoded pixel to crop to; what lies beyond the picture is black.
+        source: first and last decoded pixel to crop to; what lies beyond the image is black.
         box: what of that crop is stretched, in its pixels.
         target: which pixels of the network's input it fills.
-        weights: (target,) how much of each pixel is picture and not black surroundings; None when all is.
+        weights: (target,) how much of each pixel is image and not black surroundings; None when all is.
     """
 
     source: tuple[int, int]
@@ -374,10 +374,10 @@ class _StretchPlan(NamedTuple):
 
 
 def _stretch_plan(low: int, high: int, length: int, target: int, divisor: int, decoded: int) -> _StretchPlan:
-    """Plan one axis: the window `low:high` of a picture `length` long onto `target` pixels.
+    """Plan one axis: the window `low:high` of an image `length` long onto `target` pixels.
 
-    The picture was decoded to `decoded` pixels, that is divided by `divisor`. Where the window reaches beyond the
-    picture, only the pixels that the picture reaches are computed, and exactly as if the black were there: the
+    The image was decoded to `decoded` pixels, that is divided by `divisor`. Where the window reaches beyond the
+    image, only the pixels that the image reaches are computed, and exactly as if the black were there: the
     filter's support is left on both sides.
     """
     start, stop = low / divisor, high / divisor
@@ -401,9 +401,9 @@ def _stretch_plan(low: int, high: int, length: int, target: int, divisor: int, d
 
 
 def _fade(pixels: NDArray[np.uint8], across: _StretchPlan, down: _StretchPlan, *, up: bool) -> None:
-    """Divide the picture's soft edge by its share of picture (up), or multiply it back, in place.
+    """Divide the image's soft edge by its share of image (up), or multiply it back, in place.
 
-    In between the edge has the picture's own colours, so a distortion does not turn the black it was mixed with
+    In between the edge has the image's own colours, so a distortion does not turn the black it was mixed with
     into a grey frame.
     """
     for plan, axis in ((across, 1), (down, 0)):
@@ -433,9 +433,9 @@ def draw_distortion(ranges: Photometric | None, rng: Generator) -> Distortion | 
 
 
 def _distort(pixels: NDArray[np.uint8], distortion: Distortion, image: Image.Image) -> NDArray[np.uint8]:
-    """Apply the drawn operations, without the permutation, to (H, W, 3); `image` is the whole picture."""
+    """Apply the drawn operations, without the permutation, to (H, W, 3); `image` is the whole image."""
     brightness, contrast, saturation, hue, contrast_first, _ = distortion
-    # Contrast turns about the mean of the whole picture as it is by then; a thumbnail goes through the same steps.
+    # Contrast turns about the mean of the whole image as it is by then; a thumbnail goes through the same steps.
     both = [pixels]
     if contrast is not None:
         both.append(np.array(image.resize(_THUMBNAIL, Image.Resampling.NEAREST), np.uint8))
@@ -481,7 +481,7 @@ def _custom(
     rng: Generator,
     out: NDArray[np.uint8],
 ) -> tuple[Boxes, Labels]:
-    """Run a user's transforms on the whole picture, then stretch."""
+    """Run a user's transforms on the whole image, then stretch."""
     height, width = out.shape[1:]
     transform = _compose(augmentation.custom)
     transform.set_random_seed(int(rng.integers(2**31)))
@@ -491,7 +491,7 @@ def _custom(
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         kind = f"{getattr(image, 'dtype', type(image).__name__)} {tuple(getattr(image, 'shape', ()))}"
         raise UsageError(
-            f"{augmentation.name}: the transforms must leave an (H, W, 3) uint8 picture, and left {kind}",
+            f"{augmentation.name}: the transforms must leave an (H, W, 3) uint8 image, and left {kind}",
             hint="take Normalize and ToTensorV2 out: scaling to 0..1 is done on the device",
         )
     boxes = np.asarray(result["bboxes"], np.float64).reshape(-1, 4)
@@ -546,7 +546,7 @@ def _read_custom(path: Path) -> dict[str, Any]:
 
 
 class _Blank:
-    """A plain picture to try transforms on."""
+    """A plain image to try transforms on."""
 
     size_wh = (128, 96)
 
@@ -576,6 +576,6 @@ def _try_custom(augmentation: Augmentation, path: Path) -> None:
     except Exception as error:  # whatever a user's transforms raise
         what = " ".join(str(error).split())
         raise UsageError(
-            f"{path} does not work on a picture with boxes: {what[:300]}",
+            f"{path} does not work on an image with boxes: {what[:300]}",
             hint="every transform must be known to Albumentations 2.0 and must carry boxes along",
         ) from None

@@ -1,6 +1,6 @@
-"""Read a picture as upright RGB, and resize it: the one decoder and the one stretch that everything shares.
+"""Read an image as upright RGB, and resize it: the one decoder and the one stretch that everything shares.
 
-Training, evaluation, prediction, the export gate and the doctor all read through `open_picture`, so a file has one
+Training, evaluation, prediction, the export gate and the doctor all read through `open_image`, so a file has one
 meaning: upright after EXIF, three channels, eight bits. Pillow decodes, not OpenCV: on JPEG both give the same bits
 in the same time (2.2 ms at 640x480, one core), but OpenCV fills the missing part of a truncated file with grey and
 says nothing, and Pillow's resize is the antialiased one that the published weights were trained with.
@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from rtdetr_cli.errors import DataError
 
 MAX_PIXELS = 178_956_970
-"""Larger pictures are refused as decompression bombs (half a gibibyte once decoded); Pillow's own hard limit."""
+"""Larger images are refused as decompression bombs (half a gibibyte once decoded); Pillow's own hard limit."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
 """What is read. Pillow knows more, among them formats that start other programs (EPS), which a dataset must not."""
@@ -44,8 +44,8 @@ SUFFIXES = {
 }
 """What files of each format are called, the usual suffix first."""
 
-PICTURE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
-"""What a file in a folder of pictures must end in, to count as one."""
+IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+"""What a file in a folder of images must end in, to count as one."""
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -59,29 +59,29 @@ _UPRIGHT = {
 }
 _SIDEWAYS = (5, 6, 7, 8)
 
-# Pillow's remarks (odd EXIF, a picture above half the limit) would land in the middle of a progress bar. What is worth
-# knowing about a picture, `rtdetr validate` says. Here once and for all, since a filter cannot be set for one thread.
+# Pillow's remarks (odd EXIF, an image above half the limit) would land in the middle of a progress bar. What is worth
+# knowing about an image, `rtdetr validate` says. Here once and for all, since a filter cannot be set for one thread.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-class PictureError(DataError):
-    """A picture that cannot be used; `code` says which fault it has.
+class ImageError(DataError):
+    """An image that cannot be used; `code` says which fault it has.
 
-    Codes: `picture-missing`, `picture-empty` (zero bytes), `picture-unreadable` (not a picture, or not one of
-    `FORMATS`), `picture-truncated` (the header is fine, the pixels are not all there), `picture-bomb`,
-    `picture-samples` (samples without an agreed range, such as floats).
+    Codes: `image-missing`, `image-empty` (zero bytes), `image-unreadable` (not an image, or not one of
+    `FORMATS`), `image-truncated` (the header is fine, the pixels are not all there), `image-bomb`,
+    `image-samples` (samples without an agreed range, such as floats).
     """
 
-    default_code = "picture-unreadable"
+    default_code = "image-unreadable"
 
 
 class _NoRange(Exception):
     """Samples of 32 bits: of which kind."""
 
 
-def read_picture(source: Path | bytes, *, reduce_to: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """Decode a picture to (H, W, 3) uint8 RGB, upright.
+def read_image(source: Path | bytes, *, reduce_to: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """Decode an image to (H, W, 3) uint8 RGB, upright.
 
     EXIF orientation is applied; 16-bit samples keep their high byte; palette, grey and CMYK become RGB; alpha is
     dropped, as in the published preprocessing; of an animation the first frame is taken.
@@ -92,23 +92,23 @@ def read_picture(source: Path | bytes, *, reduce_to: tuple[int, int] | None = No
             that still covers both; other formats are decoded in full.
 
     Raises:
-        PictureError: the picture is missing, broken, too large or of a kind that has no agreed meaning.
+        ImageError: the image is missing, broken, too large or of a kind that has no agreed meaning.
     """
-    return np.array(open_picture(source, reduce_to=reduce_to), np.uint8)
+    return np.array(open_image(source, reduce_to=reduce_to), np.uint8)
 
 
-def open_picture(source: Path | bytes, *, reduce_to: tuple[int, int] | None = None) -> Image.Image:
-    """Decode as `read_picture` does, but return Pillow's picture: one copy less for who crops or resizes it."""
+def open_image(source: Path | bytes, *, reduce_to: tuple[int, int] | None = None) -> Image.Image:
+    """Decode as `read_image` does, but return Pillow's image: one copy less for who crops or resizes it."""
     with opened(source) as file:
         return file.decode(file.divisor(reduce_to) if reduce_to is not None else 1)
 
 
 @contextmanager
-def opened(source: Path | bytes) -> Iterator[PictureFile]:
-    """Open a picture and read its header; the pixels wait for `PictureFile.decode`.
+def opened(source: Path | bytes) -> Iterator[ImageFile]:
+    """Open an image and read its header; the pixels wait for `ImageFile.decode`.
 
     Raises:
-        PictureError: the header is missing or broken, or promises a decompression bomb.
+        ImageError: the header is missing or broken, or promises a decompression bomb.
     """
     with ExitStack() as stack:
         with _faults(source):
@@ -116,15 +116,15 @@ def opened(source: Path | bytes) -> Iterator[PictureFile]:
             image = stack.enter_context(Image.open(stream, formats=FORMATS))
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            file = PictureFile(image, source)
+            file = ImageFile(image, source)
         yield file
 
 
-class PictureFile:
-    """An open picture whose header has been read. It can be decoded once.
+class ImageFile:
+    """An open image whose header has been read. It can be decoded once.
 
     Attributes:
-        size_wh: width and height of the upright picture in pixels.
+        size_wh: width and height of the upright image in pixels.
         scalable: whether it can be decoded at a half, a quarter or an eighth for less work (JPEG).
     """
 
@@ -143,10 +143,10 @@ class PictureFile:
         return divisor(self.size_wh, hw) if self.scalable else 1
 
     def decode(self, divisor: int = 1) -> Image.Image:
-        """Return the upright RGB picture, its sides divided by `divisor` and rounded up.
+        """Return the upright RGB image, its sides divided by `divisor` and rounded up.
 
         Raises:
-            PictureError: the pixels are broken or of a kind that has no agreed meaning.
+            ImageError: the pixels are broken or of a kind that has no agreed meaning.
         """
         image = self._image
         with _faults(self._source):
@@ -159,15 +159,15 @@ class PictureFile:
 
 
 def divisor(size_wh: tuple[int, int], hw: tuple[int, int]) -> int:
-    """Return the largest of 8, 4, 2, 1 by which a picture's sides can be divided and still cover `hw`."""
+    """Return the largest of 8, 4, 2, 1 by which an image's sides can be divided and still cover `hw`."""
     return next((d for d in (8, 4, 2) if size_wh[0] // d >= hw[1] and size_wh[1] // d >= hw[0]), 1)
 
 
-def picture_size(source: Path | bytes) -> tuple[int, int]:
-    """Return width and height in pixels of the upright picture, from its header alone.
+def image_size(source: Path | bytes) -> tuple[int, int]:
+    """Return width and height in pixels of the upright image, from its header alone.
 
     Raises:
-        PictureError: the header is missing or broken, or promises a decompression bomb.
+        ImageError: the header is missing or broken, or promises a decompression bomb.
     """
     with opened(source) as file:
         return file.size_wh
@@ -177,26 +177,26 @@ def usual_suffix(path: Path) -> str:
     """Return what a file of this content is usually called, such as `.jpg`.
 
     Raises:
-        PictureError: it is no picture that can be read.
+        ImageError: it is no image that can be read.
     """
     with _faults(path), Image.open(path, formats=FORMATS) as image:
         return SUFFIXES[image.format or ""][0]
 
 
-def stretch(picture: NDArray[np.uint8], hw: tuple[int, int]) -> NDArray[np.uint8]:
+def stretch(image: NDArray[np.uint8], hw: tuple[int, int]) -> NDArray[np.uint8]:
     """Resize (H, W, 3) uint8 to height and width `hw`: bilinear, antialiased, not keeping the aspect.
 
     The one resize of the project, equal to the published preprocessing. OpenCV's bilinear has no antialiasing and
     differs by 4 grey levels on average when it shrinks.
     """
     height, width = hw
-    if picture.shape[:2] == (height, width):
-        return picture
-    return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR), np.uint8)
+    if image.shape[:2] == (height, width):
+        return image
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR), np.uint8)
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """Return the orientation that a just opened picture asks for: 2 to 8 turn it, 0 is none, others are nonsense.
+    """Return the orientation that a just opened image asks for: 2 to 8 turn it, 0 is none, others are nonsense.
 
     Two formats are special. Pillow turns a TIFF itself as it loads. And for a PNG without EXIF before its pixels,
     Pillow would load the pixels to look behind them, here, where a fault in them would be lost.
@@ -215,7 +215,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     if mode == "RGB":
         return image
     if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM", "JPEG2000")):
-        # Pillow's own conversion clips at 255, which turns a 16-bit picture white.
+        # Pillow's own conversion clips at 255, which turns a 16-bit image white.
         samples = np.asarray(image).astype(np.uint16)
         return Image.fromarray((samples >> 8).astype(np.uint8)).convert("RGB")
     if mode in ("I", "F"):
@@ -228,33 +228,33 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _faults(source: Path | bytes) -> Iterator[None]:
-    """Turn whatever decoding raises into a `PictureError` that names the file and its fault."""
-    name = "the picture" if isinstance(source, bytes) else str(source)
+    """Turn whatever decoding raises into a `ImageError` that names the file and its fault."""
+    name = "the image" if isinstance(source, bytes) else str(source)
     try:
         yield
     except _NoRange as kind:
-        raise PictureError(
+        raise ImageError(
             f"{name} has 32-bit {kind} samples, which have no agreed range",
             hint="save it with 8 or 16 bits a sample",
-            code="picture-samples",
+            code="image-samples",
         ) from None
     except FileNotFoundError:
-        raise PictureError(f"{name} does not exist", code="picture-missing") from None
+        raise ImageError(f"{name} does not exist", code="image-missing") from None
     except IsADirectoryError:
-        raise PictureError(f"{name} is a folder, not a picture") from None
+        raise ImageError(f"{name} is a folder, not an image") from None
     except PermissionError:
-        raise PictureError(f"{name} may not be read by this user") from None
+        raise ImageError(f"{name} may not be read by this user") from None
     except Image.DecompressionBombError:
-        raise PictureError(
+        raise ImageError(
             f"{name} has more than {MAX_PIXELS:,} pixels, too many to decode safely",
             hint="make it smaller, or leave it out",
-            code="picture-bomb",
+            code="image-bomb",
         ) from None
     except UnidentifiedImageError:
         if (len(source) if isinstance(source, bytes) else source.stat().st_size) == 0:
-            raise PictureError(f"{name} is empty (zero bytes)", code="picture-empty") from None
-        raise PictureError(f"{name} is not a picture of a known format ({', '.join(FORMATS)})") from None
+            raise ImageError(f"{name} is empty (zero bytes)", code="image-empty") from None
+        raise ImageError(f"{name} is not an image of a known format ({', '.join(FORMATS)})") from None
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise anything on broken data: OSError, SyntaxError, struct.error...
-        raise PictureError(f"{name} does not decode: {error}", code="picture-truncated") from None
+        raise ImageError(f"{name} does not decode: {error}", code="image-truncated") from None

@@ -1,8 +1,8 @@
-"""Boxes drawn on pictures, pleasant to look at: for `predict`, the reports and the plots of a run.
+"""Boxes drawn on images, pleasant to look at: for `predict`, the reports and the plots of a run.
 
-Line and text follow the size of the picture, so that a 64 px crop and a 12 MP photograph look alike on a page.
+Line and text follow the size of the image, so that a 64 px crop and a 12 MP photograph look alike on a page.
 All lines are drawn before all labels, best score last and on top; a label looks for a free place beside its box
-and never leaves the picture. Text is Pillow's own scalable font; a name that it has no letters for falls back to
+and never leaves the image. Text is Pillow's own scalable font; a name that it has no letters for falls back to
 fonts that are usually there.
 """
 
@@ -26,7 +26,7 @@ _ROUNDS = ((0.70, 0.19), (0.52, 0.18), (0.84, 0.13), (0.62, 0.12), (0.92, 0.08))
 _GOLDEN_ANGLE = 137.50776
 _FIRST_HUE = 28.0
 _ELLIPSIS = "…"
-_MOST_COVERED = 0.3  # of the picture, by labels
+_MOST_COVERED = 0.3  # of the image, by labels
 _FALLBACK_FONTS = (
     "DejaVuSans.ttf",
     "NotoSans-Regular.ttf",
@@ -58,27 +58,27 @@ def colour(label: int) -> Colour:
 
 
 def draw_boxes(
-    picture: NDArray[np.uint8],
+    image: NDArray[np.uint8],
     boxes_xyxy_px: NDArray[np.floating] | Sequence[Sequence[float]],
     labels: NDArray[np.integer] | Sequence[int],
     names: Sequence[str],
     *,
     scores: NDArray[np.floating] | Sequence[float] | None = None,
 ) -> NDArray[np.uint8]:
-    """Return a copy of a picture with boxes and their class names drawn on it.
+    """Return a copy of an image with boxes and their class names drawn on it.
 
     Args:
-        picture: (H, W, 3) uint8, RGB.
-        boxes_xyxy_px: (N, 4) pixels; parts outside the picture are not seen.
+        image: (H, W, 3) uint8, RGB.
+        boxes_xyxy_px: (N, 4) pixels; parts outside the image are not seen.
         labels: (N,) contiguous labels; they choose name and colour.
         names: class names in label order; a label beyond them is called `class 7`.
         scores: (N,) 0 to 1, shown beside the name as a percentage; None shows names only (ground truth).
     """
-    image = Image.fromarray(np.ascontiguousarray(picture))
+    canvas = Image.fromarray(np.ascontiguousarray(image))
     boxes = np.asarray(boxes_xyxy_px, np.float64).reshape(-1, 4)
     classes = [int(label) for label in labels]
     if not len(boxes):
-        return np.array(image)
+        return np.array(canvas)
     if scores is None:
         # Small boxes last: a label of a small thing must not vanish under that of a large one.
         areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
@@ -86,34 +86,34 @@ def draw_boxes(
     else:
         order = np.argsort(np.asarray(scores, np.float64), kind="stable")
 
-    pen = ImageDraw.Draw(image)
-    line, text_px = _sizes(image.width, image.height, len(boxes))
+    pen = ImageDraw.Draw(canvas)
+    line, text_px = _sizes(canvas.width, canvas.height, len(boxes))
     for index in order:
-        _draw_outline(pen, boxes[index], colour(classes[index]), line, image.size)
+        _draw_outline(pen, boxes[index], colour(classes[index]), line, canvas.size)
 
     placed: list[Rectangle] = []
     plates: list[tuple[Rectangle, str, ImageFont.FreeTypeFont, Colour]] = []
-    room = _MOST_COVERED * image.width * image.height
+    room = _MOST_COVERED * canvas.width * canvas.height
     for index in reversed(order):  # the best choose their places first
         label = classes[index]
         name = names[label] if 0 <= label < len(names) else f"class {label}"
         score = "" if scores is None else f" {min(max(float(scores[index]), 0.0), 1.0):.0%}"
         font = _font(text_px, name)
-        text = _shorten(name, score, font, image.width - 2 * _padding(text_px))
+        text = _shorten(name, score, font, canvas.width - 2 * _padding(text_px))
         size = (font.getlength(text) + 2 * _padding(text_px), sum(_line_metrics(font)) + _padding(text_px))
         room -= size[0] * size[1]
         if room < 0 and placed:
-            break  # the rest keep their colours: labels everywhere would hide the picture
-        where = _place(boxes[index], size, image.size, line, placed)
+            break  # the rest keep their colours: labels everywhere would hide the image
+        where = _place(boxes[index], size, canvas.size, line, placed)
         placed.append(where)
         plates.append((where, text, font, colour(label)))
     for where, text, font, fill in reversed(plates):
         _draw_plate(pen, where, text, font, fill, text_px)
-    return np.array(image)
+    return np.array(canvas)
 
 
 def _sizes(width: int, height: int, count: int) -> tuple[int, int]:
-    """Return line width and text size in pixels for a picture; a crowd gets a finer pen."""
+    """Return line width and text size in pixels for an image; a crowd gets a finer pen."""
     side = math.sqrt(width * height)
     crowd = 1.0 if count <= 25 else max(0.7, (25 / count) ** 0.25)
     return max(1, round(side / 260 * crowd)), max(9, round((4 + side / 46) * crowd))
@@ -126,7 +126,7 @@ def _padding(text_px: int) -> int:
 def _draw_outline(
     pen: ImageDraw.ImageDraw, box: NDArray[np.float64], fill: Colour, line: int, size: tuple[int, int]
 ) -> None:
-    """Draw one box, its line inside the box's edge and inside the picture, with a thin dark hem for bright grounds."""
+    """Draw one box, its line inside the box's edge and inside the image, with a thin dark hem for bright grounds."""
     width, height = size
     x1, y1 = (min(max(float(v), 0.0), limit - 1.0) for v, limit in zip(box[:2], size, strict=True))
     x2, y2 = (min(max(float(v) - 1.0, 0.0), limit - 1.0) for v, limit in zip(box[2:], size, strict=True))
@@ -195,7 +195,7 @@ def _overlap(a: Rectangle, b: Rectangle) -> float:
 
 
 def _shorten(name: str, score: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """Return name and score, the name cut so that both fit the picture."""
+    """Return name and score, the name cut so that both fit the image."""
     if font.getlength(name + score) <= width:
         return name + score
     for length in range(len(name) - 1, 0, -1):

@@ -1,1 +1,1 @@
-"""From pictures to detections, through one interface to every backend."""
+"""From images to detections, through one interface to every backend."""

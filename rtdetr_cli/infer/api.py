@@ -1,4 +1,4 @@
-"""The Python API: `load` a model file, `predict` on pictures, get frozen `Detections`.
+"""The Python API: `load` a model file, `predict` on images, get frozen `Detections`.
 
     from rtdetr_cli import load
 
@@ -20,17 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.errors import ModelError, UsageError
-from rtdetr_cli.images.decode import PictureError
+from rtdetr_cli.images.decode import ImageError
 from rtdetr_cli.infer.backend import Backend, open_backend
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.selection import Selection, select_by
-from rtdetr_cli.infer.stream import detect_pictures
+from rtdetr_cli.infer.stream import detect_images
 from rtdetr_cli.weights.header import ModelHeader
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    Picture = str | os.PathLike[str] | NDArray[np.uint8] | Image.Image
+    ImageSource = str | os.PathLike[str] | NDArray[np.uint8] | Image.Image
 
 __all__ = ["Detector", "load"]
 
@@ -53,7 +53,7 @@ class Detector:
 
     @property
     def imgsz(self) -> tuple[int, int]:
-        """Height and width that pictures are stretched to."""
+        """Height and width that images are stretched to."""
         return self.backend.imgsz
 
     def __repr__(self) -> str:
@@ -63,7 +63,7 @@ class Detector:
     @overload
     def predict(  # type: ignore[overload-overlap]  # a string is a sequence of strings, but it is a path here
         self,
-        source: Picture,
+        source: ImageSource,
         *,
         conf: float | str = ...,
         classes: Sequence[str] | None = ...,
@@ -73,7 +73,7 @@ class Detector:
     @overload
     def predict(
         self,
-        source: Sequence[Picture],
+        source: Sequence[ImageSource],
         *,
         conf: float | str = ...,
         classes: Sequence[str] | None = ...,
@@ -83,28 +83,28 @@ class Detector:
 
     def predict(
         self,
-        source: Picture | Sequence[Picture],
+        source: ImageSource | Sequence[ImageSource],
         *,
         conf: float | str = "auto",
         classes: Sequence[str] | None = None,
         max_det: int = 100,
         batch: int = 8,
     ) -> Detections | list[Detections]:
-        """Detect objects in one picture or in several.
+        """Detect objects in one image or in several.
 
         Args:
-            source: a path, a Pillow picture, or an array (H, W, 3) uint8 RGB (H, W for grey); or a sequence of them.
+            source: a path, a Pillow image, or an array (H, W, 3) uint8 RGB (H, W for grey); or a sequence of them.
             conf: least score, or `auto`: the thresholds stored in the model for each class, else 0.5.
             classes: names of the classes wanted; all by default.
-            max_det: most detections in a picture.
-            batch: pictures in one run of the network.
+            max_det: most detections in an image.
+            batch: images in one run of the network.
 
         Returns:
-            `Detections` for one picture, a list in the same order for several; boxes in pixels of the upright
-            picture, best first.
+            `Detections` for one image, a list in the same order for several; boxes in pixels of the upright
+            image, best first.
 
         Raises:
-            PictureError: a picture cannot be read.
+            ImageError: an image cannot be read.
             UsageError: a class that the model does not have, a score out of range, an array of another kind.
         """
         several = isinstance(source, (list, tuple)) or (
@@ -112,17 +112,17 @@ class Detector:
         )
         sources: Sequence[Any] = list(source) if several else [source]  # type: ignore[arg-type]
         selection = select_by(self.header, conf=conf, classes=classes, max_det=max_det)
-        found = list(self._run([as_picture(s) for s in sources], selection, batch))
+        found = list(self._run([as_image(s) for s in sources], selection, batch))
         return found if several else found[0]
 
     def _run(
-        self, pictures: Sequence[Path | NDArray[np.uint8]], selection: Selection, batch: int
+        self, images: Sequence[Path | NDArray[np.uint8]], selection: Selection, batch: int
     ) -> Iterator[Detections]:
         if batch < 1:
             raise UsageError(f"batch {batch} must be at least 1")
-        for seen in detect_pictures(self.backend, pictures, batch=batch):
+        for seen in detect_images(self.backend, images, batch=batch):
             if seen.found is None:
-                raise seen.error or PictureError("a picture cannot be read")
+                raise seen.error or ImageError("an image cannot be read")
             yield selection.apply(seen.found)
 
 
@@ -168,11 +168,11 @@ def load(
     )
 
 
-def as_picture(source: Any) -> Path | NDArray[np.uint8]:
+def as_image(source: Any) -> Path | NDArray[np.uint8]:
     """Return a path, or an upright (H, W, 3) uint8 RGB array.
 
     Raises:
-        UsageError: neither a path nor a picture.
+        UsageError: neither a path nor an image.
     """
     if isinstance(source, (str, os.PathLike)):
         return Path(source)
@@ -185,7 +185,7 @@ def as_picture(source: Any) -> Path | NDArray[np.uint8]:
         array = np.repeat(array[:, :, None], 3, axis=2)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
         raise UsageError(
-            f"an array of shape {array.shape} and type {array.dtype} is no picture",
+            f"an array of shape {array.shape} and type {array.dtype} is no image",
             hint="give (height, width, 3) uint8 in RGB order; OpenCV's frames are BGR: frame[:, :, ::-1]",
             code="array",
         )

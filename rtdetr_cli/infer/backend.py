@@ -1,4 +1,4 @@
-"""One interface for every runtime: stretched pictures in, detections in original pixels out."""
+"""One interface for every runtime: stretched images in, detections in original pixels out."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Backend(Protocol):
     Attributes:
         header: what the model says about itself; `names` is empty for a foreign graph.
         kind: `torch`, `onnx`, `openvino` or `tensorrt`.
-        imgsz: (height, width) that pictures must be stretched to.
+        imgsz: (height, width) that images must be stretched to.
         fixed_batch: the batch a graph was exported for, or None when any will do. `run` takes any number of
-            pictures either way: it cuts and fills up by itself.
+            images either way: it cuts and fills up by itself.
     """
 
     header: ModelHeader
@@ -34,15 +34,15 @@ class Backend(Protocol):
     imgsz: tuple[int, int]
     fixed_batch: int | None
 
-    def run(self, pictures: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> list[Detections]:
+    def run(self, images: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> list[Detections]:
         """Detect objects in a batch.
 
         Args:
-            pictures: (B, H, W, 3) uint8 RGB, stretched to `imgsz`.
+            images: (B, H, W, 3) uint8 RGB, stretched to `imgsz`.
             sizes_wh: (B, 2) width and height of the originals in pixels.
 
         Returns:
-            For each picture all rows that the model gives (usually 300), best first, unfiltered and unclipped.
+            For each image all rows that the model gives (usually 300), best first, unfiltered and unclipped.
         """
         ...
 

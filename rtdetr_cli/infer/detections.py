@@ -14,14 +14,14 @@ from rtdetr_cli.infer.packages import import_package
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Detections:
-    """The detections of one picture, best first.
+    """The detections of one image, best first.
 
     Attributes:
-        boxes_xyxy_px: (N, 4) float32, pixels of the upright original picture.
+        boxes_xyxy_px: (N, 4) float32, pixels of the upright original image.
         scores: (N,) float32, 0 to 1.
         labels: (N,) int64, contiguous.
-        size_wh: width and height of the upright original picture in pixels.
-        names: class names in label order, shared by all pictures of a model.
+        size_wh: width and height of the upright original image in pixels.
+        names: class names in label order, shared by all images of a model.
         category_ids: the dataset's own ids in label order.
     """
 

@@ -21,7 +21,7 @@ from rtdetr_cli.errors import ModelError, UsageError
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.weights.header import ModelHeader
 
-PICTURES, SIZES = "images", "orig_target_sizes"
+IMAGES, SIZES = "images", "orig_target_sizes"
 FINISHED = ("labels", "boxes", "scores")
 RAW = ("logits", "boxes_cxcywh")
 FOREIGN_SIZE = (640, 640)
@@ -42,7 +42,7 @@ class GraphBackend(ABC):
 
     kind: str
     largest_batch: int | None
-    """Pictures that one run of the graph takes at most: those of a fixed batch, or of an engine's range."""
+    """Images that one run of the graph takes at most: those of a fixed batch, or of an engine's range."""
 
     def __init__(
         self,
@@ -70,19 +70,19 @@ class GraphBackend(ABC):
         """
         ports = {port.name: port for port in inputs}
         self._finished = set(FINISHED) <= set(outputs)
-        if PICTURES not in ports or not (self._finished or set(RAW) <= set(outputs)):
+        if IMAGES not in ports or not (self._finished or set(RAW) <= set(outputs)):
             raise ModelError(
                 f"{path} is not a detector of the published contract: it has inputs {_listed(ports)} "
                 f"and outputs {_listed(outputs)}",
-                hint=f"expected: inputs {PICTURES}, {SIZES}; outputs {', '.join(FINISHED)}",
+                hint=f"expected: inputs {IMAGES}, {SIZES}; outputs {', '.join(FINISHED)}",
                 code="model-foreign",
             )
-        self._pictures = ports[PICTURES]
+        self._image_input = ports[IMAGES]
         self._sizes = ports.get(SIZES)
-        shape = self._pictures.shape
+        shape = self._image_input.shape
         if len(shape) != 4:
-            raise ModelError(f"{path}: the input {PICTURES} has {len(shape)} dimensions, not 4", code="model-foreign")
-        self._channels_last = self._pictures.dtype == np.uint8 and shape[3] == 3
+            raise ModelError(f"{path}: the input {IMAGES} has {len(shape)} dimensions, not 4", code="model-foreign")
+        self._channels_last = self._image_input.dtype == np.uint8 and shape[3] == 3
         fixed = (shape[1], shape[2]) if self._channels_last else (shape[2], shape[3])
         own = header.imgsz if header is not None else FOREIGN_SIZE
         self.imgsz = (fixed[0] or own[0], fixed[1] or own[1])
@@ -104,13 +104,13 @@ class GraphBackend(ABC):
     def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run one batch; return every output by name."""
 
-    def run(self, pictures: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> list[Detections]:
+    def run(self, images: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> list[Detections]:
         """Detect objects; see `Backend.run`. Cuts the batch to what the graph takes and fills up the last part."""
-        count = len(pictures)
+        count = len(images)
         step = self.largest_batch or max(count, 1)
         found: list[Detections] = []
         for start in range(0, count, step):
-            part, sizes = pictures[start : start + step], np.asarray(sizes_wh[start : start + step], np.int64)
+            part, sizes = images[start : start + step], np.asarray(sizes_wh[start : start + step], np.int64)
             real = len(part)
             if self.fixed_batch is not None and real < self.fixed_batch:
                 short = self.fixed_batch - real
@@ -119,8 +119,8 @@ class GraphBackend(ABC):
             found.extend(self._run_part(part, sizes)[:real])
         return found
 
-    def _run_part(self, pictures: NDArray[np.uint8], sizes: NDArray[np.int64]) -> list[Detections]:
-        feeds: dict[str, NDArray[Any]] = {PICTURES: self._images(pictures)}
+    def _run_part(self, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> list[Detections]:
+        feeds: dict[str, NDArray[Any]] = {IMAGES: self._images(images)}
         if self._sizes is not None:
             feeds[SIZES] = sizes.astype(self._sizes.dtype)
         outputs = self.infer(feeds)
@@ -128,9 +128,9 @@ class GraphBackend(ABC):
             labels, boxes, scores = (outputs[name] for name in FINISHED)
         else:
             labels, boxes, scores = finish_raw(outputs[RAW[0]], outputs[RAW[1]], sizes)
-        labels = labels.reshape(len(pictures), -1).astype(np.int64, copy=False)
-        boxes = boxes.reshape(len(pictures), -1, 4).astype(np.float32, copy=False)
-        scores = scores.reshape(len(pictures), -1).astype(np.float32, copy=False)
+        labels = labels.reshape(len(images), -1).astype(np.int64, copy=False)
+        boxes = boxes.reshape(len(images), -1, 4).astype(np.float32, copy=False)
+        scores = scores.reshape(len(images), -1).astype(np.float32, copy=False)
         return [
             _best_first(
                 Detections(
@@ -145,16 +145,16 @@ class GraphBackend(ABC):
             for label, box, score, (width, height) in zip(labels, boxes, scores, sizes, strict=True)
         ]
 
-    def _images(self, pictures: NDArray[np.uint8]) -> NDArray[Any]:
+    def _images(self, images: NDArray[np.uint8]) -> NDArray[Any]:
         """Return (N, H, W, 3) uint8 as the graph wants it."""
         if self._channels_last:
-            return np.ascontiguousarray(pictures)
-        planes = np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))  # N 3 H W
-        if self._pictures.dtype == np.uint8:
+            return np.ascontiguousarray(images)
+        planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2))  # N 3 H W
+        if self._image_input.dtype == np.uint8:
             return planes
-        images = planes.astype(np.float32)
-        images /= 255
-        return images.astype(self._pictures.dtype, copy=False)
+        scaled = planes.astype(np.float32)
+        scaled /= 255
+        return scaled.astype(self._image_input.dtype, copy=False)
 
 
 def finish_raw(

@@ -11,7 +11,7 @@ from typing import Any
 
 from rtdetr_cli.errors import ModelError
 from rtdetr_cli.infer.backend import check_model_path
-from rtdetr_cli.infer.graph import FINISHED, PICTURES, RAW, first_line
+from rtdetr_cli.infer.graph import FINISHED, IMAGES, RAW, first_line
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 _TYPE_NAMES = {
@@ -192,7 +192,7 @@ def _engine(path: Path) -> dict[str, Any]:
 
 def _graph_format(what: str, header: str | None, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> str:
     names = {port["name"] for port in outputs}
-    keeps = PICTURES in {port["name"] for port in inputs} and (set(FINISHED) <= names or set(RAW) <= names)
+    keeps = IMAGES in {port["name"] for port in inputs} and (set(FINISHED) <= names or set(RAW) <= names)
     if header:
         return f"{what} graph by rtdetr-cli"
     return f"{what} graph, foreign, " + ("of the published contract" if keeps else "not of the published contract")

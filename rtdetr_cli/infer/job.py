@@ -10,26 +10,26 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.images.decode import PictureError
+from rtdetr_cli.images.decode import ImageError
 from rtdetr_cli.images.draw import draw_boxes
 from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.prefetch import read_ahead
 from rtdetr_cli.infer.selection import Selection
 from rtdetr_cli.infer.sources import Source
-from rtdetr_cli.infer.stream import Seen, Video, detect_frames, detect_pictures
-from rtdetr_cli.infer.write import VideoFile, save_picture, saved_name
+from rtdetr_cli.infer.stream import Seen, Video, detect_frames, detect_images
+from rtdetr_cli.infer.write import VideoFile, save_image, saved_name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Predicted:
-    """A picture, or a frame of a video, is done.
+    """An image, or a frame of a video, is done.
 
     Attributes:
-        source: the picture or the video.
+        source: the image or the video.
         found: what was found and selected.
         seconds: its share of the network's time.
-        frame: its number from 0; None for a picture.
+        frame: its number from 0; None for an image.
         best: the highest score of the wanted classes, also where it is below the threshold.
     """
 
@@ -42,13 +42,13 @@ class Predicted:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unreadable:
-    """A picture or video could not be read."""
+    """An image or video could not be read."""
 
     source: Source
-    error: PictureError
+    error: ImageError
 
 
-def predict_pictures(
+def predict_images(
     sources: Sequence[Source],
     backend: Backend,
     selection: Selection,
@@ -56,26 +56,26 @@ def predict_pictures(
     batch: int = 1,
     draw_to: Path | None = None,
 ) -> Generator[Predicted | Unreadable, None, None]:
-    """Predict pictures in their order; annotated copies are drawn and written in threads.
+    """Predict images in their order; annotated copies are drawn and written in threads.
 
     Args:
-        sources: pictures, no videos.
+        sources: images, no videos.
         backend: the model.
         selection: which rows count.
-        batch: pictures in one run of the network.
+        batch: images in one run of the network.
         draw_to: folder of the annotated copies, or None for none.
     """
 
     def finish(seen: Seen) -> Predicted | Unreadable:
         source = sources[seen.position]
         if seen.found is None:
-            return Unreadable(source, seen.error or PictureError(f"{source.path} cannot be read"))
+            return Unreadable(source, seen.error or ImageError(f"{source.path} cannot be read"))
         found = selection.apply(seen.found)
-        if draw_to is not None and seen.picture is not None:
-            save_picture(_drawn(seen, found), draw_to / saved_name(source))
+        if draw_to is not None and seen.image is not None:
+            save_image(_drawn(seen, found), draw_to / saved_name(source))
         return Predicted(source, found, seen.seconds, best=selection.best(seen.found))
 
-    seen = detect_pictures(backend, [s.path for s in sources], batch=batch, keep=draw_to is not None)
+    seen = detect_images(backend, [s.path for s in sources], batch=batch, keep=draw_to is not None)
     with closing(seen):
         if draw_to is None:
             yield from map(finish, seen)
@@ -115,5 +115,5 @@ def predict_video(
 
 
 def _drawn(seen: Seen, found: Detections) -> NDArray[np.uint8]:
-    assert seen.picture is not None
-    return draw_boxes(seen.picture, found.boxes_xyxy_px, found.labels, found.names, scores=found.scores)
+    assert seen.image is not None
+    return draw_boxes(seen.image, found.boxes_xyxy_px, found.labels, found.names, scores=found.scores)

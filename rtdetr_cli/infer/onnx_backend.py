@@ -83,7 +83,7 @@ def read_onnx_header(metadata: Mapping[str, str], path: Path) -> ModelHeader | N
 
 def _port(value: Any, path: Path) -> Port:
     if value.type not in _TYPES:
-        raise ModelError(f"{path}: the input {value.name} is a {value.type}, which is no picture", code="model-foreign")
+        raise ModelError(f"{path}: the input {value.name} is a {value.type}, which is no image", code="model-foreign")
     shape = tuple(n if isinstance(n, int) and n > 0 else None for n in value.shape)
     return Port(value.name, np.dtype(_TYPES[value.type]), shape)
 

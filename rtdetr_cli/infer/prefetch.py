@@ -1,4 +1,4 @@
-"""Pictures decoded and stretched ahead of the network, in threads: it never waits for a file.
+"""Images decoded and stretched ahead of the network, in threads: it never waits for a file.
 
 Pillow lets go of the interpreter's lock while it decodes and resizes, so threads are enough and nothing is copied
 between processes.
@@ -16,26 +16,26 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.images.decode import PictureError, read_picture, stretch
+from rtdetr_cli.images.decode import ImageError, read_image, stretch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Prefetched(NamedTuple):
-    """One picture made ready, or what is wrong with it."""
+    """One image made ready, or what is wrong with it."""
 
     position: int  # in `paths`
-    picture: NDArray[np.uint8] | None  # (H, W, 3) of the network's size
+    image: NDArray[np.uint8] | None  # (H, W, 3) of the network's size
     size_wh: tuple[int, int] | None  # of the upright original
-    error: PictureError | None
+    error: ImageError | None
 
 
 def prefetch(paths: Sequence[Path], hw: tuple[int, int], *, threads: int | None = None) -> Iterator[Prefetched]:
-    """Yield every picture in order, decoded and stretched ahead of its use.
+    """Yield every image in order, decoded and stretched ahead of its use.
 
     Args:
-        paths: picture files; one that cannot be read comes back with its error.
+        paths: image files; one that cannot be read comes back with its error.
         hw: height and width of the network's input.
         threads: that decode; None takes one for each core up to four.
     """
@@ -43,10 +43,10 @@ def prefetch(paths: Sequence[Path], hw: tuple[int, int], *, threads: int | None 
     def ready(job: tuple[int, Path]) -> Prefetched:
         index, path = job
         try:
-            picture = read_picture(path)
-        except PictureError as error:
+            image = read_image(path)
+        except ImageError as error:
             return Prefetched(index, None, None, error)
-        return Prefetched(index, stretch(picture, hw), (picture.shape[1], picture.shape[0]), None)
+        return Prefetched(index, stretch(image, hw), (image.shape[1], image.shape[0]), None)
 
     return read_ahead(ready, enumerate(paths), threads=threads)
 

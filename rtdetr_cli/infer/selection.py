@@ -1,4 +1,4 @@
-"""Which of a model's 300 rows are shown: score thresholds, classes, a largest number, and the picture's edge."""
+"""Which of a model's 300 rows are shown: score thresholds, classes, a largest number, and the image's edge."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Selection:
         threshold: least score of a class without one of its own.
         per_class: (K,) least score of each class, or None.
         labels: the classes wanted, or None for all.
-        max_det: most detections in a picture.
+        max_det: most detections in an image.
         said: where the thresholds come from, in words.
     """
 
@@ -36,7 +36,7 @@ class Selection:
     said: str = ""
 
     def apply(self, found: Detections) -> Detections:
-        """Return the rows that pass, best first, clipped to the picture; rows outside it or not finite are dropped."""
+        """Return the rows that pass, best first, clipped to the image; rows outside it or not finite are dropped."""
         finite = _finite(found)
         floor = np.full(len(found), self.threshold, np.float32)
         if self.per_class is not None:
@@ -75,7 +75,7 @@ def select_by(
         header: the model's names and calibrated thresholds.
         conf: a score from 0 to 1, or `auto`: the stored thresholds of each class, else 0.5.
         classes: class names wanted, or None for all; of a model without names their numbers.
-        max_det: most detections in a picture.
+        max_det: most detections in an image.
 
     Raises:
         UsageError: a score out of range or a class that the model does not have.

@@ -1,4 +1,4 @@
-"""What `predict` is given, as a list of pictures and videos: files, folders, patterns, and a list on stdin."""
+"""What `predict` is given, as a list of images and videos: files, folders, patterns, and a list on stdin."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtdetr_cli.errors import DataError, UsageError
-from rtdetr_cli.images.decode import PICTURE_SUFFIXES
+from rtdetr_cli.images.decode import IMAGE_SUFFIXES
 
 _VIDEOS = ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .ts"
 VIDEO_SUFFIXES = frozenset(_VIDEOS.split())
@@ -17,7 +17,7 @@ VIDEO_SUFFIXES = frozenset(_VIDEOS.split())
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One picture or video.
+    """One image or video.
 
     Attributes:
         path: as the user gave it, or below the folder that the user gave.
@@ -31,7 +31,7 @@ class Source:
 
 
 def find_sources(words: Sequence[str], listed: Iterable[str] = ()) -> list[Source]:
-    """Return the pictures and videos that words mean, in that order, each file once.
+    """Return the images and videos that words mean, in that order, each file once.
 
     A word is a file, a folder (searched through, sorted by name), a pattern such as `shots/*.jpg` in quotes, or `-`
     for one path a line from `listed`. A file that is named must exist when it is the only word; among several, or in
@@ -42,7 +42,7 @@ def find_sources(words: Sequence[str], listed: Iterable[str] = ()) -> list[Sourc
         listed: lines of stdin, taken when a word is `-`.
 
     Raises:
-        DataError: nothing is there: a missing file, a folder without pictures, a pattern that nothing matches.
+        DataError: nothing is there: a missing file, a folder without images, a pattern that nothing matches.
         UsageError: an address, which is not read yet.
     """
     paths: list[tuple[Path, Path]] = []  # file, base of its name
@@ -53,12 +53,12 @@ def find_sources(words: Sequence[str], listed: Iterable[str] = ()) -> list[Sourc
         else:
             paths.extend(_expand(word, alone=len(words) == 1))
     if not paths:
-        raise DataError("the list on stdin is empty", hint="ls pictures/*.jpg | rtdetr predict -", code="no-pictures")
+        raise DataError("the list on stdin is empty", hint="ls images/*.jpg | rtdetr predict -", code="no-images")
     found: list[Source] = []
     seen: set[str] = set()
     taken: set[str] = set()
     for path, base in paths:
-        # The same file twice (a folder and a picture in it) is one picture; symbolic links are taken at their word.
+        # The same file twice (a folder and an image in it) is one image; symbolic links are taken at their word.
         key = os.path.abspath(path)
         if key in seen:
             continue
@@ -79,13 +79,13 @@ def _expand(word: str, *, alone: bool) -> list[tuple[Path, Path]]:
         files = sorted(
             p
             for p in path.rglob("*")
-            if p.suffix.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES and p.is_file() and not p.name.startswith(".")
+            if p.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and p.is_file() and not p.name.startswith(".")
         )
         if not files:
             raise DataError(
-                f"the folder {word} holds no pictures or videos",
-                hint=f"looked for {' '.join(sorted(PICTURE_SUFFIXES))} {_VIDEOS}",
-                code="no-pictures",
+                f"the folder {word} holds no images or videos",
+                hint=f"looked for {' '.join(sorted(IMAGE_SUFFIXES))} {_VIDEOS}",
+                code="no-images",
             )
         return [(p, path) for p in files]
     if path.exists():
@@ -95,10 +95,10 @@ def _expand(word: str, *, alone: bool) -> list[tuple[Path, Path]]:
     if glob.has_magic(word):
         matched = sorted(Path(p) for p in glob.glob(word, recursive=True) if Path(p).is_file())
         if not matched:
-            raise DataError(f"the pattern {word} matches no file", hint=_pattern_hint(path), code="no-pictures")
+            raise DataError(f"the pattern {word} matches no file", hint=_pattern_hint(path), code="no-images")
         return [(p, p.parent) for p in matched]
     if alone:
-        raise DataError(f"{word} does not exist", hint=_missing_hint(path), code="picture-missing")
+        raise DataError(f"{word} does not exist", hint=_missing_hint(path), code="image-missing")
     return [(path, path.parent)]
 
 
@@ -110,11 +110,11 @@ def _pattern_hint(pattern: Path) -> str:
     if not folder.is_dir():
         return f"the folder {folder} does not exist"
     where = "this folder" if folder == Path() else str(folder)
-    suffixes = PICTURE_SUFFIXES | VIDEO_SUFFIXES
+    suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
     found = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
     if found:
         return f"{where} holds {', '.join(found[:3])}" + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-    return f"{where} holds no pictures or videos; {folder / '**' / '*.jpg'} looks in the folders below it too"
+    return f"{where} holds no images or videos; {folder / '**' / '*.jpg'} looks in the folders below it too"
 
 
 def _missing_hint(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Pictures and videos through a backend in batches: decoding runs ahead in threads, results come in order."""
+"""Images and videos through a backend in batches: decoding runs ahead in threads, results come in order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.errors import EnvironmentProblem
-from rtdetr_cli.images.decode import PictureError, read_picture, stretch
+from rtdetr_cli.images.decode import ImageError, read_image, stretch
 from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.prefetch import read_ahead
@@ -24,20 +24,20 @@ WHOLE, FRAMES_AMISS = 0.95, 2  # share of a video below which it is cut off, and
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seen:
-    """One picture after the network.
+    """One image after the network.
 
     Attributes:
         position: in the list given, or the frame's number from 0.
-        picture: (H, W, 3) uint8 RGB, the upright original; None when it could not be read or was not to be kept.
-        found: raw detections, or None when the picture could not be read.
+        image: (H, W, 3) uint8 RGB, the upright original; None when it could not be read or was not to be kept.
+        found: raw detections, or None when the image could not be read.
         error: why not.
-        seconds: the picture's share of the network's time.
+        seconds: the image's share of the network's time.
     """
 
     position: int
-    picture: NDArray[np.uint8] | None
+    image: NDArray[np.uint8] | None
     found: Detections | None
-    error: PictureError | None = None
+    error: ImageError | None = None
     seconds: float = 0.0
 
 
@@ -47,12 +47,12 @@ class _Ready:
     original: NDArray[np.uint8] | None
     stretched: NDArray[np.uint8] | None
     size_wh: tuple[int, int]
-    error: PictureError | None = None
+    error: ImageError | None = None
 
 
-def detect_pictures(
+def detect_images(
     backend: Backend,
-    pictures: Sequence[Path | NDArray[np.uint8]],
+    images: Sequence[Path | NDArray[np.uint8]],
     *,
     batch: int = 1,
     keep: bool = False,
@@ -62,23 +62,23 @@ def detect_pictures(
 
     Args:
         backend: the model.
-        pictures: paths, or upright (H, W, 3) uint8 RGB arrays.
-        batch: pictures in one run of the network.
-        keep: hand the original pictures back, for drawing.
+        images: paths, or upright (H, W, 3) uint8 RGB arrays.
+        batch: images in one run of the network.
+        keep: hand the original images back, for drawing.
         threads: that decode.
     """
 
     def ready(job: tuple[int, Path | NDArray[np.uint8]]) -> _Ready:
         position, source = job
         try:
-            picture = read_picture(source) if isinstance(source, Path) else source
-        except PictureError as error:
+            image = read_image(source) if isinstance(source, Path) else source
+        except ImageError as error:
             return _Ready(position, None, None, (0, 0), error)
-        return _prepare(position, picture, backend.imgsz, keep)
+        return _prepare(position, image, backend.imgsz, keep)
 
-    threads = 1 if len(pictures) == 1 else threads
+    threads = 1 if len(images) == 1 else threads
     # Twice the batch must be able to wait, or the network would wait for the second half of each.
-    jobs = read_ahead(ready, enumerate(pictures), threads=threads, ahead=max(4, 2 * batch))
+    jobs = read_ahead(ready, enumerate(images), threads=threads, ahead=max(4, 2 * batch))
     yield from _through(backend, jobs, batch)
 
 
@@ -101,7 +101,7 @@ class Video:
         """Open it.
 
         Raises:
-            PictureError: missing, or not a video that OpenCV decodes.
+            ImageError: missing, or not a video that OpenCV decodes.
             EnvironmentProblem: OpenCV is not installed.
         """
         try:
@@ -113,7 +113,7 @@ class Video:
                 code="package-missing",
             ) from None
         if not path.is_file():
-            raise PictureError(f"{path} does not exist", code="picture-missing")
+            raise ImageError(f"{path} does not exist", code="image-missing")
         self.path = path
         log = cv2.utils.logging
         level = log.getLogLevel()
@@ -125,7 +125,7 @@ class Video:
         first = self._grab()
         if first is None:
             self._capture.release()
-            raise PictureError(f"{path} does not decode as a video", code="video-unreadable")
+            raise ImageError(f"{path} does not decode as a video", code="video-unreadable")
         self._first: NDArray[np.uint8] | None = first
         self.size_wh: tuple[int, int] = (first.shape[1], first.shape[0])
         rate = float(self._capture.get(cv2.CAP_PROP_FPS))
@@ -173,9 +173,9 @@ class Video:
         self.close()
 
 
-def _prepare(position: int, picture: NDArray[np.uint8], hw: tuple[int, int], keep: bool) -> _Ready:
-    size = (picture.shape[1], picture.shape[0])
-    return _Ready(position, picture if keep else None, stretch(picture, hw), size)
+def _prepare(position: int, image: NDArray[np.uint8], hw: tuple[int, int], keep: bool) -> _Ready:
+    size = (image.shape[1], image.shape[0])
+    return _Ready(position, image if keep else None, stretch(image, hw), size)
 
 
 def _through(backend: Backend, jobs: Iterator[_Ready], batch: int) -> Generator[Seen, None, None]:
@@ -188,8 +188,8 @@ def _through(backend: Backend, jobs: Iterator[_Ready], batch: int) -> Generator[
         share = 0.0
         if good:
             start = time.perf_counter()
-            pictures = np.stack([job.stretched for job in good if job.stretched is not None])
-            found = iter(backend.run(pictures, np.array([job.size_wh for job in good], np.int64)))
+            images = np.stack([job.stretched for job in good if job.stretched is not None])
+            found = iter(backend.run(images, np.array([job.size_wh for job in good], np.int64)))
             share = (time.perf_counter() - start) / len(good)
         for job in waiting:
             if job.error is not None:

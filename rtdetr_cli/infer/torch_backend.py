@@ -46,16 +46,16 @@ class TorchBackend:
         self.autocast = autocast
 
     @torch.inference_mode()
-    def run(self, pictures: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> list[Detections]:
+    def run(self, images: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> list[Detections]:
         """Detect objects; see `Backend.run`."""
         weight = next(self.model.parameters())
-        images = torch.from_numpy(np.ascontiguousarray(pictures)).to(self.device)  # B H W 3
-        images = images.permute(0, 3, 1, 2).to(weight.dtype).contiguous() / 255  # B 3 H W
+        inputs = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)  # B H W 3
+        inputs = inputs.permute(0, 3, 1, 2).to(weight.dtype).contiguous() / 255  # B 3 H W
         training = [module for module in self.model.modules() if module.training]  # frozen parts are not among them
         self.model.eval()
         try:
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                main = self.model(images).main
+                main = self.model(inputs).main
         finally:
             for module in training:
                 module.training = True

@@ -1,4 +1,4 @@
-"""Detections as documents and files: JSON lines, COCO results, YOLO labels, annotated pictures and videos."""
+"""Detections as documents and files: JSON lines, COCO results, YOLO labels, annotated images and videos."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _PIXEL_DIGITS, _SCORE_DIGITS = 2, 5
 _SAVED_AS = {".jpg": ".jpg", ".jpeg": ".jpg", ".jpe": ".jpg", ".jfif": ".jpg", ".png": ".png", ".webp": ".webp"}
 
 
-def picture_document(image: str, found: Detections, *, frame: int | None = None) -> dict[str, Any]:
-    """Return the document of one picture, as in `rtdetr predict --json`; a frame of a video has its number."""
+def image_document(image: str, found: Detections, *, frame: int | None = None) -> dict[str, Any]:
+    """Return the document of one image, as in `rtdetr predict --json`; a frame of a video has its number."""
     document: dict[str, Any] = {"image": image, "width": found.size_wh[0], "height": found.size_wh[1]}
     if frame is not None:
         document["frame"] = frame
@@ -51,7 +51,7 @@ def json_line(document: Mapping[str, Any]) -> str:
 
 
 def coco_rows(image_id: int | str, found: Detections) -> list[dict[str, Any]]:
-    """Return one picture's rows of a COCO results file."""
+    """Return one image's rows of a COCO results file."""
     return [
         {
             "image_id": image_id,
@@ -66,7 +66,7 @@ def coco_rows(image_id: int | str, found: Detections) -> list[dict[str, Any]]:
 
 
 def yolo_lines(found: Detections) -> str:
-    """Return one picture's YOLO label file: label, centre, width and height as fractions of the picture."""
+    """Return one image's YOLO label file: label, centre, width and height as fractions of the image."""
     width, height = found.size_wh
     lines = []
     for label, (x1, y1, x2, y2) in zip(found.labels.tolist(), found.boxes_xyxy_px.tolist(), strict=True):
@@ -76,7 +76,7 @@ def yolo_lines(found: Detections) -> str:
 
 
 def summary(found: Detections) -> str:
-    """Say what is in a picture in a few words: `3 person, 1 car`, most frequent first."""
+    """Say what is in an image in a few words: `3 person, 1 car`, most frequent first."""
     counts: dict[str, int] = {}
     for name in found.class_names:
         counts[name] = counts.get(name, 0) + 1
@@ -85,13 +85,13 @@ def summary(found: Detections) -> str:
 
 
 def saved_name(source: Source) -> str:
-    """Return the relative path of an annotated copy: JPEG, PNG and WebP keep their kind, other pictures become PNG."""
+    """Return the relative path of an annotated copy: JPEG, PNG and WebP keep their kind, other images become PNG."""
     suffix = ".mp4" if source.video else _SAVED_AS.get(source.path.suffix.lower(), ".png")
     return str(source.name) + suffix
 
 
-def save_picture(picture: NDArray[np.uint8], path: Path) -> None:
-    """Write an annotated picture, whole or not at all."""
+def save_image(image: NDArray[np.uint8], path: Path) -> None:
+    """Write an annotated image, whole or not at all."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def save_picture(picture: NDArray[np.uint8], path: Path) -> None:
     options: dict[str, Any] = {".jpg": {"quality": 92, "subsampling": 0}, ".webp": {"quality": 90}}.get(path.suffix, {})
     kind = {".jpg": "JPEG", ".png": "PNG", ".webp": "WEBP"}[path.suffix]
     with Aside(path) as aside:
-        Image.fromarray(picture).save(aside, format=kind, **options)
+        Image.fromarray(image).save(aside, format=kind, **options)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -176,7 +176,7 @@ def new_folder(parent: Path, stem: str) -> Path:
 
 
 class Results:
-    """The result files of a prediction, fed picture by picture: `predictions.jsonl`, `predictions.json`, `labels/`.
+    """The result files of a prediction, fed image by image: `predictions.jsonl`, `predictions.json`, `labels/`.
 
     JSON lines are written as they come, so that a long run that is stopped leaves what it had; the COCO file is one
     document and written whole at the end.
@@ -208,10 +208,10 @@ class Results:
         self._rows: list[dict[str, Any]] | None = [] if coco else None
 
     def add(self, source: Source, found: Detections, *, frame: int | None = None) -> None:
-        """Take one picture, or one frame of a video."""
+        """Take one image, or one frame of a video."""
         name = str(source.name) if frame is None else f"{source.name}_{frame:06d}"
         if self._lines is not None:
-            self._lines.write(json_line(picture_document(str(source.path), found, frame=frame)) + "\n")
+            self._lines.write(json_line(image_document(str(source.path), found, frame=frame)) + "\n")
         if self._rows is not None:
             self._rows.extend(coco_rows(self.image_ids.get(name, name), found))
         if self.txt:

@@ -66,7 +66,7 @@ def _attend_in_products(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) 
     """Attend with plain batched products, (B, H, N, c) each.
 
     On a CPU in bfloat16 the backward pass of torch's fused attention takes four times as long as this at the sizes of
-    a decoder (37 against 9 ms for 16 pictures, 4 heads, 170 queries, on one core with AVX512-BF16).
+    a decoder (37 against 9 ms for 16 images, 4 heads, 170 queries, on one core with AVX512-BF16).
     """
     batch, heads, tokens, channels = q.shape
     q, k, v = (t.reshape(batch * heads, tokens, channels) for t in (q, k, v))

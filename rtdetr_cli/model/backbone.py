@@ -91,7 +91,7 @@ class Stage(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Pictures in, maps of strides 8, 16 and 32 out.
+    """Images in, maps of strides 8, 16 and 32 out.
 
     Args:
         depth: 10, 18, 34, 50 or 101.

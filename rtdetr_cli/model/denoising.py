@@ -5,7 +5,7 @@ each other: near copies must find back to their box, far copies must learn to be
 so no matching is needed.
 
 Departures from the official code: drawn once for the whole effective batch from a CPU generator, so the draw does
-not depend on the device or on how the batch is cut; bounded, where 350 boxes in a picture used to mean 700 queries
+not depend on the device or on how the batch is cut; bounded, where 350 boxes in an image used to mean 700 queries
 and out of memory; a batch without boxes has no group, and the graph stays symmetric all the same (see the decoder).
 """
 
@@ -21,19 +21,19 @@ from torch.nn.utils.rnn import pad_sequence
 from rtdetr_cli.model.layers import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 
 MAX_TOTAL = 400
-"""Most denoising queries in a picture; up to 100 boxes the published rule stays at or below 200."""
+"""Most denoising queries in an image; up to 100 boxes the published rule stays at or below 200."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DenoisingGroup:
-    """The denoising queries of a batch of B pictures; D in each, before the Q selected ones.
+    """The denoising queries of a batch of B images; D in each, before the Q selected ones.
 
     Attributes:
         class_ids: (B, D) int64, possibly flipped; the number of classes where there is no box.
         boxes_unactivated: (B, D, 4) float32, logits of noisy cxcywh.
         attention_mask: (D + Q, D + Q) bool, True where a row must not see a column.
-        positives: for each picture the query indices that must find a box, group after group.
-        targets: for each picture the box that each of `positives` must find.
+        positives: for each image the query indices that must find a box, group after group.
+        targets: for each image the box that each of `positives` must find.
         num_groups: copies of every box that are positives.
         share: of the batch's boxes that are in here; below 1 only when the bound was met.
     """
@@ -48,17 +48,17 @@ class DenoisingGroup:
 
     @property
     def size(self) -> int:
-        """D, the number of denoising queries in a picture."""
+        """D, the number of denoising queries in an image."""
         return self.class_ids.shape[1]
 
-    def rows(self, pictures: slice) -> DenoisingGroup:
-        """Return the group of some pictures of the batch, for a micro-batch."""
+    def rows(self, images: slice) -> DenoisingGroup:
+        """Return the group of some images of the batch, for a micro-batch."""
         return replace(
             self,
-            class_ids=self.class_ids[pictures],
-            boxes_unactivated=self.boxes_unactivated[pictures],
-            positives=self.positives[pictures],
-            targets=self.targets[pictures],
+            class_ids=self.class_ids[images],
+            boxes_unactivated=self.boxes_unactivated[images],
+            positives=self.positives[images],
+            targets=self.targets[images],
         )
 
     def to(self, device: torch.device | str) -> DenoisingGroup:
@@ -95,18 +95,18 @@ def draw_denoising(
     """Draw the denoising queries of an effective batch.
 
     Args:
-        boxes_cxcywh: for each picture (N, 4), 0 to 1, on the CPU.
-        labels: for each picture (N,) int64.
+        boxes_cxcywh: for each image (N, 4), 0 to 1, on the CPU.
+        labels: for each image (N,) int64.
         num_classes: K; also the id of "no box".
         queries: Q, the selected queries that follow in the decoder.
-        wanted: denoising positives wanted in a picture; 0 for none.
+        wanted: denoising positives wanted in an image; 0 for none.
         label_noise: share of labels that may be changed; half of them are.
         box_noise: noise of a side in half sides; positives within one, negatives between one and two.
         generator: on the CPU; the only source of randomness.
-        max_total: most queries in a picture. Of pictures with more than half as many boxes a random part is taken.
+        max_total: most queries in an image. Of images with more than half as many boxes a random part is taken.
 
     Returns:
-        The group, or None when nothing was wanted or no picture has a box.
+        The group, or None when nothing was wanted or no image has a box.
     """
     counts = [len(b) for b in boxes_cxcywh]
     if wanted <= 0 or max(counts, default=0) == 0:

@@ -13,13 +13,13 @@ def select_detections(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Take the `top_k` best of all pairs of query and class.
 
-    One query may give several classes. Boxes are not cut at the picture's border.
+    One query may give several classes. Boxes are not cut at the image's border.
 
     Args:
         logits: (B, Q, K).
         boxes_cxcywh: (B, Q, 4), 0 to 1.
-        sizes_wh: (B, 2), width and height of the original pictures in pixels.
-        top_k: detections of a picture; fewer when there are fewer pairs.
+        sizes_wh: (B, 2), width and height of the original images in pixels.
+        top_k: detections of an image; fewer when there are fewer pairs.
 
     Returns:
         labels (B, N) int64, boxes_xyxy_px (B, N, 4) and scores (B, N), best first.

@@ -32,7 +32,7 @@ class Skipped:
 
     Attributes:
         term: the first loss term that is not finite, or `gradient`.
-        pictures: dataset indices of the micro-batches where it is so.
+        images: dataset indices of the micro-batches where it is so.
         files: their names.
         evidence: the file with the batch and all figures, or None after the first few.
         in_a_row: how many it makes now.
@@ -40,7 +40,7 @@ class Skipped:
     """
 
     term: str
-    pictures: tuple[int, ...]
+    images: tuple[int, ...]
     evidence: Path | None
     in_a_row: int
     scale_only: bool = False
@@ -48,12 +48,12 @@ class Skipped:
 
     @classmethod
     def of_all(cls, told: Sequence[Skipped]) -> Skipped:
-        """Join what the processes of a run say of one step: each knows its own pictures only."""
-        first = next((s for s in told if s.pictures), told[0])
+        """Join what the processes of a run say of one step: each knows its own images only."""
+        first = next((s for s in told if s.images), told[0])
         evidence = next((s.evidence for s in told if s.evidence is not None), None)
         return replace(
             first,
-            pictures=tuple(i for s in told for i in s.pictures),
+            images=tuple(i for s in told for i in s.images),
             files=tuple(name for s in told for name in s.files),
             evidence=evidence,
         )
@@ -91,7 +91,7 @@ class Guard:
         folder: of the run, for evidence.
         scaled: float16 with a loss scale.
         in_a_row: skipped steps so far, when a run goes on.
-        files: names of the dataset's pictures, to name those of a skipped step.
+        files: names of the dataset's images, to name those of a skipped step.
     """
 
     def __init__(
@@ -192,15 +192,15 @@ class Guard:
     ) -> Skipped:
         bad_rows, bad_terms = np.nonzero(~np.isfinite(terms))
         indices = pending.batch.image_indices
-        pictures = tuple(i for row in sorted(set(bad_rows.tolist())) for i in indices[pending.rows[row]])
+        images = tuple(i for row in sorted(set(bad_rows.tolist())) for i in indices[pending.rows[row]])
         bad = bad_terms if len(bad_terms) else np.flatnonzero(~np.isfinite(totals))
         term = pending.names[int(bad.min())] if len(bad) else "gradient"
         if not len(bad):
-            pictures = tuple(indices)
-        files = tuple(self.files[i] for i in pictures) if len(self.files) else ()
-        skipped = Skipped(term, tuple(pictures), None, self.in_a_row, scale_only, files)
-        # Without pictures the fault is another process's, and so is the evidence.
-        if scale_only or not pictures:
+            images = tuple(indices)
+        files = tuple(self.files[i] for i in images) if len(self.files) else ()
+        skipped = Skipped(term, tuple(images), None, self.in_a_row, scale_only, files)
+        # Without images the fault is another process's, and so is the evidence.
+        if scale_only or not images:
             return skipped
         return replace(skipped, evidence=self._leave_evidence(pending, terms, norm, scale, skipped))
 
@@ -223,7 +223,7 @@ class Guard:
                 "epoch": pending.epoch,
                 "step": pending.step,
                 "term": skipped.term,
-                "pictures": list(skipped.pictures),
+                "pictures": list(skipped.images),
                 "files": list(skipped.files),
                 "gradient_norm": _number(norm),
                 "loss_scale": scale,
@@ -236,7 +236,7 @@ class Guard:
                 image_indices=np.asarray(batch.image_indices),
                 boxes_cxcywh=torch.cat(list(batch.boxes_cxcywh)).numpy(),
                 labels=torch.cat(list(batch.labels)).numpy(),
-                boxes_in_picture=np.asarray([len(b) for b in batch.labels]),
+                boxes_in_image=np.asarray([len(b) for b in batch.labels]),
             )
         except OSError:
             return None  # a full disk must not turn a skipped step into a lost run

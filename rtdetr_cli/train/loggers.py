@@ -38,8 +38,8 @@ class Sink(Protocol):
     def flush(self) -> None:
         """Hand on everything taken so far."""
 
-    def finish(self, metrics: Mapping[str, float], pictures: Sequence[Path]) -> None:
-        """Take the metrics of the best epoch and the pictures of the run, and close."""
+    def finish(self, metrics: Mapping[str, float], images: Sequence[Path]) -> None:
+        """Take the metrics of the best epoch and the images of the run, and close."""
 
 
 def require_loggers(names: Sequence[str]) -> None:
@@ -122,13 +122,13 @@ class Loggers:
         if due or isinstance(report, (EpochReport, SavedReport)):
             self._flush()
 
-    def finish(self, metrics: Mapping[str, float | None], pictures: Sequence[Path] = ()) -> None:
-        """Close all, with the metrics of the best epoch and the pictures of the run."""
+    def finish(self, metrics: Mapping[str, float | None], images: Sequence[Path] = ()) -> None:
+        """Close all, with the metrics of the best epoch and the images of the run."""
         if not self._sinks:
             return
         self._flush()
         known = {k: float(v) for k, v in metrics.items() if v is not None and math.isfinite(v)}
-        there = [p for p in pictures if p.is_file()]
+        there = [p for p in images if p.is_file()]
         self._each(lambda sink: sink.finish(known, there))
         self._sinks = {}
 
@@ -205,12 +205,12 @@ class TensorBoard:
         """See `Sink`."""
         self._writer.flush()
 
-    def finish(self, metrics: Mapping[str, float], pictures: Sequence[Path]) -> None:
+    def finish(self, metrics: Mapping[str, float], images: Sequence[Path]) -> None:
         """See `Sink`."""
         import numpy as np
         from PIL import Image
 
-        for path in pictures:
+        for path in images:
             with Image.open(path) as image:
                 shown = image.convert("RGB")
                 shown.thumbnail((1200, 1200))  # it is stored as PNG
@@ -260,12 +260,12 @@ class WeightsAndBiases:
     def flush(self) -> None:
         """See `Sink`; wandb's own process does it at once."""
 
-    def finish(self, metrics: Mapping[str, float], pictures: Sequence[Path]) -> None:
+    def finish(self, metrics: Mapping[str, float], images: Sequence[Path]) -> None:
         """See `Sink`."""
         for name, value in metrics.items():
             self._run.summary[f"best/{name}"] = value
-        if pictures:
-            self._run.log({f"plots/{path.stem}": self._wandb.Image(str(path)) for path in pictures})
+        if images:
+            self._run.log({f"plots/{path.stem}": self._wandb.Image(str(path)) for path in images})
         self._run.finish()
 
 
@@ -337,10 +337,10 @@ class MLflow:
             self._client.log_batch(self.identity, metrics=self._waiting[start : start + 1000])
         self._waiting = []
 
-    def finish(self, metrics: Mapping[str, float], pictures: Sequence[Path]) -> None:
+    def finish(self, metrics: Mapping[str, float], images: Sequence[Path]) -> None:
         """See `Sink`."""
         self.add({f"best/{name}": value for name, value in metrics.items()}, 0)
         self.flush()
-        for path in pictures:
+        for path in images:
             self._client.log_artifact(self.identity, str(path), "plots")
         self._client.set_terminated(self.identity)

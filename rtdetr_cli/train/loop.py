@@ -88,7 +88,7 @@ class LoopOptions:
         checkpoint_seconds: between saves within an epoch.
         checkpoint_steps: the same in steps; 0 for none.
         identity: what the checkpoint must match when it is resumed: settings and dataset fingerprint.
-        files: names of the training pictures, by which a person is told of them.
+        files: names of the training images, by which a person is told of them.
     """
 
     seed: int
@@ -148,7 +148,7 @@ def train(
 
     Raises:
         Interrupted: `stop` was set; the checkpoint is written.
-        RtdetrError: one picture does not fit into memory, the disk is full, or training diverged.
+        RtdetrError: one image does not fit into memory, the disk is full, or training diverged.
     """
     # ---- set up -------------------------------------------------------------------------------------------------
     team = learner.team
@@ -204,7 +204,7 @@ def train(
             whole = team.share(
                 batch.boxes_cxcywh if batch is not None else (),
                 batch.labels if batch is not None else (),
-                pictures=plan.effective_batch // team.size,
+                images=plan.effective_batch // team.size,
                 stop=stop.number,
                 save_due=time.monotonic() - timing.saved_at > options.checkpoint_seconds,
                 replaced=batch.replaced if batch is not None else (),
@@ -401,7 +401,7 @@ def accumulate(
 
 
 def as_input(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Turn uint8 pictures on the device into the network's input.
+    """Turn uint8 images on the device into the network's input.
 
     Args:
         images: (B, 3, H, W) uint8.
@@ -455,7 +455,7 @@ def step_denoising(learner: Learner, batch: Batch | Whole, *, step: int, seed: i
 
 
 def worst_batch(plan: Plan, *, most_boxes: int, num_classes: int, seed: int = 0) -> Batch:
-    """Make a batch of noise with as many boxes in each picture as the fullest one has.
+    """Make a batch of noise with as many boxes in each image as the fullest one has.
 
     It is given at the largest scale, so that no resizing comes before the step.
     """
@@ -474,8 +474,8 @@ def worst_step(learner: Learner, plan: Plan, *, most_boxes: int, micro_batch: in
     Args:
         learner: left as it was.
         plan: for scales and batch.
-        most_boxes: in one picture of the dataset.
-        micro_batch: pictures at once.
+        most_boxes: in one image of the dataset.
+        micro_batch: images at once.
         parts: micro-batches to run; all of them if None.
     """
     batch = worst_batch(plan, most_boxes=most_boxes, num_classes=learner.model.num_classes)

@@ -60,8 +60,8 @@ class Criterion:
 
         Args:
             outputs: of the model in training mode.
-            boxes_cxcywh: for each picture (N, 4), 0 to 1.
-            labels: for each picture (N,) int64, below K.
+            boxes_cxcywh: for each image (N, 4), 0 to 1.
+            labels: for each image (N,) int64, below K.
             num_boxes: boxes of the effective batch, over all micro-batches and averaged over ranks; at least 1 is
                 used, so a batch without objects has a loss too.
 
@@ -133,9 +133,9 @@ def _denoising_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Return rows and targets (layers, M) of the denoising queries, which are the same for every layer."""
     rows, targets, start = [], [], 0
-    for picture, (positives, of_picture) in enumerate(zip(group.positives, group.targets, strict=True)):
-        rows.append(positives + picture * group.size)
-        targets.append(of_picture + start)
-        start += len(boxes_cxcywh[picture])
+    for image, (positives, of_image) in enumerate(zip(group.positives, group.targets, strict=True)):
+        rows.append(positives + image * group.size)
+        targets.append(of_image + start)
+        start += len(boxes_cxcywh[image])
     both = torch.stack([torch.cat(rows), torch.cat(targets)]).to(device, non_blocking=True)
     return both[0].expand(layers, -1), both[1].expand(layers, -1)

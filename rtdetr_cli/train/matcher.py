@@ -1,7 +1,7 @@
 """Which query answers for which annotated box: a bipartite matching of least cost (DETR, arXiv 2005.12872).
 
-The costs of every layer and picture are computed together on the device and cross to the host once a step, where
-the official code copies once for each layer and picture.
+The costs of every layer and image are computed together on the device and cross to the host once a step, where
+the official code copies once for each layer and image.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Matches:
     """Matched pairs of S layers, the same number M in each.
 
     Attributes:
-        rows: (S, M) int64, picture * Q + query.
-        targets: (S, M) int64, index into the boxes of all pictures one after the other.
+        rows: (S, M) int64, image * Q + query.
+        targets: (S, M) int64, index into the boxes of all images one after the other.
     """
 
     rows: Tensor
@@ -92,16 +92,16 @@ def match(
     *,
     costs: MatchingCosts | None = None,
 ) -> Matches:
-    """Match every layer's queries with every picture's boxes.
+    """Match every layer's queries with every image's boxes.
 
     Args:
-        predictions: of S layers, all with B pictures and Q queries.
-        boxes_cxcywh: for each picture (N, 4), 0 to 1.
-        labels: for each picture (N,) int64.
+        predictions: of S layers, all with B images and Q queries.
+        boxes_cxcywh: for each image (N, 4), 0 to 1.
+        labels: for each image (N,) int64.
         costs: their weights; the published ones by default.
 
     Returns:
-        min(Q, N) pairs of each picture and layer, on the predictions' device. A prediction that is not a number is a
+        min(Q, N) pairs of each image and layer, on the predictions' device. A prediction that is not a number is a
         bad match, never an error: the training loop judges the loss.
     """
     device = predictions[0].logits.device
@@ -133,10 +133,10 @@ def _assign(cost: np.ndarray, counts: Sequence[int], device: torch.device) -> Ma
     pairs: list[np.ndarray] = []
     for layer in range(layers):
         of_layer = []
-        for picture, count in enumerate(counts):
+        for image, count in enumerate(counts):
             if count:
-                query, target = linear_sum_assignment(cost[layer, picture, :, :count])
-                of_layer.append(np.stack([picture * queries + query, starts[picture] + target]))
+                query, target = linear_sum_assignment(cost[layer, image, :, :count])
+                of_layer.append(np.stack([image * queries + query, starts[image] + target]))
         pairs.append(np.concatenate(of_layer, 1))
     both = torch.from_numpy(np.stack(pairs)).to(device, non_blocking=True)  # (S, 2, M)
     return Matches(both[:, 0], both[:, 1])

@@ -47,7 +47,7 @@ def smaller(micro: int, *, where: str) -> int:
     """Return half the micro-batch.
 
     Raises:
-        RtdetrError: it is one picture already.
+        RtdetrError: it is one image already.
     """
     if micro <= 1:
         raise _too_small(where)
@@ -55,8 +55,8 @@ def smaller(micro: int, *, where: str) -> int:
 
 
 @contextmanager
-def one_picture(*, where: str) -> Iterator[None]:
-    """Do something with a single picture.
+def one_image(*, where: str) -> Iterator[None]:
+    """Do something with a single image.
 
     Raises:
         RtdetrError: it does not fit.
@@ -71,7 +71,7 @@ def one_picture(*, where: str) -> Iterator[None]:
 
 def _too_small(where: str) -> RtdetrError:
     return RtdetrError(
-        f"one picture does not fit into the memory of {where}",
+        f"one image does not fit into the memory of {where}",
         hint="a smaller --imgsz, --freeze backbone, or a smaller preset",
         code="out-of-memory",
     )
@@ -113,9 +113,9 @@ def fitting_micro_batch(
 
     Args:
         effective: the effective batch, which is never exceeded.
-        bytes_for_one: what one picture keeps for its backward pass, at the largest scale.
+        bytes_for_one: what one image keeps for its backward pass, at the largest scale.
         free: bytes free on the device.
-        attempt: runs a worst-case step of so many pictures; raises an out-of-memory error if it does not fit. On a
+        attempt: runs a worst-case step of so many images; raises an out-of-memory error if it does not fit. On a
             CPU there is none: the kernel ends a process that asks for too much, it does not say no.
         where: the device, for the error.
     """

@@ -1,7 +1,7 @@
 """What a run will do, worked out before it does it: every derived value with the reason for it.
 
 The published schedule is absolute: 2,000 steps of warm-up and an average over the last 10,000, whatever the length
-of the run. On 200 pictures and 24 epochs the rate then never passes a third of its value. Here warm-up, decay,
+of the run. On 200 images and 24 epochs the rate then never passes a third of its value. Here warm-up, decay,
 moving average, the end of strong augmentation and of multi-scale are functions of the number of steps, and the rate
 is one of the effective batch. `schedule=official` gives the published values instead.
 
@@ -23,7 +23,7 @@ SCALES = tuple(s / 640 for s in (480, 512, 544, 576, 608, 640, 640, 640, 672, 70
 # Steps below which a run from such a start learns little. Measured for random weights, with `tiny`: 260 steps reach
 # AP 0.5 on blood cells (tests/bench/bench_schedules.py). The others are shares of that, not measured.
 SHORT = {"coco": 100, "imagenet": 200, "none": 250}
-# Steps from which on the recipe's crops and shrunken pictures are taken. That they cost AP in short runs is measured at
+# Steps from which on the recipe's crops and shrunken images are taken. That they cost AP in short runs is measured at
 # 260 steps (tests/bench/bench_schedules.py --arm recipe:aug=recipe); where they begin to pay is not: a round number.
 RECIPE_STEPS = 2000
 
@@ -128,12 +128,12 @@ class Plan:
 OFFICIAL_EMA_RAMP = 2000
 
 
-def make_plan(config: RunConfig, *, pictures: int) -> Plan:
+def make_plan(config: RunConfig, *, images: int) -> Plan:
     """Work out the schedule of a run.
 
     Args:
         config: the resolved settings and preset.
-        pictures: training pictures.
+        images: training images.
     """
     settings, preset = config.settings, config.preset
     official = settings.schedule == "official"
@@ -151,11 +151,11 @@ def make_plan(config: RunConfig, *, pictures: int) -> Plan:
     if official and not config.given("epochs"):
         epochs, reason = published.epochs, "published"
     effective = settings.effective_batch
-    per_epoch = max(1, math.ceil(pictures / effective))
+    per_epoch = max(1, math.ceil(images / effective))
     total = epochs * per_epoch
     choices.append(Choice("effective batch", str(effective), config.source("effective_batch")))
     choices.append(Choice("epochs", str(epochs), reason))
-    choices.append(Choice("steps", f"{total}", f"{epochs} epochs x {per_epoch}: {pictures} pictures / {effective}"))
+    choices.append(Choice("steps", f"{total}", f"{epochs} epochs x {per_epoch}: {images} images / {effective}"))
 
     # ---- rate -------------------------------------------------------------------------------------------------
     lr, lr_backbone, lr_reason = _rates(config, official)
@@ -207,7 +207,7 @@ def make_plan(config: RunConfig, *, pictures: int) -> Plan:
             )
         )
 
-    # ---- what the pictures go through -------------------------------------------------------------------------
+    # ---- what the images go through -------------------------------------------------------------------------
     if official and not config.given("calm"):
         calm, why = published.epochs - published.strong_augmentation_until, "published"
     else:
@@ -254,8 +254,8 @@ def make_plan(config: RunConfig, *, pictures: int) -> Plan:
         )
     if official and effective != preset.optim.batch:
         warnings.append(f"the published rates belong to an effective batch of {preset.optim.batch}, not {effective}")
-    if effective > pictures:
-        warnings.append(f"the effective batch of {effective} is more than the {pictures} pictures: batches repeat them")
+    if effective > images:
+        warnings.append(f"the effective batch of {effective} is more than the {images} images: batches repeat them")
 
     return Plan(
         schedule=settings.schedule,
@@ -311,7 +311,7 @@ def _frozen(config: RunConfig) -> tuple[str, str]:
 def _augmentation(config: RunConfig, official: bool, steps: int) -> tuple[str, str]:
     """Return (name, reason).
 
-    The recipe was published for long runs. In short ones its crops and shrunken pictures cost AP: they show objects at
+    The recipe was published for long runs. In short ones its crops and shrunken images cost AP: they show objects at
     sizes and places that the val split does not have, before the network knows those that it has.
     """
     settings = config.settings

@@ -1,6 +1,6 @@
-"""The pictures of a run: what it learns from, how it went, and what it sees.
+"""The images of a run: what it learns from, how it went, and what it sees.
 
-Pure functions from arrays to a figure or a picture; `save` writes either. Matplotlib is used through its objects
+Pure functions from arrays to a figure or an image; `save` writes either. Matplotlib is used through its objects
 alone: pyplot keeps global state, opens windows where it can and is not safe beside threads.
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from rtdetr_cli.datasets.records import Dataset
-from rtdetr_cli.images.decode import PictureError, read_picture
+from rtdetr_cli.images.decode import ImageError, read_image
 from rtdetr_cli.images.draw import colour, draw_boxes
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def labels_figure(dataset: Dataset, imgsz: tuple[int, int]) -> Figure:
     """Draw what there is to learn: boxes in each class, their sizes as the network sees them, and where they lie.
 
     Args:
-        dataset: the training pictures; crowds are left out, as in training.
+        dataset: the training images; crowds are left out, as in training.
         imgsz: height and width of the network's input in pixels.
     """
     kept = ~dataset.crowd
@@ -59,18 +59,18 @@ def labels_figure(dataset: Dataset, imgsz: tuple[int, int]) -> Figure:
     _draw_sizes(middle, boxes, labels, imgsz)
     _draw_positions(right, boxes, imgsz)
     empty = int(np.count_nonzero(np.diff(np.append(0, np.cumsum(kept))[dataset.offsets]) == 0))
-    said = f"{dataset.name}, {dataset.split}: {len(dataset):,} pictures, {len(labels):,} boxes"
+    said = f"{dataset.name}, {dataset.split}: {len(dataset):,} images, {len(labels):,} boxes"
     if empty:
-        said += f", {empty:,} pictures without a box"
+        said += f", {empty:,} images without a box"
     figure.suptitle(said, x=0.012, ha="left", fontsize=11, color=INK, parse_math=False)
     return figure
 
 
 def _stretched(dataset: Dataset, imgsz: tuple[int, int]) -> NDArray[np.float64]:
-    """Return all boxes, (M, 4) xyxy, in pixels of the stretched picture."""
-    picture = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))
+    """Return all boxes, (M, 4) xyxy, in pixels of the stretched image."""
+    image = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))
     scale = np.array([imgsz[1], imgsz[0]]) / dataset.sizes_wh.astype(np.float64).reshape(-1, 2)
-    return dataset.boxes_xyxy_px * np.tile(scale, 2)[picture]
+    return dataset.boxes_xyxy_px * np.tile(scale, 2)[image]
 
 
 def _draw_counts(axes: Axes, counts: NDArray[np.int64], names: Sequence[str]) -> None:
@@ -93,7 +93,7 @@ def _draw_counts(axes: Axes, counts: NDArray[np.int64], names: Sequence[str]) ->
 
 def _draw_sizes(axes: Axes, boxes: NDArray[np.float64], labels: NDArray[np.int64], imgsz: tuple[int, int]) -> None:
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0.5)
-    # The rare classes last and on top; evenly thinned out, so that the same data give the same picture.
+    # The rare classes last and on top; evenly thinned out, so that the same data give the same image.
     shown = np.argsort(-np.bincount(labels, minlength=1)[labels], kind="stable")
     if len(shown) > MOST_POINTS:
         shown = shown[np.linspace(0, len(shown) - 1, MOST_POINTS).astype(np.int64)]
@@ -180,13 +180,13 @@ def curves_figure(rows: Sequence[Mapping[str, float | None]], *, best_epoch: int
             score_axes.plot(epochs[known], values[known], color=shade, linewidth=line, label=key, **style)
             highest = max(highest, float(values[known].max()))
     scores = _column(rows, "AP")
-    said = "accuracy on the val pictures"
+    said = "accuracy on the val images"
     at = np.flatnonzero((epochs == best_epoch) & np.isfinite(scores))
     if len(at):
         score = float(scores[at[-1]])
         score_axes.axvline(best_epoch, color=RED, linewidth=0.9, linestyle=(0, (4, 3)))
         score_axes.plot([best_epoch], [score], marker="o", markersize=7, color="none", markeredgecolor=RED, zorder=5)
-        said = f"accuracy on the val pictures: best AP {score:.3f} at epoch {best_epoch}"
+        said = f"accuracy on the val images: best AP {score:.3f} at epoch {best_epoch}"
     score_axes.set_ylim(0, min(1.0, max(0.05, highest * 1.12)) if highest < 0.9 else 1.0)
     _dress(score_axes, said, grid="both", legend=highest > 0)
 
@@ -223,10 +223,10 @@ def _rate(value: float) -> str:
     return f"{float(digits):g}e{int(power)}"
 
 
-# ---- pictures ---------------------------------------------------------------------------------------------------
+# ---- images ---------------------------------------------------------------------------------------------------
 
 
-def batch_picture(
+def batch_image(
     images: NDArray[np.uint8],
     boxes_cxcywh: Sequence[NDArray[np.floating]],
     labels: Sequence[NDArray[np.integer]],
@@ -239,40 +239,40 @@ def batch_picture(
 
     Args:
         images: (B, 3, H, W) uint8 RGB.
-        boxes_cxcywh: for each picture (N, 4), 0 to 1.
-        labels: for each picture (N,) contiguous.
+        boxes_cxcywh: for each image (N, 4), 0 to 1.
+        labels: for each image (N,) contiguous.
         names: class names in label order.
-        most: pictures shown.
+        most: images shown.
         side: longest side of one in pixels.
     """
     tiles = []
     for image, boxes, own in list(zip(images, boxes_cxcywh, labels, strict=True))[:most]:
-        picture = _fitted(np.ascontiguousarray(image.transpose(1, 2, 0)), side)
-        height, width = picture.shape[:2]
+        tile = _fitted(np.ascontiguousarray(image.transpose(1, 2, 0)), side)
+        height, width = tile.shape[:2]
         centre, size = np.split(np.asarray(boxes, np.float64).reshape(-1, 4), 2, axis=1)
         xyxy = np.concatenate([centre - size / 2, centre + size / 2], 1) * np.tile([width, height], 2)
-        tiles.append(draw_boxes(picture, xyxy, own, names))
+        tiles.append(draw_boxes(tile, xyxy, own, names))
     square = max(1, math.ceil(math.sqrt(len(tiles))))
     return _grid(tiles, columns=min((square, square + 1), key=lambda columns: -len(tiles) % columns))
 
 
-def choose_pictures(dataset: Dataset, count: int) -> list[int]:
-    """Choose pictures to show, evenly over the split; those without a box only where others are too few."""
+def choose_images(dataset: Dataset, count: int) -> list[int]:
+    """Choose images to show, evenly over the split; those without a box only where others are too few."""
     boxes = np.diff(dataset.offsets)
     filled, empty = np.flatnonzero(boxes > 0), np.flatnonzero(boxes == 0)
     chosen = filled[np.linspace(0, len(filled) - 1, min(count, len(filled))).round().astype(np.int64)]
     return sorted(int(i) for i in np.concatenate([chosen, empty[: count - len(chosen)]]))
 
 
-def predictions_picture(
+def predictions_image(
     dataset: Dataset,
     table: DetectionTable,
     *,
     threshold: float,
-    pictures: Sequence[int] | None = None,
+    images: Sequence[int] | None = None,
     side: int = 460,
 ) -> NDArray[np.uint8]:
-    """Lay out pictures with their true boxes on the left and what the model found on the right.
+    """Lay out images with their true boxes on the left and what the model found on the right.
 
     At most twice as many are shown as there are true ones, and ten where there are few.
 
@@ -280,46 +280,46 @@ def predictions_picture(
         dataset: the split.
         table: detections in it.
         threshold: lowest score shown.
-        pictures: positions in the split; eight chosen evenly by default. Those that cannot be read are left out.
-        side: longest side of a picture in pixels.
+        images: positions in the split; eight chosen evenly by default. Those that cannot be read are left out.
+        side: longest side of an image in pixels.
     """
     tiles = []
-    for index in choose_pictures(dataset, 8) if pictures is None else pictures:
+    for index in choose_images(dataset, 8) if images is None else images:
         try:
-            whole = read_picture(dataset.path(index), reduce_to=(side, side))
-        except PictureError:
+            whole = read_image(dataset.path(index), reduce_to=(side, side))
+        except ImageError:
             continue
         width_px = int(dataset.sizes_wh[index][0])
-        picture = _fitted(whole, side)
-        scale = picture.shape[1] / width_px
+        image = _fitted(whole, side)
+        scale = image.shape[1] / width_px
         true = dataset.annotations(index)
         mine = table.rows(np.flatnonzero((table.image_index == index) & (table.scores >= threshold)))
-        # Of a model that has learned little, hundreds would hide the picture.
+        # Of a model that has learned little, hundreds would hide the image.
         mine = mine.rows(np.argsort(-mine.scores, kind="stable")[: max(FEWEST_SHOWN, 2 * len(true.labels))])
         pair = [
-            draw_boxes(picture, true.boxes_xyxy_px * scale, true.labels, dataset.names),
-            draw_boxes(picture, mine.boxes_xyxy_px * scale, mine.labels, dataset.names, scores=mine.scores),
+            draw_boxes(image, true.boxes_xyxy_px * scale, true.labels, dataset.names),
+            draw_boxes(image, mine.boxes_xyxy_px * scale, mine.labels, dataset.names, scores=mine.scores),
         ]
         tiles.append(_grid([_titled(pair[0], "truth"), _titled(pair[1], "prediction")], columns=2))
     return _grid(tiles, columns=2 if len(tiles) > 1 else 1, gap=3 * GAP_PX)
 
 
-def _fitted(picture: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Return a picture whose longest side is `side`; boxes are drawn after, to stay legible."""
-    height, width = picture.shape[:2]
+def _fitted(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Return an image whose longest side is `side`; boxes are drawn after, to stay legible."""
+    height, width = image.shape[:2]
     scale = side / max(height, width)
     if scale == 1:
-        return picture
+        return image
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     filtering = Image.Resampling.BILINEAR if scale < 1 else Image.Resampling.BICUBIC
-    return np.array(Image.fromarray(picture).resize(size, filtering), np.uint8)
+    return np.array(Image.fromarray(image).resize(size, filtering), np.uint8)
 
 
-def _titled(picture: NDArray[np.uint8], title: str) -> NDArray[np.uint8]:
-    strip = Image.new("RGB", (picture.shape[1], 22), GROUND)
+def _titled(image: NDArray[np.uint8], title: str) -> NDArray[np.uint8]:
+    strip = Image.new("RGB", (image.shape[1], 22), GROUND)
     pen = ImageDraw.Draw(strip)
     pen.text((2, 3), title, fill=INK, font=ImageFont.load_default(14))
-    return np.concatenate([np.array(strip), picture])
+    return np.concatenate([np.array(strip), image])
 
 
 def _grid(tiles: Sequence[NDArray[np.uint8]], *, columns: int, gap: int = GAP_PX) -> NDArray[np.uint8]:
@@ -346,7 +346,7 @@ def _grid(tiles: Sequence[NDArray[np.uint8]], *, columns: int, gap: int = GAP_PX
 
 
 def save(shown: Figure | NDArray[np.uint8], path: Path) -> Path:
-    """Write a figure or a picture, whole or not at all; the suffix chooses the format."""
+    """Write a figure or an image, whole or not at all; the suffix chooses the format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     if isinstance(shown, np.ndarray):
@@ -361,10 +361,10 @@ def save(shown: Figure | NDArray[np.uint8], path: Path) -> Path:
 
 
 def read(path: Path) -> NDArray[np.uint8] | None:
-    """Return a picture that was saved, (H, W, 3) uint8 RGB; None where there is none."""
+    """Return an image that was saved, (H, W, 3) uint8 RGB; None where there is none."""
     try:
-        return read_picture(path)
-    except PictureError:
+        return read_image(path)
+    except ImageError:
         return None
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rtdetr_cli.config.presets import flatten
 from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.images.draw import colour
-from rtdetr_cli.page import picture_uri, render_page
+from rtdetr_cli.page import image_uri, render_page
 from rtdetr_cli.train import plots
 from rtdetr_cli.train.plan import Plan
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rtdetr_cli.evaluate.run import Evaluation
 
 REPORT = "report.html"
-MOST_PICTURE_SIDE = 1800
+MOST_IMAGE_SIDE = 1800
 SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
 
 
@@ -40,7 +40,7 @@ class RunStory:
         rows: of `metrics.csv`.
         best_epoch: from 1.
         evaluation: of the model that was kept; None where there was none.
-        data: what was learned from: name, pictures, classes and the like, by name.
+        data: what was learned from: name, images, classes and the like, by name.
         start: where the weights came from, in words.
         machine: what it ran on and how fast, by name.
         warnings: what was said along the way.
@@ -74,8 +74,8 @@ def write_report(
     Args:
         story: what it tells.
         labels: of `plots.labels_figure`.
-        batch: of `plots.batch_picture`.
-        predictions: of `plots.predictions_picture`.
+        batch: of `plots.batch_image`.
+        predictions: of `plots.predictions_image`.
     """
     page = render_page("run.html", **page_context(story, labels=labels, batch=batch, predictions=predictions))
     path = story.folder / REPORT
@@ -154,8 +154,8 @@ def figure_svg(figure: Figure, name: str) -> str:
     return text[text.index("<svg") :].replace(plots.INK, "currentColor")
 
 
-def _uri(picture: NDArray[np.uint8] | None) -> str:
-    return "" if picture is None else picture_uri(picture, max_side=MOST_PICTURE_SIDE, quality=80)
+def _uri(image: NDArray[np.uint8] | None) -> str:
+    return "" if image is None else image_uri(image, max_side=MOST_IMAGE_SIDE, quality=80)
 
 
 def _css(label: int) -> str:

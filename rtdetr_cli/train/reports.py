@@ -33,7 +33,7 @@ class StepReport:
         seconds: of the step, the wait for the loader included.
         waited: seconds of it that the loader took.
         memory_bytes: peak on the device, or of this process on a CPU.
-        replaced: (picture, reason) of pictures that could not be read and were replaced.
+        replaced: (image, reason) of images that could not be read and were replaced.
     """
 
     epoch: int

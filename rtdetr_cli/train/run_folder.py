@@ -23,7 +23,7 @@ CONFIG = "config.toml"
 MANIFEST = "manifest.json"
 METRICS = "metrics.csv"
 LOG = "train.log"
-DIGESTS = ".pictures"
+DIGESTS = ".images"
 
 
 class RunFolder:
@@ -130,10 +130,10 @@ class RunFolder:
         found: dict[str, Any] = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
         return found
 
-    # ---- digests of the pictures ------------------------------------------------------------------------------
+    # ---- digests of the images ------------------------------------------------------------------------------
 
     def write_digests(self, digests: NDArray[np.uint64]) -> None:
-        """Keep a number for each picture, by which a changed one can be named; without them the run is as good."""
+        """Keep a number for each image, by which a changed one can be named; without them the run is as good."""
         with suppress(OSError):
             (self.path / DIGESTS).write_bytes(digests.astype("<u8").tobytes())
 

@@ -26,7 +26,7 @@ class Place:
 
     Attributes:
         epoch: the current one; batch: the next of it; step: updates made or skipped so far.
-        micro_batch: pictures on the device at once, as found by trial.
+        micro_batch: images on the device at once, as found by trial.
         rate_scale: lowered each time the run went back.
         best_score, best_epoch: of the evaluation; -1 for none.
         waited: evaluated epochs since then.

@@ -1,4 +1,4 @@
-"""Batch norm over the pictures of all processes, as if one process had them all.
+"""Batch norm over the images of all processes, as if one process had them all.
 
 Not torch's SyncBatchNorm: that one makes the host wait for the device in every layer (it drops empty shares by a
 mask), has no CPU, and leaves the other processes waiting for ever when one runs out of memory between two layers.
@@ -77,7 +77,7 @@ class Chorus:
 
 
 class SyncNorm(nn.BatchNorm2d):
-    """A batch norm that averages over the pictures of all processes while it trains."""
+    """A batch norm that averages over the images of all processes while it trains."""
 
     def __init__(self, chorus: Chorus, norm: nn.BatchNorm2d) -> None:
         """Take the place of `norm`, with its very parameters and buffers."""
@@ -130,7 +130,7 @@ class _Normalise(torch.autograd.Function):
         dy = grads[0]
         x, weight, mean, var, count = ctx.saved_tensors
         if dy.stride() != x.stride():
-            # With fixed statistics, torch's kernel for CPUs gives a wrong gradient of a single picture when the
+            # With fixed statistics, torch's kernel for CPUs gives a wrong gradient of a single image when the
             # layouts differ (seen in 2.15).
             dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)
         # With fixed statistics first; then what the statistics themselves owe to the input.

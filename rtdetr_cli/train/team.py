@@ -48,7 +48,7 @@ class Whole:
         stop: the signal that any process was sent, 0 for none.
         save_due: rank 0 wants a checkpoint after the step.
         broken: a process has no batch: it was stopped inside its loader.
-        replaced: (picture, reason) of pictures that any process could not read and has replaced.
+        replaced: (image, reason) of images that any process could not read and has replaced.
     """
 
     boxes_cxcywh: Sequence[Tensor]
@@ -162,7 +162,7 @@ class Team:
         boxes_cxcywh: Sequence[Tensor],
         labels: Sequence[Tensor],
         *,
-        pictures: int,
+        images: int,
         stop: int = 0,
         save_due: bool = False,
         broken: bool = False,
@@ -171,9 +171,9 @@ class Team:
         """Learn the targets of the whole effective batch, and agree on what follows the step.
 
         Args:
-            boxes_cxcywh: of this process's pictures, on the CPU.
+            boxes_cxcywh: of this process's images, on the CPU.
             labels: likewise.
-            pictures: of each process; the same for all.
+            images: of each process; the same for all.
             stop: see `Whole`.
             save_due: see `Whole`; rank 0's counts.
             broken: see `Whole`.
@@ -181,7 +181,7 @@ class Team:
         """
         if not self.many:
             return Whole(boxes_cxcywh, labels, slice(0, len(labels)), stop, save_due, broken, replaced)
-        counts = [0] * pictures if broken else [len(one) for one in labels]
+        counts = [0] * images if broken else [len(one) for one in labels]
         mine = torch.tensor([stop, int(save_due), int(broken), len(replaced), *counts], dtype=torch.int64)
         heads = torch.empty((self.size, len(mine)), dtype=torch.int64)
         with _peers():
@@ -204,7 +204,7 @@ class Team:
         return Whole(
             boxes,
             classes,
-            slice(self.rank * pictures, (self.rank + 1) * pictures),
+            slice(self.rank * images, (self.rank + 1) * images),
             stop=int(heads[:, 0].max()),
             save_due=bool(heads[0, 1]),
             broken=bool(heads[:, 2].any()),
@@ -408,10 +408,10 @@ def join(setting: str) -> Team:
 
 
 def share_of(effective_batch: int, size: int) -> int:
-    """Return how many pictures of the effective batch each of `size` processes has.
+    """Return how many images of the effective batch each of `size` processes has.
 
     Raises:
-        UsageError: it cannot be shared evenly; then the gradients would weigh pictures differently.
+        UsageError: it cannot be shared evenly; then the gradients would weigh images differently.
     """
     if effective_batch % size:
         low = effective_batch // size * size

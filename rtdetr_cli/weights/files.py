@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rtdetr_cli.errors import ModelError
-from rtdetr_cli.files import written_aside
+from rtdetr_cli.files import atomic_write
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 _CHUNK = 1 << 20
@@ -128,7 +128,7 @@ def rewrite_header(path: Path, header: ModelHeader) -> ModelHeader:
     metadata = {**layout.metadata, METADATA_KEY: header.to_json()}
     text = json.dumps({"__metadata__": metadata, **layout.tensors}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
-    with written_aside(path) as aside, aside.open("wb") as out, path.open("rb") as file:
+    with atomic_write(path) as aside, aside.open("wb") as out, path.open("rb") as file:
         out.write(len(text).to_bytes(8, "little") + text)
         file.seek(layout.start)
         while part := file.read(_CHUNK):

@@ -50,7 +50,7 @@ class ModelHeader:
         rounding: of the discrete sampling: `published` or `nearest`.
         layers: decoder layers used at inference.
         queries: object queries used at inference.
-        preprocessing: a sentence-free record of how pictures become inputs.
+        preprocessing: a sentence-free record of how images become inputs.
         thresholds: calibrated score thresholds, or None.
         metrics: of the evaluation that chose these weights, such as {"AP": 0.41}.
         dataset: {"name", "fingerprint", ...} of the training data.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rtdetr_cli.errors import ModelError, RtdetrError
-from rtdetr_cli.files import written_aside
+from rtdetr_cli.files import atomic_write
 
 HOME_VARIABLE = "RTDETR_CLI_HOME"
 MIRROR_VARIABLE = "RTDETR_CLI_MIRROR"
@@ -329,7 +329,7 @@ def _reason(error: Exception) -> str:
 def _written(path: Path) -> Iterator[Path]:
     """Give a path beside `path` that takes its place on success; what cannot be written names the way out."""
     try:
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             yield aside
     except RtdetrError as error:
         if error.code != "not-writable":

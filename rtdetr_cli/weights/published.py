@@ -24,7 +24,7 @@ from torch import Tensor
 from rtdetr_cli import __version__
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.errors import ModelError, UsageError
-from rtdetr_cli.files import written_aside
+from rtdetr_cli.files import atomic_write
 from rtdetr_cli.model.attention import Rounding, Sampling
 from rtdetr_cli.model.backbone import BLOCKS
 from rtdetr_cli.model.build import build_detector
@@ -80,7 +80,7 @@ def save_model(path: Path, state_dict: Mapping[str, Tensor], header: ModelHeader
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     header = replace(header, identity=_identity(tensors), version=__version__)
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         try:
             save_file(tensors, aside, metadata={METADATA_KEY: header.to_json()})
         except SafetensorError as error:

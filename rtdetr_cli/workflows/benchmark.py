@@ -1,6 +1,6 @@
 """How quick and how good: one model in every runtime, and one model at every setting of its speed dial.
 
-The method, since such figures invite dispute: pictures are read from their files; one run takes a batch from its
+The method, since such figures invite dispute: images are read from their files; one run takes a batch from its
 files to `Detections`, and is timed in three parts. Preprocessing is reading, stretching and turning into the
 network's input, in one thread; the network is the runtime's call and nothing else, waited for on a GPU;
 post-processing is what is left. Warm-up runs come first and are thrown away. The figures are the median and the
@@ -27,7 +27,7 @@ from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import EnvironmentProblem, ModelError, UsageError
 from rtdetr_cli.evaluate.bootstrap import Interval, Resamples, resample
 from rtdetr_cli.evaluate.run import Evaluation, evaluate
-from rtdetr_cli.images.decode import read_picture, stretch
+from rtdetr_cli.images.decode import read_image, stretch
 from rtdetr_cli.infer.backend import GRAPH_SUFFIXES, Backend, check_model_path, open_backend
 
 BACKENDS = ("torch", "onnx", "openvino", "tensorrt")
@@ -35,7 +35,7 @@ PACKAGES = {"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino", "te
 FORMATS = {"onnx": "onnx", "openvino": "openvino", "tensorrt": "trt-fp16"}
 SWEEPS = ("layers", "queries", "imgsz")
 PARTS = ("preprocess", "network", "postprocess", "total")
-PICTURES_TIMED = 16  # that the timed runs go round: a single one would always lie in the cache
+IMAGES_TIMED = 16  # that the timed runs go round: a single one would always lie in the cache
 QUERY_SHARES = (1.0, 2 / 3, 1 / 3, 1 / 6)
 SIZE_SHARES = (1.0, 0.75, 0.5)
 
@@ -71,7 +71,7 @@ class Row:
         device: what it ran on.
         imgsz: (height, width).
         layers, queries: that were used; None for a foreign graph, which does not say.
-        batch: pictures in a run.
+        batch: images in a run.
         times: `PARTS` to their spread.
         ap: AP of the split; None without a dataset.
         metrics: the twelve numbers.
@@ -270,12 +270,12 @@ class Stopwatch:
     def run(self, sources: Sequence[Path | bytes]) -> dict[str, float]:
         """Take a batch from its files to detections; return the milliseconds of each part."""
         start = time.perf_counter()
-        pictures, sizes = [], []
+        images, sizes = [], []
         for source in sources:
-            picture = read_picture(source)
-            sizes.append((picture.shape[1], picture.shape[0]))
-            pictures.append(stretch(picture, self.backend.imgsz))
-        self.backend.run(np.stack(pictures), np.asarray(sizes, np.int64))
+            image = read_image(source)
+            sizes.append((image.shape[1], image.shape[0]))
+            images.append(stretch(image, self.backend.imgsz))
+        self.backend.run(np.stack(images), np.asarray(sizes, np.int64))
         self._wait()
         end = time.perf_counter()
         seconds = (self._enter - start, self._leave - self._enter, end - self._leave, end - start)
@@ -289,8 +289,8 @@ def measure(
 
     Args:
         backend: opened.
-        sources: picture files, or their bytes; the runs go round them.
-        batch: pictures in a run.
+        sources: image files, or their bytes; the runs go round them.
+        batch: images in a run.
         warmup: runs thrown away.
         runs: runs that count.
     """
@@ -308,23 +308,23 @@ def measure(
     return {part: Spread(float(np.median(t)), float(np.quantile(t, 0.9))) for part, t in times.items()}
 
 
-def pictures_to_time(dataset: Dataset | None) -> list[Path | bytes]:
-    """Return pictures of the split, spread over it; without one, a made photograph of 640 x 480 px in memory."""
+def images_to_time(dataset: Dataset | None) -> list[Path | bytes]:
+    """Return images of the split, spread over it; without one, a made photograph of 640 x 480 px in memory."""
     if dataset is not None and len(dataset):
-        chosen = np.unique(np.linspace(0, len(dataset) - 1, min(PICTURES_TIMED, len(dataset))).astype(int))
+        chosen = np.unique(np.linspace(0, len(dataset) - 1, min(IMAGES_TIMED, len(dataset))).astype(int))
         return [dataset.path(int(i)) for i in chosen]
-    return [_made_picture()]
+    return [_made_image()]
 
 
-def _made_picture() -> bytes:
+def _made_image() -> bytes:
     import io
 
     from PIL import Image
 
     coarse = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
-    picture: NDArray[np.uint8] = stretch(coarse, (480, 640))
+    image: NDArray[np.uint8] = stretch(coarse, (480, 640))
     stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, "JPEG", quality=90)
+    Image.fromarray(image).save(stream, "JPEG", quality=90)
     return stream.getvalue()
 
 
@@ -410,11 +410,11 @@ def benchmark(
 
     Args:
         what: the plan.
-        dataset: the split for AP and for the timed pictures; None times a made picture.
+        dataset: the split for AP and for the timed images; None times a made image.
         tell: is told what is being done, one line a step.
         resamples: of the paired interval of each difference.
     """
-    sources = pictures_to_time(dataset)
+    sources = images_to_time(dataset)
     first: tuple[Evaluation, Resamples] | None = None
     with tempfile.TemporaryDirectory(prefix="rtdetr-benchmark-") as folder:
         for number, (model, kind, setting) in enumerate(what.points()):
@@ -577,7 +577,7 @@ def table_rows(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
         "layers",
         "queries",
         *(f"{part} ms\nmedian / p90" for part in ("pre", "network", "post", "total")),
-        *(["pictures/s"] if batched else []),
+        *(["images/s"] if batched else []),
         "AP",
         "AP - first (95 %)",
         "best",
@@ -668,7 +668,7 @@ def draw_plot(path: Path, rows: Sequence[Row]) -> None:
             color="0.25",
         )
     batch = known[0].batch
-    axes.set_xlabel(f"milliseconds for {'a picture' if batch == 1 else f'{batch} pictures'}, file to boxes (median)")
+    axes.set_xlabel(f"milliseconds for {'an image' if batch == 1 else f'{batch} images'}, file to boxes (median)")
     axes.set_ylabel("AP")
     axes.margins(x=0.12, y=0.12)
     axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))

@@ -1,8 +1,8 @@
-"""Before a run: every picture is decoded and judged, where that is cheap beside the run itself.
+"""Before a run: every image is decoded and judged, where that is cheap beside the run itself.
 
-The checks of labels cost nothing and always run, in `load_splits`. A truncated picture, a copy of it in val, or a
+The checks of labels cost nothing and always run, in `load_splits`. A truncated image, a copy of it in val, or a
 turned one is only seen by decoding, which on a GPU with a fast disk may cost as much as an epoch. So both are
-measured on a few pictures, and the doctor looks at all of them if that takes less than a tenth of one epoch.
+measured on a few images, and the doctor looks at all of them if that takes less than a tenth of one epoch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from rtdetr_cli.checks.doctor import examine
 from rtdetr_cli.checks.load import refuse_errors
 from rtdetr_cli.datasets.records import Dataset, Finding
-from rtdetr_cli.images.decode import PictureError, read_picture
+from rtdetr_cli.images.decode import ImageError, read_image
 from rtdetr_cli.model.detector import RTDETR
 
 WORTH = 0.1
@@ -35,13 +35,13 @@ def examine_if_cheap(
     device: torch.device,
     seconds_of: Callable[[Callable[[], None]], float] | None = None,
 ) -> tuple[Finding, ...] | None:
-    """Have the doctor look at every picture, if that costs under a tenth of an epoch.
+    """Have the doctor look at every image, if that costs under a tenth of an epoch.
 
     Args:
         source: the dataset as the user named it.
-        train_set: its training pictures.
+        train_set: its training images.
         model: on `device`.
-        images: folder of the pictures, where the annotations do not say it.
+        images: folder of the images, where the annotations do not say it.
         imgsz: height and width of the network's input.
         device: of the training.
         seconds_of: how long a call takes; a clock by default.
@@ -53,14 +53,14 @@ def examine_if_cheap(
         DataError: a finding is an error.
     """
     clock = seconds_of or _seconds
-    pictures = len(train_set)
-    some = list(range(0, pictures, max(1, pictures // SAMPLED)))[:SAMPLED]
+    total = len(train_set)
+    some = list(range(0, total, max(1, total // SAMPLED)))[:SAMPLED]
 
     def decode() -> None:
         for index in some:
             try:
-                read_picture(train_set.path(index))
-            except PictureError:  # the doctor will say it, with all others of its kind
+                read_image(train_set.path(index))
+            except ImageError:  # the doctor will say it, with all others of its kind
                 continue
 
     def step() -> None:

@@ -20,15 +20,15 @@ from rtdetr_cli.errors import GateError, RtdetrError, UsageError
 from rtdetr_cli.evaluate.run import Evaluation, evaluate
 from rtdetr_cli.export.run import Artefact, export_model
 from rtdetr_cli.infer.backend import open_backend
-from rtdetr_cli.infer.job import Predicted, predict_pictures
+from rtdetr_cli.infer.job import Predicted, predict_images
 from rtdetr_cli.infer.selection import select_by
 from rtdetr_cli.infer.sources import find_sources
 from rtdetr_cli.train.loop import StopFlag
 from rtdetr_cli.weights.published import load_model
 from rtdetr_cli.workflows.finetune import EndReport, Event, finetune
 
-TRAIN_PICTURES = 800
-VAL_PICTURES = 100
+TRAIN_IMAGES = 800
+VAL_IMAGES = 100
 SIDE = 192
 EPOCHS = 10
 WANTED_AP50 = 0.5
@@ -42,14 +42,14 @@ class Demo:
     Attributes:
         folder: where everything goes; made, or empty, or an earlier demo's.
         epochs: of the training.
-        train_pictures, val_pictures: of the dataset; fewer make a faster and worse demo.
+        train_images, val_images: of the dataset; fewer make a faster and worse demo.
         seed: of the dataset and of the training.
     """
 
     folder: Path
     epochs: int = EPOCHS
-    train_pictures: int = TRAIN_PICTURES
-    val_pictures: int = VAL_PICTURES
+    train_images: int = TRAIN_IMAGES
+    val_images: int = VAL_IMAGES
     seed: int = 0
     run: Path = field(default_factory=Path)
     best: Path = field(default_factory=Path)
@@ -73,16 +73,14 @@ class Demo:
                 f"the folder {self.folder} is not empty and holds no earlier demo", hint="rtdetr demo DIR names another"
             )
         try:
-            return generate_dataset(
-                self.data, train=self.train_pictures, val=self.val_pictures, imgsz=SIDE, seed=self.seed
-            )
+            return generate_dataset(self.data, train=self.train_images, val=self.val_images, imgsz=SIDE, seed=self.seed)
         except OSError as error:
             raise RtdetrError(
                 f"{self.folder} cannot be written: {error.strerror or error}", code="not-writable"
             ) from error
 
     def check_dataset(self) -> dict[str, int]:
-        """Have the doctor look at every picture and box; return the number of findings of each severity."""
+        """Have the doctor look at every image and box; return the number of findings of each severity."""
         return examine(self.data, imgsz=(SIDE, SIDE)).counts()
 
     def train(self, *, stop: StopFlag | None = None) -> Iterator[Event]:
@@ -104,17 +102,17 @@ class Demo:
             yield event
 
     def held_out(self) -> Dataset:
-        """Return the pictures that training has not seen."""
+        """Return the images that training has not seen."""
         val = load_splits(self.data).val
         assert val is not None
         return val
 
     def evaluate(self) -> Evaluation:
-        """Evaluate the best model on the held-out pictures."""
+        """Evaluate the best model on the held-out images."""
         return evaluate(open_backend(self.best), self.held_out())
 
     def predict(self) -> tuple[Path, int, int]:
-        """Draw the first held-out pictures with what the model finds; return (folder, pictures, boxes)."""
+        """Draw the first held-out images with what the model finds; return (folder, images, boxes)."""
         val = self.held_out()
         folder = self.folder / "predictions"
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,20 +120,20 @@ class Demo:
         backend = open_backend(self.best)
         boxes = sum(
             len(event.found)
-            for event in predict_pictures(sources, backend, select_by(backend.header), batch=4, draw_to=folder)
+            for event in predict_images(sources, backend, select_by(backend.header), batch=4, draw_to=folder)
             if isinstance(event, Predicted)
         )
         return folder, len(sources), boxes
 
     def export(self, *, tell: Callable[[str], None]) -> Artefact:
-        """Export to ONNX and hold the file against the model on the held-out pictures.
+        """Export to ONNX and hold the file against the model on the held-out images.
 
         Raises:
             GateError: the file does not detect what the model detects.
         """
         model, header = load_model(self.best)
         artefact = export_model(
-            model, header, self.run / "export", pictures=self.held_out(), stem=self.best.stem, tell=tell
+            model, header, self.run / "export", images=self.held_out(), stem=self.best.stem, tell=tell
         )[0]
         if not artefact.passed:
             assert artefact.verdict is not None
@@ -152,7 +150,7 @@ def judge(metrics: dict[str, Any]) -> None:
     found = metrics.get("AP50") or 0.0
     if found < WANTED_AP50:
         raise GateError(
-            f"the demo reached AP50 {found:.3f} on held-out pictures, less than {WANTED_AP50}",
+            f"the demo reached AP50 {found:.3f} on held-out images, less than {WANTED_AP50}",
             hint="rtdetr doctor says whether this machine is fit",
             code="demo-learned-little",
         )

@@ -21,7 +21,7 @@ NEEDED = {
     "torchvision": "antialiased resizing on the device",
     "numpy": "arrays",
     "pydantic": "presets",
-    "pillow": "reading pictures",
+    "pillow": "reading images",
     "albumentations": "augmentation",
     "hotcoco": "metrics (pycocotools stands in, without error analysis)",
     "pycocotools": "metrics, the oracle",
@@ -184,7 +184,7 @@ def _memory() -> Iterator[Check]:
             "shared memory",
             "warn" if low else "ok",
             f"{free / 2**30:.1f} GiB free in /dev/shm",
-            "loader workers pass pictures through it: start the container with --shm-size=2g, or train with --workers 0"
+            "loader workers pass images through it: start the container with --shm-size=2g, or train with --workers 0"
             if low
             else "",
         )

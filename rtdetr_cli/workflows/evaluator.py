@@ -24,7 +24,7 @@ MOST_AT_ONCE = 16
 class Evaluator:
     """Measures a model on the val split, in float32: the figures that `rtdetr eval` gives for the same weights.
 
-    Each process looks at its share of the pictures; the first judges all that was found, once.
+    Each process looks at its share of the images; the first judges all that was found, once.
     """
 
     def __init__(self, prepared: Prepared, place: Place, stop: StopFlag) -> None:
@@ -79,7 +79,7 @@ class Evaluator:
 
 
 def explain_overfit(prepared: Prepared, score: float) -> str:
-    """Say why a model could not learn a few pictures by heart; empty if it could."""
+    """Say why a model could not learn a few images by heart; empty if it could."""
     if score > 0.9:
         return ""
     boxes = prepared.val_set.boxes_xyxy_px
@@ -87,16 +87,16 @@ def explain_overfit(prepared: Prepared, score: float) -> str:
     counts = np.diff(prepared.val_set.offsets)
     queries = prepared.config.preset.model.queries
     if len(counts) and counts.max() > queries:
-        reasons.append(f"a picture has {counts.max()} boxes and the model {queries} queries")
+        reasons.append(f"an image has {counts.max()} boxes and the model {queries} queries")
     height, width = prepared.config.imgsz
     if len(boxes):
-        pictures = np.repeat(np.arange(len(counts)), counts)
-        scale = np.array([width, height]) / prepared.val_set.sizes_wh[pictures]
+        images = np.repeat(np.arange(len(counts)), counts)
+        scale = np.array([width, height]) / prepared.val_set.sizes_wh[images]
         sides = ((boxes[:, 2:] - boxes[:, :2]) * scale).min(1)
         small = float((sides < 8).mean())
         if small > 0.1:
             reasons.append(f"{small:.0%} of the boxes are under 8 pixels at {height}x{width}: a larger --imgsz")
-        keys = np.concatenate([pictures[:, None], boxes.round(1)], 1)
+        keys = np.concatenate([images[:, None], boxes.round(1)], 1)
         unique = len(np.unique(keys, axis=0))
         if unique < len(boxes):
             reasons.append(f"{len(boxes) - unique} boxes lie exactly on another one")
@@ -107,4 +107,4 @@ def explain_overfit(prepared: Prepared, score: float) -> str:
         )
     if prepared.config.settings.freeze in ("backbone", "encoder"):
         reasons.append(f"--freeze {prepared.config.settings.freeze} leaves little that can learn")
-    return "; ".join(reasons) or "the rate may not suit these pictures: try --lr twice as high or half"
+    return "; ".join(reasons) or "the rate may not suit these images: try --lr twice as high or half"

@@ -46,7 +46,7 @@ from rtdetr_cli.weights.hub import Watch
 from rtdetr_cli.weights.published import read_header, save_model
 from rtdetr_cli.weights.transfer import TransferTable
 from rtdetr_cli.workflows.evaluator import Evaluator, explain_overfit
-from rtdetr_cli.workflows.identity import Pictures, check_identity, identity, look_at_pictures, refuse_changes
+from rtdetr_cli.workflows.identity import Images, check_identity, identity, look_at_images, refuse_changes
 from rtdetr_cli.workflows.prepare import Prepared, compile_parts, prepare, resolve_micro_batch, versions
 from rtdetr_cli.workflows.recording import Notice, Recorder
 from rtdetr_cli.workflows.rehearse import DryReport, rehearse
@@ -62,7 +62,7 @@ class BeginReport:
         config: the resolved settings.
         plan: what will be done.
         splits: the dataset.
-        train_pictures, val_pictures: used for training and evaluation.
+        train_images, val_images: used for training and evaluation.
         folder: of the run; None for a dry run.
         device, precision, workers, micro_batch, parameters: what it runs on and with.
         transfer: what the pretrained weights gave, or None.
@@ -76,8 +76,8 @@ class BeginReport:
     config: RunConfig
     plan: Plan
     splits: Splits
-    train_pictures: int
-    val_pictures: int
+    train_images: int
+    val_images: int
     folder: Path | None
     device: str
     precision: str
@@ -157,11 +157,11 @@ def finetune(
             yield begin_report(prepared, place, None, None)
             yield rehearse(prepared, place.micro_batch)
         else:
-            pictures = look_at_pictures(prepared)
+            images = look_at_images(prepared)
             stop.heeded = True
-            folder = make_folder(prepared, place, pictures, argv)
+            folder = make_folder(prepared, place, images, argv)
             yield begin_report(prepared, place, folder, None)
-            yield from run(prepared, place, folder, stop, began, pictures)
+            yield from run(prepared, place, folder, stop, began, images)
     team.leave()
 
 
@@ -174,7 +174,7 @@ def config_of(path: Path) -> RunConfig:
     return resolve_run({}, config_file=RunFolder.open(path).path / CONFIG)
 
 
-def make_folder(prepared: Prepared, place: Place, pictures: Pictures, argv: Sequence[str]) -> RunFolder:
+def make_folder(prepared: Prepared, place: Place, images: Images, argv: Sequence[str]) -> RunFolder:
     """Make the run's folder with its settings and manifest; the first process does, and tells the others its name."""
     config, team = prepared.config, prepared.team
     folder = None
@@ -182,8 +182,8 @@ def make_folder(prepared: Prepared, place: Place, pictures: Pictures, argv: Sequ
         stem = f"{Path(config.preset.name).stem}-{prepared.splits.name}"
         folder = RunFolder.create(Path(config.settings.out), name=config.settings.name, stem=stem)
         folder.write(CONFIG, config.to_toml())
-        folder.write_digests(pictures.digests)
-        folder.write_manifest(manifest(prepared, place, pictures, argv))
+        folder.write_digests(images.digests)
+        folder.write_manifest(manifest(prepared, place, images, argv))
     return RunFolder(Path(team.tell(str(folder.path) if folder is not None else "")))
 
 
@@ -235,9 +235,9 @@ def resume(
     with prepared.loader:
         if damaged:
             prepared.warnings.append(damaged)
-        pictures = look_at_pictures(prepared)
+        images = look_at_images(prepared)
         if state["identity"] is not None:
-            check_identity(state["identity"], identity(prepared, pictures), path, pictures)
+            check_identity(state["identity"], identity(prepared, images), path, images)
         if team.leads:
             prepared.warnings += other_machine(prepared, folder)
             if damaged:
@@ -255,7 +255,7 @@ def resume(
             yield begin_report(prepared, place, folder, (place.epoch, place.step))
         else:
             yield replace(begin_report(prepared, place, folder, None), begun_again=True)
-        yield from run(prepared, place, folder, stop, began, pictures)
+        yield from run(prepared, place, folder, stop, began, images)
     team.leave()
 
 
@@ -272,7 +272,7 @@ def other_machine(prepared: Prepared, folder: RunFolder) -> list[str]:
 
 
 def run(
-    prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, began: float, pictures: Pictures
+    prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, began: float, images: Images
 ) -> Iterator[Event]:
     """Train from `place` to the end, and say what is left behind."""
     config, learner = prepared.config, prepared.learner
@@ -294,7 +294,7 @@ def run(
         patience=settings.patience,
         checkpoint_seconds=settings.checkpoint_minutes * 60,
         checkpoint_steps=settings.checkpoint_steps,
-        identity=identity(prepared, pictures),
+        identity=identity(prepared, images),
         files=prepared.train_set.file_names,
     )
     if settings.compile:
@@ -358,7 +358,7 @@ def log_line(report: Report) -> str:
             skipped = report.skipped
             return (
                 f"step {report.step} skipped: {skipped.term} not finite, {skipped.in_a_row} in a row, "
-                f"pictures {', '.join(skipped.files)}"
+                f"images {', '.join(skipped.files)}"
             )
         case MemoryReport():
             return f"step {report.step}: out of memory, micro-batch {report.micro_batch_before} -> {report.micro_batch}"
@@ -434,8 +434,8 @@ def begin_report(
         config=prepared.config,
         plan=prepared.plan,
         splits=prepared.splits,
-        train_pictures=len(prepared.train_set),
-        val_pictures=len(prepared.val_set),
+        train_images=len(prepared.train_set),
+        val_images=len(prepared.val_set),
         folder=folder.path if folder else None,
         device=str(prepared.learner.device),
         precision=prepared.precision,
@@ -451,7 +451,7 @@ def begin_report(
     )
 
 
-def manifest(prepared: Prepared, place: Place, pictures: Pictures, argv: Sequence[str]) -> dict[str, Any]:
+def manifest(prepared: Prepared, place: Place, images: Images, argv: Sequence[str]) -> dict[str, Any]:
     """Return the run's record: what was asked, of what, with what; enough to begin it again."""
     return {
         "argv": list(argv or sys.argv),
@@ -461,7 +461,7 @@ def manifest(prepared: Prepared, place: Place, pictures: Pictures, argv: Sequenc
         "weights": prepared.start,
         "precision": prepared.precision,
         "micro_batch": place.micro_batch,
-        "identity": identity(prepared, pictures),
+        "identity": identity(prepared, images),
         "plan": {**asdict(prepared.plan)},
         "transfer": asdict(prepared.transfer) if prepared.transfer is not None else None,
     }

@@ -33,7 +33,7 @@ from rtdetr_cli.train.loop import StopFlag
 from rtdetr_cli.train.run_folder import CONFIG, RunFolder
 from rtdetr_cli.weights.header import ModelHeader
 from rtdetr_cli.weights.published import load_model
-from rtdetr_cli.workflows.benchmark import measure, pictures_to_time
+from rtdetr_cli.workflows.benchmark import images_to_time, measure
 from rtdetr_cli.workflows.finetune import EndReport, Event, config_of, finetune, resume
 from rtdetr_cli.workflows.prepare import training_sets
 from rtdetr_cli.workflows.start import WORDS, weights_file
@@ -241,7 +241,7 @@ class FinetuneDiscrete:
             self.tell(f"export  {name}")
             header = replace(header, imgsz=self.config.imgsz)
             artefacts = export_model(
-                model, header, folder, pictures=self.val, stem=self.best.stem, tell=self.tell, device="cpu"
+                model, header, folder, images=self.val, stem=self.best.stem, tell=self.tell, device="cpu"
             )
             made.append((name, artefacts[0]))
         times = latencies([a.path for _, a in made], self.val)
@@ -254,7 +254,7 @@ def latencies(paths: Sequence[Path], dataset: Dataset) -> list[float]:
     The graphs take turns, so that whatever else the machine does hurts them alike.
     """
     backends = [open_backend(path, device="cpu") for path in paths]
-    sources = pictures_to_time(dataset)
+    sources = images_to_time(dataset)
     found: list[list[float]] = [[] for _ in backends]
     for _ in range(ROUNDS):
         for times, backend in zip(found, backends, strict=True):

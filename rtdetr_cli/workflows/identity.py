@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.config.presets import flatten
 from rtdetr_cli.config.run import NAMED, RunConfig, absolute, parse_set, resolve_run
-from rtdetr_cli.datasets.fingerprint import picture_digests
+from rtdetr_cli.datasets.fingerprint import image_digests
 from rtdetr_cli.errors import DataError, UsageError
 from rtdetr_cli.train.run_folder import CONFIG, RunFolder
 from rtdetr_cli.workflows.prepare import Prepared
@@ -39,7 +39,7 @@ PLACES = (
 
 
 AUG_CONTENT = "the content of the --aug file"
-PICTURES = "pictures"
+IMAGES = "pictures"
 
 
 def refuse_changes(config: RunConfig, flags: Mapping[str, Any], sets: Sequence[str], path: Path) -> None:
@@ -79,14 +79,14 @@ def _same_place(one: object, other: object) -> bool:
     return one is not None and other is not None and os.path.realpath(str(one)) == os.path.realpath(str(other))
 
 
-def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path, pictures: Pictures) -> None:
+def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path, images: Images) -> None:
     """Refuse to go on with another dataset, other settings or another plan than the run's.
 
     Args:
         saved: what the run began with.
         now: what `identity` gives of it today.
         path: the run's folder.
-        pictures: those of today, which can name what has changed.
+        images: those of today, which can name what has changed.
 
     Raises:
         DataError: the dataset.
@@ -96,7 +96,7 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path,
     if differing:
         raise DataError(
             f"the dataset has changed since the run {path} began: "
-            + _changes(saved["dataset"], now["dataset"], differing, RunFolder(path).digests(), pictures),
+            + _changes(saved["dataset"], now["dataset"], differing, RunFolder(path).digests(), images),
             hint="put it back as it was, or start a new run with --weights " + str(path / "best.safetensors"),
             code="resume-dataset",
         )
@@ -116,19 +116,19 @@ def _changes(
     now: Mapping[str, Any],
     differing: Sequence[str],
     digests: NDArray[np.uint64] | None,
-    pictures: Pictures,
+    images: Images,
 ) -> str:
-    told = [k for k in differing if k not in ("fingerprint", PICTURES)]
+    told = [k for k in differing if k not in ("fingerprint", IMAGES)]
     if told:
         return "; ".join(f"{k} {_words(saved[k])} then, {_words(now[k])} now" for k in told)
     if "fingerprint" in differing:
         return "boxes, areas, names, ids or sizes"
-    if digests is None or len(digests) != len(pictures.digests):
-        return "pictures are not the files that they were"
-    places = np.flatnonzero(digests != pictures.digests)
+    if digests is None or len(digests) != len(images.digests):
+        return "images are not the files that they were"
+    places = np.flatnonzero(digests != images.digests)
     if len(places) == 1:
-        return f"the picture {pictures.name(int(places[0]))} is another file"
-    return f"{len(places)} pictures are other files, the first {pictures.name(int(places[0]))}"
+        return f"the image {images.name(int(places[0]))} is another file"
+    return f"{len(places)} images are other files, the first {images.name(int(places[0]))}"
 
 
 def _remedy(part: str, key: str, path: Path) -> str:
@@ -149,13 +149,13 @@ def _words(value: Any) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
-    """What lay on disk when it was looked at: the pictures that a run trains or measures on, each once.
+class Images:
+    """What lay on disk when it was looked at: the images that a run trains or measures on, each once.
 
     Attributes:
         places: of each, the split (0 trained on, 1 measured on) and the index in it; none in another process than the
             first, which looks for all.
-        digests: (N,) uint64, a number for each picture.
+        digests: (N,) uint64, a number for each image.
         digest: one for all of them.
     """
 
@@ -170,20 +170,20 @@ class Pictures:
         return (self.prepared.train_set, self.prepared.val_set)[which].file_names[place]
 
 
-def look_at_pictures(prepared: Prepared) -> Pictures:
-    """Give each picture of a run a number by which another file in its place is noticed."""
+def look_at_images(prepared: Prepared) -> Images:
+    """Give each image of a run a number by which another file in its place is noticed."""
     found: dict[str, tuple[int, int]] = {}
     digests = np.zeros(0, np.uint64)
     if prepared.team.leads:
         for which, dataset in enumerate((prepared.train_set, prepared.val_set)):
             for index, name in enumerate(dataset.file_names):
                 found.setdefault(os.path.join(dataset.root, name), (which, index))
-        digests = picture_digests(list(found))
+        digests = image_digests(list(found))
     digest = prepared.team.tell(hashlib.sha256(digests.astype("<u8").tobytes()).hexdigest())
-    return Pictures(prepared, tuple(found.values()), digests, digest)
+    return Images(prepared, tuple(found.values()), digests, digest)
 
 
-def identity(prepared: Prepared, pictures: Pictures) -> dict[str, Any]:
+def identity(prepared: Prepared, images: Images) -> dict[str, Any]:
     """Return what a checkpoint belongs to: dataset, settings and plan as plain values."""
     config = prepared.config
     settings = {k: v for k, v in flatten(config.settings).items() if k not in PLACES}
@@ -197,9 +197,9 @@ def identity(prepared: Prepared, pictures: Pictures) -> dict[str, Any]:
             {
                 "dataset": {
                     "fingerprint": splits.fingerprint,
-                    PICTURES: pictures.digest,
-                    "training pictures": len(prepared.train_set),
-                    "validation pictures": len(prepared.val_set),
+                    IMAGES: images.digest,
+                    "training images": len(prepared.train_set),
+                    "validation images": len(prepared.val_set),
                     "classes": list(splits.train.names) if splits.train else [],
                 },
                 "settings": {**settings, **_tables(config)},

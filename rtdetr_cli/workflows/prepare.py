@@ -63,7 +63,7 @@ class Prepared:
 
     @property
     def most_boxes(self) -> int:
-        """Boxes of the fullest training picture."""
+        """Boxes of the fullest training image."""
         return int(np.diff(self.train_set.offsets).max(initial=1))
 
 
@@ -103,11 +103,11 @@ def prepare(
     boxes = int(np.count_nonzero(~train_set.crowd))
     if not boxes:
         raise DataError(
-            f"no picture to train on has a box ({len(train_set)} pictures in {settings.data})",
+            f"no image to train on has a box ({len(train_set)} images in {settings.data})",
             hint=f"rtdetr validate {settings.data}",
             code="split-no-objects",
         )
-    plan = make_plan(config, pictures=len(train_set))
+    plan = make_plan(config, images=len(train_set))
     augmentation = load_augmentation(plan.augmentation)
     warnings += plan.warnings
 
@@ -224,18 +224,18 @@ def training_sets(splits: Splits, config: RunConfig, warnings: list[str]) -> tup
     """Return what is trained on and what is measured on.
 
     Raises:
-        DataError: there is no training split, or no picture in it.
+        DataError: there is no training split, or no image in it.
     """
     settings = config.settings
     train_set, val_set = splits.train, splits.val
     if train_set is None or not len(train_set):
         raise DataError(
-            f"{splits.source} has no training pictures", hint=f"rtdetr validate {splits.source}", code="dataset-empty"
+            f"{splits.source} has no training images", hint=f"rtdetr validate {splits.source}", code="dataset-empty"
         )
     if settings.overfit:
         wanted = min(settings.overfit, len(train_set))
         if wanted < settings.overfit:
-            warnings.append(f"--overfit {settings.overfit}: there are only {wanted} training pictures")
+            warnings.append(f"--overfit {settings.overfit}: there are only {wanted} training images")
         few = train_set.subset(range(wanted))
         # Repeated, so that an epoch is worth an evaluation.
         times = max(1, math.ceil(OVERFIT_STEPS * settings.effective_batch / wanted))
@@ -246,11 +246,11 @@ def training_sets(splits: Splits, config: RunConfig, warnings: list[str]) -> tup
             return train_set, splits.test
         count = max(1, round(settings.val_fraction * len(train_set)))
         if len(train_set) < 2:
-            warnings.append("the only picture is both trained and measured on")
+            warnings.append("the only image is both trained and measured on")
             return train_set, replace(train_set, split="val")
         drawn = np.sort(np.random.default_rng(settings.seed).permutation(len(train_set))[:count])
         rest = np.setdiff1d(np.arange(len(train_set)), drawn)
-        warnings.append(f"the dataset has no val split: {count} of {len(train_set)} pictures were drawn for it")
+        warnings.append(f"the dataset has no val split: {count} of {len(train_set)} images were drawn for it")
         return train_set.subset(rest), train_set.subset(drawn, split="val")
     return train_set, val_set
 
@@ -286,7 +286,7 @@ def compile_parts(model: RTDETR) -> None:
 
 
 def choose_workers(device: torch.device) -> int:
-    """Return how many processes load pictures: on a CPU they compete with the network for the cores."""
+    """Return how many processes load images: on a CPU they compete with the network for the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if device.type == "cuda":
@@ -295,7 +295,7 @@ def choose_workers(device: torch.device) -> int:
 
 
 def resolve_micro_batch(prepared: Prepared) -> int:
-    """Return how many pictures go onto the device at once."""
+    """Return how many images go onto the device at once."""
     settings, learner, team = prepared.config.settings, prepared.learner, prepared.team
     own = share_of(settings.effective_batch, team.size)
     plan = replace(prepared.plan, effective_batch=own)
@@ -306,7 +306,7 @@ def resolve_micro_batch(prepared: Prepared) -> int:
     def attempt(micro: int) -> None:
         worst_step(learner, plan, most_boxes=most, micro_batch=micro, parts=1)
 
-    with memory.one_picture(where=str(learner.device)):
+    with memory.one_image(where=str(learner.device)):
         one = memory.saved_bytes(lambda: worst_forward(prepared))
     free = memory.free_bytes(learner.device)
     found = memory.fitting_micro_batch(
@@ -321,7 +321,7 @@ def resolve_micro_batch(prepared: Prepared) -> int:
 
 
 def worst_forward(prepared: Prepared) -> object:
-    """Run one picture of the largest scale with the most boxes forward, and return what came out."""
+    """Run one image of the largest scale with the most boxes forward, and return what came out."""
     learner = prepared.learner
     one = replace(prepared.plan, effective_batch=1)
     batch = worst_batch(one, most_boxes=prepared.most_boxes, num_classes=learner.model.num_classes)

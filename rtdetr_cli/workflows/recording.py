@@ -1,4 +1,4 @@
-"""What a run leaves for people: pictures, loggers' points and the page; none of it can end the run."""
+"""What a run leaves for people: images, loggers' points and the page; none of it can end the run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from rtdetr_cli.workflows.evaluator import Evaluator
     from rtdetr_cli.workflows.prepare import Prepared
 
-LOADER_BOUND = 0.3  # of the time spent waiting for pictures
+LOADER_BOUND = 0.3  # of the time spent waiting for images
 MOST_WARNINGS = 20
 # Curves are drawn again while the run goes on, but never for more than this share of its time.
 SHARE_OF_TIME = 0.02
@@ -59,7 +59,7 @@ class Recorder:
 
     def __init__(self, prepared: Prepared, folder: RunFolder, evaluator: Evaluator) -> None:
         self.prepared = prepared
-        # An --overfit trains on its few pictures many times over, and measures on them once.
+        # An --overfit trains on its few images many times over, and measures on them once.
         overfit = prepared.config.settings.overfit
         self.train_set = replace(prepared.val_set, split="train") if overfit else prepared.train_set
         self.folder = folder
@@ -113,12 +113,12 @@ class Recorder:
         yield from self._notices()
 
     def finish(self, report: FinishedReport, explanation: str) -> Iterator[Notice]:
-        """Draw the last pictures, write the page, and close the loggers."""
-        pictures = [self._path(name) for name in (plots.LABELS, plots.BATCH, plots.CURVES, plots.PREDICTIONS)]
+        """Draw the last images, write the page, and close the loggers."""
+        images = [self._path(name) for name in (plots.LABELS, plots.BATCH, plots.CURVES, plots.PREDICTIONS)]
         if self._plots:
             yield from self._drawing(plots.CURVES, lambda: self._draw_curves(report.best_epoch))
             yield from self._drawing("the report", lambda: self._write_page(report, explanation))
-        self._loggers.finish(self.best.metrics if self.best is not None else {}, pictures)
+        self._loggers.finish(self.best.metrics if self.best is not None else {}, images)
         yield from self._notices()
 
     # ---- parts --------------------------------------------------------------------------------------------------
@@ -143,13 +143,13 @@ class Recorder:
 
     def _draw_batch(self, report: BatchReport) -> None:
         batch = report.batch
-        picture = plots.batch_picture(
+        image = plots.batch_image(
             batch.images.numpy(),
             [boxes.numpy() for boxes in batch.boxes_cxcywh],
             [labels.numpy() for labels in batch.labels],
             self.prepared.train_set.names,
         )
-        plots.save(picture, self._path(plots.BATCH))
+        plots.save(image, self._path(plots.BATCH))
 
     def _draw_curves(self, best_epoch: int) -> None:
         figure = plots.curves_figure(self.folder.metrics(), best_epoch=best_epoch + 1)
@@ -164,7 +164,7 @@ class Recorder:
         predictions: NDArray[np.uint8] | None = None
         if self.best is not None:
             threshold = self.best.best.threshold
-            predictions = plots.predictions_picture(
+            predictions = plots.predictions_image(
                 self.best.dataset, self.best.table, threshold=0.5 if threshold is None else threshold
             )
             plots.save(predictions, self._path(plots.PREDICTIONS))
@@ -177,8 +177,8 @@ class Recorder:
             evaluation=self.best,
             data={
                 "name": prepared.splits.name,
-                "training pictures": f"{len(self.train_set):,}",
-                "val pictures": f"{len(prepared.val_set):,}",
+                "training images": f"{len(self.train_set):,}",
+                "val images": f"{len(prepared.val_set):,}",
                 "classes": str(len(prepared.train_set.categories)),
             },
             start=prepared.start,
@@ -207,12 +207,12 @@ class Recorder:
         }
         if self._seconds:
             facts["seconds an epoch"] = f"{float(np.median(self._seconds)):.1f}"
-            facts["waited for pictures"] = f"{float(np.median(self._waited)):.0%} of the time"
+            facts["waited for images"] = f"{float(np.median(self._waited)):.0%} of the time"
         named = {"device": "processor"}
         return facts | {named.get(key, key): value for key, value in versions(prepared.team).items()}
 
     def _drawing(self, what: str, draw: Callable[[], object]) -> Iterator[Notice]:
-        """Draw, and say so when it does not work: a picture is no reason to lose a run."""
+        """Draw, and say so when it does not work: an image is no reason to lose a run."""
         try:
             draw()
         except Exception as error:
@@ -231,14 +231,14 @@ class Recorder:
 
 
 def loader_bound(prepared: Prepared, share: float) -> str:
-    """Say that the network waits for pictures, and what helps here."""
+    """Say that the network waits for images, and what helps here."""
     cached = prepared.config.settings.cache != "none"
     cores = prepared.workers
     remedies = [] if cached else ["--cache ram"]
     remedies.append(f"more --workers than {cores}")
     if prepared.plan.augmentation == "recipe" and cached:
         remedies.append("--aug light")
-    return f"{share:.0%} of the time goes into waiting for pictures: {' or '.join(remedies)}"
+    return f"{share:.0%} of the time goes into waiting for images: {' or '.join(remedies)}"
 
 
 def _settings(prepared: Prepared) -> dict[str, object]:

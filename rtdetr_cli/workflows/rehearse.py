@@ -31,7 +31,7 @@ class DryReport:
     """What a run would cost, from one worst-case step, some real ones, one evaluation and one export.
 
     Attributes:
-        micro_batch: pictures at once, halved until the worst step fitted.
+        micro_batch: images at once, halved until the worst step fitted.
         step_seconds: of a usual step, with the loader; worst_seconds: of one at the largest scale with most boxes.
         evaluation_seconds: of one evaluation.
         export_seconds: of one export to ONNX; export_bytes: of its file.
@@ -101,7 +101,7 @@ def _worst_steps(prepared: Prepared, plan: Plan, micro: int) -> tuple[int, float
         The micro-batch that fits, and the seconds of a step with it.
 
     Raises:
-        RtdetrError: not even one picture fits.
+        RtdetrError: not even one image fits.
     """
     learner, most = prepared.learner, prepared.most_boxes
     while True:

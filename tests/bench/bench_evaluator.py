@@ -1,4 +1,4 @@
-"""Evaluate 500,000 detections on 5,000 pictures with hotcoco and with pycocotools, in one run.
+"""Evaluate 500,000 detections on 5,000 images with hotcoco and with pycocotools, in one run.
 
     python tests/bench/bench_evaluator.py
 
@@ -27,24 +27,24 @@ from rtdetr_cli.evaluate.table import DetectionTable
 WANTED = 50.0
 
 
-def make(pictures: int, classes: int, detections: int, *, seed: int = 0) -> tuple[Dataset, DetectionTable]:
-    """Seven boxes a picture, one in a hundred a crowd; a third of the detections near a box, the rest anywhere."""
+def make(images: int, classes: int, detections: int, *, seed: int = 0) -> tuple[Dataset, DetectionTable]:
+    """Seven boxes an image, one in a hundred a crowd; a third of the detections near a box, the rest anywhere."""
     random = np.random.default_rng(seed)
-    count = 7 * pictures
-    images = np.sort(random.integers(0, pictures, count))
+    count = 7 * images
+    owner = np.sort(random.integers(0, images, count))
     labels = random.integers(0, classes, count)
     wh = np.exp(random.normal(4, 0.8, (count, 2))).clip(4, 400)
     boxes = np.concatenate([random.random((count, 2)) * (np.array([640, 480]) - wh).clip(1), wh], axis=1)
-    offsets = np.searchsorted(images, np.arange(pictures + 1)).astype(np.int64)
+    offsets = np.searchsorted(owner, np.arange(images + 1)).astype(np.int64)
     dataset = Dataset(
         name="made",
         split="val",
         format="coco",
         root=Path(),
         categories=tuple(Category(k + 1, f"class {k}") for k in range(classes)),
-        file_names=FlatStrings([f"{i}.jpg" for i in range(pictures)]),
-        image_ids=np.arange(pictures),
-        sizes_wh=np.tile(np.array([[640, 480]], np.int32), (pictures, 1)),
+        file_names=FlatStrings([f"{i}.jpg" for i in range(images)]),
+        image_ids=np.arange(images),
+        sizes_wh=np.tile(np.array([[640, 480]], np.int32), (images, 1)),
         offsets=offsets,
         boxes_xyxy_px=np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1),
         labels=labels,
@@ -52,7 +52,7 @@ def make(pictures: int, classes: int, detections: int, *, seed: int = 0) -> tupl
         crowd=random.random(count) < 0.01,
         annotation_ids=np.arange(count),
     )
-    where = np.repeat(np.arange(pictures), detections // pictures)
+    where = np.repeat(np.arange(images), detections // images)
     held = np.diff(offsets)[where]
     source = np.minimum(offsets[where] + (random.random(len(where)) * np.maximum(held, 1)).astype(int), count - 1)
     near = (held > 0) & (random.random(len(where)) < 0.3)
@@ -79,12 +79,12 @@ def seconds(work: Callable[[], Any], times: int) -> tuple[float, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=5000)
+    parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--detections", type=int, default=500_000)
     options = parser.parse_args()
-    dataset, table = make(options.pictures, options.classes, options.detections)
-    print(f"{len(table):,} detections, {len(dataset):,} pictures, {len(dataset.labels):,} boxes")
+    dataset, table = make(options.images, options.classes, options.detections)
+    print(f"{len(table):,} detections, {len(dataset):,} images, {len(dataset.labels):,} boxes")
 
     quick, ours = seconds(lambda: coco_metrics(dataset, table), 5)
     slow, reference = seconds(lambda: coco_metrics(dataset, table, evaluator="pycocotools"), 1)

@@ -1,8 +1,8 @@
 """Which parts of the detector must stay float32? Rank them by the error that half precision in each one adds.
 
-    python tests/bench/bench_half_islands.py [MODEL] [--data DATA] [--pictures 16]
+    python tests/bench/bench_half_islands.py [MODEL] [--data DATA] [--images 16]
 
-Without a model: the small trained one of the tests, on its own pictures. Four tables:
+Without a model: the small trained one of the tests, on its own images. Four tables:
 
 1. Each module alone in half precision, everything else float32.
 2. Everything in half precision but one island: what each island is worth.
@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--islands-only", action="store_true", help="leave out the first and longest table")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -100,7 +100,7 @@ def main() -> None:
     assert dataset is not None
 
     model, header = load_model(weights)
-    gate = Gate(TorchBackend(model, header), dataset, most=arguments.pictures)
+    gate = Gate(TorchBackend(model, header), dataset, most=arguments.images)
     ours = gate.answers().found
     graph = DeployGraph(deployable(model)).eval()
     count_norms(graph, example_inputs(ExportOptions(), header.imgsz, batch=1))
@@ -123,10 +123,10 @@ def main() -> None:
         for name, row in sorted(
             rows.items(), key=lambda item: -(item[1]["unmatched"] + item[1]["score"] + item[1]["box"])
         ):
-            broken = f"  ({row['broken']:.0f} pictures NaN)" if row["broken"] else ""
+            broken = f"  ({row['broken']:.0f} images NaN)" if row["broken"] else ""
             print(f"{row['score']:12.2e} {row['box']:10.2e} {row['unmatched']:10.2%}  {name}{broken}")
 
-    print(f"{weights}  {len(ours)} pictures  {sum(int((d.scores > 0.1).sum()) for d in ours)} detections")
+    print(f"{weights}  {len(ours)} images  {sum(int((d.scores > 0.1).sum()) for d in ours)} detections")
     groups = [] if arguments.islands_only else groups_of(program)
     alone = {
         group: error(lambda path, op, group=group: not within(path, group))  # type: ignore[misc]

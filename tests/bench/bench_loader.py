@@ -1,11 +1,11 @@
-"""Decode and recipe augmentation on one core: ours beside torchvision's v2 transforms on PIL pictures.
+"""Decode and recipe augmentation on one core: ours beside torchvision's v2 transforms on PIL images.
 
     python tests/bench/bench_loader.py [--rounds 5] [--json]
 
 Both read the same JPEG files with the same boxes, draw from the same distributions, and end with a uint8 (3, 640, 640)
-picture and its boxes. Each runs in a process of its own, ours with the environment that `TrainLoader` gives its
-processes, and all are tied to one core. They take turns, all pictures at a time, and what counts is the processor
-time that each has used, so other programs on the machine hurt both alike. The pictures are those of
+image and its boxes. Each runs in a process of its own, ours with the environment that `TrainLoader` gives its
+processes, and all are tied to one core. They take turns, all images at a time, and what counts is the processor
+time that each has used, so other programs on the machine hurt both alike. The images are those of
 `../shared/data/coco21`, brought to 640x480 and to 4000x3000; generated ones where that folder is missing.
 Exits with 1 when a ratio is below its promise: 4 at 640x480, 10 at 12 megapixels.
 """
@@ -33,7 +33,7 @@ from torchvision.transforms import v2
 
 from rtdetr_cli.batches.loader import CHILD_ENVIRONMENT
 from rtdetr_cli.batches.worker import receive, send
-from rtdetr_cli.datasets.generate import generate_picture
+from rtdetr_cli.datasets.generate import generate_image
 from rtdetr_cli.images.augment import RECIPE, augment
 from rtdetr_cli.images.decode import opened
 
@@ -45,10 +45,10 @@ Case = tuple[Path, NDArray[np.float64]]
 
 
 def originals() -> list[tuple[Image.Image, NDArray[np.float64]]]:
-    """Return pictures with boxes (N, 4) as shares of the sides."""
+    """Return images with boxes (N, 4) as shares of the sides."""
     if not (SHARED / "instances.json").is_file():
-        made = [generate_picture(np.random.default_rng(seed), (480, 640)) for seed in range(21)]
-        return [(Image.fromarray(picture), boxes / (640, 480, 640, 480)) for picture, boxes, _ in made]
+        made = [generate_image(np.random.default_rng(seed), (480, 640)) for seed in range(21)]
+        return [(Image.fromarray(image), boxes / (640, 480, 640, 480)) for image, boxes, _ in made]
     document = json.loads((SHARED / "instances.json").read_text())
     found = []
     for entry in document["images"]:
@@ -56,16 +56,16 @@ def originals() -> list[tuple[Image.Image, NDArray[np.float64]]]:
         xywh = np.array(boxes, np.float64).reshape(-1, 4)
         xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
         width, height = entry["width"], entry["height"]
-        picture = Image.open(SHARED / "images" / Path(entry["file_name"]).name).convert("RGB")
-        found.append((picture, xyxy / (width, height, width, height)))
+        image = Image.open(SHARED / "images" / Path(entry["file_name"]).name).convert("RGB")
+        found.append((image, xyxy / (width, height, width, height)))
     return found
 
 
 def write_cases(folder: Path, size_wh: tuple[int, int], count: int) -> list[Case]:
     cases = []
-    for number, (picture, shares) in enumerate(originals()[:count]):
+    for number, (image, shares) in enumerate(originals()[:count]):
         path = folder / f"{size_wh[0]}-{number}.jpg"
-        picture.resize(size_wh, Image.Resampling.BICUBIC).save(path, quality=90)
+        image.resize(size_wh, Image.Resampling.BICUBIC).save(path, quality=90)
         cases.append((path, shares * (*size_wh, *size_wh)))
     return cases
 
@@ -86,12 +86,12 @@ def torchvision_way() -> Callable[[Case, int], None]:
 
     def make(case: Case, seed: int) -> None:
         torch.manual_seed(seed)
-        picture = Image.open(case[0]).convert("RGB")
+        image = Image.open(case[0]).convert("RGB")
         boxes = tv_tensors.BoundingBoxes(
-            torch.from_numpy(case[1]).float(), format="XYXY", canvas_size=(picture.height, picture.width)
+            torch.from_numpy(case[1]).float(), format="XYXY", canvas_size=(image.height, image.width)
         )
-        image, _ = pipeline(picture, {"boxes": boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64)})
-        assert image.shape == (3, *NETWORK)
+        result, _ = pipeline(image, {"boxes": boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64)})
+        assert result.shape == (3, *NETWORK)
 
     return make
 
@@ -186,7 +186,7 @@ def main() -> int:
                 {
                     "size": size,
                     "pictures": len(cases) * arguments.rounds,
-                    **{f"{name}, pictures/s": statistics.harmonic_mean(rates[name]) for name in ways},
+                    **{f"{name}, images/s": statistics.harmonic_mean(rates[name]) for name in ways},
                     "ratio": statistics.harmonic_mean(rates["rtdetr-cli"])
                     / statistics.harmonic_mean(rates["torchvision v2"]),
                     "rounds": f"{min(ratios):.1f} to {max(ratios):.1f}",

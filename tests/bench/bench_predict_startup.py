@@ -1,4 +1,4 @@
-"""Start-up: one picture through `rtdetr predict` with an r18 ONNX file at 640, beside `python -c "import torch"`.
+"""Start-up: one image through `rtdetr predict` with an r18 ONNX file at 640, beside `python -c "import torch"`.
 
     python tests/bench/bench_predict_startup.py [--weights r18.onnx] [--rounds 5]
 
@@ -26,19 +26,19 @@ from PIL import Image
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="an r18 ONNX file at 640")
-    parser.add_argument("--picture", type=Path, help="any picture; a generated 640x480 one by default")
+    parser.add_argument("--image", type=Path, help="any image; a generated 640x480 one by default")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         weights = arguments.weights or export_r18(Path(folder))
-        picture = arguments.picture or make_picture(Path(folder))
+        image = arguments.image or make_image(Path(folder))
         commands = {
             "rtdetr predict": [
                 sys.executable,
                 "-m",
                 "rtdetr_cli",
                 "predict",
-                picture,
+                image,
                 "--weights",
                 weights,
                 "--out",
@@ -91,9 +91,9 @@ def export_r18(folder: Path) -> Path:
     return export_model(model, header, folder, ExportOptions(), stem="r18")[0].path
 
 
-def make_picture(folder: Path) -> Path:
+def make_image(folder: Path) -> Path:
     levels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    path = folder / "picture.jpg"
+    path = folder / "image.jpg"
     Image.fromarray(levels).resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=92)
     return path
 

@@ -4,8 +4,8 @@
 
 For each run (trained with bilinear sampling): AP of its weights under both roundings without training, and after the
 second stage with each rounding and each seed, from the same start and on the same batches. The difference nearest -
-published comes with a paired interval: over pictures for one pair of models (bootstrap), and over seeds and pictures
-together for all pairs of a run (the bootstrap draws the same pictures for every seed). The default changes only if
+published comes with a paired interval: over images for one pair of models (bootstrap), and over seeds and images
+together for all pairs of a run (the bootstrap draws the same images for every seed). The default changes only if
 the last one excludes zero on every run.
 """
 
@@ -31,7 +31,7 @@ ROUNDINGS = ("published", "nearest")
 
 
 def gap_of(pairs: list[tuple[Evaluation, Evaluation]], *, resamples: int = 1000) -> dict[str, float]:
-    """Return nearest - published, mean over pairs, with its paired 95 % interval over the same pictures."""
+    """Return nearest - published, mean over pairs, with its paired 95 % interval over the same images."""
     drawn = []
     for published, nearest in pairs:
         a = resample(published.dataset, published.table, resamples=resamples).overall()

@@ -1,7 +1,7 @@
 """Do schedules that scale with the run beat the published ones on a small dataset?
 
     python tests/bench/bench_schedules.py                      # 20 epochs of bccd's train split, three seeds
-    python tests/bench/bench_schedules.py --pictures 100       # the same number of steps on 100 pictures
+    python tests/bench/bench_schedules.py --images 100       # the same number of steps on 100 images
     python tests/bench/bench_schedules.py --seeds 0 --epochs 5 --arms official,ours
 
 Three arms train `tiny` from the same random weights for the same number of steps: the official schedule, the official
@@ -38,8 +38,8 @@ ARMS = {
 }
 
 
-def few_pictures(source: Path, folder: Path, count: int) -> Path:
-    """Lay out a VOC dataset whose train split is `count` pictures of the source's, the val split whole."""
+def few_images(source: Path, folder: Path, count: int) -> Path:
+    """Lay out a VOC dataset whose train split is `count` images of the source's, the val split whole."""
     for name in ("Annotations", "JPEGImages"):
         shutil.copytree(source / name, folder / name, dirs_exist_ok=True)  # links out of a dataset are refused
     lists = folder / "ImageSets" / "Main"
@@ -55,9 +55,9 @@ def run(arm: str, sets: Sequence[str], seed: int, args: argparse.Namespace, data
     """Train one arm from one seed; return its figures, from the results file if they are there already."""
     words = [*sets, *args.set, "plots=false", f"eval_every={epochs}"]
     # The plan stands for the defaults of the day: a result is never taken for that of others.
-    plan = schedule(args.preset, words, epochs=epochs, pictures=args.pictures or train_pictures(args.data))
+    plan = schedule(args.preset, words, epochs=epochs, images=args.images or train_images(args.data))
     facts = {**plan.to_dict(), "choices": (), "warnings": ()}
-    key = json.dumps([args.preset, args.pictures, args.imgsz, seed, sorted(words), args.precision, facts])
+    key = json.dumps([args.preset, args.images, args.imgsz, seed, sorted(words), args.precision, facts])
     results = args.out / "results.jsonl"
     if results.exists():
         for line in results.read_text().splitlines():
@@ -92,22 +92,22 @@ def run(arm: str, sets: Sequence[str], seed: int, args: argparse.Namespace, data
     return found
 
 
-def train_pictures(data: Path) -> int:
-    """Return how many pictures the train split has."""
+def train_images(data: Path) -> int:
+    """Return how many images the train split has."""
     return len((data / "ImageSets" / "Main" / "train.txt").read_text().split())
 
 
-def schedule(preset: str, words: Sequence[str], *, epochs: int, pictures: int) -> Plan:
+def schedule(preset: str, words: Sequence[str], *, epochs: int, images: int) -> Plan:
     """Return the plan that a run of these settings has."""
-    return make_plan(resolve_run({"preset": preset, "epochs": epochs}, sets=words), pictures=pictures)
+    return make_plan(resolve_run({"preset": preset, "epochs": epochs}, sets=words), images=images)
 
 
 def parse() -> argparse.Namespace:
     """Read the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=BCCD, help="a VOC folder")
-    parser.add_argument("--pictures", type=int, default=0, help="of the train split; 0 for all")
-    parser.add_argument("--epochs", type=int, default=20, help="of the whole train split; fewer pictures, more epochs")
+    parser.add_argument("--images", type=int, default=0, help="of the train split; 0 for all")
+    parser.add_argument("--epochs", type=int, default=20, help="of the whole train split; fewer images, more epochs")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--arms", default=",".join(ARMS), help="of these; empty for none")
     parser.add_argument("--arm", action="append", default=[], help="name:key=value,key=value; may come again")
@@ -132,21 +132,19 @@ def main() -> None:
     for word in args.arm:
         name, _, sets = word.partition(":")
         arms[name] = [s for s in sets.split(",") if s]
-    total = train_pictures(args.data)
+    total = train_images(args.data)
     batch = next((int(s.partition("=")[2]) for s in args.set if s.startswith("effective_batch=")), 16)
     data, epochs = args.data, args.epochs
-    if args.pictures:
-        data = few_pictures(args.data, args.out / f"pictures-{args.pictures}" / args.data.name, args.pictures)
+    if args.images:
+        data = few_images(args.data, args.out / f"images-{args.images}" / args.data.name, args.images)
         # Equal steps: what 20 epochs of the whole split are.
-        epochs = round(args.epochs * -(-total // batch) / -(-args.pictures // batch))
-    pictures = args.pictures or total
+        epochs = round(args.epochs * -(-total // batch) / -(-args.images // batch))
+    images = args.images or total
     jobs = [(arm, sets, seed) for seed in map(int, args.seeds.split(",")) for arm, sets in arms.items()]
     with ThreadPoolExecutor(args.jobs) as pool:
         found = list(pool.map(lambda job: run(*job, args, data, epochs), jobs))
-    plan = schedule(args.preset, args.set, epochs=epochs, pictures=pictures)
-    print(
-        f"\n{args.preset} at {args.imgsz}, {pictures} pictures, {epochs} epochs = {plan.total_steps} steps of {batch}"
-    )
+    plan = schedule(args.preset, args.set, epochs=epochs, images=images)
+    print(f"\n{args.preset} at {args.imgsz}, {images} images, {epochs} epochs = {plan.total_steps} steps of {batch}")
     print(f"{'arm':<24} {'AP':>6} {'+-':>6} {'AP50':>6}   AP by seed")
     for arm in arms:
         aps = [f["AP"] for f in found if f["arm"] == arm]

@@ -2,8 +2,8 @@
 
     python tests/bench/bench_step.py [--imgsz 320] [--batch 4] [--rounds 8] [--device cpu] [--threads 2]
 
-Both have the sizes of r18, 80 classes, 100 denoising queries and the same pictures and boxes. A step is everything
-from uint8 pictures to changed weights: scaling, forward, matching, losses, backward, clipping, AdamW; ours also moves
+Both have the sizes of r18, 80 classes, 100 denoising queries and the same images and boxes. A step is everything
+from uint8 images to changed weights: scaling, forward, matching, losses, backward, clipping, AdamW; ours also moves
 its average, which the other has none of. They take turns, so that whatever else the machine does hurts them alike.
 Ratios are medians of the rounds' own ratios: theirs / ours, above 1 where ours is faster. Ours runs twice: in float32
 as theirs does, and in the type that `--precision auto` takes on this machine.
@@ -34,7 +34,7 @@ BOXES = 8
 
 
 def make_batch(count: int, side: int) -> Batch:
-    """Return pictures of noise with `BOXES` boxes each."""
+    """Return images of noise with `BOXES` boxes each."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
     boxes = tuple(torch.rand((BOXES, 4), generator=generator) * 0.3 + 0.2 for _ in range(count))
@@ -45,7 +45,7 @@ def make_batch(count: int, side: int) -> Batch:
 def our_step(batch: Batch, side: int, device: torch.device, autocast: torch.dtype | None) -> Callable[[], None]:
     """Return one step of ours."""
     config = resolve_run({"preset": "r18", "imgsz": (side, side), "effective_batch": len(batch.labels)})
-    plan = make_plan(config, pictures=1000)
+    plan = make_plan(config, images=1000)
     spec = config.preset.model
     torch.manual_seed(0)
     model = build_detector(spec, num_classes=CLASSES).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -173,7 +173,7 @@ def main() -> None:
     where = f"{arguments.imgsz} px on {device}, {arguments.threads} threads"
     tell(f"training step, r18, batch {arguments.batch}, {where}", take_turns(steps, arguments.rounds, device))
     image = as_input(batch.images[:1].to(device), (arguments.imgsz, arguments.imgsz))
-    tell(f"prediction, r18, one picture, {where}", take_turns(predictors(image, device), 3 * arguments.rounds, device))
+    tell(f"prediction, r18, one image, {where}", take_turns(predictors(image, device), 3 * arguments.rounds, device))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
     python tests/bench/bench_validate.py [--only fast|full] [--folder DIR]
 
-`fast`: the whole command `rtdetr validate --fast` on a generated COCO-sized JSON (118,000 pictures, 860,000 boxes),
+`fast`: the whole command `rtdetr validate --fast` on a generated COCO-sized JSON (118,000 images, 860,000 boxes),
 against the time that `pycocotools.coco.COCO` takes to load the file, both in processes of their own, each the best
 of three. Wanted: at most twice the time and 4 GiB.
 
-`full`: `examine` on 5,000 pictures of 640x480, against the bare decoding of the same files (Pillow, a thread for each
+`full`: `examine` on 5,000 images of 640x480, against the bare decoding of the same files (Pillow, a thread for each
 core, nothing kept), in turns in one process. Wanted: at least 60 % of the bare rate.
 """
 
@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 MOST_TIME, MOST_BYTES, LEAST_RATE = 2.0, 4 << 30, 0.6
-PICTURES, BOXES = 118_000, 860_000
+IMAGES, BOXES = 118_000, 860_000
 LINKS = 20_000  # hard links to one file; file systems allow some tens of thousands
 
 _TIMED = """
@@ -51,7 +51,7 @@ def make_json(folder: Path) -> Path:
     draw = random.Random(0)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     images = []
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         width, height = draw.choice([(640, 480), (480, 640), (640, 427), (500, 375)])
         name = f"{i:012d}.jpg"
         images.append({"license": 1, "file_name": name, "height": height, "width": width, "id": i})
@@ -61,7 +61,7 @@ def make_json(folder: Path) -> Path:
         os.link(source, folder / "images" / name)
     annotations = []
     for k in range(BOXES):
-        image = images[draw.randrange(PICTURES)]
+        image = images[draw.randrange(IMAGES)]
         w, h = (min(s - 1.0, draw.lognormvariate(4, 0.9)) for s in (image["width"], image["height"]))
         x, y = draw.random() * (image["width"] - w), draw.random() * (image["height"] - h)
         box = [round(v, 2) for v in (x, y, max(w, 1.0), max(h, 1.0))]
@@ -94,16 +94,16 @@ def fast(folder: Path) -> bool:
     load, load_memory = timed(_LOAD.format(path=str(path)))
     ours, memory = timed(_VALIDATE.format(path=str(path), flags=""))
     as_json, json_memory = timed(_VALIDATE.format(path=str(path), flags=", '--json'"), 1)
-    print(f"{path.stat().st_size / 1e6:.0f} MB, {PICTURES:,} pictures, {BOXES:,} boxes")
+    print(f"{path.stat().st_size / 1e6:.0f} MB, {IMAGES:,} images, {BOXES:,} boxes")
     print(f"  pycocotools.coco.COCO     {load:6.1f} s  {load_memory / 2**30:5.2f} GiB")
     print(f"  rtdetr validate --fast    {ours:6.1f} s  {memory / 2**30:5.2f} GiB   ratio {ours / load:.2f}")
     print(f"  the same with --json      {as_json:6.1f} s  {json_memory / 2**30:5.2f} GiB")
     return ours <= MOST_TIME * load and memory <= MOST_BYTES
 
 
-def make_pictures(folder: Path, count: int) -> Path:
+def make_images(folder: Path, count: int) -> Path:
     """Write `count` different JPEG files of 640x480 and their COCO file."""
-    path = folder / "pictures.json"
+    path = folder / "images.json"
     if path.exists():
         return path
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -114,8 +114,8 @@ def make_pictures(folder: Path, count: int) -> Path:
             (640, 480), Image.Resampling.BICUBIC
         )
         grain = noise.integers(-9, 10, (480, 640, 1))
-        picture = np.clip(np.asarray(coarse).astype(int) + grain, 0, 255).astype(np.uint8)
-        Image.fromarray(picture).save(folder / "images" / f"{i:06d}.jpg", quality=85)
+        image = np.clip(np.asarray(coarse).astype(int) + grain, 0, 255).astype(np.uint8)
+        Image.fromarray(image).save(folder / "images" / f"{i:06d}.jpg", quality=85)
         images.append({"id": i, "file_name": f"{i:06d}.jpg", "width": 640, "height": 480})
         for k in range(7):
             box = [20 + 80 * k, 30 + 50 * k, 60, 70]
@@ -133,7 +133,7 @@ def decode(path: Path) -> None:
 def full(folder: Path, count: int) -> bool:
     from rtdetr_cli.checks.doctor import examine
 
-    path = make_pictures(folder, count)
+    path = make_images(folder, count)
     files = sorted((folder / "images").iterdir())
     cores = len(os.sched_getaffinity(0))
     bare, ours = [], []
@@ -148,9 +148,9 @@ def full(folder: Path, count: int) -> bool:
         ours.append(time.perf_counter() - start)
     share = min(bare) / min(ours)
     size = sum(f.stat().st_size for f in files) / len(files)
-    print(f"{count:,} JPEG pictures of 640x480, {size / 1e3:.0f} kB each, {cores} cores")
-    print(f"  bare decoding             {count / min(bare):6.0f} pictures/s")
-    print(f"  examine                   {count / min(ours):6.0f} pictures/s   {share:.0%} of it")
+    print(f"{count:,} JPEG images of 640x480, {size / 1e3:.0f} kB each, {cores} cores")
+    print(f"  bare decoding             {count / min(bare):6.0f} images/s")
+    print(f"  examine                   {count / min(ours):6.0f} images/s   {share:.0%} of it")
     return share >= LEAST_RATE
 
 
@@ -158,7 +158,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("fast", "full"))
     parser.add_argument("--folder", type=Path, help="keeps the generated data")
-    parser.add_argument("--pictures", type=int, default=5000)
+    parser.add_argument("--images", type=int, default=5000)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or Path(scratch)
@@ -166,7 +166,7 @@ def main() -> int:
         if arguments.only != "full":
             good &= fast(folder / "fast")
         if arguments.only != "fast":
-            good &= full(folder / "full", arguments.pictures)
+            good &= full(folder / "full", arguments.images)
     return 0 if good else 1
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 
 def dataset(folder: Path, **changes: Any) -> Path:
-    """Write four small pictures with a box each; `changes` replace parts of the first ones."""
+    """Write four small images with a box each; `changes` replace parts of the first ones."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     images, annotations = [], []
@@ -36,9 +36,9 @@ def dataset(folder: Path, **changes: Any) -> Path:
 
 
 DATA_FAULTS = {
-    "missing picture": ({"image": {"file_name": "gone.png"}}, "gone.png"),
+    "missing image": ({"image": {"file_name": "gone.png"}}, "gone.png"),
     "unknown category": ({"annotation": {"category_id": 99}}, "category 99"),
-    "unknown picture": ({"annotation": {"image_id": 99}}, "99"),
+    "unknown image": ({"annotation": {"image_id": 99}}, "99"),
     "no annotations": ({"document": {"annotations": []}}, "has a box"),
     "box outside": ({"annotation": {"bbox": [500, 500, 10, 10]}}, "outside"),
     "box not finite": ({"annotation": {"bbox": [1, 2, float("nan"), 4]}}, "annotation 0"),

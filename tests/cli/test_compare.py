@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture
 def worse(eval_pair: Path, tmp_path: Path) -> Path:
-    """The public detections with every box moved a little: a small loss, in every picture."""
+    """The public detections with every box moved a little: a small loss, in every image."""
     random = np.random.default_rng(0)
     rows = json.loads((eval_pair / "detections.json").read_text())
     for row in rows:
@@ -22,7 +22,7 @@ def worse(eval_pair: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_small_loss_in_every_picture_is_told(rtdetr: Callable[..., Any], eval_pair: Path, worse: Path) -> None:
+def test_a_small_loss_in_every_image_is_told(rtdetr: Callable[..., Any], eval_pair: Path, worse: Path) -> None:
     given = ("compare", eval_pair / "detections.json", worse, "--data", eval_pair / "ground_truth.json")
     document = rtdetr(*given, "--json").json
     assert document["verdict"] == "a"

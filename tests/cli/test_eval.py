@@ -87,7 +87,7 @@ def onnx_file(run_folder: Path) -> Path:
 
 @pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
 def test_the_public_pair_from_its_files(rtdetr: Callable[..., Any], eval_pair: Path, evaluator: str) -> None:
-    """The pictures are not there, and need not be."""
+    """The images are not there, and need not be."""
     ran = rtdetr(
         "eval",
         *("--data", eval_pair / "ground_truth.json"),
@@ -109,7 +109,7 @@ def test_the_interval_for_people_and_programs(rtdetr: Callable[..., Any], eval_p
     interval = document["interval"]
     assert interval["lower"] < document["metrics"]["AP"] < interval["upper"]
     ran = rtdetr("eval", *given)
-    assert f"AP 0.505 ± {interval['half']:.3f} (95 %, 100 pictures)" in ran.out
+    assert f"AP 0.505 ± {interval['half']:.3f} (95 %, 100 images)" in ran.out
     rows = {row["name"]: row for row in document["per_class"]}
     assert "interval" in rows["person"]
     assert "interval" not in rows["umbrella"]  # a single box
@@ -161,7 +161,7 @@ def test_fail_under(rtdetr: Callable[..., Any], eval_pair: Path, least: str, cod
         (["m.onnx", "--fail-under", "40"], "not a fraction"),
         (["m.onnx", "--evaluator", "other"], "no evaluator 'other'"),
         (["m.onnx", "--imgsz", "100"], "not a multiple of 32"),
-        (["m.onnx", "--batch", "many"], "not a number of pictures"),
+        (["m.onnx", "--batch", "many"], "not a number of images"),
         (["m.onnx", "--calibrate", "recall"], "not a target"),
         (["m.safetensors", "--calibrate", "f1", "--split", "train"], "--calibrate on the train split"),
     ],
@@ -252,8 +252,8 @@ def test_thresholds_of_another_dial_are_not_taken_silently(
         assert (stored.imgsz, stored.layers, stored.queries) == ((96, 96), 1, 50)
         same = ("--layers", 1, "--queries", 50)
         said = "warning: the stored thresholds were calibrated at 1 layer, 50 queries and are used at 3 layers, 100 "
-        picture = next((shapes).rglob("*.jpg"))
-        for command in (("eval", run_folder), ("predict", picture, "--weights", run_folder, "--no-save")):
+        image = next((shapes).rglob("*.jpg"))
+        for command in (("eval", run_folder), ("predict", image, "--weights", run_folder, "--no-save")):
             assert said in rtdetr(*command).err
             assert "were calibrated" not in rtdetr(*command, *same).err
         assert f"rtdetr eval {best} --layers 3 --queries 100 --calibrate f1" in rtdetr(*command).err
@@ -364,7 +364,7 @@ def test_a_model_without_a_dataset(rtdetr: Callable[..., Any], run_folder: Path,
     assert ran.code == 3
     ran = rtdetr("eval", lonely, "--data", run_folder.parent.parent / "shapes", "--split", "test")
     assert ran.code == 3
-    assert "has no test split; it has train (2 pictures), val (10 pictures)" in ran.err
+    assert "has no test split; it has train (2 images), val (10 images)" in ran.err
 
 
 def test_a_split_without_boxes_has_no_ap(rtdetr: Callable[..., Any], run_folder: Path, tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ def test_outputs_are_tried_before_the_work(rtdetr: Callable[..., Any], run_folde
             ran = rtdetr("eval", run_folder, flag, target)
             assert ran.code == code
             assert flag in ran.err
-            assert "pictures a second" not in ran.err
+            assert "images a second" not in ran.err
 
 
 def test_thresholds_of_another_number_of_classes_are_not_taken(run_folder: Path) -> None:

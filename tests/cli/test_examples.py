@@ -54,8 +54,8 @@ def test_alone_and_short(name: str, packages: set[str]) -> None:
     assert len(path.read_text().splitlines()) < 60
 
 
-def predicted(rtdetr: Callable[..., Any], model: Path, picture: Path) -> list[dict[str, Any]]:
-    ran = rtdetr("predict", picture, "--weights", model, "--no-save", "--json", "--device", "cpu")
+def predicted(rtdetr: Callable[..., Any], model: Path, image: Path) -> list[dict[str, Any]]:
+    ran = rtdetr("predict", image, "--weights", model, "--no-save", "--json", "--device", "cpu")
     assert ran.code == 0, ran.err
     detections: list[dict[str, Any]] = ran.json["detections"]
     return detections
@@ -63,15 +63,15 @@ def predicted(rtdetr: Callable[..., Any], model: Path, picture: Path) -> list[di
 
 def test_onnxruntime_example(rtdetr: Callable[..., Any], shapes_onnx: Path, shapes_data: Path) -> None:
     """What it prints, run as a program: names, ids, scores and boxes of `rtdetr predict`."""
-    picture = shapes_data.parent / "shapes_02.png"
+    image = shapes_data.parent / "shapes_02.png"
     ran = subprocess.run(
-        [sys.executable, EXAMPLES / "onnxruntime_numpy.py", shapes_onnx, picture],
+        [sys.executable, EXAMPLES / "onnxruntime_numpy.py", shapes_onnx, image],
         capture_output=True,
         text=True,
         check=True,
     )
     lines = [re.fullmatch(r"(\w+) \((\d+)\) (\S+) \[(.*)\]", line) for line in ran.stdout.splitlines()]
-    expected = predicted(rtdetr, shapes_onnx, picture)
+    expected = predicted(rtdetr, shapes_onnx, image)
     assert len(lines) == len(expected) > 0
     for line, detection in zip(lines, expected, strict=True):
         assert line is not None
@@ -136,10 +136,10 @@ def test_onnxruntime_example_on_variants(
     path = tmp_path / "variant.onnx"
     onnx.save(model, path)
     example = load("onnxruntime_numpy")
-    for picture in sorted(shapes_data.parent.glob("*.png"))[:3]:
-        found = list(example.detect(*example.load(path), picture))
+    for image in sorted(shapes_data.parent.glob("*.png"))[:3]:
+        found = list(example.detect(*example.load(path), image))
         # The same file in both: with preprocessing inside, one of them resizes before and one in the graph.
-        expected = predicted(rtdetr, path, picture)
+        expected = predicted(rtdetr, path, image)
         loose = change == "preprocessing inside"
         assert [f[0] for f in found] == [e["label"] for e in expected]
         for row, detection in zip(found, expected, strict=True):
@@ -192,9 +192,9 @@ def test_tensorrt_example(
     built = tmp_path / "shapes.engine"
     build_engine(shapes_onnx, built, interface=describe(shapes_onnx), operators={}, most=2)
     engine = module.Runtime(module.Logger()).deserialize_cuda_engine(built.read_bytes())
-    picture = shapes_data.parent / "shapes_02.png"
-    found = list(example.detect(engine, header, picture))
-    expected = predicted(rtdetr, shapes_onnx, picture)
+    image = shapes_data.parent / "shapes_02.png"
+    found = list(example.detect(engine, header, image))
+    expected = predicted(rtdetr, shapes_onnx, image)
     assert len(found) == len(expected) > 0
     for row, detection in zip(found, expected, strict=True):
         assert row[:2] == (detection["label"], detection["category_id"])
@@ -209,4 +209,4 @@ def test_tensorrt_example(
             return ("images", "logits", "boxes_cxcywh")[index]
 
     with pytest.raises(SystemExit, match="raw export"):
-        list(example.detect(Raw(), header, picture))
+        list(example.detect(Raw(), header, image))

@@ -60,14 +60,14 @@ def test_export_and_report(rtdetr: Rtdetr, model: Path, shapes_data: Path) -> No
 
 
 @pytest.mark.usefixtures("traced")
-def test_folder_of_pictures(rtdetr: Rtdetr, model: Path, shapes_data: Path, tmp_path: Path) -> None:
+def test_folder_of_images(rtdetr: Rtdetr, model: Path, shapes_data: Path, tmp_path: Path) -> None:
     """No labels: the contract and the agreement are judged, and no AP is made up."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for path in sorted(shapes_data.parent.glob("*.png"))[:5]:
-        shutil.copy(path, pictures)
+        shutil.copy(path, images)
     out = tmp_path / "deployed"
-    ran = rtdetr("export", model, "--dynamic", "--verify", pictures, "--out", out, "--device", "cpu", "--json")
+    ran = rtdetr("export", model, "--dynamic", "--verify", images, "--out", out, "--device", "cpu", "--json")
     assert ran.code == 0, ran.err
     verdict = ran.json["artefacts"][0]["gate"]
     assert verdict["pictures"] == 5
@@ -106,7 +106,7 @@ def test_without_the_gate(rtdetr: Rtdetr, model: Path) -> None:
     assert shown.code == 0, shown.err
 
 
-def test_no_pictures(rtdetr: Rtdetr, model: Path) -> None:
+def test_no_images(rtdetr: Rtdetr, model: Path) -> None:
     """Exit 2, naming both ways out, before anything is made."""
     ran = rtdetr("export", model)
     assert ran.code == 2
@@ -116,7 +116,7 @@ def test_no_pictures(rtdetr: Rtdetr, model: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["nothing", "videos", "no val split"])
-def test_no_pictures_to_verify_on(rtdetr: Rtdetr, model: Path, tmp_path: Path, content: str) -> None:
+def test_no_images_to_verify_on(rtdetr: Rtdetr, model: Path, tmp_path: Path, content: str) -> None:
     """The same exit for a folder that was named and holds none."""
     folder = tmp_path / "named"
     folder.mkdir()
@@ -174,7 +174,7 @@ def test_without_tensorrt_the_rest_is_made_and_told(
         (["--layers", "9", "--no-gate"], 2, "decoder layers"),
         (["--queries", "99", "--no-gate"], 2, "queries"),
         (["--raw", "--preprocess-in-graph"], 2, "exclude"),
-        (["--preprocess-in-graph", "--dynamic"], 2, "one picture at a time"),
+        (["--preprocess-in-graph", "--dynamic"], 2, "one image at a time"),
         (["--preprocess-in-graph", "--trt-fp16"], 2, "antialias"),
         (["--verify", "x", "--no-gate"], 2, "exclude"),
         (["--tol-ap", "20"], 2, "fraction"),

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtdetr_cli.images.decode import read_picture
+from rtdetr_cli.images.decode import read_image
 from rtdetr_cli.weights.files import read_header, rewrite_header
 
 
@@ -29,7 +29,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(shapes_data: Path) -> Path:
+def images(shapes_data: Path) -> Path:
     return shapes_data.parent
 
 
@@ -37,26 +37,26 @@ def documents(ran: Any) -> list[dict[str, Any]]:
     return [json.loads(line) for line in ran.out.splitlines()]
 
 
-def test_one_picture(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path) -> None:
-    ran = rtdetr("predict", pictures / "shapes_00.png", "--weights", shapes_onnx)
+def test_one_image(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
+    ran = rtdetr("predict", images / "shapes_00.png", "--weights", shapes_onnx)
     assert ran.code == 0, ran.err
     (line,) = ran.out.splitlines()
     assert "shapes_00.png  256x192  " in line
     assert line.endswith(" ms")
     assert "results in runs/predict-01" in ran.err
     assert "conf 0.450 to 0.550, stored for each class for f1" in ran.err
-    drawn = read_picture(here / "runs/predict-01/shapes_00.png")
-    original = read_picture(pictures / "shapes_00.png")
+    drawn = read_image(here / "runs/predict-01/shapes_00.png")
+    original = read_image(images / "shapes_00.png")
     assert drawn.shape == original.shape
     assert 0.005 < (drawn != original).any(axis=2).mean() < 0.5
-    rtdetr("predict", pictures / "shapes_00.png", "--weights", shapes_onnx)
+    rtdetr("predict", images / "shapes_00.png", "--weights", shapes_onnx)
     assert (here / "runs/predict-02").is_dir()
 
 
-def test_folder_in_every_format(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path) -> None:
+def test_folder_in_every_format(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
     ran = rtdetr(
-        *("predict", pictures, "-w", shapes_onnx, "--batch", 3, "--out", "out"),
-        *("--save-json", "--save-coco", "--save-txt", "--json", "--data", pictures / "shapes.json"),
+        *("predict", images, "-w", shapes_onnx, "--batch", 3, "--out", "out"),
+        *("--save-json", "--save-coco", "--save-txt", "--json", "--data", images / "shapes.json"),
     )
     assert ran.code == 0, ran.err
     found = documents(ran)
@@ -102,7 +102,7 @@ def test_finds_what_is_there(rtdetr: Callable[..., Any], here: Path, shapes_mode
 
 
 def test_same_json_from_every_backend(
-    rtdetr: Callable[..., Any], here: Path, shapes_model: Path, shapes_onnx: Path, pictures: Path
+    rtdetr: Callable[..., Any], here: Path, shapes_model: Path, shapes_onnx: Path, images: Path
 ) -> None:
     models = [shapes_model, shapes_onnx]
     try:
@@ -116,7 +116,7 @@ def test_same_json_from_every_backend(
         models.append(here / "shapes.xml")
     except ImportError:
         pass
-    runs = [documents(rtdetr("predict", pictures, "-w", m, "--no-save", "--json", "--batch", 4)) for m in models]
+    runs = [documents(rtdetr("predict", images, "-w", m, "--no-save", "--json", "--batch", 4)) for m in models]
     assert sum(len(d["detections"]) for d in runs[0]) >= 16
     for run in runs[1:]:
         for a, b in zip(runs[0], run, strict=True):
@@ -130,9 +130,9 @@ def test_same_json_from_every_backend(
 
 
 def test_orientation_is_applied_as_in_training(
-    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path
+    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path
 ) -> None:
-    with Image.open(pictures / "shapes_02.png") as image:
+    with Image.open(images / "shapes_02.png") as image:
         upright = image.convert("RGB")
     upright.save(here / "upright.png")
     exif = Image.Exif()
@@ -141,17 +141,17 @@ def test_orientation_is_applied_as_in_training(
     a, b = documents(rtdetr("predict", "upright.png", "turned.png", "-w", shapes_onnx, "--json"))
     assert (a["width"], a["height"]) == (b["width"], b["height"]) == (180, 240)
     assert a["detections"] == b["detections"]
-    assert read_picture(here / "runs/predict-01/turned.png").shape == (240, 180, 3)  # drawn upright
+    assert read_image(here / "runs/predict-01/turned.png").shape == (240, 180, 3)  # drawn upright
 
 
-def test_bad_pictures_do_not_stop_the_rest(
-    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path
+def test_bad_images_do_not_stop_the_rest(
+    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path
 ) -> None:
-    good = (pictures / "shapes_00.png").read_bytes()
+    good = (images / "shapes_00.png").read_bytes()
     (here / "in").mkdir()
     (here / "in/a.png").write_bytes(good)
     (here / "in/b.png").write_bytes(good[: len(good) // 2])
-    (here / "in/c.jpg").write_text("not a picture")
+    (here / "in/c.jpg").write_text("not an image")
     (here / "in/d.png").write_bytes(good)
     (here / "in/e.mp4").write_text("not a video")
     ran = rtdetr("predict", "in", "-w", shapes_onnx, "--out", "out", "--save-json")
@@ -159,29 +159,29 @@ def test_bad_pictures_do_not_stop_the_rest(
     assert [line.split("  ")[0] for line in ran.out.splitlines()] == ["in/a.png", "in/d.png"]
     for name in ("in/b.png", "in/c.jpg", "in/e.mp4"):
         assert f"error: {name} " in ran.err
-    assert "3 of 4 pictures and 1 video could not be read, the rest are done" in ran.err
+    assert "3 of 4 images and 1 video could not be read, the rest are done" in ran.err
     assert "Traceback" not in ran.err
     assert sorted(p.name for p in (here / "out").iterdir()) == ["a.png", "d.png", "predictions.jsonl"]
     as_json = rtdetr("predict", "in", "-w", shapes_onnx, "--no-save", "--json")
     assert as_json.code == 1
     assert [sorted(d) for d in documents(as_json)][-1] == ["error", "schema_version"]
-    assert documents(as_json)[-1]["error"]["code"] == "pictures-unreadable"
+    assert documents(as_json)[-1]["error"]["code"] == "images-unreadable"
 
 
 def test_list_on_stdin(
-    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listed = [pictures / "shapes_03.png", pictures / "shapes_01.png"]
+    listed = [images / "shapes_03.png", images / "shapes_01.png"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{p}\n" for p in listed)))
     ran = rtdetr("predict", "-", "-w", shapes_onnx, "--no-save", "--json")
     assert ran.code == 0, ran.err
     assert [d["image"] for d in documents(ran)] == [str(p) for p in listed]
 
 
-def test_video_is_written_back(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path) -> None:
+def test_video_is_written_back(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
     import cv2
 
-    frame = read_picture(pictures / "shapes_00.png")
+    frame = read_image(images / "shapes_00.png")
     writer = cv2.VideoWriter("clip.mp4", cv2.VideoWriter.fourcc(*"mp4v"), 12.0, (256, 192))
     for shift in range(9):
         writer.write(np.ascontiguousarray(np.roll(frame, shift, axis=1)[:, :, ::-1]))
@@ -204,11 +204,11 @@ def test_video_is_written_back(rtdetr: Callable[..., Any], here: Path, shapes_on
     assert [d["frame"] for d in documents(as_json)] == list(range(9))
 
 
-def filmed(path: Path, frames: int, picture: Path) -> None:
-    """Write a video of so many frames, in which a picture moves."""
+def filmed(path: Path, frames: int, image: Path) -> None:
+    """Write a video of so many frames, in which an image moves."""
     import cv2
 
-    frame = read_picture(picture)
+    frame = read_image(image)
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 12.0, (256, 192))
     for shift in range(frames):
         writer.write(np.ascontiguousarray(np.roll(frame, shift, axis=1)[:, :, ::-1]))
@@ -216,10 +216,10 @@ def filmed(path: Path, frames: int, picture: Path) -> None:
 
 
 def test_a_video_that_is_cut_off_is_not_taken_for_a_whole_one(
-    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path
+    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path
 ) -> None:
     """What there is of it is done and kept; the exit code says that it is not all."""
-    filmed(here / "whole.avi", 12, pictures / "shapes_00.png")
+    filmed(here / "whole.avi", 12, images / "shapes_00.png")
     whole = (here / "whole.avi").read_bytes()
     (here / "cut.avi").write_bytes(whole[: len(whole) // 2])
     given = ("-w", shapes_onnx, "--batch", 4)
@@ -235,19 +235,19 @@ def test_a_video_that_is_cut_off_is_not_taken_for_a_whole_one(
     assert "results in out" in ran.err
     assert f"cut.avi  256x192  {len(lines)} frames" in ran.out
     assert (here / "out/cut.avi").exists() or (here / "out/cut.mp4").exists()
-    ran = rtdetr("predict", "cut.avi", pictures / "shapes_00.png", "whole.avi", *given, "--no-save", "--json")
+    ran = rtdetr("predict", "cut.avi", images / "shapes_00.png", "whole.avi", *given, "--no-save", "--json")
     assert ran.code == 1
     assert len(documents(ran)) == len(lines) + 1 + 12 + 1
     assert documents(ran)[-1]["error"]["code"] == "video-cut-off"
     (here / "bad.png").write_text("x")
     ran = rtdetr("predict", "cut.avi", "bad.png", *given, "--no-save")
     assert ran.code == 1
-    assert "1 of 1 picture and 1 video could not be read, and 1 ends before its time" in ran.err
+    assert "1 of 1 image and 1 video could not be read, and 1 ends before its time" in ran.err
 
 
-def test_classes_conf_and_number(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path) -> None:
+def test_classes_conf_and_number(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
     def run(*options: object) -> list[dict[str, Any]]:
-        ran = rtdetr("predict", pictures, "-w", shapes_onnx, "--no-save", "--json", *options)
+        ran = rtdetr("predict", images, "-w", shapes_onnx, "--no-save", "--json", *options)
         assert ran.code == 0, ran.err
         return [row for d in documents(ran) for row in d["detections"]]
 
@@ -264,10 +264,10 @@ def test_nothing_found_at_all_is_explained_once(
     here: Path,
     shapes_onnx: Path,
     shapes_model: Path,
-    pictures: Path,
+    images: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = ("predict", pictures, "-w", shapes_onnx, "--no-save")
+    given = ("predict", images, "-w", shapes_onnx, "--no-save")
     best = max(row["score"] for d in documents(rtdetr(*given, "--conf", 0, "--json")) for row in d["detections"])
     ran = rtdetr(*given, "--conf", 0.999)
     assert ran.code == 0
@@ -278,13 +278,13 @@ def test_nothing_found_at_all_is_explained_once(
     assert 0 < float(lower[1]) <= best
     assert any(d["detections"] for d in documents(rtdetr(*given, "--conf", lower[1], "--json")))
     assert "--calibrate" not in ran.err  # an export takes no thresholds
-    ran = rtdetr("predict", pictures, "-w", shapes_model, "--no-save", "--conf", 0.999, "--json")
+    ran = rtdetr("predict", images, "-w", shapes_model, "--no-save", "--conf", 0.999, "--json")
     assert "nothing was found" in ran.err
     assert "--calibrate" not in ran.err  # it has thresholds, which --conf overrules
     assert "nothing was found" not in rtdetr(*given).err
     shutil.copy(shapes_model, "plain.safetensors")
     rewrite_header(here / "plain.safetensors", replace(read_header(shapes_model), thresholds=None))
-    ran = rtdetr("predict", pictures, "-w", "plain.safetensors", "--no-save", "--conf", 0.999, "--json")
+    ran = rtdetr("predict", images, "-w", "plain.safetensors", "--no-save", "--conf", 0.999, "--json")
     assert "rtdetr eval --calibrate f1" in ran.err
     Image.new("RGB", (64, 48)).save("black.png")
     black = ("predict", "black.png", "-w", shapes_onnx, "--no-save", "--classes", "plum")
@@ -292,16 +292,16 @@ def test_nothing_found_at_all_is_explained_once(
     assert f"the best score seen is {plum:.3f}" in rtdetr(*black, "--conf", 1).err
     monkeypatch.setattr("rtdetr_cli.cli.predict.FAINT", 0.9)
     ran = rtdetr(*black, "--conf", 1)
-    assert "is it a model for such pictures" in ran.err
+    assert "is it a model for such images" in ran.err
     assert "--conf 0" not in ran.err
 
 
 def test_thresholds_of_another_size_are_not_taken_silently(
-    rtdetr: Callable[..., Any], here: Path, shapes_model: Path, pictures: Path
+    rtdetr: Callable[..., Any], here: Path, shapes_model: Path, images: Path
 ) -> None:
     (here / "runs/tiny-01").mkdir(parents=True)
     shutil.copy(shapes_model, here / "runs/tiny-01/best.safetensors")
-    given = ("predict", pictures / "shapes_00.png", "-w", "runs/tiny-01", "--no-save")
+    given = ("predict", images / "shapes_00.png", "-w", "runs/tiny-01", "--no-save")
     ran = rtdetr(*given)
     assert "model runs/tiny-01/best.safetensors  torch 96x128" in ran.err
     assert "warning" not in ran.err
@@ -313,7 +313,7 @@ def test_thresholds_of_another_size_are_not_taken_silently(
         "eval",
         "runs/tiny-01",
         "--data",
-        pictures / "shapes.json",
+        images / "shapes.json",
         "--split",
         "val",
         "--imgsz",
@@ -332,47 +332,45 @@ def test_thresholds_of_another_size_are_not_taken_silently(
 
 
 def test_newest_run_is_taken_and_named(
-    rtdetr: Callable[..., Any], here: Path, shapes_model: Path, pictures: Path
+    rtdetr: Callable[..., Any], here: Path, shapes_model: Path, images: Path
 ) -> None:
     for number, name in enumerate(("r18-old-01", "tiny-shapes-01")):
         folder = here / "runs" / name
         folder.mkdir(parents=True)
         shutil.copy(shapes_model, folder / "best.safetensors")
         os.utime(folder / "best.safetensors", (1e9 + number, 1e9 + number))
-    ran = rtdetr("predict", pictures / "shapes_00.png", "--no-save")
+    ran = rtdetr("predict", images / "shapes_00.png", "--no-save")
     assert ran.code == 0, ran.err
     assert "runs/tiny-shapes-01/best.safetensors" in ran.err
-    assert rtdetr("predict", pictures / "shapes_00.png", "--weights", "runs/r18-old-01", "--no-save").code == 0
+    assert rtdetr("predict", images / "shapes_00.png", "--weights", "runs/r18-old-01", "--no-save").code == 0
 
 
 def test_no_run_and_no_network(
-    rtdetr: Callable[..., Any], here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    rtdetr: Callable[..., Any], here: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RTDETR_CLI_HOME", str(here / "cache"))
     monkeypatch.setenv("RTDETR_CLI_MIRROR", "http://127.0.0.1:9")  # nothing listens there
-    ran = rtdetr("predict", pictures / "shapes_00.png")
+    ran = rtdetr("predict", images / "shapes_00.png")
     assert ran.code == 4
     assert "taking the published r18 COCO weights" in ran.err
     assert "rtdetrv2_r18vd_120e_coco_rerun_48.1.pth" in ran.err
     assert not (here / "runs").exists()
 
 
-def test_foreign_names_come_from_data(
-    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path
-) -> None:
+def test_foreign_names_come_from_data(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
     import onnx
 
     model = onnx.load(shapes_onnx)
     model.ClearField("metadata_props")
     onnx.save(model, here / "foreign.onnx")
-    nameless = rtdetr("predict", pictures / "shapes_00.png", "-w", "foreign.onnx", "--no-save", "--json").json
+    nameless = rtdetr("predict", images / "shapes_00.png", "-w", "foreign.onnx", "--no-save", "--json").json
     assert {row["label"] for row in nameless["detections"]} <= {"class 0", "class 1", "class 2"}
     assert all(row["label"] == f"class {row['category_id']}" for row in nameless["detections"])
     named = rtdetr(
-        *("predict", pictures / "shapes_00.png", "-w", "foreign.onnx", "--no-save", "--json"),
-        *("--data", pictures / "shapes.json"),
+        *("predict", images / "shapes_00.png", "-w", "foreign.onnx", "--no-save", "--json"),
+        *("--data", images / "shapes.json"),
     ).json
-    ours = rtdetr("predict", pictures / "shapes_00.png", "-w", shapes_onnx, "--no-save", "--json", "--conf", 0.5).json
+    ours = rtdetr("predict", images / "shapes_00.png", "-w", shapes_onnx, "--no-save", "--json", "--conf", 0.5).json
     assert named == ours
 
 
@@ -400,7 +398,7 @@ def test_refusals(
     rtdetr: Callable[..., Any],
     here: Path,
     shapes_onnx: Path,
-    pictures: Path,
+    images: Path,
     options: list[str],
     code: int,
     said: str,
@@ -410,7 +408,7 @@ def test_refusals(
     whole = shapes_onnx.read_bytes()
     (here / "cut.onnx").write_bytes(whole[: len(whole) // 2])
     weights = [] if "--weights" in options else ["--weights", shapes_onnx]
-    ran = rtdetr("predict", pictures / "shapes_00.png", *weights, *options)
+    ran = rtdetr("predict", images / "shapes_00.png", *weights, *options)
     assert ran.code == code, ran.err
     assert said in ran.err
     assert "Traceback" not in ran.err
@@ -422,9 +420,9 @@ def test_refusals(
     ("source", "code", "said"),
     [
         ("gone.jpg", 3, "gone.jpg does not exist"),
-        ("empty", 3, "the folder empty holds no pictures"),
+        ("empty", 3, "the folder empty holds no images"),
         ("*.bmp", 3, "matches no file"),
-        ("bad.jpg", 3, "bad.jpg is not a picture"),
+        ("bad.jpg", 3, "bad.jpg is not an image"),
         ("http://127.0.0.1/a.jpg", 2, "is an address"),
     ],
 )
@@ -440,10 +438,8 @@ def test_sources_that_are_none(
     assert not list(here.glob("runs/*"))
 
 
-def test_originals_are_never_replaced(
-    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path
-) -> None:
-    shutil.copy(pictures / "shapes_00.png", here)
+def test_originals_are_never_replaced(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
+    shutil.copy(images / "shapes_00.png", here)
     before = (here / "shapes_00.png").read_bytes()
     ran = rtdetr("predict", "shapes_00.png", "--weights", shapes_onnx, "--out", ".")
     assert ran.code == 2
@@ -451,15 +447,15 @@ def test_originals_are_never_replaced(
     assert (here / "shapes_00.png").read_bytes() == before
 
 
-def test_unwritable_folder(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path) -> None:
+def test_unwritable_folder(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
     (here / "file").write_text("x")
-    ran = rtdetr("predict", pictures / "shapes_00.png", "--weights", shapes_onnx, "--out", "file/below")
+    ran = rtdetr("predict", images / "shapes_00.png", "--weights", shapes_onnx, "--out", "file/below")
     assert ran.code in (1, 2)
     assert "file" in ran.err
     assert "Traceback" not in ran.err
 
 
-def test_onnx_loads_nothing_heavy(here: Path, shapes_onnx: Path, pictures: Path) -> None:
+def test_onnx_loads_nothing_heavy(here: Path, shapes_onnx: Path, images: Path) -> None:
     heavy = (
         "torch",
         "torchvision",
@@ -476,14 +472,14 @@ def test_onnx_loads_nothing_heavy(here: Path, shapes_onnx: Path, pictures: Path)
         "import sys; from rtdetr_cli.cli.app import run; code = run(sys.argv[1:]);"
         f"print(code, sorted(set({heavy}) & set(sys.modules)), 'rtdetr_cli.config.schema' in sys.modules)"
     )
-    arguments = ["predict", str(pictures / "shapes_00.png"), "--weights", str(shapes_onnx)]
+    arguments = ["predict", str(images / "shapes_00.png"), "--weights", str(shapes_onnx)]
     ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[-1] == "0 [] False"
     assert (here / "runs/predict-01/shapes_00.png").exists()
 
 
-def test_foreign_words_for_flags(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, pictures: Path) -> None:
-    picture = pictures / "shapes_00.png"
-    ran = rtdetr("detect", "--source", picture, "--model", shapes_onnx, "--conf_thres=0.3", "--output-dir", "out")
+def test_foreign_words_for_flags(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
+    image = images / "shapes_00.png"
+    ran = rtdetr("detect", "--source", image, "--model", shapes_onnx, "--conf_thres=0.3", "--output-dir", "out")
     assert ran.code == 0, ran.err
     assert (here / "out/shapes_00.png").exists()

@@ -26,7 +26,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the shapes, with one box that leaves its picture: a warning."""
+    """Of the shapes, with one box that leaves its image: a warning."""
     from rtdetr_cli.datasets.generate import generate_dataset
 
     folder = generate_dataset(tmp_path_factory.mktemp("data") / "shapes", train=20, val=6, imgsz=64)
@@ -103,7 +103,7 @@ def test_what_a_person_sees(data: Path, rtdetr, tmp_path: Path) -> None:
     lines = ran.err.splitlines()
     assert lines[0].startswith("rtdetr 0.")
     assert "preset tiny (" in lines[0]
-    assert "data shapes: 20/6 pictures, 5 classes" in lines[0]
+    assert "data shapes: 20/6 images, 5 classes" in lines[0]
     assert lines[0].endswith("1 warning (rtdetr validate)")
     plan = next(line for line in lines if line.startswith("plan  "))
     assert "2 epochs x 3 steps" in plan
@@ -178,7 +178,7 @@ def test_resume_needs_no_other_flag_and_ends_the_same(copy: Path, finished: Path
     assert ran.code == 0, ran.err
     assert "resumed at epoch 2, step 3" in ran.err
     assert "epoch 2/2" in ran.err
-    assert ran.err.splitlines()[0].endswith("20/6 pictures, 5 classes"), "the dataset was looked at when the run began"
+    assert ran.err.splitlines()[0].endswith("20/6 images, 5 classes"), "the dataset was looked at when the run began"
     for name in ("metrics.csv", "best.safetensors"):
         assert (copy / name).read_bytes() == (finished / name).read_bytes(), name
 
@@ -238,7 +238,7 @@ def changed(document: dict[str, Any], what: str) -> None:
 
 @pytest.mark.parametrize(
     ("what", "said"),
-    [("box", "boxes"), ("picture", "training pictures 20 then, 19 now"), ("class", "classes")],
+    [("box", "boxes"), ("image", "training images 20 then, 19 now"), ("class", "classes")],
 )
 def test_a_changed_dataset_is_refused(what: str, said: str, data: Path, rtdetr, tmp_path: Path) -> None:
     own = tmp_path / "shapes"
@@ -316,7 +316,7 @@ def test_a_dry_run_says_what_has_no_room(disk_free: int, memory_total: int, word
     assert all(word in warning for word, warning in zip(words, found, strict=True))
 
 
-def test_a_single_picture_that_does_not_fit_is_one_sentence(data: Path, rtdetr, tmp_path: Path, monkeypatch) -> None:
+def test_a_single_image_that_does_not_fit_is_one_sentence(data: Path, rtdetr, tmp_path: Path, monkeypatch) -> None:
     from rtdetr_cli.workflows import prepare
 
     def full(*_: object) -> object:
@@ -324,7 +324,7 @@ def test_a_single_picture_that_does_not_fit_is_one_sentence(data: Path, rtdetr, 
 
     monkeypatch.setattr(prepare, "worst_forward", full)
     ran = rtdetr("train", *SMALL, "--data", data, "--out", tmp_path, "--batch", "auto")
-    assert (ran.code, "one picture does not fit into the memory of cpu" in ran.err) == (1, True)
+    assert (ran.code, "one image does not fit into the memory of cpu" in ran.err) == (1, True)
     monkeypatch.setattr(prepare, "make_learner", full)
     ran = rtdetr("train", *SMALL, "--data", data, "--out", tmp_path)
     assert ran.code == 1
@@ -367,16 +367,16 @@ def test_weights_of_another_architecture(finished: Path, data: Path, rtdetr, tmp
 
 
 @pytest.mark.slow
-def test_a_few_pictures_are_learned_by_heart(data: Path, rtdetr, tmp_path: Path) -> None:
+def test_a_few_images_are_learned_by_heart(data: Path, rtdetr, tmp_path: Path) -> None:
     words = ["train", "--preset", "tiny", "--imgsz", 96, "--workers", 0, "--data", data, "--overfit", 4, "--epochs", 30]
     ran = rtdetr(*words, "--effective-batch", 8, "--out", tmp_path, "--json")
     assert ran.code == 0, ran.err
     assert ran.json["metrics"]["AP"] > 0.9
 
 
-def test_pictures_that_were_not_learned_by_heart_are_explained(data: Path, rtdetr, tmp_path: Path) -> None:
+def test_images_that_were_not_learned_by_heart_are_explained(data: Path, rtdetr, tmp_path: Path) -> None:
     ran = rtdetr("train", *SMALL, "--data", data, "--overfit", 3, "--epochs", 1, "--out", tmp_path)
     assert ran.code == 0, ran.err
-    assert "data shapes: 3 pictures, 54 times an epoch, measured on the same, 5 classes" in ran.err
+    assert "data shapes: 3 images, 54 times an epoch, measured on the same, 5 classes" in ran.err
     assert "were not learned by heart" in ran.err
     assert "steps are few" in ran.err

@@ -20,7 +20,7 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """One COCO file of six pictures, with two boxes that need mending."""
+    """One COCO file of six images, with two boxes that need mending."""
     folder = tmp_path / "screws"
     folder.mkdir()
     images, annotations = [], []
@@ -49,7 +49,7 @@ def spoil(data: Path) -> None:
 def test_table_for_people(rtdetr: Run, data: Path) -> None:
     ran = rtdetr("validate", data)
     assert ran.code == 0
-    assert "screws (coco): 6 pictures (train 6), 23 boxes, 1 class\n" in ran.out
+    assert "screws (coco): 6 images (train 6), 23 boxes, 1 class\n" in ran.out
     rows = [line.split()[:3] for line in ran.out.splitlines() if line.startswith(" warning")]
     assert rows == [["warning", "box-partly-outside", "1"], ["warning", "box-zero-size", "1"]]
     assert "0 errors, 2 warnings, 1 note: it can be trained on" in ran.out
@@ -80,12 +80,12 @@ def test_errors_and_strict_warnings_exit_with_3(rtdetr: Run, data: Path) -> None
 
 
 def test_fast_does_not_decode(rtdetr: Run, data: Path) -> None:
-    picture = data.parent / "3.jpg"
-    picture.write_bytes(picture.read_bytes()[:-300])
+    image = data.parent / "3.jpg"
+    image.write_bytes(image.read_bytes()[:-300])
     assert rtdetr("validate", data, "--fast").code == 0
     ran = rtdetr("validate", data, "--json")
     assert ran.code == 3
-    assert "picture-truncated" in {f["code"] for f in ran.json["findings"]}
+    assert "image-truncated" in {f["code"] for f in ran.json["findings"]}
 
 
 def test_imgsz_decides_what_is_tiny(rtdetr: Run, data: Path) -> None:
@@ -114,7 +114,7 @@ def test_explain(rtdetr: Run) -> None:
     assert ran.code == 0
     assert ran.out.startswith("box-zero-size (warning)")
     assert "--fix" in ran.out
-    assert rtdetr("validate", "--explain", "all").out.count("picture-") > 20
+    assert rtdetr("validate", "--explain", "all").out.count("image-") > 20
     wrong = rtdetr("validate", "--explain", "box-zerosize")
     assert wrong.code == 2
     assert "--explain box-zero-size" in wrong.err
@@ -158,7 +158,7 @@ def test_resplit_says_what_it_keeps_together_and_nothing_otherwise(rtdetr: Run, 
     assert "(coco; train 3, val 3)\n" in ran.out
     shutil.copy(data.parent / "0.jpg", data.parent / "5.jpg")
     ran = rtdetr("validate", data, "--resplit", "0.5,0.5", "--to", tmp_path / "together")
-    assert "(coco; train 3, val 3; pictures kept together in 1 group)\n" in ran.out
+    assert "(coco; train 3, val 3; images kept together in 1 group)\n" in ran.out
 
 
 def test_fix_is_hinted_at_only_where_it_helps(rtdetr: Run, data: Path, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_fix_is_hinted_at_only_where_it_helps(rtdetr: Run, data: Path, tmp_path:
     assert "--fix" not in cut.err
 
 
-def test_the_hint_keeps_the_folder_of_the_pictures(rtdetr: Run, data: Path, tmp_path: Path) -> None:
+def test_the_hint_keeps_the_folder_of_the_images(rtdetr: Run, data: Path, tmp_path: Path) -> None:
     moved = shutil.copy(data, tmp_path / "moved.json")
     ran = rtdetr("validate", moved, "--images", data.parent)
     assert f"rtdetr validate {moved} --images {data.parent} --fix OUT" in ran.err
@@ -245,10 +245,10 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(rtdetr: Run, d
 
 
 def test_help_says_what_the_page_holds_at_most(rtdetr: Run) -> None:
-    from rtdetr_cli.checks.page import MOST_FINDINGS, MOST_PICTURES
+    from rtdetr_cli.checks.page import MOST_FINDINGS, MOST_IMAGES
 
     told = " ".join(rtdetr("validate", "--help").out.split())
-    assert f"at most {MOST_PICTURES} pictures and {MOST_FINDINGS:,} findings" in told
+    assert f"at most {MOST_IMAGES} images and {MOST_FINDINGS:,} findings" in told
 
 
 def test_missing_dataset(rtdetr: Run, tmp_path: Path) -> None:
@@ -276,5 +276,5 @@ def test_torch_is_never_loaded(data: Path, tmp_path: Path) -> None:
 def test_bccd(rtdetr: Run, bccd: Path) -> None:
     document = rtdetr("validate", bccd, "--json").json
     found = sorted({f["code"] for f in document["findings"]})
-    assert found == ["box-duplicate", "box-zero-size", "picture-near-leak", "voc-folder"]
+    assert found == ["box-duplicate", "box-zero-size", "image-near-leak", "voc-folder"]
     assert document["dataset"]["splits"]["train"] == {"pictures": 205, "boxes": 2804}

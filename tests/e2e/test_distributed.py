@@ -58,7 +58,7 @@ def ours(parent: int) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """7 pictures to train on, one to measure on: shares are uneven, and one is empty."""
+    """7 images to train on, one to measure on: shares are uneven, and one is empty."""
     return generate_dataset(tmp_path_factory.mktemp("uneven"), train=7, val=1, imgsz=64)
 
 
@@ -209,7 +209,7 @@ def test_what_one_process_says_is_what_is_said(uneven: Path, tmp_path: Path) -> 
         "        real, calls = loop.accumulate, []\n"
         "        def accumulate(*args, **more):\n"
         "            calls.append(1)\n"
-        "            if len(calls) == 3: raise DataError('the pictures are gone', hint='look for them')\n"
+        "            if len(calls) == 3: raise DataError('the images are gone', hint='look for them')\n"
         "            return real(*args, **more)\n"
         "        loop.accumulate = accumulate\n"
         "        return None\n"
@@ -220,7 +220,7 @@ def test_what_one_process_says_is_what_is_said(uneven: Path, tmp_path: Path) -> 
     flags = ["--device", "cpu:2", "--epochs", 9, "--out", tmp_path / "runs"]
     done = call("train", "--data", uneven, *SMALL, *flags, PYTHONPATH=path)
     assert done.returncode == 3, done.stderr
-    assert done.stderr.endswith("error: process 1 (cpu): the pictures are gone\n\nhint: look for them\n")
+    assert done.stderr.endswith("error: process 1 (cpu): the images are gone\n\nhint: look for them\n")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A very small trained detector for the export tests, and the pictures that it knows.
+"""A very small trained detector for the export tests, and the images that it knows.
 
     python tests/golden/shapes.py          # trains it again, about four minutes on two cores
 
@@ -25,11 +25,11 @@ IMGSZ = (96, 128)  # height, width
 
 
 def draw(rng: np.random.Generator, size_wh: tuple[int, int]) -> tuple[Image.Image, list[list[float]], list[int]]:
-    """Draw ellipses and rectangles on a noisy ground; return the picture, xyxy boxes in pixels, and labels."""
+    """Draw ellipses and rectangles on a noisy ground; return the image, xyxy boxes in pixels, and labels."""
     width, height = size_wh
     ground = rng.integers(90, 170, (4, 5, 3), dtype=np.uint8)
-    picture = Image.fromarray(ground).resize((width, height), Image.Resampling.BICUBIC)
-    pen = ImageDraw.Draw(picture)
+    image = Image.fromarray(ground).resize((width, height), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(image)
     boxes: list[list[float]] = []
     labels: list[int] = []
     for _ in range(int(rng.integers(1, 6))):
@@ -45,7 +45,7 @@ def draw(rng: np.random.Generator, size_wh: tuple[int, int]) -> tuple[Image.Imag
         boxes.append(box)
         labels.append(label)
     noise = rng.integers(-8, 9, (height, width, 3))
-    noisy = (np.asarray(picture).astype(np.int64) + noise).clip(0, 255).astype(np.uint8)
+    noisy = (np.asarray(image).astype(np.int64) + noise).clip(0, 255).astype(np.uint8)
     return Image.fromarray(noisy), boxes, labels
 
 
@@ -56,15 +56,15 @@ def overlap(a: list[float], b: list[float]) -> float:
 
 
 def write_dataset(folder: Path, *, count: int = 16, seed: int = 7) -> Path:
-    """Write pictures of several sizes and a COCO JSON; return the JSON."""
+    """Write images of several sizes and a COCO JSON; return the JSON."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for index in range(count):
         size_wh = ((256, 192), (320, 200), (180, 240), (128, 96))[index % 4]
-        picture, boxes, labels = draw(rng, size_wh)
+        image, boxes, labels = draw(rng, size_wh)
         name = f"shapes_{index:02d}.png"
-        picture.save(folder / name)
+        image.save(folder / name)
         images.append({"id": index + 1, "file_name": name, "width": size_wh[0], "height": size_wh[1]})
         for (x1, y1, x2, y2), label in zip(boxes, labels, strict=True):
             w, h = x2 - x1, y2 - y1
@@ -87,9 +87,9 @@ def write_dataset(folder: Path, *, count: int = 16, seed: int = 7) -> Path:
 def train(steps: int, *, seed: int = 0, batch: int = 8) -> None:
     """Train the detector and store it."""
     import torch
+    from rtdetr_cli.inputs.decode import stretch
 
     from rtdetr_cli.config.schema import ModelSpec
-    from rtdetr_cli.images.decode import stretch
     from rtdetr_cli.model.build import build_detector
     from rtdetr_cli.model.denoising import draw_denoising
     from rtdetr_cli.train.losses import Criterion
@@ -122,15 +122,15 @@ def train(steps: int, *, seed: int = 0, batch: int = 8) -> None:
     generator = torch.Generator().manual_seed(seed)
     model.train()
     for step in range(steps):
-        pictures: list[NDArray[np.uint8]] = []
+        images: list[NDArray[np.uint8]] = []
         boxes, labels = [], []
         for _ in range(batch):
-            picture, xyxy, classes = draw(rng, (128, 96))
-            pictures.append(stretch(np.asarray(picture), IMGSZ))
+            image, xyxy, classes = draw(rng, (128, 96))
+            images.append(stretch(np.asarray(image), IMGSZ))
             corners = torch.tensor(xyxy).reshape(-1, 4) / torch.tensor([128.0, 96, 128, 96])
             boxes.append(torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], 1))
             labels.append(torch.tensor(classes, dtype=torch.int64))
-        images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+        inputs = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
         group = draw_denoising(
             boxes,
             labels,
@@ -141,7 +141,7 @@ def train(steps: int, *, seed: int = 0, batch: int = 8) -> None:
             box_noise=1.0,
             generator=generator,
         )
-        terms = criterion(model(images, group), boxes, labels, num_boxes=float(sum(map(len, labels))))
+        terms = criterion(model(inputs, group), boxes, labels, num_boxes=float(sum(map(len, labels))))
         loss = torch.stack(list(terms.values())).sum()
         optimizer.zero_grad()
         loss.backward()

@@ -16,7 +16,7 @@ from PIL import Image
 
 @pytest.fixture(scope="session")
 def deterministic(parity: Path) -> ModuleType:
-    """The script that makes the reference weights and picture again."""
+    """The script that makes the reference weights and image again."""
     spec = importlib.util.spec_from_file_location("deterministic", parity / "deterministic.py")
     assert spec is not None
     assert spec.loader is not None
@@ -46,11 +46,11 @@ def checkpoint(
 
 @pytest.fixture(scope="session")
 def stretched(deterministic: ModuleType) -> Callable[[int, int, int], torch.Tensor]:
-    """Return columns [begin, end) of the reference picture as (3, side, side) float64 in 0 to 1."""
+    """Return columns [begin, end) of the reference image as (3, side, side) float64 in 0 to 1."""
 
     def make(begin: int, end: int, side: int) -> torch.Tensor:
-        picture = Image.fromarray(deterministic.make_image()[:, begin:end])
-        small = np.array(picture.resize((side, side), Image.Resampling.BILINEAR))
+        image = Image.fromarray(deterministic.make_image()[:, begin:end])
+        small = np.array(image.resize((side, side), Image.Resampling.BILINEAR))
         return torch.from_numpy(small).permute(2, 0, 1).double() / 255
 
     return make

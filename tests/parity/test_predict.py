@@ -1,4 +1,4 @@
-"""The whole way of `predict`, from a picture on disk, against the official code's detections."""
+"""The whole way of `predict`, from an image on disk, against the official code's detections."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def test_documents_agree_with_the_official_detections(
     name: str, rtdetr: Callable[..., Any], parity: Path, tmp_path: Path
 ) -> None:
     script = parity / "deterministic.py"
-    weights, picture = tmp_path / f"{name}.pth", tmp_path / "picture.png"
+    weights, image = tmp_path / f"{name}.pth", tmp_path / "image.png"
     subprocess.run([sys.executable, script, parity / "keys" / f"{name}.txt", weights], check=True)
-    subprocess.run([sys.executable, script, "picture", picture], check=True)
+    subprocess.run([sys.executable, script, "image", image], check=True)
     sampling = "discrete" if name.endswith("discrete") else "bilinear"
     ran = rtdetr(
-        *("predict", picture, "--weights", weights, "--sampling", sampling, "--conf", 0, "--max-det", 300),
+        *("predict", image, "--weights", weights, "--sampling", sampling, "--conf", 0, "--max-det", 300),
         *("--no-save", "--json"),
     )
     assert ran.code == 0, ran.err
@@ -38,7 +38,7 @@ def test_documents_agree_with_the_official_detections(
     boxes = np.array([row["box_xyxy"] for row in found["detections"]])
     scores = np.array([row["score"] for row in found["detections"]])
     category_ids = np.array([row["category_id"] for row in found["detections"]])
-    # The official labels are COCO's ids. Its boxes may leave the picture; the document's are clipped to it.
+    # The official labels are COCO's ids. Its boxes may leave the image; the document's are clipped to it.
     clipped = np.clip(expected["det_boxes"].reshape(-1, 4), 0, [width, height, width, height])
     matched = 0
     for box, score, category_id in zip(

@@ -22,14 +22,14 @@ WIDTH, HEIGHT = 96, 64
 
 
 def paint(seed: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Image.Image:
-    """Return a picture with structure of its own: no two seeds look alike."""
+    """Return an image with structure of its own: no two seeds look alike."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 
 
 @dataclass
 class CocoBuilder:
-    """Two splits of four pictures, twelve boxes of each class, in `train.json` and `val.json`."""
+    """Two splits of four images, twelve boxes of each class, in `train.json` and `val.json`."""
 
     folder: Path
     documents: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -69,12 +69,12 @@ class CocoBuilder:
 
     @property
     def box(self) -> dict[str, Any]:
-        """The second annotation of the first picture."""
+        """The second annotation of the first image."""
         annotation: dict[str, Any] = self.train["annotations"][1]
         return annotation
 
     @property
-    def picture(self) -> Path:
+    def image(self) -> Path:
         return self.folder / "images/train_0.jpg"
 
     def make(self, name: str) -> Path:
@@ -90,7 +90,7 @@ class CocoBuilder:
 
 @dataclass
 class YoloBuilder:
-    """Two splits of three pictures with label files."""
+    """Two splits of three images with label files."""
 
     folder: Path
     yaml: str = "train: images/train\nval: images/val\nnc: 2\nnames: [nut, washer]\n"
@@ -134,7 +134,7 @@ OBJECT = """\t<object>
 
 @dataclass
 class VocBuilder:
-    """Two splits of three pictures with XML files."""
+    """Two splits of three images with XML files."""
 
     folder: Path
     xml: dict[str, str | bytes | None] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import pytest
 from jinja2 import UndefinedError
 from PIL import Image
 
-from rtdetr_cli.page import flags_whole, picture_uri, render_page
+from rtdetr_cli.page import flags_whole, image_uri, render_page
 
 
 def test_page_is_escaped_and_can_be_written() -> None:
@@ -26,14 +26,14 @@ def test_missing_value_is_an_error_and_not_a_gap() -> None:
 
 
 @pytest.mark.parametrize(("shape", "size"), [((40, 80), (40, 20)), ((20, 10), (10, 20)), ((3000, 2), (1, 40))])
-def test_picture_is_embedded_and_not_larger_than_asked(shape: tuple[int, int], size: tuple[int, int]) -> None:
-    picture = np.full((*shape, 3), (200, 30, 90), np.uint8)
-    uri = picture_uri(picture, max_side=40)
+def test_image_is_embedded_and_not_larger_than_asked(shape: tuple[int, int], size: tuple[int, int]) -> None:
+    image = np.full((*shape, 3), (200, 30, 90), np.uint8)
+    uri = image_uri(image, max_side=40)
     head, data = uri.split(",")
     assert head == "data:image/jpeg;base64"
-    with Image.open(BytesIO(base64.b64decode(data))) as image:
-        assert image.size == size
-        assert np.abs(np.asarray(image).astype(int) - [200, 30, 90]).max() < 6
+    with Image.open(BytesIO(base64.b64decode(data))) as embedded:
+        assert embedded.size == size
+        assert np.abs(np.asarray(embedded).astype(int) - [200, 30, 90]).max() < 6
 
 
 def test_flags_stay_whole_and_text_stays_escaped() -> None:

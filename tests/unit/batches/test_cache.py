@@ -1,4 +1,4 @@
-"""Shared memory and the picture cache: the same pixels back, within a budget, and no more than that."""
+"""Shared memory and the image cache: the same pixels back, within a budget, and no more than that."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from PIL import Image
 
 from rtdetr_cli import machine
 from rtdetr_cli.batches import cache as module
-from rtdetr_cli.batches.cache import PictureCache, SharedBlock, SharedRecords
+from rtdetr_cli.batches.cache import ImageCache, SharedBlock, SharedRecords
 from rtdetr_cli.datasets.records import Category, Dataset, FlatStrings
-from rtdetr_cli.images.decode import PictureError, open_picture
+from rtdetr_cli.images.decode import ImageError, open_image
 
 
 def tiny_dataset(root: Path, names: list[str]) -> Dataset:
-    """Picture i has i boxes, of which the second is a crowd."""
+    """Image i has i boxes, of which the second is a crowd."""
     counts = list(range(len(names)))
     boxes = np.arange(4 * sum(counts), dtype=np.float64).reshape(-1, 4)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -120,13 +120,13 @@ def test_records_of_a_dataset_without_boxes(tmp_path: Path) -> None:
     assert labels.shape == (0,)
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------------- images
 
 
 @pytest.mark.parametrize("kind", ["ram", "disk"])
 @pytest.mark.parametrize("divisor", [1, 2, 4, 8])
-def test_pictures_come_back_bit_for_bit(jpeg: Path, kind: str, divisor: int) -> None:
-    cache = PictureCache(3, kind=kind, regions=1, budget=10_000_000)
+def test_images_come_back_bit_for_bit(jpeg: Path, kind: str, divisor: int) -> None:
+    cache = ImageCache(3, kind=kind, regions=1, budget=10_000_000)
     with cache.opened(1, jpeg) as first:
         fresh = first.decode(divisor)
         assert first.size_wh == (333, 245)
@@ -144,62 +144,62 @@ def test_pictures_come_back_bit_for_bit(jpeg: Path, kind: str, divisor: int) -> 
     assert image.size == fresh.size
     assert image.tobytes() == fresh.tobytes()
     other = 8 if divisor == 1 else 1
-    with cache.opened(1, jpeg) as fourth, pytest.raises(PictureError, match="does not exist"):
+    with cache.opened(1, jpeg) as fourth, pytest.raises(ImageError, match="does not exist"):
         fourth.decode(other)
     assert len(cache) == 1
     assert cache.used_bytes == fresh.width * fresh.height * 3
 
 
-def test_each_fraction_is_a_picture_of_its_own(jpeg: Path) -> None:
-    cache = PictureCache(1, kind="ram", regions=1, budget=10_000_000)
+def test_each_fraction_is_a_image_of_its_own(jpeg: Path) -> None:
+    cache = ImageCache(1, kind="ram", regions=1, budget=10_000_000)
     for divisor in (4, 1, 2):
-        with cache.opened(0, jpeg) as picture:
-            picture.decode(divisor)
-            assert picture.stored is not None
-            cache.publish(picture.stored)
+        with cache.opened(0, jpeg) as image:
+            image.decode(divisor)
+            assert image.stored is not None
+            cache.publish(image.stored)
     for divisor in (1, 2, 4):
-        expected = open_picture(jpeg, reduce_to=(245 // divisor, 333 // divisor))
-        with cache.opened(0, jpeg) as picture:
-            assert picture.decode(divisor).tobytes() == expected.tobytes()
+        expected = open_image(jpeg, reduce_to=(245 // divisor, 333 // divisor))
+        with cache.opened(0, jpeg) as image:
+            assert image.decode(divisor).tobytes() == expected.tobytes()
 
 
 def test_a_png_is_never_divided(tmp_path: Path) -> None:
     Image.new("RGB", (400, 300)).save(tmp_path / "a.png")
-    cache = PictureCache(1, kind="ram", regions=1, budget=1_000_000)
+    cache = ImageCache(1, kind="ram", regions=1, budget=1_000_000)
     for _ in range(2):
-        with cache.opened(0, tmp_path / "a.png") as picture:
-            assert picture.divisor((10, 10)) == 1
-            picture.decode(1)
-            if picture.stored is not None:
-                cache.publish(picture.stored)
+        with cache.opened(0, tmp_path / "a.png") as image:
+            assert image.divisor((10, 10)) == 1
+            image.decode(1)
+            if image.stored is not None:
+                cache.publish(image.stored)
 
 
 def test_the_budget_holds_for_all_regions_together(jpeg: Path) -> None:
     size = 333 * 245 * 3
-    cache = PictureCache(9, kind="ram", regions=2, budget=5 * size)
+    cache = ImageCache(9, kind="ram", regions=2, budget=5 * size)
     stored = 0
     for region in (0, 1):
-        worker = PictureCache.__new__(PictureCache)
+        worker = ImageCache.__new__(ImageCache)
         worker.__setstate__(cache.__getstate__())
         worker.write_to(region)
-        for picture in range(4):
-            with worker.opened(4 * region + picture, jpeg) as given:
+        for image in range(4):
+            with worker.opened(4 * region + image, jpeg) as given:
                 given.decode(1)
             if given.stored is not None:
                 cache.publish(given.stored)
                 stored += 1
     assert stored == 4, "two in each half"
     assert cache.used_bytes == 4 * size <= cache.budget
-    expected = open_picture(jpeg).tobytes()
-    for picture in (0, 1, 4, 5):
-        with cache.opened(picture, jpeg) as given:
+    expected = open_image(jpeg).tobytes()
+    for image in (0, 1, 4, 5):
+        with cache.opened(image, jpeg) as given:
             assert given.decode(1).tobytes() == expected, "the regions do not overlap"
 
 
 def test_the_default_budget_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("ram", "disk"):
         free = machine.free_bytes(module._disk_folder() if kind == "disk" else None)
-        cache = PictureCache(2, kind=kind, regions=3, largest=1000)
+        cache = ImageCache(2, kind=kind, regions=3, largest=1000)
         assert 0.3 * free < cache.budget < 0.7 * free
 
 

@@ -26,12 +26,12 @@ from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError, RtdetrError, UsageError
 from rtdetr_cli.images.augment import LIGHT, NONE, RECIPE, load_augmentation
 
-PICTURES = 21
+IMAGES = 21
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    folder = generate_dataset(tmp_path_factory.mktemp("loader"), train=PICTURES, val=2, imgsz=(96, 128), seed=3)
+    folder = generate_dataset(tmp_path_factory.mktemp("loader"), train=IMAGES, val=2, imgsz=(96, 128), seed=3)
     train = load_splits(folder).train
     assert train is not None
     return train
@@ -76,11 +76,11 @@ def test_a_batch_has_the_promised_shapes(dataset: Dataset) -> None:
             assert boxes.shape == (len(labels), 4)
             assert ((boxes >= 0) & (boxes <= 1)).all()
     drawn = [i for batch in batches for i in batch.image_indices]
-    assert sorted(drawn[:PICTURES]) == list(range(PICTURES)), "every picture once"
-    assert drawn[PICTURES:] == drawn[: len(drawn) - PICTURES], "and the last batch filled from the start"
+    assert sorted(drawn[:IMAGES]) == list(range(IMAGES)), "every image once"
+    assert drawn[IMAGES:] == drawn[: len(drawn) - IMAGES], "and the last batch filled from the start"
 
 
-def test_without_augmentation_pictures_and_boxes_are_the_datasets(dataset: Dataset) -> None:
+def test_without_augmentation_images_and_boxes_are_the_datasets(dataset: Dataset) -> None:
     for batch in loader(dataset, augmentation=NONE).epoch(0, strong=True):
         for image, boxes, labels, index in zip(
             batch.images, batch.boxes_cxcywh, batch.labels, batch.image_indices, strict=True
@@ -161,12 +161,12 @@ def test_ranks_share_the_batch_of_one_process(dataset: Dataset, world: int) -> N
         )
 
 
-@pytest.mark.parametrize(("pictures", "batch", "world"), [(1, 4, 1), (3, 16, 2), (21, 21, 1), (5, 2, 2)])
-def test_every_batch_is_full_however_small_the_dataset(dataset: Dataset, pictures: int, batch: int, world: int) -> None:
-    few = dataset.subset(range(pictures))
+@pytest.mark.parametrize(("images", "batch", "world"), [(1, 4, 1), (3, 16, 2), (21, 21, 1), (5, 2, 2)])
+def test_every_batch_is_full_however_small_the_dataset(dataset: Dataset, images: int, batch: int, world: int) -> None:
+    few = dataset.subset(range(images))
     it = loader(few, batch_size=batch, world_size=world)
     batches = list(it.epoch(0, strong=True))
-    assert len(batches) == len(it) == -(-pictures // (batch * world))
+    assert len(batches) == len(it) == -(-images // (batch * world))
     assert all(len(b.labels) == batch for b in batches)
 
 
@@ -178,8 +178,8 @@ def test_the_cache_changes_no_bit(dataset: Dataset, cache: str, workers: int) ->
         for epoch in range(3):
             assert all_same(list(it.epoch(epoch, strong=True)), reference[epoch])
         assert it.cache is not None
-        assert len(it.cache) == PICTURES
-        assert it.cache.used_bytes >= PICTURES * 96 * 128 * 3 / 4
+        assert len(it.cache) == IMAGES
+        assert it.cache.used_bytes >= IMAGES * 96 * 128 * 3 / 4
     tight = 5 * 96 * 128 * 3
     with loader(dataset, cache=cache, workers=workers, cache_budget=tight) as it:
         for epoch in range(2):
@@ -188,7 +188,7 @@ def test_the_cache_changes_no_bit(dataset: Dataset, cache: str, workers: int) ->
         assert 0 < it.cache.used_bytes <= tight
 
 
-def test_a_cached_picture_is_not_read_again(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_cached_image_is_not_read_again(dataset: Dataset, tmp_path: Path) -> None:
     shutil.copytree(dataset.root, tmp_path / "copy")
     copy = replace(dataset, root=tmp_path / "copy")
     with loader(copy, cache="ram", workers=1, augmentation=LIGHT) as it:
@@ -226,7 +226,7 @@ def damaged(dataset: Dataset, folder: Path, bad: dict[int, bytes | None]) -> Dat
     return copy
 
 
-def test_an_unreadable_picture_is_named_replaced_and_counted(dataset: Dataset, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_named_replaced_and_counted(dataset: Dataset, tmp_path: Path) -> None:
     half = dataset.path(7).read_bytes()[:900]
     broken = damaged(dataset, tmp_path / "d", {3: None, 7: half, 9: b""})
     reference = list(loader(dataset).epoch(0, strong=True))
@@ -249,8 +249,8 @@ def test_an_unreadable_picture_is_named_replaced_and_counted(dataset: Dataset, t
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_when_no_picture_can_be_read_the_run_stops(dataset: Dataset, tmp_path: Path, workers: int) -> None:
-    gone = damaged(dataset, tmp_path / "d", dict.fromkeys(range(PICTURES)))
+def test_when_no_image_can_be_read_the_run_stops(dataset: Dataset, tmp_path: Path, workers: int) -> None:
+    gone = damaged(dataset, tmp_path / "d", dict.fromkeys(range(IMAGES)))
     with loader(gone, workers=workers) as it, pytest.raises(DataError, match="in a row could not be read") as error:
         next(iter(it.epoch(0, strong=True)))
     assert error.value.hint
@@ -280,7 +280,7 @@ def test_a_crash_in_a_process_is_shown_with_its_traceback(dataset: Dataset) -> N
 
 
 def test_what_makes_no_sense_is_refused(dataset: Dataset) -> None:
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="no images"):
         loader(dataset.subset([]))
     with pytest.raises(UsageError, match="--cache 'tape'"):
         loader(dataset, cache="tape")
@@ -299,7 +299,7 @@ def descriptors() -> int:
 def test_more_memory_than_there_is_is_refused_and_not_taken(dataset: Dataset, workers: int) -> None:
     # The system grants it at first, and then kills whatever runs.
     before = psutil.virtual_memory().available
-    with pytest.raises(RtdetrError, match="no memory for a batch of 10000000 pictures") as caught:
+    with pytest.raises(RtdetrError, match="no memory for a batch of 10000000 images") as caught:
         loader(dataset, batch_size=10_000_000, workers=workers)
     assert caught.value.code == "no-memory"
     assert abs(psutil.virtual_memory().available - before) < 2**31

@@ -31,7 +31,7 @@ def test_processes_and_threads_see_the_same(coco: Any, monkeypatch: pytest.Monke
     assert threads.looks == processes.looks
 
 
-def test_progress_counts_every_picture(coco: Any) -> None:
+def test_progress_counts_every_image(coco: Any) -> None:
     told: list[tuple[int, int]] = []
     examine(coco.write(), progress=lambda done, total: told.append((done, total)))
     assert told[0] == (0, 8)
@@ -80,7 +80,7 @@ def test_copies_look_alike(bccd: Path, change: str) -> None:
     assert len(pairs) == len(alone) + bool(twins)
 
 
-def test_flat_pictures_are_like_none() -> None:
+def test_flat_images_are_like_none() -> None:
     assert near_groups(np.full((50, THUMB, THUMB), 7, np.uint8)) == []
     assert near_groups(np.zeros((0, THUMB, THUMB), np.uint8)) == []
 
@@ -88,9 +88,9 @@ def test_flat_pictures_are_like_none() -> None:
 def test_candidates_miss_no_pair_that_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
     coarse = random.integers(0, 256, (300, 4, 4), np.uint8)
-    pictures = np.stack([np.asarray(Image.fromarray(c).resize((THUMB, THUMB), 3)) for c in coarse])
-    noisy = np.clip(pictures[:80].astype(int) + random.integers(-6, 7, (80, THUMB, THUMB)), 0, 255).astype(np.uint8)
-    thumbs = np.concatenate([pictures, noisy])
+    images = np.stack([np.asarray(Image.fromarray(c).resize((THUMB, THUMB), 3)) for c in coarse])
+    noisy = np.clip(images[:80].astype(int) + random.integers(-6, 7, (80, THUMB, THUMB)), 0, 255).astype(np.uint8)
+    thumbs = np.concatenate([images, noisy])
     monkeypatch.setattr(duplicates, "_ROWS", 37)
     monkeypatch.setattr(duplicates, "MAX_DIFFERENCE", 0.6)
     values = thumbs.reshape(len(thumbs), -1).astype(float)
@@ -125,7 +125,7 @@ def test_many_equal_boxes_end(coco: Any) -> None:
     assert len(report.by_code()["box-duplicate"]) == 20_000
 
 
-@pytest.mark.parametrize("where", ["pictures elsewhere", "annotations folder", "YOLO path"])
+@pytest.mark.parametrize("where", ["images elsewhere", "annotations folder", "YOLO path"])
 def test_repair_of_datasets_in_several_places(coco: Any, yolo: Any, tmp_path: Path, where: str) -> None:
     images = None
     if where == "YOLO path":
@@ -139,7 +139,7 @@ def test_repair_of_datasets_in_several_places(coco: Any, yolo: Any, tmp_path: Pa
     else:
         coco.box["bbox"] = [1, 1, 0, 0]
         folder = coco.write()
-        if where == "pictures elsewhere":
+        if where == "images elsewhere":
             images = tmp_path / "kept"
             (folder / "images").rename(images)
             source = folder

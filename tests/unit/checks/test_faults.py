@@ -29,13 +29,13 @@ def found(report: Report) -> set[str]:
 def test_sound_datasets_have_nothing_to_find(coco: Any, yolo: Any, voc: Any) -> None:
     for builder in (coco, yolo, voc):
         folder = builder.write()
-        # The three pictures of YOLO and VOC have nine boxes of each class in train; ten count as enough.
+        # The three images of YOLO and VOC have nine boxes of each class in train; ten count as enough.
         few = set() if builder is coco else {"category-few"}
         assert found(examine(folder)) == few
         assert {f.code for f in load_splits(folder).findings} == few
 
 
-# ---- COCO: pictures
+# ---- COCO: images
 
 
 def _exif(value: int) -> bytes:
@@ -45,9 +45,9 @@ def _exif(value: int) -> bytes:
 
 
 def _turned(c: Any, orientation: int, *, declared_unturned: bool) -> None:
-    image = Image.open(c.picture)
+    image = Image.open(c.image)
     image.load()
-    image.save(c.picture, exif=_exif(orientation))
+    image.save(c.image, exif=_exif(orientation))
     if not declared_unturned and orientation >= 5:
         c.train["images"][0] |= {"width": 64, "height": 96}
         for annotation in c.train["annotations"]:
@@ -61,12 +61,12 @@ def _bomb(c: Any) -> None:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
-    c.picture.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b""))
+    c.image.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b""))
 
 
 def _saved(c: Any, image: Image.Image, suffix: str, **options: Any) -> None:
     name = f"train_0{suffix}"
-    c.picture.unlink()
+    c.image.unlink()
     image.save(c.folder / "images" / name, **options)
     c.train["images"][0]["file_name"] = name
 
@@ -77,7 +77,7 @@ def _sixteen(c: Any) -> None:
 
 
 def _loaded(c: Any) -> Image.Image:
-    with Image.open(c.picture) as image:
+    with Image.open(c.image) as image:
         image.load()
         return image.copy()
 
@@ -86,7 +86,7 @@ def _sixteen_with_alpha(c: Any) -> None:
     import cv2
 
     values = np.random.default_rng(0).integers(0, 65535, (64, 96, 4)).astype(np.uint16)
-    c.picture.unlink()
+    c.image.unlink()
     cv2.imwrite(str(c.folder / "images/train_0.png"), values)
     c.train["images"][0]["file_name"] = "train_0.png"
 
@@ -97,12 +97,12 @@ def _animated(c: Any) -> None:
 
 
 def _huge(c: Any) -> None:
-    Image.new("RGB", (10000, 5200), (90, 20, 60)).save(c.picture)
+    Image.new("RGB", (10000, 5200), (90, 20, 60)).save(c.image)
     c.train["images"][0] |= {"width": 10000, "height": 5200}
 
 
 def _rename(c: Any, name: str | bytes) -> None:
-    os.rename(c.picture, os.path.join(os.fsencode(c.picture.parent), os.fsencode(name)))
+    os.rename(c.image, os.path.join(os.fsencode(c.image.parent), os.fsencode(name)))
 
 
 def _not_utf8(c: Any) -> None:
@@ -113,18 +113,18 @@ def _not_utf8(c: Any) -> None:
 
 def _outside_link(c: Any) -> None:
     target = c.folder.parent / "elsewhere.jpg"
-    shutil.move(c.picture, target)
-    c.picture.symlink_to(target)
+    shutil.move(c.image, target)
+    c.image.symlink_to(target)
 
 
 def _outside_absolute(c: Any) -> None:
     target = c.folder.parent / "elsewhere.jpg"
-    shutil.move(c.picture, target)
+    shutil.move(c.image, target)
     c.train["images"][0]["file_name"] = str(target)
 
 
 def _outside_dots(c: Any) -> None:
-    shutil.move(c.picture, c.folder.parent / "elsewhere.jpg")
+    shutil.move(c.image, c.folder.parent / "elsewhere.jpg")
     c.train["images"][0]["file_name"] = "../../elsewhere.jpg"
 
 
@@ -137,7 +137,7 @@ def _copy_inside(c: Any) -> None:
 
 
 def _compressed_again(c: Any, to: str) -> None:
-    with Image.open(c.picture) as image:
+    with Image.open(c.image) as image:
         image.save(c.folder / "images" / to, quality=40)
 
 
@@ -146,68 +146,66 @@ def _other_boxes(c: Any) -> None:
     c.train["annotations"][-1]["bbox"] = [30.0, 30.0, 20.0, 20.0]
 
 
-PICTURES: dict[str, Plant] = {
-    "picture-missing": lambda c: c.picture.unlink(),
-    "picture-empty": lambda c: c.picture.write_bytes(b""),
-    "picture-unreadable": lambda c: c.picture.write_bytes(b"these are no pixels at all"),
-    "picture-truncated": lambda c: c.picture.write_bytes(c.picture.read_bytes()[:-400]),
-    "picture-bomb": _bomb,
-    "picture-samples": lambda c: _saved(c, Image.fromarray(np.zeros((64, 96), np.float32)), ".tiff"),
-    "picture-extension": lambda c: _loaded(c).save(c.picture, "PNG"),
-    "picture-size": lambda c: c.train["images"][0].update(width=100),
-    "picture-size-undeclared": lambda c: c.train["images"][0].pop("width"),
-    "picture-exif-orientation": lambda c: _turned(c, 6, declared_unturned=False),
-    "picture-exif-swapped": lambda c: _turned(c, 6, declared_unturned=True),
-    "picture-exif-invalid": lambda c: _turned(c, 9, declared_unturned=True),
-    "picture-16bit": _sixteen,
-    "picture-palette": lambda c: _saved(c, _loaded(c).quantize(16), ".png"),
-    "picture-cmyk": lambda c: _loaded(c).convert("CMYK").save(c.picture),
-    "picture-grey": lambda c: _loaded(c).convert("L").save(c.picture),
-    "picture-alpha": lambda c: _saved(c, _loaded(c).convert("RGBA"), ".png"),
-    "picture-animated": _animated,
-    "picture-huge": _huge,
-    "picture-name-case": lambda c: _rename(c, "TRAIN_0.JPG"),
-    "picture-name-encoding": _not_utf8,
-    "picture-duplicate": _copy_inside,
-    "picture-near-duplicate": lambda c: _compressed_again(c, "train_1.jpg"),
-    "picture-leak": lambda c: shutil.copy(c.picture, c.folder / "images/val_0.jpg"),
-    "picture-near-leak": lambda c: _compressed_again(c, "val_0.jpg"),
-    "picture-other-boxes": _other_boxes,
-    "picture-no-objects": lambda c: c.train.update(
-        annotations=[a for a in c.train["annotations"] if a["image_id"] != 1]
-    ),
+IMAGES: dict[str, Plant] = {
+    "image-missing": lambda c: c.image.unlink(),
+    "image-empty": lambda c: c.image.write_bytes(b""),
+    "image-unreadable": lambda c: c.image.write_bytes(b"these are no pixels at all"),
+    "image-truncated": lambda c: c.image.write_bytes(c.image.read_bytes()[:-400]),
+    "image-bomb": _bomb,
+    "image-samples": lambda c: _saved(c, Image.fromarray(np.zeros((64, 96), np.float32)), ".tiff"),
+    "image-extension": lambda c: _loaded(c).save(c.image, "PNG"),
+    "image-size": lambda c: c.train["images"][0].update(width=100),
+    "image-size-undeclared": lambda c: c.train["images"][0].pop("width"),
+    "image-exif-orientation": lambda c: _turned(c, 6, declared_unturned=False),
+    "image-exif-swapped": lambda c: _turned(c, 6, declared_unturned=True),
+    "image-exif-invalid": lambda c: _turned(c, 9, declared_unturned=True),
+    "image-16bit": _sixteen,
+    "image-palette": lambda c: _saved(c, _loaded(c).quantize(16), ".png"),
+    "image-cmyk": lambda c: _loaded(c).convert("CMYK").save(c.image),
+    "image-grey": lambda c: _loaded(c).convert("L").save(c.image),
+    "image-alpha": lambda c: _saved(c, _loaded(c).convert("RGBA"), ".png"),
+    "image-animated": _animated,
+    "image-huge": _huge,
+    "image-name-case": lambda c: _rename(c, "TRAIN_0.JPG"),
+    "image-name-encoding": _not_utf8,
+    "image-duplicate": _copy_inside,
+    "image-near-duplicate": lambda c: _compressed_again(c, "train_1.jpg"),
+    "image-leak": lambda c: shutil.copy(c.image, c.folder / "images/val_0.jpg"),
+    "image-near-leak": lambda c: _compressed_again(c, "val_0.jpg"),
+    "image-other-boxes": _other_boxes,
+    "image-no-objects": lambda c: c.train.update(annotations=[a for a in c.train["annotations"] if a["image_id"] != 1]),
 }
 
 
-@pytest.mark.parametrize("code", PICTURES)
-def test_fault_of_a_picture(coco: Any, code: str) -> None:
-    PICTURES[code](coco)
+@pytest.mark.parametrize("code", IMAGES)
+def test_fault_of_a_image(coco: Any, code: str) -> None:
+    IMAGES[code](coco)
     report = examine(coco.write())
     assert code in found(report), [f.code for f in report.findings]
     finding = next(f for f in report.findings if f.code == code)
     assert finding.severity == CODES[code].severity
     assert finding.hint
     assert finding.image_id is not None
-    if code != "picture-leak" and not code.endswith("near-leak"):
+    if code != "image-leak" and not code.endswith("near-leak"):
         assert finding.file == "train.json"
     assert finding.line > 1
 
 
 @pytest.mark.parametrize("plant", [_outside_link, _outside_absolute, _outside_dots], ids=["link", "absolute", "dots"])
-def test_picture_outside_the_folder_is_refused_however_it_got_there(coco: Any, plant: Plant) -> None:
+def test_image_outside_the_folder_is_refused_however_it_got_there(coco: Any, plant: Plant) -> None:
     plant(coco)
     folder = coco.write()
-    assert "picture-outside" in found(examine(folder))
+    assert "image-outside" in found(examine(folder))
     with pytest.raises(DataError) as refused:
         load_splits(folder)
-    assert refused.value.code == "picture-outside"
+    assert refused.value.code == "image-outside"
 
 
 def test_folder_behind_a_link_is_outside_too(coco: Any) -> None:
     shutil.move(coco.folder / "images", coco.folder.parent / "kept")
     (coco.folder / "images").symlink_to(coco.folder.parent / "kept")
     folder = coco.write()
-    assert "picture-outside" in found(examine(folder, decode=False))
+    assert "image-outside" in found(examine(folder, decode=False))
     # Named by the user, the same folder is fine.
     assert found(examine(folder, images=coco.folder.parent / "kept")) == set()
 
@@ -219,53 +217,53 @@ def _listed_outside(y: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["link", "absolute", "dots"])
-def test_picture_of_yolo_outside_the_folder(yolo: Any, how: str) -> None:
+def test_image_of_yolo_outside_the_folder(yolo: Any, how: str) -> None:
     elsewhere = yolo.folder.parent / "elsewhere.jpg"
     _listed_outside(yolo, str(elsewhere) if how == "absolute" else "../elsewhere.jpg")
     if how == "link":
         (yolo.folder / "images/train/train_0.jpg").symlink_to(elsewhere)
         yolo.yaml = yolo.yaml.replace("train.txt", "images/train")
     folder = yolo.write()
-    assert "picture-outside" in found(examine(folder))
+    assert "image-outside" in found(examine(folder))
     with pytest.raises(DataError):
         load_splits(folder)
 
 
 @pytest.mark.parametrize("how", ["link", "absolute", "dots"])
-def test_picture_of_voc_outside_the_folder(voc: Any, how: str) -> None:
+def test_image_of_voc_outside_the_folder(voc: Any, how: str) -> None:
     elsewhere = voc.folder.parent / "train_0.jpg"
-    picture = voc.folder / "JPEGImages/train_0.jpg"
-    shutil.move(picture, elsewhere)
+    image = voc.folder / "JPEGImages/train_0.jpg"
+    shutil.move(image, elsewhere)
     if how == "link":
-        picture.symlink_to(elsewhere)
+        image.symlink_to(elsewhere)
     else:
         _swap(voc, "train_0.jpg", str(elsewhere) if how == "absolute" else "../../train_0.jpg")
     folder = voc.write()
-    assert "picture-outside" in found(examine(folder))
+    assert "image-outside" in found(examine(folder))
     with pytest.raises(DataError):
         load_splits(folder)
 
 
 @pytest.mark.parametrize("decode", [True, False], ids=["full", "fast"])
-def test_link_to_nothing_is_a_missing_picture(coco: Any, decode: bool) -> None:
-    coco.picture.unlink()
-    coco.picture.symlink_to(coco.folder / "images/gone.jpg")
-    assert "picture-missing" in found(examine(coco.write(), decode=decode))
+def test_link_to_nothing_is_a_missing_image(coco: Any, decode: bool) -> None:
+    coco.image.unlink()
+    coco.image.symlink_to(coco.folder / "images/gone.jpg")
+    assert "image-missing" in found(examine(coco.write(), decode=decode))
 
 
 @pytest.mark.parametrize("decode", [True, False], ids=["full", "fast"])
 @pytest.mark.parametrize("what", ["pipe", "folder", "link to a pipe"])
 def test_what_is_no_file_is_unreadable_and_never_waited_for(coco: Any, what: str, decode: bool) -> None:
-    coco.picture.unlink()
+    coco.image.unlink()
     if what == "folder":
-        coco.picture.mkdir()
+        coco.image.mkdir()
     elif what == "pipe":
-        os.mkfifo(coco.picture)
+        os.mkfifo(coco.image)
     else:
         os.mkfifo(coco.folder / "pipe")
-        coco.picture.symlink_to(coco.folder / "pipe")
+        coco.image.symlink_to(coco.folder / "pipe")
     folder = coco.write()
-    assert "picture-unreadable" in found(examine(folder, decode=decode))
+    assert "image-unreadable" in found(examine(folder, decode=decode))
     with pytest.raises(DataError):
         load_splits(folder)
 
@@ -279,7 +277,7 @@ def test_label_file_that_is_a_pipe_is_not_waited_for(yolo: Any) -> None:
 
 def test_sixteen_bits_are_seen_beside_alpha(coco: Any) -> None:
     _sixteen_with_alpha(coco)
-    assert {"picture-16bit", "picture-alpha"} <= found(examine(coco.write()))
+    assert {"image-16bit", "image-alpha"} <= found(examine(coco.write()))
 
 
 @pytest.mark.parametrize("form", ["TIFF", "PNG", "WEBP"])
@@ -293,9 +291,9 @@ def test_orientation_is_seen_in_every_format(coco: Any, form: str, declared_untu
         coco.train["images"][0] |= {"width": 64, "height": 96}
         coco.train["annotations"] = [a for a in coco.train["annotations"] if a["image_id"] != 1]
     codes = found(examine(coco.write()))
-    assert ("picture-exif-swapped" in codes) == declared_unturned
-    assert "picture-exif-orientation" in codes
-    assert "picture-size" not in codes
+    assert ("image-exif-swapped" in codes) == declared_unturned
+    assert "image-exif-orientation" in codes
+    assert "image-size" not in codes
 
 
 def test_exif_that_agrees_with_the_labels_turns_boxes_nowhere(coco: Any) -> None:
@@ -306,9 +304,9 @@ def test_exif_that_agrees_with_the_labels_turns_boxes_nowhere(coco: Any) -> None
 
 
 def test_missing_among_two_names_of_other_case_is_an_error(coco: Any) -> None:
-    coco.picture.rename(coco.picture.with_name("TRAIN_0.jpg"))
+    coco.image.rename(coco.image.with_name("TRAIN_0.jpg"))
     (coco.folder / "images/Train_0.jpg").write_bytes((coco.folder / "images/train_1.jpg").read_bytes())
-    assert "picture-missing" in found(examine(coco.write()))
+    assert "image-missing" in found(examine(coco.write()))
 
 
 # ---- COCO: boxes, ids, categories
@@ -376,7 +374,7 @@ BOXES: dict[str, list[Plant]] = {
         lambda c: c.box.update(bbox=[90, 20, 20, 10]),
         lambda c: c.box.update(bbox=[-8, -8, 20, 20]),
     ],
-    "box-whole-picture": [lambda c: c.box.update(bbox=[0, 0, 96, 64])],
+    "box-whole-image": [lambda c: c.box.update(bbox=[0, 0, 96, 64])],
     "box-below-2px": [lambda c: c.box.update(bbox=[20, 20, 0.2, 10])],
     "box-below-8px": [lambda c: c.box.update(bbox=[20, 20, 0.9, 10])],
     "box-aspect": [lambda c: c.box.update(bbox=[2, 40, 90, 2])],
@@ -495,8 +493,8 @@ def test_val_equal_to_train_is_seen_in_copies_too(coco: Any) -> None:
     folder = coco.write()
     report = examine(folder)
     assert "split-equal" in found(report)
-    assert "picture-leak" not in found(report), "said once for the split, not for each picture"
-    assert [f.image_id for f in report.findings if f.code == "picture-other-boxes"] == [11]
+    assert "image-leak" not in found(report), "said once for the split, not for each image"
+    assert [f.image_id for f in report.findings if f.code == "image-other-boxes"] == [11]
 
 
 def test_same_category_listed_twice_is_no_conflict(coco: Any) -> None:
@@ -590,7 +588,7 @@ FILES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "cut": ("file-malformed", lambda data: data[: len(data) // 2]),
     "a list": ("file-malformed", lambda data: b"[1, 2]"),
     "empty": ("file-malformed", lambda data: b""),
-    "no images": ("file-malformed", lambda data: data.replace(b'"images"', b'"pictures"', 1)),
+    "no images": ("file-malformed", lambda data: data.replace(b'"images"', b'"images"', 1)),
     "not UTF-8": ("file-malformed", lambda data: data.replace(b"washer", b"w\xe4sher", 1)),
     "UTF-16": ("file-malformed", lambda data: data.decode().encode("utf-16")),
     "something behind": ("file-malformed", lambda data: data + b"{}"),
@@ -669,7 +667,7 @@ YOLO: dict[str, list[Plant]] = {
         lambda y: _first(y, "0 0.1 0.1 1.2 0.1 0.5 0.5"),
     ],
     "label-missing": [lambda y: y.labels.update({"train/train_0": None})],
-    "picture-no-objects": [lambda y: y.labels.update({"train/train_0": ""})],
+    "image-no-objects": [lambda y: y.labels.update({"train/train_0": ""})],
     "label-orphan": [lambda y: y.labels.update({"train/lost": "0 0.5 0.5 0.1 0.1\n"})],
     "file-bom": [lambda y: y.labels.update({"train/train_0": b"\xef\xbb\xbf0 0.5 0.5 0.1 0.1\n"})],
     "file-crlf": [lambda y: y.labels.update({"train/train_0": b"0 0.5 0.5 0.1 0.1\r\n"})],
@@ -698,7 +696,7 @@ YOLO: dict[str, list[Plant]] = {
         lambda y: setattr(y, "yaml", "path: /content/datasets/nuts\n" + y.yaml),
         lambda y: setattr(y, "yaml", "path: /\n" + y.yaml),
     ],
-    "picture-outside": [
+    "image-outside": [
         lambda y: (
             shutil.move(y.folder / "images/val", y.folder.parent / "val")
             and setattr(y, "yaml", y.yaml.replace("images/val", "../val"))
@@ -765,8 +763,8 @@ def _swap(v: Any, old: str, new: str, stem: str = "train_0") -> None:
 VOC: dict[str, list[Plant]] = {
     "voc-filename": [lambda v: _swap(v, "train_0.jpg", "other.jpg")],
     "voc-folder": [lambda v: _swap(v, "<folder>JPEGImages", "<folder>elsewhere")],
-    "picture-size": [lambda v: _swap(v, "<width>96", "<width>69")],
-    "picture-size-undeclared": [lambda v: _swap(v, "<width>96</width>", "")],
+    "image-size": [lambda v: _swap(v, "<width>96", "<width>69")],
+    "image-size-undeclared": [lambda v: _swap(v, "<width>96</width>", "")],
     "box-zero-size": [lambda v: _swap(v, "<xmax>16</xmax>", "<xmax>4</xmax>")],
     "box-inverted": [lambda v: _swap(v, "<xmax>16</xmax>", "<xmax>1</xmax>")],
     "box-not-number": [lambda v: _swap(v, "<xmin>4</xmin>", "<xmin>four</xmin>")],
@@ -801,10 +799,10 @@ VOC: dict[str, list[Plant]] = {
     "file-bounds": [lambda v: v.xml.update(train_0="<annotation>" + "<a>" * 90 + "</a>" * 90 + "</annotation>")],
     "file-bom": [lambda v: v.xml.update(train_0=b"\xef\xbb\xbf" + v.xml["train_0"].encode())],
     "file-crlf": [lambda v: v.xml.update(train_0=v.xml["train_0"].replace("\n", "\r\n").encode())],
-    "picture-missing": [lambda v: v.lists["train"].append("nothing")],
+    "image-missing": [lambda v: v.lists["train"].append("nothing")],
     "split-empty": [lambda v: v.lists.update(val=[])],
     "split-equal": [lambda v: v.lists.update(val=v.lists["train"])],
-    "picture-leak": [lambda v: v.lists["val"].append("train_0")],
+    "image-leak": [lambda v: v.lists["val"].append("train_0")],
 }
 
 
@@ -880,7 +878,7 @@ def test_dataset_without_val_is_drawn_and_said(coco: Any) -> None:
 
 def test_every_code_is_planted_somewhere() -> None:
     elsewhere = {"split-made"}
-    planted = {*PICTURES, *BOXES, *YOLO, *VOC, *(code for code, _ in FILES.values()), *elsewhere}
+    planted = {*IMAGES, *BOXES, *YOLO, *VOC, *(code for code, _ in FILES.values()), *elsewhere}
     assert set(CODES) - planted == set()
 
 

@@ -41,7 +41,7 @@ def spoiled(coco: Any) -> Path:
     annotations[3]["bbox"] = [300, 20, 20, 10]
     annotations[4]["bbox"] = [float("nan"), 20, 20, 10]
     (coco.folder / "images/train_3.jpg").write_bytes(b"")
-    shutil.copy(coco.picture, coco.folder / "images/val_0.jpg")
+    shutil.copy(coco.image, coco.folder / "images/val_0.jpg")
     for document in coco.documents.values():
         document["categories"][0]["name"] = EVIL
     folder: Path = coco.write()
@@ -81,8 +81,8 @@ def test_every_finding_is_there_with_its_box(coco: Any, tmp_path: Path) -> None:
     outside = by_code["box-outside"]
     assert outside["view"]["w"] > 96
     assert by_code["box-not-finite"]["box"] is None
-    assert by_code["picture-leak"]["other"]
-    assert by_code["picture-empty"]["no_view"]
+    assert by_code["image-leak"]["other"]
+    assert by_code["image-empty"]["no_view"]
     path = tmp_path / "deep/er/page.html"
     write_page(report, path)
     text = path.read_text("utf-8")
@@ -126,14 +126,14 @@ def test_box_far_outside_keeps_its_extent_on_the_page(coco: Any) -> None:
         assert drawn["x"] + drawn["w"] < view["x"] + view["w"]
 
 
-def test_picture_that_found_no_room_is_said(coco: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "MOST_PICTURES", 1)
+def test_image_that_found_no_room_is_said(coco: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "MOST_IMAGES", 1)
     monkeypatch.setattr(pages, "SAMPLES", 1)
     for annotation in coco.train["annotations"]:
         annotation["bbox"] = [20, 20, 0, 10]
     (coco.folder / "images/train_3.jpg").write_bytes(b"")
     said = {f["no_view"] for f in page_context(examine(coco.write()))["findings"]}
-    assert said >= {"not shown: the page holds 1 pictures", "no picture to show"}
+    assert said >= {"not shown: the page holds 1 images", "no image to show"}
 
 
 def test_page_of_a_dataset_that_cannot_be_read(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_readable_on_a_phone(coco: Any, tmp_path: Path) -> None:
     assert int(width.group(1)) <= 360
 
 
-def test_screenshot_shows_pictures_and_boxes(coco: Any, tmp_path: Path) -> None:
+def test_screenshot_shows_images_and_boxes(coco: Any, tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     write_page(examine(spoiled(coco)), path)
     shot = tmp_path / "shot.png"

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tests.unit.data.test_faults import BOXES, FILES, PICTURES, VOC, YOLO  # type: ignore[import-not-found]
 
 from rtdetr_cli.checks.doctor import examine
 from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.checks.repair import repair, repairable, undo
 from rtdetr_cli.datasets.codes import CODES
 from rtdetr_cli.errors import DataError
+from tests.unit.checks.test_faults import BOXES, FILES, IMAGES, VOC, YOLO  # type: ignore[import-not-found]
 
 Plant = Callable[[Any], object]
 
@@ -50,14 +50,14 @@ def repaired(folder: Path, code: str) -> None:
     restored = hashes(back)
     for name, digest in restored.items():
         assert before[name] == digest, f"{name} is not what it was"
-    # What the dataset does not name is not copied; a picture outside of it neither.
+    # What the dataset does not name is not copied; an image outside of it neither.
     missing = {name for name in before if name not in restored}
     assert not missing, missing
 
 
 REPAIRABLE = {code for code, entry in CODES.items() if entry.repair}
 IN_COCO = {
-    **{code: [plant] for code, plant in PICTURES.items()},
+    **{code: [plant] for code, plant in IMAGES.items()},
     **BOXES,
 }
 
@@ -91,7 +91,7 @@ def test_marks_and_line_ends_of_json(coco: Any, code: str) -> None:
     [
         pytest.param(code, plant, id=f"{code}-{n}")
         for code, plants in YOLO.items()
-        if code in REPAIRABLE and code != "picture-outside"
+        if code in REPAIRABLE and code != "image-outside"
         for n, plant in enumerate(plants)
         if not (code == "file-malformed" and n > 0) and code != "file-bounds"  # those are of the data.yaml
     ],
@@ -117,7 +117,7 @@ def test_voc(voc: Any, code: str, plant: Plant) -> None:
 
 @pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
 def test_what_repair_cannot_mend_is_not_called_repairable(form: str, request: pytest.FixtureRequest) -> None:
-    """Nothing is promised for a file that is everybody's; a file of one picture is left out with it."""
+    """Nothing is promised for a file that is everybody's; a file of one image is left out with it."""
     folder = request.getfixturevalue(form).write()
     assert not repairable(examine(folder))
     broken, mended = {
@@ -131,11 +131,11 @@ def test_what_repair_cannot_mend_is_not_called_repairable(form: str, request: py
     assert repairable(report) == mended
 
 
-def test_lists_of_yolo_lose_pictures_that_cannot_be_used(yolo: Any) -> None:
+def test_lists_of_yolo_lose_images_that_cannot_be_used(yolo: Any) -> None:
     yolo.yaml = "train: train.txt\nval: images/val\nnames: [nut, washer]\n"
     (yolo.folder / "train.txt").write_text("".join(f"images/train/train_{i}.jpg\n" for i in range(3)))
     (yolo.folder / "images/train/train_1.jpg").write_bytes(b"")
-    repaired(yolo.write(), "picture-empty")
+    repaired(yolo.write(), "image-empty")
     assert (yolo.folder.parent / "out/train.txt").read_text().split() == [f"images/train/train_{i}.jpg" for i in (0, 2)]
 
 
@@ -144,7 +144,7 @@ NOTES = {"LICENSE": "CC0", "README.md": "# nuts\r\n", "README.dataset.txt": "fro
 
 @pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
 def test_licence_and_readme_come_along_and_go_back(form: str, request: pytest.FixtureRequest) -> None:
-    """A licence asks to stay with the pictures."""
+    """A licence asks to stay with the images."""
     folder = request.getfixturevalue(form).write()
     for name, text in NOTES.items():
         (folder / name).write_bytes(text.encode())
@@ -154,12 +154,12 @@ def test_licence_and_readme_come_along_and_go_back(form: str, request: pytest.Fi
         (folder / "labels/train/train_0.txt").write_text("0 0.5 0.5 0 0.1\n")
     else:
         (folder / "JPEGImages/train_0.jpg").write_bytes(b"")
-    repaired(folder, "box-zero-size" if form == "yolo" else "picture-empty")
+    repaired(folder, "box-zero-size" if form == "yolo" else "image-empty")
     for name, text in NOTES.items():
         assert (folder.parent / "out" / name).read_bytes() == text.encode()
 
 
-def test_every_list_of_voc_comes_along_without_the_pictures_left_out(voc: Any) -> None:
+def test_every_list_of_voc_comes_along_without_the_images_left_out(voc: Any) -> None:
     """Those that no split is read from too: `trainval`, and the lists of one class with their second column."""
     folder = voc.write()
     lists = folder / "ImageSets"
@@ -170,7 +170,7 @@ def test_every_list_of_voc_comes_along_without_the_pictures_left_out(voc: Any) -
     (lists / "Layout/val.txt").write_text("\n".join(names[3:]))
     (lists / "Main/odd.txt").write_bytes(b"train_0\n\xff\n")
     (folder / "JPEGImages/train_1.jpg").write_bytes(b"")
-    repaired(folder, "picture-empty")
+    repaired(folder, "image-empty")
     out = folder.parent / "out" / "ImageSets"
     assert (out / "Main/trainval.txt").read_text().split() == [n for n in names if n != "train_1"]
     assert (out / "Main/nut_train.txt").read_text() == "train_0 -1\ntrain_2  1\n"
@@ -200,7 +200,7 @@ def test_all_faults_of_a_dataset_at_once(coco: Any) -> None:
             plants[0](_Second(coco, annotation))
     (coco.folder / "images/train_3.jpg").write_bytes(b"")
     (coco.folder / "images/train_2.jpg").unlink()
-    repaired(coco.write(indent=None), "picture-empty")
+    repaired(coco.write(indent=None), "image-empty")
 
 
 class _Second:
@@ -227,10 +227,10 @@ def test_what_cannot_be_repaired_is_said(coco: Any) -> None:
     assert "image-id-duplicate" in {f["code"] for f in json.loads(done.patch.read_text())["not_repaired"]}
 
 
-def test_picture_outside_is_not_copied(coco: Any) -> None:
+def test_image_outside_is_not_copied(coco: Any) -> None:
     secret = coco.folder.parent / "secret.jpg"
-    shutil.move(coco.picture, secret)
-    coco.picture.symlink_to(secret)
+    shutil.move(coco.image, secret)
+    coco.image.symlink_to(secret)
     folder = coco.write()
     out = folder.parent / "out"
     done = repair(examine(folder), out)
@@ -268,31 +268,31 @@ def test_bccd(bccd: Path, tmp_path: Path) -> None:
         assert path.read_bytes() == (bccd / path.relative_to(tmp_path / "back")).read_bytes()
 
 
-def _spoil_a_picture(path: Path, code: str) -> None:
+def _spoil_a_image(path: Path, code: str) -> None:
     with Image.open(path) as image:
         image.load()
         plain = image.copy()
     exif = Image.Exif()
-    if code == "picture-missing":
+    if code == "image-missing":
         path.unlink()
-    elif code == "picture-empty":
+    elif code == "image-empty":
         path.write_bytes(b"")
-    elif code == "picture-unreadable":
+    elif code == "image-unreadable":
         path.write_bytes(b"no pixels")
-    elif code == "picture-truncated":
+    elif code == "image-truncated":
         path.write_bytes(path.read_bytes()[:-400])
-    elif code == "picture-extension":
+    elif code == "image-extension":
         plain.save(path, "PNG")
-    elif code == "picture-exif-invalid":
+    elif code == "image-exif-invalid":
         exif[0x0112] = 9
         plain.save(path, exif=exif)
     else:
         path.rename(path.with_name(path.name.upper()))
 
 
-PICTURE_FAULTS = (
-    *("picture-missing", "picture-empty", "picture-unreadable", "picture-truncated"),
-    *("picture-extension", "picture-exif-invalid", "picture-name-case"),
+IMAGE_FAULTS = (
+    *("image-missing", "image-empty", "image-unreadable", "image-truncated"),
+    *("image-extension", "image-exif-invalid", "image-name-case"),
 )
 
 
@@ -301,33 +301,33 @@ PICTURE_FAULTS = (
     [
         (form, code)
         for form in ("coco", "voc", "yolo", "yolo list")
-        for code in PICTURE_FAULTS
-        # A folder has no names for pictures that are not there.
-        if form != "yolo" or code not in ("picture-missing", "picture-name-case")
+        for code in IMAGE_FAULTS
+        # A folder has no names for images that are not there.
+        if form != "yolo" or code not in ("image-missing", "image-name-case")
     ],
 )
-def test_picture_of_every_format(form: str, code: str, request: Any) -> None:
+def test_image_of_every_format(form: str, code: str, request: Any) -> None:
     form, _, listed = form.partition(" ")
     builder = request.getfixturevalue(form)
     if listed:
         builder.yaml = builder.yaml.replace("train: images/train", "train: train.txt")
         builder.make("train.txt").write_text("".join(f"images/train/train_{i}.jpg\n" for i in range(3)))
     folder = {"coco": "images", "yolo": "images/train", "voc": "JPEGImages"}[form]
-    _spoil_a_picture(builder.folder / folder / "train_1.jpg", code)
+    _spoil_a_image(builder.folder / folder / "train_1.jpg", code)
     repaired(builder.write(), code)
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP", "JPEG"])
-def test_picture_whose_orientation_stays_is_left_out(coco: Any, form: str) -> None:
-    with Image.open(coco.picture) as image:
+def test_image_whose_orientation_stays_is_left_out(coco: Any, form: str) -> None:
+    with Image.open(coco.image) as image:
         image.load()
         plain = image.copy()
     exif = Image.Exif()
     exif[0x0112] = 6
-    coco.picture.unlink()
-    plain.save(coco.picture.with_suffix(f".{form.lower()}"), exif=exif)
+    coco.image.unlink()
+    plain.save(coco.image.with_suffix(f".{form.lower()}"), exif=exif)
     coco.train["images"][0]["file_name"] = f"train_0.{form.lower()}"
-    repaired(coco.write(), "picture-exif-swapped")
+    repaired(coco.write(), "image-exif-swapped")
     kept = len(json.loads((coco.folder.parent / "out/train.json").read_text())["images"])
     assert kept == (4 if form in ("JPEG", "WEBP") else 3)
 
@@ -372,10 +372,10 @@ def test_line_ends_of_a_large_file(coco: Any) -> None:
     repaired(folder, "file-crlf")
 
 
-def test_picture_of_two_splits_is_renamed_in_both(coco: Any) -> None:
-    with Image.open(coco.picture) as image:
+def test_image_of_two_splits_is_renamed_in_both(coco: Any) -> None:
+    with Image.open(coco.image) as image:
         image.load()
-        image.copy().save(coco.picture, "PNG")
+        image.copy().save(coco.image, "PNG")
     entry = {**coco.train["images"][0], "id": 77}
     coco.val["images"].append(entry)
-    repaired(coco.write(), "picture-extension")
+    repaired(coco.write(), "image-extension")

@@ -31,7 +31,7 @@ def names(dataset: Dataset) -> set[str]:
     return {Path(f).name for f in dataset.file_names}
 
 
-def test_every_picture_lands_once(coco: Any) -> None:
+def test_every_image_lands_once(coco: Any) -> None:
     made = split(coco.write(), (0.5, 0.25, 0.25))
     assert list(made.parts) == ["train", "val", "test"]
     assert {n: len(d) for n, d in made.parts.items()} == {"train": 4, "val": 2, "test": 2}
@@ -42,7 +42,7 @@ def test_every_picture_lands_once(coco: Any) -> None:
 
 def test_look_alikes_stay_on_one_side(coco: Any) -> None:
     folder = coco.folder
-    # Each picture of val becomes a copy of one of train: the same bytes, or compressed again at half the size.
+    # Each image of val becomes a copy of one of train: the same bytes, or compressed again at half the size.
     for i in range(4):
         source, target = folder / f"images/train_{i}.jpg", folder / f"images/val_{i}.jpg"
         if i % 2:
@@ -196,10 +196,10 @@ def test_bccd(bccd: Path) -> None:
         np.testing.assert_allclose(np.bincount(part.labels, minlength=3) / whole, share, atol=0.02)
 
 
-def test_pictures_that_are_all_one_scene_cannot_be_split(coco: Any) -> None:
+def test_images_that_are_all_one_scene_cannot_be_split(coco: Any) -> None:
     for path in (coco.folder / "images").iterdir():
-        if path != coco.picture:
-            shutil.copy(coco.picture, path)
+        if path != coco.image:
+            shutil.copy(coco.image, path)
     with pytest.raises(DataError, match="form only 1 group") as refused:
         split(coco.write(), (0.5, 0.5))
     assert refused.value.code == "split-impossible"

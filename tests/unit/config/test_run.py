@@ -182,7 +182,7 @@ def test_faults_of_the_run_and_of_its_preset_are_told_at_once() -> None:
     assert "--set optim.lr=-1: wants" in caught.value.message
 
 
-def test_learning_few_pictures_by_heart_takes_a_step_for_each_look_at_them() -> None:
+def test_learning_few_images_by_heart_takes_a_step_for_each_look_at_them() -> None:
     config = resolve_run({"overfit": 4})
     assert config.settings.effective_batch == 4
     assert "--overfit" in config.source("effective_batch")

@@ -1,4 +1,4 @@
-"""A dataset is the same wherever it lies, and another when a label or a picture's bytes are."""
+"""A dataset is the same wherever it lies, and another when a label or an image's bytes are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rtdetr_cli.checks.load import load_splits
-from rtdetr_cli.datasets.fingerprint import BLOCK_BYTES, picture_digests
+from rtdetr_cli.datasets.fingerprint import BLOCK_BYTES, image_digests
 
 
 def _renumbered(document: dict[str, Any]) -> None:
@@ -56,33 +56,33 @@ def test_copies_with_other_times_are_the_same(files: list[str], tmp_path: Path) 
     for path in files:
         copies.append(shutil.copyfile(path, tmp_path / ("copy-" + os.path.basename(path))))
         os.utime(copies[-1], (1, 1))
-    assert picture_digests([str(c) for c in copies]).tolist() == picture_digests(files).tolist()
-    assert len(set(picture_digests(files).tolist())) == len(files)
+    assert image_digests([str(c) for c in copies]).tolist() == image_digests(files).tolist()
+    assert len(set(image_digests(files).tolist())) == len(files)
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
-def test_another_picture_of_the_same_length_is_another(files: list[str], place: str) -> None:
-    before = picture_digests(files)
+def test_another_image_of_the_same_length_is_another(files: list[str], place: str) -> None:
+    before = image_digests(files)
     for path in files[1:]:
         content = bytearray(Path(path).read_bytes())
         content[{"first": 0, "middle": len(content) // 2, "last": -1}[place]] ^= 1
         Path(path).write_bytes(content)
-    assert (picture_digests(files) != before).tolist() == [False, True, True, True, True, True]
+    assert (image_digests(files) != before).tolist() == [False, True, True, True, True, True]
 
 
-def test_of_very_many_pictures_some_are_opened_and_all_are_measured(files: list[str]) -> None:
-    before = picture_digests(files, most_read=3)
+def test_of_very_many_images_some_are_opened_and_all_are_measured(files: list[str]) -> None:
+    before = image_digests(files, most_read=3)
     for path in files[2:4]:
         content = bytearray(Path(path).read_bytes())
         content[0] ^= 1
         Path(path).write_bytes(content)
     Path(files[5]).write_bytes(b"shorter")
-    assert (picture_digests(files, most_read=3) != before).tolist() == [False, False, True, False, False, True]
+    assert (image_digests(files, most_read=3) != before).tolist() == [False, False, True, False, False, True]
 
 
-def test_a_picture_that_is_gone_is_another(files: list[str]) -> None:
-    before = picture_digests(files)
+def test_a_image_that_is_gone_is_another(files: list[str]) -> None:
+    before = image_digests(files)
     Path(files[0]).unlink()
     Path(files[5]).unlink()
-    assert (picture_digests(files) != before).tolist() == [True, False, False, False, False, True]
-    assert len(picture_digests([])) == 0
+    assert (image_digests(files) != before).tolist() == [True, False, False, False, False, True]
+    assert len(image_digests([])) == 0

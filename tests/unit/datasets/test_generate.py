@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from rtdetr_cli.checks.load import load_splits
-from rtdetr_cli.datasets.generate import NAMES, SMALLEST_PX, generate_dataset, generate_picture
+from rtdetr_cli.datasets.generate import NAMES, SMALLEST_PX, generate_dataset, generate_image
 
 
 def digest(folder: Path) -> str:
@@ -41,7 +41,7 @@ def test_equal_seeds_give_equal_bytes_and_others_do_not(tmp_path: Path) -> None:
     assert made[0] == made[1] != made[2]
 
 
-def test_more_pictures_begin_with_the_same_ones_and_splits_share_none(tmp_path: Path) -> None:
+def test_more_images_begin_with_the_same_ones_and_splits_share_none(tmp_path: Path) -> None:
     few = generate_dataset(tmp_path / "few", train=3, val=3, imgsz=96)
     many = generate_dataset(tmp_path / "many", train=5, val=3, imgsz=96)
     for name in ("train-00002.jpg", "val-00002.jpg"):
@@ -51,16 +51,16 @@ def test_more_pictures_begin_with_the_same_ones_and_splits_share_none(tmp_path: 
 
 
 def test_sizes_counts_and_overlaps_are_as_promised() -> None:
-    sides, per_picture, labels = [], [], []
+    sides, per_image, labels = [], [], []
     overlaps = cut = 0
     for seed in range(300):
-        picture, boxes, own = generate_picture(np.random.default_rng(seed), (192, 192))
-        assert picture.shape == (192, 192, 3)
-        assert picture.dtype == np.uint8
+        image, boxes, own = generate_image(np.random.default_rng(seed), (192, 192))
+        assert image.shape == (192, 192, 3)
+        assert image.dtype == np.uint8
         assert ((boxes >= 0) & (boxes <= 192)).all()
         assert (boxes[:, 2:] - boxes[:, :2] > 2).all()
         sides += (boxes[:, 2:] - boxes[:, :2]).max(1).tolist()
-        per_picture.append(len(boxes))
+        per_image.append(len(boxes))
         labels += own.tolist()
         cut += int(((boxes == 0) | (boxes == 192)).any(1).sum())
         low, high = np.maximum(boxes[:, None, :2], boxes[:, :2]), np.minimum(boxes[:, None, 2:], boxes[:, 2:])
@@ -68,8 +68,8 @@ def test_sizes_counts_and_overlaps_are_as_promised() -> None:
         overlaps += int((common[np.triu_indices(len(boxes), 1)] > 0).sum())
     assert SMALLEST_PX <= min(sides) < 20
     assert 90 < max(sides) <= 96.001
-    assert 0.05 < np.mean(np.array(per_picture) == 0) < 0.2
-    assert max(per_picture) >= 6
+    assert 0.05 < np.mean(np.array(per_image) == 0) < 0.2
+    assert max(per_image) >= 6
     assert overlaps > 30
     assert cut > 20
     counts = np.bincount(labels, minlength=len(NAMES))
@@ -105,11 +105,11 @@ def test_rectangles_and_an_empty_split(tmp_path: Path) -> None:
     assert not (folder / "val.json").exists()
     document = json.loads((folder / "train.json").read_text())
     assert {(i["width"], i["height"]) for i in document["images"]} == {(128, 64)}
-    with Image.open(folder / document["images"][0]["file_name"]) as picture:
-        assert picture.size == (128, 64)
+    with Image.open(folder / document["images"][0]["file_name"]) as image:
+        assert image.size == (128, 64)
 
 
-def test_pictures_too_small_for_the_promise_are_refused(tmp_path: Path) -> None:
+def test_images_too_small_for_the_promise_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="too small"):
         generate_dataset(tmp_path, imgsz=60)
 
@@ -118,9 +118,9 @@ def test_colour_alone_does_not_tell_the_class() -> None:
     """The mean colour under each class is the same to within what chance gives."""
     means: dict[int, list[float]] = {label: [] for label in range(len(NAMES))}
     for seed in range(300):
-        picture, boxes, labels = generate_picture(np.random.default_rng(seed), (96, 96))
+        image, boxes, labels = generate_image(np.random.default_rng(seed), (96, 96))
         for (x0, y0, x1, y1), label in zip(boxes.astype(int), labels, strict=True):
             if NAMES[label] != "ring":  # whose middle is its ground
-                means[int(label)].append(float(picture[y0 : y1 + 1, x0 : x1 + 1].mean()))
+                means[int(label)].append(float(image[y0 : y1 + 1, x0 : x1 + 1].mean()))
     averages = [np.mean(m) for m in means.values() if m]
     assert max(averages) - min(averages) < 15

@@ -42,7 +42,7 @@ def test_flat_arrays_agree_with_the_file(coco: Any) -> None:
 def test_order_of_annotations_and_keys_does_not_matter(coco: Any) -> None:
     before = load_splits(coco.write())
     document = coco.documents["train"]
-    # Annotations of one picture keep their order, since that is what the fingerprint and duplicates rest on.
+    # Annotations of one image keep their order, since that is what the fingerprint and duplicates rest on.
     document["annotations"].sort(key=lambda a: (-a["image_id"], a["id"]))
     coco.documents["train"] = dict(reversed(list(document.items())))
     after = load_splits(coco.write(indent=None))
@@ -50,11 +50,11 @@ def test_order_of_annotations_and_keys_does_not_matter(coco: Any) -> None:
 
 
 @pytest.mark.parametrize("layout", ["beside", "images", "split folders", "images/split", "named"])
-def test_pictures_are_found(coco: Any, layout: str, tmp_path: Path) -> None:
+def test_images_are_found(coco: Any, layout: str, tmp_path: Path) -> None:
     folder = coco.write()
-    pictures = list((folder / "images").iterdir())
+    paths = list((folder / "images").iterdir())
     images = None
-    for path in pictures:
+    for path in paths:
         split = path.name.split("_")[0]
         target = {
             "beside": folder / path.name,

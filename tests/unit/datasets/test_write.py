@@ -84,7 +84,7 @@ def test_gaps_in_ids_survive(coco: Any, tmp_path: Path) -> None:
         same(start, load_splits(write_dataset(parts(start), form, tmp_path / form)))
 
 
-def test_pictures_of_one_name_in_two_splits(coco: Any, tmp_path: Path) -> None:
+def test_images_of_one_name_in_two_splits(coco: Any, tmp_path: Path) -> None:
     for split, document in coco.documents.items():
         for i, image in enumerate(document["images"]):
             source = coco.folder / "images" / image["file_name"]
@@ -164,7 +164,7 @@ FILE_NAMES = {
 
 @pytest.mark.parametrize("names", FILE_NAMES)
 @pytest.mark.parametrize("form", FORMS)
-def test_pictures_of_any_name_come_along(coco: Any, tmp_path: Path, form: str, names: str) -> None:
+def test_images_of_any_name_come_along(coco: Any, tmp_path: Path, form: str, names: str) -> None:
     for place, raw in enumerate(FILE_NAMES[names]):
         name = os.fsdecode(raw)
         image = coco.train["images"][place]
@@ -174,7 +174,7 @@ def test_pictures_of_any_name_come_along(coco: Any, tmp_path: Path, form: str, n
     start = load_splits(coco.write())
     middle = load_splits(write_dataset(parts(start), form, tmp_path / "out"))
     for end in (middle, load_splits(write_dataset(parts(middle), "coco", tmp_path / "back"))):
-        assert not [f.message for f in end.findings if f.code not in ("category-few", "picture-name-encoding")]
+        assert not [f.message for f in end.findings if f.code not in ("category-few", "image-name-encoding")]
         for name, one in parts(start).items():
             two = parts(end)[name]
             order = [two.image_ids.tolist().index(i) for i in one.image_ids.tolist()]
@@ -187,7 +187,7 @@ def test_pictures_of_any_name_come_along(coco: Any, tmp_path: Path, form: str, n
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_pictures_without_objects_and_crowds_survive(coco: Any, tmp_path: Path, form: str) -> None:
+def test_images_without_objects_and_crowds_survive(coco: Any, tmp_path: Path, form: str) -> None:
     coco.train["annotations"] = [a for a in coco.train["annotations"] if a["image_id"] == 2]
     coco.train["annotations"][3]["iscrowd"] = 1
     coco.val["annotations"] = []

@@ -16,7 +16,7 @@ from rtdetr_cli.evaluate.table import DetectionTable
 
 def make_dataset(
     *,
-    pictures: int,
+    images: int,
     names: tuple[str, ...],
     image_index: Any = (),
     labels: Any = (),
@@ -36,12 +36,12 @@ def make_dataset(
         name="made",
         split="val",
         format="coco",
-        root=Path("pictures"),
+        root=Path("images"),
         categories=tuple(Category(i, n) for i, n in zip(category_ids or range(1, len(names) + 1), names, strict=True)),
-        file_names=FlatStrings([f"{i:04d}.jpg" for i in range(pictures)]),
-        image_ids=np.arange(pictures) if image_ids is None else np.asarray(image_ids, np.int64),
-        sizes_wh=np.tile(np.array([size_wh], np.int32), (pictures, 1)),
-        offsets=np.searchsorted(where, np.arange(pictures + 1)).astype(np.int64),
+        file_names=FlatStrings([f"{i:04d}.jpg" for i in range(images)]),
+        image_ids=np.arange(images) if image_ids is None else np.asarray(image_ids, np.int64),
+        sizes_wh=np.tile(np.array([size_wh], np.int32), (images, 1)),
+        offsets=np.searchsorted(where, np.arange(images + 1)).astype(np.int64),
         boxes_xyxy_px=boxes,
         labels=np.asarray(labels, np.int64)[order],
         areas=area,
@@ -59,17 +59,17 @@ def make_table(image_index: Any, labels: Any, boxes_xywh: Any, scores: Any) -> D
 
 
 def make_random(
-    *, seed: int, pictures: int = 40, classes: int = 3, detections: int = 120, crowds: float = 0.1
+    *, seed: int, images: int = 40, classes: int = 3, detections: int = 120, crowds: float = 0.1
 ) -> tuple[Dataset, DetectionTable]:
     """Boxes with mask-like areas and crowds; detections near them or anywhere, many with equal scores."""
     random = np.random.default_rng(seed)
-    count = pictures * 6
-    image_index = np.sort(random.integers(0, pictures, count))
+    count = images * 6
+    image_index = np.sort(random.integers(0, images, count))
     labels = random.integers(0, classes, count)
     wh = np.exp(random.normal(4, 0.9, (count, 2))).clip(4, 400)
     boxes = np.concatenate([random.random((count, 2)) * 200, wh], axis=1)
     dataset = make_dataset(
-        pictures=pictures,
+        images=images,
         names=tuple(f"class {k}" for k in range(classes)),
         image_index=image_index,
         labels=labels,
@@ -77,8 +77,8 @@ def make_random(
         areas=wh[:, 0] * wh[:, 1] * random.uniform(0.3, 1, count),
         crowd=random.random(count) < crowds,
     )
-    rows = pictures * detections
-    where = np.repeat(np.arange(pictures), detections)
+    rows = images * detections
+    where = np.repeat(np.arange(images), detections)
     source = random.integers(0, count, rows)
     source = np.where(random.random(rows) < 0.5, np.searchsorted(image_index, where).clip(max=count - 1), source)
     found = boxes[source] + random.normal(0, 0.1, (rows, 4)) * boxes[source][:, [2, 3, 2, 3]]
@@ -104,14 +104,14 @@ def make() -> Make:
 
 @pytest.fixture(scope="session")
 def pair(eval_pair: Path) -> tuple[Dataset, DetectionTable]:
-    """The public pair: 100 pictures of COCO val2014 with crowds and mask areas, and 734 detections."""
+    """The public pair: 100 images of COCO val2014 with crowds and mask areas, and 734 detections."""
     truth = json.loads((eval_pair / "ground_truth.json").read_text())
     found = json.loads((eval_pair / "detections.json").read_text())
     positions = {image["id"]: i for i, image in enumerate(truth["images"])}
     labels = {c["id"]: k for k, c in enumerate(truth["categories"])}
     marks = truth["annotations"]
     dataset = make_dataset(
-        pictures=len(positions),
+        images=len(positions),
         names=tuple(c["name"] for c in truth["categories"]),
         image_index=[positions[a["image_id"]] for a in marks],
         labels=[labels[a["category_id"]] for a in marks],

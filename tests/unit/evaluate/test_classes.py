@@ -9,7 +9,7 @@ from rtdetr_cli.evaluate.classes import map_classes
 
 
 def mapped(make: Any, names: tuple[str, ...], own: tuple[str, ...] = ("cat", "dog", "big bird")) -> Any:
-    return map_classes(names, make.dataset(pictures=1, names=own))
+    return map_classes(names, make.dataset(images=1, names=own))
 
 
 def test_the_same_classes_need_no_map(make: Any) -> None:

@@ -60,9 +60,9 @@ def test_both_evaluators_agree_on_every_curve(make: Any, seed: int) -> None:
 
 
 def test_only_the_hundred_best_of_a_class_count(make: Any) -> None:
-    """100 misses before the hit push it beyond the limit, per picture and class, not per picture."""
+    """100 misses before the hit push it beyond the limit, per image and class, not per image."""
     dataset = make.dataset(
-        pictures=1, names=("a", "b"), image_index=[0, 0], labels=[0, 1], boxes_xywh=[[0, 0, 50, 50], [100, 100, 50, 50]]
+        images=1, names=("a", "b"), image_index=[0, 0], labels=[0, 1], boxes_xywh=[[0, 0, 50, 50], [100, 100, 50, 50]]
     )
     misses = [[300, 300, 20, 20]] * 100
     table = make.table(
@@ -79,13 +79,13 @@ def test_only_the_hundred_best_of_a_class_count(make: Any) -> None:
 
 @pytest.mark.parametrize("evaluator", EVALUATORS)
 def test_what_cannot_be_measured_is_none_and_said(make: Any, evaluator: str) -> None:
-    nothing = make.dataset(pictures=2, names=("a",))
+    nothing = make.dataset(images=2, names=("a",))
     evaluation = metrics_from(nothing, make.table([0], [0], [[0, 0, 10, 10]], [0.9]), evaluator)
     assert set(evaluation.metrics.values()) == {None}
     assert any("has no boxes, so AP is not defined" in note for note in evaluation.notes)
     assert evaluation.to_json()["per_class"][0]["AP"] is None
 
-    large = make.dataset(pictures=1, names=("a",), image_index=[0], labels=[0], boxes_xywh=[[0, 0, 200, 200]])
+    large = make.dataset(images=1, names=("a",), image_index=[0], labels=[0], boxes_xywh=[[0, 0, 200, 200]])
     silent = metrics_from(large, DetectionTable.empty(), evaluator).metrics
     assert silent["AP"] == 0
     assert silent["APl"] == 0
@@ -93,9 +93,9 @@ def test_what_cannot_be_measured_is_none_and_said(make: Any, evaluator: str) -> 
 
 
 def test_bad_input_is_refused(make: Any) -> None:
-    with pytest.raises(DataError, match="has no pictures"):
-        coco_metrics(make.dataset(pictures=0, names=("a",)), DetectionTable.empty())
-    dataset = make.dataset(pictures=1, names=("a",))
+    with pytest.raises(DataError, match="has no images"):
+        coco_metrics(make.dataset(images=0, names=("a",)), DetectionTable.empty())
+    dataset = make.dataset(images=1, names=("a",))
     with pytest.raises(DataError, match="does not have"):
         coco_metrics(dataset, make.table([0], [1], [[0, 0, 1, 1]], [0.5]))
     with pytest.raises(UsageError, match="no evaluator"):

@@ -21,16 +21,14 @@ WRONG = {
 
 @pytest.mark.parametrize("kind", list(WRONG))
 def test_each_kind_is_told_and_gains_what_tide_says(make: Any, kind: str) -> None:
-    """Twenty pictures with the same single error above the hit: it alone gains, and all of what is lost."""
+    """Twenty images with the same single error above the hit: it alone gains, and all of what is lost."""
     label, box = WRONG[kind]
-    pictures = range(20)
-    dataset = make.dataset(
-        pictures=20, names=("a", "b"), image_index=[*pictures], labels=[0] * 20, boxes_xywh=[BOX] * 20
-    )
+    images = range(20)
+    dataset = make.dataset(images=20, names=("a", "b"), image_index=[*images], labels=[0] * 20, boxes_xywh=[BOX] * 20)
     # A duplicate comes after the hit by its nature; every other error is the surer one.
     hit, error = (0.9, 0.8) if kind == "duplicate" else (0.8, 0.9)
     table = make.table(
-        [i for i in pictures for _ in range(2)],
+        [i for i in images for _ in range(2)],
         [0, label] * 20,
         [BOX, box] * 20,
         [hit, error] * 20,
@@ -48,7 +46,7 @@ def test_each_kind_is_told_and_gains_what_tide_says(make: Any, kind: str) -> Non
 
 def test_missed_boxes(make: Any) -> None:
     dataset = make.dataset(
-        pictures=1, names=("a",), image_index=[0, 0], labels=[0, 0], boxes_xywh=[BOX, [300, 300, 80, 80]]
+        images=1, names=("a",), image_index=[0, 0], labels=[0, 0], boxes_xywh=[BOX, [300, 300, 80, 80]]
     )
     analysis = analyse(metrics_from(dataset, make.table([0], [0], [BOX], [0.9])), [0.5])
     assert analysis.counts["missed"] == 1
@@ -59,7 +57,7 @@ def test_missed_boxes(make: Any) -> None:
 
 
 def test_a_threshold_above_the_score_makes_a_miss_of_a_hit(make: Any) -> None:
-    dataset = make.dataset(pictures=1, names=("a",), image_index=[0], labels=[0], boxes_xywh=[BOX])
+    dataset = make.dataset(images=1, names=("a",), image_index=[0], labels=[0], boxes_xywh=[BOX])
     evaluation = metrics_from(dataset, make.table([0], [0], [BOX], [0.4]))
     assert analyse(evaluation, [0.3]).counts["missed"] == 0
     assert analyse(evaluation, [0.5]).counts["missed"] == 1
@@ -67,8 +65,8 @@ def test_a_threshold_above_the_score_makes_a_miss_of_a_hit(make: Any) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_kinds_are_the_evaluators_where_there_are_no_crowds(make: Any, seed: int) -> None:
-    """Every detection counts at threshold 0, as TIDE counts; at most 100 of a class and picture on both sides."""
-    dataset, table = make.random(seed=seed, pictures=20, detections=80, crowds=0)
+    """Every detection counts at threshold 0, as TIDE counts; at most 100 of a class and image on both sides."""
+    dataset, table = make.random(seed=seed, images=20, detections=80, crowds=0)
     analysis = analyse(metrics_from(dataset, table), [0.0] * 3)
     session = analysis.evaluation.coco.session
     expected = session.tide_errors()["counts"]
@@ -78,7 +76,7 @@ def test_kinds_are_the_evaluators_where_there_are_no_crowds(make: Any, seed: int
 
 def test_detections_in_crowds_are_no_errors(make: Any) -> None:
     dataset = make.dataset(
-        pictures=1, names=("a",), image_index=[0], labels=[0], boxes_xywh=[[0, 0, 400, 400]], crowd=[True]
+        images=1, names=("a",), image_index=[0], labels=[0], boxes_xywh=[[0, 0, 400, 400]], crowd=[True]
     )
     analysis = analyse(metrics_from(dataset, make.table([0, 0], [0, 0], [BOX, BOX], [0.9, 0.8])), [0.5])
     assert set(analysis.counts.values()) == {0}
@@ -88,7 +86,7 @@ def test_detections_in_crowds_are_no_errors(make: Any) -> None:
 
 def test_the_confusion_matrix(make: Any) -> None:
     dataset = make.dataset(
-        pictures=2, names=("a", "b"), image_index=[0, 0, 1], labels=[0, 1, 1], boxes_xywh=[BOX, [300, 100, 90, 90], BOX]
+        images=2, names=("a", "b"), image_index=[0, 0, 1], labels=[0, 1, 1], boxes_xywh=[BOX, [300, 100, 90, 90], BOX]
     )
     table = make.table(
         [0, 0, 0, 1], [0, 0, 1, 1], [BOX, [300, 100, 90, 90], [10, 300, 20, 20], BOX], [0.9, 0.8, 0.7, 0.3]
@@ -99,9 +97,9 @@ def test_the_confusion_matrix(make: Any) -> None:
     assert analysis.confusion.tolist() == [[1, 0, 0], [1, 0, 1], [0, 1, 0]]
 
 
-def test_empty_pictures_worst_pictures_and_suspects(make: Any) -> None:
+def test_empty_images_worst_images_and_suspects(make: Any) -> None:
     dataset = make.dataset(
-        pictures=4, names=("a", "b"), image_index=[0, 1, 1], labels=[0, 0, 1], boxes_xywh=[BOX, BOX, [300, 100, 90, 90]]
+        images=4, names=("a", "b"), image_index=[0, 1, 1], labels=[0, 0, 1], boxes_xywh=[BOX, BOX, [300, 100, 90, 90]]
     )
     table = make.table(
         [0, 1, 1, 2, 2],
@@ -111,9 +109,9 @@ def test_empty_pictures_worst_pictures_and_suspects(make: Any) -> None:
     )
     analysis = analyse(metrics_from(dataset, table), [0.5, 0.5])
     assert analysis.empty == {"pictures": 2, "with_false_positives": 1, "false_positives": 2}
-    assert [p.picture for p in analysis.worst()] == [2, 1]
-    assert analysis.pictures[3].f1 == 1
-    assert [(s.kind, s.picture, s.score) for s in analysis.suspects] == [("other-class", 1, 0.95), ("no-box", 2, 0.9)]
+    assert [p.image for p in analysis.worst()] == [2, 1]
+    assert analysis.images[3].f1 == 1
+    assert [(s.kind, s.image, s.score) for s in analysis.suspects] == [("other-class", 1, 0.95), ("no-box", 2, 0.9)]
     other = analysis.suspects[0]
     assert (other.label, other.annotated) == (0, 1)
     document = analysis.to_json()
@@ -123,16 +121,16 @@ def test_empty_pictures_worst_pictures_and_suspects(make: Any) -> None:
 
 def test_a_class_that_is_not_known_yet_casts_no_doubt_on_annotations(make: Any) -> None:
     """Class a is found well, b badly: what b misses, and where b is seen, says something of the model."""
-    pictures = 10
+    images = 10
     dataset = make.dataset(
-        pictures=pictures,
+        images=images,
         names=("a", "b", "c"),
-        image_index=[i for i in range(pictures) for _ in range(2)],
-        labels=[0, 1] * pictures,
-        boxes_xywh=[BOX, [300, 100, 90, 90]] * pictures,
+        image_index=[i for i in range(images) for _ in range(2)],
+        labels=[0, 1] * images,
+        boxes_xywh=[BOX, [300, 100, 90, 90]] * images,
     )
     far = [10, 300, 50, 50]
-    rows = [(i, 0, BOX, 0.8) for i in range(pictures - 1)]  # the last a is never found
+    rows = [(i, 0, BOX, 0.8) for i in range(images - 1)]  # the last a is never found
     rows += [(0, 0, far, 0.9), (0, 1, [300, 100, 90, 90], 0.8), (1, 1, far, 0.95), (2, 1, BOX, 0.9), (3, 2, far, 0.9)]
     rows.sort(key=lambda row: (row[0], -row[3]))
     evaluation = metrics_from(dataset, make.table(*(list(column) for column in zip(*rows, strict=True))))
@@ -144,7 +142,7 @@ def test_a_class_that_is_not_known_yet_casts_no_doubt_on_annotations(make: Any) 
     assert analysis.to_json()["suspects_left_out"] == ["b"]
     assert "cast no doubt on annotations (b)" in analysis.suspects_note
     assert analysis.to_json()["suspects_note"] == analysis.suspects_note
-    strong = make.dataset(pictures=1, names=("a",), image_index=[0], labels=[0], boxes_xywh=[BOX])
+    strong = make.dataset(images=1, names=("a",), image_index=[0], labels=[0], boxes_xywh=[BOX])
     assert analyse(metrics_from(strong, make.table([0], [0], [BOX], [0.9]))).suspects_note == ""
 
 

@@ -15,7 +15,7 @@ from rtdetr_cli.evaluate.matching import CUT, FALSE, IGNORED, TRUE, match
 def test_every_fate_is_the_evaluators(make: Any, monkeypatch: pytest.MonkeyPatch, seed: int, chunk: int) -> None:
     """Crowds, sizes, equal scores and more than a hundred detections a class, against the evaluator's own matches."""
     monkeypatch.setattr(matching, "PAIRS_AT_ONCE", chunk)
-    dataset, table = make.random(seed=seed, pictures=12 if chunk == 50 else 30, detections=250, classes=2, crowds=0.2)
+    dataset, table = make.random(seed=seed, images=12 if chunk == 50 else 30, detections=250, classes=2, crowds=0.2)
     found = match(dataset, table)
     sizes = {limits: size for size, limits in enumerate(AREA_RANGES)}
     seen = np.zeros(len(table), int)
@@ -47,7 +47,7 @@ def test_a_box_and_its_detection_name_each_other(make: Any) -> None:
 def test_a_taken_box_leaves_the_second_best(make: Any) -> None:
     """The weaker detection loses its first wish and takes the other box it overlaps enough."""
     dataset = make.dataset(
-        pictures=1, names=("a",), image_index=[0, 0], labels=[0, 0], boxes_xywh=[[0, 0, 100, 100], [0, 10, 100, 100]]
+        images=1, names=("a",), image_index=[0, 0], labels=[0, 0], boxes_xywh=[[0, 0, 100, 100], [0, 10, 100, 100]]
     )
     table = make.table([0, 0, 0], [0, 0, 0], [[0, 1, 100, 100], [0, 2, 100, 100], [0, 3, 100, 100]], [0.9, 0.8, 0.7])
     found = match(dataset, table)
@@ -56,7 +56,7 @@ def test_a_taken_box_leaves_the_second_best(make: Any) -> None:
 
 
 def test_nothing_at_all(make: Any) -> None:
-    dataset = make.dataset(pictures=2, names=("a",))
+    dataset = make.dataset(images=2, names=("a",))
     assert match(dataset, make.table([], [], [], [])).order.shape == (0,)
     lonely = match(dataset, make.table([0], [0], [[0, 0, 40, 40]], [0.5]))
     assert lonely.fate[:, 0].tolist() == [FALSE, IGNORED, FALSE, IGNORED]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from rtdetr_cli.evaluate.bootstrap import resample
 from rtdetr_cli.evaluate.errors_analysis import ErrorAnalysis, analyse
-from rtdetr_cli.evaluate.report import _Mark, choose_pictures, page_context, place_texts, write_page
+from rtdetr_cli.evaluate.report import _Mark, choose_images, page_context, place_texts, write_page
 from rtdetr_cli.evaluate.run import metrics_from
 from rtdetr_cli.weights.header import Thresholds
 
@@ -23,10 +23,10 @@ NAMES = ("<script>alert(1)</script>", "$\\frac$ & \"quoted\" 'too'", "_дом �
 
 @pytest.fixture
 def analysis(make: Any, tmp_path: Path) -> ErrorAnalysis:
-    """Ten pictures with every kind of error, under names that a page must not take at their word."""
+    """Ten images with every kind of error, under names that a page must not take at their word."""
     box, other, far = [40, 40, 60, 60], [160, 40, 60, 60], [10, 150, 40, 40]
     dataset = make.dataset(
-        pictures=10,
+        images=10,
         names=NAMES,
         image_index=[i for i in range(9) for _ in range(2)],
         labels=[0, 1] * 9,
@@ -43,7 +43,7 @@ def analysis(make: Any, tmp_path: Path) -> ErrorAnalysis:
         (7, 1, [160, 75, 60, 60], 0.85),  # location
         (8, 2, [40, 75, 60, 60], 0.9),  # both
         (1, 0, [41, 40, 60, 60], 0.7),  # duplicate
-        (9, 0, far, 0.99),  # background, on a picture without objects
+        (9, 0, far, 0.99),  # background, on an image without objects
     ]
     table = make.table(*(list(column) for column in zip(*sorted(rows, key=lambda r: (r[0], -r[3])), strict=True)))
     return analyse(metrics_from(dataset, table), [0.5] * 3)
@@ -96,10 +96,10 @@ def test_names_are_text_and_nothing_else(page: Path) -> None:
         assert name in reader.text
 
 
-def test_every_kind_of_error_has_its_pictures(analysis: ErrorAnalysis) -> None:
+def test_every_kind_of_error_has_its_images(analysis: ErrorAnalysis) -> None:
     context = page_context(analysis.evaluation, analysis, model="m")
     assert context["filter_kinds"] == ["classification", "location", "both", "duplicate", "background", "missed"]
-    by_name = {p["name"]: p for p in context["pictures"]}
+    by_name = {p["name"]: p for p in context["images"]}
     assert by_name["0006.jpg"]["pairs"].split() == ["classification:0"]
     near = [m for m in by_name["0006.jpg"]["truth_marks"] if m["outcome"] == "near"]
     assert [m["errors"] for m in near] == ["classification:0"]  # filtered together with the error that is on it
@@ -107,7 +107,7 @@ def test_every_kind_of_error_has_its_pictures(analysis: ErrorAnalysis) -> None:
     assert "0000.jpg" not in by_name
     assert context["empty"] == {"pictures": 1, "with_false_positives": 1, "false_positives": 1}
     assert {s["kind"] for s in context["suspects"]} == {"no-box", "other-class", "never-found"}
-    assert choose_pictures(analysis)[:2] == [8, 9]  # the most errors, then the fewest finds
+    assert choose_images(analysis)[:2] == [8, 9]  # the most errors, then the fewest finds
 
 
 def test_the_page_says_which_classes_cast_no_doubt(analysis: ErrorAnalysis, page: Path) -> None:
@@ -160,23 +160,23 @@ def test_the_legend_lies_outside_the_plots(analysis: ErrorAnalysis) -> None:
     assert "axis" not in legend
 
 
-def test_pictures_that_are_gone_leave_the_figures(analysis: ErrorAnalysis) -> None:
+def test_images_that_are_gone_leave_the_figures(analysis: ErrorAnalysis) -> None:
     for index in range(10):
         analysis.evaluation.dataset.path(index).unlink()
     context = page_context(analysis.evaluation, analysis, model="m")
-    assert context["pictures"] == []
-    assert context["pictures_lost"] == len(choose_pictures(analysis))
+    assert context["images"] == []
+    assert context["images_lost"] == len(choose_images(analysis))
     assert context["suspects"] == []
 
 
 def test_nothing_to_show(make: Any, tmp_path: Path) -> None:
-    evaluation = metrics_from(make.dataset(pictures=2, names=("a",)), make.table([], [], [], []))
+    evaluation = metrics_from(make.dataset(images=2, names=("a",)), make.table([], [], [], []))
     write_page(tmp_path / "p.html", evaluation, analyse(evaluation), model="m")
     assert "AP –" in (tmp_path / "p.html").read_text(encoding="utf-8")
 
 
 def test_many_classes_and_many_detections_stay_readable(make: Any, tmp_path: Path) -> None:
-    dataset, table = make.random(seed=1, pictures=60, classes=45, detections=300)
+    dataset, table = make.random(seed=1, images=60, classes=45, detections=300)
     evaluation = metrics_from(dataset, table, "pycocotools")
     context = page_context(evaluation, analyse(evaluation), model="m")
     assert context["confusion"] is None
@@ -190,11 +190,11 @@ def test_the_filters_in_a_browser(page: Path, tmp_path: Path) -> None:
     """Press buttons in headless Chromium and read what is left; a script error would leave the title as it was."""
     probe = """
     <script>
-      const seen = () => [...document.querySelectorAll(".ev-picture")].filter((p) => !p.hidden).length;
+      const seen = () => [...document.querySelectorAll(".ev-image")].filter((p) => !p.hidden).length;
       const press = (row, value) => document.querySelector(`[data-filter=${row}] [data-value="${value}"]`).click();
       const told = [seen()];
       press("kind", "classification"); told.push(seen());
-      told.push(document.querySelectorAll(".ev-picture:not([hidden]) .ev-mark:not(.dim)").length);
+      told.push(document.querySelectorAll(".ev-image:not([hidden]) .ev-mark:not(.dim)").length);
       press("class", "1"); told.push(seen());
       press("kind", ""); told.push(seen());
       press("class", ""); told.push(seen());
@@ -217,7 +217,7 @@ def test_the_filters_in_a_browser(page: Path, tmp_path: Path) -> None:
     found = re.search(r"<title>\[([\d,]+)\]</title>", ran.stdout)
     assert found, ran.stdout[:300]
     every, classified, marks, both, second_class, again, scripts, images = map(int, found[1].split(","))
-    shown = text.count('<section class="ev-picture"')
+    shown = text.count('<section class="ev-image"')
     assert every == again == shown
     assert classified == 1
     assert marks == 2  # the wrong detection, and the box that it is on

@@ -15,7 +15,7 @@ GOOD = {"image_id": 7, "category_id": 3, "bbox": [1, 2, 30, 40], "score": 0.5}
 
 @pytest.fixture
 def dataset(make: Any) -> Any:
-    return make.dataset(pictures=2, names=("a", "b"), image_ids=[7, 9], category_ids=(3, 5))
+    return make.dataset(images=2, names=("a", "b"), image_ids=[7, 9], category_ids=(3, 5))
 
 
 def write(folder: Path, content: Any) -> Path:
@@ -38,7 +38,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, make: Any) -> None:
     [GOOD, {**GOOD, "image_id": 7.0}, {**GOOD, "image_id": "0000.jpg"}, {**GOOD, "image_id": "0000"}],
     ids=["id", "float", "file", "stem"],
 )
-def test_pictures_by_id_or_name(tmp_path: Path, dataset: Any, row: dict[str, Any]) -> None:
+def test_images_by_id_or_name(tmp_path: Path, dataset: Any, row: dict[str, Any]) -> None:
     table = read_results(write(tmp_path, [row]), dataset)
     assert (table.image_index[0], table.labels[0]) == (0, 0)
     assert table.boxes_xyxy_px[0].tolist() == [1, 2, 31, 42]
@@ -52,7 +52,7 @@ def test_annotations_of_a_whole_file_and_an_empty_list(tmp_path: Path, dataset: 
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{**GOOD, "image_id": 8}] * 2 + [GOOD], "2 results are for pictures that the val split does not have: 8"),
+        ([{**GOOD, "image_id": 8}] * 2 + [GOOD], "2 results are for images that the val split does not have: 8"),
         ([{**GOOD, "image_id": "x.jpg"}], "does not have: x.jpg"),
         ([{**GOOD, "image_id": True}], "does not have: True"),
         ([{**GOOD, "category_id": 4}], "1 results have a category that made does not have: 4"),

@@ -18,7 +18,7 @@ NAMES = ("disc", "ring")
 
 
 class Oracle:
-    """A backend that knows the answers: it finds a picture's boxes by the colour that the picture is painted in."""
+    """A backend that knows the answers: it finds an image's boxes by the colour that the image is painted in."""
 
     kind = "torch"
     fixed_batch = None
@@ -31,12 +31,12 @@ class Oracle:
         self.batches: list[int] = []
         self.spoil = False
 
-    def run(self, pictures: np.ndarray, sizes_wh: np.ndarray) -> list[Detections]:
-        assert pictures.shape[1:] == (*self.imgsz, 3)
-        self.batches.append(len(pictures))
+    def run(self, images: np.ndarray, sizes_wh: np.ndarray) -> list[Detections]:
+        assert images.shape[1:] == (*self.imgsz, 3)
+        self.batches.append(len(images))
         found = []
-        for picture, size in zip(pictures, sizes_wh.tolist(), strict=True):
-            index = int(picture[0, 0, 0]) // 10
+        for image, size in zip(images, sizes_wh.tolist(), strict=True):
+            index = int(image[0, 0, 0]) // 10
             truth = self.dataset.annotations(index)
             assert tuple(size) == tuple(self.dataset.sizes_wh[index])
             own = [
@@ -53,7 +53,7 @@ class Oracle:
 @pytest.fixture
 def painted(tmp_path: Path, make: Any) -> Dataset:
     dataset = make.dataset(
-        pictures=7,
+        images=7,
         names=NAMES,
         image_index=[0, 0, 2, 3, 4, 5, 6],
         labels=[0, 1, 1, 0, 1, 0, 0],
@@ -67,7 +67,7 @@ def painted(tmp_path: Path, make: Any) -> Dataset:
     return dataset
 
 
-def test_pictures_go_through_in_batches_and_come_out_judged(painted: Dataset) -> None:
+def test_images_go_through_in_batches_and_come_out_judged(painted: Dataset) -> None:
     backend, told = Oracle(painted), []
     found = evaluate(backend, painted, batch=3, progress=told.append)
     assert found.metrics["AP"] == pytest.approx(1)
@@ -95,17 +95,17 @@ def test_stored_thresholds_follow_the_map(painted: Dataset) -> None:
     assert [row["recall"] for row in at["per_class"]] == [1, 0]  # all scores are 0.9
 
 
-def test_unreadable_pictures_are_left_out_and_named(painted: Dataset) -> None:
-    painted.path(3).write_bytes(b"not a picture")
+def test_unreadable_images_are_left_out_and_named(painted: Dataset) -> None:
+    painted.path(3).write_bytes(b"not an image")
     painted.path(5).unlink()
     found = evaluate(Oracle(painted), painted, batch=2)
     assert [name for name, _ in found.unreadable] == ["0003.jpg", "0005.jpg"]
     assert len(found.dataset) == 5
     assert found.metrics["AP"] == pytest.approx(1)
-    assert any("2 of 7 pictures cannot be read" in note for note in found.notes)
+    assert any("2 of 7 images cannot be read" in note for note in found.notes)
     for index in range(7):
         painted.path(index).unlink(missing_ok=True)
-    with pytest.raises(DataError, match="none of the 7 pictures"):
+    with pytest.raises(DataError, match="none of the 7 images"):
         evaluate(Oracle(painted), painted)
 
 
@@ -118,8 +118,8 @@ def test_a_model_that_gives_nan_scores_zero_and_says_so(painted: Dataset) -> Non
 
 
 def test_an_empty_split_is_refused_before_anything_runs(make: Any) -> None:
-    with pytest.raises(DataError, match="has no pictures"):
-        evaluate(Oracle(make.dataset(pictures=0, names=NAMES)), make.dataset(pictures=0, names=NAMES))
+    with pytest.raises(DataError, match="has no images"):
+        evaluate(Oracle(make.dataset(images=0, names=NAMES)), make.dataset(images=0, names=NAMES))
 
 
 def test_sizes_and_classes_report_all_five_figures(make: Any) -> None:

@@ -19,7 +19,7 @@ from rtdetr_cli.evaluate.thresholds import _curve, best_point, calibrate, parse_
 def simple(make: Any) -> tuple[Dataset, DetectionTable]:
     """Class a: hits at .9 .8 .4, misses at .7 .3, four boxes. Class b: one hit at .6, one miss at .95, one box."""
     dataset = make.dataset(
-        pictures=1,
+        images=1,
         names=("a", "b", "c"),
         image_index=[0] * 5,
         labels=[0, 0, 0, 0, 1],
@@ -60,7 +60,7 @@ def test_classes_for_which_no_threshold_is_good_are_named_once(make: Any) -> Non
     """a is found; b drowns in false detections at every score; of c one in two hundred is found, and surely."""
     boxes = [[(i % 30) * 20, (i // 30) * 20, 15, 15] for i in range(220)]
     dataset = make.dataset(
-        pictures=1,
+        images=1,
         names=("a", "b", "c"),
         image_index=[0] * 220,
         labels=[0] * 18 + [1] * 2 + [2] * 200,
@@ -124,7 +124,7 @@ def test_a_curve_is_what_counting_gives(rows: list[tuple[int, bool]], extra: int
 
 
 def test_nothing_to_find_and_nothing_found(make: Any) -> None:
-    dataset = make.dataset(pictures=1, names=("a", "b"), image_index=[0], labels=[0], boxes_xywh=[[0, 0, 9, 9]])
+    dataset = make.dataset(images=1, names=("a", "b"), image_index=[0], labels=[0], boxes_xywh=[[0, 0, 9, 9]])
     evaluation = metrics_from(dataset, DetectionTable.empty())
     a, b = evaluation.per_class
     assert (a["precision"], a["recall"], a["f1"], a["threshold"]) == (None, 0, 0, None)

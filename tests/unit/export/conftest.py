@@ -1,4 +1,4 @@
-"""The small trained detector, its labelled pictures, and its exports: made once for all tests of this folder."""
+"""The small trained detector, its labelled images, and its exports: made once for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def exported(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_file, "trace", trace)
-        made = export_model(model, header, out, options, pictures=dataset, stem="shapes", device="cpu")
+        made = export_model(model, header, out, options, images=dataset, stem="shapes", device="cpu")
     return dict(zip(formats, made, strict=True))
 
 

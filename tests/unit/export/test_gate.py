@@ -156,7 +156,7 @@ def test_headers(loaded: Loaded, change: dict[str, object], said: str) -> None:
     assert said in compare_headers(replace(header, **change), header)[0]  # type: ignore[arg-type]
 
 
-def test_two_hundred_pictures_at_most(loaded: Loaded, dataset: Dataset) -> None:
+def test_two_hundred_images_at_most(loaded: Loaded, dataset: Dataset) -> None:
     backend = TorchBackend(*loaded, device="cpu")
     paths = [dataset.path(i % len(dataset)) for i in range(1000)]
     chosen = Gate(backend, paths).paths
@@ -167,15 +167,15 @@ def test_two_hundred_pictures_at_most(loaded: Loaded, dataset: Dataset) -> None:
         Gate(backend, [])
 
 
-def test_unreadable_pictures(loaded: Loaded, dataset: Dataset, tmp_path: Path) -> None:
+def test_unreadable_images(loaded: Loaded, dataset: Dataset, tmp_path: Path) -> None:
     """One broken file is left out; only broken files is an error."""
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     backend = TorchBackend(*loaded, device="cpu")
     verdict = hold(backend, backend, [broken, dataset.path(0), dataset.path(1)])
     assert verdict.passed
-    assert verdict.pictures == 2
-    with pytest.raises(DataError, match="none of the 1 pictures"):
+    assert verdict.images == 2
+    with pytest.raises(DataError, match="none of the 1 images"):
         hold(backend, backend, [broken])
 
 
@@ -193,7 +193,7 @@ def test_exports_pass(exported: dict[str, Artefact], name: str) -> None:
     assert (verdict.half is not None) == (name == "fp16")
 
 
-def test_pictures_without_labels(gate: Gate, exported: dict[str, Artefact]) -> None:
+def test_images_without_labels(gate: Gate, exported: dict[str, Artefact]) -> None:
     """The first two parts are judged, the third says why not."""
     plain = Gate(gate.reference, gate.paths[:6])
     verdict = plain.judge(open_backend(exported["onnx"].path, device="cpu"))
@@ -221,17 +221,17 @@ class Damaged:
         self,
         inner: Backend,
         *,
-        pictures: Callable[[NDArray[np.uint8], NDArray[np.int64]], NDArray[np.uint8]] | None = None,
+        images: Callable[[NDArray[np.uint8], NDArray[np.int64]], NDArray[np.uint8]] | None = None,
         boxes: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None,
     ) -> None:
         self.header, self.kind, self.imgsz, self.fixed_batch = inner.header, inner.kind, inner.imgsz, inner.fixed_batch
         self.largest_batch: int | None = None
-        self.inner, self.pictures, self.boxes = inner, pictures, boxes
+        self.inner, self.images, self.boxes = inner, images, boxes
 
-    def run(self, pictures: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> list[Detections]:
-        if self.pictures is not None:
-            pictures = self.pictures(pictures, sizes_wh)
-        found = self.inner.run(pictures, sizes_wh)
+    def run(self, images: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> list[Detections]:
+        if self.images is not None:
+            images = self.images(images, sizes_wh)
+        found = self.inner.run(images, sizes_wh)
         if self.boxes is not None:
             found = [replace(f, boxes_xyxy_px=self.boxes(f.boxes_xyxy_px)) for f in found]
         return found
@@ -293,7 +293,7 @@ def test_mean_and_std_added(gate: Gate, edited: Edit) -> None:
     [("mean", [0.485, 0.456, 0.406]), ("colour", "BGR"), ("resize", "letterbox"), ("filter", "bilinear")],
 )
 def test_preprocessing_said_to_be_another(gate: Gate, edited: Edit, key: str, value: object) -> None:
-    """The same faults in what the file says about itself: a program that believes it would feed other pictures."""
+    """The same faults in what the file says about itself: a program that believes it would feed other images."""
 
     def lie(model: onnx.ModelProto) -> None:
         header = ModelHeader.from_json(next(p.value for p in model.metadata_props if p.key == METADATA_KEY))
@@ -305,18 +305,18 @@ def test_preprocessing_said_to_be_another(gate: Gate, edited: Edit, key: str, va
 
 
 def test_letterbox_for_stretch(gate: Gate, exported: dict[str, Artefact]) -> None:
-    def letterbox(pictures: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> NDArray[np.uint8]:
-        framed = np.full_like(pictures, 114)
-        height, width = pictures.shape[1:3]
-        for target, picture, (w, h) in zip(framed, pictures, sizes_wh, strict=True):
+    def letterbox(images: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> NDArray[np.uint8]:
+        framed = np.full_like(images, 114)
+        height, width = images.shape[1:3]
+        for target, image, (w, h) in zip(framed, images, sizes_wh, strict=True):
             scale = min(width / w, height / h)
             size = (max(1, round(w * scale)), max(1, round(h * scale)))
             top, left = (height - size[1]) // 2, (width - size[0]) // 2
-            small = Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR)
+            small = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
             target[top : top + size[1], left : left + size[0]] = np.asarray(small)
         return framed
 
-    verdict = caught(gate, Damaged(open_backend(exported["onnx"].path, device="cpu"), pictures=letterbox))
+    verdict = caught(gate, Damaged(open_backend(exported["onnx"].path, device="cpu"), images=letterbox))
     assert "agreement" in verdict.failed_parts
 
 
@@ -377,26 +377,26 @@ def test_frozen_batch_inside(gate: Gate, edited: Edit) -> None:
 def test_batch_elements_that_see_each_other(gate: Gate, exported: dict[str, Artefact]) -> None:
     """What TensorRT did to batched engines of this family: the first element right, the others mixed up."""
 
-    def blend(pictures: NDArray[np.uint8], _: NDArray[np.int64]) -> NDArray[np.uint8]:
-        mixed = pictures.copy()
-        mixed[1:] = pictures[1:] // 2 + pictures[:1] // 2
+    def blend(images: NDArray[np.uint8], _: NDArray[np.int64]) -> NDArray[np.uint8]:
+        mixed = images.copy()
+        mixed[1:] = images[1:] // 2 + images[:1] // 2
         return mixed
 
-    verdict = caught(gate, Damaged(open_backend(exported["onnx"].path, device="cpu"), pictures=blend))
+    verdict = caught(gate, Damaged(open_backend(exported["onnx"].path, device="cpu"), images=blend))
     assert any("not independent" in finding for finding in verdict.contract.findings)
 
 
-def test_one_picture_repeated(gate: Gate, exported: dict[str, Artefact]) -> None:
-    def fade(pictures: NDArray[np.uint8], _: NDArray[np.int64]) -> NDArray[np.uint8]:
-        weights = np.linspace(1, 0.2, len(pictures)).reshape(-1, 1, 1, 1)
-        return (pictures * weights).astype(np.uint8)
+def test_one_image_repeated(gate: Gate, exported: dict[str, Artefact]) -> None:
+    def fade(images: NDArray[np.uint8], _: NDArray[np.int64]) -> NDArray[np.uint8]:
+        weights = np.linspace(1, 0.2, len(images)).reshape(-1, 1, 1, 1)
+        return (images * weights).astype(np.uint8)
 
-    verdict = caught(gate, Damaged(open_backend(exported["onnx"].path, device="cpu"), pictures=fade))
+    verdict = caught(gate, Damaged(open_backend(exported["onnx"].path, device="cpu"), images=fade))
     assert any("repeated 4 times" in finding for finding in verdict.contract.findings)
 
 
 def test_later_places_of_a_fixed_batch(gate: Gate, edited: Edit) -> None:
-    """An export with a batch of eight that finds nothing from the fifth picture on: each part of the gate sees it."""
+    """An export with a batch of eight that finds nothing from the fifth image on: each part of the gate sees it."""
 
     def empty(model: onnx.ModelProto) -> None:
         for value in (*model.graph.input, *model.graph.output):
@@ -413,17 +413,17 @@ def test_later_places_of_a_fixed_batch(gate: Gate, edited: Edit) -> None:
     assert verdict.failed_parts == ("contract", "agreement", "ap")
     assert any("alone against a batch of 8" in finding for finding in verdict.contract.findings)
     assert any("repeated 8 times" in finding for finding in verdict.contract.findings)
-    few = caught(Gate(gate.reference, gate.paths[:3]), candidate, dynamic=False)  # the pictures are repeated
+    few = caught(Gate(gate.reference, gate.paths[:3]), candidate, dynamic=False)  # the images are repeated
     assert any("alone against a batch of 8" in finding for finding in few.contract.findings)
 
 
 def test_later_places_of_an_engine(gate: Gate, exported: dict[str, Artefact]) -> None:
     """The same in a batch that is open up to eight, as the profile of an engine is."""
 
-    def blank(pictures: NDArray[np.uint8], _: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return np.concatenate([pictures[:4], np.zeros_like(pictures[4:])])
+    def blank(images: NDArray[np.uint8], _: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return np.concatenate([images[:4], np.zeros_like(images[4:])])
 
-    candidate = Damaged(open_backend(exported["onnx"].path, device="cpu"), pictures=blank)
+    candidate = Damaged(open_backend(exported["onnx"].path, device="cpu"), images=blank)
     assert gate.judge(candidate, dynamic=True).passed  # nobody has said that it takes more than four
     candidate.largest_batch = 8
     assert caught(gate, candidate).failed_parts == ("contract", "agreement", "ap")
@@ -432,10 +432,8 @@ def test_later_places_of_an_engine(gate: Gate, exported: dict[str, Artefact]) ->
 @pytest.mark.parametrize(
     ("fixed", "largest", "together"), [(None, None, 4), (1, 1, 4), (3, 3, 6), (8, 8, 8), (None, 16, 16)]
 )
-def test_pictures_at_a_time(
-    exported: dict[str, Artefact], fixed: int | None, largest: int | None, together: int
-) -> None:
-    """Full batches, and never fewer than four pictures."""
+def test_images_at_a_time(exported: dict[str, Artefact], fixed: int | None, largest: int | None, together: int) -> None:
+    """Full batches, and never fewer than four images."""
     backend = Damaged(open_backend(exported["onnx"].path, device="cpu"))
     backend.fixed_batch, backend.largest_batch = fixed, largest
     assert at_a_time(backend) == together

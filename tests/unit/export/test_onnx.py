@@ -19,7 +19,7 @@ from rtdetr_cli.export import onnx as onnx_file
 from rtdetr_cli.export.gate import LIMITS, judge_agreement
 from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs
 from rtdetr_cli.export.run import Artefact, export_model
-from rtdetr_cli.images.decode import read_picture, stretch
+from rtdetr_cli.images.decode import read_image, stretch
 from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.onnx_backend import OnnxBackend
 from rtdetr_cli.infer.torch_backend import TorchBackend
@@ -98,7 +98,7 @@ def test_metadata(exported: dict[str, Artefact], loaded: Loaded, shapes_model: P
         (ExportOptions(formats=("tflite",)), "no export format"),
         (ExportOptions(preprocess=True, opset=17), "cannot antialias"),
         (ExportOptions(preprocess=True, raw=True), "exclude"),
-        (ExportOptions(preprocess=True, dynamic=True), "one picture at a time"),
+        (ExportOptions(preprocess=True, dynamic=True), "one image at a time"),
         (ExportOptions(preprocess=True, formats=("fp16", "trt-fp16")), "does not antialias"),
     ],
 )
@@ -193,13 +193,13 @@ def test_resize_in_the_graph_is_ours(edited: Edit, height: int, width: int, kind
         model.graph.output.append(helper.make_tensor_value_info("images_float", TensorProto.FLOAT, None))
 
     rng = np.random.default_rng(3)
-    picture = rng.integers(0, 256, (height, width, 3), np.uint8)
+    image = rng.integers(0, 256, (height, width, 3), np.uint8)
     if kind == "smooth":
-        picture = stretch(rng.integers(0, 256, (5, 4, 3), np.uint8), (height, width))
+        image = stretch(rng.integers(0, 256, (5, 4, 3), np.uint8), (height, width))
     session = onnxruntime.InferenceSession(edited(only_resize), providers=["CPUExecutionProvider"])
-    feeds = {"images": picture[None], "orig_target_sizes": np.array([[width, height]])}
+    feeds = {"images": image[None], "orig_target_sizes": np.array([[width, height]])}
     found = session.run(["images_float"], feeds)[0][0].transpose(1, 2, 0) * 255
-    expected = stretch(picture, (96, 128)).astype(np.float64)
+    expected = stretch(image, (96, 128)).astype(np.float64)
     assert np.abs(found - expected).max() < 1.01
     assert (np.abs(found - expected) > 0.01).mean() < 0.03
 
@@ -218,7 +218,7 @@ def test_resize_in_the_graph_is_ours(edited: Edit, height: int, width: int, kind
 )
 def test_variants_pass_the_gate(loaded: Loaded, dataset: Dataset, tmp_path: Path, options: ExportOptions) -> None:
     model, header = loaded
-    for artefact in export_model(model, header, tmp_path, options, pictures=dataset, device="cpu"):
+    for artefact in export_model(model, header, tmp_path, options, images=dataset, device="cpu"):
         assert artefact.verdict is not None
         assert artefact.verdict.passed, artefact.verdict.summary
 
@@ -231,7 +231,7 @@ def test_discrete_export(loaded: Loaded, shapes_model: Path, dataset: Dataset, t
 
     model, header = load_model(shapes_model, sampling="discrete")
     model.set_sampling("discrete", rounding)  # type: ignore[arg-type]
-    made = export_model(model, replace(header, rounding=rounding), tmp_path, pictures=dataset, device="cpu")[0]
+    made = export_model(model, replace(header, rounding=rounding), tmp_path, images=dataset, device="cpu")[0]
     assert made.passed, made.verdict and made.verdict.summary
     assert "GridSample" not in made.operators
     found = OnnxBackend(made.path).header
@@ -239,12 +239,12 @@ def test_discrete_export(loaded: Loaded, shapes_model: Path, dataset: Dataset, t
 
 
 def test_any_size_goes_in(edited: Edit, loaded: Loaded, dataset: Dataset) -> None:
-    """`--preprocess-in-graph`: uint8 pictures as they are, boxes in their pixels."""
+    """`--preprocess-in-graph`: uint8 images as they are, boxes in their pixels."""
     backend = OnnxBackend(edited(lambda model: onnx_file.prepend_preprocessing(model, (96, 128))))
     reference = TorchBackend(*loaded, device="cpu")
     for index in range(4):
-        picture = read_picture(dataset.path(index))
-        size = np.array([[picture.shape[1], picture.shape[0]]])
-        found = backend.run(picture[None], size)
-        expected = reference.run(stretch(picture, (96, 128))[None], size)
+        image = read_image(dataset.path(index))
+        size = np.array([[image.shape[1], image.shape[0]]])
+        found = backend.run(image[None], size)
+        expected = reference.run(stretch(image, (96, 128))[None], size)
         assert judge_agreement(expected, found, LIMITS["resized"]).passed

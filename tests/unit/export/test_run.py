@@ -77,11 +77,11 @@ def test_failed_export_is_marked(
 ) -> None:
     options = ExportOptions(formats=("onnx", "openvino"))
     monkeypatch.setattr(Gate, "judge", lambda self, candidate, **facts: verdict(False))
-    failed = export_model(*loaded, tmp_path, options, pictures=dataset, stem="m")
+    failed = export_model(*loaded, tmp_path, options, images=dataset, stem="m")
     assert names_in(tmp_path) == ["m.failed.bin", "m.failed.onnx", "m.failed.xml", "parity.json"]
     assert [a.passed for a in failed] == [False, False]
     monkeypatch.setattr(Gate, "judge", lambda self, candidate, **facts: verdict(True))
-    export_model(*loaded, tmp_path, options, pictures=dataset, stem="m")
+    export_model(*loaded, tmp_path, options, images=dataset, stem="m")
     assert names_in(tmp_path) == ["m.bin", "m.onnx", "m.xml", "parity.json"]  # the old failures are gone
     assert open_backend(tmp_path / "m.xml").header.names == loaded[1].names
 
@@ -93,11 +93,11 @@ def test_older_file_gives_up_its_name(
     """Nobody finds, under the name to deploy, a file that the last export did not pass."""
     options = ExportOptions(formats=("onnx", "openvino"))
     monkeypatch.setattr(Gate, "judge", lambda self, candidate, **facts: verdict(True))
-    export_model(*loaded, tmp_path, options, pictures=dataset, stem="m")
+    export_model(*loaded, tmp_path, options, images=dataset, stem="m")
     older = (tmp_path / "m.onnx").read_bytes()
     monkeypatch.setattr(Gate, "judge", lambda self, candidate, **facts: verdict(False))
     told: list[str] = []
-    export_model(*loaded, tmp_path, options, pictures=dataset, stem="m", tell=told.append)
+    export_model(*loaded, tmp_path, options, images=dataset, stem="m", tell=told.append)
     failed = ["m.failed.bin", "m.failed.onnx", "m.failed.xml"]
     aside = ["m.previous.bin", "m.previous.onnx", "m.previous.xml"]
     assert names_in(tmp_path) == [*failed, *aside, "parity.json"]
@@ -111,7 +111,7 @@ def test_older_file_gives_up_its_name(
         "m.previous.xml": True,
     }
     monkeypatch.setattr(Gate, "judge", lambda self, candidate, **facts: verdict(True))
-    export_model(*loaded, tmp_path, options, pictures=dataset, stem="m")
+    export_model(*loaded, tmp_path, options, images=dataset, stem="m")
     assert names_in(tmp_path) == ["m.bin", "m.onnx", "m.xml", "parity.json"]
 
 
@@ -122,7 +122,7 @@ def test_older_file_after_an_export_that_breaks_off(
     """One format is made, the next cannot be: what was made is told, and its older file gives up its name too."""
     options = ExportOptions(formats=("onnx", "openvino"))
     monkeypatch.setattr(Gate, "judge", lambda self, candidate, **facts: verdict(True))
-    export_model(*loaded, tmp_path, options, pictures=dataset, stem="m")
+    export_model(*loaded, tmp_path, options, images=dataset, stem="m")
 
     def missing(work: Work) -> Draft:
         raise EnvironmentProblem("planted")
@@ -130,7 +130,7 @@ def test_older_file_after_an_export_that_breaks_off(
     monkeypatch.setitem(run.DRAFTS, "openvino", missing)
     made: list[Artefact] = []
     with pytest.raises(EnvironmentProblem):
-        export_model(*loaded, tmp_path, options, pictures=dataset, stem="m", finished=made.append)
+        export_model(*loaded, tmp_path, options, images=dataset, stem="m", finished=made.append)
     assert [a.path.name for a in made] == ["m.onnx"]
     assert names_in(tmp_path) == ["m.onnx", "m.previous.bin", "m.previous.xml", "parity.json"]
     assert entries(tmp_path) == {"m.onnx": True, "m.previous.xml": True}
@@ -145,7 +145,7 @@ def test_parity_file_keeps_what_still_holds(
     monkeypatch.setattr(Gate, "judge", lambda self, candidate, **facts: verdict(True))
 
     def export(name: str, header: ModelHeader = header) -> dict[str, bool | None]:
-        export_model(model, header, tmp_path, ExportOptions(formats=(name,)), pictures=dataset, stem="m")
+        export_model(model, header, tmp_path, ExportOptions(formats=(name,)), images=dataset, stem="m")
         return entries(tmp_path)
 
     assert header.identity
@@ -168,7 +168,7 @@ def test_what_breaks_leaves_nothing(
 
     monkeypatch.setattr(Gate, "judge", broken)
     with pytest.raises(ModelError):
-        export_model(*loaded, tmp_path, ExportOptions(formats=("openvino",)), pictures=dataset)
+        export_model(*loaded, tmp_path, ExportOptions(formats=("openvino",)), images=dataset)
     assert names_in(tmp_path) == []
 
 

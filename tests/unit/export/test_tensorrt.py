@@ -72,9 +72,7 @@ def test_engine_through_the_gate(
 
     for _ in range(2):
         module.log.clear()
-        made = export_model(
-            *loaded, tmp_path, options, pictures=dataset, stem="m", device="cpu", build_progress=progress
-        )
+        made = export_model(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu", build_progress=progress)
         engine = made[1]
         assert engine.verdict is not None
         assert engine.verdict.passed, engine.verdict.summary
@@ -110,7 +108,7 @@ def test_engine_that_is_not_half(
     use(version, precision="single")
     options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
     with pytest.raises(ExportError, match="not half precision: 0 of"):
-        export_model(*loaded, tmp_path, options, pictures=dataset, stem="m", device="cpu")
+        export_model(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu")
     left = {p.name for p in tmp_path.iterdir()}
     assert "m-fp16.onnx" in left
     assert not {"m.engine", "m.unverified.engine", "m.failed.engine"} & left
@@ -133,7 +131,7 @@ def test_without_tensorrt(ready: Artefact, loaded: Loaded, dataset: Dataset, tmp
     """Exit 7, the verified graph left ready, and the exact command for the machine that has it."""
     options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
     with pytest.raises(EnvironmentProblem) as caught:
-        export_model(*loaded, tmp_path, options, pictures=dataset, stem="m", device="cpu")
+        export_model(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu")
     graph, engine = tmp_path / "m-fp16.onnx", tmp_path / "m.engine"
     assert caught.value.exit_code == 7
     assert "TensorRT is not installed" in caught.value.message
@@ -165,7 +163,7 @@ def test_older_engine_does_not_get_the_new_header(
     header_path(engine).write_text("older header")
     options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
     with pytest.raises(EnvironmentProblem):
-        export_model(*loaded, tmp_path, options, pictures=dataset, stem="m", device="cpu")
+        export_model(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu")
     assert not engine.exists()
     assert (tmp_path / "m.previous.engine").read_bytes() == b"older"
     assert header_path(tmp_path / "m.previous.engine").read_text() == "older header"
@@ -180,7 +178,7 @@ def test_no_engine_of_a_graph_that_failed(
     monkeypatch.setitem(gate.LIMITS, "fp16", replace(gate.LIMITS["fp16"], matched=1.5))
     told: list[str] = []
     options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
-    made = export_model(*loaded, tmp_path, options, pictures=dataset, stem="m", device="cpu", tell=told.append)
+    made = export_model(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu", tell=told.append)
     assert [a.passed for a in made] == [False]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m-fp16.failed.onnx", "m.previous.engine", "parity.json"]
     assert "m.engine of an earlier export is now m.previous.engine" in "\n".join(told)
@@ -194,7 +192,7 @@ def test_fault_of_a_version_is_no_reason_to_build_elsewhere(
     monkeypatch.setitem(ready.operators, "GridSample", 3)
     options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
     with pytest.raises(EnvironmentProblem, match="GridSample") as caught:
-        export_model(*loaded, tmp_path, options, pictures=dataset, stem="m", device="cpu")
+        export_model(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu")
     assert caught.value.code == "tensorrt-fault"
     assert "without --gridsample" in caught.value.hint
     assert "trtexec" not in caught.value.hint
@@ -202,11 +200,11 @@ def test_fault_of_a_version_is_no_reason_to_build_elsewhere(
 
 
 def test_example_without_the_header(tmp_path: Path) -> None:
-    engine, picture = tmp_path / "m.engine", tmp_path / "a.png"
+    engine, image = tmp_path / "m.engine", tmp_path / "a.png"
     engine.touch()
-    picture.touch()
+    image.touch()
     script = Path(__file__).resolve().parents[3] / "examples/tensorrt_only.py"
-    ran = subprocess.run([sys.executable, script, engine, picture], capture_output=True, text=True, check=False)
+    ran = subprocess.run([sys.executable, script, engine, image], capture_output=True, text=True, check=False)
     assert ran.returncode == 1
     assert ran.stderr.splitlines() == [f"{header_path(engine)} is not there: copy it beside the engine"]
 
@@ -218,7 +216,7 @@ def test_without_a_gpu(
     monkeypatch.setattr(run, "engine_device", lambda: None)
     options = ExportOptions(formats=("fp16", "trt-fp16"))
     with pytest.raises(EnvironmentProblem, match="no CUDA device") as caught:
-        export_model(*loaded, tmp_path, options, pictures=dataset, stem="m", device="cpu")
+        export_model(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu")
     assert "Shapes" not in caught.value.hint  # a fixed batch needs none
 
 
@@ -331,5 +329,5 @@ def test_real_tensorrt(loaded: Loaded, dataset: Dataset, tmp_path: Path) -> None
     """The whole path on a GPU, where TensorRT is installed."""
     pytest.importorskip("tensorrt", reason="TensorRT is not installed")
     options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True, batch=4)
-    made = export_model(*loaded, tmp_path, options, pictures=dataset)
+    made = export_model(*loaded, tmp_path, options, images=dataset)
     assert all(a.passed for a in made), [a.verdict and a.verdict.summary for a in made]

@@ -41,7 +41,7 @@ GEOMETRY = Augmentation("geometry", flip=0.5, zoom_out=0.5, iou_crop=0.8)
 
 
 class Drawn:
-    """A picture in memory, decoded as a JPEG of it would be, or only in full."""
+    """An image in memory, decoded as a JPEG of it would be, or only in full."""
 
     def __init__(self, pixels: NDArray[np.uint8], *, scalable: bool = False) -> None:
         self.image = Image.fromarray(pixels)
@@ -91,15 +91,15 @@ def show(source: Any, window: Window, hw: tuple[int, int], **how: Any) -> NDArra
 )
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_window_equals_pad_crop_flip_resize(window: Window, hw: tuple[int, int], flip: bool) -> None:
-    picture = texture(150, 200)
+    image = texture(150, 200)
     expected = F.pad(
-        Image.fromarray(picture), [max(0, -window.left), max(0, -window.top), 900, 900], fill=0
+        Image.fromarray(image), [max(0, -window.left), max(0, -window.top), 900, 900], fill=0
     )  # larger than any window
     expected = F.crop(expected, max(0, window.top), max(0, window.left), window.wh[1], window.wh[0])
     if flip:
         expected = F.horizontal_flip(expected)
     expected = np.array(F.resize(expected, list(hw), antialias=True), np.int16)
-    got = show(Drawn(picture), window, hw, flip=flip).astype(np.int16)
+    got = show(Drawn(image), window, hw, flip=flip).astype(np.int16)
     difference = np.abs(got - expected)
     inside = min(window) >= 0 and window.right <= 200 and window.bottom <= 150
     whole = window == (0, 0, 200, 150)
@@ -120,25 +120,25 @@ def test_a_window_equals_pad_crop_flip_resize(window: Window, hw: tuple[int, int
 )  # fmt: skip
 def test_one_distortion_equals_torchvisions(op: tuple[str, float]) -> None:
     name, factor = op
-    picture = texture(128, 128)
+    image = texture(128, 128)
     drawn = Distortion(None, None, None, None, True, None)._replace(**{name: factor})
-    got = show(Drawn(picture), Window(0, 0, 128, 128), (128, 128), distortion=drawn).astype(np.int16)
-    expected = np.array(getattr(F, f"adjust_{name}")(Image.fromarray(picture), factor), np.int16)
+    got = show(Drawn(image), Window(0, 0, 128, 128), (128, 128), distortion=drawn).astype(np.int16)
+    expected = np.array(getattr(F, f"adjust_{name}")(Image.fromarray(image), factor), np.int16)
     difference = np.abs(got - expected)
     # Hue goes through HSV in eight bits, which OpenCV and Pillow round in other places.
     assert difference.max() <= (16 if name == "hue" else 1)
     assert difference.mean() <= (1.5 if name == "hue" else 0.5)
-    assert np.abs(picture.astype(np.int16) - got).mean() > 1, "something must have happened"
+    assert np.abs(image.astype(np.int16) - got).mean() > 1, "something must have happened"
 
 
 @pytest.mark.parametrize("contrast_first", [False, True])
 def test_distortions_follow_in_torchvisions_order(contrast_first: bool) -> None:
-    picture = texture(96, 96, seed=2)
+    image = texture(96, 96, seed=2)
     drawn = Distortion(1.1, 1.4, 0.6, 0.04, contrast_first, (2, 0, 1))
-    got = show(Drawn(picture), Window(0, 0, 96, 96), (96, 96), distortion=drawn).astype(np.int16)
-    image = Image.fromarray(picture)
+    got = show(Drawn(image), Window(0, 0, 96, 96), (96, 96), distortion=drawn).astype(np.int16)
+    expected_image = Image.fromarray(image)
     expected = v2.RandomPhotometricDistort().transform(
-        image,
+        expected_image,
         {
             "brightness_factor": 1.1,
             "contrast_factor": 1.4,
@@ -151,22 +151,22 @@ def test_distortions_follow_in_torchvisions_order(contrast_first: bool) -> None:
     assert np.abs(got - np.array(expected, np.int16)).mean() < 2
 
 
-def test_contrast_turns_about_the_mean_of_the_whole_picture() -> None:
-    picture = np.zeros((100, 200, 3), np.uint8)
-    picture[:, :100] = 40
-    picture[:, 100:] = 200
+def test_contrast_turns_about_the_mean_of_the_whole_image() -> None:
+    image = np.zeros((100, 200, 3), np.uint8)
+    image[:, :100] = 40
+    image[:, 100:] = 200
     drawn = Distortion(None, 0.5, None, None, True, None)
-    got = show(Drawn(picture), Window(0, 0, 80, 80), (64, 64), distortion=drawn)
+    got = show(Drawn(image), Window(0, 0, 80, 80), (64, 64), distortion=drawn)
     assert abs(int(got[30, 30, 0]) - (40 + 120) // 2) <= 1, "the window alone has the mean 40, and would stay as it is"
 
 
 @pytest.mark.parametrize("hw", [(96, 96), (512, 512)], ids=["shrunk", "enlarged"])
 def test_black_surroundings_stay_black_when_contrast_is_lowered(hw: tuple[int, int]) -> None:
-    picture = np.full((120, 120, 3), 220, np.uint8)
+    image = np.full((120, 120, 3), 220, np.uint8)
     window = Window(-90, -60, 300, 240)
-    plain = show(Drawn(picture), window, hw).astype(int)
+    plain = show(Drawn(image), window, hw).astype(int)
     drawn = Distortion(0.9, 0.5, 0.5, 0.03, True, None)
-    got = show(Drawn(picture), window, hw, distortion=drawn).astype(int)
+    got = show(Drawn(image), window, hw, distortion=drawn).astype(int)
     assert (got[plain.max(2) == 0] == 0).all()
     inside = got[plain.min(2) == 220].mean()
     expected = plain[..., 0] / 220 * inside
@@ -209,14 +209,14 @@ def test_a_reduced_decode_looks_like_the_full_one(tmp_path: Path, window: Window
 @pytest.mark.parametrize("scalable", [False, True], ids=["full", "reduced"])
 def test_boxes_stay_on_their_things(scalable: bool) -> None:
     """A white thing on grey, under every geometric draw: its visible extent is the box that comes back."""
-    picture = np.full((600, 800, 3), 60, np.uint8)
+    image = np.full((600, 800, 3), 60, np.uint8)
     box = np.array([[320.0, 160.0, 520.0, 400.0]])
-    picture[160:400, 320:520] = 255
+    image[160:400, 320:520] = 255
     out = np.empty((3, 160, 192), np.uint8)
     kinds = set()
     for seed in range(150):
         rng = np.random.default_rng(seed)
-        source = Drawn(picture, scalable=scalable)
+        source = Drawn(image, scalable=scalable)
         boxes, labels = augment(source, box, np.array([4]), GEOMETRY, rng, out)
         kinds.add(source.asked)
         if not len(boxes):
@@ -236,7 +236,7 @@ def test_boxes_below_a_pixel_are_dropped_and_the_rest_clipped() -> None:
     assert kept.tolist() == [[0, 0, 20, 20], [90, 90, 100, 100], [50, 50, 51, 51]]
 
 
-def test_a_picture_without_boxes_goes_through() -> None:
+def test_a_image_without_boxes_goes_through() -> None:
     out = np.empty((3, 64, 64), np.uint8)
     for seed in range(20):
         boxes, labels = augment(
@@ -248,7 +248,7 @@ def test_a_picture_without_boxes_goes_through() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 400), (400, 2), (3, 3)])
-def test_the_smallest_pictures_go_through(size: tuple[int, int]) -> None:
+def test_the_smallest_images_go_through(size: tuple[int, int]) -> None:
     height, width = size
     out = np.empty((3, 64, 96), np.uint8)
     box = np.array([[0.0, 0.0, width, height]])
@@ -332,7 +332,7 @@ def test_the_recipes_boxes_are_distributed_as_torchvisions(n: int) -> None:
             alike(a[:, coordinate], b[:, coordinate], f"{name} of box {label}")
         alike((a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1]), (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]), f"area {label}")
     counts = [(~np.isnan(b[..., 0])).sum(1) for b in (ours, theirs)]
-    alike(*(c.astype(np.float64) for c in counts), "boxes in a picture")
+    alike(*(c.astype(np.float64) for c in counts), "boxes in an image")
 
 
 @pytest.mark.parametrize("n", [300, pytest.param(3000, marks=pytest.mark.slow)])
@@ -385,28 +385,26 @@ def test_without_strong_only_the_flip_is_left() -> None:
 
 
 def test_none_is_the_stretch_alone() -> None:
-    picture = texture(150, 200)
+    image = texture(150, 200)
     out = np.empty((3, 64, 64), np.uint8)
     for seed in range(5):
         boxes, _ = augment(
-            Drawn(picture), np.array([[50.0, 30, 150, 90]]), np.array([0]), NONE, np.random.default_rng(seed), out
+            Drawn(image), np.array([[50.0, 30, 150, 90]]), np.array([0]), NONE, np.random.default_rng(seed), out
         )
-        assert np.array_equal(out.transpose(1, 2, 0), np.array(Image.fromarray(picture).resize((64, 64), 2)))
+        assert np.array_equal(out.transpose(1, 2, 0), np.array(Image.fromarray(image).resize((64, 64), 2)))
         np.testing.assert_allclose(boxes, [[0.5, 0.4, 0.5, 0.4]], rtol=1e-6)
 
 
 def test_light_keeps_every_box_and_changes_colours_a_little() -> None:
-    picture = texture(64, 64)
+    image = texture(64, 64)
     out = np.empty((3, 64, 64), np.uint8)
     changes = []
     for seed in range(40):
         boxes, _ = augment(
-            Drawn(picture), np.array([[8.0, 8, 32, 48]]), np.array([0]), LIGHT, np.random.default_rng(seed), out
+            Drawn(image), np.array([[8.0, 8, 32, 48]]), np.array([0]), LIGHT, np.random.default_rng(seed), out
         )
         assert len(boxes) == 1
-        straight, mirrored = (
-            np.abs(out.transpose(1, 2, 0).astype(int) - p).mean() for p in (picture, picture[:, ::-1])
-        )
+        straight, mirrored = (np.abs(out.transpose(1, 2, 0).astype(int) - p).mean() for p in (image, image[:, ::-1]))
         changes.append(min(straight, mirrored))
     assert 0.5 < np.mean(changes) < 15
 

@@ -1,4 +1,4 @@
-"""Every kind of picture becomes the same thing: upright RGB in eight bits, or a clear refusal."""
+"""Every kind of image becomes the same thing: upright RGB in eight bits, or a clear refusal."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from torchvision.transforms.v2 import functional as F
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.images.decode import (
     FORMATS,
-    PictureError,
+    ImageError,
     divisor,
-    open_picture,
+    image_size,
+    open_image,
     opened,
-    picture_size,
-    read_picture,
+    read_image,
     stretch,
 )
 
@@ -59,18 +59,18 @@ def png(width: int, height: int, depth: int, colour: int, raw: bytes) -> bytes:
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "TGA", "GIF", "JPEG", "AVIF", "JPEG2000"])
 def test_every_format_reads(kind: str, tmp_path: Path) -> None:
-    picture = texture(48, 64)
+    image = texture(48, 64)
     how = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}, "AVIF": {"quality": 95}}.get(kind, {})
-    data = encoded(Image.fromarray(picture), kind, **how)
+    data = encoded(Image.fromarray(image), kind, **how)
     path = tmp_path / "a.bin"
     path.write_bytes(data)
     for source in (data, path):
-        got = read_picture(source)
+        got = read_image(source)
         assert got.shape == (48, 64, 3)
         assert got.dtype == np.uint8
         assert got.flags.writeable
-        assert np.abs(got.astype(int) - picture).mean() <= {"GIF": 12, "JPEG": 2, "AVIF": 3}.get(kind, 0)
-        assert picture_size(source) == (64, 48)
+        assert np.abs(got.astype(int) - image).mean() <= {"GIF": 12, "JPEG": 2, "AVIF": 3}.get(kind, 0)
+        assert image_size(source) == (64, 48)
 
 
 @pytest.mark.parametrize(
@@ -90,26 +90,26 @@ def test_every_format_reads(kind: str, tmp_path: Path) -> None:
     ids=["grey", "bits", "grey-alpha", "alpha", "palette", "palette-gif", "cmyk", "cmyk-jpeg", "16-bit", "16-bit-tiff"],
 )
 def test_every_mode_becomes_rgb(image: Image.Image, kind: str, expected: tuple[int, int, int]) -> None:
-    got = read_picture(encoded(image, kind))
+    got = read_image(encoded(image, kind))
     assert got.shape == (image.height, image.width, 3)
     assert np.abs(got.astype(int) - expected).max() <= (2 if kind == "JPEG" else 0)
 
 
 def test_a_transparent_palette_reads_without_a_warning() -> None:
     image = Image.new("RGB", (4, 2), (10, 20, 30)).quantize(4)
-    assert read_picture(encoded(image, "PNG", transparency=b"\x00\x80\xff\xff"))[0, 0].tolist() == [10, 20, 30]
+    assert read_image(encoded(image, "PNG", transparency=b"\x00\x80\xff\xff"))[0, 0].tolist() == [10, 20, 30]
 
 
 def test_sixteen_bits_in_colour_keep_the_high_byte() -> None:
     row = b"\x00" + struct.pack(">HHH", 0x1234, 0x5678, 0xFFFF) * 3
-    assert read_picture(png(3, 2, 16, 2, row * 2))[0, 0].tolist() == [0x12, 0x56, 0xFF]
+    assert read_image(png(3, 2, 16, 2, row * 2))[0, 0].tolist() == [0x12, 0x56, 0xFF]
 
 
 def test_of_an_animation_the_first_frame_is_taken() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((250, 0, 0), (0, 250, 0))]
     for kind in ("GIF", "PNG", "WEBP"):
         data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
-        assert read_picture(data)[0, 0].tolist() == [250, 0, 0], kind
+        assert read_image(data)[0, 0].tolist() == [250, 0, 0], kind
 
 
 # ---------------------------------------------------------------------------------------------------- EXIF
@@ -136,9 +136,9 @@ def test_orientation_is_applied(orientation: int, kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(stored, kind, exif=exif, quality=95)
-    assert picture_size(data) == (64, 40)
-    assert np.abs(read_picture(data).astype(int) - upright).mean() < 5
-    half = read_picture(data, reduce_to=(20, 32))
+    assert image_size(data) == (64, 40)
+    assert np.abs(read_image(data).astype(int) - upright).mean() < 5
+    half = read_image(data, reduce_to=(20, 32))
     assert half.shape == ((20, 32, 3) if kind == "JPEG" else (40, 64, 3))
     assert np.abs(half[:8, :12].astype(int) - 255).mean() < 5
 
@@ -147,16 +147,16 @@ def test_orientation_is_applied(orientation: int, kind: str) -> None:
 def test_a_senseless_orientation_is_ignored(value: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = value
-    assert picture_size(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)) == (8, 4)
+    assert image_size(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)) == (8, 4)
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # outside of pytest, `pictures` filters Pillow's remarks itself
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # outside of pytest, `images` filters Pillow's remarks itself
 @pytest.mark.parametrize(
     "exif", [b"Exif\x00\x00", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"Exif\x00\x00MM\x00*" + b"\xff" * 40]
 )
-def test_broken_exif_does_not_lose_the_picture(exif: bytes) -> None:
+def test_broken_exif_does_not_lose_the_image(exif: bytes) -> None:
     data = encoded(Image.new("RGB", (8, 4), (9, 9, 9)), "JPEG", exif=exif)
-    assert read_picture(data).shape == (4, 8, 3)
+    assert read_image(data).shape == (4, 8, 3)
 
 
 # ---------------------------------------------------------------------------------------------------- faults
@@ -166,19 +166,19 @@ def faulty() -> dict[str, tuple[bytes, str]]:
     jpeg = encoded(Image.fromarray(texture(64, 64)), "JPEG")
     whole = encoded(Image.fromarray(texture(64, 64)), "PNG")
     return {
-        "empty": (b"", "picture-empty"),
-        "text": (b"this is no picture", "picture-unreadable"),
-        "html": (b"<html><body>404</body></html>", "picture-unreadable"),
-        "jpeg-half": (jpeg[: len(jpeg) // 2], "picture-truncated"),
-        "jpeg-headless": (jpeg[:30], "picture-truncated"),
-        "png-half": (whole[: len(whole) // 2], "picture-truncated"),
-        "png-overwritten": (whole[:41] + bytes(40) + whole[81:], "picture-truncated"),
-        "bomb": (png(60000, 60000, 8, 0, b"\x00"), "picture-bomb"),
-        "just-a-bomb": (png(20000, 9000, 8, 0, b"\x00"), "picture-bomb"),
-        "float": (encoded(Image.new("F", (4, 4)), "TIFF"), "picture-samples"),
-        "int32": (encoded(Image.new("I", (4, 4)), "TIFF"), "picture-samples"),
-        "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "picture-unreadable"),
-        "svg": (b"<svg xmlns='http://www.w3.org/2000/svg' width='3' height='3'/>", "picture-unreadable"),
+        "empty": (b"", "image-empty"),
+        "text": (b"this is no image", "image-unreadable"),
+        "html": (b"<html><body>404</body></html>", "image-unreadable"),
+        "jpeg-half": (jpeg[: len(jpeg) // 2], "image-truncated"),
+        "jpeg-headless": (jpeg[:30], "image-truncated"),
+        "png-half": (whole[: len(whole) // 2], "image-truncated"),
+        "png-overwritten": (whole[:41] + bytes(40) + whole[81:], "image-truncated"),
+        "bomb": (png(60000, 60000, 8, 0, b"\x00"), "image-bomb"),
+        "just-a-bomb": (png(20000, 9000, 8, 0, b"\x00"), "image-bomb"),
+        "float": (encoded(Image.new("F", (4, 4)), "TIFF"), "image-samples"),
+        "int32": (encoded(Image.new("I", (4, 4)), "TIFF"), "image-samples"),
+        "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "image-unreadable"),
+        "svg": (b"<svg xmlns='http://www.w3.org/2000/svg' width='3' height='3'/>", "image-unreadable"),
     }
 
 
@@ -187,9 +187,9 @@ def test_faults_are_told_apart_and_name_the_file(name: str, tmp_path: Path) -> N
     data, code = faulty()[name]
     path = tmp_path / f"{name}.jpg"
     path.write_bytes(data)
-    for source, called in ((path, str(path)), (data, "the picture")):
-        with pytest.raises(PictureError) as error:
-            read_picture(source)
+    for source, called in ((path, str(path)), (data, "the image")):
+        with pytest.raises(ImageError) as error:
+            read_image(source)
         assert error.value.code == code
         assert error.value.message.startswith(called)
         assert "\n" not in error.value.message
@@ -197,33 +197,33 @@ def test_faults_are_told_apart_and_name_the_file(name: str, tmp_path: Path) -> N
 
 
 def test_a_missing_file_and_a_folder_are_told(tmp_path: Path) -> None:
-    with pytest.raises(PictureError, match="does not exist") as error:
-        picture_size(tmp_path / "nothing.png")
-    assert error.value.code == "picture-missing"
-    with pytest.raises(PictureError, match="is a folder"):
-        read_picture(tmp_path)
+    with pytest.raises(ImageError, match="does not exist") as error:
+        image_size(tmp_path / "nothing.png")
+    assert error.value.code == "image-missing"
+    with pytest.raises(ImageError, match="is a folder"):
+        read_image(tmp_path)
 
 
 def test_a_header_is_read_without_the_pixels(tmp_path: Path) -> None:
     data = encoded(Image.fromarray(texture(64, 64)), "PNG")
-    assert picture_size(data[:60]) == (64, 64)
+    assert image_size(data[:60]) == (64, 64)
 
 
-def test_a_fault_of_ours_inside_the_block_is_not_the_pictures() -> None:
+def test_a_fault_of_ours_inside_the_block_is_not_the_images() -> None:
     with pytest.raises(ZeroDivisionError), opened(encoded(Image.new("RGB", (4, 4)), "PNG")):
         1 / 0  # noqa: B018
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", range(60))
-def test_random_damage_gives_a_picture_or_an_error_and_nothing_else(seed: int) -> None:
+def test_random_damage_gives_a_image_or_an_error_and_nothing_else(seed: int) -> None:
     rng = np.random.default_rng(seed)
     kind = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")[seed % 6]
     data = bytearray(encoded(Image.fromarray(texture(32, 32)), kind))
     for _ in range(int(rng.integers(1, 12))):
         data[int(rng.integers(len(data)))] = int(rng.integers(256))
-    with contextlib.suppress(PictureError):
-        assert read_picture(bytes(data)).ndim == 3
+    with contextlib.suppress(ImageError):
+        assert read_image(bytes(data)).ndim == 3
 
 
 def test_no_handle_is_left_open(tmp_path: Path) -> None:
@@ -232,21 +232,21 @@ def test_no_handle_is_left_open(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no")
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(5):
-        picture_size(path)
-        open_picture(path)
-        with pytest.raises(PictureError):
-            picture_size(tmp_path / "bad.png")
+        image_size(path)
+        open_image(path)
+        with pytest.raises(ImageError):
+            image_size(tmp_path / "bad.png")
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 # ---------------------------------------------------------------------------------------------------- decoding
 
 
-@pytest.mark.skipif(not COCO.is_dir(), reason="the shared pictures are not here")
+@pytest.mark.skipif(not COCO.is_dir(), reason="the shared images are not here")
 def test_real_jpegs_decode_to_the_bits_that_opencv_gives() -> None:
     for path in sorted(COCO.glob("*.jpg")):
         other = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB)
-        assert np.array_equal(read_picture(path), other), path.name
+        assert np.array_equal(read_image(path), other), path.name
 
 
 @pytest.mark.parametrize(
@@ -283,9 +283,9 @@ def test_a_reduced_decode_has_the_sides_rounded_up(size_wh: tuple[int, int]) -> 
 
 @pytest.mark.parametrize("hw", [(64, 64), (320, 320), (96, 160), (480, 640), (800, 700)])
 def test_the_stretch_is_the_published_one(hw: tuple[int, int]) -> None:
-    picture = texture(480, 640)
-    published = np.array(F.resize(Image.fromarray(picture), list(hw), antialias=True))
-    assert np.array_equal(stretch(picture, hw), published)
+    image = texture(480, 640)
+    published = np.array(F.resize(Image.fromarray(image), list(hw), antialias=True))
+    assert np.array_equal(stretch(image, hw), published)
 
 
 def test_the_stretch_is_antialiased() -> None:
@@ -303,7 +303,7 @@ def test_this_module_loads_neither_torch_nor_opencv() -> None:
 def test_pillows_remarks_stay_out_of_the_terminal(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff"))
-    code = "import pathlib, sys; from rtdetr_cli.images import decode; decode.read_picture(pathlib.Path(sys.argv[1]))"
+    code = "import pathlib, sys; from rtdetr_cli.images import decode; decode.read_image(pathlib.Path(sys.argv[1]))"
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
     assert done.stderr == ""
 

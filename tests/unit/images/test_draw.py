@@ -1,4 +1,4 @@
-"""Annotated pictures: what is drawn where, whatever the size of the picture."""
+"""Annotated images: what is drawn where, whatever the size of the image."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def luminance(rgb: tuple[int, int, int]) -> float:
 def test_colours_are_stable_distinct_and_legible() -> None:
     first = [colour(label) for label in range(100)]
     assert first == [colour(label) for label in range(100)]
-    assert colour(0) == (255, 101, 87)  # a saved picture of last year shows the same class alike
+    assert colour(0) == (255, 101, 87)  # a saved image of last year shows the same class alike
     assert all(0 <= channel <= 255 for rgb in first for channel in rgb)
     for a, b in itertools.combinations(first[:10], 2):
         assert sum(abs(x - y) for x, y in zip(a, b, strict=True)) > 60
@@ -45,13 +45,13 @@ def test_colours_are_stable_distinct_and_legible() -> None:
 
 
 def test_box_is_drawn_in_its_colour_on_its_edge() -> None:
-    picture = ground()
-    drawn = draw_boxes(picture, [[100, 200, 300, 400]], [1], NAMES)
-    assert (picture == 128).all()  # the original is left alone
+    image = ground()
+    drawn = draw_boxes(image, [[100, 200, 300, 400]], [1], NAMES)
+    assert (image == 128).all()  # the original is left alone
     for x, y in ((100, 300), (299, 300), (200, 399), (250, 200)):
         assert tuple(drawn[y, x]) == colour(1)
     assert tuple(drawn[300, 200]) == (128, 128, 128)  # the inside stays
-    x1, y1, x2, y2 = changed(picture, drawn)
+    x1, y1, x2, y2 = changed(image, drawn)
     assert (x1, x2, y2) == (100, 300, 400)
     assert y1 < 200  # the label lies on top
 
@@ -60,19 +60,19 @@ def test_box_is_drawn_in_its_colour_on_its_edge() -> None:
 @pytest.mark.parametrize("box", [[0, 0, 1, 1], [0.9, 0, 1, 0.05], [-0.5, -0.5, 0.2, 0.2], [0.4, 0.97, 0.6, 1.4]])
 def test_every_size_and_corner(size: tuple[int, int], box: list[float]) -> None:
     width, height = size
-    picture = ground(width, height)
+    image = ground(width, height)
     pixels = [[box[0] * width, box[1] * height, box[2] * width, box[3] * height]]
-    drawn = draw_boxes(picture, pixels, [0], ("a class with quite a long name",), scores=[0.987])
-    assert drawn.shape == picture.shape
+    drawn = draw_boxes(image, pixels, [0], ("a class with quite a long name",), scores=[0.987])
+    assert drawn.shape == image.shape
     assert drawn.dtype == np.uint8
-    assert (drawn != picture).any()
+    assert (drawn != image).any()
 
 
-def test_line_and_text_follow_the_size_of_the_picture() -> None:
+def test_line_and_text_follow_the_size_of_the_image() -> None:
     small, middle, large = (draw._sizes(w, h, 1) for w, h in ((64, 64), (640, 480), (4000, 3000)))
     assert small[0] == 1
     assert small < middle < large
-    # A 12 MP photograph shown 1000 pixels wide has the look of a small picture.
+    # A 12 MP photograph shown 1000 pixels wide has the look of a small image.
     assert 1.5 < large[0] / 4 < 4
     assert 12 < large[1] / 4 < 24
     assert draw._sizes(640, 480, 200) < middle  # a crowd gets a finer pen
@@ -90,15 +90,15 @@ def test_labels_avoid_each_other() -> None:
         assert 0 <= y1 < y2 <= 480
 
 
-def test_many_labels_do_not_hide_the_picture() -> None:
+def test_many_labels_do_not_hide_the_image() -> None:
     random = np.random.default_rng(0)
     corners = random.uniform(0, 300, (300, 2))
     boxes = np.concatenate([corners, corners + random.uniform(20, 150, (300, 2))], axis=1)
-    picture = ground()
-    few = draw_boxes(picture, boxes[:1], [0], NAMES, scores=[0.9])
-    many = draw_boxes(picture, boxes, random.integers(0, 3, 300), NAMES, scores=random.uniform(0, 1, 300))
+    image = ground()
+    few = draw_boxes(image, boxes[:1], [0], NAMES, scores=[0.9])
+    many = draw_boxes(image, boxes, random.integers(0, 3, 300), NAMES, scores=random.uniform(0, 1, 300))
     assert (many != few).any()
-    # Text is black or white: what is neither that nor ground nor line shows how much is left of the picture.
+    # Text is black or white: what is neither that nor ground nor line shows how much is left of the image.
     assert (many == 128).all(axis=2).mean() > 0.3
 
 
@@ -110,16 +110,16 @@ def test_best_score_lies_on_top() -> None:
 
 
 def test_nothing_to_draw_and_unknown_label() -> None:
-    picture = ground()
-    empty = draw_boxes(picture, np.zeros((0, 4)), [], NAMES, scores=[])
-    assert (empty == picture).all()
-    assert empty is not picture
-    assert (draw_boxes(picture, [[5, 5, 50, 50]], [7], ()) != picture).any()
+    image = ground()
+    empty = draw_boxes(image, np.zeros((0, 4)), [], NAMES, scores=[])
+    assert (empty == image).all()
+    assert empty is not image
+    assert (draw_boxes(image, [[5, 5, 50, 50]], [7], ()) != image).any()
 
 
-def test_box_outside_the_picture_leaves_no_line() -> None:
-    picture = ground()
-    drawn = draw_boxes(picture, [[700, 100, 800, 300]], [0], NAMES)
+def test_box_outside_the_image_leaves_no_line() -> None:
+    image = ground()
+    drawn = draw_boxes(image, [[700, 100, 800, 300]], [0], NAMES)
     assert not (drawn[150:, 600:] == np.array(colour(0))).all(axis=2).any()
 
 
@@ -137,10 +137,10 @@ def test_letters_that_the_own_font_lacks_come_from_another() -> None:
     assert draw._font(20, "moose").getname() == own.getname()  # type: ignore[union-attr]
 
 
-def test_real_picture(coco21: Path) -> None:
-    from rtdetr_cli.images.decode import read_picture
+def test_real_image(coco21: Path) -> None:
+    from rtdetr_cli.images.decode import read_image
 
-    picture = read_picture(min((coco21 / "images").iterdir()))
-    drawn = draw_boxes(picture, [[50, 60, 200, 220]], [2], NAMES, scores=[0.83])
-    share = (drawn != picture).any(axis=2).mean()
+    image = read_image(min((coco21 / "images").iterdir()))
+    drawn = draw_boxes(image, [[50, 60, 200, 220]], [2], NAMES, scores=[0.83])
+    share = (drawn != image).any(axis=2).mean()
     assert 0.001 < share < 0.05

@@ -13,7 +13,7 @@ from PIL import Image
 
 import rtdetr_cli
 from rtdetr_cli.errors import EnvironmentProblem, ModelError, UsageError
-from rtdetr_cli.images.decode import PictureError, read_picture
+from rtdetr_cli.images.decode import ImageError, read_image
 from rtdetr_cli.infer.api import Detector, load
 from rtdetr_cli.infer.detections import Detections
 
@@ -24,7 +24,7 @@ def detector(shapes_model: Path) -> Detector:
 
 
 @pytest.fixture(scope="module")
-def pictures(shapes_data: Path) -> list[Path]:
+def images(shapes_data: Path) -> list[Path]:
     return sorted(shapes_data.parent.glob("*.png"))
 
 
@@ -51,22 +51,22 @@ def test_package_offers_the_api_lazily() -> None:
     assert ran.stdout.split("\n")[:2] == ["[]", "False"]
 
 
-def test_one_picture_in_every_form(detector: Detector, pictures: list[Path]) -> None:
-    found = detector.predict(pictures[0])
+def test_one_image_in_every_form(detector: Detector, images: list[Path]) -> None:
+    found = detector.predict(images[0])
     assert isinstance(found, Detections)
     assert len(found) > 0
     assert set(found.class_names) <= {"tomato", "leaf", "plum"}
-    array = read_picture(pictures[0])
-    with Image.open(pictures[0]) as image:
-        for form in (str(pictures[0]), array, image):
+    array = read_image(images[0])
+    with Image.open(images[0]) as image:
+        for form in (str(images[0]), array, image):
             assert same(detector.predict(form), found)
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.scores = found.scores  # type: ignore[misc]
 
 
-def test_several_pictures_keep_their_order(detector: Detector, pictures: list[Path]) -> None:
-    alone = [detector.predict(p) for p in pictures[:5]]
-    for several in (pictures[:5], tuple(pictures[:5]), iter(pictures[:5])):
+def test_several_images_keep_their_order(detector: Detector, images: list[Path]) -> None:
+    alone = [detector.predict(p) for p in images[:5]]
+    for several in (images[:5], tuple(images[:5]), iter(images[:5])):
         found = detector.predict(several, batch=2)  # type: ignore[arg-type]
         assert isinstance(found, list)
         for a, b in zip(found, alone, strict=True):
@@ -75,7 +75,7 @@ def test_several_pictures_keep_their_order(detector: Detector, pictures: list[Pa
     assert detector.predict([]) == []
 
 
-def test_grey_and_turned_pictures(detector: Detector) -> None:
+def test_grey_and_turned_images(detector: Detector) -> None:
     grey = np.full((60, 80), 128, np.uint8)
     assert detector.predict(grey, conf=0).size_wh == (80, 60)
     image = Image.fromarray(np.zeros((20, 40, 3), np.uint8))
@@ -83,13 +83,13 @@ def test_grey_and_turned_pictures(detector: Detector) -> None:
     assert detector.predict(image, conf=0).size_wh == (20, 40)
 
 
-def test_stored_thresholds_are_the_default(detector: Detector, pictures: list[Path]) -> None:
-    found = detector.predict(pictures, conf="auto")
+def test_stored_thresholds_are_the_default(detector: Detector, images: list[Path]) -> None:
+    found = detector.predict(images, conf="auto")
     floors = {"tomato": 0.5, "leaf": 0.45, "plum": 0.55}
     assert all(s >= floors[n] for d in found for n, s in zip(d.class_names, d.scores, strict=True))
-    more = detector.predict(pictures, conf=0.05)
+    more = detector.predict(images, conf=0.05)
     assert sum(map(len, more)) > sum(map(len, found))
-    only = detector.predict(pictures, conf=0.05, classes=["plum"], max_det=1)
+    only = detector.predict(images, conf=0.05, classes=["plum"], max_det=1)
     assert {n for d in only for n in d.class_names} == {"plum"}
     assert max(map(len, only)) == 1
 
@@ -104,14 +104,14 @@ def test_stored_thresholds_are_the_default(detector: Detector, pictures: list[Pa
         np.zeros((2, 4, 4, 3), np.uint8),
     ],
 )
-def test_arrays_that_are_no_picture(detector: Detector, array: np.ndarray) -> None:
-    with pytest.raises(UsageError, match="is no picture") as raised:
+def test_arrays_that_are_no_image(detector: Detector, array: np.ndarray) -> None:
+    with pytest.raises(UsageError, match="is no image") as raised:
         detector.predict(array)
     assert "BGR" in raised.value.hint
 
 
 def test_bad_input(detector: Detector, tmp_path: Path, shapes_model: Path) -> None:
-    with pytest.raises(PictureError, match="does not exist"):
+    with pytest.raises(ImageError, match="does not exist"):
         detector.predict(tmp_path / "gone.jpg")
     with pytest.raises(UsageError, match="no class 'tomatoe'"):
         detector.predict(np.zeros((8, 8, 3), np.uint8), classes=["tomatoe"])
@@ -123,30 +123,30 @@ def test_bad_input(detector: Detector, tmp_path: Path, shapes_model: Path) -> No
         load(shapes_model, imgsz=100)
 
 
-def test_run_folder_and_other_size(shapes_model: Path, tmp_path: Path, pictures: list[Path]) -> None:
+def test_run_folder_and_other_size(shapes_model: Path, tmp_path: Path, images: list[Path]) -> None:
     (tmp_path / "best.safetensors").write_bytes(shapes_model.read_bytes())
     other = load(tmp_path, device="cpu", imgsz=(128, 160))
     assert other.imgsz == (128, 160)
     assert "128x160, 3 classes" in repr(other)
-    assert len(other.predict(pictures[0], conf=0.01)) > 0
+    assert len(other.predict(images[0], conf=0.01)) > 0
 
 
-def test_onnx_gives_the_same_and_needs_no_torch(detector: Detector, shapes_onnx: Path, pictures: list[Path]) -> None:
-    found, expected = load(shapes_onnx).predict(pictures), detector.predict(pictures)
+def test_onnx_gives_the_same_and_needs_no_torch(detector: Detector, shapes_onnx: Path, images: list[Path]) -> None:
+    found, expected = load(shapes_onnx).predict(images), detector.predict(images)
     for a, b in zip(found, expected, strict=True):
         assert a.class_names == b.class_names
         assert a.boxes_xyxy_px == pytest.approx(b.boxes_xyxy_px, abs=0.05)
         assert a.scores == pytest.approx(b.scores, abs=1e-4)
     code = (
-        f"import sys; from rtdetr_cli import load; d = load({str(shapes_onnx)!r}).predict({str(pictures[0])!r});"
+        f"import sys; from rtdetr_cli import load; d = load({str(shapes_onnx)!r}).predict({str(images[0])!r});"
         "print(len(d), sorted({'torch', 'pydantic', 'scipy', 'matplotlib', 'cv2', 'rich'} & set(sys.modules)))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == f"{len(expected[0])} []"
 
 
-def test_supervision(detector: Detector, pictures: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = detector.predict(pictures[0])
+def test_supervision(detector: Detector, images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = detector.predict(images[0])
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(EnvironmentProblem, match="supervision is not installed") as raised:
         found.to_supervision()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from rtdetr_cli.errors import EnvironmentProblem, ModelError, UsageError
-from rtdetr_cli.images.decode import read_picture, stretch
+from rtdetr_cli.images.decode import read_image, stretch
 from rtdetr_cli.infer.backend import check_model_path, name_classes, open_backend
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.graph import finish_raw
@@ -25,15 +25,15 @@ SCORE, PIXELS = 1e-4, 0.05  # float32: another order of summation
 
 
 @pytest.fixture(scope="module")
-def pictures(shapes_data: Path, shapes: ModuleType) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    read = [read_picture(p) for p in sorted(shapes_data.parent.glob("*.png"))]
+def images(shapes_data: Path, shapes: ModuleType) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    read = [read_image(p) for p in sorted(shapes_data.parent.glob("*.png"))]
     stretched = np.stack([stretch(p, shapes.IMGSZ) for p in read])
     return stretched, np.array([(p.shape[1], p.shape[0]) for p in read])
 
 
 @pytest.fixture(scope="module")
-def reference(shapes_model: Path, pictures: tuple[NDArray[np.uint8], NDArray[np.int64]]) -> list[Detections]:
-    return open_backend(shapes_model, device="cpu").run(*pictures)
+def reference(shapes_model: Path, images: tuple[NDArray[np.uint8], NDArray[np.int64]]) -> list[Detections]:
+    return open_backend(shapes_model, device="cpu").run(*images)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_graph_agrees_with_the_model(
     kind: str,
     shapes_onnx: Path,
     reference: list[Detections],
-    pictures: tuple[NDArray[np.uint8], NDArray[np.int64]],
+    images: tuple[NDArray[np.uint8], NDArray[np.int64]],
     request: pytest.FixtureRequest,
 ) -> None:
     path = shapes_onnx if kind == "onnx" else request.getfixturevalue("openvino_file")
@@ -87,8 +87,8 @@ def test_graph_agrees_with_the_model(
     assert backend.kind == kind
     assert backend.fixed_batch is None
     assert backend.imgsz == (96, 128)
-    assert_same(backend.run(*pictures), reference)
-    assert_same(backend.run(pictures[0][:1], pictures[1][:1]), reference[:1])
+    assert_same(backend.run(*images), reference)
+    assert_same(backend.run(images[0][:1], images[1][:1]), reference[:1])
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -97,7 +97,7 @@ def test_fixed_batch_is_cut_and_filled_up(
     shapes_onnx: Path,
     tmp_path: Path,
     reference: list[Detections],
-    pictures: tuple[NDArray[np.uint8], NDArray[np.int64]],
+    images: tuple[NDArray[np.uint8], NDArray[np.int64]],
 ) -> None:
     model = onnx.load(shapes_onnx)
     # The graph is open: fixing its inputs makes onnxruntime take no other batch.
@@ -107,13 +107,13 @@ def test_fixed_batch_is_cut_and_filled_up(
     onnx.save(model, path)
     backend = open_backend(path)
     assert backend.fixed_batch == batch
-    assert_same(backend.run(pictures[0][:7], pictures[1][:7]), reference[:7])
+    assert_same(backend.run(images[0][:7], images[1][:7]), reference[:7])
 
 
 def foreign_graph(
     path: Path, *, hw: tuple[int | str, int | str] = (64, 96), dtype: int = TensorProto.FLOAT, shuffled: bool = False
 ) -> Path:
-    """A graph of the published contract without metadata: three rows; the mean of the picture is the first score."""
+    """A graph of the published contract without metadata: three rows; the mean of the image is the first score."""
     boxes = np.array([[[0, 0, 0.5, 0.5], [0.25, 0.25, 1, 1], [0, 0, 1, 1]]], np.float32)
     scores = np.array([[0, 0.25, 0.125]], np.float32)
     constants = {
@@ -247,18 +247,18 @@ def test_raw_graph_gives_the_same_rows(
     shapes_model: Path,
     tmp_path: Path,
     reference: list[Detections],
-    pictures: tuple[NDArray[np.uint8], NDArray[np.int64]],
+    images: tuple[NDArray[np.uint8], NDArray[np.int64]],
 ) -> None:
     from rtdetr_cli.export.run import ExportOptions, export_model
     from rtdetr_cli.weights.published import load_model
 
     model, header = load_model(shapes_model)
     made = export_model(model, header, tmp_path, ExportOptions(raw=True, batch=2), stem="raw")[0]
-    assert_same(open_backend(made.path).run(pictures[0][:3], pictures[1][:3]), reference[:3])
+    assert_same(open_backend(made.path).run(images[0][:3], images[1][:3]), reference[:3])
 
 
 def test_half_model_in_torch(
-    shapes_model: Path, reference: list[Detections], pictures: tuple[NDArray[np.uint8], NDArray[np.int64]]
+    shapes_model: Path, reference: list[Detections], images: tuple[NDArray[np.uint8], NDArray[np.int64]]
 ) -> None:
     import torch
 
@@ -267,13 +267,13 @@ def test_half_model_in_torch(
 
     model, header = load_model(shapes_model)
     backend = TorchBackend(model, header, device="cpu", autocast=torch.bfloat16)
-    for a, b in zip(reference, backend.run(*pictures), strict=True):
+    for a, b in zip(reference, backend.run(*images), strict=True):
         assert b.scores.dtype == np.float32
         assert b.scores[0] == pytest.approx(a.scores[0], abs=0.1)
 
 
 def test_torch_backend_gives_the_model_back_in_its_mode(
-    shapes_model: Path, pictures: tuple[NDArray[np.uint8], NDArray[np.int64]]
+    shapes_model: Path, images: tuple[NDArray[np.uint8], NDArray[np.int64]]
 ) -> None:
     from rtdetr_cli.infer.torch_backend import TorchBackend
     from rtdetr_cli.weights.published import load_model
@@ -282,21 +282,21 @@ def test_torch_backend_gives_the_model_back_in_its_mode(
     model.train()
     model.backbone.eval()  # as a frozen one is
     backend = TorchBackend(model, header, device="cpu")
-    backend.run(pictures[0][:1], pictures[1][:1])
+    backend.run(images[0][:1], images[1][:1])
     assert model.training
     assert model.decoder.training
     assert not any(module.training for module in model.backbone.modules())
     model.eval()
-    backend.run(pictures[0][:1], pictures[1][:1])
+    backend.run(images[0][:1], images[1][:1])
     assert not model.training
 
 
 def test_fewer_layers_and_queries(
-    shapes_model: Path, reference: list[Detections], pictures: tuple[NDArray[np.uint8], NDArray[np.int64]]
+    shapes_model: Path, reference: list[Detections], images: tuple[NDArray[np.uint8], NDArray[np.int64]]
 ) -> None:
     backend = open_backend(shapes_model, device="cpu", layers=1, queries=10)
     assert (backend.header.layers, backend.header.queries) == (1, 10)
-    (found,) = backend.run(pictures[0][:1], pictures[1][:1])
+    (found,) = backend.run(images[0][:1], images[1][:1])
     assert len(found) == 10 * 3
     assert found.scores[0] != reference[0].scores[0]
     with pytest.raises(UsageError):
@@ -369,7 +369,7 @@ def test_broken_header_is_named(tmp_path: Path, shapes_onnx: Path) -> None:
 
 
 def test_paths_that_cannot_be_models(tmp_path: Path) -> None:
-    for name in ("picture.jpg", "model"):
+    for name in ("image.jpg", "model"):
         with pytest.raises(ModelError, match="is not a model file"):
             check_model_path(write(tmp_path / name, b"x"))
     (tmp_path / "folder.onnx").mkdir()

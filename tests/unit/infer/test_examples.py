@@ -22,7 +22,7 @@ def test_predict_folder(shapes_onnx: Path, shapes_data: Path, tmp_path: Path) ->
     assert counted == len(list((tmp_path / "crops").glob("*.png"))) > 0
 
 
-def test_predict_folder_goes_on_after_a_bad_picture(shapes_onnx: Path, shapes_data: Path, tmp_path: Path) -> None:
+def test_predict_folder_goes_on_after_a_bad_image(shapes_onnx: Path, shapes_data: Path, tmp_path: Path) -> None:
     script = REPOSITORY / "examples/predict_folder.py"
     folder = tmp_path / "in"
     folder.mkdir()

@@ -19,18 +19,18 @@ def test_order_and_sizes(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.png"
         Image.new("RGB", size, (number * 50, 0, 0)).save(path)
         paths.append(path)
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     paths.insert(1, tmp_path / "bad.png")
     found = list(prefetch(paths, (32, 64), threads=3))
     assert [f.position for f in found] == [0, 1, 2, 3]
     assert [f.size_wh for f in found] == [(40, 30), None, (64, 64), (10, 90)]
-    assert found[1].picture is None
+    assert found[1].image is None
     assert "bad.png" in str(found[1].error)
     for entry, red in zip((found[0], found[2], found[3]), (0, 50, 100), strict=True):
         assert entry.error is None
-        assert entry.picture is not None
-        assert entry.picture.shape == (32, 64, 3)
-        assert (entry.picture[..., 0] == red).all()
+        assert entry.image is not None
+        assert entry.image.shape == (32, 64, 3)
+        assert (entry.image[..., 0] == red).all()
 
 
 def test_orientation_is_applied_before_the_stretch(tmp_path: Path) -> None:
@@ -42,8 +42,8 @@ def test_orientation_is_applied_before_the_stretch(tmp_path: Path) -> None:
     Image.fromarray(lying).save(path, exif=exif)
     (found,) = prefetch([path], (32, 32))
     assert found.size_wh == (20, 40)
-    assert found.picture is not None
-    assert found.picture[-1].mean() > 250 > 5 > found.picture[0].mean()
+    assert found.image is not None
+    assert found.image[-1].mean() > 250 > 5 > found.image[0].mean()
 
 
 def test_endless_items_are_taken_as_room_allows() -> None:

@@ -1,4 +1,4 @@
-"""Words on the command line as pictures and videos."""
+"""Words on the command line as images and videos."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rtdetr_cli.errors import DataError, UsageError
-from rtdetr_cli.images.decode import PICTURE_SUFFIXES
+from rtdetr_cli.images.decode import IMAGE_SUFFIXES
 from rtdetr_cli.infer.sources import find_sources
 
 
@@ -36,11 +36,11 @@ def test_folder_is_searched_through_in_order(folder: Path) -> None:
     ]
 
 
-def test_a_picture_is_what_a_dataset_takes_for_one(folder: Path) -> None:
-    for suffix in PICTURE_SUFFIXES:
+def test_a_image_is_what_a_dataset_takes_for_one(folder: Path) -> None:
+    for suffix in IMAGE_SUFFIXES:
         (folder / "kinds" / suffix[1:]).mkdir(parents=True)
         (folder / "kinds" / suffix[1:] / f"a{suffix}").write_bytes(b"x")
-    assert {Path(path).suffix for path, _, _ in names(["kinds"])} == PICTURE_SUFFIXES
+    assert {Path(path).suffix for path, _, _ in names(["kinds"])} == IMAGE_SUFFIXES
 
 
 def test_files_patterns_and_lists(folder: Path) -> None:
@@ -68,10 +68,10 @@ def test_missing_file_alone_is_refused_and_among_others_kept(folder: Path) -> No
 @pytest.mark.parametrize(
     ("words", "said", "hint"),
     [
-        (["empty"], "holds no pictures", "looked for"),
+        (["empty"], "holds no images", "looked for"),
         (["shots/*.bmp"], "matches no file", "shots holds a.PNG, b.jpg, clip.mp4 and 1 more"),
         (["gone/*/*.jpg"], "matches no file", "the folder gone does not exist"),
-        (["*.jpg"], "matches no file", "this folder holds no pictures or videos"),
+        (["*.jpg"], "matches no file", "this folder holds no images or videos"),
         (["-"], "stdin is empty", "predict -"),
         (["nowhere/x.jpg"], "does not exist", "nowhere"),
     ],

@@ -16,10 +16,10 @@ from rtdetr_cli.infer.write import (
     Results,
     coco_image_ids,
     coco_rows,
+    image_document,
     json_line,
     new_folder,
-    picture_document,
-    save_picture,
+    save_image,
     saved_name,
     summary,
     yolo_lines,
@@ -41,7 +41,7 @@ def source(path: str, name: str = "") -> Source:
 
 
 def test_document() -> None:
-    assert json.loads(json_line(picture_document("a.jpg", FOUND))) == {
+    assert json.loads(json_line(image_document("a.jpg", FOUND))) == {
         "schema_version": 1,
         "image": "a.jpg",
         "width": 200,
@@ -51,7 +51,7 @@ def test_document() -> None:
             {"label": "cat", "category_id": 3, "score": 0.25, "box_xyxy": [0, 0, 200, 100]},
         ],
     }
-    assert picture_document("v.mp4", EMPTY, frame=7)["frame"] == 7
+    assert image_document("v.mp4", EMPTY, frame=7)["frame"] == 7
     assert json.loads(json_line({"image": "caf\udce9.jpg"}))["image"] == "caf?.jpg"  # bytes that are no text
 
 
@@ -75,9 +75,9 @@ def test_coco_ids() -> None:
 
 
 def test_results(tmp_path: Path) -> None:
-    clip, picture = source("clip.mp4"), source("in/0012.jpg", "in/0012")
+    clip, image = source("clip.mp4"), source("in/0012.jpg", "in/0012")
     results = Results(tmp_path, names=("cat", "dog"), lines=True, coco=True, txt=True, image_ids={"in/0012": 12})
-    results.add(picture, FOUND)
+    results.add(image, FOUND)
     results.add(clip, FOUND, frame=0)
     results.add(clip, EMPTY, frame=1)
     lines = (tmp_path / "predictions.jsonl").read_text()
@@ -102,12 +102,12 @@ def test_results(tmp_path: Path) -> None:
         ("a.gif", "a.png", "PNG"),
     ],
 )
-def test_annotated_pictures_keep_their_kind(tmp_path: Path, path: str, name: str, kind: str) -> None:
+def test_annotated_images_keep_their_kind(tmp_path: Path, path: str, name: str, kind: str) -> None:
     assert saved_name(source(path)) == name
-    picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    save_picture(picture, tmp_path / "deep" / name)
-    with Image.open(tmp_path / "deep" / name) as image:
-        assert (image.format, image.size) == (kind, (30, 20))
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    save_image(image, tmp_path / "deep" / name)
+    with Image.open(tmp_path / "deep" / name) as saved:
+        assert (saved.format, saved.size) == (kind, (30, 20))
     assert [p.name for p in (tmp_path / "deep").iterdir()] == [name]
 
 

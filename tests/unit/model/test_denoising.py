@@ -32,7 +32,7 @@ def test_published_number_of_groups(counts: list[int], groups: int, size: int) -
     assert (group.num_groups, group.size, group.share) == (groups, size, 1.0)
 
 
-def test_pictures_with_very_many_boxes_stay_bounded() -> None:
+def test_images_with_very_many_boxes_stay_bounded() -> None:
     group = drawn([1000, 3])
     assert group.size == 400
     assert [len(p) for p in group.positives] == [200, 3]

@@ -37,7 +37,7 @@ def test_a_side_that_is_no_multiple_of_32_is_refused(make_small: Callable[..., R
 
 @pytest.mark.parametrize("counts", [(0, 0), (3, 0), (0, 25)])
 @pytest.mark.parametrize("sampling", ["bilinear", "discrete"])
-def test_every_parameter_gets_a_gradient_whatever_is_in_the_pictures(
+def test_every_parameter_gets_a_gradient_whatever_is_in_the_images(
     make_small: Callable[..., RTDETR], counts: tuple[int, int], sampling: str
 ) -> None:
     model = make_small().train()

@@ -25,7 +25,7 @@ SMALL = (
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty training pictures and four held out, 64 pixels wide."""
+    """Twenty training images and four held out, 64 pixels wide."""
     from rtdetr_cli.datasets.generate import generate_dataset
 
     return generate_dataset(tmp_path_factory.mktemp("small") / "shapes", train=20, val=4, imgsz=64)

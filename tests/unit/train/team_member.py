@@ -24,7 +24,7 @@ from rtdetr_cli.train.state import Learner
 from rtdetr_cli.train.sync_norm import synchronise_norms
 from rtdetr_cli.train.team import SOLO, Team, join
 
-PICTURES, CLASSES, SIDE = 4, 3, 64
+IMAGES, CLASSES, SIDE = 4, 3, 64
 SPEC = ModelSpec(
     depth=10,
     width=8,
@@ -45,10 +45,10 @@ SPEC = ModelSpec(
 
 def whole_batch(boxes_in: tuple[int, ...]) -> Batch:
     generator = torch.Generator().manual_seed(5)
-    images = torch.randint(0, 256, (PICTURES, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (IMAGES, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
     boxes = [torch.rand((n, 4), generator=generator) * 0.3 + 0.2 for n in boxes_in]
     labels = [torch.randint(0, CLASSES, (n,), generator=generator) for n in boxes_in]
-    return Batch(images, tuple(boxes), tuple(labels), tuple(range(PICTURES)), ())
+    return Batch(images, tuple(boxes), tuple(labels), tuple(range(IMAGES)), ())
 
 
 def step(team: Team, norms: str, boxes_in: tuple[int, ...], full_at: int, full_rank: int) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def step(team: Team, norms: str, boxes_in: tuple[int, ...], full_at: int, full_r
         chorus=synchronise_norms(model, team),
     )
     learner.train_mode()
-    share = PICTURES // team.size
+    share = IMAGES // team.size
     mine = slice(team.rank * share, (team.rank + 1) * share)
     everything = whole_batch(boxes_in)
     batch = Batch(
@@ -84,7 +84,7 @@ def step(team: Team, norms: str, boxes_in: tuple[int, ...], full_at: int, full_r
         everything.image_indices[mine],
         (),
     )
-    whole = team.share(batch.boxes_cxcywh, batch.labels, pictures=share)
+    whole = team.share(batch.boxes_cxcywh, batch.labels, images=share)
     group = step_denoising(learner, whole, step=3, seed=1)
     group = group.rows(whole.mine) if group is not None else None
     num_boxes = float(max(1, sum(len(one) for one in whole.labels)))

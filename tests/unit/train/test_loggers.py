@@ -103,16 +103,16 @@ def test_tensorboard_has_every_step_once_after_a_kill(tmp_path: Path, killed_aft
     assert "val/AP50" not in found
 
 
-def test_pictures_of_the_run_go_along(tmp_path: Path) -> None:
+def test_images_of_the_run_go_along(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
     import numpy as np
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from rtdetr_cli.train.plots import save
 
-    picture = save(np.zeros((8, 8, 3), np.uint8), tmp_path / "plots" / "curves.png")
+    image = save(np.zeros((8, 8, 3), np.uint8), tmp_path / "plots" / "curves.png")
     told = Loggers(("tensorboard",), tmp_path, settings=SETTINGS)
-    told.finish({}, [picture, tmp_path / "missing.png"])
+    told.finish({}, [image, tmp_path / "missing.png"])
     read = EventAccumulator(str(tmp_path / loggers.FOLDER))
     read.Reload()
     assert read.Tags()["images"] == ["curves"]
@@ -177,7 +177,7 @@ class Failing:
     def flush(self) -> None:
         pass
 
-    def finish(self, metrics: object, pictures: object) -> None:
+    def finish(self, metrics: object, images: object) -> None:
         pass
 
 

@@ -85,7 +85,7 @@ def gradients(learner: Learner, batch: Batch, micro: int) -> tuple[dict[str, Ten
 
 @pytest.mark.parametrize("boxes_in", [(3, 1, 0, 6, 2, 0, 0, 4), (0,) * 8, (0, 0, 0, 0, 0, 0, 0, 260)])
 def test_gradients_do_not_depend_on_how_the_batch_is_cut(small_run: Make, boxes_in: tuple[int, ...]) -> None:
-    """1x8, 2x4, 4x2 and 8x1 with frozen norms; pictures without boxes, none at all, more boxes than queries."""
+    """1x8, 2x4, 4x2 and 8x1 with frozen norms; images without boxes, none at all, more boxes than queries."""
     learner = float64(prepare(small_run()).learner)
     freeze_norms(learner)
     batch = batch_of(boxes_in)
@@ -209,7 +209,7 @@ def test_several_errors_at_several_points(small_run: Make) -> None:
 
 
 def test_statistics_of_failed_passes_are_taken_back(small_run: Make) -> None:
-    """Otherwise running means would count some pictures twice."""
+    """Otherwise running means would count some images twice."""
     prepared: list[Prepared] = []
     _, _, _ = run(small_run(epochs=1, name="a"), prepared.append)
     alone = {k: v.clone() for k, v in prepared[0].learner.model.state_dict().items() if "num_batches" in k}
@@ -227,8 +227,8 @@ def test_statistics_of_failed_passes_are_taken_back(small_run: Make) -> None:
         assert int(counted[key]) == 4, key
 
 
-def test_one_picture_that_does_not_fit_ends_the_run(small_run: Make) -> None:
-    with pytest.raises(RtdetrError, match="one picture does not fit") as caught:
+def test_one_image_that_does_not_fit_ends_the_run(small_run: Make) -> None:
+    with pytest.raises(RtdetrError, match="one image does not fit") as caught:
         run(small_run(), lambda p: Script(norm_layer(p), at=set(range(1, 100)), what="forward"))
     assert caught.value.exit_code == 1
 
@@ -246,7 +246,7 @@ def test_the_cut_is_kept_for_the_rest_and_in_the_checkpoint(small_run: Make) -> 
 # ---- numbers ----------------------------------------------------------------------------------------------------
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_told_with_its_pictures(small_run: Make) -> None:
+def test_a_step_that_is_not_finite_is_skipped_and_told_with_its_images(small_run: Make) -> None:
     """The third step in two passes, of which the second is poisoned."""
     prepared: list[Prepared] = []
     before: dict[str, Tensor] = {}
@@ -273,7 +273,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_told_with_its_pictures(small_r
     assert [s.step for s in skipped] == [2]
     facts = skipped[0].skipped
     assert facts.in_a_row == 1
-    assert len(facts.pictures) == 4, "only the poisoned micro-batch's"
+    assert len(facts.images) == 4, "only the poisoned micro-batch's"
     assert facts.term.startswith("loss_")
     # Nothing of the step is left: weights, running statistics (but for what a moving average of equals moves).
     assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("model.") and "num_batches" not in k)
@@ -281,13 +281,13 @@ def test_a_step_that_is_not_finite_is_skipped_and_told_with_its_pictures(small_r
     assert len(of(reports_.StepReport, reports)) == 5
     evidence = np.load(facts.evidence)
     told = json.loads(str(evidence["facts"]))
-    assert told["pictures"] == list(facts.pictures)
+    assert told["pictures"] == list(facts.images)
     assert told["term"] == facts.term
     assert told["files"] == list(facts.files)
-    assert list(facts.files) == [prepared[0].train_set.file_names[i] for i in facts.pictures]
+    assert list(facts.files) == [prepared[0].train_set.file_names[i] for i in facts.images]
     assert all(name in (folder / "train.log").read_text() for name in facts.files)
     assert evidence["images"].shape == (8, 3, 64, 64)
-    assert int(evidence["boxes_in_picture"].sum()) == len(evidence["boxes_cxcywh"])
+    assert int(evidence["boxes_in_image"].sum()) == len(evidence["boxes_cxcywh"])
     assert folder in facts.evidence.parents
 
 
@@ -507,7 +507,7 @@ def test_only_a_higher_score_is_an_improvement(
 def test_the_evaluation_does_not_depend_on_when_the_process_began(
     small_run: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pictures at once may change the last bits; a resumed run knows only the micro-batch of the checkpoint."""
+    """Images at once may change the last bits; a resumed run knows only the micro-batch of the checkpoint."""
     seen: list[int] = []
     real = evaluating.detect
 
@@ -640,10 +640,10 @@ def test_the_host_waits_for_nothing_but_the_matching(small_run: Make, monkeypatc
 
 def test_resizing_on_the_device_is_the_one_resize() -> None:
     """Antialiased bilinear as the loader's own stretch, to rounding of its 8 bits."""
-    picture = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
-    ours = as_input(torch.from_numpy(picture).permute(2, 0, 1)[None], (64, 160))
+    image = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
+    ours = as_input(torch.from_numpy(image).permute(2, 0, 1)[None], (64, 160))
     assert ours.is_contiguous(memory_format=torch.channels_last)
-    expected = stretch(picture, (64, 160)).astype(np.float32)
+    expected = stretch(image, (64, 160)).astype(np.float32)
     difference = np.abs(ours[0].permute(1, 2, 0).numpy() * 255 - expected)
     assert difference.max() <= 1.01
     assert difference.mean() < 0.5

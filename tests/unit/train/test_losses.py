@@ -42,15 +42,15 @@ def case(counts: list[int], *, seed: int = 0) -> tuple[Outputs, list[Tensor], li
 
 
 def plain(p: Prediction, pairs: list[tuple[int, int, Tensor, int]], normaliser: float) -> list[float]:
-    """The three terms of one layer, query by query. pairs: (picture, query, box, label)."""
+    """The three terms of one layer, query by query. pairs: (image, query, box, label)."""
     aim = torch.zeros_like(p.logits)
     weight = 0.75 * p.logits.sigmoid() ** 2
     l1 = giou_loss = 0.0
-    for picture, query, box, label in pairs:
-        found = p.boxes_cxcywh[picture, query]
+    for image, query, box, label in pairs:
+        found = p.boxes_cxcywh[image, query]
         iou, giou = iou_and_giou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(box))
-        aim[picture, query, label] = iou
-        weight[picture, query, label] = iou
+        aim[image, query, label] = iou
+        weight[image, query, label] = iou
         l1 += float((found - box).abs().sum())
         giou_loss += float(1 - giou)
     vfl = functional.binary_cross_entropy_with_logits(p.logits, aim, weight=weight, reduction="sum")

@@ -55,17 +55,17 @@ def test_matching_is_the_cheapest_of_all() -> None:
     for layer in range(layers):
         pairs = dict(zip(matches.targets[layer].tolist(), matches.rows[layer].tolist(), strict=True))
         assert sorted(pairs) == list(range(sum(counts)))
-        for picture, count in enumerate(counts):
+        for image, count in enumerate(counts):
             cost = [
                 [
-                    plain_cost(given[layer].logits[picture, q], given[layer].boxes_cxcywh[picture, q],
-                               boxes[picture][t], int(labels[picture][t]))
+                    plain_cost(given[layer].logits[image, q], given[layer].boxes_cxcywh[image, q],
+                               boxes[image][t], int(labels[image][t]))
                     for t in range(count)
                 ]
                 for q in range(queries)
             ]  # fmt: skip
             best = min(sum(cost[q][t] for t, q in enumerate(p)) for p in permutations(range(queries), count))
-            chosen = [pairs[int(starts[picture]) + t] - picture * queries for t in range(count)]
+            chosen = [pairs[int(starts[image]) + t] - image * queries for t in range(count)]
             assert all(0 <= q < queries for q in chosen)
             assert sum(cost[q][t] for t, q in enumerate(chosen)) == pytest.approx(best, abs=1e-4)
 
@@ -95,7 +95,7 @@ def test_predictions_that_are_no_number_match_last_and_raise_nothing(bad: float)
     assert match(given, boxes, labels).rows.shape == (1, 2)
 
 
-def test_one_transfer_to_the_host_for_all_layers_and_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_transfer_to_the_host_for_all_layers_and_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted at the two doors through which a tensor leaves its device here."""
     transfers = []
     plain = torch.Tensor.cpu

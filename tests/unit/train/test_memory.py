@@ -46,7 +46,7 @@ def test_halving_ends_with_one_sentence() -> None:
     while sizes[-1] > 1:
         sizes.append(smaller(sizes[-1], where="cpu"))
     assert sizes == [16, 8, 4, 2, 1]
-    with pytest.raises(RtdetrError, match="one picture does not fit") as caught:
+    with pytest.raises(RtdetrError, match="one image does not fit") as caught:
         smaller(1, where="cuda:0")
     assert caught.value.exit_code == 1
     assert "--imgsz" in caught.value.hint

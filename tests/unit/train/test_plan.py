@@ -20,7 +20,7 @@ LENGTHS = [200, 2_000, 200_000]
 def plan_of(steps: int, **flags: Any) -> Plan:
     """Plan a run of so many steps: 10 an epoch."""
     config = resolve_run({"preset": "r18", "epochs": steps // 10, "effective_batch": 16, **flags})
-    return make_plan(config, pictures=160)
+    return make_plan(config, images=160)
 
 
 def mean_age(plan: Plan) -> float:
@@ -85,17 +85,17 @@ def test_the_rate_follows_the_root_of_the_effective_batch_up_to_twice(batch: int
 
 
 def test_a_rate_that_was_given_is_taken_as_it_is() -> None:
-    plan = make_plan(resolve_run({"preset": "r34", "lr": 3e-4, "effective_batch": 64}), pictures=500)
+    plan = make_plan(resolve_run({"preset": "r34", "lr": 3e-4, "effective_batch": 64}), images=500)
     assert plan.lr == 3e-4
     assert plan.lr_backbone == pytest.approx(1.5e-4), "the preset's share of it"
-    plan = make_plan(resolve_run({"preset": "r34", "lr": 3e-4, "lr_backbone": 1e-6}), pictures=500)
+    plan = make_plan(resolve_run({"preset": "r34", "lr": 3e-4, "lr_backbone": 1e-6}), images=500)
     assert plan.lr_backbone == 1e-6
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_the_official_schedule_is_the_published_one(name: str) -> None:
     preset = load_preset(name)
-    plan = make_plan(resolve_run({"preset": name}, sets=["schedule=official"]), pictures=118_287)
+    plan = make_plan(resolve_run({"preset": name}, sets=["schedule=official"]), images=118_287)
     assert plan.epochs == preset.official.epochs
     assert (plan.lr, plan.lr_backbone) == (preset.optim.lr, preset.optim.lr_backbone)
     assert plan.strong_until == preset.official.strong_augmentation_until
@@ -112,39 +112,39 @@ def test_short_runs_go_without_the_crops_of_the_recipe() -> None:
     assert plan_of(200, aug="recipe").augmentation == "recipe"
     assert plan_of(200_000, aug="none").augmentation == "none"
     official = resolve_run({"preset": "r18", "epochs": 2}, sets=["schedule=official"])
-    assert make_plan(official, pictures=100).augmentation == "recipe"
+    assert make_plan(official, images=100).augmentation == "recipe"
 
 
-def test_to_learn_by_heart_needs_plain_pictures() -> None:
+def test_to_learn_by_heart_needs_plain_images() -> None:
     plan = plan_of(200, overfit=4)
     assert (plan.augmentation, plan.strong_until, plan.multi_scale_until) == ("none", 0, 0)
     assert plan_of(200, overfit=4, aug="recipe").augmentation == "recipe"
 
 
 def test_published_scales() -> None:
-    plan = make_plan(resolve_run({"preset": "r50"}, sets=["schedule=official"]), pictures=1000)
+    plan = make_plan(resolve_run({"preset": "r50"}, sets=["schedule=official"]), images=1000)
     published = (480, 512, 544, 576, 608, 640, 640, 640, 672, 704, 736, 768, 800)
     assert plan.scales == tuple((s, s) for s in published)
-    assert not make_plan(resolve_run({"preset": "r18"}, sets=["schedule=official"]), pictures=1000).multi_scale_until
+    assert not make_plan(resolve_run({"preset": "r18"}, sets=["schedule=official"]), images=1000).multi_scale_until
 
 
 def test_scales_keep_the_sides_in_proportion() -> None:
-    plan = make_plan(resolve_run({"preset": "r50", "imgsz": (320, 640)}), pictures=1000)
+    plan = make_plan(resolve_run({"preset": "r50", "imgsz": (320, 640)}), images=1000)
     assert all(h % 32 == 0 and w % 32 == 0 for h, w in plan.scales)
     assert all(abs(w / h - 2) < 0.2 for h, w in plan.scales)
 
 
 def test_other_epochs_keep_the_published_distance_to_the_end() -> None:
-    plan = make_plan(resolve_run({"preset": "r18", "epochs": 20}, sets=["schedule=official"]), pictures=1000)
+    plan = make_plan(resolve_run({"preset": "r18", "epochs": 20}, sets=["schedule=official"]), images=1000)
     assert plan.strong_until == 17
 
 
 @pytest.mark.parametrize(("key", "value"), [("warmup", 0.05), ("ema_age", 0.02), ("calm", 0.3), ("final_rate", 0.5)])
 def test_one_share_may_be_set_in_the_official_schedule(key: str, value: float) -> None:
     """What is chosen holds and the rest stays as published: the arms of a comparison."""
-    official = make_plan(resolve_run({"preset": "r18", "epochs": 20}, sets=["schedule=official"]), pictures=1000)
+    official = make_plan(resolve_run({"preset": "r18", "epochs": 20}, sets=["schedule=official"]), images=1000)
     one = make_plan(
-        resolve_run({"preset": "r18", "epochs": 20}, sets=["schedule=official", f"{key}={value}"]), pictures=1000
+        resolve_run({"preset": "r18", "epochs": 20}, sets=["schedule=official", f"{key}={value}"]), images=1000
     )
     differing = {f for f in ("warmup_steps", "flat_steps", "final_rate", "ema_age", "ema_ramp", "strong_until")
                  if getattr(one, f) != getattr(official, f)}  # fmt: skip
@@ -161,20 +161,20 @@ def test_a_resumed_official_run_is_planned_as_it_was(tmp_path: Path) -> None:
     config = resolve_run({"preset": "r18"}, sets=["schedule=official"])
     (tmp_path / "config.toml").write_text(config.to_toml())
     again = resolve_run({}, config_file=tmp_path / "config.toml")
-    assert make_plan(again, pictures=1000) == make_plan(config, pictures=1000)
+    assert make_plan(again, images=1000) == make_plan(config, images=1000)
 
 
 @pytest.mark.parametrize(
-    ("flags", "sets", "pictures", "word"),
+    ("flags", "sets", "images", "word"),
     [
         ({"preset": "tiny", "epochs": 2}, [], 50, "too few to learn"),
         ({"preset": "r18", "epochs": 10}, ["schedule=official"], 500, "never passes 16%"),
         ({"preset": "r18", "effective_batch": 8}, ["schedule=official"], 90_000, "effective batch of 16, not 8"),
-        ({"preset": "r18", "effective_batch": 64, "epochs": 500}, [], 10, "more than the 10 pictures"),
+        ({"preset": "r18", "effective_batch": 64, "epochs": 500}, [], 10, "more than the 10 images"),
     ],
 )
-def test_warnings(flags: dict[str, Any], sets: list[str], pictures: int, word: str) -> None:
-    plan = make_plan(resolve_run(flags, sets=sets), pictures=pictures)
+def test_warnings(flags: dict[str, Any], sets: list[str], images: int, word: str) -> None:
+    plan = make_plan(resolve_run(flags, sets=sets), images=images)
     assert any(word in w for w in plan.warnings), plan.warnings
 
 
@@ -184,13 +184,13 @@ def test_a_long_run_has_nothing_to_warn_of() -> None:
 
 def test_every_choice_has_a_reason() -> None:
     for sets in ([], ["schedule=official"]):
-        for choice in make_plan(resolve_run({"preset": "r50"}, sets=sets), pictures=1000).choices:
+        for choice in make_plan(resolve_run({"preset": "r50"}, sets=sets), images=1000).choices:
             assert choice.value
             assert choice.reason
 
 
 def test_an_epoch_ends_with_an_evaluation_as_asked_and_the_last_always() -> None:
-    plan = make_plan(resolve_run({"epochs": 8}, sets=["eval_every=3"]), pictures=100)
+    plan = make_plan(resolve_run({"epochs": 8}, sets=["eval_every=3"]), images=100)
     assert [e for e in range(8) if plan.evaluates(e)] == [2, 5, 7]
 
 
@@ -204,7 +204,7 @@ def test_the_line() -> None:
 def test_a_plan_needs_no_torch() -> None:
     code = (
         "import sys; from rtdetr_cli.config.run import resolve_run; from rtdetr_cli.train.plan import make_plan;"
-        "make_plan(resolve_run({}), pictures=9); sys.exit('torch' in sys.modules)"
+        "make_plan(resolve_run({}), images=9); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -1,4 +1,4 @@
-"""The pictures of a run: right numbers in them, no state left, whole files or none."""
+"""The images of a run: right numbers in them, no state left, whole files or none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rtdetr_cli.train import plots
 
 
 def make_dataset(root: Path, boxes: list[list[list[float]]], labels: list[list[int]], names: list[str]) -> Dataset:
-    """Pictures of 200 x 100 pixels."""
+    """Images of 200 x 100 pixels."""
     flat = np.array([b for own in boxes for b in own], np.float64).reshape(-1, 4)
     return Dataset(
         name="made",
@@ -55,7 +55,7 @@ def texts(figure: object) -> list[str]:
 def test_labels_say_what_there_is(small: Dataset, tmp_path: Path) -> None:
     figure = plots.labels_figure(small, (320, 640))
     said = texts(figure)
-    assert "made, val: 3 pictures, 3 boxes, 1 pictures without a box" in said
+    assert "made, val: 3 images, 3 boxes, 1 images without a box" in said
     assert "1 (33.3%) with a side under 8 px" not in said  # 4 px of 200 are 12.8 of 640, 4 of 100 are 12.8 of 320
     assert "1 (33.3%) with a side under 8 px" in texts(plots.labels_figure(small, (160, 320)))
     path = plots.save(figure, tmp_path / "plots" / "labels.png")
@@ -64,21 +64,21 @@ def test_labels_say_what_there_is(small: Dataset, tmp_path: Path) -> None:
         assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 20
 
 
-def test_sizes_are_those_of_the_stretched_picture(small: Dataset) -> None:
+def test_sizes_are_those_of_the_stretched_image(small: Dataset) -> None:
     boxes = plots._stretched(small, (320, 640))
     np.testing.assert_allclose(boxes[0], [32, 32, 160, 192])
 
 
 def test_crowds_are_left_out_as_in_training(small: Dataset) -> None:
     small.crowd[2] = True
-    assert "made, val: 3 pictures, 2 boxes, 2 pictures without a box" in texts(plots.labels_figure(small, (320, 640)))
+    assert "made, val: 3 images, 2 boxes, 2 images without a box" in texts(plots.labels_figure(small, (320, 640)))
 
 
 def test_nothing_at_all_is_drawn_too(tmp_path: Path) -> None:
     empty = make_dataset(tmp_path, [[], []], [[], []], ["a"])
     plots.save(plots.labels_figure(empty, (64, 64)), tmp_path / "labels.png")
     plots.save(plots.curves_figure([]), tmp_path / "curves.png")
-    nothing = plots.predictions_picture(empty, DetectionTable.empty(), threshold=0.5)
+    nothing = plots.predictions_image(empty, DetectionTable.empty(), threshold=0.5)
     plots.save(nothing, tmp_path / "predictions.jpg")
     assert nothing.shape[2] == 3
 
@@ -99,7 +99,7 @@ def rows(count: int) -> list[dict[str, float | None]]:
 
 def test_curves_mark_the_best_epoch(tmp_path: Path) -> None:
     figure = plots.curves_figure(rows(6), best_epoch=5)
-    assert "accuracy on the val pictures: best AP 0.400 at epoch 5" in texts(figure)
+    assert "accuracy on the val images: best AP 0.400 at epoch 5" in texts(figure)
     loss, score, rate = figure.axes
     ap = next(line for line in score.lines if line.get_label() == "AP")
     assert list(ap.get_xdata()) == [1, 3, 5]  # epochs without an evaluation are bridged
@@ -120,11 +120,11 @@ def test_rates_are_written_as_people_write_them(value: float, said: str) -> None
     assert plots._rate(value) == said
 
 
-def test_the_batch_shows_each_picture_with_its_boxes() -> None:
+def test_the_batch_shows_each_image_with_its_boxes() -> None:
     images = np.zeros((3, 3, 64, 64), np.uint8)
     box = np.array([[0.5, 0.5, 0.5, 0.5]], np.float32)
     none = np.zeros((0, 4), np.float32)
-    sheet = plots.batch_picture(
+    sheet = plots.batch_image(
         images, [box, none, box], [np.array([0]), np.zeros(0, np.int64), np.array([1])], ["a", "b"], side=64
     )
     gap = plots.GAP_PX
@@ -139,7 +139,7 @@ def test_predictions_stand_beside_the_truth(small: Dataset) -> None:
     table = DetectionTable(
         np.array([0, 0, 2]), np.array([0, 1, 1]), np.array([0.9, 0.1, 0.8]), small.boxes_xyxy_px.copy()
     )
-    sheet = plots.predictions_picture(small, table, threshold=0.5, pictures=[0], side=200)
+    sheet = plots.predictions_image(small, table, threshold=0.5, images=[0], side=200)
     gap, strip = plots.GAP_PX, 22
     pair = sheet[3 * gap :, 3 * gap :]
     truth, prediction = pair[gap + strip :, gap : gap + 200], pair[gap + strip :, 200 + 2 * gap :][:, :200]
@@ -149,17 +149,17 @@ def test_predictions_stand_beside_the_truth(small: Dataset) -> None:
     assert outlines[1] == 0  # its score is under the threshold
 
 
-def test_unreadable_pictures_are_left_out(small: Dataset) -> None:
-    small.path(0).write_bytes(b"no picture")
-    sheet = plots.predictions_picture(small, DetectionTable.empty(), threshold=0.5, side=200)
-    alone = plots.predictions_picture(small, DetectionTable.empty(), threshold=0.5, side=200, pictures=[1, 2])
+def test_unreadable_images_are_left_out(small: Dataset) -> None:
+    small.path(0).write_bytes(b"no image")
+    sheet = plots.predictions_image(small, DetectionTable.empty(), threshold=0.5, side=200)
+    alone = plots.predictions_image(small, DetectionTable.empty(), threshold=0.5, side=200, images=[1, 2])
     assert np.array_equal(sheet, alone)
 
 
-def test_pictures_are_chosen_evenly_and_empty_ones_last(small: Dataset) -> None:
-    assert plots.choose_pictures(small, 2) == [0, 2]
-    assert plots.choose_pictures(small, 8) == [0, 1, 2]
-    assert plots.choose_pictures(small, 1) == [0]
+def test_images_are_chosen_evenly_and_empty_ones_last(small: Dataset) -> None:
+    assert plots.choose_images(small, 2) == [0, 2]
+    assert plots.choose_images(small, 8) == [0, 1, 2]
+    assert plots.choose_images(small, 1) == [0]
 
 
 def test_pyplot_is_never_loaded(small: Dataset, tmp_path: Path) -> None:

@@ -36,24 +36,24 @@ def written(bccd: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     assert splits.val is not None
     val = splits.val.subset(range(12))
     val = replace(val, categories=(Category(1, EVIL), *val.categories[1:]))
-    picture = np.repeat(np.arange(len(val)), np.diff(val.offsets))
-    table = DetectionTable(picture, val.labels, np.linspace(0.4, 0.9, len(picture)), val.boxes_xyxy_px + 1)
+    image = np.repeat(np.arange(len(val)), np.diff(val.offsets))
+    table = DetectionTable(image, val.labels, np.linspace(0.4, 0.9, len(image)), val.boxes_xyxy_px + 1)
     config = resolve_run({"data": str(bccd), "preset": "tiny", "epochs": 3}, sets=["optim.clip_norm=0.2"])
     story = RunStory(
         folder=folder,
         config=config,
-        plan=make_plan(config, pictures=len(splits.train)),
+        plan=make_plan(config, images=len(splits.train)),
         rows=ROWS,
         best_epoch=3,
         evaluation=metrics_from(val, table),
-        data={"name": "bccd", "training pictures": "205"},
+        data={"name": "bccd", "training images": "205"},
         start="random weights, seed 0",
         machine={"device": "cpu", "memory, peak": "1.4 GB"},
         warnings=["39 steps are too few"],
     )
     labels = plots.labels_figure(splits.train, config.imgsz)
-    pictures = plots.predictions_picture(val, table, threshold=0.5, side=160)
-    return write_report(story, labels=labels, batch=pictures, predictions=pictures), story
+    images = plots.predictions_image(val, table, threshold=0.5, side=160)
+    return write_report(story, labels=labels, batch=images, predictions=images), story
 
 
 def test_everything_is_told(written: tuple[Path, RunStory]) -> None:
@@ -110,7 +110,7 @@ def test_figures_suit_a_dark_page() -> None:
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 def test_a_browser_shows_it_whole(written: tuple[Path, RunStory], tmp_path: Path) -> None:
-    """Every picture is decoded, and nothing but what is meant to scroll is wider than a phone."""
+    """Every image is decoded, and nothing but what is meant to scroll is wider than a phone."""
     probe = """
     <script>
       addEventListener("load", () => {

@@ -104,12 +104,12 @@ def test_a_log_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
     assert folder.log("three") == ""
 
 
-def test_digests_of_pictures_are_kept(tmp_path: Path) -> None:
+def test_digests_of_images_are_kept(tmp_path: Path) -> None:
     folder, digests = RunFolder(tmp_path), np.asarray([0, 2**64 - 1, 7], np.uint64)
     assert folder.digests() is None
     folder.write_digests(digests)
     kept = folder.digests()
     assert kept is not None
     assert kept.tolist() == digests.tolist()
-    (tmp_path / ".pictures").write_bytes(b"cut")
+    (tmp_path / ".images").write_bytes(b"cut")
     assert folder.digests() is None

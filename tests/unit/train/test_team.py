@@ -101,7 +101,7 @@ def test_two_processes_make_the_step_of_one(two: dict[str, list[dict[str, Any]]]
     assert float(two[name][0]["together"]["gradients"]["decoder.dec_score_head.0.weight"].abs().max()) > 1e-6
 
 
-def test_live_norms_see_the_pictures_of_both(two: dict[str, list[dict[str, Any]]]) -> None:
+def test_live_norms_see_the_images_of_both(two: dict[str, list[dict[str, Any]]]) -> None:
     alone, together = two["live"][0]["alone"]["state"], two["live"][0]["together"]["state"]
     running = [name for name in alone if "running" in name]
     assert running
@@ -165,7 +165,7 @@ def test_one_process_is_a_team_of_its_own() -> None:
     assert join("cpu") is SOLO
     assert not launched({"RANK": "0"})
     boxes, labels = [torch.rand(2, 4)], [torch.tensor([0, 1])]
-    whole = SOLO.share(boxes, labels, pictures=1, stop=15, save_due=True)
+    whole = SOLO.share(boxes, labels, images=1, stop=15, save_due=True)
     assert whole.boxes_cxcywh is boxes
     assert (whole.mine, whole.stop, whole.save_due, whole.broken) == (slice(0, 1), 15, True, False)
     assert SOLO.gather(3) == SOLO.collect(3) == [3]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rtdetr_cli.errors import ModelError, RtdetrError
-from rtdetr_cli.files import written_aside
+from rtdetr_cli.files import atomic_write
 from rtdetr_cli.weights.files import read_header, read_layout, rewrite_header, tensors_identity
 from rtdetr_cli.weights.header import ModelHeader, Thresholds
 from rtdetr_cli.weights.published import save_model
@@ -104,7 +104,7 @@ def test_failure_leaves_the_old_file_and_nothing_beside_it(model_file: Path) -> 
     before = model_file.read_bytes()
 
     def fail() -> None:
-        with written_aside(model_file) as aside:
+        with atomic_write(model_file) as aside:
             aside.write_bytes(b"half")
             raise KeyError
 

@@ -362,8 +362,8 @@ def test_predicts_first_model_shows_its_progress(
     sha256 = hub.file_sha256(server / PINNED)
     monkeypatch.setattr(hub, "PUBLISHED", {PINNED: hub.Published(PINNED, "", sha256=sha256, size=len(content))})
     monkeypatch.chdir(tmp_path)
-    picture = next(shapes.write_dataset(tmp_path / "data").parent.glob("*.png"))
-    shutil.copy(picture, tmp_path / "a.png")
+    image = next(shapes.write_dataset(tmp_path / "data").parent.glob("*.png"))
+    shutil.copy(image, tmp_path / "a.png")
     ran = rtdetr("predict", "a.png", "--no-save")
     assert ran.code == 0, ran.err
     assert f"fetching {PINNED}  100 %" in ran.err

@@ -1,4 +1,4 @@
-"""Training has every picture looked at first, where that is cheap."""
+"""Training has every image looked at first, where that is cheap."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def look(data: Path, costs: list[float] | None = None):
 
 
 def cut(data: Path) -> None:
-    picture = sorted((data / "images").rglob("train*"))[0]
-    content = picture.read_bytes()
-    picture.write_bytes(content[: len(content) // 2])
+    image = sorted((data / "images").rglob("train*"))[0]
+    content = image.read_bytes()
+    image.write_bytes(content[: len(content) // 2])
 
 
-def test_a_truncated_picture_is_refused_before_training(data: Path) -> None:
+def test_a_truncated_image_is_refused_before_training(data: Path) -> None:
     cut(data)
     with pytest.raises(DataError, match="train"):
         look(data, [0.0, 1.0])

@@ -1,4 +1,4 @@
-"""Measuring while training: shares of the pictures give the whole's figures, and memory that runs out is no end."""
+"""Measuring while training: shares of the images give the whole's figures, and memory that runs out is no end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def loaded(shapes_model: Path) -> tuple[RTDETR, ModelHeader]:
 
 @pytest.mark.parametrize("size", [2, 3, 100])
 def test_shares_together_are_the_whole(val: Dataset, loaded: tuple[RTDETR, ModelHeader], size: int) -> None:
-    """Also where some processes have no picture at all."""
+    """Also where some processes have no image at all."""
     model, header = loaded
     classes = map_classes(header.names, val)
     backend = TorchBackend(model, header, device=torch.device("cpu"))

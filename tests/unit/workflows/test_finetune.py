@@ -93,7 +93,7 @@ def test_the_loader_ends_where_no_micro_batch_fits(
         return memory.smaller(1, where="cpu")
 
     monkeypatch.setattr(workflow, "resolve_micro_batch", full)
-    with pytest.raises(RtdetrError, match="one picture does not fit"):
+    with pytest.raises(RtdetrError, match="one image does not fit"):
         list(finetune(settings()))
     assert len(closed) == 1
 
@@ -253,10 +253,10 @@ def test_what_names_the_same_is_no_change(
             refuse_changes(config, {key: value}, [], folder)
 
 
-# ---- pictures ---------------------------------------------------------------------------------------------------
+# ---- images ---------------------------------------------------------------------------------------------------
 
 
-def test_another_picture_in_the_place_of_one_is_refused_by_name(
+def test_another_image_in_the_place_of_one_is_refused_by_name(
     settings: Callable[..., RunConfig], shapes: Path, tmp_path: Path
 ) -> None:
     """Of the same size in pixels; times are no sign of a change, a copy of the dataset elsewhere has others."""
@@ -266,21 +266,21 @@ def test_another_picture_in_the_place_of_one_is_refused_by_name(
     kept = tmp_path / "kept"
     own.rename(kept)
     shutil.copytree(kept, own, copy_function=shutil.copyfile)
-    pictures = sorted(load_splits(own).train.path(i) for i in range(8))  # type: ignore[union-attr]
-    good = {path: path.read_bytes() for path in pictures}
+    images = sorted(load_splits(own).train.path(i) for i in range(8))  # type: ignore[union-attr]
+    good = {path: path.read_bytes() for path in images}
 
     def overwrite(path: Path) -> None:
-        with Image.open(path) as picture:
-            picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+        with Image.open(path) as image:
+            image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
 
-    overwrite(pictures[2])
-    with pytest.raises(DataError, match=f"the picture .*{pictures[2].name} is another file"):
+    overwrite(images[2])
+    with pytest.raises(DataError, match=f"the image .*{images[2].name} is another file"):
         list(resume(folder))
-    overwrite(pictures[5])
-    with pytest.raises(DataError, match=f"2 pictures are other files, the first .*{pictures[2].name}"):
+    overwrite(images[5])
+    with pytest.raises(DataError, match=f"2 images are other files, the first .*{images[2].name}"):
         list(resume(folder))
-    (folder / ".pictures").unlink()
-    with pytest.raises(DataError, match="pictures are not the files that they were"):
+    (folder / ".images").unlink()
+    with pytest.raises(DataError, match="images are not the files that they were"):
         list(resume(folder))
     for path, content in good.items():
         path.write_bytes(content)
@@ -401,7 +401,7 @@ def losses(events: Iterator[Any]) -> list[float]:
 def test_batch_auto_finds_what_fits_on_a_cpu(
     settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From what one picture of the worst case keeps for its backward pass, and from what is free."""
+    """From what one image of the worst case keeps for its backward pass, and from what is free."""
     prepared = prepare(settings(batch="auto", effective_batch=8))
     with prepared.loader:
         assert resolve_micro_batch(prepared) == 8

@@ -35,7 +35,7 @@ def flags(data: Path, out: Path, **more: Any) -> dict[str, Any]:
     return {"data": str(data), "out": str(out), "precision": "fp32", **common, **more}
 
 
-def test_a_run_leaves_pictures_points_and_a_page(shapes: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_images_points_and_a_page(shapes: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
     config = resolve_run(flags(shapes, tmp_path / "runs", log=("tensorboard",), overfit=4), sets=SETS)
     events = list(finetune(config))
@@ -52,19 +52,19 @@ def test_a_run_leaves_pictures_points_and_a_page(shapes: Path, tmp_path: Path) -
             image.load()
     assert end.page == end.folder / "report.html"
     page = end.page.read_text(encoding="utf-8")
-    # Two epochs do not teach four pictures by heart, and the run says why.
+    # Two epochs do not teach four images by heart, and the run says why.
     assert "steps are few to learn by heart" in end.explanation
     assert f"not learned by heart: {end.explanation}" in page.replace("&#39;", "'")
     assert f"{begun.parameters:,}" in page
     assert list((end.folder / loggers.FOLDER).glob("events.out.tfevents.*"))
 
 
-def test_a_picture_that_fails_is_a_notice(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_that_fails_is_a_notice(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ValueError("no such font")
 
     monkeypatch.setattr(plots, "labels_figure", fail)
-    monkeypatch.setattr(plots, "batch_picture", fail)
+    monkeypatch.setattr(plots, "batch_image", fail)
     config = resolve_run(flags(shapes, tmp_path / "runs", epochs=1), sets=SETS)
     events = list(finetune(config))
     said = [e.text for e in events if isinstance(e, Notice)]
@@ -95,12 +95,12 @@ def test_a_missing_logger_is_refused_before_the_run(
     assert not (tmp_path / "runs").exists()
 
 
-# ---- waiting for pictures ---------------------------------------------------------------------------------------
+# ---- waiting for images ---------------------------------------------------------------------------------------
 
 
 def prepared(**settings: Any) -> Any:
     config = resolve_run({"data": "x", "preset": "tiny", **settings}, sets=["plots=false"])
-    plan = make_plan(config, pictures=10_000)  # long enough for the recipe
+    plan = make_plan(config, images=10_000)  # long enough for the recipe
     return SimpleNamespace(config=config, plan=plan, workers=3, warnings=[], train_set=None)
 
 
@@ -108,12 +108,12 @@ def epoch(number: int, share: float) -> EpochReport:
     return EpochReport(number, 9, 10, 1e-3, 1.0, {}, None, False, 0.1, 0, 10.0, share, 1)
 
 
-def test_a_run_that_waits_for_pictures_is_told_once_with_the_remedy(tmp_path: Path) -> None:
+def test_a_run_that_waits_for_images_is_told_once_with_the_remedy(tmp_path: Path) -> None:
     recorder = Recorder(prepared(), SimpleNamespace(path=tmp_path), SimpleNamespace(last=None))  # type: ignore[arg-type]
     said = [[n.text for n in recorder.take(epoch(n, share))] for n, share in enumerate((0.9, 0.1, 0.45, 0.6))]
     # The first epoch waits for the loader to start.
     assert said == [[], [], [loader_bound(prepared(), 0.45)], []]
-    assert said[2] == ["45% of the time goes into waiting for pictures: --cache ram or more --workers than 3"]
+    assert said[2] == ["45% of the time goes into waiting for images: --cache ram or more --workers than 3"]
     assert recorder.warnings == said[2]
 
 
