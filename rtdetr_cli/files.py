@@ -54,3 +54,19 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def ensure_writable(folder: Path, *, hint: str = "choose another folder with --out") -> None:
+    """Create a folder and check that files can be written to it.
+
+    Raises:
+        RtdetrError: the folder cannot be created or written to (code `not-writable`).
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".rtdetr-"):
+            pass
+    except OSError as error:
+        raise RtdetrError(
+            f"{folder} cannot be written: {error.strerror or error}", hint=hint, code="not-writable"
+        ) from error
