@@ -62,6 +62,7 @@ def export(
     """Deploy a model; a file that does not detect what the model detects is not called done."""
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.cli.select import parse_size, resolve_model
+    from rtdetr_cli.weights.header import EXPORT_SUFFIXES
 
     size = parse_size(imgsz) if imgsz else None
     if no_gate and verify is not None:
@@ -71,7 +72,7 @@ def export(
     if out is not None and out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file, not a folder")
     path = resolve_model(model)
-    if path.suffix.lower() in (".onnx", ".xml", ".engine"):
+    if path.suffix.lower() in EXPORT_SUFFIXES:
         raise UsageError(
             f"{path} is an export already", hint="name the weights that it was made of: .safetensors or .pth"
         )

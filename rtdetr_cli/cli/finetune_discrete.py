@@ -61,6 +61,7 @@ def finetune_discrete(
 
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.cli.select import parse_size, resolve_model
+    from rtdetr_cli.weights.header import EXPORT_SUFFIXES
 
     if not 0 <= max_drop <= 1:
         raise UsageError(f"--max-drop {max_drop:g} is not a fraction from 0 to 1", hint="0.01 is one point of AP")
@@ -91,7 +92,7 @@ def finetune_discrete(
     if resume is not None and (model is not None or flags or set_values):
         raise UsageError("--resume takes model and settings from the run", hint=f"finetune-discrete --resume {resume}")
     path = resolve_model(model) if resume is None else None
-    if path is not None and path.suffix.lower() in (".onnx", ".xml", ".engine"):
+    if path is not None and path.suffix.lower() in EXPORT_SUFFIXES:
         raise UsageError(f"{path} is an export, which cannot be trained", hint="name the weights that it was made of")
 
     from rtdetr_cli.weights.published import load_model

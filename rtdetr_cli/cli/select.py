@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rtdetr_cli.cli.runs import BEST, caveat, runs_with_models
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
+from rtdetr_cli.weights.header import MODEL_SUFFIXES
 
-MODEL_SUFFIXES = (".safetensors", ".pth", ".pt", ".onnx", ".xml", ".engine", ".plan")
 CHECKPOINT_SUFFIX = ".ckpt"
 __all__ = ["BEST", "model_file", "newest_run", "output_file", "parse_size", "resolve_model"]
 

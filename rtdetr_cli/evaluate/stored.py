@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.errors import RtdetrError, UsageError
 from rtdetr_cli.weights.files import read_header, rewrite_header
-from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader, Thresholds
+from rtdetr_cli.weights.header import EXPORT_SUFFIXES, METADATA_KEY, ModelHeader, Thresholds
 
 STORING_SUFFIX = ".safetensors"
 ORIGINAL = "export-original"
@@ -79,7 +79,7 @@ def stale_exports(path: Path, header: ModelHeader) -> list[Path]:
     stale = []
     for folder in export_folders(path):
         for export in sorted(folder.rglob("*")):
-            if export.suffix.lower() not in (".onnx", ".xml", ".engine") or not export.is_file():
+            if export.suffix.lower() not in EXPORT_SUFFIXES or not export.is_file():
                 continue
             carried = exported_header(export)
             if carried is None or not _made_of(carried, header, sure=folder.name == ORIGINAL):

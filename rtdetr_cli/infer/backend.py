@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.errors import ModelError, UsageError
 from rtdetr_cli.infer.detections import Detections
-from rtdetr_cli.weights.header import ModelHeader
+from rtdetr_cli.weights.header import EXPORT_SUFFIXES, MODEL_SUFFIXES, ModelHeader
 
-GRAPH_SUFFIXES = {".onnx": "onnx", ".xml": "openvino", ".engine": "tensorrt", ".plan": "tensorrt"}
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
+READABLE_SUFFIXES = (*MODEL_SUFFIXES, ".ckpt")  # some tools give a published checkpoint this suffix
 
 
 class Backend(Protocol):
@@ -74,7 +73,7 @@ def open_backend(
         EnvironmentProblem: the runtime's package or the device is missing.
     """
     check_model_path(path)
-    kind = GRAPH_SUFFIXES.get(path.suffix.lower())
+    kind = EXPORT_SUFFIXES.get(path.suffix.lower())
     if kind is None:
         from rtdetr_cli.infer.torch_backend import open_torch
 
@@ -105,8 +104,8 @@ def open_backend(
 
 def check_model_path(path: Path) -> None:
     """Refuse a path that cannot be a model, before anything heavy is loaded."""
-    if path.suffix.lower() not in (*GRAPH_SUFFIXES, *WEIGHT_SUFFIXES):
-        known = ", ".join((*WEIGHT_SUFFIXES[:2], ".ckpt", *(s for s in GRAPH_SUFFIXES if s != ".plan")))
+    if path.suffix.lower() not in READABLE_SUFFIXES:
+        known = ", ".join(READABLE_SUFFIXES)
         raise ModelError(f"{path} is not a model file: its name should end in one of {known}", code="model-kind")
     if path.is_dir():
         raise ModelError(f"{path} is a folder, not a model file", code="model-missing")
@@ -125,5 +124,5 @@ def neighbours(path: Path) -> str:
     """Return a hint that lists the model files beside a missing one."""
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist either"
-    found = sorted(p.name for p in path.parent.iterdir() if p.suffix.lower() in (*GRAPH_SUFFIXES, *WEIGHT_SUFFIXES))
+    found = sorted(p.name for p in path.parent.iterdir() if p.suffix.lower() in READABLE_SUFFIXES)
     return f"in {path.parent} there is {', '.join(found[:5])}" if found else ""

@@ -15,6 +15,12 @@ from rtdetr_cli.errors import ModelError
 METADATA_KEY = "rtdetr"
 HEADER_VERSION = 1
 
+EXPORT_SUFFIXES = {".onnx": "onnx", ".xml": "openvino", ".engine": "tensorrt", ".plan": "tensorrt"}
+"""Suffixes of exported models, with the runtime that each runs in."""
+
+MODEL_SUFFIXES = (".safetensors", ".pth", ".pt", *EXPORT_SUFFIXES)
+"""Suffixes of all files that a command takes as a model."""
+
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:

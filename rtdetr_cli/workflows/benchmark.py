@@ -28,7 +28,8 @@ from rtdetr_cli.errors import EnvironmentProblem, ModelError, UsageError
 from rtdetr_cli.evaluate.bootstrap import Interval, Resamples, resample
 from rtdetr_cli.evaluate.run import Evaluation, evaluate
 from rtdetr_cli.images.decode import read_image, stretch
-from rtdetr_cli.infer.backend import GRAPH_SUFFIXES, Backend, check_model_path, open_backend
+from rtdetr_cli.infer.backend import Backend, check_model_path, open_backend
+from rtdetr_cli.weights.header import EXPORT_SUFFIXES
 
 BACKENDS = ("torch", "onnx", "openvino", "tensorrt")
 PACKAGES = {"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
@@ -357,7 +358,7 @@ class Plan:
         """Return every (model, backend, setting) to be measured."""
         found: list[tuple[Path, str, Setting]] = []
         for model in self.models:
-            own = GRAPH_SUFFIXES.get(model.suffix.lower())
+            own = EXPORT_SUFFIXES.get(model.suffix.lower())
             for backend in (own,) if own else self.backends:
                 found.extend((model, backend, setting) for setting in self.settings[model])
         return found
@@ -383,7 +384,7 @@ def plan(
     settings: dict[Path, list[Setting]] = {}
     for model in models:
         check_model_path(model)
-        exported = model.suffix.lower() in GRAPH_SUFFIXES
+        exported = model.suffix.lower() in EXPORT_SUFFIXES
         if sweep and exported:
             raise UsageError(
                 f"{model.name} is an export, whose layers, queries and size are fixed: nothing can be swept",
@@ -445,7 +446,7 @@ def _measure_point(
     folder: Path,
     tell: Callable[[str], None],
 ) -> tuple[Row, Evaluation | None]:
-    exported = model.suffix.lower() in GRAPH_SUFFIXES
+    exported = model.suffix.lower() in EXPORT_SUFFIXES
     path = model
     if kind != "torch" and not exported:
         path = _export(model, kind, setting, what.batch, folder, tell)
