@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.datasets.codes import Spot, counted
+from rtdetr_cli.datasets.findings import Spot
 from rtdetr_cli.datasets.raw import RawDataset, RawSplit
 from rtdetr_cli.images.decode import ImageError, image_size
+from rtdetr_cli.text import counted
 
 EDGE_PX = 0.5
 """A box may reach over the edge by this much before it is said: less is rounding."""

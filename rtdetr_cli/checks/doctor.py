@@ -33,11 +33,11 @@ from rtdetr_cli.checks.checks import (
     report_undeclared,
 )
 from rtdetr_cli.checks.duplicates import THUMB, exact_groups, near_groups
-from rtdetr_cli.datasets.codes import SEVERITIES, Spot
+from rtdetr_cli.datasets.findings import SEVERITIES, Spot
 from rtdetr_cli.datasets.raw import RawDataset, RawSplit
 from rtdetr_cli.datasets.read import read_raw
 from rtdetr_cli.datasets.records import Finding
-from rtdetr_cli.images.decode import FORMATS, SUFFIXES, ImageError, exif_orientation, open_image
+from rtdetr_cli.images.decode import EXIF_TRANSPOSES, FORMATS, SUFFIXES, ImageError, exif_orientation, open_image
 
 HUGE_PIXELS = 50_000_000
 _MANY_CORES = 4
@@ -280,19 +280,8 @@ def _thumb(image: Image.Image, orientation: int) -> bytes:
     width, height = image.size
     small = image.reduce((max(1, width // (2 * THUMB)), max(1, height // (2 * THUMB))))
     grey = small.resize((THUMB, THUMB), Image.Resampling.BOX).convert("L")
-    turn = _TURNS.get(orientation)
+    turn = EXIF_TRANSPOSES.get(orientation)
     return (grey if turn is None else grey.transpose(turn)).tobytes()
-
-
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def _look_at_all(

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from rtdetr_cli.checks.doctor import Report
-from rtdetr_cli.datasets.codes import CODES, Spot, printable
+from rtdetr_cli.datasets.codes import CODES
+from rtdetr_cli.datasets.findings import Spot
 from rtdetr_cli.datasets.raw import RawSplit
 from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.images.decode import ImageError, open_image
 from rtdetr_cli.images.draw import colour
 from rtdetr_cli.page import image_uri, render_page
+from rtdetr_cli.text import printable
 
 MOST_FINDINGS = 3000
 MOST_IMAGES = 500

@@ -32,7 +32,8 @@ from PIL import Image
 
 from rtdetr_cli.checks.doctor import Report
 from rtdetr_cli.datasets.coco import id_key, walk_object
-from rtdetr_cli.datasets.codes import CODES, Spot
+from rtdetr_cli.datasets.codes import CODES
+from rtdetr_cli.datasets.findings import Spot
 from rtdetr_cli.datasets.raw import RawDataset, RawSplit
 from rtdetr_cli.datasets.records import Finding
 from rtdetr_cli.datasets.voc import CLASS_LISTS, listed_name

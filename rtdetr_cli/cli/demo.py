@@ -18,7 +18,7 @@ def demo(
 
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.cli.train import render
-    from rtdetr_cli.datasets.codes import tally
+    from rtdetr_cli.text import tally
     from rtdetr_cli.workflows import demo as workflow
     from rtdetr_cli.workflows.finetune import stop_on_signals
 

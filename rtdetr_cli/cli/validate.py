@@ -201,7 +201,7 @@ def _show(report: Report, images: Path | None, *, fixing: bool) -> None:
     from rtdetr_cli.checks.load import place
     from rtdetr_cli.checks.repair import repairable
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.datasets.codes import counted, tally
+    from rtdetr_cli.text import counted, tally
 
     facts = report.summary()
     splits = ", ".join(f"{name} {part['pictures']:,}" for name, part in facts["splits"].items()) or "no split"
@@ -234,7 +234,7 @@ def _fix(report: Report, out: Path, document: dict[str, Any], as_json: bool, str
     from rtdetr_cli.checks.doctor import examine
     from rtdetr_cli.checks.repair import repair
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.datasets.codes import tally
+    from rtdetr_cli.text import tally
 
     done = repair(report, out)
     again = examine(done.data, imgsz=report.imgsz, decode=report.decoded)
@@ -260,7 +260,7 @@ def _fix(report: Report, out: Path, document: dict[str, Any], as_json: bool, str
 def _undo(patch: Path, to: Path | None, as_json: bool) -> int:
     from rtdetr_cli.checks.repair import undo
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.datasets.codes import counted
+    from rtdetr_cli.text import counted
 
     if to is None:
         raise UsageError("undoing a patch needs a new folder", hint=f"rtdetr validate {patch} --fix RESTORED")
@@ -283,9 +283,9 @@ def _write(
 ) -> None:
     from rtdetr_cli.checks.repair import repairable
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.datasets.codes import counted
     from rtdetr_cli.datasets.splits import to_splits
     from rtdetr_cli.datasets.write import write_dataset
+    from rtdetr_cli.text import counted
 
     errors = report.counts()["error"]
     if errors:

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.datasets.codes import Findings, Spot, counted
+from rtdetr_cli.datasets.findings import Findings, Spot
+from rtdetr_cli.datasets.label_text import CUT_OFF_HINT, MAX_BYTES, Oddities, read_text
 from rtdetr_cli.datasets.raw import RawDataset, RawSplit
 from rtdetr_cli.datasets.records import Category
-from rtdetr_cli.datasets.text import CUT_OFF_HINT, MAX_BYTES, Oddities, read_text
+from rtdetr_cli.text import counted
 
 _BLANK = re.compile(r"[ \t\n\r]*").match
 _scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]

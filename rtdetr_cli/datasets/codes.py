@@ -7,10 +7,7 @@ Codes are stable: programs may rely on them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-
-from rtdetr_cli.datasets.records import Finding
 
 
 @dataclass(frozen=True, slots=True)
@@ -683,86 +680,3 @@ _TABLE = (
 )
 
 CODES = {entry.code: entry for entry in _TABLE}
-
-SEVERITIES = ("error", "warning", "info")
-
-
-def counted(count: int, word: str, words: str = "") -> str:
-    """Return a number with what it counts: `1 box`, `2,000 boxes`."""
-    return f"{count:,} {word if count == 1 else words or word + ('es' if word[-1] in 'sx' else 's')}"
-
-
-def tally(counts: Mapping[str, int]) -> str:
-    """Return how many findings of each severity there are: `0 errors, 1 warning, 88 notes`."""
-    return ", ".join(counted(counts[s], "note" if s == "info" else s) for s in SEVERITIES)
-
-
-def printable(text: str) -> str:
-    """Return `text` with everything escaped that a terminal or a UTF-8 file cannot show."""
-    if text.isprintable():
-        return text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-@dataclass(frozen=True, slots=True)
-class Spot:
-    """Where a finding lies inside the records, for the page and for repair.
-
-    Attributes:
-        split: name of the split; empty when it concerns all.
-        image: position of the image in the split; -1 for none.
-        entry: position of the entry in its label file: annotation or image of a COCO list, object of a VOC file, line
-            of a YOLO file (from 0); -1 for none.
-        box: corners in pixels, to be drawn.
-        other: split and position of the image that this one is like.
-    """
-
-    split: str = ""
-    image: int = -1
-    entry: int = -1
-    box: tuple[float, float, float, float] | None = None
-    other: tuple[str, int] | None = None
-
-
-NOWHERE = Spot()
-
-
-class Findings(list[Finding]):
-    """Findings in the order they were made, and for each the spot it concerns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.spots: list[Spot] = []
-
-    def add(
-        self,
-        code: str,
-        message: str,
-        *,
-        file: str = "",
-        line: int = 0,
-        image_id: int | str | None = None,
-        annotation_id: int | str | None = None,
-        hint: str = "",
-        spot: Spot = NOWHERE,
-        severity: str = "",
-    ) -> None:
-        """Append a finding; severity and hint come from the table unless others are given."""
-        entry = CODES[code]
-        if isinstance(image_id, str):
-            image_id = printable(image_id)
-        if isinstance(annotation_id, str):
-            annotation_id = printable(annotation_id)
-        self.spots.append(spot)
-        self.append(
-            Finding(
-                code,
-                severity or entry.severity,
-                printable(message),
-                printable(file),
-                int(line),
-                image_id,
-                annotation_id,
-                hint or entry.hint,
-            )
-        )

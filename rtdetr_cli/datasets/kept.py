@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rtdetr_cli.datasets.coco import JSONFault, line_of, scan_value
+from rtdetr_cli.datasets.label_text import MAX_BYTES, Oddities, read_text
 from rtdetr_cli.datasets.raw import RawDataset
-from rtdetr_cli.datasets.text import MAX_BYTES, Oddities, read_text
 
 IDS_FILE = "rtdetr_ids.json"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.datasets.codes import Findings, Spot
+from rtdetr_cli.datasets.findings import Findings, Spot
 from rtdetr_cli.datasets.records import Category
 
 

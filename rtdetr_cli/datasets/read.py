@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rtdetr_cli.datasets.coco import read_coco, sound_name
 from rtdetr_cli.datasets.kept import IDS_FILE
+from rtdetr_cli.datasets.label_text import Oddities, read_text
 from rtdetr_cli.datasets.raw import RawDataset
-from rtdetr_cli.datasets.text import Oddities, read_text
 from rtdetr_cli.datasets.voc import VocSplit, is_image, listed_name, read_voc
 from rtdetr_cli.datasets.yolo import read_yolo
 from rtdetr_cli.errors import DataError

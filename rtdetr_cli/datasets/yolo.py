@@ -20,12 +20,13 @@ import yaml
 from numpy.typing import NDArray
 
 from rtdetr_cli.datasets.coco import sound_name
-from rtdetr_cli.datasets.codes import Findings, Spot, counted
+from rtdetr_cli.datasets.findings import Findings, Spot
 from rtdetr_cli.datasets.kept import Kept, KeptBox, read_kept
+from rtdetr_cli.datasets.label_text import Oddities, read_text
 from rtdetr_cli.datasets.raw import RawDataset, Rows
 from rtdetr_cli.datasets.records import Category
-from rtdetr_cli.datasets.text import Oddities, read_text
 from rtdetr_cli.images.decode import IMAGE_SUFFIXES
+from rtdetr_cli.text import counted
 
 _MAX_YAML_BYTES = 1 << 20
 _SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}

@@ -48,7 +48,7 @@ IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix i
 """What a file in a folder of images must end in, to count as one."""
 
 _ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
+EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -57,7 +57,10 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientation -> the operation that makes the image upright."""
+
+EXIF_SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations that swap width and height."""
 
 # Pillow's remarks (odd EXIF, an image above half the limit) would land in the middle of a progress bar. What is worth
 # knowing about an image, `rtdetr validate` says. Here once and for all, since a filter cannot be set for one thread.
@@ -135,7 +138,7 @@ class ImageFile:
         self._source = source
         self._turned = exif_orientation(image)
         width, height = image.size
-        self.size_wh = (height, width) if self._turned in _SIDEWAYS else (width, height)
+        self.size_wh = (height, width) if self._turned in EXIF_SIDEWAYS else (width, height)
         self.scalable = image.format in ("JPEG", "MPO")
 
     def divisor(self, hw: tuple[int, int]) -> int:
@@ -155,7 +158,7 @@ class ImageFile:
                 image.draft(None, (image.width // divisor, image.height // divisor))
             image.load()
             upright = _as_rgb(image)
-            return upright.transpose(_UPRIGHT[self._turned]) if self._turned in _UPRIGHT else upright
+            return upright.transpose(EXIF_TRANSPOSES[self._turned]) if self._turned in EXIF_TRANSPOSES else upright
 
 
 def divisor(size_wh: tuple[int, int], hw: tuple[int, int]) -> int:

@@ -9,9 +9,9 @@ from difflib import get_close_matches
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.datasets.codes import counted
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.infer.detections import Detections
+from rtdetr_cli.text import counted
 from rtdetr_cli.weights.header import ModelHeader
 
 DEFAULT_THRESHOLD = 0.5

@@ -16,7 +16,7 @@ from typing import Any
 
 from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.config.schema import ModelSpec
-from rtdetr_cli.datasets.codes import counted
+from rtdetr_cli.text import counted
 
 # The published scales at 640 pixels, 480 to 800 in steps of 32 with 640 three times, as shares.
 SCALES = tuple(s / 640 for s in (480, 512, 544, 576, 608, 640, 640, 640, 672, 704, 736, 768, 800))

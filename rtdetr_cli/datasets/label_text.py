@@ -7,7 +7,7 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rtdetr_cli.datasets.codes import Findings
+from rtdetr_cli.datasets.findings import Findings
 
 MAX_BYTES = 4 << 30
 """Label files are refused above this size; the largest public one (Objects365) has under 4 GB."""

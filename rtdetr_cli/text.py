@@ -1,0 +1,24 @@
+"""Text for people: counts with their nouns, and strings that are safe to print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+def counted(count: int, singular: str, plural: str = "") -> str:
+    """Return a number with its noun: `1 box`, `2,000 boxes`."""
+    if count == 1:
+        return f"1 {singular}"
+    return f"{count:,} {plural or singular + ('es' if singular[-1] in 'sx' else 's')}"
+
+
+def tally(counts: Mapping[str, int]) -> str:
+    """Return the number of findings of each severity: `0 errors, 1 warning, 88 notes`."""
+    return ", ".join(counted(counts[s], "note" if s == "info" else s) for s in ("error", "warning", "info"))
+
+
+def printable(text: str) -> str:
+    """Return `text` with everything escaped that a terminal or a UTF-8 file cannot show."""
+    if text.isprintable():
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
