@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line and leave with its exit code."""
+    """Run the command line and exit with its code."""
     from rtdetr_cli.cli.app import run
 
     sys.exit(run(sys.argv[1:]))

@@ -51,7 +51,7 @@ def render_page(template: str, **context: Any) -> str:
         template: a file of `templates/`.
         context: what it shows; `title` is the page's.
     """
-    from rtdetr_cli import __version__
+    from rtdetr_cli.version import __version__
 
     text = _environment().get_template(template).render(**{"version": __version__, "title": "rtdetr", **context})
     # File names that are not UTF-8 carry lone surrogates, which no encoding can write.

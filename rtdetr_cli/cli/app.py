@@ -14,9 +14,9 @@ from typing import Any
 
 import typer
 
-from rtdetr_cli import __version__
 from rtdetr_cli.cli.aliases import translate
 from rtdetr_cli.errors import EnvironmentProblem, RtdetrError, UsageError
+from rtdetr_cli.version import __version__
 
 # name -> (module below rtdetr_cli.cli, attribute, what `rtdetr --help` says). The order is that of `rtdetr --help`,
 # and what it says fits into a terminal of 80 columns: click would cut a docstring in the middle of a sentence.

@@ -330,8 +330,8 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
 def _say_beginning(report: BeginReport) -> None:
     from importlib.metadata import version
 
-    from rtdetr_cli import __version__
     from rtdetr_cli.cli import terminal
+    from rtdetr_cli.version import __version__
 
     preset, splits = report.config.preset, report.splits
     # A resumed run has had its full look at the images; what reading the labels finds is a part of that.

@@ -15,7 +15,6 @@ from typing import Any
 import onnx
 import torch
 
-from rtdetr_cli import __version__
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import EnvironmentProblem, RtdetrError, UsageError
 from rtdetr_cli.export import onnx as onnx_file
@@ -35,6 +34,7 @@ from rtdetr_cli.infer.backend import Backend, open_backend
 from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend, header_path, import_tensorrt
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.version import __version__
 from rtdetr_cli.weights.header import ModelHeader
 
 PARITY_FILE = "parity.json"

@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rtdetr_cli import __version__
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.errors import ModelError, UsageError
 from rtdetr_cli.files import atomic_write
@@ -29,6 +28,7 @@ from rtdetr_cli.model.attention import Rounding, Sampling
 from rtdetr_cli.model.backbone import BLOCKS
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.version import __version__
 from rtdetr_cli.weights.class_names import published_classes
 from rtdetr_cli.weights.files import (
     identity_of,

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import rtdetr_cli
 from rtdetr_cli.batches.loader import TrainLoader
 from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.config.run import RunConfig
@@ -33,6 +32,7 @@ from rtdetr_cli.train.plan import Plan, frozen_spec, make_plan
 from rtdetr_cli.train.precision import choose_precision
 from rtdetr_cli.train.state import Learner
 from rtdetr_cli.train.team import SOLO, Team, share_of
+from rtdetr_cli.version import __version__
 from rtdetr_cli.weights.header import ModelHeader
 from rtdetr_cli.weights.hub import Watch
 from rtdetr_cli.weights.transfer import TransferTable
@@ -178,7 +178,7 @@ def prepare(
             "train": len(train_set),
             "val": len(val_set),
         },
-        version=rtdetr_cli.__version__,
+        version=__version__,
         extra={"weights": start},
     )
     return Prepared(
@@ -358,7 +358,7 @@ def refuse_differences(team: Team, own: Mapping[str, str]) -> None:
 def versions(team: Team = SOLO) -> dict[str, str]:
     """Return what the numbers of a run depend on."""
     return {
-        "rtdetr-cli": rtdetr_cli.__version__,
+        "rtdetr-cli": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
