@@ -161,7 +161,7 @@ def _explain(code: str, as_json: bool) -> int:
     import difflib
 
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.datasets.codes import CODES
+    from rtdetr_cli.datasets.codes import CODES, find_code
 
     if code == "all":
         if as_json:
@@ -169,7 +169,7 @@ def _explain(code: str, as_json: bool) -> int:
         else:
             terminal.table(("severity", "code", "what"), [(c.severity, c.code, c.title) for c in CODES.values()])
         return 0
-    entry = CODES.get(code)
+    entry = find_code(code)
     if entry is None:
         near = difflib.get_close_matches(code, CODES, n=1)
         raise UsageError(
