@@ -95,7 +95,7 @@ def finetune_discrete(
     if path is not None and path.suffix.lower() in EXPORT_SUFFIXES:
         raise UsageError(f"{path} is an export, which cannot be trained", hint="name the weights that it was made of")
 
-    from rtdetr_cli.weights.published import load_model
+    from rtdetr_cli.weights.load import load_model
     from rtdetr_cli.workflows.finetune import refuse_early, stop_on_signals
     from rtdetr_cli.workflows.finetune_discrete import FinetuneDiscrete, begun_stage, plan_discrete
 
@@ -123,8 +123,8 @@ def _train(stage: FinetuneDiscrete, stop: Any, argv: list[str]) -> None:
 
     from rtdetr_cli.cli.train import render
     from rtdetr_cli.train import launch
-    from rtdetr_cli.train.loop import Interrupted
-    from rtdetr_cli.train.team import parse_devices
+    from rtdetr_cli.train.processes import parse_devices
+    from rtdetr_cli.train.stop import Interrupted
 
     devices = parse_devices(stage.config.settings.device)
     if len(devices) == 1:

@@ -40,13 +40,13 @@ def _described(path: Path) -> dict[str, Any]:
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     """Describe a run's `last.ckpt`; some tools give a published file that suffix."""
-    from rtdetr_cli.train.checkpoint import MAGIC, read_sealed
+    from rtdetr_cli.train.checkpoint import MAGIC, read_checkpoint
 
     with path.open("rb") as file:
         ours = file.read(len(MAGIC)) == MAGIC
     if not ours:
         return _described(path)
-    state = read_sealed(path)
+    state = read_checkpoint(path)
     tensors, size = _count(state)
     return {
         "path": str(path),

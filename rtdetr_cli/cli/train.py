@@ -193,7 +193,7 @@ def _start_processes(
         typer.Exit: the run is over.
     """
     from rtdetr_cli.train import launch
-    from rtdetr_cli.train.team import launched, parse_devices
+    from rtdetr_cli.train.processes import launched, parse_devices
     from rtdetr_cli.workflows import finetune as workflow
 
     if launched():
@@ -216,7 +216,7 @@ def _start_processes(
 
 
 def _leads() -> bool:
-    from rtdetr_cli.train.team import launched
+    from rtdetr_cli.train.processes import launched
 
     return not launched() or int(os.environ["RANK"]) == 0
 
@@ -265,7 +265,14 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
         result_on_stdout: False where the run is a part of something larger that has a result of its own.
     """
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.train import reports
+    from rtdetr_cli.train.events import (
+        EpochDone,
+        EvaluationStarted,
+        MicroBatchReduced,
+        RolledBack,
+        StepDone,
+        StepSkipped,
+    )
     from rtdetr_cli.workflows import finetune as workflow
 
     begun: workflow.BeginReport | None = None
@@ -274,27 +281,27 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
     try:
         for event in events:
             match event:
-                case reports.MeasuringReport():
+                case EvaluationStarted():
                     bar.measure(event)
                 case workflow.BeginReport():
                     begun = event
                     _say_beginning(event)
                     bar.begin(event)
-                case reports.StepReport():
+                case StepDone():
                     bar.step(event)
                     for image, reason in event.replaced:
                         bar.say(f"warning: image {image} was replaced: {reason}")
-                case reports.EpochReport():
+                case EpochDone():
                     assert begun is not None
                     bar.say(epoch_line(event, bar.seconds_left(event)))
-                case reports.SkippedReport():
+                case StepSkipped():
                     bar.say(skipped_line(event))
-                case reports.MemoryReport():
+                case MicroBatchReduced():
                     bar.say(
                         f"warning: out of memory at step {event.step + 1}: micro-batch {event.micro_batch_before} -> "
                         f"{event.micro_batch}, same effective batch; the step is run again"
                     )
-                case reports.WentBackReport():
+                case RolledBack():
                     bar.say(
                         f"warning: went back from step {event.step} to step {event.to_step}, "
                         f"with {event.rate_scale:.3g} of the learning rate"
@@ -495,10 +502,10 @@ def dry_document(report: DryReport, begun: BeginReport) -> dict[str, Any]:
 
 def dry_warnings(report: DryReport) -> list[str]:
     """Say what the run would be refused for, or end with."""
-    from rtdetr_cli.train.checkpoint import room_for
+    from rtdetr_cli.train.checkpoint import has_room
 
     warnings = []
-    if not room_for(report.disk_bytes, report.disk_free):
+    if not has_room(report.disk_bytes, report.disk_free):
         warnings.append(
             f"the run keeps {report.disk_bytes / 1e9:.2f} GB and {report.disk_free / 1e9:.2f} GB are free: free some "
             "space, or --out DIR names another disk"

@@ -21,12 +21,10 @@ from typing import IO, Any
 import torch
 
 from rtdetr_cli.errors import ModelError, RtdetrError
+from rtdetr_cli.runs import CHECKPOINT, PARTIAL_CHECKPOINT, PREVIOUS_CHECKPOINT
 
 MAGIC = b"rtdetr-checkpoint 1\n"
 SEAL_BYTES = 64 + 1 + 20 + 1
-CHECKPOINT = "last.ckpt"
-PREVIOUS = ".last.ckpt.previous"
-PARTIAL = ".last.ckpt.partial"
 
 
 class _Sealing:
@@ -55,8 +53,8 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep_previous: bool 
     Raises:
         RtdetrError: the disk is full or the folder cannot be written; the last good checkpoint is untouched.
     """
-    partial, final, previous = folder / PARTIAL, folder / CHECKPOINT, folder / PREVIOUS
-    with last_good_stays(folder, "the checkpoint"):
+    partial, final, previous = folder / PARTIAL_CHECKPOINT, folder / CHECKPOINT, folder / PREVIOUS_CHECKPOINT
+    with explain_write_failure(folder, "the checkpoint"):
         try:
             _write_sealed(partial, state)
         except (OSError, RuntimeError):
@@ -87,7 +85,7 @@ def _write_sealed(path: Path, state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def last_good_stays(folder: Path, what: str) -> Iterator[None]:
+def explain_write_failure(folder: Path, what: str) -> Iterator[None]:
     """Say of a file of the run that cannot be written what is left, and how to go on.
 
     Args:
@@ -114,12 +112,12 @@ def last_good_stays(folder: Path, what: str) -> Iterator[None]:
         ) from error
 
 
-def kept_bytes(learner_state: dict[str, Any]) -> int:
+def run_bytes(learner_state: dict[str, Any]) -> int:
     """Return the bytes that a run takes: two checkpoints, a third while it is written, and the model."""
     return 3 * bytes_of(learner_state) + bytes_of(learner_state["average"])
 
 
-def room_for(wanted: int, free: int) -> bool:
+def has_room(wanted: int, free: int) -> bool:
     """Tell whether so many bytes can be kept where so many are free."""
     return free >= wanted * 1.05 + 2**20
 
@@ -131,7 +129,7 @@ def require_room(folder: Path, wanted: int) -> None:
         RtdetrError: it names both sizes.
     """
     free = shutil.disk_usage(folder).free
-    if not room_for(wanted, free):
+    if not has_room(wanted, free):
         raise RtdetrError(
             f"a run keeps {wanted / 1e9:.2f} GB in {folder}, and {free / 1e9:.2f} GB are free",
             hint="free some space, or --out DIR names another disk",
@@ -164,7 +162,7 @@ def _check_room(folder: Path, wanted: int) -> None:
     Raises:
         OSError: ENOSPC.
     """
-    if not room_for(wanted, shutil.disk_usage(folder).free):
+    if not has_room(wanted, shutil.disk_usage(folder).free):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
@@ -189,13 +187,13 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
         ModelError: neither can be read.
     """
     problems = []
-    for name in (CHECKPOINT, PREVIOUS):
+    for name in (CHECKPOINT, PREVIOUS_CHECKPOINT):
         path = folder / name
         if not path.is_file():
             problems.append(f"{path} does not exist")
             continue
         try:
-            state = read_sealed(path)
+            state = read_checkpoint(path)
         except ModelError as error:
             problems.append(error.message)
             continue
@@ -207,15 +205,15 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
     )
 
 
-def load_good_checkpoint(folder: Path) -> dict[str, Any]:
+def load_rollback_checkpoint(folder: Path) -> dict[str, Any]:
     """Read the newest checkpoint whose last step was taken; where there is none, simply the newest.
 
     A run that skips step after step may have come to the end of an epoch, and saved, before that was known.
     """
     newest, _ = load_checkpoint(folder)
-    if newest["place"]["in_a_row"] and (folder / PREVIOUS).is_file():
+    if newest["place"]["in_a_row"] and (folder / PREVIOUS_CHECKPOINT).is_file():
         try:
-            before = read_sealed(folder / PREVIOUS)
+            before = read_checkpoint(folder / PREVIOUS_CHECKPOINT)
         except ModelError:
             return newest
         if not before["place"]["in_a_row"]:
@@ -223,16 +221,16 @@ def load_good_checkpoint(folder: Path) -> dict[str, Any]:
     return newest
 
 
-def put_first(folder: Path) -> None:
+def promote_previous(folder: Path) -> None:
     """Make the checkpoint before the newest the newest, when that one is damaged.
 
     Otherwise the next save would keep the damaged one as the one before, and a kill during it leave nothing good.
     """
-    os.replace(folder / PREVIOUS, folder / CHECKPOINT)
+    os.replace(folder / PREVIOUS_CHECKPOINT, folder / CHECKPOINT)
     sync_folder(folder)
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read one checkpoint file and verify its checksum.
 
     Raises:

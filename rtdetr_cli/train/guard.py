@@ -20,14 +20,14 @@ from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.datasets.records import FlatStrings
 from rtdetr_cli.errors import RtdetrError
 
-IN_A_ROW = 5
-GO_BACKS = 3
+MAX_SKIPPED_IN_A_ROW = 5
+MAX_ROLLBACKS = 3
 EVIDENCE = "evidence"
 MOST_EVIDENCE = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Skipped:
+class NonFinite:
     """A step that was not taken.
 
     Attributes:
@@ -47,7 +47,7 @@ class Skipped:
     files: tuple[str, ...] = ()
 
     @classmethod
-    def of_all(cls, told: Sequence[Skipped]) -> Skipped:
+    def of_all(cls, told: Sequence[NonFinite]) -> NonFinite:
         """Join what the processes of a run say of one step: each knows its own images only."""
         first = next((s for s in told if s.images), told[0])
         evidence = next((s.evidence for s in told if s.evidence is not None), None)
@@ -60,7 +60,7 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class StepResult:
     """What the host learns of one step."""
 
     epoch: int
@@ -69,7 +69,7 @@ class Figures:
     loss: float
     terms: dict[str, float]
     norm: float
-    skipped: Skipped | None
+    skipped: NonFinite | None
 
 
 @dataclass(slots=True)
@@ -84,7 +84,7 @@ class _Pending:
     rows: Sequence[slice]
 
 
-class Guard:
+class NonFiniteGuard:
     """Carries the figures of the last step to the host and decides what non-finite ones mean.
 
     Args:
@@ -143,7 +143,7 @@ class Guard:
             values = host
         self._pending = _Pending(epoch, index, step, names, values, event, batch, rows)
 
-    def collect(self) -> Figures | None:
+    def collect(self) -> StepResult | None:
         """Return the figures of the step last submitted, or None when there is none."""
         pending, self._pending = self._pending, None
         if pending is None:
@@ -162,7 +162,7 @@ class Guard:
             skipped = self._explain(pending, terms, totals, norm, scale, scale_only)
         else:
             self.in_a_row = 0
-        return Figures(
+        return StepResult(
             epoch=pending.epoch,
             index=pending.index,
             step=pending.step,
@@ -174,7 +174,7 @@ class Guard:
 
     def must_go_back(self) -> bool:
         """Tell whether so many steps in a row were skipped that the weights themselves must be at fault."""
-        return self.in_a_row >= IN_A_ROW
+        return self.in_a_row >= MAX_SKIPPED_IN_A_ROW
 
     def forget(self) -> None:
         """Drop what is pending: the run goes back to an earlier state."""
@@ -189,7 +189,7 @@ class Guard:
         norm: float,
         scale: float,
         scale_only: bool,
-    ) -> Skipped:
+    ) -> NonFinite:
         bad_rows, bad_terms = np.nonzero(~np.isfinite(terms))
         indices = pending.batch.image_indices
         images = tuple(i for row in sorted(set(bad_rows.tolist())) for i in indices[pending.rows[row]])
@@ -198,7 +198,7 @@ class Guard:
         if not len(bad):
             images = tuple(indices)
         files = tuple(self.files[i] for i in images) if len(self.files) else ()
-        skipped = Skipped(term, tuple(images), None, self.in_a_row, scale_only, files)
+        skipped = NonFinite(term, tuple(images), None, self.in_a_row, scale_only, files)
         # Without images the fault is another process's, and so is the evidence.
         if scale_only or not images:
             return skipped
@@ -210,7 +210,7 @@ class Guard:
         terms: np.ndarray[tuple[int, int], np.dtype[np.float64]],
         norm: float,
         scale: float,
-        skipped: Skipped,
+        skipped: NonFinite,
     ) -> Path | None:
         folder = self.folder / EVIDENCE
         try:
@@ -250,8 +250,8 @@ def _number(value: float) -> float | str:
 def diverged(steps: int, rate: float, folder: Path) -> RtdetrError:
     """Return the error that ends a run which going back did not mend."""
     return RtdetrError(
-        f"training diverged: {steps} steps in a row were not finite, and going back {GO_BACKS} times, at last with "
-        f"{rate:.3g} of the rate, did not help",
+        f"training diverged: {steps} steps in a row were not finite, and going back {MAX_ROLLBACKS} times, "
+        f"at last with {rate:.3g} of the rate, did not help",
         hint=f"a lower --lr, --precision fp32, or look at the batches in {folder / EVIDENCE}",
         code="diverged",
     )

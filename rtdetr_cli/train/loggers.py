@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rtdetr_cli.errors import EnvironmentProblem
-from rtdetr_cli.train.reports import EpochReport, Report, SavedReport, StepReport
+from rtdetr_cli.train.events import CheckpointSaved, EpochDone, StepDone, TrainingEvent
 
 FOLDER = "events"
 LOGGED = "logged.json"
@@ -107,19 +107,19 @@ class Loggers:
         self.notices.append(f"mlflow writes to {mlflow.where}")
         return mlflow
 
-    def write(self, report: Report) -> None:
+    def write(self, report: TrainingEvent) -> None:
         """Log a report; what went wrong is in `notices`."""
         if not self._sinks:
             return
-        if isinstance(report, StepReport) and report.step >= self._next_step:
+        if isinstance(report, StepDone) and report.step >= self._next_step:
             self._add(_step_values(report), report.step)
             self._next_step = report.step + 1
-        elif isinstance(report, EpochReport) and report.epoch >= self._next_epoch:
+        elif isinstance(report, EpochDone) and report.epoch >= self._next_epoch:
             # On the axis of steps, at the last one of the epoch.
             self._add(_epoch_values(report), max(0, report.step - 1))
             self._next_epoch = report.epoch + 1
         due = time.monotonic() - self._flushed > FLUSH_SECONDS
-        if due or isinstance(report, (EpochReport, SavedReport)):
+        if due or isinstance(report, (EpochDone, CheckpointSaved)):
             self._flush()
 
     def finish(self, metrics: Mapping[str, float | None], images: Sequence[Path] = ()) -> None:
@@ -161,20 +161,20 @@ class Loggers:
             self.notices.append(f"{self._state} cannot be written, a resumed run may log steps twice: {error}")
 
 
-def _step_values(report: StepReport) -> dict[str, float]:
+def _step_values(report: StepDone) -> dict[str, float]:
     values = {
         "train/loss": report.loss,
         "train/lr": report.lr,
-        "train/gradient_norm": report.norm,
+        "train/gradient_norm": report.gradient_norm,
         "speed/step_seconds": report.seconds,
-        "speed/waited_seconds": report.waited,
+        "speed/waited_seconds": report.loader_seconds,
         "speed/memory_gb": report.memory_bytes / 1e9,
     }
     last_layer = ("loss_vfl", "loss_bbox", "loss_giou")
     return values | {f"train/{name}": report.terms[name] for name in last_layer if name in report.terms}
 
 
-def _epoch_values(report: EpochReport) -> dict[str, float]:
+def _epoch_values(report: EpochDone) -> dict[str, float]:
     values = {"epoch/number": report.epoch + 1.0, "epoch/loss": report.loss, "epoch/seconds": report.seconds}
     measured = {f"val/{name}": float(v) for name, v in (report.metrics or {}).items() if v is not None}
     return values | {f"epoch/{name}": value for name, value in report.terms.items()} | measured

@@ -43,7 +43,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def smaller(micro: int, *, where: str) -> int:
+def halve(micro: int, *, where: str) -> int:
     """Return half the micro-batch.
 
     Raises:
@@ -130,7 +130,7 @@ def fitting_micro_batch(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            micro = smaller(micro, where=where)
+            micro = halve(micro, where=where)
     return micro
 
 

@@ -53,7 +53,7 @@ def parameter_groups(model: nn.Module, optim: OptimSpec, *, lr: float, lr_backbo
     return groups
 
 
-class Stepper:
+class FusedAdamW:
     """AdamW whose clipping, loss scale and refusal of non-finite gradients happen inside one fused kernel.
 
     The fused kernel divides each gradient by `grad_scale` and does nothing at all where `found_inf` is 1. Both are
@@ -70,7 +70,7 @@ class Stepper:
 
     def __init__(self, groups: list[dict[str, Any]], *, clip_norm: float, scaled: bool = False) -> None:
         plain = [{k: v for k, v in g.items() if k not in ("names", "label")} for g in groups]
-        self.optimizer = torch.optim.AdamW(plain, betas=BETAS, fused=True)
+        self.adamw = torch.optim.AdamW(plain, betas=BETAS, fused=True)
         self.peaks = [float(g["lr"]) for g in groups]
         self.parameters = [p for g in groups for p in g["params"]]
         self.clip_norm = clip_norm
@@ -80,7 +80,7 @@ class Stepper:
         self.growth = torch.zeros((), dtype=torch.int32, device=device)
         # Made now, not in the first step: then a step allocates nothing that could fail half-way.
         for parameter in self.parameters:
-            self.optimizer.state[parameter] = {
+            self.adamw.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=device),
                 "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
@@ -88,7 +88,7 @@ class Stepper:
 
     def set_rate(self, share: float) -> None:
         """Set every group's rate to a share of its peak."""
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+        for group, peak in zip(self.adamw.param_groups, self.peaks, strict=True):
             group["lr"] = peak * share
 
     def zero_grad(self) -> None:
@@ -111,9 +111,9 @@ class Stepper:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / self.scale
         found_inf = 1.0 - (torch.isfinite(norm) & torch.isfinite(loss)).float()
         # The kernel ignores the scale where found_inf is set, so that a NaN here does no harm.
-        self.optimizer.grad_scale = self.scale * (norm / self.clip_norm).clamp(min=1.0)  # type: ignore[attr-defined]
-        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
-        self.optimizer.step()
+        self.adamw.grad_scale = self.scale * (norm / self.clip_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+        self.adamw.found_inf = found_inf  # type: ignore[attr-defined]
+        self.adamw.step()
         if self.scaled:
             torch._amp_update_scale_(self.scale, self.growth, found_inf, 2.0, 0.5, self.growth_interval)
         return found_inf, norm
@@ -121,7 +121,7 @@ class Stepper:
     def state_dict(self) -> dict[str, Any]:
         """Return moments, step counts and the loss scale."""
         return {
-            "moments": [dict(self.optimizer.state[p].items()) for p in self.parameters],
+            "moments": [dict(self.adamw.state[p].items()) for p in self.parameters],
             "scale": self.scale,
             "growth": self.growth,
         }
@@ -130,7 +130,7 @@ class Stepper:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned, in place."""
         for parameter, saved in zip(self.parameters, state["moments"], strict=True):
-            for key, tensor in self.optimizer.state[parameter].items():
+            for key, tensor in self.adamw.state[parameter].items():
                 tensor.copy_(saved[key])
         self.scale.copy_(state["scale"])
         self.growth.copy_(state["growth"])
@@ -175,7 +175,7 @@ class NormStatistics:
         self._kept_counts = [t.clone() for t in self._counts]
 
     @torch.no_grad()
-    def keep(self) -> None:
+    def save(self) -> None:
         """Remember the statistics as they are."""
         if self._live:
             torch._foreach_copy_(self._kept, self._live)

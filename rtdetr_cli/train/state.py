@@ -14,14 +14,14 @@ from torch import nn
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.train.losses import Criterion
-from rtdetr_cli.train.optim import MovingAverage, NormStatistics, Stepper
-from rtdetr_cli.train.run_folder import RunFolder
-from rtdetr_cli.train.sync_norm import Chorus
-from rtdetr_cli.train.team import SOLO, Team
+from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics
+from rtdetr_cli.train.processes import SINGLE_PROCESS, ProcessGroup
+from rtdetr_cli.runs import RunFolder
+from rtdetr_cli.train.sync_norm import NormSync
 
 
 @dataclass(slots=True)
-class Place:
+class Progress:
     """Where a run stands; saved whole.
 
     Attributes:
@@ -61,26 +61,26 @@ class Learner:
     Attributes:
         model: in training mode but for what is frozen.
         average: its moving average, which is evaluated and deployed.
-        stepper: the optimizer.
+        optimizer: AdamW with clipping, loss scale and the skipping of non-finite steps.
         criterion: the losses.
         spec: for the denoising group.
         device: where it lies.
         autocast: type of the network's arithmetic, or None for float32.
         norms: running statistics, to take a forward pass back.
-        team: the processes that make the same steps.
-        chorus: the norms that average over all of them, or None.
+        processes: the processes that make the same steps.
+        norm_sync: the norms that average over all of them, or None.
     """
 
     model: RTDETR
     average: MovingAverage
-    stepper: Stepper
+    optimizer: FusedAdamW
     criterion: Criterion
     spec: ModelSpec
     device: torch.device
     autocast: torch.dtype | None
     norms: NormStatistics
-    team: Team = SOLO
-    chorus: Chorus | None = None
+    processes: ProcessGroup = SINGLE_PROCESS
+    norm_sync: NormSync | None = None
 
     def train_mode(self) -> None:
         """Switch to training; norms whose parameters are all frozen keep their statistics."""
@@ -95,34 +95,34 @@ class Learner:
         return {
             "model": dict(self.model.state_dict()),
             "average": dict(self.average.module.state_dict()),
-            "stepper": self.stepper.state_dict(),
+            "stepper": self.optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned, in place."""
         self.model.load_state_dict(state["model"])
         self.average.module.load_state_dict(state["average"])
-        self.stepper.load_state_dict(state["stepper"])
+        self.optimizer.load_state_dict(state["stepper"])
 
 
 # ---- saving and going back --------------------------------------------------------------------------------------
 
 
-def snapshot(learner: Learner, place: Place, identity: Mapping[str, Any], metrics_offset: int) -> dict[str, Any]:
+def snapshot(learner: Learner, progress: Progress, identity: Mapping[str, Any], metrics_offset: int) -> dict[str, Any]:
     """Gather everything that a run needs to go on."""
     return {
         "identity": dict(identity),
-        "place": asdict(place),
+        "place": asdict(progress),
         "learner": learner.state_dict(),
         "generators": _generators(),
         "metrics_offset": metrics_offset,
     }
 
 
-def restore(learner: Learner, place: Place, state: Mapping[str, Any], folder: RunFolder | None) -> None:
+def restore(learner: Learner, progress: Progress, state: Mapping[str, Any], folder: RunFolder | None) -> None:
     """Become what `snapshot` gathered; rows of `metrics.csv` written since are taken back, where there is a folder."""
     learner.load_state_dict(state["learner"])
-    place.take(state["place"])
+    progress.take(state["place"])
     _set_generators(state["generators"])
     if folder is not None:
         folder.truncate_metrics(state["metrics_offset"])

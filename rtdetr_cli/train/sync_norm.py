@@ -3,7 +3,7 @@
 Not torch's SyncBatchNorm: that one makes the host wait for the device in every layer (it drops empty shares by a
 mask), has no CPU, and leaves the other processes waiting for ever when one runs out of memory between two layers.
 Here each layer says the same number of words of the same length, whatever happens: a process whose step failed says
-the rest with zeros (`Chorus.finish`), and then all run the step again with smaller micro-batches.
+the rest with zeros (`NormSync.finish`), and then all run the step again with smaller micro-batches.
 
 Moments are joined from each process's mean and sum of squared deviations (Chan et al., 1979), which does not cancel.
 """
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rtdetr_cli.train.team import Team
+from rtdetr_cli.train.processes import ProcessGroup
 
 
-class Chorus:
+class NormSync:
     """Counts what the layers of one model say to those of the other processes.
 
     Attributes:
@@ -28,8 +28,8 @@ class Chorus:
         said: since the step began.
     """
 
-    def __init__(self, team: Team) -> None:
-        self.team = team
+    def __init__(self, processes: ProcessGroup) -> None:
+        self.processes = processes
         self.members: list[SyncNorm] = []
         self.said = 0
 
@@ -56,9 +56,9 @@ class Chorus:
         Returns:
             (processes, R).
         """
-        rows = row.new_zeros((self.team.size, 2 * self.width + 1))
-        rows[self.team.rank, : len(row)] = row
-        self.team.add_up([rows])
+        rows = row.new_zeros((self.processes.size, 2 * self.width + 1))
+        rows[self.processes.rank, : len(row)] = row
+        self.processes.all_reduce([rows])
         self.said += 1
         return rows[:, : len(row)]
 
@@ -70,16 +70,16 @@ class Chorus:
             device: of the model.
             dtype: of its norms.
         """
-        silence = torch.zeros((self.team.size, 2 * self.width + 1), device=device, dtype=dtype)
+        silence = torch.zeros((self.processes.size, 2 * self.width + 1), device=device, dtype=dtype)
         while self.said < 2 * self.layers * micro_batches:
-            self.team.add_up([silence])
+            self.processes.all_reduce([silence])
             self.said += 1
 
 
 class SyncNorm(nn.BatchNorm2d):
     """A batch norm that averages over the images of all processes while it trains."""
 
-    def __init__(self, chorus: Chorus, norm: nn.BatchNorm2d) -> None:
+    def __init__(self, norm_sync: NormSync, norm: nn.BatchNorm2d) -> None:
         """Take the place of `norm`, with its very parameters and buffers."""
         super().__init__(norm.num_features, eps=norm.eps, momentum=norm.momentum, affine=False)
         self.affine = True
@@ -87,8 +87,8 @@ class SyncNorm(nn.BatchNorm2d):
         self.running_mean, self.running_var = norm.running_mean, norm.running_var
         self.num_batches_tracked = norm.num_batches_tracked
         self.training = norm.training
-        self.chorus = chorus
-        chorus.members.append(self)
+        self.norm_sync = norm_sync
+        norm_sync.members.append(self)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class SyncNorm(nn.BatchNorm2d):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        y, mean, var, count = _Normalise.apply(x, self.weight, self.bias, self.eps, self.chorus)
+        y, mean, var, count = _Normalise.apply(x, self.weight, self.bias, self.eps, self.norm_sync)
         with torch.no_grad():
             momentum = 0.1 if self.momentum is None else self.momentum
             self.num_batches_tracked.add_(1)
@@ -110,17 +110,17 @@ class SyncNorm(nn.BatchNorm2d):
 class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, chorus: Chorus
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, norm_sync: NormSync
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         own = float(x.numel() // x.shape[1])
         var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dim=(0, 2, 3), correction=0)
-        rows = chorus.join_rows(torch.cat([mean, var * own, mean.new_full((1,), own)]))
+        rows = norm_sync.join_rows(torch.cat([mean, var * own, mean.new_full((1,), own)]))
         means, spreads, counts = torch.split(rows, [len(mean), len(mean), 1], dim=1)
         count = counts.sum()
         mean = (means * counts).sum(0) / count
         var = (spreads + counts * (means - mean) ** 2).sum(0) / count
         ctx.save_for_backward(x, weight, mean, var, count)
-        ctx.eps, ctx.chorus = eps, chorus
+        ctx.eps, ctx.norm_sync = eps, norm_sync
         ctx.mark_non_differentiable(mean, var, count)
         y = functional.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
         return y, mean, var, count
@@ -137,7 +137,7 @@ class _Normalise(torch.autograd.Function):
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             dy, x, weight, mean, var, None, None, False, ctx.eps, (True, True, True)
         )
-        rows = ctx.chorus.join_rows(torch.cat([dweight.to(mean.dtype), dbias.to(mean.dtype)]))
+        rows = ctx.norm_sync.join_rows(torch.cat([dweight.to(mean.dtype), dbias.to(mean.dtype)]))
         along, level = rows.sum(0).split(len(mean))
         scale = torch.rsqrt(var + ctx.eps)
         slope = weight * scale * scale * along / count
@@ -147,7 +147,7 @@ class _Normalise(torch.autograd.Function):
         return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), None, None
 
 
-def synchronise_norms(model: nn.Module, team: Team) -> Chorus | None:
+def synchronize_norms(model: nn.Module, processes: ProcessGroup) -> NormSync | None:
     """Replace the batch norms of a model that are not frozen, in place.
 
     Parameters and buffers stay the same objects, and so do the names in the state dict.
@@ -155,13 +155,13 @@ def synchronise_norms(model: nn.Module, team: Team) -> Chorus | None:
     Returns:
         What counts their words; None where there is no live norm, or nobody to speak to.
     """
-    if not team.many:
+    if not processes.distributed:
         return None
-    chorus = Chorus(team)
+    norm_sync = NormSync(processes)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if not isinstance(child, nn.BatchNorm2d) or isinstance(child, SyncNorm):
                 continue
             if child.weight is not None and child.weight.requires_grad and child.track_running_stats:
-                setattr(parent, name, SyncNorm(chorus, child))
-    return chorus if chorus.members else None
+                setattr(parent, name, SyncNorm(norm_sync, child))
+    return norm_sync if norm_sync.members else None

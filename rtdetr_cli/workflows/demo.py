@@ -23,8 +23,8 @@ from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.job import Predicted, predict_images
 from rtdetr_cli.infer.selection import select_by
 from rtdetr_cli.infer.sources import find_sources
-from rtdetr_cli.train.loop import StopFlag
-from rtdetr_cli.weights.published import load_model
+from rtdetr_cli.train.stop import StopFlag
+from rtdetr_cli.weights.load import load_model
 from rtdetr_cli.workflows.finetune import EndReport, Event, finetune
 
 TRAIN_IMAGES = 800

@@ -14,8 +14,8 @@ from rtdetr_cli.evaluate.run import Detected, Evaluation, conclude, detect
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.train import memory
-from rtdetr_cli.train.loop import EvaluationStopped, StopFlag
-from rtdetr_cli.train.state import Place
+from rtdetr_cli.train.state import Progress
+from rtdetr_cli.train.stop import EvaluationStopped, StopFlag
 from rtdetr_cli.workflows.prepare import Prepared
 
 MOST_AT_ONCE = 16
@@ -27,9 +27,9 @@ class Evaluator:
     Each process looks at its share of the images; the first judges all that was found, once.
     """
 
-    def __init__(self, prepared: Prepared, place: Place, stop: StopFlag) -> None:
+    def __init__(self, prepared: Prepared, progress: Progress, stop: StopFlag) -> None:
         self.prepared = prepared
-        self.place = place
+        self.progress = progress
         self.most = MOST_AT_ONCE
         self.stop = stop
         self.last: Evaluation | None = None  # the first process's
@@ -41,28 +41,28 @@ class Evaluator:
             EvaluationStopped: a signal came, to whichever process.
         """
         assert isinstance(model, RTDETR)
-        prepared, team = self.prepared, self.prepared.team
+        prepared, processes = self.prepared, self.prepared.processes
         began = time.monotonic()
         classes = map_classes(prepared.header.names, prepared.val_set)
-        mine = np.arange(team.rank, len(prepared.val_set), team.size)
+        mine = np.arange(processes.rank, len(prepared.val_set), processes.size)
         backend = TorchBackend(model, prepared.header, device=prepared.learner.device)
         found = self._detect(backend, prepared.val_set.subset(mine), classes)
-        if team.any(found is None):
+        if processes.any(found is None):
             raise EvaluationStopped
-        parts = team.collect((mine, found))
+        parts = processes.gather((mine, found))
         metrics: dict[str, float | None] = {}
-        if team.leads:
+        if processes.is_main:
             took = time.monotonic() - began
             self.last = conclude(prepared.val_set, Detected.join(parts), classes, seconds=took)
             metrics = dict(self.last.metrics)
-        told: dict[str, float | None] = team.tell(metrics)
+        told: dict[str, float | None] = processes.broadcast(metrics)
         return told
 
     def _detect(self, backend: TorchBackend, share: Dataset, classes: ClassMap) -> Detected | None:
         """Return what is found in a share; None when a signal came."""
         while True:
             # Of the run's own place, not of this process: how many there are at once may change the last bits.
-            batch = max(1, min(self.most, self.place.micro_batch))
+            batch = max(1, min(self.most, self.progress.micro_batch))
             try:
                 return detect(backend, share, batch=batch, progress=self._watch, label_map=classes.labels)
             except EvaluationStopped:
@@ -71,7 +71,7 @@ class Evaluator:
                 if not memory.is_out_of_memory(error):
                     raise
             memory.release(self.prepared.learner.device)
-            self.most = memory.smaller(batch, where=str(self.prepared.learner.device))
+            self.most = memory.halve(batch, where=str(self.prepared.learner.device))
 
     def _watch(self, done: int) -> None:
         if self.stop:

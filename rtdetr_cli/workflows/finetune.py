@@ -7,15 +7,11 @@ dataset, the weights. The folder is made when nothing can be refused any more.
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -24,26 +20,28 @@ from rtdetr_cli.config.run import RunConfig, resolve_run
 from rtdetr_cli.datasets.records import Splits
 from rtdetr_cli.errors import DataError, ModelError, RtdetrError, UsageError
 from rtdetr_cli.infer.torch_backend import choose_device
-from rtdetr_cli.train.checkpoint import load_checkpoint, put_first
-from rtdetr_cli.train.loggers import require_loggers
-from rtdetr_cli.train.loop import Interrupted, LoopOptions, StopFlag, train
-from rtdetr_cli.train.plan import Plan
-from rtdetr_cli.train.report import REPORT
-from rtdetr_cli.train.reports import (
-    EpochReport,
-    FinishedReport,
-    MemoryReport,
-    Report,
-    SavedReport,
-    SkippedReport,
-    WentBackReport,
+from rtdetr_cli.runs import CONFIG, RunFolder, nearest_existing, refuse_existing
+from rtdetr_cli.train.checkpoint import load_checkpoint, promote_previous
+from rtdetr_cli.train.events import (
+    CheckpointSaved,
+    EpochDone,
+    MicroBatchReduced,
+    RolledBack,
+    StepSkipped,
+    TrainingDone,
+    TrainingEvent,
 )
-from rtdetr_cli.train.run_folder import CONFIG, RunFolder, nearest, refuse_existing
-from rtdetr_cli.train.state import Place, restore
-from rtdetr_cli.train.sync_norm import synchronise_norms
-from rtdetr_cli.train.team import join, launched, parse_devices, share_of
-from rtdetr_cli.weights.hub import Watch
-from rtdetr_cli.weights.published import read_header, save_model
+from rtdetr_cli.train.loggers import require_loggers
+from rtdetr_cli.train.loop import LoopOptions, train
+from rtdetr_cli.train.plan import Plan
+from rtdetr_cli.train.processes import images_per_process, join_process_group, launched, parse_devices
+from rtdetr_cli.train.report import REPORT
+from rtdetr_cli.train.state import Progress, restore
+from rtdetr_cli.train.stop import Interrupted, StopFlag, stop_on_signals
+from rtdetr_cli.train.sync_norm import synchronize_norms
+from rtdetr_cli.weights.header import read_header
+from rtdetr_cli.weights.hub import ShowProgress
+from rtdetr_cli.weights.load import save_model
 from rtdetr_cli.weights.transfer import TransferTable
 from rtdetr_cli.workflows.evaluator import Evaluator, explain_overfit
 from rtdetr_cli.workflows.identity import Images, check_identity, identity, look_at_images, refuse_changes
@@ -119,7 +117,7 @@ class EndReport:
     page: Path | None = None
 
 
-Event = BeginReport | Report | Notice | EndReport | DryReport
+Event = BeginReport | TrainingEvent | Notice | EndReport | DryReport
 
 
 def finetune(
@@ -128,7 +126,7 @@ def finetune(
     stop: StopFlag | None = None,
     argv: Sequence[str] = (),
     dry_run: bool = False,
-    fetching: Watch | None = None,
+    fetching: ShowProgress | None = None,
 ) -> Iterator[Event]:
     """Train a detector from beginning to end.
 
@@ -149,20 +147,20 @@ def finetune(
     refuse_early(config)
     config = config.anchored()
     stop = stop if stop is not None else StopFlag()
-    team = join(config.settings.device)
-    prepared = prepare(config, team, fetching=fetching)
+    processes = join_process_group(config.settings.device)
+    prepared = prepare(config, processes, fetching=fetching)
     with prepared.loader:
-        place = Place(micro_batch=resolve_micro_batch(prepared))
+        progress = Progress(micro_batch=resolve_micro_batch(prepared))
         if dry_run:
-            yield begin_report(prepared, place, None, None)
-            yield rehearse(prepared, place.micro_batch)
+            yield begin_report(prepared, progress, None, None)
+            yield rehearse(prepared, progress.micro_batch)
         else:
             images = look_at_images(prepared)
-            stop.heeded = True
-            folder = make_folder(prepared, place, images, argv)
-            yield begin_report(prepared, place, folder, None)
-            yield from run(prepared, place, folder, stop, began, images)
-    team.leave()
+            stop.polled = True
+            folder = make_folder(prepared, progress, images, argv)
+            yield begin_report(prepared, progress, folder, None)
+            yield from run(prepared, progress, folder, stop, began, images)
+    processes.close()
 
 
 def config_of(path: Path) -> RunConfig:
@@ -174,17 +172,17 @@ def config_of(path: Path) -> RunConfig:
     return resolve_run({}, config_file=RunFolder.open(path).path / CONFIG)
 
 
-def make_folder(prepared: Prepared, place: Place, images: Images, argv: Sequence[str]) -> RunFolder:
+def make_folder(prepared: Prepared, progress: Progress, images: Images, argv: Sequence[str]) -> RunFolder:
     """Make the run's folder with its settings and manifest; the first process does, and tells the others its name."""
-    config, team = prepared.config, prepared.team
+    config, processes = prepared.config, prepared.processes
     folder = None
-    if team.leads:
+    if processes.is_main:
         stem = f"{Path(config.preset.name).stem}-{prepared.splits.name}"
         folder = RunFolder.create(Path(config.settings.out), name=config.settings.name, stem=stem)
         folder.write(CONFIG, config.to_toml())
         folder.write_digests(images.digests)
-        folder.write_manifest(manifest(prepared, place, images, argv))
-    return RunFolder(Path(team.tell(str(folder.path) if folder is not None else "")))
+        folder.write_manifest(manifest(prepared, progress, images, argv))
+    return RunFolder(Path(processes.broadcast(str(folder.path) if folder is not None else "")))
 
 
 def resume(
@@ -206,11 +204,11 @@ def resume(
     began = time.monotonic()
     config = config_of(path) if (path / CONFIG).is_file() else None
     # Another host may have neither the folder nor a say: the first process reads for all.
-    team = join(config.settings.device if config is not None else "auto")
+    processes = join_process_group(config.settings.device if config is not None else "auto")
     read: dict[str, Any] | None = None
     first: dict[str, Any] | None = None
     damaged = ""
-    if team.leads:
+    if processes.is_main:
         folder = RunFolder.open(path)
         assert config is not None
         refuse_changes(config, flags or {}, sets, path)
@@ -220,8 +218,8 @@ def resume(
         else:
             read, damaged = load_checkpoint(path)
     folder = RunFolder(path)
-    config, damaged, first = team.tell((config, damaged, first))
-    state: dict[str, Any] = team.tell_state(read) if first is None else {"identity": first.get("identity")}
+    config, damaged, first = processes.broadcast((config, damaged, first))
+    state: dict[str, Any] = processes.broadcast_state(read) if first is None else {"identity": first.get("identity")}
     del read
     if first is None and state["place"]["finished"]:
         done = state["place"]["epoch"]
@@ -231,39 +229,41 @@ def resume(
             code="run-finished",
         )
     stop = stop if stop is not None else StopFlag()
-    prepared = prepare(config, team, pretrained=first is not None)
+    prepared = prepare(config, processes, pretrained=first is not None)
     with prepared.loader:
         if damaged:
             prepared.warnings.append(damaged)
         images = look_at_images(prepared)
         if state["identity"] is not None:
             check_identity(state["identity"], identity(prepared, images), path, images)
-        if team.leads:
+        if processes.is_main:
             prepared.warnings += other_machine(prepared, folder)
             if damaged:
-                put_first(path)
+                promote_previous(path)
         if first is None:
-            place = Place(micro_batch=1)
-            restore(prepared.learner, place, state, folder if team.leads else None)
+            progress = Progress(micro_batch=1)
+            restore(prepared.learner, progress, state, folder if processes.is_main else None)
         else:
-            place = Place(micro_batch=first.get("micro_batch") or resolve_micro_batch(prepared))
+            progress = Progress(micro_batch=first.get("micro_batch") or resolve_micro_batch(prepared))
         del state
-        if team.leads and (trouble := folder.log(f"resumed at epoch {place.epoch + 1}, step {place.step}")):
+        if processes.is_main and (
+            trouble := folder.log(f"resumed at epoch {progress.epoch + 1}, step {progress.step}")
+        ):
             prepared.warnings.append(trouble)
-        stop.heeded = True
+        stop.polled = True
         if first is None:
-            yield begin_report(prepared, place, folder, (place.epoch, place.step))
+            yield begin_report(prepared, progress, folder, (progress.epoch, progress.step))
         else:
-            yield replace(begin_report(prepared, place, folder, None), begun_again=True)
-        yield from run(prepared, place, folder, stop, began, images)
-    team.leave()
+            yield replace(begin_report(prepared, progress, folder, None), begun_again=True)
+        yield from run(prepared, progress, folder, stop, began, images)
+    processes.close()
 
 
 def other_machine(prepared: Prepared, folder: RunFolder) -> list[str]:
     """Say what will make a resumed run differ from the one left alone: versions, hardware, arithmetic."""
     manifest = folder.manifest()
     then = {**manifest.get("versions", {}), "precision": manifest.get("precision", prepared.precision)}
-    now = {**versions(prepared.team), "precision": prepared.precision}
+    now = {**versions(prepared.processes), "precision": prepared.precision}
     return [
         f"{name} was {then[name]} and is {value} now: the run goes on, but not bit for bit as it would have"
         for name, value in now.items()
@@ -272,17 +272,17 @@ def other_machine(prepared: Prepared, folder: RunFolder) -> list[str]:
 
 
 def run(
-    prepared: Prepared, place: Place, folder: RunFolder, stop: StopFlag, began: float, images: Images
+    prepared: Prepared, progress: Progress, folder: RunFolder, stop: StopFlag, began: float, images: Images
 ) -> Iterator[Event]:
-    """Train from `place` to the end, and say what is left behind."""
+    """Train from `progress` to the end, and say what is left behind."""
     config, learner = prepared.config, prepared.learner
     settings = config.settings
-    evaluator = Evaluator(prepared, place, stop)
-    recorder = Recorder(prepared, folder, evaluator) if prepared.team.leads else None
+    evaluator = Evaluator(prepared, progress, stop)
+    recorder = Recorder(prepared, folder, evaluator) if prepared.processes.is_main else None
     if recorder is not None:
         yield from recorder.begin()
     # Only now: trying out how much fits is each process's own affair.
-    learner.chorus = synchronise_norms(learner.model, prepared.team)
+    learner.norm_sync = synchronize_norms(learner.model, prepared.processes)
 
     def write_best(model: nn.Module, metrics: Mapping[str, float | None], epoch: int) -> None:
         known = {name: value for name, value in metrics.items() if value is not None}
@@ -302,7 +302,7 @@ def run(
     best: dict[str, float | None] = {}
     for report in train(
         learner,
-        place,
+        progress,
         loader=prepared.loader,
         plan=prepared.plan,
         options=options,
@@ -311,10 +311,10 @@ def run(
         write_best=write_best,
         stop=stop,
     ):
-        if isinstance(report, FinishedReport):
-            if not best and prepared.team.leads and folder.best.is_file():
+        if isinstance(report, TrainingDone):
+            if not best and prepared.processes.is_main and folder.best.is_file():
                 best = dict(read_header(folder.best).metrics)
-            if prepared.team.leads and (trouble := folder.log(log_line(report))):
+            if prepared.processes.is_main and (trouble := folder.log(log_line(report))):
                 yield Notice(trouble)
             explanation = explain_overfit(prepared, report.best_score) if settings.overfit else ""
             yield report
@@ -333,7 +333,7 @@ def run(
                 page=page if page.is_file() else None,
             )
             return
-        if prepared.team.leads and (line := log_line(report)) and (trouble := folder.log(line)):
+        if prepared.processes.is_main and (line := log_line(report)) and (trouble := folder.log(line)):
             yield Notice(trouble)
         if getattr(report, "improved", False):
             best = dict(getattr(report, "metrics", None) or {})
@@ -342,31 +342,31 @@ def run(
         yield report
 
 
-def log_line(report: Report) -> str:
+def log_line(report: TrainingEvent) -> str:
     """Return what `train.log` says of a report; empty for a step that was taken and for a save."""
     match report:
-        case EpochReport():
+        case EpochDone():
             found = "".join(
                 f"  {k} {v:.4f}" for k in ("AP", "AP50") if (v := (report.metrics or {}).get(k)) is not None
             )
             return (
                 f"epoch {report.epoch + 1}/{report.epochs}  step {report.step}  lr {report.lr:.3g}  "
-                f"loss {report.loss:.4f}{found}  {report.seconds:.1f} s  waited {report.waited_share:.0%}  "
+                f"loss {report.loss:.4f}{found}  {report.seconds:.1f} s  waited {report.loader_share:.0%}  "
                 f"{report.memory_bytes / 1e9:.2f} GB"
             )
-        case SkippedReport():
+        case StepSkipped():
             skipped = report.skipped
             return (
                 f"step {report.step} skipped: {skipped.term} not finite, {skipped.in_a_row} in a row, "
                 f"images {', '.join(skipped.files)}"
             )
-        case MemoryReport():
+        case MicroBatchReduced():
             return f"step {report.step}: out of memory, micro-batch {report.micro_batch_before} -> {report.micro_batch}"
-        case WentBackReport():
+        case RolledBack():
             return f"step {report.step}: went back to step {report.to_step}, rate x {report.rate_scale:.3g}"
-        case SavedReport(reason="stop"):
+        case CheckpointSaved(reason="stop"):
             return f"stopped at epoch {report.epoch + 1}, step {report.step}; saved"
-        case FinishedReport():
+        case TrainingDone():
             return f"finished ({report.reason}), best AP {report.best_score:.4f} at epoch {report.best_epoch + 1}"
         case _:
             return ""
@@ -410,7 +410,7 @@ def refuse_early(config: RunConfig) -> None:
             hint="--weights coco, imagenet, none or a file",
             code="model-missing",
         )
-    out = nearest(Path(settings.out))
+    out = nearest_existing(Path(settings.out))
     if not out.is_dir() or not os.access(out, os.W_OK | os.X_OK):
         raise RtdetrError(
             f"the output folder {settings.out} cannot be written", hint="--out DIR names another", code="not-writable"
@@ -420,14 +420,14 @@ def refuse_early(config: RunConfig) -> None:
         devices = parse_devices(settings.device)
         for device in devices:
             choose_device(device)
-        share_of(settings.effective_batch, len(devices))
+        images_per_process(settings.effective_batch, len(devices))
 
 
 # ---- telling ----------------------------------------------------------------------------------------------------
 
 
 def begin_report(
-    prepared: Prepared, place: Place, folder: RunFolder | None, resumed: tuple[int, int] | None
+    prepared: Prepared, progress: Progress, folder: RunFolder | None, resumed: tuple[int, int] | None
 ) -> BeginReport:
     """Gather what is said before the first step."""
     return BeginReport(
@@ -441,61 +441,30 @@ def begin_report(
         precision=prepared.precision,
         precision_reason=prepared.precision_reason,
         workers=prepared.workers,
-        micro_batch=place.micro_batch,
+        micro_batch=progress.micro_batch,
         parameters=sum(p.numel() for p in prepared.learner.model.parameters()),
         transfer=prepared.transfer,
         start=prepared.start,
         resumed=resumed,
         warnings=tuple(prepared.warnings),
-        processes=prepared.team.size,
+        processes=prepared.processes.size,
     )
 
 
-def manifest(prepared: Prepared, place: Place, images: Images, argv: Sequence[str]) -> dict[str, Any]:
+def manifest(prepared: Prepared, progress: Progress, images: Images, argv: Sequence[str]) -> dict[str, Any]:
     """Return the run's record: what was asked, of what, with what; enough to begin it again."""
     return {
         "argv": list(argv or sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": versions(prepared.team),
+        "versions": versions(prepared.processes),
         "dataset": {"source": str(prepared.splits.source), **prepared.header.dataset, "format": prepared.splits.format},
         "weights": prepared.start,
         "precision": prepared.precision,
-        "micro_batch": place.micro_batch,
+        "micro_batch": progress.micro_batch,
         "identity": identity(prepared, images),
         "plan": {**asdict(prepared.plan)},
         "transfer": asdict(prepared.transfer) if prepared.transfer is not None else None,
     }
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[StopFlag]:
-    """Let SIGINT and SIGTERM ask for an end; a second one of either ends at once.
-
-    So does the first, until there is a run that heeds it: nothing is lost before. But processes of one run wait for
-    each other from the beginning, and only ever stop together.
-    """
-    flag = StopFlag()
-    flag.heeded = launched()
-    before: dict[int, Any] = {}
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, before[number])
-        if flag.heeded:
-            flag.number = number
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
-        else:
-            raise SystemExit(128 + number)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-            before[number] = signal.getsignal(number)
-            signal.signal(number, ask)
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 __all__ = ["BeginReport", "DryReport", "EndReport", "Interrupted", "Notice", "finetune", "resume", "stop_on_signals"]

@@ -28,11 +28,11 @@ from rtdetr_cli.evaluate.source import own_data
 from rtdetr_cli.export.run import Artefact, export_model
 from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.torch_backend import TorchBackend
+from rtdetr_cli.runs import CONFIG, RunFolder
 from rtdetr_cli.train.checkpoint import load_checkpoint
-from rtdetr_cli.train.loop import StopFlag
-from rtdetr_cli.train.run_folder import CONFIG, RunFolder
+from rtdetr_cli.train.stop import StopFlag
 from rtdetr_cli.weights.header import ModelHeader
-from rtdetr_cli.weights.published import load_model
+from rtdetr_cli.weights.load import load_model
 from rtdetr_cli.workflows.benchmark import images_to_time, measure
 from rtdetr_cli.workflows.finetune import EndReport, Event, config_of, finetune, resume
 from rtdetr_cli.workflows.prepare import training_sets
@@ -378,7 +378,7 @@ def begun_stage(run: Path) -> tuple[Path, RunConfig]:
         )
     # The folder may have been moved since.
     place = {"out": os.fspath(run.resolve().parent), "name": run.resolve().name}
-    return model, replace(config, settings=settings.model_copy(update=place))
+    return model, replace(config, settings=replace(settings, **place))
 
 
 def named(config: RunConfig, data: Path) -> RunConfig:
@@ -388,7 +388,7 @@ def named(config: RunConfig, data: Path) -> RunConfig:
     number = 1
     while (out / f"{stem}-{number:02d}").exists():
         number += 1
-    settings = config.settings.model_copy(update={"name": f"{stem}-{number:02d}"})
+    settings = replace(config.settings, name=f"{stem}-{number:02d}")
     return replace(config, settings=settings)
 
 

@@ -17,7 +17,7 @@ from rtdetr_cli.config.presets import flatten
 from rtdetr_cli.config.run import NAMED, RunConfig, absolute, parse_set, resolve_run
 from rtdetr_cli.datasets.fingerprint import image_digests
 from rtdetr_cli.errors import DataError, UsageError
-from rtdetr_cli.train.run_folder import CONFIG, RunFolder
+from rtdetr_cli.runs import CONFIG, RunFolder
 from rtdetr_cli.workflows.prepare import Prepared
 
 # Settings that say where things lie and how the machine is used; a resumed run may not change them either, but they
@@ -174,12 +174,12 @@ def look_at_images(prepared: Prepared) -> Images:
     """Give each image of a run a number by which another file in its place is noticed."""
     found: dict[str, tuple[int, int]] = {}
     digests = np.zeros(0, np.uint64)
-    if prepared.team.leads:
+    if prepared.processes.is_main:
         for which, dataset in enumerate((prepared.train_set, prepared.val_set)):
             for index, name in enumerate(dataset.file_names):
                 found.setdefault(os.path.join(dataset.root, name), (which, index))
         digests = image_digests(list(found))
-    digest = prepared.team.tell(hashlib.sha256(digests.astype("<u8").tobytes()).hexdigest())
+    digest = prepared.processes.broadcast(hashlib.sha256(digests.astype("<u8").tobytes()).hexdigest())
     return Images(prepared, tuple(found.values()), digests, digest)
 
 

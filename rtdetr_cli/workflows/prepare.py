@@ -25,16 +25,16 @@ from rtdetr_cli.infer.torch_backend import choose_device
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.train import memory
-from rtdetr_cli.train.loop import as_input, step_denoising, worst_batch, worst_step
 from rtdetr_cli.train.losses import Criterion
-from rtdetr_cli.train.optim import MovingAverage, NormStatistics, Stepper, parameter_groups
+from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics, parameter_groups
 from rtdetr_cli.train.plan import Plan, frozen_spec, make_plan
 from rtdetr_cli.train.precision import choose_precision
+from rtdetr_cli.train.processes import SINGLE_PROCESS, ProcessGroup, images_per_process
 from rtdetr_cli.train.state import Learner
-from rtdetr_cli.train.team import SOLO, Team, share_of
+from rtdetr_cli.train.step import draw_group, largest_batch, run_largest_step, to_input
 from rtdetr_cli.version import __version__
 from rtdetr_cli.weights.header import ModelHeader
-from rtdetr_cli.weights.hub import Watch
+from rtdetr_cli.weights.hub import ShowProgress
 from rtdetr_cli.weights.transfer import TransferTable
 from rtdetr_cli.workflows.checkup import examine_if_cheap
 from rtdetr_cli.workflows.start import load_start
@@ -50,7 +50,7 @@ class Prepared:
     val_set: Dataset
     plan: Plan
     learner: Learner
-    team: Team
+    processes: ProcessGroup
     loader: TrainLoader
     header: ModelHeader
     augmentation: Augmentation
@@ -68,21 +68,25 @@ class Prepared:
 
 
 def prepare(
-    config: RunConfig, team: Team = SOLO, *, pretrained: bool = True, fetching: Watch | None = None
+    config: RunConfig,
+    processes: ProcessGroup = SINGLE_PROCESS,
+    *,
+    pretrained: bool = True,
+    fetching: ShowProgress | None = None,
 ) -> Prepared:
     """Load dataset and weights and put everything that learns on its device.
 
     Args:
         config: the resolved settings.
-        team: the processes of the run.
+        processes: the processes of the run.
         pretrained: False when the tensors come from a checkpoint anyway.
         fetching: shows how far a download of weights has come.
     """
     settings, preset = config.settings, config.preset
     warnings: list[str] = []
-    device = choose_device(team.device if team.many else settings.device)
+    device = choose_device(processes.device if processes.distributed else settings.device)
     chosen = choose_precision(settings.precision, device)
-    batch_size = share_of(settings.effective_batch, team.size)
+    batch_size = images_per_process(settings.effective_batch, processes.size)
     if settings.aug != "auto":
         load_augmentation(settings.aug)  # a bad file is refused before anything is read
 
@@ -95,8 +99,8 @@ def prepare(
         seed=settings.seed,
     )
     train_set, val_set = training_sets(splits, config, warnings)
-    alike = {k: v for k, v in versions(team).items() if k in ("torch", "rtdetr-cli")}
-    refuse_differences(team, {"dataset": splits.fingerprint, "precision": chosen.name, **alike})
+    alike = {k: v for k, v in versions(processes).items() if k in ("torch", "rtdetr-cli")}
+    refuse_differences(processes, {"dataset": splits.fingerprint, "precision": chosen.name, **alike})
 
     # ---- plan
     spec = resolve_freezing(config, warnings)
@@ -126,14 +130,14 @@ def prepare(
         spec, num_classes=len(train_set.categories), sampling=settings.sampling, rounding=settings.rounding
     )
     table, start = None, f"random weights, seed {settings.seed}"
-    if pretrained and settings.weights != "none" and team.leads:
+    if pretrained and settings.weights != "none" and processes.is_main:
         table, start = load_start(model, config, train_set, fetching=fetching)
     freeze(model, settings.freeze)
     if settings.deterministic and device.type == "cuda" and settings.sampling == "bilinear":
         # The backward pass of grid_sample adds in no fixed order; that of a gather can.
         model.set_sampling("bilinear", operator="gather")
     model = model.to(device).to(memory_format=torch.channels_last)
-    if pretrained and team.leads:  # a resumed run has had its look
+    if pretrained and processes.is_main:  # a resumed run has had its look
         findings = examine_if_cheap(
             Path(settings.data),
             train_set,
@@ -144,9 +148,9 @@ def prepare(
         )
         if findings is not None:
             splits = replace(splits, findings=findings)
-    team.spread(list(model.state_dict().values()))
+    processes.broadcast_tensors(list(model.state_dict().values()))
     learner = make_learner(model, config, spec, plan, device, chosen.dtype)
-    learner.team = team
+    learner.processes = processes
 
     workers = choose_workers(device) if settings.workers == "auto" else settings.workers
     loader = TrainLoader(
@@ -158,8 +162,8 @@ def prepare(
         workers=workers,
         cache=settings.cache,
         cache_budget=int(settings.cache_gb * 1e9) or None,
-        rank=team.rank,
-        world_size=team.size,
+        rank=processes.rank,
+        world_size=processes.size,
         pin_memory=device.type == "cuda",
     )
     header = ModelHeader(
@@ -188,7 +192,7 @@ def prepare(
         val_set=val_set,
         plan=plan,
         learner=learner,
-        team=team,
+        processes=processes,
         loader=loader,
         header=header,
         augmentation=augmentation,
@@ -211,7 +215,7 @@ def make_learner(
     return Learner(
         model=model,
         average=MovingAverage(model),
-        stepper=Stepper(groups, clip_norm=config.preset.optim.clip_norm, scaled=autocast == torch.float16),
+        optimizer=FusedAdamW(groups, clip_norm=config.preset.optim.clip_norm, scaled=autocast == torch.float16),
         criterion=Criterion(num_classes=model.num_classes),
         spec=spec,
         device=device,
@@ -296,15 +300,15 @@ def choose_workers(device: torch.device) -> int:
 
 def resolve_micro_batch(prepared: Prepared) -> int:
     """Return how many images go onto the device at once."""
-    settings, learner, team = prepared.config.settings, prepared.learner, prepared.team
-    own = share_of(settings.effective_batch, team.size)
+    settings, learner, processes = prepared.config.settings, prepared.learner, prepared.processes
+    own = images_per_process(settings.effective_batch, processes.size)
     plan = replace(prepared.plan, effective_batch=own)
     if isinstance(settings.batch, int):
         return min(settings.batch, own)
     most = prepared.most_boxes
 
     def attempt(micro: int) -> None:
-        worst_step(learner, plan, most_boxes=most, micro_batch=micro, parts=1)
+        run_largest_step(learner, plan, most_boxes=most, micro_batch=micro, parts=1)
 
     with memory.one_image(where=str(learner.device)):
         one = memory.saved_bytes(lambda: worst_forward(prepared))
@@ -317,32 +321,32 @@ def resolve_micro_batch(prepared: Prepared) -> int:
         attempt=attempt if learner.device.type == "cuda" else None,
         where=str(learner.device),
     )
-    return team.least(found)
+    return processes.min(found)
 
 
 def worst_forward(prepared: Prepared) -> object:
     """Run one image of the largest scale with the most boxes forward, and return what came out."""
     learner = prepared.learner
     one = replace(prepared.plan, effective_batch=1)
-    batch = worst_batch(one, most_boxes=prepared.most_boxes, num_classes=learner.model.num_classes)
-    group = step_denoising(learner, batch, step=0, seed=0)
+    batch = largest_batch(one, most_boxes=prepared.most_boxes, num_classes=learner.model.num_classes)
+    group = draw_group(learner, batch, step=0, seed=0)
     learner.train_mode()
-    learner.norms.keep()
+    learner.norms.save()
     size = (int(batch.images.shape[-2]), int(batch.images.shape[-1]))
-    inputs = as_input(batch.images.to(learner.device), size)
+    inputs = to_input(batch.images.to(learner.device), size)
     with torch.autocast(learner.device.type, learner.autocast, enabled=learner.autocast is not None):
         outputs = learner.model(inputs, group.to(learner.device) if group is not None else None)
     learner.norms.restore()
     return outputs
 
 
-def refuse_differences(team: Team, own: Mapping[str, str]) -> None:
+def refuse_differences(processes: ProcessGroup, own: Mapping[str, str]) -> None:
     """Refuse a run whose processes would not do the same.
 
     Raises:
         UsageError: it names what differs, and where.
     """
-    told = team.gather(dict(own))
+    told = processes.all_gather(dict(own))
     for key, value in told[0].items():
         for rank, other in enumerate(told):
             if other[key] != value:
@@ -355,7 +359,7 @@ def refuse_differences(team: Team, own: Mapping[str, str]) -> None:
                 )
 
 
-def versions(team: Team = SOLO) -> dict[str, str]:
+def versions(processes: ProcessGroup = SINGLE_PROCESS) -> dict[str, str]:
     """Return what the numbers of a run depend on."""
     return {
         "rtdetr-cli": __version__,
@@ -364,7 +368,7 @@ def versions(team: Team = SOLO) -> dict[str, str]:
         "numpy": np.__version__,
         "cpu threads": str(torch.get_num_threads()),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
-        "processes": str(team.size),
+        "processes": str(processes.size),
     }
 
 

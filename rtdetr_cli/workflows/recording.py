@@ -14,21 +14,21 @@ from numpy.typing import NDArray
 from rtdetr_cli.config.presets import flatten
 from rtdetr_cli.evaluate.run import Evaluation, evaluate
 from rtdetr_cli.infer.torch_backend import TorchBackend
+from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.train import plots
+from rtdetr_cli.train.events import (
+    EpochDone,
+    FirstBatch,
+    MicroBatchReduced,
+    RolledBack,
+    StepDone,
+    StepSkipped,
+    TrainingDone,
+    TrainingEvent,
+)
 from rtdetr_cli.train.loggers import Loggers
 from rtdetr_cli.train.report import RunStory, write_report
-from rtdetr_cli.train.reports import (
-    BatchReport,
-    EpochReport,
-    FinishedReport,
-    MemoryReport,
-    Report,
-    SkippedReport,
-    StepReport,
-    WentBackReport,
-)
-from rtdetr_cli.train.run_folder import RunFolder
-from rtdetr_cli.weights.published import load_model
+from rtdetr_cli.weights.load import load_model
 
 if TYPE_CHECKING:
     from rtdetr_cli.workflows.evaluator import Evaluator
@@ -86,25 +86,25 @@ class Recorder:
             )
         yield from self._notices()
 
-    def take(self, report: Report) -> Iterator[Notice]:
+    def take(self, report: TrainingEvent) -> Iterator[Notice]:
         """Record one report of the loop."""
         self._loggers.write(report)
         match report:
-            case BatchReport():
+            case FirstBatch():
                 if self._plots:
                     yield from self._drawing(plots.BATCH, lambda: self._draw_batch(report))
-            case StepReport():
+            case StepDone():
                 self._memory = max(self._memory, report.memory_bytes)
-            case EpochReport():
+            case EpochDone():
                 yield from self._epoch(report)
-            case SkippedReport() if not report.skipped.scale_only:
+            case StepSkipped() if not report.skipped.scale_only:
                 self._warn(f"step {report.step + 1} was skipped: {report.skipped.term} was not finite")
-            case MemoryReport():
+            case MicroBatchReduced():
                 self._warn(
                     f"out of memory at step {report.step + 1}: the micro-batch went from {report.micro_batch_before} "
                     f"to {report.micro_batch}"
                 )
-            case WentBackReport():
+            case RolledBack():
                 self._warn(
                     f"went back from step {report.step} to {report.to_step}, with {report.rate_scale:.3g} of the rate"
                 )
@@ -112,7 +112,7 @@ class Recorder:
                 pass
         yield from self._notices()
 
-    def finish(self, report: FinishedReport, explanation: str) -> Iterator[Notice]:
+    def finish(self, report: TrainingDone, explanation: str) -> Iterator[Notice]:
         """Draw the last images, write the page, and close the loggers."""
         images = [self._path(name) for name in (plots.LABELS, plots.BATCH, plots.CURVES, plots.PREDICTIONS)]
         if self._plots:
@@ -123,15 +123,15 @@ class Recorder:
 
     # ---- parts --------------------------------------------------------------------------------------------------
 
-    def _epoch(self, report: EpochReport) -> Iterator[Notice]:
+    def _epoch(self, report: EpochDone) -> Iterator[Notice]:
         self._seconds.append(report.seconds)
-        self._waited.append(report.waited_share)
+        self._waited.append(report.loader_share)
         if report.improved:
             self.best = self.evaluator.last
         # The first epoch of a process waits for the loader to start.
-        if report.waited_share > LOADER_BOUND and len(self._seconds) > 1 and not self._told_loader_bound:
+        if report.loader_share > LOADER_BOUND and len(self._seconds) > 1 and not self._told_loader_bound:
             self._told_loader_bound = True
-            text = loader_bound(self.prepared, report.waited_share)
+            text = loader_bound(self.prepared, report.loader_share)
             self._warn(text)
             yield Notice(text)
         due = max(FIRST_SECONDS, self._drawing_took / SHARE_OF_TIME)
@@ -141,7 +141,7 @@ class Recorder:
             self._drawn_at = time.monotonic()
             self._drawing_took = self._drawn_at - began
 
-    def _draw_batch(self, report: BatchReport) -> None:
+    def _draw_batch(self, report: FirstBatch) -> None:
         batch = report.batch
         image = plots.batch_image(
             batch.images.numpy(),
@@ -155,7 +155,7 @@ class Recorder:
         figure = plots.curves_figure(self.folder.metrics(), best_epoch=best_epoch + 1)
         plots.save(figure, self._path(plots.CURVES))
 
-    def _write_page(self, report: FinishedReport, explanation: str) -> None:
+    def _write_page(self, report: TrainingDone, explanation: str) -> None:
         prepared = self.prepared
         if self.best is None and self.folder.best.is_file():
             # The best epoch was another process's, before the run was interrupted.
@@ -199,7 +199,8 @@ class Recorder:
 
         prepared = self.prepared
         facts = {
-            "device": f"{prepared.learner.device}" + (f" x {prepared.team.size}" if prepared.team.many else ""),
+            "device": f"{prepared.learner.device}"
+            + (f" x {prepared.processes.size}" if prepared.processes.distributed else ""),
             "precision": f"{prepared.precision} ({prepared.precision_reason})",
             "parameters": f"{sum(p.numel() for p in prepared.learner.model.parameters()):,}",
             "memory, peak": f"{self._memory / 1e9:.1f} GB",
@@ -209,7 +210,7 @@ class Recorder:
             facts["seconds an epoch"] = f"{float(np.median(self._seconds)):.1f}"
             facts["waited for images"] = f"{float(np.median(self._waited)):.0%} of the time"
         named = {"device": "processor"}
-        return facts | {named.get(key, key): value for key, value in versions(prepared.team).items()}
+        return facts | {named.get(key, key): value for key, value in versions(prepared.processes).items()}
 
     def _drawing(self, what: str, draw: Callable[[], object]) -> Iterator[Notice]:
         """Draw, and say so when it does not work: an image is no reason to lose a run."""

@@ -15,13 +15,14 @@ import torch
 from rtdetr_cli.export.run import export_model
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.train import memory
-from rtdetr_cli.train.checkpoint import kept_bytes
-from rtdetr_cli.train.loop import StopFlag, accumulate, step_denoising, worst_step
+from rtdetr_cli.train.checkpoint import run_bytes
 from rtdetr_cli.train.memory import peak_bytes
 from rtdetr_cli.train.plan import Plan
-from rtdetr_cli.train.run_folder import nearest
-from rtdetr_cli.train.state import Place
-from rtdetr_cli.train.team import share_of
+from rtdetr_cli.train.processes import images_per_process
+from rtdetr_cli.runs import nearest_existing
+from rtdetr_cli.train.state import Progress
+from rtdetr_cli.train.step import accumulate_gradients, draw_group, run_largest_step
+from rtdetr_cli.train.stop import StopFlag
 from rtdetr_cli.workflows.evaluator import Evaluator
 from rtdetr_cli.workflows.prepare import Prepared, compile_parts
 
@@ -64,15 +65,15 @@ def rehearse(prepared: Prepared, micro: int) -> DryReport:
     learner, settings = prepared.learner, prepared.config.settings
     if settings.compile:
         compile_parts(learner.model)
-    plan = replace(prepared.plan, effective_batch=share_of(settings.effective_batch, prepared.team.size))
+    plan = replace(prepared.plan, effective_batch=images_per_process(settings.effective_batch, prepared.processes.size))
     micro, worst = _worst_steps(prepared, plan, micro)
     peak = peak_bytes(learner.device)
     step = _real_steps(prepared, micro)
     begun = time.monotonic()
-    metrics = Evaluator(prepared, Place(micro_batch=micro), StopFlag())(learner.average.module)
+    metrics = Evaluator(prepared, Progress(micro_batch=micro), StopFlag())(learner.average.module)
     evaluation = time.monotonic() - begun
     evaluations = sum(plan.evaluates(e) for e in range(plan.epochs))
-    export_seconds, export_bytes = _export(prepared) if prepared.team.leads else (0.0, 0)
+    export_seconds, export_bytes = _export(prepared) if prepared.processes.is_main else (0.0, 0)
     total = (
         torch.cuda.get_device_properties(learner.device).total_memory
         if learner.device.type == "cuda"
@@ -88,8 +89,8 @@ def rehearse(prepared: Prepared, micro: int) -> DryReport:
         total_seconds=step * plan.total_steps + evaluation * evaluations,
         memory_bytes=peak,
         memory_total=int(total),
-        disk_bytes=kept_bytes(learner.state_dict()),
-        disk_free=shutil.disk_usage(nearest(Path(settings.out))).free,
+        disk_bytes=run_bytes(learner.state_dict()),
+        disk_free=shutil.disk_usage(nearest_existing(Path(settings.out))).free,
         metrics=metrics,
     )
 
@@ -106,36 +107,36 @@ def _worst_steps(prepared: Prepared, plan: Plan, micro: int) -> tuple[int, float
     learner, most = prepared.learner, prepared.most_boxes
     while True:
         try:
-            worst_step(learner, plan, most_boxes=most, micro_batch=micro, parts=1)  # warms kernels up
+            run_largest_step(learner, plan, most_boxes=most, micro_batch=micro, parts=1)  # warms kernels up
             if learner.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(learner.device)
             begun = time.monotonic()
-            worst_step(learner, plan, most_boxes=most, micro_batch=micro)
-            return prepared.team.least(micro), time.monotonic() - begun
+            run_largest_step(learner, plan, most_boxes=most, micro_batch=micro)
+            return prepared.processes.min(micro), time.monotonic() - begun
         except Exception as error:
             if not memory.is_out_of_memory(error):
                 raise
-        micro = memory.smaller(micro, where=str(learner.device))
+        micro = memory.halve(micro, where=str(learner.device))
 
 
 def _real_steps(prepared: Prepared, micro: int, count: int = 4) -> float:
     """Return the seconds of a step on real batches, with the loader and the optimizer; nothing is learned."""
     learner, plan, settings = prepared.learner, prepared.plan, prepared.config.settings
     learner.train_mode()
-    learner.norms.keep()
-    learner.stepper.set_rate(0.0)  # a step of no length: weight decay is a share of it
+    learner.norms.save()
+    learner.optimizer.set_rate(0.0)  # a step of no length: weight decay is a share of it
     batches = prepared.loader.epoch(0, strong=plan.strong_until > 0)
     times = []
     for step in range(min(count, plan.steps_per_epoch)):
         begun = time.monotonic()
         batch = next(batches)
-        group = step_denoising(learner, batch, step=step, seed=settings.seed)
+        group = draw_group(learner, batch, step=step, seed=settings.seed)
         rows = memory.micro_batches(len(batch.labels), micro)
         size = plan.scales[len(plan.scales) // 2]
-        _, terms = accumulate(learner, batch, rows=rows, size=size, group=group, num_boxes=1.0)
-        learner.stepper.step(terms.sum())
+        _, terms = accumulate_gradients(learner, batch, rows=rows, size=size, group=group, num_boxes=1.0)
+        learner.optimizer.step(terms.sum())
         learner.average.update(0.0)
-        learner.stepper.zero_grad()
+        learner.optimizer.zero_grad()
         if learner.device.type == "cuda":
             torch.cuda.synchronize(learner.device)
         times.append(time.monotonic() - begun)

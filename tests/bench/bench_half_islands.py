@@ -31,7 +31,7 @@ from rtdetr_cli.export.fp16 import ISLANDS, Accumulating, HalfTwin, halve, modul
 from rtdetr_cli.export.gate import LIMITS, Gate, judge_agreement
 from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs
 from rtdetr_cli.infer.torch_backend import TorchBackend
-from rtdetr_cli.weights.published import load_model
+from rtdetr_cli.weights.load import load_model
 
 Rule = Callable[[str, str], bool]
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"

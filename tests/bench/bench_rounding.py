@@ -23,8 +23,9 @@ from rtdetr_cli.evaluate.bootstrap import resample
 from rtdetr_cli.evaluate.run import Evaluation, evaluate
 from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.torch_backend import TorchBackend
-from rtdetr_cli.train.reports import EpochReport
-from rtdetr_cli.weights.published import load_model, read_header
+from rtdetr_cli.train.events import EpochDone
+from rtdetr_cli.weights.header import read_header
+from rtdetr_cli.weights.load import load_model
 from rtdetr_cli.workflows.finetune_discrete import FinetuneDiscrete, plan_discrete
 
 ROUNDINGS = ("published", "nearest")
@@ -92,7 +93,7 @@ def main() -> None:
                 )
                 stage = FinetuneDiscrete(weights, config)
                 for event in stage.train():
-                    if isinstance(event, EpochReport) and event.metrics is not None:
+                    if isinstance(event, EpochDone) and event.metrics is not None:
                         print(
                             f"  seed {seed} {rounding} epoch {event.epoch + 1}: AP {event.metrics['AP']:.4f}",
                             flush=True,

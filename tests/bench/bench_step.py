@@ -24,9 +24,9 @@ from torch import Tensor
 from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.config.run import resolve_run
 from rtdetr_cli.model.build import build_detector
-from rtdetr_cli.train.loop import accumulate, as_input, step_denoising
 from rtdetr_cli.train.plan import make_plan
 from rtdetr_cli.train.precision import choose_precision
+from rtdetr_cli.train.step import accumulate_gradients, draw_group, to_input
 from rtdetr_cli.workflows.prepare import make_learner
 
 CLASSES = 80
@@ -55,8 +55,8 @@ def our_step(batch: Batch, side: int, device: torch.device, autocast: torch.dtyp
 
     def step() -> None:
         nonlocal count
-        group = step_denoising(learner, batch, step=count, seed=0)
-        _, terms = accumulate(
+        group = draw_group(learner, batch, step=count, seed=0)
+        _, terms = accumulate_gradients(
             learner,
             batch,
             rows=[slice(0, len(batch.labels))],
@@ -64,9 +64,9 @@ def our_step(batch: Batch, side: int, device: torch.device, autocast: torch.dtyp
             group=group,
             num_boxes=float(BOXES * len(batch.labels)),
         )
-        learner.stepper.step(terms.sum())
+        learner.optimizer.step(terms.sum())
         learner.average.update(plan.ema_weight(count + 1))
-        learner.stepper.zero_grad()
+        learner.optimizer.zero_grad()
         count += 1
 
     return step
@@ -103,7 +103,7 @@ def their_step(batch: Batch, side: int, device: torch.device) -> Callable[[], No
     ]
 
     def step() -> None:
-        loss = model(pixel_values=as_input(batch.images.to(device), (side, side)), labels=targets).loss
+        loss = model(pixel_values=to_input(batch.images.to(device), (side, side)), labels=targets).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
@@ -172,7 +172,7 @@ def main() -> None:
         steps[f"ours {chosen.name}"] = our_step(batch, arguments.imgsz, device, chosen.dtype)
     where = f"{arguments.imgsz} px on {device}, {arguments.threads} threads"
     tell(f"training step, r18, batch {arguments.batch}, {where}", take_turns(steps, arguments.rounds, device))
-    image = as_input(batch.images[:1].to(device), (arguments.imgsz, arguments.imgsz))
+    image = to_input(batch.images[:1].to(device), (arguments.imgsz, arguments.imgsz))
     tell(f"prediction, r18, one image, {where}", take_turns(predictors(image, device), 3 * arguments.rounds, device))
 
 

@@ -206,12 +206,12 @@ def test_what_one_process_says_is_what_is_said(uneven: Path, tmp_path: Path) -> 
         "        sys.meta_path.remove(self)\n"
         "        import rtdetr_cli.train.loop as loop\n"
         "        from rtdetr_cli.errors import DataError\n"
-        "        real, calls = loop.accumulate, []\n"
-        "        def accumulate(*args, **more):\n"
+        "        real, calls = loop.accumulate_gradients, []\n"
+        "        def accumulate_gradients(*args, **more):\n"
         "            calls.append(1)\n"
         "            if len(calls) == 3: raise DataError('the images are gone', hint='look for them')\n"
         "            return real(*args, **more)\n"
-        "        loop.accumulate = accumulate\n"
+        "        loop.accumulate_gradients = accumulate_gradients\n"
         "        return None\n"
         "sys.meta_path.insert(0, Late())\n",
         encoding="utf-8",

@@ -15,7 +15,8 @@ import torch
 
 from rtdetr_cli.errors import ModelError, RtdetrError
 from rtdetr_cli.train import checkpoint
-from rtdetr_cli.train.checkpoint import CHECKPOINT, PARTIAL, PREVIOUS, load_checkpoint, save_checkpoint
+from rtdetr_cli.runs import CHECKPOINT, PARTIAL_CHECKPOINT, PREVIOUS_CHECKPOINT
+from rtdetr_cli.train.checkpoint import load_checkpoint, save_checkpoint
 
 
 def state_of(number: int) -> dict[str, Any]:
@@ -45,8 +46,8 @@ def test_the_memory_format_is_kept(tmp_path: Path) -> None:
 
 def test_the_one_before_is_kept(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2, 3)
-    assert checkpoint.read_sealed(tmp_path / PREVIOUS)["number"] == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == [PREVIOUS, CHECKPOINT]
+    assert checkpoint.read_checkpoint(tmp_path / PREVIOUS_CHECKPOINT)["number"] == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == [PREVIOUS_CHECKPOINT, CHECKPOINT]
 
 
 def flip(path: Path, at: int) -> None:
@@ -58,14 +59,14 @@ def flip(path: Path, at: int) -> None:
 def test_a_newest_that_is_no_good_gives_way_to_the_next(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2)
     save_checkpoint(tmp_path, state_of(3), keep_previous=True)
-    assert checkpoint.read_sealed(tmp_path / PREVIOUS)["number"] == 1
+    assert checkpoint.read_checkpoint(tmp_path / PREVIOUS_CHECKPOINT)["number"] == 1
     assert load_checkpoint(tmp_path)[0]["number"] == 3
 
 
 def test_with_none_before_it_the_newest_is_kept(tmp_path: Path) -> None:
     saved(tmp_path, 1)
     save_checkpoint(tmp_path, state_of(2), keep_previous=True)
-    assert checkpoint.read_sealed(tmp_path / PREVIOUS)["number"] == 1
+    assert checkpoint.read_checkpoint(tmp_path / PREVIOUS_CHECKPOINT)["number"] == 1
 
 
 @pytest.mark.parametrize("at", [-1, 2000, 200, 30])
@@ -90,7 +91,7 @@ def test_a_file_cut_short_is_noticed(tmp_path: Path, keep: int) -> None:
 def test_both_damaged_is_an_error_with_one_sentence(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2)
     flip(tmp_path / CHECKPOINT, -9)
-    flip(tmp_path / PREVIOUS, -9)
+    flip(tmp_path / PREVIOUS_CHECKPOINT, -9)
     with pytest.raises(ModelError, match="damaged"):
         load_checkpoint(tmp_path)
 
@@ -135,13 +136,13 @@ def test_a_full_disk_leaves_the_last_good_one_and_says_so(tmp_path: Path, monkey
     monkeypatch.setattr(os, "fsync", real)
     assert caught.value.exit_code == 1
     assert load_checkpoint(tmp_path)[0]["number"] == 1
-    assert not (tmp_path / PARTIAL).exists()
+    assert not (tmp_path / PARTIAL_CHECKPOINT).exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_write_that_fails_half_way_says_so_too(tmp_path: Path) -> None:
     saved(tmp_path, 1)
-    (tmp_path / PARTIAL).symlink_to("/dev/full")
+    (tmp_path / PARTIAL_CHECKPOINT).symlink_to("/dev/full")
     with pytest.raises(RtdetrError, match="the disk is full"):
         saved(tmp_path, 2)
     assert load_checkpoint(tmp_path)[0]["number"] == 1
@@ -195,4 +196,4 @@ def test_a_kill_during_a_save_leaves_a_whole_file(tmp_path: Path, moment: int) -
     assert not warning
     save_checkpoint(tmp_path, state_of(4))
     assert load_checkpoint(tmp_path)[0]["number"] == 4
-    assert not (tmp_path / PARTIAL).exists()
+    assert not (tmp_path / PARTIAL_CHECKPOINT).exists()

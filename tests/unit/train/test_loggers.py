@@ -9,32 +9,32 @@ import pytest
 
 from rtdetr_cli.errors import EnvironmentProblem
 from rtdetr_cli.train import loggers
+from rtdetr_cli.train.events import CheckpointSaved, EpochDone, StepDone, TrainingEvent
 from rtdetr_cli.train.loggers import Loggers, require_loggers
-from rtdetr_cli.train.reports import EpochReport, Report, SavedReport, StepReport
 
 SETTINGS = {"preset": "tiny", "lr": 1e-4}
 PER_EPOCH = 4
 
 
-def step(number: int) -> StepReport:
+def step(number: int) -> StepDone:
     terms = {"loss_vfl": 1.0 / (number + 1), "loss_bbox_aux_0": 0.5}
-    return StepReport(
+    return StepDone(
         number // PER_EPOCH, number % PER_EPOCH, number, 9.0 - number, terms, 0.3, 1e-4, 0.2, 0.01, 2_000_000_000
     )
 
 
-def epoch(number: int) -> EpochReport:
+def epoch(number: int) -> EpochDone:
     metrics = {"AP": 0.1 * number, "AP50": None}
-    return EpochReport(number, 3, (number + 1) * PER_EPOCH, 1e-4, 8.0, {}, metrics, True, 0.1, number, 1.0, 0.0, 1)
+    return EpochDone(number, 3, (number + 1) * PER_EPOCH, 1e-4, 8.0, {}, metrics, True, 0.1, number, 1.0, 0.0, 1)
 
 
-def saved(tmp_path: Path) -> SavedReport:
-    return SavedReport(tmp_path / "last.ckpt", "epoch", 0, 0)
+def saved(tmp_path: Path) -> CheckpointSaved:
+    return CheckpointSaved(tmp_path / "last.ckpt", "epoch", 0, 0)
 
 
-def reports(first: int, last: int) -> list[Report]:
+def reports(first: int, last: int) -> list[TrainingEvent]:
     """Return what a loop tells of steps `first` to `last - 1`."""
-    told: list[Report] = []
+    told: list[TrainingEvent] = []
     for number in range(first, last):
         told.append(step(number))
         if (number + 1) % PER_EPOCH == 0:

@@ -23,13 +23,14 @@ from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.images.decode import stretch
 from rtdetr_cli.train import checkpoint as checkpointing
-from rtdetr_cli.train import loop, memory
-from rtdetr_cli.train import reports as reports_
+from rtdetr_cli.train import events, memory
+from rtdetr_cli.train import step as step_module
 from rtdetr_cli.train.checkpoint import load_checkpoint
-from rtdetr_cli.train.guard import GO_BACKS, IN_A_ROW
-from rtdetr_cli.train.loop import StopFlag, accumulate, as_input, step_denoising, step_size
-from rtdetr_cli.train.run_folder import RunFolder
+from rtdetr_cli.train.guard import MAX_ROLLBACKS, MAX_SKIPPED_IN_A_ROW
+from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.train.state import Learner
+from rtdetr_cli.train.step import accumulate_gradients, draw_group, draw_size, to_input
+from rtdetr_cli.train.stop import Interrupted, StopFlag
 from rtdetr_cli.workflows import evaluator as evaluating
 from rtdetr_cli.workflows import finetune as workflow
 from rtdetr_cli.workflows import prepare as preparing
@@ -71,12 +72,12 @@ def freeze_norms(learner: Learner) -> None:
 
 def gradients(learner: Learner, batch: Batch, micro: int) -> tuple[dict[str, Tensor], Tensor]:
     learner.train_mode()
-    group = step_denoising(learner, batch, step=3, seed=1)
+    group = draw_group(learner, batch, step=3, seed=1)
     rows = memory.micro_batches(len(batch.labels), micro)
     num_boxes = float(max(1, sum(len(one) for one in batch.labels)))
-    _, terms = accumulate(learner, batch, rows=rows, size=(64, 64), group=group, num_boxes=num_boxes)
+    _, terms = accumulate_gradients(learner, batch, rows=rows, size=(64, 64), group=group, num_boxes=num_boxes)
     found = {n: p.grad.clone() for n, p in learner.model.named_parameters() if p.grad is not None}
-    learner.stepper.zero_grad()
+    learner.optimizer.zero_grad()
     return found, terms.sum(0)
 
 
@@ -187,10 +188,10 @@ def test_an_error_of_memory_cuts_the_batch_and_runs_the_same_step_again(small_ru
     """In the first step, after half of its passes: what follows is bit for bit a run that began with the halves."""
     _, expected, _ = run(small_run(batch=4, name="halves"))
     reports, found, _ = run(small_run(batch=8, name="whole"), lambda p: Script(norm_layer(p), at={1}, what=what))
-    cuts = of(reports_.MemoryReport, reports)
+    cuts = of(events.MicroBatchReduced, reports)
     assert [(c.step, c.micro_batch_before, c.micro_batch) for c in cuts] == [(0, 8, 4)]
     assert same(found, expected)
-    assert [r.step for r in of(reports_.StepReport, reports)] == list(range(6)), "no step is lost, none is made twice"
+    assert [r.step for r in of(events.StepDone, reports)] == list(range(6)), "no step is lost, none is made twice"
 
 
 def test_several_errors_at_several_points(small_run: Make) -> None:
@@ -203,9 +204,9 @@ def test_several_errors_at_several_points(small_run: Make) -> None:
 
     undisturbed, _, _ = run(small_run(name="a"), lambda p: freeze_norms(p.learner))
     reports, _, _ = run(small_run(name="b"), tamper)
-    assert [(c.step, c.micro_batch) for c in of(reports_.MemoryReport, reports)] == [(1, 4), (3, 2), (3, 1)]
-    expected = [r.loss for r in of(reports_.StepReport, undisturbed)]
-    assert [r.loss for r in of(reports_.StepReport, reports)] == pytest.approx(expected, rel=1e-3)
+    assert [(c.step, c.micro_batch) for c in of(events.MicroBatchReduced, reports)] == [(1, 4), (3, 2), (3, 1)]
+    expected = [r.loss for r in of(events.StepDone, undisturbed)]
+    assert [r.loss for r in of(events.StepDone, reports)] == pytest.approx(expected, rel=1e-3)
 
 
 def test_statistics_of_failed_passes_are_taken_back(small_run: Make) -> None:
@@ -255,7 +256,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_told_with_its_images(small_run
     def tamper(p: Prepared) -> None:
         prepared.append(p)
         Script(p.learner.model.backbone.conv1, at={6}, what="nan")
-        make = p.learner.norms.keep
+        make = p.learner.norms.save
         calls = [0]
 
         def keep() -> None:
@@ -266,10 +267,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_told_with_its_images(small_run
                 after.update(tensors(p.learner))
             make()
 
-        p.learner.norms.keep = keep  # type: ignore[method-assign]
+        p.learner.norms.save = keep  # type: ignore[method-assign]
 
     reports, found, folder = run(small_run(batch=4), tamper)
-    skipped = of(reports_.SkippedReport, reports)
+    skipped = of(events.StepSkipped, reports)
     assert [s.step for s in skipped] == [2]
     facts = skipped[0].skipped
     assert facts.in_a_row == 1
@@ -278,7 +279,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_told_with_its_images(small_run
     # Nothing of the step is left: weights, running statistics (but for what a moving average of equals moves).
     assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("model.") and "num_batches" not in k)
     assert all(torch.isfinite(v).all() for k, v in found.items() if "anchors" not in k)
-    assert len(of(reports_.StepReport, reports)) == 5
+    assert len(of(events.StepDone, reports)) == 5
     evidence = np.load(facts.evidence)
     told = json.loads(str(evidence["facts"]))
     assert told["pictures"] == list(facts.images)
@@ -297,14 +298,14 @@ def test_it_is_told_one_step_later_and_before_the_epoch_ends(small_run: Make) ->
 
     reports, _, _ = run(small_run(), tamper)
     kinds = [(type(r).__name__, getattr(r, "step", None)) for r in reports]
-    assert kinds.index(("SkippedReport", 0)) < kinds.index(("StepReport", 1))
-    assert kinds.index(("SkippedReport", 5)) < kinds.index(("EpochReport", 6)), "the last step's figures are waited for"
+    assert kinds.index(("StepSkipped", 0)) < kinds.index(("StepDone", 1))
+    assert kinds.index(("StepSkipped", 5)) < kinds.index(("EpochDone", 6)), "the last step's figures are waited for"
 
 
 def test_the_loss_of_an_epoch_leaves_skipped_steps_out(small_run: Make) -> None:
     reports, _, _ = run(small_run(), lambda p: Script(p.learner.model.backbone.conv1, at={2}, what="nan"))
-    epoch = of(reports_.EpochReport, reports)[0]
-    steps = [r.loss for r in of(reports_.StepReport, reports) if r.epoch == 0]
+    epoch = of(events.EpochDone, reports)[0]
+    steps = [r.loss for r in of(events.StepDone, reports) if r.epoch == 0]
     assert len(steps) == 2
     assert epoch.loss == pytest.approx(sum(steps) / 2)
 
@@ -314,13 +315,15 @@ def test_weights_that_are_at_fault_go_back_to_a_good_state_at_a_lower_rate(small
     first = 4
     reports, found, folder = run(
         small_run(epochs=4),
-        lambda p: Script(p.learner.model.backbone.conv1, at=set(range(first, first + IN_A_ROW)), what="nan"),
+        lambda p: Script(
+            p.learner.model.backbone.conv1, at=set(range(first, first + MAX_SKIPPED_IN_A_ROW)), what="nan"
+        ),
     )
-    back = of(reports_.WentBackReport, reports)
+    back = of(events.RolledBack, reports)
     # The last of the five is told after the ninth step has been made: epoch 3 has begun, and the
     # checkpoint at the end of epoch 2 was written amid skipped steps.
     assert [(b.step, b.to_step, b.rate_scale) for b in back] == [(9, 3, 0.5)]
-    last = of(reports_.StepReport, reports)[-1]
+    last = of(events.StepDone, reports)[-1]
     assert last.step == 11
     assert all(torch.isfinite(v).all() for k, v in found.items() if "anchors" not in k)
     rows = (folder / "metrics.csv").read_text().splitlines()
@@ -332,11 +335,13 @@ def test_saves_amid_skipped_steps_keep_the_last_good_state(small_run: Make) -> N
     first = 5
     reports, _, _ = run(
         small_run("checkpoint_steps=1", epochs=4),
-        lambda p: Script(p.learner.model.backbone.conv1, at=set(range(first, first + IN_A_ROW)), what="nan"),
+        lambda p: Script(
+            p.learner.model.backbone.conv1, at=set(range(first, first + MAX_SKIPPED_IN_A_ROW)), what="nan"
+        ),
     )
-    back = of(reports_.WentBackReport, reports)
+    back = of(events.RolledBack, reports)
     assert [b.to_step for b in back] == [4]
-    assert of(reports_.StepReport, reports)[-1].step == 11
+    assert of(events.StepDone, reports)[-1].step == 11
 
 
 def test_a_run_that_cannot_be_mended_ends_with_exit_1(small_run: Make) -> None:
@@ -345,7 +350,7 @@ def test_a_run_that_cannot_be_mended_ends_with_exit_1(small_run: Make) -> None:
         told.extend(poisoned(small_run(epochs=9)))
     assert caught.value.exit_code == 1
     assert "evidence" in caught.value.hint
-    assert [b.rate_scale for b in of(reports_.WentBackReport, told)] == [0.5**n for n in range(1, GO_BACKS + 1)]
+    assert [b.rate_scale for b in of(events.RolledBack, told)] == [0.5**n for n in range(1, MAX_ROLLBACKS + 1)]
     folder = of(workflow.BeginReport, told)[0].folder
     assert 1 <= len(list((folder / "evidence").glob("*.npz"))) <= 5
     state, _ = load_checkpoint(folder)
@@ -379,10 +384,10 @@ def interrupt_after(config: RunConfig, steps: int, number: int = signal.SIGTERM)
         for report in workflow.finetune(config, stop=stop):
             if isinstance(report, workflow.BeginReport) and report.folder is not None:
                 folders.append(report.folder)
-            if isinstance(report, reports_.StepReport) and report.step + 1 >= steps:
-                stop.number = number
+            if isinstance(report, events.StepDone) and report.step + 1 >= steps:
+                stop.signal = number
 
-    with pytest.raises(loop.Interrupted) as caught:
+    with pytest.raises(Interrupted) as caught:
         heed()
     assert caught.value.exit_code == 128 + number
     return folders[0]
@@ -442,11 +447,11 @@ def test_a_stop_during_the_evaluation_keeps_the_steps_of_the_epoch(
     real = workflow.Evaluator.__call__
 
     def asked(self: Any, model: nn.Module) -> Any:
-        stop.number = signal.SIGINT
+        stop.signal = signal.SIGINT
         return real(self, model)
 
     monkeypatch.setattr(workflow.Evaluator, "__call__", asked)
-    with pytest.raises(loop.Interrupted) as caught:
+    with pytest.raises(Interrupted) as caught:
         run(small_run(name="other"), stop=stop)
     assert caught.value.exit_code == 130
     monkeypatch.setattr(workflow.Evaluator, "__call__", real)
@@ -499,7 +504,7 @@ def test_only_a_higher_score_is_an_improvement(
 ) -> None:
     scores(monkeypatch, *values)
     reports, _, _ = run(small_run(epochs=3))
-    epochs = of(reports_.EpochReport, reports)
+    epochs = of(events.EpochDone, reports)
     assert [e.improved for e in epochs] == improved
     assert epochs[-1].best_epoch == best_epoch
 
@@ -529,16 +534,16 @@ def test_the_heading_is_whole_though_no_step_of_the_first_epoch_was_taken(small_
 
 
 def test_there_is_a_checkpoint_before_the_first_step(small_run: Make) -> None:
-    saved = of(reports_.SavedReport, run(small_run())[0])
+    saved = of(events.CheckpointSaved, run(small_run())[0])
     assert [(s.reason, s.step) for s in saved] == [("start", 0), ("epoch", 3), ("epoch", 6)]
 
 
 def test_saves_within_an_epoch(small_run: Make) -> None:
-    saved = of(reports_.SavedReport, run(small_run("checkpoint_steps=2"))[0])
+    saved = of(events.CheckpointSaved, run(small_run("checkpoint_steps=2"))[0])
     assert [(s.reason, s.step) for s in saved] == [
         ("start", 0), ("steps", 2), ("epoch", 3), ("steps", 4), ("steps", 6), ("epoch", 6)
     ]  # fmt: skip
-    saved = of(reports_.SavedReport, run(small_run("checkpoint_minutes=1e-9"))[0])
+    saved = of(events.CheckpointSaved, run(small_run("checkpoint_minutes=1e-9"))[0])
     assert [(s.reason, s.step) for s in saved if s.reason == "time"] == [("time", n) for n in range(1, 7)]
 
 
@@ -620,7 +625,7 @@ def test_the_host_waits_for_nothing_but_the_matching(small_run: Make, monkeypatc
     learner = prepare(small_run()).learner
     learner.train_mode()
     batch = batch_of((3, 1, 0, 6))
-    group = step_denoising(learner, batch, step=0, seed=0)
+    group = draw_group(learner, batch, step=0, seed=0)
     transfers = [0]
     real = Tensor.cpu
 
@@ -630,8 +635,8 @@ def test_the_host_waits_for_nothing_but_the_matching(small_run: Make, monkeypatc
 
     monkeypatch.setattr(Tensor, "cpu", counted)
     with HostReads() as reads:
-        _, terms = accumulate(learner, batch, rows=[slice(0, 4)], size=(64, 64), group=group, num_boxes=10.0)
-        found_inf, _ = learner.stepper.step(terms.sum())
+        _, terms = accumulate_gradients(learner, batch, rows=[slice(0, 4)], size=(64, 64), group=group, num_boxes=10.0)
+        found_inf, _ = learner.optimizer.step(terms.sum())
         learner.norms.restore_where(found_inf)
         learner.average.update(0.1)
     assert reads.seen == []
@@ -641,7 +646,7 @@ def test_the_host_waits_for_nothing_but_the_matching(small_run: Make, monkeypatc
 def test_resizing_on_the_device_is_the_one_resize() -> None:
     """Antialiased bilinear as the loader's own stretch, to rounding of its 8 bits."""
     image = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
-    ours = as_input(torch.from_numpy(image).permute(2, 0, 1)[None], (64, 160))
+    ours = to_input(torch.from_numpy(image).permute(2, 0, 1)[None], (64, 160))
     assert ours.is_contiguous(memory_format=torch.channels_last)
     expected = stretch(image, (64, 160)).astype(np.float32)
     difference = np.abs(ours[0].permute(1, 2, 0).numpy() * 255 - expected)
@@ -651,24 +656,24 @@ def test_resizing_on_the_device_is_the_one_resize() -> None:
 
 def test_no_resize_is_exact() -> None:
     images = torch.randint(0, 256, (2, 3, 32, 64), dtype=torch.uint8)
-    assert torch.equal(as_input(images, (32, 64)), images.float() / 255)
+    assert torch.equal(to_input(images, (32, 64)), images.float() / 255)
 
 
 def test_scales_are_drawn_from_seed_and_step(small_run: Make) -> None:
     plan = prepare(small_run()).plan
     plan = replace(plan, multi_scale_until=1, scales=tuple((s, s) for s in (480, 512, 640, 768, 800)))
-    drawn = [step_size(plan, epoch=0, step=s, seed=1) for s in range(300)]
+    drawn = [draw_size(plan, epoch=0, step=s, seed=1) for s in range(300)]
     assert set(drawn) == set(plan.scales)
-    assert drawn == [step_size(plan, epoch=0, step=s, seed=1) for s in range(300)]
-    assert drawn != [step_size(plan, epoch=0, step=s, seed=2) for s in range(300)]
-    assert {step_size(plan, epoch=1, step=s, seed=1) for s in range(50)} == {(640, 640)}
+    assert drawn == [draw_size(plan, epoch=0, step=s, seed=1) for s in range(300)]
+    assert drawn != [draw_size(plan, epoch=0, step=s, seed=2) for s in range(300)]
+    assert {draw_size(plan, epoch=1, step=s, seed=1) for s in range(50)} == {(640, 640)}
 
 
 def test_denoising_noise_is_the_whole_batch_s(small_run: Make) -> None:
     learner = prepare(small_run()).learner
     batch = batch_of((3, 1, 0, 6))
-    group, again = (step_denoising(learner, batch, step=7, seed=1) for _ in range(2))
-    other = step_denoising(learner, batch, step=8, seed=1)
+    group, again = (draw_group(learner, batch, step=7, seed=1) for _ in range(2))
+    other = draw_group(learner, batch, step=8, seed=1)
     assert group is not None
     assert again is not None
     assert other is not None
@@ -680,7 +685,7 @@ def test_denoising_noise_is_the_whole_batch_s(small_run: Make) -> None:
 def test_a_worst_step_leaves_nothing(small_run: Make) -> None:
     prepared = prepare(small_run())
     before = tensors(prepared.learner)
-    loop.worst_step(prepared.learner, prepared.plan, most_boxes=40, micro_batch=4)
+    step_module.run_largest_step(prepared.learner, prepared.plan, most_boxes=40, micro_batch=4)
     assert same(before, tensors(prepared.learner))
     assert all(p.grad is None for p in prepared.learner.model.parameters())
 
@@ -708,13 +713,13 @@ def test_what_is_frozen_stays(small_run: Make, what: str) -> None:
 
 def test_a_rectangle_with_multi_scale_trains(small_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = set()
-    real = loop.as_input
+    real = step_module.to_input
 
     def watched(images: Tensor, size: tuple[int, int]) -> Tensor:
         sizes.add(size)
         return real(images, size)
 
-    monkeypatch.setattr(loop, "as_input", watched)
+    monkeypatch.setattr(step_module, "to_input", watched)
     real_plan = preparing.make_plan
 
     def with_scales(*args: Any, **more: Any) -> Any:
@@ -723,4 +728,4 @@ def test_a_rectangle_with_multi_scale_trains(small_run: Make, monkeypatch: pytes
     monkeypatch.setattr(preparing, "make_plan", with_scales)
     reports, _, _ = run(small_run(imgsz=(64, 128)))
     assert len(sizes) > 1
-    assert all(np.isfinite(r.loss) for r in of(reports_.StepReport, reports))
+    assert all(np.isfinite(r.loss) for r in of(events.StepDone, reports))

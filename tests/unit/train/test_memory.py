@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rtdetr_cli.errors import RtdetrError
-from rtdetr_cli.train.memory import fitting_micro_batch, is_out_of_memory, micro_batches, saved_bytes, smaller
+from rtdetr_cli.train.memory import fitting_micro_batch, is_out_of_memory, micro_batches, saved_bytes, halve
 
 
 @pytest.mark.parametrize(
@@ -44,10 +44,10 @@ def test_a_real_allocation_that_fails_counts() -> None:
 def test_halving_ends_with_one_sentence() -> None:
     sizes = [16]
     while sizes[-1] > 1:
-        sizes.append(smaller(sizes[-1], where="cpu"))
+        sizes.append(halve(sizes[-1], where="cpu"))
     assert sizes == [16, 8, 4, 2, 1]
     with pytest.raises(RtdetrError, match="one image does not fit") as caught:
-        smaller(1, where="cuda:0")
+        halve(1, where="cuda:0")
     assert caught.value.exit_code == 1
     assert "--imgsz" in caught.value.hint
 

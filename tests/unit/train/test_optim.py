@@ -11,7 +11,7 @@ from torch import nn
 
 from rtdetr_cli.config.presets import load_preset
 from rtdetr_cli.model.build import build_detector
-from rtdetr_cli.train.optim import MovingAverage, NormStatistics, Stepper, parameter_groups
+from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics, parameter_groups
 
 # The published lists, as regular expressions over names with the (rate, decay) they give; the rest is lr and decay.
 PUBLISHED: dict[str, list[tuple[str, str, bool]]] = {
@@ -79,7 +79,7 @@ def backward(model: nn.Module, factor: float = 1.0) -> torch.Tensor:
 @pytest.mark.parametrize("factor", [1e-3, 1.0, 50.0])
 def test_the_step_is_adamw_with_clipping_by_the_global_norm(factor: float) -> None:
     ours, reference = small_net(), small_net()
-    stepper = Stepper(groups_of(ours), clip_norm=0.1)
+    stepper = FusedAdamW(groups_of(ours), clip_norm=0.1)
     adamw = torch.optim.AdamW(reference.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=1e-2)
     for _ in range(4):
         loss = backward(ours, factor)
@@ -97,7 +97,10 @@ def test_the_step_is_adamw_with_clipping_by_the_global_norm(factor: float) -> No
 
 def test_a_loss_scale_changes_nothing_but_itself() -> None:
     ours, reference = small_net(), small_net()
-    scaled, plain = Stepper(groups_of(ours), clip_norm=0.1, scaled=True), Stepper(groups_of(reference), clip_norm=0.1)
+    scaled, plain = (
+        FusedAdamW(groups_of(ours), clip_norm=0.1, scaled=True),
+        FusedAdamW(groups_of(reference), clip_norm=0.1),
+    )
     for _ in range(3):
         loss = backward(ours, float(scaled.scale)) / scaled.scale
         _, norm = scaled.step(loss)
@@ -113,7 +116,7 @@ def test_a_loss_scale_changes_nothing_but_itself() -> None:
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_step_that_is_not_finite_changes_nothing(poison: str, scaled: bool) -> None:
     model = small_net()
-    stepper = Stepper(groups_of(model), clip_norm=0.1, scaled=scaled)
+    stepper = FusedAdamW(groups_of(model), clip_norm=0.1, scaled=scaled)
     stepper.step(backward(model))
     stepper.zero_grad()
     before = copy.deepcopy(model.state_dict())
@@ -135,9 +138,9 @@ def test_a_step_that_is_not_finite_changes_nothing(poison: str, scaled: bool) ->
 
 
 def test_the_scale_grows_after_many_good_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Stepper, "growth_interval", 3)
+    monkeypatch.setattr(FusedAdamW, "growth_interval", 3)
     model = small_net()
-    stepper = Stepper(groups_of(model), clip_norm=0.1, scaled=True)
+    stepper = FusedAdamW(groups_of(model), clip_norm=0.1, scaled=True)
     begun = float(stepper.scale)
     for _ in range(3):
         stepper.step(backward(model))
@@ -147,7 +150,7 @@ def test_the_scale_grows_after_many_good_steps(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_stepper_goes_on_where_another_was() -> None:
     ours, reference = small_net(), small_net()
-    a, b = Stepper(groups_of(ours), clip_norm=0.1), Stepper(groups_of(reference), clip_norm=0.1)
+    a, b = FusedAdamW(groups_of(ours), clip_norm=0.1), FusedAdamW(groups_of(reference), clip_norm=0.1)
     for _ in range(2):
         b.step(backward(reference))
         b.zero_grad()
@@ -160,7 +163,7 @@ def test_a_stepper_goes_on_where_another_was() -> None:
 
 def test_a_parameter_without_gradient_stays() -> None:
     model = small_net()
-    stepper = Stepper(groups_of(model), clip_norm=0.1)
+    stepper = FusedAdamW(groups_of(model), clip_norm=0.1)
     loss = backward(model)
     last = list(model.parameters())[-1]
     kept = last.detach().clone()
@@ -211,7 +214,7 @@ class TestNormStatistics:
         norms = NormStatistics(model)
         model(torch.randn(5, 6))
         kept = copy.deepcopy(model.state_dict())
-        norms.keep()
+        norms.save()
         model(torch.randn(5, 6))
         assert not torch.equal(model.state_dict()["1.running_mean"], kept["1.running_mean"])
         norms.restore()
@@ -221,7 +224,7 @@ class TestNormStatistics:
     def test_or_only_where_the_step_was_bad(self, bad: float) -> None:
         model = small_net().train()
         norms = NormStatistics(model)
-        norms.keep()
+        norms.save()
         kept = model[1].running_mean.clone()
         model(torch.full((5, 6), float("nan") if bad else 1.0))
         now = model[1].running_mean.clone()

@@ -72,7 +72,7 @@ def test_settings_that_are_the_same_in_all_rows_are_said_once() -> None:
 def test_every_difference_is_to_the_first_row(shapes_model: Path, shapes_data: Path, tmp_path: Path) -> None:
     """Of another model too, on the same images; another model's own first row is no base."""
     from rtdetr_cli.checks.load import load_splits
-    from rtdetr_cli.weights.published import load_model, save_model
+    from rtdetr_cli.weights.load import load_model, save_model
 
     worse = tmp_path / "worse.safetensors"
     model, header = load_model(shapes_model, queries=3)

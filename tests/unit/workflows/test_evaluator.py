@@ -16,11 +16,11 @@ from rtdetr_cli.evaluate.classes import map_classes
 from rtdetr_cli.evaluate.run import Detected, conclude, detect, evaluate
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
-from rtdetr_cli.train.loop import StopFlag
-from rtdetr_cli.train.state import Place
-from rtdetr_cli.train.team import SOLO
+from rtdetr_cli.train.processes import SINGLE_PROCESS
+from rtdetr_cli.train.state import Progress
+from rtdetr_cli.train.stop import StopFlag
 from rtdetr_cli.weights.header import ModelHeader
-from rtdetr_cli.weights.published import load_model
+from rtdetr_cli.weights.load import load_model
 from rtdetr_cli.workflows import evaluator as module
 from rtdetr_cli.workflows.evaluator import Evaluator
 
@@ -60,8 +60,8 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(
 ) -> None:
     model, header = loaded
     learner = SimpleNamespace(device=torch.device("cpu"))
-    prepared: Any = SimpleNamespace(team=SOLO, header=header, val_set=val, learner=learner)
-    expected = Evaluator(prepared, Place(micro_batch=2), StopFlag())(model)
+    prepared: Any = SimpleNamespace(processes=SINGLE_PROCESS, header=header, val_set=val, learner=learner)
+    expected = Evaluator(prepared, Progress(micro_batch=2), StopFlag())(model)
     seen: list[int] = []
 
     def full(*words: Any, batch: int, **others: Any) -> Detected:
@@ -71,7 +71,7 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(
         return detect(*words, batch=batch, **others)
 
     monkeypatch.setattr(module, "detect", full)
-    measure = Evaluator(prepared, Place(micro_batch=8), StopFlag())
+    measure = Evaluator(prepared, Progress(micro_batch=8), StopFlag())
     assert measure(model) == pytest.approx(expected)
     assert seen == [8, 4, 2]
     measure(model)

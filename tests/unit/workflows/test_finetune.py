@@ -18,8 +18,8 @@ from rtdetr_cli.config.run import RunConfig, resolve_run
 from rtdetr_cli.datasets.generate import generate_dataset
 from rtdetr_cli.errors import DataError, EnvironmentProblem, ModelError, RtdetrError, UsageError
 from rtdetr_cli.train import loggers, memory
-from rtdetr_cli.train.checkpoint import load_checkpoint, read_sealed
-from rtdetr_cli.train.reports import EpochReport, StepReport
+from rtdetr_cli.train.checkpoint import load_checkpoint, read_checkpoint
+from rtdetr_cli.train.events import EpochDone, StepDone
 from rtdetr_cli.workflows import finetune as workflow
 from rtdetr_cli.workflows import rehearse
 from rtdetr_cli.workflows.finetune import BeginReport, EndReport, finetune, resume, stop_on_signals
@@ -54,8 +54,8 @@ def interrupted(config: RunConfig) -> Path:
 
     def heed() -> None:
         for event in finetune(config, stop=stop):
-            if isinstance(event, EpochReport):
-                stop.number = signal.SIGTERM
+            if isinstance(event, EpochDone):
+                stop.signal = signal.SIGTERM
 
     with pytest.raises(workflow.Interrupted):
         heed()
@@ -90,7 +90,7 @@ def test_the_loader_ends_where_no_micro_batch_fits(
     settings: Callable[..., RunConfig], closed: list[TrainLoader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> int:
-        return memory.smaller(1, where="cpu")
+        return memory.halve(1, where="cpu")
 
     monkeypatch.setattr(workflow, "resolve_micro_batch", full)
     with pytest.raises(RtdetrError, match="one image does not fit"):
@@ -150,7 +150,7 @@ def test_a_run_heeds_signals_from_its_folder_on(settings: Callable[..., RunConfi
         events = finetune(settings(), stop=stop)
         assert isinstance(next(events), BeginReport)
         signal.raise_signal(signal.SIGINT)
-        assert stop.number == signal.SIGINT
+        assert stop.signal == signal.SIGINT
         with pytest.raises(workflow.Interrupted) as caught:
             list(events)
     assert caught.value.exit_code == 130
@@ -159,7 +159,7 @@ def test_a_run_heeds_signals_from_its_folder_on(settings: Callable[..., RunConfi
 def test_a_dry_run_halves_what_does_not_fit(
     settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, tried = rehearse.worst_step, []
+    real, tried = rehearse.run_largest_step, []
 
     def full(*words: Any, micro_batch: int, **others: Any) -> None:
         tried.append(micro_batch)
@@ -167,7 +167,7 @@ def test_a_dry_run_halves_what_does_not_fit(
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
         real(*words, micro_batch=micro_batch, **others)
 
-    monkeypatch.setattr(rehearse, "worst_step", full)
+    monkeypatch.setattr(rehearse, "run_largest_step", full)
     events = list(finetune(settings(), dry_run=True))
     assert isinstance(events[-1], rehearse.DryReport)
     assert events[-1].micro_batch == 1
@@ -388,14 +388,14 @@ def test_a_kill_after_going_on_from_the_one_before_leaves_something_good(setting
     assert (folder / "last.ckpt").read_bytes() == good
     list(events)
     for name in ("last.ckpt", ".last.ckpt.previous"):
-        read_sealed(folder / name)
+        read_checkpoint(folder / name)
 
 
 # ---- the machine ------------------------------------------------------------------------------------------------
 
 
 def losses(events: Iterator[Any]) -> list[float]:
-    return [e.loss for e in events if isinstance(e, StepReport)]
+    return [e.loss for e in events if isinstance(e, StepDone)]
 
 
 def test_batch_auto_finds_what_fits_on_a_cpu(

@@ -17,10 +17,10 @@ from rtdetr_cli.evaluate.bootstrap import Interval
 from rtdetr_cli.export.gate import Limits, Part, Verdict
 from rtdetr_cli.export.run import Artefact
 from rtdetr_cli.model.build import build_detector
-from rtdetr_cli.train.loop import Interrupted, StopFlag
-from rtdetr_cli.train.reports import EpochReport
-from rtdetr_cli.weights.header import ModelHeader
-from rtdetr_cli.weights.published import load_model, read_header
+from rtdetr_cli.train.events import EpochDone
+from rtdetr_cli.train.stop import Interrupted, StopFlag
+from rtdetr_cli.weights.header import ModelHeader, read_header
+from rtdetr_cli.weights.load import load_model
 from rtdetr_cli.workflows.finetune_discrete import (
     Exported,
     FinetuneDiscrete,
@@ -335,8 +335,8 @@ def test_a_stage_that_was_interrupted_goes_on_to_its_table(
 
     def until_the_first_epoch() -> None:
         for event in stage.train(stop=stop):
-            if isinstance(event, EpochReport):
-                stop.number = signal.SIGTERM
+            if isinstance(event, EpochDone):
+                stop.signal = signal.SIGTERM
 
     with pytest.raises(Interrupted):
         until_the_first_epoch()

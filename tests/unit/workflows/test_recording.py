@@ -13,8 +13,8 @@ from rtdetr_cli.config.run import resolve_run
 from rtdetr_cli.datasets.generate import generate_dataset
 from rtdetr_cli.errors import EnvironmentProblem
 from rtdetr_cli.train import loggers, plots
+from rtdetr_cli.train.events import EpochDone
 from rtdetr_cli.train.plan import make_plan
-from rtdetr_cli.train.reports import EpochReport
 from rtdetr_cli.workflows import finetune as workflow
 from rtdetr_cli.workflows.finetune import BeginReport, EndReport, finetune
 from rtdetr_cli.workflows.recording import Notice, Recorder, loader_bound
@@ -104,8 +104,8 @@ def prepared(**settings: Any) -> Any:
     return SimpleNamespace(config=config, plan=plan, workers=3, warnings=[], train_set=None)
 
 
-def epoch(number: int, share: float) -> EpochReport:
-    return EpochReport(number, 9, 10, 1e-3, 1.0, {}, None, False, 0.1, 0, 10.0, share, 1)
+def epoch(number: int, share: float) -> EpochDone:
+    return EpochDone(number, 9, 10, 1e-3, 1.0, {}, None, False, 0.1, 0, 10.0, share, 1)
 
 
 def test_a_run_that_waits_for_images_is_told_once_with_the_remedy(tmp_path: Path) -> None:
@@ -134,8 +134,8 @@ def test_the_page_is_whole_when_the_best_epoch_was_before_an_interruption(
         for event in finetune(resolve_run(flags(shapes, tmp_path / "runs"), sets=SETS), stop=stop):
             if isinstance(event, BeginReport):
                 begun.append(event)
-            if isinstance(event, EpochReport):
-                stop.number = 15
+            if isinstance(event, EpochDone):
+                stop.signal = 15
 
     with pytest.raises(workflow.Interrupted):
         interrupted()

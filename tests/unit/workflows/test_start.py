@@ -20,7 +20,7 @@ from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.weights import hub
 from rtdetr_cli.weights.header import ModelHeader
-from rtdetr_cli.weights.published import save_model
+from rtdetr_cli.weights.load import save_model
 from rtdetr_cli.workflows.start import load_start, settings_of
 
 

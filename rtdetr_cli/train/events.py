@@ -1,4 +1,4 @@
-"""Everything that the loop tells, as typed values: the command line renders them, loggers and pages write them."""
+"""What happens during training, as typed events: the command line renders them, loggers and the report write them."""
 
 from __future__ import annotations
 
@@ -7,32 +7,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtdetr_cli.batches.loader import Batch
-from rtdetr_cli.train.guard import Skipped
-
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-SCORE = "AP"
+from rtdetr_cli.train.guard import NonFinite
 
 
 @dataclass(frozen=True, slots=True)
-class BatchReport:
-    """The first batch of a run, of this process, as the network is going to get it but for multi-scale."""
+class FirstBatch:
+    """The first batch of this process, as the network gets it but for multi-scale resizing."""
 
     batch: Batch
 
 
 @dataclass(frozen=True, slots=True)
-class StepReport:
-    """One step that was taken; told a step later.
+class StepDone:
+    """The optimizer has made a step. Known one step later, since the host does not wait for the device.
 
     Attributes:
         epoch, index, step: from 0; `index` counts within the epoch, `step` from the start of the run.
         loss: sum of the weighted terms.
         terms: weighted loss terms by name.
-        norm: global gradient norm before clipping.
+        gradient_norm: global norm before clipping.
         lr: of the head.
-        seconds: of the step, the wait for the loader included.
-        waited: seconds of it that the loader took.
-        memory_bytes: peak on the device, or of this process on a CPU.
+        seconds: of the step, including the wait for the loader.
+        loader_seconds: how long the step waited for its batch.
+        memory_bytes: peak on the device, or the resident memory of this process on a CPU.
         replaced: (image, reason) of images that could not be read and were replaced.
     """
 
@@ -41,26 +38,26 @@ class StepReport:
     step: int
     loss: float
     terms: Mapping[str, float]
-    norm: float
+    gradient_norm: float
     lr: float
     seconds: float
-    waited: float
+    loader_seconds: float
     memory_bytes: int
     replaced: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class SkippedReport:
-    """One step that was not taken, since a loss or gradient was not finite."""
+class StepSkipped:
+    """A step was skipped because its loss or gradient was not finite."""
 
     epoch: int
     step: int
-    skipped: Skipped
+    skipped: NonFinite
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryReport:
-    """The device was full: the micro-batch was cut, and the same step run again."""
+class MicroBatchReduced:
+    """The device ran out of memory; the same step runs again with a smaller micro-batch."""
 
     step: int
     micro_batch_before: int
@@ -68,8 +65,8 @@ class MemoryReport:
 
 
 @dataclass(frozen=True, slots=True)
-class WentBackReport:
-    """Too many steps in a row were skipped: the run goes on from an earlier state at a lower rate."""
+class RolledBack:
+    """Too many steps in a row were skipped: training continues from a checkpoint with a lower learning rate."""
 
     step: int
     to_step: int
@@ -77,16 +74,16 @@ class WentBackReport:
 
 
 @dataclass(frozen=True, slots=True)
-class MeasuringReport:
-    """The steps of an epoch are made, and its evaluation begins."""
+class EvaluationStarted:
+    """The steps of an epoch are done and its evaluation begins."""
 
     epoch: int
     step: int
 
 
 @dataclass(frozen=True, slots=True)
-class EpochReport:
-    """One epoch, evaluated or not.
+class EpochDone:
+    """An epoch is complete, with or without an evaluation.
 
     Attributes:
         epoch: from 0.
@@ -95,11 +92,11 @@ class EpochReport:
         lr: of the head at its last step.
         loss: mean over its steps; NaN if all were skipped.
         terms: mean weighted loss terms.
-        metrics: of the moving average, or None where this epoch was not evaluated.
-        improved: this is the best so far, and was written.
+        metrics: of the moving average; None if this epoch was not evaluated.
+        improved: the score is the best so far, and the model was written.
         best_score, best_epoch: so far; the epoch from 0, or -1.
         seconds: of the epoch with its evaluation, in this process.
-        waited_share: share of the training time that the loader took.
+        loader_share: share of the training time spent waiting for the loader.
         memory_bytes: peak.
     """
 
@@ -114,12 +111,12 @@ class EpochReport:
     best_score: float
     best_epoch: int
     seconds: float
-    waited_share: float
+    loader_share: float
     memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
-class SavedReport:
+class CheckpointSaved:
     """A checkpoint was written. `reason` is `start`, `time`, `steps`, `epoch` or `stop`."""
 
     path: Path
@@ -129,8 +126,8 @@ class SavedReport:
 
 
 @dataclass(frozen=True, slots=True)
-class FinishedReport:
-    """The run is over. `reason` is `done` or `patience`."""
+class TrainingDone:
+    """Training is complete. `reason` is `done` or `patience`."""
 
     reason: str
     epochs: int
@@ -138,14 +135,14 @@ class FinishedReport:
     best_epoch: int
 
 
-Report = (
-    BatchReport
-    | StepReport
-    | SkippedReport
-    | MemoryReport
-    | WentBackReport
-    | MeasuringReport
-    | EpochReport
-    | SavedReport
-    | FinishedReport
+TrainingEvent = (
+    FirstBatch
+    | StepDone
+    | StepSkipped
+    | MicroBatchReduced
+    | RolledBack
+    | EvaluationStarted
+    | EpochDone
+    | CheckpointSaved
+    | TrainingDone
 )

@@ -15,9 +15,16 @@ import pytest
 import torch
 
 from rtdetr_cli.errors import UsageError
-from rtdetr_cli.train.team import SOLO, Team, join, launched, parse_devices, share_of
+from rtdetr_cli.train.processes import (
+    SINGLE_PROCESS,
+    ProcessGroup,
+    images_per_process,
+    join_process_group,
+    launched,
+    parse_devices,
+)
 
-MEMBER = Path(__file__).with_name("team_member.py")
+MEMBER = Path(__file__).with_name("process_group_member.py")
 SECONDS = 120
 
 
@@ -155,33 +162,38 @@ def test_what_is_no_device_is_refused(setting: str) -> None:
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_with_those_that_can() -> None:
-    assert share_of(16, 4) == 4
+    assert images_per_process(16, 4) == 4
     with pytest.raises(UsageError, match="--effective-batch 16 cannot be shared evenly by 3 processes") as caught:
-        share_of(16, 3)
+        images_per_process(16, 3)
     assert caught.value.hint == "--effective-batch 15 or 18"
 
 
 def test_one_process_is_a_team_of_its_own() -> None:
-    assert join("cpu") is SOLO
+    assert join_process_group("cpu") is SINGLE_PROCESS
     assert not launched({"RANK": "0"})
     boxes, labels = [torch.rand(2, 4)], [torch.tensor([0, 1])]
-    whole = SOLO.share(boxes, labels, images=1, stop=15, save_due=True)
+    whole = SINGLE_PROCESS.exchange_targets(boxes, labels, images=1, stop=15, save_due=True)
     assert whole.boxes_cxcywh is boxes
     assert (whole.mine, whole.stop, whole.save_due, whole.broken) == (slice(0, 1), 15, True, False)
-    assert SOLO.gather(3) == SOLO.collect(3) == [3]
-    assert (SOLO.tell(4), SOLO.any(False), SOLO.greatest(5), SOLO.least(6)) == (4, False, 5, 6)
+    assert SINGLE_PROCESS.all_gather(3) == SINGLE_PROCESS.gather(3) == [3]
+    assert (SINGLE_PROCESS.broadcast(4), SINGLE_PROCESS.any(False), SINGLE_PROCESS.max(5), SINGLE_PROCESS.min(6)) == (
+        4,
+        False,
+        5,
+        6,
+    )
     terms = torch.ones(2)
-    assert SOLO.add_up_gradients([], terms) is terms
-    assert Team().leads
+    assert SINGLE_PROCESS.all_reduce_gradients([], terms) is terms
+    assert ProcessGroup().is_main
 
 
 def test_several_devices_without_their_processes_are_refused() -> None:
     with pytest.raises(UsageError, match="needs a process for each device"):
-        join("cpu,cpu")
+        join_process_group("cpu,cpu")
 
 
 def test_as_many_devices_as_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(UsageError, match="names 3 for the 2 processes of this host"):
-        join("cpu:3")
+        join_process_group("cpu:3")

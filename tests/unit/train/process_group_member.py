@@ -1,4 +1,4 @@
-"""One process of a team, for `test_team.py`: makes steps and leaves what came of them in files.
+"""One process of a processes, for `test_processes.py`: makes steps and leaves what came of them in files.
 
 The first process makes each step alone as well, for comparison.
 """
@@ -17,12 +17,12 @@ from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.train import memory
-from rtdetr_cli.train.loop import accumulate, step_denoising
 from rtdetr_cli.train.losses import Criterion
-from rtdetr_cli.train.optim import MovingAverage, NormStatistics, Stepper
+from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics
+from rtdetr_cli.train.processes import SINGLE_PROCESS, ProcessGroup, join_process_group
 from rtdetr_cli.train.state import Learner
-from rtdetr_cli.train.sync_norm import synchronise_norms
-from rtdetr_cli.train.team import SOLO, Team, join
+from rtdetr_cli.train.step import accumulate_gradients, draw_group
+from rtdetr_cli.train.sync_norm import synchronize_norms
 
 IMAGES, CLASSES, SIDE = 4, 3, 64
 SPEC = ModelSpec(
@@ -51,7 +51,9 @@ def whole_batch(boxes_in: tuple[int, ...]) -> Batch:
     return Batch(images, tuple(boxes), tuple(labels), tuple(range(IMAGES)), ())
 
 
-def step(team: Team, norms: str, boxes_in: tuple[int, ...], full_at: int, full_rank: int) -> dict[str, Any]:
+def step(
+    processes: ProcessGroup, norms: str, boxes_in: tuple[int, ...], full_at: int, full_rank: int
+) -> dict[str, Any]:
     """Make one step of a fresh model; the memory of one process may end at one layer."""
     torch.manual_seed(0)
     # Float64, so that a wrong normaliser cannot hide in rounding.
@@ -64,18 +66,20 @@ def step(team: Team, norms: str, boxes_in: tuple[int, ...], full_at: int, full_r
     learner = Learner(
         model=model,
         average=MovingAverage(model),
-        stepper=Stepper([{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}], clip_norm=0.1),
+        optimizer=FusedAdamW(
+            [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}], clip_norm=0.1
+        ),
         criterion=Criterion(num_classes=CLASSES),
         spec=SPEC,
         device=torch.device("cpu"),
         autocast=None,
         norms=NormStatistics(model),
-        team=team,
-        chorus=synchronise_norms(model, team),
+        processes=processes,
+        norm_sync=synchronize_norms(model, processes),
     )
     learner.train_mode()
-    share = IMAGES // team.size
-    mine = slice(team.rank * share, (team.rank + 1) * share)
+    share = IMAGES // processes.size
+    mine = slice(processes.rank * share, (processes.rank + 1) * share)
     everything = whole_batch(boxes_in)
     batch = Batch(
         everything.images[mine],
@@ -84,8 +88,8 @@ def step(team: Team, norms: str, boxes_in: tuple[int, ...], full_at: int, full_r
         everything.image_indices[mine],
         (),
     )
-    whole = team.share(batch.boxes_cxcywh, batch.labels, images=share)
-    group = step_denoising(learner, whole, step=3, seed=1)
+    whole = processes.exchange_targets(batch.boxes_cxcywh, batch.labels, images=share)
+    group = draw_group(learner, whole, step=3, seed=1)
     group = group.rows(whole.mine) if group is not None else None
     num_boxes = float(max(1, sum(len(one) for one in whole.labels)))
 
@@ -94,7 +98,7 @@ def step(team: Team, norms: str, boxes_in: tuple[int, ...], full_at: int, full_r
     def run_out_of_memory(*_: object) -> None:
         nonlocal calls
         calls += 1
-        if calls == full_at and team.rank == full_rank:
+        if calls == full_at and processes.rank == full_rank:
             raise MemoryError("injected")
 
     def watch(module: nn.Module, given: object, output: torch.Tensor) -> None:
@@ -105,43 +109,45 @@ def step(team: Team, norms: str, boxes_in: tuple[int, ...], full_at: int, full_r
     [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)][7].register_forward_hook(watch)
 
     micro, attempts = share, 0
-    learner.norms.keep()
+    learner.norms.save()
     while True:  # as in the loop
         attempts += 1
         rows = memory.micro_batches(share, micro)
         full = False
         try:
-            names, terms = accumulate(learner, batch, rows=rows, size=(SIDE, SIDE), group=group, num_boxes=num_boxes)
+            names, terms = accumulate_gradients(
+                learner, batch, rows=rows, size=(SIDE, SIDE), group=group, num_boxes=num_boxes
+            )
         except MemoryError:
             full = True
-        if learner.chorus is not None:
-            learner.chorus.finish(len(rows), learner.device, torch.float64)
-            full = team.any(full)
+        if learner.norm_sync is not None:
+            learner.norm_sync.finish(len(rows), learner.device, torch.float64)
+            full = processes.any(full)
         if not full:
             break
-        learner.stepper.zero_grad()
+        learner.optimizer.zero_grad()
         learner.norms.restore()
-        micro = memory.smaller(micro, where="cpu")
-    totals = team.add_up_gradients(learner.stepper.parameters, terms.sum(0))
+        micro = memory.halve(micro, where="cpu")
+    totals = processes.all_reduce_gradients(learner.optimizer.parameters, terms.sum(0))
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     with torch.no_grad():
-        for parameter in learner.stepper.parameters:
+        for parameter in learner.optimizer.parameters:
             if parameter.grad is not None:
                 parameter -= 0.1 * parameter.grad
-    team.refuse_drift(learner.stepper.parameters)
+    processes.check_in_sync(learner.optimizer.parameters)
     terms_by_name = dict(zip(names, totals, strict=True))
     return {"gradients": gradients, "terms": terms_by_name, "state": model.state_dict(), "attempts": attempts}
 
 
 def main(out: Path, scenarios: list[dict[str, Any]]) -> None:
     torch.set_num_threads(1)
-    team = join("cpu")
+    processes = join_process_group("cpu")
     for number, scenario in enumerate(scenarios):
-        left = {"together": step(team, **scenario)}
-        if team.leads:
-            left["alone"] = step(SOLO, **{**scenario, "full_at": 0})
-        torch.save(left, out / f"{number}-{team.rank}.pt")
-    team.leave()
+        left = {"together": step(processes, **scenario)}
+        if processes.is_main:
+            left["alone"] = step(SINGLE_PROCESS, **{**scenario, "full_at": 0})
+        torch.save(left, out / f"{number}-{processes.rank}.pt")
+    processes.close()
 
 
 if __name__ == "__main__":

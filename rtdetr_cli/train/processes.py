@@ -28,7 +28,7 @@ from torch import Tensor
 from rtdetr_cli.errors import EnvironmentProblem, RtdetrError, UsageError
 
 # Rank 0 may draw, export or judge for long while the others wait; a process that died is noticed at once.
-PATIENCE = timedelta(hours=2)
+TIMEOUT = timedelta(hours=2)
 BUCKET_BYTES = 32 * 2**20
 
 
@@ -39,7 +39,7 @@ class PeerLost(RtdetrError):
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class GlobalBatch:
     """What the processes know of a step before they make it.
 
     Attributes:
@@ -60,7 +60,7 @@ class Whole:
     replaced: tuple[tuple[int, str], ...] = ()
 
 
-class Team:
+class ProcessGroup:
     """One process among those of a run.
 
     Attributes:
@@ -83,54 +83,54 @@ class Team:
             self._devices = dist.new_group(backend="nccl")  # type: ignore[assignment]
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
 
     @property
-    def many(self) -> bool:
+    def distributed(self) -> bool:
         """Whether there are others."""
         return self.size > 1
 
     # ---- the host's side ------------------------------------------------------------------------------------------
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Return every process's value, by rank. All must call it, as everything below."""
-        if not self.many:
+        if not self.distributed:
             return [value]
         found: list[Any] = [None] * self.size
         with _peers():
             dist.all_gather_object(found, value)
         return found
 
-    def collect(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """Return every process's value to rank 0, and an empty list to the others."""
-        if not self.many:
+        if not self.distributed:
             return [value]
         found: list[Any] = [None] * self.size
         with _peers():
-            dist.gather_object(value, found if self.leads else None)
-        return found if self.leads else []
+            dist.gather_object(value, found if self.is_main else None)
+        return found if self.is_main else []
 
-    def tell(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return rank 0's value."""
-        if not self.many:
+        if not self.distributed:
             return value
         holder = [value]
         with _peers():
             dist.broadcast_object_list(holder, src=0)
         return holder[0]
 
-    def tell_state(self, state: dict[str, Any] | None) -> dict[str, Any]:
+    def broadcast_state(self, state: dict[str, Any] | None) -> dict[str, Any]:
         """Return rank 0's training state: containers and tensors, which go round as a file does, unpickled safely."""
-        if not self.many:
+        if not self.distributed:
             assert state is not None
             return state
         buffer = io.BytesIO()
-        if self.leads:
+        if self.is_main:
             torch.save(state, buffer)
-        size = self.tell(buffer.getbuffer().nbytes)
-        held = np.frombuffer(buffer.getvalue(), np.uint8).copy() if self.leads else np.empty(size, np.uint8)
+        size = self.broadcast(buffer.getbuffer().nbytes)
+        held = np.frombuffer(buffer.getvalue(), np.uint8).copy() if self.is_main else np.empty(size, np.uint8)
         with _peers():
             dist.broadcast(torch.from_numpy(held), src=0)
         if state is not None:
@@ -140,15 +140,15 @@ class Team:
 
     def any(self, flag: bool) -> bool:
         """Tell whether any process says so."""
-        return max(self._numbers([int(flag)]), default=0) > 0 if self.many else flag
+        return max(self._numbers([int(flag)]), default=0) > 0 if self.distributed else flag
 
-    def greatest(self, number: int) -> int:
+    def max(self, number: int) -> int:
         """Return the largest number."""
-        return self._numbers([number])[0] if self.many else number
+        return self._numbers([number])[0] if self.distributed else number
 
-    def least(self, number: int) -> int:
+    def min(self, number: int) -> int:
         """Return the smallest number."""
-        return -self._numbers([-number])[0] if self.many else number
+        return -self._numbers([-number])[0] if self.distributed else number
 
     def _numbers(self, values: list[int]) -> list[int]:
         """Return the element-wise maximum."""
@@ -157,7 +157,7 @@ class Team:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return [int(v) for v in tensor.tolist()]
 
-    def share(
+    def exchange_targets(
         self,
         boxes_cxcywh: Sequence[Tensor],
         labels: Sequence[Tensor],
@@ -167,20 +167,20 @@ class Team:
         save_due: bool = False,
         broken: bool = False,
         replaced: tuple[tuple[int, str], ...] = (),
-    ) -> Whole:
+    ) -> GlobalBatch:
         """Learn the targets of the whole effective batch, and agree on what follows the step.
 
         Args:
             boxes_cxcywh: of this process's images, on the CPU.
             labels: likewise.
             images: of each process; the same for all.
-            stop: see `Whole`.
-            save_due: see `Whole`; rank 0's counts.
-            broken: see `Whole`.
+            stop: see `GlobalBatch`.
+            save_due: see `GlobalBatch`; rank 0's counts.
+            broken: see `GlobalBatch`.
             replaced: by this process.
         """
-        if not self.many:
-            return Whole(boxes_cxcywh, labels, slice(0, len(labels)), stop, save_due, broken, replaced)
+        if not self.distributed:
+            return GlobalBatch(boxes_cxcywh, labels, slice(0, len(labels)), stop, save_due, broken, replaced)
         counts = [0] * images if broken else [len(one) for one in labels]
         mine = torch.tensor([stop, int(save_due), int(broken), len(replaced), *counts], dtype=torch.int64)
         heads = torch.empty((self.size, len(mine)), dtype=torch.int64)
@@ -201,7 +201,7 @@ class Team:
             for part in row[: sum(own_counts)].split(own_counts):
                 boxes.append(part[:, :4].contiguous())
                 classes.append(part[:, 4].long())  # float32 holds whole numbers up to 16 million
-        return Whole(
+        return GlobalBatch(
             boxes,
             classes,
             slice(self.rank * images, (self.rank + 1) * images),
@@ -209,18 +209,18 @@ class Team:
             save_due=bool(heads[0, 1]),
             broken=bool(heads[:, 2].any()),
             # Rare, and text: only then does it go round.
-            replaced=tuple(r for own in self.gather(replaced) for r in own) if bool(heads[:, 3].any()) else (),
+            replaced=tuple(r for own in self.all_gather(replaced) for r in own) if bool(heads[:, 3].any()) else (),
         )
 
     # ---- the device's side ----------------------------------------------------------------------------------------
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Sum tensors over the processes, in place, without waiting for the device.
 
         Args:
             tensors: of one dtype, on the device; the same shapes in every process.
         """
-        if not self.many:
+        if not self.distributed:
             return
         with _peers():
             pending = []
@@ -233,7 +233,7 @@ class Team:
                 parts = torch.split(flat, [t.numel() for t in bucket])
                 torch._foreach_copy_(list(bucket), [p.view(t.shape) for p, t in zip(parts, bucket, strict=True)])
 
-    def add_up_gradients(self, parameters: Sequence[Tensor], terms: Tensor) -> Tensor:
+    def all_reduce_gradients(self, parameters: Sequence[Tensor], terms: Tensor) -> Tensor:
         """Sum the gradients, and the loss terms with them.
 
         A parameter without a gradient keeps none: which have one depends on the whole batch (a denoising group or
@@ -246,43 +246,43 @@ class Team:
         Returns:
             (T,) of the whole effective batch.
         """
-        if not self.many:
+        if not self.distributed:
             return terms
         total = terms.clone()
-        self.add_up([*(p.grad for p in parameters if p.grad is not None), total])
+        self.all_reduce([*(p.grad for p in parameters if p.grad is not None), total])
         return total
 
-    def spread(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast_tensors(self, tensors: Sequence[Tensor]) -> None:
         """Give rank 0's tensors to all, in place; of any dtype."""
-        if not self.many:
+        if not self.distributed:
             return
         with _peers():
             for tensor in tensors:
                 dist.broadcast(tensor, src=0, group=self._devices if tensor.is_cuda else None)
 
-    def refuse_drift(self, tensors: Sequence[Tensor]) -> None:
+    def check_in_sync(self, tensors: Sequence[Tensor]) -> None:
         """Stop a run whose processes no longer hold the same weights; costs one pass over them.
 
         Raises:
             RtdetrError: so it is.
         """
-        if not self.many:
+        if not self.distributed:
             return
         sums = torch.stack([t.detach().double().sum() for t in tensors]).cpu().numpy().tobytes()
-        if len(set(self.gather(sums))) > 1:
+        if len(set(self.all_gather(sums))) > 1:
             raise RtdetrError(
                 "the processes of the run no longer hold the same weights",
                 hint="the same GPUs and versions on every host; rtdetr train --resume goes on from the last checkpoint",
                 code="drift",
             )
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Say goodbye; a process that does not is taken for dead."""
-        if self.many and dist.is_initialized():
+        if self.distributed and dist.is_initialized():
             dist.destroy_process_group()
 
 
-SOLO = Team()
+SINGLE_PROCESS = ProcessGroup()
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -354,7 +354,7 @@ def parse_devices(setting: str) -> tuple[str, ...]:
     return tuple(devices)
 
 
-def join(setting: str) -> Team:
+def join_process_group(setting: str) -> ProcessGroup:
     """Become one of the processes that the environment describes; a team of one where it describes none.
 
     Args:
@@ -370,7 +370,7 @@ def join(setting: str) -> Team:
                 f"--device {setting} needs a process for each device, and this is one",
                 hint="rtdetr train starts them itself; torchrun -m rtdetr_cli train ... does as well",
             )
-        return SOLO
+        return SINGLE_PROCESS
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local, here = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
     devices = parse_devices(setting)
@@ -396,7 +396,7 @@ def join(setting: str) -> Team:
         # Else gloo asks for the address of the host's name, which many containers cannot tell.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=PATIENCE)
+        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise EnvironmentProblem(
             f"process {rank} of {size} cannot reach the others at "
@@ -404,10 +404,10 @@ def join(setting: str) -> Team:
             hint="the same --master-addr and --master-port on every host, and a firewall that lets them through",
             code="rendezvous",
         ) from error
-    return Team(rank=rank, size=size, device=device, shares_device=len(set(devices)) < len(devices))
+    return ProcessGroup(rank=rank, size=size, device=device, shares_device=len(set(devices)) < len(devices))
 
 
-def share_of(effective_batch: int, size: int) -> int:
+def images_per_process(effective_batch: int, size: int) -> int:
     """Return how many images of the effective batch each of `size` processes has.
 
     Raises:
