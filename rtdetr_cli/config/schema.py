@@ -1,14 +1,12 @@
-"""What a preset and a run are: they describe and validate, and never build, probe or read anything."""
+"""What a preset holds: the sizes of the model, its learning rates, and the published schedule."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(gt=0, lt=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from rtdetr_cli.config.settings import Count, Fraction, Positive, Rate
 
 
 class Schema(BaseModel):
@@ -21,26 +19,28 @@ class ModelSpec(Schema):
     """The sizes of one RT-DETRv2. Field names follow the published configuration where it has one."""
 
     depth: Literal[10, 18, 34, 50, 101] = Field(
-        18, description="ResNet-vd depth; 10 is one block a stage and is ours, for `tiny`"
+        18, description="depth of the ResNet-vd backbone; 10 has one block per stage and is ours, for `tiny`"
     )
-    width: Positive = Field(64, description="channels of the first residual stage; the published nets have 64")
+    width: Positive = Field(64, description="channels of the first residual stage; 64 in the published networks")
     freeze_at: int = Field(-1, ge=-1, le=4, description="-1 trains all; 0 freezes the stem; n the stem and n stages")
-    freeze_norm: bool = Field(False, description="backbone batch norms become constants")
-    hidden_dim: Positive = Field(256, description="encoder width")
+    freeze_norm: bool = Field(False, description="freeze the batch norms of the backbone")
+    hidden_dim: Positive = Field(256, description="width of the encoder")
     encoder_ffn: Positive = Field(1024, description="feed-forward width of the encoder's attention layer")
-    encoder_layers: Positive = Field(1, description="attention layers on the stride-32 map")
-    expansion: float = Field(1.0, gt=0, le=1, description="hidden share of the fusion blocks")
-    depth_mult: float = Field(1.0, gt=0, description="times three re-parameterised blocks in a fusion block")
-    heads: Positive = Field(8, description="attention heads, encoder and decoder")
-    decoder_dim: Positive = Field(256, description="decoder width")
+    encoder_layers: Positive = Field(1, description="attention layers on the stride-32 feature map")
+    expansion: float = Field(1.0, gt=0, le=1, description="hidden width of the fusion blocks, as a fraction")
+    depth_mult: float = Field(1.0, gt=0, description="re-parameterized blocks per fusion block, divided by 3")
+    heads: Positive = Field(8, description="attention heads of encoder and decoder")
+    decoder_dim: Positive = Field(256, description="width of the decoder")
     decoder_ffn: Positive = Field(1024, description="feed-forward width of the decoder")
     decoder_layers: Positive = Field(3, description="decoder layers that are trained")
-    eval_layers: Positive = Field(3, description="decoder layers used at inference")
-    num_points: tuple[Positive, ...] = Field((4, 4, 4), description="sampling points for each scale")
+    eval_layers: Positive = Field(3, description="decoder layers used for inference")
+    num_points: tuple[Positive, ...] = Field((4, 4, 4), description="sampling points per scale")
     queries: Positive = Field(300, description="object queries")
-    denoising: int = Field(100, ge=0, description="denoising queries wanted in an image; 0 for none")
-    label_noise: Fraction = Field(0.5, description="share of denoising labels that may be changed, halved")
-    box_noise: float = Field(1.0, ge=0, description="denoising box noise, in half sides")
+    denoising: Count = Field(100, description="denoising queries per image; 0 disables denoising")
+    label_noise: Fraction = Field(
+        0.5, description="fraction of denoising labels eligible for noise; half of those change"
+    )
+    box_noise: float = Field(1.0, ge=0, description="noise of the denoising boxes, in half side lengths")
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:
@@ -58,45 +58,46 @@ class ModelSpec(Schema):
 
 
 class OptimSpec(Schema):
-    """The learning rates and decay rule of a preset: the recipe's scale-adaptive part.
+    """The learning rates and weight decay of a preset, which the recipe adapts to the size of the backbone.
 
-    `decay_free` names the parameters without weight decay: `norm` all norm parameters anywhere, `head-norm` those of
-    encoder and decoder, `head-norm-bias` those and their biases; backbone norms then follow `backbone_norm_decay`.
+    `decay_free` names the parameters without weight decay: `norm` all norm parameters, `head-norm` the norm parameters
+    of encoder and decoder, `head-norm-bias` those and the biases of encoder and decoder.
     """
 
     lr: Rate = Field(1e-4, description="learning rate at the preset's batch")
     lr_backbone: Rate = Field(1e-4, description="learning rate of the backbone")
-    weight_decay: float = Field(1e-4, ge=0)
-    decay_free: Literal["norm", "head-norm", "head-norm-bias"] = "head-norm"
+    weight_decay: float = Field(1e-4, ge=0, description="weight decay of AdamW")
+    decay_free: Literal["norm", "head-norm", "head-norm-bias"] = Field(
+        "head-norm", description="parameters without weight decay"
+    )
     batch: Positive = Field(16, description="effective batch that the learning rates belong to")
-    clip_norm: float = Field(0.1, gt=0, description="largest global gradient norm")
-    why: str = Field("", description="one sentence that says why these rates")
+    clip_norm: float = Field(0.1, gt=0, description="gradients are clipped to this global norm")
+    why: str = Field("", description="why these learning rates")
 
 
 class OfficialSchedule(Schema):
-    """The published, absolute schedule, for `--set schedule=official`."""
+    """The published schedule in absolute epochs and steps, for `--set schedule=official`."""
 
-    epochs: Positive
-    strong_augmentation_until: Positive = Field(description="first epoch without it")
-    multi_scale_until: int = Field(0, ge=0, description="first epoch without it; 0: never multi-scale")
-    warmup_steps: int = 2000
-    ema_decay: float = 0.9999
-    ema_warmup: int = 2000
-    discrete_epochs: int = Field(0, ge=0, description="of the second stage; 0: none was published")
-    discrete_strong_until: int = Field(0, ge=0)
+    epochs: Positive = Field(description="epochs")
+    strong_augmentation_until: Positive = Field(description="first epoch without strong augmentation")
+    multi_scale_until: Count = Field(0, description="first epoch without multi-scale; 0 never uses it")
+    warmup_steps: int = Field(2000, description="steps of learning rate warmup")
+    ema_decay: float = Field(0.9999, description="decay of the moving average")
+    ema_warmup: int = Field(2000, description="steps over which that decay is approached")
+    discrete_epochs: Count = Field(0, description="epochs of the second stage; 0 if none was published")
+    discrete_strong_until: Count = Field(0, description="first epoch of the second stage without strong augmentation")
 
 
 class Preset(Schema):
     """One TOML file under `presets/`."""
 
-    name: str
-    description: str
-    params_m: float = Field(description="parameters in millions, 80 classes; a test counts them")
-    published_ap: float | None = Field(None, description="COCO val2017 AP of the published weights, 0 to 1")
+    name: str = Field(description="name of the preset")
+    description: str = Field(description="what it is, in one line")
+    params_m: float = Field(description="parameters in millions, with 80 classes")
+    published_ap: float | None = Field(None, description="COCO val2017 AP of the published weights, from 0 to 1")
     weights: str | None = Field(None, description="file name of the published COCO weights")
-    discrete_weights: str | None = None
     imagenet: str | None = Field(None, description="file name of the published ImageNet backbone")
-    imgsz: tuple[Positive, Positive] = (640, 640)
+    imgsz: tuple[Positive, Positive] = Field((640, 640), description="input size in pixels, height first")
     model: ModelSpec
     optim: OptimSpec
     official: OfficialSchedule

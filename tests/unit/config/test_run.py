@@ -1,4 +1,4 @@
-"""Settings of a run: what overrides what, where each value came from, what is refused."""
+"""Settings of a run: which source overrides which, where each value came from, and which values are refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rtdetr_cli.config.presets import flatten
-from rtdetr_cli.config.run import RunSettings, parse_set, resolve_run
+from rtdetr_cli.config.run import SETTINGS, parse_set, resolve_run
 from rtdetr_cli.errors import UsageError
 
 
@@ -24,7 +24,7 @@ def test_flag_over_set_over_file_over_preset_over_default(tmp_path: Path) -> Non
     assert run.source("aug") == str(file)
     assert run.preset.model.queries == 88
     assert run.preset.optim.lr == 7e-4
-    assert run.preset.optim.lr_backbone == 5e-5, "the preset's own"
+    assert run.preset.optim.lr_backbone == 5e-5, "from the preset"
     assert run.source("optim.lr_backbone") == "preset"
     assert run.settings.patience == 0
     assert run.source("patience") == "default"
@@ -32,11 +32,11 @@ def test_flag_over_set_over_file_over_preset_over_default(tmp_path: Path) -> Non
 
 def test_every_value_has_a_source() -> None:
     run = resolve_run({"preset": "tiny", "data": "d.json"})
-    keys = [*RunSettings.model_fields, *flatten(run.preset.model, "model."), *flatten(run.preset.optim, "optim.")]
+    keys = [*SETTINGS, *flatten(run.preset.model, "model."), *flatten(run.preset.optim, "optim.")]
     assert set(keys) == set(run.provenance)
 
 
-def test_a_resolved_run_reads_itself_back(tmp_path: Path) -> None:
+def test_config_toml_gives_the_same_run_again(tmp_path: Path) -> None:
     run = resolve_run(
         {"preset": "tiny", "data": 'a "quoted" näme.json', "imgsz": (96, 64), "lr": 1e-5, "log": ("tensorboard",)},
         sets=["model.num_points=[2,4,6]", "schedule=official"],
@@ -46,7 +46,7 @@ def test_a_resolved_run_reads_itself_back(tmp_path: Path) -> None:
     again = resolve_run({}, config_file=file)
     assert again.settings == run.settings
     assert again.preset == run.preset
-    assert again.provenance == run.provenance, "what nobody chose is still nobody's choice"
+    assert again.provenance == run.provenance, "a value that nobody chose must stay one"
     assert resolve_run({"epochs": 3}, config_file=file).source("epochs") == "--epochs"
 
 
@@ -62,23 +62,25 @@ def test_a_resolved_run_reads_itself_back(tmp_path: Path) -> None:
         ("name=", "name", ""),
     ],
 )
-def test_set_words(word: str, key: str, value: object) -> None:
+def test_set_values_are_toml_or_text(word: str, key: str, value: object) -> None:
     assert parse_set([word]) == {key: value}
 
 
 @pytest.mark.parametrize(("given", "size"), [(320, (320, 320)), ("480x640", (480, 640)), ([96, 64], (96, 64))])
-def test_sizes(given: object, size: tuple[int, int]) -> None:
+def test_image_sizes(given: object, size: tuple[int, int]) -> None:
     assert resolve_run({"imgsz": given}).imgsz == size
 
 
-def test_the_preset_gives_the_size() -> None:
+def test_the_input_size_defaults_to_that_of_the_preset() -> None:
     assert resolve_run({"preset": "tiny"}).imgsz == (192, 192)
 
 
-def test_a_preset_without_published_weights_starts_from_none_unless_asked() -> None:
+def test_a_preset_without_published_weights_trains_from_scratch_by_default() -> None:
     assert resolve_run({"preset": "tiny"}).settings.weights == "none"
     assert resolve_run({"preset": "r18"}).settings.weights == "coco"
-    assert resolve_run({"preset": "tiny", "weights": "coco"}).settings.weights == "coco", "refused later, by name"
+    assert resolve_run({"preset": "tiny", "weights": "coco"}).settings.weights == "coco", (
+        "refused later, with a message about the weights"
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,9 +96,10 @@ def test_a_preset_without_published_weights_starts_from_none_unless_asked() -> N
         ({"epochs": 0, "seed": -1}, ["lr=3"], ["epochs", "seed", "lr"]),
         ({"preset": "r19"}, [], ["r19", "did you mean r18?"]),
         ({"preset": "tiny"}, ["model.heads=7"], ["heads"]),
+        ({"epochs": "many"}, [], ["--epochs many"]),
     ],
 )
-def test_what_is_refused_is_named(flags: dict[str, Any], sets: list[str], words: list[str]) -> None:
+def test_a_refusal_names_the_setting_and_the_value(flags: dict[str, Any], sets: list[str], words: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
         resolve_run(flags, sets=sets)
     for word in words:
@@ -104,56 +107,56 @@ def test_what_is_refused_is_named(flags: dict[str, Any], sets: list[str], words:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
-        ({"batch": "foo"}, "--batch foo: wants auto or a whole number from 1"),
-        ({"workers": -1}, "--workers -1: wants auto or a whole number from 0"),
-        ({"epochs": 0}, "--epochs 0: wants a whole number from 1"),
-        ({"lr": -1.0}, "--lr -1.0: wants a number above 0 and below 1"),
+        ({"batch": "foo"}, "--batch foo: expected auto or an integer >= 1"),
+        ({"workers": -1}, "--workers -1: expected auto or an integer >= 0"),
+        ({"epochs": 0}, "--epochs 0: expected an integer >= 1"),
+        ({"lr": -1.0}, "--lr -1.0: expected a number > 0 and < 1"),
         (
             {"freeze": "backbne"},
-            "--freeze backbne: wants preset, none, stem, backbone or encoder (did you mean backbone?)",
+            "--freeze backbne: expected preset, none, stem, backbone or encoder (did you mean backbone?)",
         ),
-        ({"log": ("x", "y")}, "--log x,y: wants tensorboard, wandb or mlflow"),
-        ({"precision": "x"}, "--precision x: wants auto, fp32, bf16 or fp16"),
-        ({"effective_batch": 0, "patience": -1}, "--effective-batch 0: wants a whole number from 1; --patience -1: "),
+        ({"log": ("x", "y")}, "--log x,y: expected tensorboard, wandb or mlflow"),
+        ({"precision": "x"}, "--precision x: expected auto, fp32, bf16 or fp16"),
+        ({"effective_batch": 0, "patience": -1}, "--effective-batch 0: expected an integer >= 1; --patience -1: "),
     ],
 )
-def test_a_bad_value_is_one_sentence_that_names_its_flag(flags: dict[str, Any], said: str) -> None:
+def test_an_invalid_value_names_its_flag_and_the_allowed_values(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         resolve_run(flags)
-    assert caught.value.message.startswith(said)
+    assert caught.value.message.startswith(message)
     assert "input" not in caught.value.message
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
-        ("batch=foo", "--set batch=foo: wants auto or a whole number from 1"),
-        ("optim.lr=-1", "--set optim.lr=-1: wants a number above 0 and below 1"),
-        ("model.num_points=[4, 0, 4]", "--set model.num_points=[4, 0, 4]: wants a list, each a whole number from 1"),
-        ("warmup=2", "--set warmup=2: wants a number from 0 to 0.9"),
-        ("model.heads=x", "--set model.heads=x: wants a whole number from 1"),
-        ("compile=maybe", "--set compile=maybe: wants true or false"),
-        ("imgsz=33", "--set imgsz=33: 33 is not a multiple of 32 from 32 to 4096"),
-        ("name=3", "--set name=3: wants text"),
+        ("batch=foo", "--set batch=foo: expected auto or an integer >= 1"),
+        ("optim.lr=-1", "--set optim.lr=-1: expected a number > 0 and < 1"),
+        ("model.num_points=[4, 0, 4]", "--set model.num_points=[4, 0, 4]: expected a list, each an integer >= 1"),
+        ("warmup=2", "--set warmup=2: expected a number >= 0 and <= 0.9"),
+        ("model.heads=x", "--set model.heads=x: expected an integer >= 1"),
+        ("compile=maybe", "--set compile=maybe: expected true or false"),
+        ("imgsz=33", "--set imgsz=33: 33 is not a multiple of 32 from 32 to 4096; the nearest sizes are 32 and 64"),
+        ("name=3", "--set name=3: expected text"),
     ],
 )
-def test_a_bad_value_of_set_is_named_as_it_was_written(word: str, said: str) -> None:
+def test_an_invalid_set_value_is_quoted_as_it_was_written(word: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         resolve_run({}, sets=[word])
-    assert caught.value.message == said
+    assert caught.value.message == message
 
 
-def test_a_bad_value_of_a_file_names_the_file(tmp_path: Path) -> None:
+def test_an_invalid_value_in_a_file_names_the_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('epochs = "x"\n')
     with pytest.raises(UsageError) as caught:
         resolve_run({}, config_file=file)
-    assert caught.value.message == f'{file}: epochs = "x": wants a whole number from 1'
+    assert caught.value.message == f'{file}: epochs = "x": expected an integer >= 1'
 
 
-def test_an_unknown_key_is_answered_with_the_keys_of_its_table_and_the_preset_in_use() -> None:
+def test_an_unknown_key_lists_the_keys_of_its_table() -> None:
     with pytest.raises(UsageError) as caught:
         resolve_run({"preset": "tiny"}, sets=["optim.nonsense=3"])
     assert "presets show tiny" in caught.value.hint
@@ -161,10 +164,17 @@ def test_an_unknown_key_is_answered_with_the_keys_of_its_table_and_the_preset_in
     assert "r18" not in caught.value.hint
     with pytest.raises(UsageError, match=r"did you mean optim\.clip_norm") as close:
         resolve_run({}, sets=["optim.clip_nrm=3"])
-    assert "clip_norm" not in close.value.hint, "the near one was said"
+    assert "clip_norm" not in close.value.hint, "the suggestion is enough"
 
 
-def test_a_file_that_is_no_toml_has_a_hint(tmp_path: Path) -> None:
+def test_a_run_of_0_1_whose_preset_had_more_keys_can_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    text = resolve_run({"preset": "r18"}).to_toml()
+    file.write_text(text.replace("[rest_of_preset]\n", '[rest_of_preset]\ndiscrete_weights = "x.pth"\n'))
+    assert resolve_run({}, config_file=file).preset == resolve_run({"preset": "r18"}).preset
+
+
+def test_an_unreadable_config_file_has_a_hint(tmp_path: Path) -> None:
     file = tmp_path / "t.txt"
     file.write_text("not toml\n")
     with pytest.raises(UsageError, match="line 1") as caught:
@@ -175,14 +185,14 @@ def test_a_file_that_is_no_toml_has_a_hint(tmp_path: Path) -> None:
     assert "config.toml" in missing.value.hint
 
 
-def test_faults_of_the_run_and_of_its_preset_are_told_at_once() -> None:
+def test_problems_of_the_run_and_of_its_preset_are_reported_together() -> None:
     with pytest.raises(UsageError) as caught:
         resolve_run({"batch": "foo"}, sets=["optim.lr=-1"])
-    assert "--batch foo: wants" in caught.value.message
-    assert "--set optim.lr=-1: wants" in caught.value.message
+    assert "--batch foo: expected" in caught.value.message
+    assert "--set optim.lr=-1: expected" in caught.value.message
 
 
-def test_learning_few_images_by_heart_takes_a_step_for_each_look_at_them() -> None:
+def test_overfitting_few_images_shrinks_the_effective_batch() -> None:
     config = resolve_run({"overfit": 4})
     assert config.settings.effective_batch == 4
     assert "--overfit" in config.source("effective_batch")
@@ -191,7 +201,7 @@ def test_learning_few_images_by_heart_takes_a_step_for_each_look_at_them() -> No
     assert resolve_run({"overfit": 0}).settings.effective_batch == 16
 
 
-OWN_PRESET = """
+USER_PRESET = """
 name = "mine"
 description = "ours"
 params_m = 1.0
@@ -207,9 +217,9 @@ strong_augmentation_until = 9
 """
 
 
-def test_a_resolved_run_needs_the_file_of_its_preset_no_more(tmp_path: Path) -> None:
+def test_config_toml_does_not_need_the_preset_file(tmp_path: Path) -> None:
     mine, file = tmp_path / "mine.toml", tmp_path / "config.toml"
-    mine.write_text(OWN_PRESET)
+    mine.write_text(USER_PRESET)
     run = resolve_run({"preset": str(mine)}, sets=["model.queries=20"])
     file.write_text(run.to_toml(), encoding="utf-8")
     mine.unlink()
@@ -219,21 +229,21 @@ def test_a_resolved_run_needs_the_file_of_its_preset_no_more(tmp_path: Path) -> 
     assert again.preset.official.epochs == 11
     with pytest.raises(UsageError, match=r"other\.toml does not exist"):
         resolve_run({"preset": "other.toml"}, config_file=file)
-    assert resolve_run({"preset": "r18"}, config_file=file).preset.official.epochs != 11, "another was asked for"
+    assert resolve_run({"preset": "r18"}, config_file=file).preset.official.epochs != 11, "another preset was named"
 
 
-def test_a_resolved_run_follows_its_own_values_not_those_of_a_preset_that_was_edited(tmp_path: Path) -> None:
+def test_config_toml_keeps_its_values_when_the_preset_file_changes(tmp_path: Path) -> None:
     mine, file = tmp_path / "mine.toml", tmp_path / "config.toml"
-    mine.write_text(OWN_PRESET)
+    mine.write_text(USER_PRESET)
     run = resolve_run({"preset": str(mine)})
     file.write_text(run.to_toml(), encoding="utf-8")
-    mine.write_text(OWN_PRESET.replace("96, 128", "320, 320").replace("epochs = 11", "epochs = 99"))
+    mine.write_text(USER_PRESET.replace("96, 128", "320, 320").replace("epochs = 11", "epochs = 99"))
     assert resolve_run({}, config_file=file).preset == run.preset
 
 
-def test_paths_become_absolute_and_words_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_anchored_makes_paths_absolute_and_keeps_keywords(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.toml").write_text(OWN_PRESET)
+    (tmp_path / "mine.toml").write_text(USER_PRESET)
     settings = resolve_run({"data": "d", "preset": "mine.toml", "weights": "run", "aug": "a.json"}).anchored().settings
     for key, name in {"data": "d", "preset": "mine.toml", "weights": "run", "aug": "a.json"}.items():
         assert getattr(settings, key) == str(tmp_path / name)
