@@ -89,7 +89,7 @@ def shapes_data(shapes: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
 def shapes_onnx(shapes_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small trained detector as an ONNX graph with an open batch; not gated."""
     from rtdetr_cli.export.run import ExportOptions, export_model
-    from rtdetr_cli.weights.published import load_model
+    from rtdetr_cli.weights.load import load_model
 
     model, header = load_model(shapes_model)
     folder = tmp_path_factory.mktemp("onnx")

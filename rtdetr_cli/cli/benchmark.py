@@ -109,7 +109,7 @@ def _split(files: list[Path], data: Path | None, images: Path | None, split: str
     """Return the split for AP; without --data the first model's own, or none, which is said."""
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.source import choose_split
-    from rtdetr_cli.weights.files import read_header
+    from rtdetr_cli.weights.header import read_header
 
     first = files[0]
     header = read_header(first) if first.suffix == ".safetensors" else None

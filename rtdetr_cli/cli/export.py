@@ -88,7 +88,7 @@ def export(
 
     from rtdetr_cli.infer.selection import used_elsewhere
     from rtdetr_cli.infer.torch_backend import refuse_other_sampling
-    from rtdetr_cli.weights.published import load_model
+    from rtdetr_cli.weights.load import load_model
 
     refuse_other_sampling(path, sampling)
     loaded, header = load_model(path, sampling=sampling, layers=layers, queries=queries)

@@ -53,7 +53,7 @@ def inspect_model(path: Path) -> dict[str, Any]:
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
-    from rtdetr_cli.weights.files import read_layout
+    from rtdetr_cli.weights.header import read_layout
 
     layout = read_layout(path)
     text = layout.metadata.get(METADATA_KEY)
@@ -66,7 +66,8 @@ def _safetensors(path: Path) -> dict[str, Any]:
 
 
 def _published(path: Path) -> dict[str, Any]:
-    from rtdetr_cli.weights.published import load_model, read_published
+    from rtdetr_cli.weights.load import load_model
+    from rtdetr_cli.weights.published import read_published
 
     file = read_published(path)
     shapes = ((_is_buffer(n), str(t.dtype).removeprefix("torch."), t.shape) for n, t in file.state.items())

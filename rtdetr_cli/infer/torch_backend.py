@@ -91,7 +91,7 @@ def open_torch(
     threads: int | None = None,
 ) -> TorchBackend:
     """Load weights for inference, with norms folded; see `open_backend`."""
-    from rtdetr_cli.weights.published import load_model
+    from rtdetr_cli.weights.load import load_model
 
     refuse_other_sampling(path, sampling)
     chosen = choose_device(device)
@@ -110,10 +110,10 @@ def refuse_other_sampling(path: Path, sampling: str | None) -> None:
         UsageError: it does.
         ModelError: the file is missing or damaged.
     """
-    from rtdetr_cli.weights.files import read_header
-    from rtdetr_cli.weights.published import is_ours
+    from rtdetr_cli.weights.header import read_header
+    from rtdetr_cli.weights.published import is_safetensors
 
-    if sampling not in ("bilinear", "discrete") or not is_ours(path):
+    if sampling not in ("bilinear", "discrete") or not is_safetensors(path):
         return
     own = read_header(path).sampling
     if own != sampling:

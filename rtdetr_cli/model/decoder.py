@@ -189,7 +189,7 @@ class Decoder(nn.Module):
         for layer in self.decoder.layers:
             cast(DecoderLayer, layer).cross_attn.set_sampling(method, rounding, operator)
 
-    def keep_published_anchors(self, shapes: Sequence[tuple[int, int]], logits: Tensor, valid: Tensor) -> None:
+    def use_published_anchors(self, shapes: Sequence[tuple[int, int]], logits: Tensor, valid: Tensor) -> None:
         """Use a published file's own anchors for maps of these shapes, at inference only.
 
         An exponential average kept by multiplying and adding has drifted off the analytic anchors by up to 2e-4, and

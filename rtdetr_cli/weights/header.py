@@ -1,16 +1,18 @@
-"""What a model file says about itself, in every format: class names, preprocessing, sampling, thresholds, origin.
+"""Our model file: a safetensors file whose metadata holds a header. Nothing here needs torch or pydantic.
 
-One JSON document under the key `rtdetr` of the safetensors metadata, the ONNX metadata, the OpenVINO runtime
-information or beside a TensorRT engine. No torch and no pydantic here: `predict` on an ONNX file reads it first.
+The header is one JSON document under the key `rtdetr`. Exports carry it too: in the ONNX metadata, in the OpenVINO
+runtime information, or in a file next to a TensorRT engine.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from rtdetr_cli.errors import ModelError
+from rtdetr_cli.files import atomic_write
 
 METADATA_KEY = "rtdetr"
 HEADER_VERSION = 1
@@ -21,17 +23,20 @@ EXPORT_SUFFIXES = {".onnx": "onnx", ".xml": "openvino", ".engine": "tensorrt", "
 MODEL_SUFFIXES = (".safetensors", ".pth", ".pt", *EXPORT_SUFFIXES)
 """Suffixes of all files that a command takes as a model."""
 
+_CHUNK = 1 << 20
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """Score thresholds found by `eval --calibrate`: one for all classes and one for each, in label order.
+    """Score thresholds from `eval --calibrate`.
 
     Attributes:
         target: `f1` or `precision=0.9`.
-        overall: for all classes together.
-        per_class: for each class.
-        imgsz: (height, width) of the input at which they were found; None is the model's own, of older files.
-        layers, queries: of the decoder with which they were found; None is not known, of older files.
+        overall: one threshold for all classes together.
+        per_class: one for each class, in label order.
+        imgsz: (height, width) of the input in the calibration; None in older files, meaning the model's own size.
+        layers, queries: decoder settings in the calibration; None in older files, where they are unknown.
     """
 
     target: str
@@ -42,27 +47,39 @@ class Thresholds:
     queries: int | None = None
 
 
+def _default_preprocessing() -> dict[str, Any]:
+    return {
+        "colour": "RGB",
+        "resize": "stretch",
+        "filter": "bilinear-antialias",
+        "scale": 1 / 255,
+        "mean": None,
+        "std": None,
+        "exif": True,
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class ModelHeader:
-    """Everything that `predict` needs besides the tensors.
+    """Everything that prediction needs besides the tensors.
 
     Attributes:
         names: class names in label order.
         category_ids: the dataset's own ids in label order.
         imgsz: (height, width) of the network's input in pixels.
-        architecture: `config.schema.ModelSpec` as plain values.
-        preset: name of the preset, or "" for a foreign file.
+        architecture: the fields of `config.schema.ModelSpec`.
+        preset: name of the preset, or "" for a model from elsewhere.
         sampling: `bilinear` or `discrete`.
-        rounding: of the discrete sampling: `published` or `nearest`.
+        rounding: rounding of discrete sampling: `published` or `nearest`.
         layers: decoder layers used at inference.
         queries: object queries used at inference.
-        preprocessing: a sentence-free record of how images become inputs.
+        preprocessing: how images become inputs.
         thresholds: calibrated score thresholds, or None.
-        metrics: of the evaluation that chose these weights, such as {"AP": 0.41}.
+        metrics: results of the evaluation that chose these weights, such as {"AP": 0.41}.
         dataset: {"name", "fingerprint", ...} of the training data.
-        identity: sha256 over the tensors (names, types, shapes, bytes); "" until saved.
-        version: of rtdetr-cli that wrote it.
-        extra: whatever a format adds (the gate's verdict, precision, source identity).
+        identity: sha256 of the tensors (names, types, shapes, bytes); "" until saved.
+        version: version of rtdetr-cli that wrote the file.
+        extra: whatever a format adds, such as the result of the export check.
     """
 
     names: tuple[str, ...]
@@ -74,17 +91,7 @@ class ModelHeader:
     rounding: str = "published"
     layers: int = 0
     queries: int = 300
-    preprocessing: dict[str, Any] = field(
-        default_factory=lambda: {
-            "colour": "RGB",
-            "resize": "stretch",
-            "filter": "bilinear-antialias",
-            "scale": 1 / 255,
-            "mean": None,
-            "std": None,
-            "exif": True,
-        }
-    )
+    preprocessing: dict[str, Any] = field(default_factory=_default_preprocessing)
     thresholds: Thresholds | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     dataset: dict[str, Any] = field(default_factory=dict)
@@ -98,31 +105,131 @@ class ModelHeader:
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "") -> ModelHeader:
-        """Read `to_json`'s text; unknown keys are ignored.
+        """Parse the text of `to_json`; unknown keys are ignored.
 
         Raises:
-            ModelError: the text is not such a header.
+            ModelError: the text is not a header.
         """
         try:
-            values = json.loads(text)
-            known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-            known["names"] = tuple(str(n) for n in known["names"])
-            known["category_ids"] = tuple(int(i) for i in known["category_ids"])
-            height, width = known["imgsz"]
-            known["imgsz"] = (int(height), int(width))
-            if known.get("thresholds"):
-                found = known["thresholds"]
-                size = found.get("imgsz")
-                known["thresholds"] = Thresholds(
-                    str(found["target"]),
-                    float(found["overall"]),
-                    tuple(float(t) for t in found["per_class"]),
+            document = json.loads(text)
+            values = {f.name: document[f.name] for f in fields(cls) if f.name in document}
+            values["names"] = tuple(str(n) for n in values["names"])
+            values["category_ids"] = tuple(int(i) for i in values["category_ids"])
+            height, width = values["imgsz"]
+            values["imgsz"] = (int(height), int(width))
+            if values.get("thresholds"):
+                stored = values["thresholds"]
+                size = stored.get("imgsz")
+                values["thresholds"] = Thresholds(
+                    str(stored["target"]),
+                    float(stored["overall"]),
+                    tuple(float(t) for t in stored["per_class"]),
                     (int(size[0]), int(size[1])) if size else None,
-                    int(found["layers"]) if found.get("layers") else None,
-                    int(found["queries"]) if found.get("queries") else None,
+                    int(stored["layers"]) if stored.get("layers") else None,
+                    int(stored["queries"]) if stored.get("queries") else None,
                 )
-            return cls(**known)
+            return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(
-                f"{source or 'the model'} has a header that cannot be read: {error}", code="model-header"
-            ) from error
+            message = f"the header of {source or 'the model'} cannot be read: {error}"
+            raise ModelError(message, code="model-header") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The first part of a safetensors file, which says where the tensors are.
+
+    Attributes:
+        tensors: name to {"dtype", "shape", "data_offsets"}.
+        metadata: the file's metadata.
+        start: offset of the first tensor byte.
+    """
+
+    tensors: dict[str, dict[str, Any]]
+    metadata: dict[str, str]
+    start: int
+
+
+def read_layout(path: Path) -> Layout:
+    """Read and check the first part of a safetensors file: eight bytes of length, then that many bytes of JSON.
+
+    Raises:
+        ModelError: the file is missing, truncated, or not a safetensors file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= length <= _MAX_HEADER_BYTES:
+                raise _not_safetensors(path)
+            if 8 + length > size:
+                raise _truncated(path, size, 8 + length)
+            text = file.read(length)
+    except FileNotFoundError:
+        raise ModelError(f"there is no model file {path}", code="model-missing") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}", code="model-unreadable") from error
+    try:
+        tensors = json.loads(text)
+        metadata = {str(k): str(v) for k, v in tensors.pop("__metadata__", {}).items()}
+        ends = [int(entry["data_offsets"][1]) for entry in tensors.values()]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise _not_safetensors(path) from None
+    end = 8 + length + max(ends, default=0)
+    if end > size:
+        raise _truncated(path, size, end)
+    return Layout(tensors, metadata, 8 + length)
+
+
+def read_header(path: Path) -> ModelHeader:
+    """Read the header of a model file written by rtdetr-cli.
+
+    Raises:
+        ModelError: the file is missing, truncated, or was not written by rtdetr-cli.
+    """
+    layout = read_layout(path)
+    if METADATA_KEY not in layout.metadata:
+        raise ModelError(
+            f"{path} has no rtdetr header, so it was not written by rtdetr-cli",
+            hint="load a published checkpoint as the .pth file that was released",
+            code="model-foreign",
+        )
+    return ModelHeader.from_json(layout.metadata[METADATA_KEY], source=str(path))
+
+
+def rewrite_header(path: Path, header: ModelHeader) -> ModelHeader:
+    """Replace the header of a model file; the tensors and their identity stay.
+
+    Returns:
+        The header as written, with the file's own identity.
+
+    Raises:
+        ModelError: the file was not written by rtdetr-cli.
+        RtdetrError: the folder cannot be written.
+    """
+    layout = read_layout(path)
+    header = replace(header, identity=read_header(path).identity)
+    metadata = {**layout.metadata, METADATA_KEY: header.to_json()}
+    text = json.dumps({"__metadata__": metadata, **layout.tensors}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # safetensors aligns the tensors to eight bytes
+    with atomic_write(path) as temporary, temporary.open("wb") as out, path.open("rb") as file:
+        out.write(len(text).to_bytes(8, "little") + text)
+        file.seek(layout.start)
+        while part := file.read(_CHUNK):
+            out.write(part)
+    return header
+
+
+def _not_safetensors(path: Path) -> ModelError:
+    return ModelError(
+        f"{path} is not a safetensors file",
+        hint="a model is a .safetensors file, a published .pth, or an export: .onnx, .xml (OpenVINO), .engine",
+        code="model-foreign",
+    )
+
+
+def _truncated(path: Path, size: int, expected: int) -> ModelError:
+    return ModelError(
+        f"{path} is truncated: it has {size:,} bytes, expected at least {expected:,}",
+        hint="copy or download it again",
+        code="model-truncated",
+    )

@@ -1,8 +1,8 @@
-"""Published weights: where they come from, where they are kept, and that they are what they say.
+"""Download, check and cache the published weights.
 
-A file is looked for in the cache first, then fetched from the mirror or the official release. The two files whose
-hashes are publicly known are held to them; of any other the hash of the first copy that can be read as such weights is
-recorded in `hashes.json`, and every later copy is held to that. Nothing is fetched unless a command needs it.
+A file is looked up in the cache first, then downloaded from the mirror or from the official release. Two files have
+publicly known hashes; they must match. For any other file, the hash of the first copy that loads as such weights is
+recorded in `hashes.json`, and later copies must match it. Nothing is downloaded unless a command needs it.
 """
 
 from __future__ import annotations
@@ -27,72 +27,67 @@ TIMEOUT = 30  # seconds without a byte
 CHUNK = 1 << 16
 
 
-class Told(Protocol):
-    """Something that is told how many more bytes have come."""
+class Progress(Protocol):
+    """A progress display."""
 
     def advance(self, n: int = 1) -> None:
-        """Say that `n` more bytes are here."""
+        """Count `n` more bytes."""
 
 
-Watch = Callable[[int | None, str], AbstractContextManager[Told]]
+ShowProgress = Callable[[int | None, str], AbstractContextManager[Progress]]
+"""Starts a progress display for a total number of bytes (None when unknown) and a description."""
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """One published file: what it is, the release that holds it, and its sha256 where that is known."""
+    """A published file: its name and content, the release that holds it, and its hash where that is known."""
 
     file: str
-    what: str
+    description: str
     release: str = "v0.1"
     sha256: str = ""
-    size: int = 0
 
     @property
     def url(self) -> str:
-        """Address of the file: the mirror's when one is set, else the official release's."""
+        """Address of the file: on the mirror when one is set, else in the official release."""
         mirror = os.environ.get(MIRROR_VARIABLE, "").rstrip("/")
         return f"{mirror}/{self.file}" if mirror else f"{RELEASES}/{self.release}/{self.file}"
 
     @property
-    def backbone(self) -> bool:
-        """Whether it holds a backbone only."""
+    def is_backbone(self) -> bool:
+        """Whether the file holds only a backbone."""
         return self.file.startswith("ResNet")
 
 
-def _catalogue() -> dict[str, Published]:
-    files = [
-        Published(
-            "rtdetrv2_r18vd_120e_coco_rerun_48.1.pth",
-            "r18, COCO, AP 0.481",
-            release="v0.2",
-            sha256="2ace52184b620204004509b72752ac7bfe64aadaf7fc1d076b18df8ab5a5c77e",
-            size=81_198_974,
-        ),
-        Published("rtdetrv2_r34vd_120e_coco_ema.pth", "r34, COCO, AP 0.499"),
-        Published("rtdetrv2_r50vd_m_7x_coco_ema.pth", "r50m, COCO, AP 0.519"),
-        Published("rtdetrv2_r50vd_6x_coco_ema.pth", "r50, COCO, AP 0.534"),
-        Published("rtdetrv2_r101vd_6x_coco_from_paddle.pth", "r101, COCO, AP 0.543"),
-        Published("rtdetrv2_r18vd_dsp_3x_coco.pth", "r18 discrete, COCO, AP 0.474"),
-        Published("rrtdetrv2_r34vd_dsp_1x_coco.pth", "r34 discrete, COCO, AP 0.492"),
-        Published("rtdetrv2_r50vd_m_dsp_3x_coco.pth", "r50m discrete, COCO, AP 0.514"),
-        Published("rtdetrv2_r50vd_dsp_1x_coco.pth", "r50 discrete, COCO, AP 0.529"),
-        Published("rtdetrv2_r18vd_sp1_120e_coco.pth", "r18 with 1 sampling point a scale, COCO, AP 0.473"),
-        Published("rtdetrv2_r18vd_sp2_120e_coco.pth", "r18 with 2 sampling points a scale, COCO, AP 0.477"),
-        Published("rtdetrv2_r18vd_sp3_120e_coco.pth", "r18 with 3 sampling points a scale, COCO, AP 0.478"),
-        Published(
-            "ResNet18_vd_pretrained_from_paddle.pth",
-            "r18 backbone, ImageNet",
-            sha256="911a745b62e173c8f4b9af513c2ea295428cf23f1bbfe9048381500f140fd720",
-            size=44_878_642,
-        ),
-        Published("ResNet34_vd_pretrained_from_paddle.pth", "r34 backbone, ImageNet"),
-        Published("ResNet50_vd_ssld_v2_pretrained_from_paddle.pth", "r50 and r50m backbone, ImageNet"),
-        Published("ResNet101_vd_ssld_pretrained_from_paddle.pth", "r101 backbone, ImageNet"),
-    ]
-    return {p.file: p for p in files}
+_FILES = (
+    Published(
+        "rtdetrv2_r18vd_120e_coco_rerun_48.1.pth",
+        "r18, COCO, AP 0.481",
+        release="v0.2",
+        sha256="2ace52184b620204004509b72752ac7bfe64aadaf7fc1d076b18df8ab5a5c77e",
+    ),
+    Published("rtdetrv2_r34vd_120e_coco_ema.pth", "r34, COCO, AP 0.499"),
+    Published("rtdetrv2_r50vd_m_7x_coco_ema.pth", "r50m, COCO, AP 0.519"),
+    Published("rtdetrv2_r50vd_6x_coco_ema.pth", "r50, COCO, AP 0.534"),
+    Published("rtdetrv2_r101vd_6x_coco_from_paddle.pth", "r101, COCO, AP 0.543"),
+    Published("rtdetrv2_r18vd_dsp_3x_coco.pth", "r18 discrete, COCO, AP 0.474"),
+    Published("rrtdetrv2_r34vd_dsp_1x_coco.pth", "r34 discrete, COCO, AP 0.492"),
+    Published("rtdetrv2_r50vd_m_dsp_3x_coco.pth", "r50m discrete, COCO, AP 0.514"),
+    Published("rtdetrv2_r50vd_dsp_1x_coco.pth", "r50 discrete, COCO, AP 0.529"),
+    Published("rtdetrv2_r18vd_sp1_120e_coco.pth", "r18 with 1 sampling point a scale, COCO, AP 0.473"),
+    Published("rtdetrv2_r18vd_sp2_120e_coco.pth", "r18 with 2 sampling points a scale, COCO, AP 0.477"),
+    Published("rtdetrv2_r18vd_sp3_120e_coco.pth", "r18 with 3 sampling points a scale, COCO, AP 0.478"),
+    Published(
+        "ResNet18_vd_pretrained_from_paddle.pth",
+        "r18 backbone, ImageNet",
+        sha256="911a745b62e173c8f4b9af513c2ea295428cf23f1bbfe9048381500f140fd720",
+    ),
+    Published("ResNet34_vd_pretrained_from_paddle.pth", "r34 backbone, ImageNet"),
+    Published("ResNet50_vd_ssld_v2_pretrained_from_paddle.pth", "r50 and r50m backbone, ImageNet"),
+    Published("ResNet101_vd_ssld_pretrained_from_paddle.pth", "r101 backbone, ImageNet"),
+)
 
-
-PUBLISHED: Mapping[str, Published] = _catalogue()
+PUBLISHED: Mapping[str, Published] = {entry.file: entry for entry in _FILES}
 
 
 def weights_folder() -> Path:
@@ -105,8 +100,8 @@ def weights_folder() -> Path:
     return Path(platformdirs.user_cache_dir("rtdetr-cli", appauthor=False)) / "weights"
 
 
-def published(file: str) -> Published:
-    """Return the catalogue's entry of one file name.
+def find_published(file: str) -> Published:
+    """Return the catalogue entry of a file name.
 
     Raises:
         ModelError: no such file was published.
@@ -115,9 +110,9 @@ def published(file: str) -> Published:
         import difflib
 
         close = difflib.get_close_matches(file, PUBLISHED, n=1)
-        meant = f" (did you mean {close[0]}?)" if close else ""
+        suggestion = f" (did you mean {close[0]}?)" if close else ""
         raise ModelError(
-            f"no published file is called {file}{meant}", hint="rtdetr weights list", code="weights-unknown"
+            f"there is no published file {file}{suggestion}", hint="rtdetr weights list", code="weights-unknown"
         )
     return PUBLISHED[file]
 
@@ -129,148 +124,144 @@ def file_sha256(path: Path) -> str:
 
 
 def expected_sha256(file: str) -> str:
-    """Return the hash that a file is held to, or "" when none is known yet."""
+    """Return the hash that a file must have, or "" when none is known yet."""
     entry = PUBLISHED.get(file)
-    return entry.sha256 if entry and entry.sha256 else _recorded().get(file, "")
+    return entry.sha256 if entry and entry.sha256 else _recorded_hashes().get(file, "")
 
 
 def verify(file: str, path: Path) -> str:
-    """Hold a file to its hash and return the hash; the first one seen is recorded, if it is that of such weights.
+    """Check a file and return its hash; where no hash is known and the file loads as such weights, record it.
 
     Raises:
-        ModelError: the hash is another one, or there is none and the file is not what its name says.
+        ModelError: the hash differs, or there is none and the content is not what the name says.
     """
-    sha256 = _held(published(file), path, expected_sha256(file), whose=str(path))
-    if not expected_sha256(file):
-        _record(file, sha256)
+    entry, expected = find_published(file), expected_sha256(file)
+    hint = f"rtdetr weights fetch {file} --force"
+    sha256 = _checked_sha256(entry, path, expected, source=str(path), hint=hint, mismatch_hint=hint)
+    if not expected:
+        _record_hash(file, sha256)
     return sha256
 
 
-def fetch(file: str, *, force: bool = False, progress: Watch | None = None) -> Path:
-    """Return the path of a published file, fetched once and hash-checked.
+def fetch(file: str, *, force: bool = False, progress: ShowProgress | None = None) -> Path:
+    """Return the path of a published file; download it when it is not in the cache, and check its hash.
 
-    A file that is here already is hashed again at each use: that takes a fraction of what loading it does, sees every
-    change, and needs no second record of sizes and dates that could itself be wrong.
+    A cached file is hashed again at each use. That costs a fraction of loading it, and needs no record of sizes and
+    dates.
 
     Args:
-        file: a name of `PUBLISHED`.
-        force: fetch it again although it is there, and let its hash replace a recorded one (never a pinned one).
-        progress: shows how far the download has come, in bytes; called with the total, where the server says it, and
-            what is done.
+        file: a name in `PUBLISHED`.
+        force: download it even when it is cached, and let its hash replace a recorded one (never a public one).
+        progress: starts a display of the downloaded bytes.
 
     Raises:
-        ModelError: unknown file, no network, a connection that broke off, or not the published file (nothing is kept).
+        ModelError: unknown file, no network, interrupted download, or not the published file (nothing is kept).
         RtdetrError: the cache cannot be written.
     """
-    entry = published(file)
+    entry = find_published(file)
     path = weights_folder() / file
     if path.is_file() and not force:
         verify(file, path)
         return path
     expected = entry.sha256 if force else expected_sha256(file)
-    with _written(path) as aside:
-        _download(entry, aside, progress)
-        sha256 = _held(entry, aside, expected, whose=entry.url)
+    otherwise = manual_download_hint(entry)
+    hint = f"nothing was kept; {otherwise}"
+    if entry.sha256:
+        mismatch_hint = hint
+    else:
+        mismatch_hint = f"nothing was kept; rtdetr weights fetch {file} --force accepts the new file; or {otherwise}"
+    with _write_to_cache(path) as temporary:
+        _download(entry, temporary, progress)
+        sha256 = _checked_sha256(entry, temporary, expected, source=entry.url, hint=hint, mismatch_hint=mismatch_hint)
     if not expected:
-        _record(file, sha256)
+        _record_hash(file, sha256)
     return path
 
 
 def import_file(source: Path, *, force: bool = False) -> Path:
-    """Copy a file that was fetched by other means into the cache, held to its hash.
+    """Check a file that was downloaded by other means and copy it into the cache.
 
     Args:
-        source: has the name under which it was published.
-        force: let its hash replace a recorded one (never a pinned one).
+        source: a file with its published name.
+        force: let its hash replace a recorded one (never a public one).
 
     Raises:
-        ModelError: it is missing, its name is unknown, or it is not the published file.
+        ModelError: it does not exist, its name is unknown, or it is not the published file.
         RtdetrError: the cache cannot be written.
     """
     if not source.is_file():
         raise ModelError(f"{source} does not exist", code="weights-missing")
-    entry = published(source.name)
+    entry = find_published(source.name)
     expected = entry.sha256 if force else expected_sha256(entry.file)
-    recorded = expected and not entry.sha256
-    hint = f"rtdetr weights import {source} --force takes it in place of the recorded one" if recorded else ""
-    sha256 = _held(entry, source, expected, whose=str(source), hint=hint)
+    hint = f"rtdetr weights fetch {entry.file} --force"
+    accept = f"rtdetr weights import {source} --force accepts it in place of the recorded one"
+    sha256 = _checked_sha256(
+        entry, source, expected, source=str(source), hint=hint, mismatch_hint=hint if entry.sha256 else accept
+    )
     path = weights_folder() / entry.file
     if not (path.exists() and path.samefile(source)):
-        with _written(path) as aside:
-            shutil.copyfile(source, aside)
+        with _write_to_cache(path) as temporary:
+            shutil.copyfile(source, temporary)
     if not expected:
-        _record(entry.file, sha256)
+        _record_hash(entry.file, sha256)
     return path
 
 
-def by_hand(entry: Published) -> str:
-    """Return what to do where a file cannot be fetched from here."""
+def manual_download_hint(entry: Published) -> str:
+    """Return what to do when a file cannot be downloaded on this machine."""
     return (
         f"download {entry.url} elsewhere and put it at {weights_folder() / entry.file}, "
-        f"or: rtdetr weights import {entry.file} ({MIRROR_VARIABLE} names a mirror)"
+        f"or: rtdetr weights import {entry.file} ({MIRROR_VARIABLE} sets a mirror)"
     )
 
 
-def refetch(entry: Published) -> str:
-    """Return the command that replaces a file that is here and wrong."""
-    return f"rtdetr weights fetch {entry.file} --force"
-
-
-def _held(entry: Published, path: Path, expected: str, *, whose: str, hint: str = "") -> str:
-    """Return a file's hash if it is what it should be: the expected one, or, where none is known, that of such weights.
+def _checked_sha256(entry: Published, path: Path, expected: str, *, source: str, hint: str, mismatch_hint: str) -> str:
+    """Return a file's hash if it is the expected one, or if none is known and the file loads as such weights.
 
     Args:
-        entry: what it should be.
-        path: of the file.
+        entry: the published file that `path` should be.
+        path: the file to check.
         expected: its hash, or "".
-        whose: what a message says it came from: a path, or an address.
-        hint: of the message about a path; else how to fetch the file.
+        source: where the file came from, for messages: a path or an address.
+        hint: hint of the error.
+        mismatch_hint: hint of the error when only the hash differs.
+
+    Raises:
+        ModelError: the file is another one.
     """
-    size, sha256, fault = path.stat().st_size, "", ""
+    sha256, problem, code = file_sha256(path), "", "weights-foreign"
     with path.open("rb") as file:
-        page = file.read(512).lstrip()[:1] == b"<"
-    if page:
-        fault = f"it is a web page of {size:,} bytes"
-    elif entry.size and size != entry.size:
-        fault = f"it has {size:,} bytes of {entry.size:,}"
-    else:
-        sha256 = file_sha256(path)
-        if expected and sha256 != expected:
-            fault = f"its sha256 is {sha256[:12]}..., expected {expected[:12]}..."
-        elif not expected:
-            fault = _unlike(entry, path)
-    if not fault:
-        return sha256
-    code = "weights-hash" if sha256 and expected else "weights-foreign"
-    if whose == entry.url:
-        recorded = code == "weights-hash" and not entry.sha256
-        taken = f"; rtdetr weights fetch {entry.file} --force takes it all the same" if recorded else ""
-        raise ModelError(
-            f"{whose} did not give the published {entry.file}: {fault}",
-            hint=f"nothing was kept{taken}; else {by_hand(entry)}",
-            code=code,
-        )
-    raise ModelError(f"{whose} is not the published {entry.file}: {fault}", hint=hint or refetch(entry), code=code)
+        is_web_page = file.read(512).lstrip()[:1] == b"<"
+    if is_web_page:
+        problem = f"it is a web page of {path.stat().st_size:,} bytes"
+    elif not expected:
+        problem = _content_problem(entry, path)
+    elif sha256 != expected:
+        problem = f"checksum mismatch: sha256 is {sha256[:12]}..., expected {expected[:12]}..."
+        code, hint = "weights-hash", mismatch_hint
+    if problem:
+        raise ModelError(f"{source} is not the published {entry.file}: {problem}", hint=hint, code=code)
+    return sha256
 
 
-def _unlike(entry: Published, path: Path) -> str:
-    """Say why a file cannot be the published one whose hash nobody knows; empty if it can."""
+def _content_problem(entry: Published, path: Path) -> str:
+    """Return why a file without a known hash cannot be the published one, or ""."""
     from rtdetr_cli.weights.published import read_published
 
     try:
         content = read_published(path)
     except ModelError as error:
         return error.message.replace(str(path), "it")
-    if (content.spec is None) != entry.backbone:
+    if (content.spec is None) != entry.is_backbone:
         return f"it holds {'a backbone' if content.spec is None else 'a detector'}"
     return ""
 
 
-def _download(entry: Published, to: Path, progress: Watch | None) -> None:
-    """Write what an address gives to a file.
+def _download(entry: Published, to: Path, progress: ShowProgress | None) -> None:
+    """Download a published file.
 
     Raises:
-        ModelError: there is no connection, the server refuses, or the connection breaks off.
+        ModelError: there is no connection, the server refuses, or the connection is lost.
         OSError: the file cannot be written.
     """
     import requests
@@ -278,67 +269,63 @@ def _download(entry: Published, to: Path, progress: Watch | None) -> None:
     response: requests.Response | None = None
     total = 0
     try:
-        # As it is: a packed transfer would have another length than the file.
+        # Without compression, so that the length that the server gives is that of the file.
         response = requests.get(entry.url, stream=True, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"})
         response.raise_for_status()
         total = int(response.headers.get("Content-Length", 0))
-        shown = progress(total or None, f"fetching {entry.file}") if progress else nullcontext()
-        with shown as told, to.open("wb") as file:
+        display = progress(total or None, f"fetching {entry.file}") if progress else nullcontext()
+        with display as bar, to.open("wb") as file:
             for part in response.iter_content(CHUNK):
                 file.write(part)
-                if told is not None:
-                    told.advance(len(part))
+                if bar is not None:
+                    bar.advance(len(part))
         if total and to.stat().st_size < total:
             raise requests.exceptions.ChunkedEncodingError
     except requests.exceptions.RequestException as error:
+        by_hand = manual_download_hint(entry)
         if response is not None and response.ok:
-            # What has come over the wire; the last part of it never came out of the library's buffer.
-            came = f"{response.raw.tell():,}" + (f" of {total:,}" if total else "")
-            message = f"{entry.file} was not fetched: the connection to {entry.url} broke off after {came} bytes"
-            raise ModelError(message, hint=f"try again, or {by_hand(entry)}", code="weights-network") from error
-        raise ModelError(
-            f"{entry.file} could not be fetched from {entry.url}: {_reason(error)}",
-            hint=by_hand(entry),
-            code="weights-network",
-        ) from error
+            received = f"{response.raw.tell():,}" + (f" of {total:,}" if total else "")
+            message = f"{entry.file} was not downloaded: the connection to {entry.url} was lost after {received} bytes"
+            raise ModelError(message, hint=f"try again, or {by_hand}", code="weights-network") from error
+        message = f"{entry.file} could not be downloaded from {entry.url}: {_network_problem(error)}"
+        raise ModelError(message, hint=by_hand, code="weights-network") from error
     finally:
         if response is not None:
             response.close()
 
 
-def _reason(error: Exception) -> str:
-    """Return one short clause of a network error."""
+def _network_problem(error: Exception) -> str:
     response = getattr(error, "response", None)
     if response is not None:
         return f"the server answered {response.status_code}"
-    known = {
-        "ConnectionError": "no connection",
-        "ConnectTimeout": "no answer",
-        "ReadTimeout": "no answer",
-        "ProxyError": "the proxy gives no connection",
-        "SSLError": "no secure connection",
-        "MissingSchema": "that is no address",
-        "InvalidSchema": "that is no address",
-        "InvalidURL": "that is no address",
-    }
     kind = type(error).__name__
-    return known.get(kind, kind)
+    problems = {
+        "ConnectionError": "no connection",
+        "ConnectTimeout": "no response",
+        "ReadTimeout": "no response",
+        "ProxyError": "the proxy refused the connection",
+        "SSLError": "no secure connection",
+        "MissingSchema": "not a valid address",
+        "InvalidSchema": "not a valid address",
+        "InvalidURL": "not a valid address",
+    }
+    return problems.get(kind, kind)
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` that takes its place on success; what cannot be written names the way out."""
+def _write_to_cache(path: Path) -> Iterator[Path]:
+    """Write a file atomically; when the cache is not writable, the hint says how to move it."""
     try:
-        with atomic_write(path) as aside:
-            yield aside
+        with atomic_write(path) as temporary:
+            yield temporary
     except RtdetrError as error:
         if error.code != "not-writable":
             raise
-        hint = f"make room, or set {HOME_VARIABLE} to another folder"
+        hint = f"free some space, or set {HOME_VARIABLE} to another folder"
         raise RtdetrError(error.message, hint=hint, code=error.code) from error
 
 
-def _recorded() -> dict[str, str]:
+def _recorded_hashes() -> dict[str, str]:
     path = weights_folder() / "hashes.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -349,7 +336,7 @@ def _recorded() -> dict[str, str]:
         raise ModelError(f"{path} cannot be read: {error}", hint=f"remove {path}", code="weights-hashes") from error
 
 
-def _record(file: str, sha256: str) -> None:
-    known = {**_recorded(), file: sha256}
-    with _written(weights_folder() / "hashes.json") as aside:
-        aside.write_text(json.dumps(known, indent=1, sort_keys=True), encoding="utf-8")
+def _record_hash(file: str, sha256: str) -> None:
+    hashes = {**_recorded_hashes(), file: sha256}
+    with _write_to_cache(weights_folder() / "hashes.json") as temporary:
+        temporary.write_text(json.dumps(hashes, indent=1, sort_keys=True), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Start a model from other weights: by class name where classes are shared, anew where they are not.
+"""Start a model from other weights: transfer what fits, class by class, and keep the initial values elsewhere.
 
-Only the tensors whose shape depends on the number of classes need care: the score heads of encoder and decoder, and
-the embedding of denoising labels. A class keeps its row when the source knew it by the same name.
+Only the score heads and the embedding of denoising labels depend on the classes. A class takes its row in them from
+the source's class of the same name.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor
 
 from rtdetr_cli.config.presets import load_preset, preset_names
 from rtdetr_cli.errors import ModelError
-from rtdetr_cli.model.backbone import ResNet
 from rtdetr_cli.model.detector import RTDETR
-from rtdetr_cli.weights.published import backbone_depth, load_strictly, read_published
+from rtdetr_cli.weights.load import load_strictly
+from rtdetr_cli.weights.published import backbone_depth, read_published
 
-_COUNTER = "num_batches_tracked"
+_BATCH_COUNTER = "num_batches_tracked"
 _PER_POINT = ("cross_attn.sampling_offsets.", "cross_attn.attention_weights.", "cross_attn.num_points_scale")
-_OTHER_HINT = "train without --preset and --set model.*: rtdetr takes the architecture from the weights"
-_EMBEDDING = "decoder.denoising_class_embed.weight"
+_PER_CLASS = ("decoder.enc_score_head.", "decoder.dec_score_head.", "decoder.denoising_class_embed.")
+_MISFIT_HINT = "train without --preset and --set model.*, so that rtdetr takes the architecture from the weights"
 
 
 @dataclass(frozen=True, slots=True)
 class ClassRow:
-    """Where one class's rows came from: the source's name and label, or None when they were made anew."""
+    """The source of one class: its name and label there, or None when the class was reinitialized."""
 
     name: str
     source_name: str | None
@@ -36,25 +36,25 @@ class ClassRow:
 
 @dataclass(frozen=True, slots=True)
 class TransferTable:
-    """What came from where.
+    """The result of a transfer.
 
     Attributes:
-        classes: one row for each class of the target.
-        tensors_loaded: taken over whole.
-        tensors_total: of the target.
-        by_class: names of the tensors that were filled class by class.
-        fresh: names of the tensors that were left as initialised.
+        classes: one row for each class of the model.
+        tensors_loaded: number of tensors that were transferred as they are.
+        tensors_total: number of tensors of the model.
+        by_class: names of the tensors that were transferred class by class.
+        reinitialized: names of the tensors that kept their initial values.
     """
 
     classes: tuple[ClassRow, ...]
     tensors_loaded: int
     tensors_total: int
     by_class: tuple[str, ...]
-    fresh: tuple[str, ...] = ()
+    reinitialized: tuple[str, ...] = ()
 
     @property
     def matched(self) -> int:
-        """Number of classes that the source knew."""
+        """Number of classes that the source has."""
         return sum(row.source_label is not None for row in self.classes)
 
 
@@ -66,81 +66,74 @@ def transfer_weights(
     target_names: Sequence[str],
     source: str = "the weights",
 ) -> TransferTable:
-    """Fill a model from another's tensors.
+    """Fill a model from the tensors of another.
 
-    Tensors that do not depend on the classes must all fit, but for those of another number of sampling points, which
-    stay as they are. Names are compared without regard to case, spaces, `-`
-    and `_`; a name that comes twice in the source counts once, its first time.
+    All tensors that do not depend on the classes must fit, except those of another number of sampling points, which
+    keep their initial values. Class names are compared without case, spaces, `-` and `_`; of equal names in the
+    source, the first counts.
 
     Args:
-        model: the target, already initialised: what has no source stays as it is.
-        state: the source's tensors under the published v2 names.
-        source_names: its classes in label order.
+        model: the initialized model.
+        state: the source's tensors under the names of RT-DETRv2.
+        source_names: the source's classes in label order.
         target_names: the model's classes in label order.
-        source: what messages call it.
-
-    Returns:
-        Which class and which tensor came from where.
+        source: how messages name the source.
 
     Raises:
-        ModelError: the two are different architectures.
+        ModelError: the source has another architecture.
     """
-    own = model.state_dict()
-    found: dict[str, int] = {}
-    for label, name in enumerate(source_names):
-        found.setdefault(_plain(name), label)
-    rows = []
-    for name in target_names:
-        label_or_none = found.get(_plain(name))
-        source_name = None if label_or_none is None else source_names[label_or_none]
-        rows.append(ClassRow(name, source_name, label_or_none))
+    initial = model.state_dict()
+    rows = _match_classes(source_names, target_names)
     pairs = [(i, row.source_label) for i, row in enumerate(rows) if row.source_label is not None]
-    to = torch.tensor([i for i, _ in pairs], dtype=torch.int64)
-    from_ = torch.tensor([j for _, j in pairs], dtype=torch.int64)
+    target_labels = torch.tensor([i for i, _ in pairs], dtype=torch.int64)
+    source_labels = torch.tensor([j for _, j in pairs], dtype=torch.int64)
+    same_classes = [_normalized(n) for n in source_names] == [_normalized(n) for n in target_names]
+    by_class = () if same_classes else tuple(n for n in initial if n.startswith(_PER_CLASS))
 
-    merged: dict[str, Tensor] = {}
-    by_class = [n for n in own if n.startswith(("decoder.enc_score_head.", "decoder.dec_score_head."))] + [_EMBEDDING]
-    same_classes = [_plain(n) for n in source_names] == [_plain(n) for n in target_names]
-    fresh = []
-    for name, tensor in own.items():
+    # What is missing or misshapen here is reported by load_strictly, all of it at once.
+    merged = {n: t for n, t in state.items() if n in initial or not n.endswith(_BATCH_COUNTER)}
+    reinitialized = []
+    for name, tensor in initial.items():
         if name not in state:
-            if name.endswith(_COUNTER):
-                merged[name] = tensor  # a frozen norm counts no batches
-            continue  # load_strictly names any other
-        if any(part in name for part in _PER_POINT) and _other_points(name, state, own):
+            if name.endswith(_BATCH_COUNTER):  # a frozen norm counts no batches
+                merged[name] = tensor
+        elif any(part in name for part in _PER_POINT) and _other_points(name, state, initial):
             merged[name] = tensor
-            fresh.append(name)
-            continue
-        if name not in by_class or same_classes:
-            merged[name] = state[name]
-            continue
-        if state[name].shape[1:] != tensor.shape[1:]:
-            merged[name] = state[name]  # load_strictly refuses it along with all others
-            continue
-        filled = tensor.detach().cpu().clone()
-        filled[to] = state[name].to(filled.dtype)[from_]
-        merged[name] = filled
-    merged.update({n: t for n, t in state.items() if n not in own and not n.endswith(_COUNTER)})
-    load_strictly(model, merged, source=source, hint=_OTHER_HINT)
+            reinitialized.append(name)
+        elif name in by_class and state[name].shape[1:] == tensor.shape[1:]:
+            filled = tensor.detach().cpu().clone()
+            filled[target_labels] = state[name].to(filled.dtype)[source_labels]
+            merged[name] = filled
+    load_strictly(model, merged, source=source, hint=_MISFIT_HINT)
     return TransferTable(
         classes=tuple(rows),
-        tensors_loaded=len(own) - len(fresh) - (0 if same_classes else len(by_class)),
-        tensors_total=len(own),
-        by_class=() if same_classes else tuple(by_class),
-        fresh=tuple(fresh),
+        tensors_loaded=len(initial) - len(reinitialized) - len(by_class),
+        tensors_total=len(initial),
+        by_class=by_class,
+        reinitialized=tuple(reinitialized),
     )
 
 
-def _other_points(name: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
-    """Tell whether a layer's points are others: 2, 4 and 6 make as many as 4, 4 and 4, but not the same."""
+def _match_classes(source_names: Sequence[str], target_names: Sequence[str]) -> list[ClassRow]:
+    labels: dict[str, int] = {}
+    for label, name in enumerate(source_names):
+        labels.setdefault(_normalized(name), label)
+    rows = []
+    for name in target_names:
+        label_or_none = labels.get(_normalized(name))
+        rows.append(ClassRow(name, None if label_or_none is None else source_names[label_or_none], label_or_none))
+    return rows
+
+
+def _other_points(name: str, state: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> bool:
+    """Tell whether the points per level differ: 2, 4, 6 and 4, 4, 4 give tensors of the same shape."""
     scale = name.partition("cross_attn.")[0] + "cross_attn.num_points_scale"
-    theirs, mine = state.get(scale), own[scale]
-    if state[name].shape != own[name].shape:
+    if state[name].shape != initial[name].shape:
         return True
-    return theirs is not None and not torch.allclose(theirs.float().cpu(), mine.float().cpu(), atol=1e-3)
+    return scale in state and not torch.allclose(state[scale].float().cpu(), initial[scale].float().cpu(), atol=1e-3)
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     return "".join(c for c in name.casefold() if c not in " -_")
 
 
@@ -148,35 +141,33 @@ def load_backbone(model: RTDETR, path: Path) -> TransferTable:
     """Fill the backbone from a published ImageNet file, or from the backbone inside a detector's file.
 
     Raises:
-        ModelError: the file is no such thing, or of another depth.
+        ModelError: the file holds neither, or a backbone of another architecture.
     """
     file = read_published(path)
     prefix = "" if file.spec is None else "backbone."
     source = {n.removeprefix(prefix): t for n, t in file.state.items() if n.startswith(prefix)}
-    backbone: ResNet = model.backbone
-    own = backbone.state_dict()
-    counters = {n for n in {*own, *source} if n.endswith(_COUNTER)}
-    missing = [n for n in own if n not in source and n not in counters]
-    left = [n for n in source if n not in own and n not in counters]
-    other = [n for n in own if n in source and own[n].shape != source[n].shape]
-    if missing or left or other:
-        named = (missing + left + other)[0]
+    initial = model.backbone.state_dict()
+    misfits = [
+        n
+        for n in {**initial, **source}
+        if not n.endswith(_BATCH_COUNTER)
+        and (n not in source or n not in initial or initial[n].shape != source[n].shape)
+    ]
+    if misfits:
         raise ModelError(
-            f"{path} is the backbone of another model: {len(missing) + len(left) + len(other)} tensors do not fit, "
-            f"such as {named}",
+            f"{path} holds the backbone of another model: {len(misfits)} tensors do not fit, such as {misfits[0]}",
             hint=_presets_with(source),
             code="model-misfit",
         )
-    loaded = {n: source[n] for n in own if n in source}
-    backbone.load_state_dict({**own, **loaded})
-    whole = model.state_dict()
-    names = {f"backbone.{n}" for n in own}
+    loaded = {n: source[n] for n in initial if n in source}
+    model.backbone.load_state_dict({**initial, **loaded})
+    names = list(model.state_dict())
     return TransferTable(
         classes=(),
         tensors_loaded=len(loaded),
-        tensors_total=len(whole),
+        tensors_total=len(names),
         by_class=(),
-        fresh=tuple(n for n in whole if n not in names),
+        reinitialized=tuple(n for n in names if n.removeprefix("backbone.") not in initial),
     )
 
 
@@ -187,5 +178,5 @@ def _presets_with(backbone: Mapping[str, Tensor]) -> str:
     except (ValueError, KeyError):
         depth, width = 0, 0
     models = {name: load_preset(name).model for name in preset_names()}
-    found = [f"--preset {name}" for name, model in models.items() if (model.depth, model.width) == (depth, width)]
-    return " or ".join(found) or "rtdetr weights list names the backbone of each preset"
+    names = [f"--preset {name}" for name, model in models.items() if (model.depth, model.width) == (depth, width)]
+    return " or ".join(names) or "rtdetr weights list shows the backbone of each preset"

@@ -393,7 +393,7 @@ def plan(
             )
         settings[model] = [Setting()]
         if sweep:
-            from rtdetr_cli.weights.published import load_model
+            from rtdetr_cli.weights.load import load_model
 
             _, header = load_model(model)
             settings[model] = sweep_settings(sweep, layers=header.layers, queries=header.queries, imgsz=header.imgsz)
@@ -479,7 +479,7 @@ def _export(model: Path, kind: str, setting: Setting, batch: int, folder: Path, 
     """Export a model for a runtime at one setting, without the gate: its AP is measured here."""
     from rtdetr_cli.export.graph import ExportOptions
     from rtdetr_cli.export.run import export_model
-    from rtdetr_cli.weights.published import load_model
+    from rtdetr_cli.weights.load import load_model
 
     detector, header = load_model(model, layers=setting.layers, queries=setting.queries)
     tell(f"{model.name}: exporting for {kind}")

@@ -25,7 +25,7 @@ from rtdetr_cli.infer.selection import select_by
 from rtdetr_cli.infer.sources import find_sources
 from rtdetr_cli.train.stop import StopFlag
 from rtdetr_cli.weights.load import load_model
-from rtdetr_cli.workflows.finetune import EndReport, Event, finetune
+from rtdetr_cli.workflows.finetune import RunFinished, Event, finetune
 
 TRAIN_IMAGES = 800
 VAL_IMAGES = 100
@@ -97,7 +97,7 @@ class Demo:
             sets=["eval_every=4"],
         )
         for event in finetune(config, stop=stop, argv=["rtdetr", "demo"]):
-            if isinstance(event, EndReport):
+            if isinstance(event, RunFinished):
                 self.run, self.best = event.folder, event.best
             yield event
 

@@ -26,7 +26,7 @@ def model(shapes: Path) -> Path:
     from rtdetr_cli.checks.load import load_splits
     from rtdetr_cli.config.presets import load_preset
     from rtdetr_cli.model.build import build_detector
-    from rtdetr_cli.weights.published import save_model
+    from rtdetr_cli.weights.load import save_model
 
     splits = load_splits(shapes)
     assert splits.val is not None

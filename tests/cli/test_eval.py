@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from rtdetr_cli.evaluate.stored import stale_exports
-from rtdetr_cli.weights.files import read_header, rewrite_header, tensors_identity
-from rtdetr_cli.weights.header import ModelHeader, Thresholds
+from safetensors.torch import load_file
+
+from rtdetr_cli.weights.header import ModelHeader, Thresholds, read_header, rewrite_header
+from rtdetr_cli.weights.load import tensors_identity
 
 METRICS = {
     "AP": 0.504581,
@@ -48,7 +49,7 @@ def run_folder(shapes: Path) -> Path:
     from rtdetr_cli.checks.load import load_splits
     from rtdetr_cli.config.presets import load_preset
     from rtdetr_cli.model.build import build_detector
-    from rtdetr_cli.weights.published import save_model
+    from rtdetr_cli.weights.load import save_model
 
     splits = load_splits(shapes)
     assert splits.val is not None
@@ -76,7 +77,7 @@ def run_folder(shapes: Path) -> Path:
 def onnx_file(run_folder: Path) -> Path:
     from rtdetr_cli.export.graph import ExportOptions
     from rtdetr_cli.export.run import export_model
-    from rtdetr_cli.weights.published import load_model
+    from rtdetr_cli.weights.load import load_model
 
     model, header = load_model(run_folder / "best.safetensors")
     return export_model(model, header, run_folder / "export", ExportOptions(), stem="best")[0].path
@@ -217,7 +218,7 @@ def test_calibration_is_stored_and_older_exports_are_named(
     rtdetr: Callable[..., Any], run_folder: Path, onnx_file: Path
 ) -> None:
     best = run_folder / "best.safetensors"
-    before, tensors = read_header(best), tensors_identity(best)
+    before, tensors = read_header(best), tensors_identity(load_file(best))
     ran = rtdetr("eval", run_folder, "--calibrate", "f1")
     assert "errors are counted at the thresholds calibrated now for f1" in ran.out
     ran = rtdetr("eval", run_folder, "--calibrate", "f1", "--json")
@@ -229,7 +230,7 @@ def test_calibration_is_stored_and_older_exports_are_named(
         assert list(header.thresholds.per_class) == [
             t if (t := row["threshold"]) is not None else None for row in calibration["per_class"]
         ]
-        assert (header.identity, tensors_identity(best)) == (before.identity, tensors)
+        assert (header.identity, tensors_identity(load_file(best))) == (before.identity, tensors)
         assert calibration["stale_exports"] == [str(onnx_file)]
         assert f"{onnx_file} was exported before" in ran.err
         # the stored thresholds are what the next evaluation reports

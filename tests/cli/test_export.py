@@ -16,7 +16,7 @@ from PIL import Image
 
 from rtdetr_cli.export import gate
 from rtdetr_cli.export import onnx as onnx_file
-from rtdetr_cli.weights.files import read_header, rewrite_header
+from rtdetr_cli.weights.header import read_header, rewrite_header
 
 Rtdetr = Callable[..., Any]
 

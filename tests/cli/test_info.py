@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from rtdetr_cli.weights.files import read_header
+from rtdetr_cli.weights.header import read_header
 
 
 def test_our_model(rtdetr: Callable[..., Any], shapes_model: Path) -> None:
@@ -66,7 +66,7 @@ def test_openvino_without_its_package(
 def test_published_checkpoint(rtdetr: Callable[..., Any], shapes_model: Path, tmp_path: Path) -> None:
     import torch
 
-    from rtdetr_cli.weights.published import load_model
+    from rtdetr_cli.weights.load import load_model
 
     model, _ = load_model(shapes_model)
     state = model.state_dict()

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from rtdetr_cli.images.decode import read_image
-from rtdetr_cli.weights.files import read_header, rewrite_header
+from rtdetr_cli.weights.header import read_header, rewrite_header
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from rtdetr_cli.cli.select import model_file, output_file, parse_size, resolve_model
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
-from rtdetr_cli.weights.files import read_header, rewrite_header
+from rtdetr_cli.weights.header import read_header, rewrite_header
 
 
 def refused(path: Path) -> ModelError:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from rtdetr_cli.cli.train import dry_warnings
-from rtdetr_cli.weights.files import read_header
-from rtdetr_cli.workflows.rehearse import DryReport
+from rtdetr_cli.weights.header import read_header
+from rtdetr_cli.workflows.dry_run import DryRunResult
 
 SMALL = [
     "--preset", "tiny", "--imgsz", "64", "--effective-batch", "8", "--batch", "4", "--workers", "0", "--device", "cpu",
@@ -300,7 +300,7 @@ def test_a_dry_run_measures_and_leaves_nothing(data: Path, rtdetr, tmp_path: Pat
     [(10**12, 10**10, []), (10**6, 10**10, ["0.00 GB are free"]), (10**12, 2 * 10**9, ["2.0 of 2.0 GB"])],
 )
 def test_a_dry_run_says_what_has_no_room(disk_free: int, memory_total: int, words: list[str]) -> None:
-    report = DryReport(
+    report = DryRunResult(
         **dict.fromkeys(("step_seconds", "worst_seconds", "evaluation_seconds", "export_seconds"), 1.0),
         total_seconds=9.0,
         micro_batch=1,

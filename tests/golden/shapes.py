@@ -94,7 +94,7 @@ def train(steps: int, *, seed: int = 0, batch: int = 8) -> None:
     from rtdetr_cli.model.denoising import draw_denoising
     from rtdetr_cli.train.losses import Criterion
     from rtdetr_cli.weights.header import ModelHeader, Thresholds
-    from rtdetr_cli.weights.published import save_model
+    from rtdetr_cli.weights.load import save_model
 
     spec = ModelSpec(
         depth=10,

@@ -15,7 +15,7 @@ from rtdetr_cli.model.denoising import DenoisingGroup
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.model.postprocess import select_detections
 from rtdetr_cli.train.losses import Criterion
-from rtdetr_cli.weights.published import load_model
+from rtdetr_cli.weights.load import load_model
 
 Stretched = Callable[[int, int, int], torch.Tensor]
 

@@ -21,7 +21,7 @@ from rtdetr_cli.export.run import Artefact, export_model
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.weights.header import ModelHeader
-from rtdetr_cli.weights.published import load_model
+from rtdetr_cli.weights.load import load_model
 
 
 @pytest.fixture(scope="session")

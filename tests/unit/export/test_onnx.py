@@ -227,7 +227,7 @@ def test_variants_pass_the_gate(loaded: Loaded, dataset: Dataset, tmp_path: Path
 @pytest.mark.parametrize("rounding", ["published", "nearest"])
 def test_discrete_export(loaded: Loaded, shapes_model: Path, dataset: Dataset, tmp_path: Path, rounding: str) -> None:
     """No GridSample, fewer operators than bilinear, and the choice travels in the file."""
-    from rtdetr_cli.weights.published import load_model
+    from rtdetr_cli.weights.load import load_model
 
     model, header = load_model(shapes_model, sampling="discrete")
     model.set_sampling("discrete", rounding)  # type: ignore[arg-type]

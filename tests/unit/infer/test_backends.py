@@ -195,7 +195,7 @@ def test_options_that_a_graph_cannot_take(tmp_path: Path, options: dict[str, obj
 
 
 def test_a_model_of_ours_keeps_its_sampling(tmp_path: Path, shapes_model: Path) -> None:
-    from rtdetr_cli.weights.published import load_model, save_model
+    from rtdetr_cli.weights.load import load_model, save_model
 
     assert open_backend(shapes_model, sampling="bilinear").header.sampling == "bilinear"
     with pytest.raises(UsageError, match="samples bilinear") as caught:
@@ -250,7 +250,7 @@ def test_raw_graph_gives_the_same_rows(
     images: tuple[NDArray[np.uint8], NDArray[np.int64]],
 ) -> None:
     from rtdetr_cli.export.run import ExportOptions, export_model
-    from rtdetr_cli.weights.published import load_model
+    from rtdetr_cli.weights.load import load_model
 
     model, header = load_model(shapes_model)
     made = export_model(model, header, tmp_path, ExportOptions(raw=True, batch=2), stem="raw")[0]
@@ -263,7 +263,7 @@ def test_half_model_in_torch(
     import torch
 
     from rtdetr_cli.infer.torch_backend import TorchBackend
-    from rtdetr_cli.weights.published import load_model
+    from rtdetr_cli.weights.load import load_model
 
     model, header = load_model(shapes_model)
     backend = TorchBackend(model, header, device="cpu", autocast=torch.bfloat16)
@@ -276,7 +276,7 @@ def test_torch_backend_gives_the_model_back_in_its_mode(
     shapes_model: Path, images: tuple[NDArray[np.uint8], NDArray[np.int64]]
 ) -> None:
     from rtdetr_cli.infer.torch_backend import TorchBackend
-    from rtdetr_cli.weights.published import load_model
+    from rtdetr_cli.weights.load import load_model
 
     model, header = load_model(shapes_model)
     model.train()

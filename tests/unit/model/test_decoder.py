@@ -75,7 +75,7 @@ def test_published_anchors_are_used_at_their_size_and_in_eval_only(make_small: C
     shapes = [(8, 8), (4, 4), (2, 2)]
     own = anchor_table(shapes)
     drifted = torch.where(own.valid, own.logits + 0.05, torch.inf)
-    model.decoder.keep_published_anchors(shapes, drifted, own.valid)
+    model.decoder.use_published_anchors(shapes, drifted, own.valid)
     after = model(images).main
     assert not torch.allclose(before.boxes_cxcywh, after.boxes_cxcywh)
     assert after.boxes_cxcywh.isfinite().all()

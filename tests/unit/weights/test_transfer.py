@@ -49,14 +49,14 @@ def test_the_same_classes_take_everything(make_small: Callable[..., RTDETR]) -> 
 def test_other_sampling_points_start_anew_and_are_named(make_small: Callable[..., RTDETR]) -> None:
     source, names = make_small(seed=1), tuple("abcde")
     same = make_small(seed=2)
-    assert transfer_weights(same, source.state_dict(), source_names=names, target_names=names).fresh == ()
+    assert transfer_weights(same, source.state_dict(), source_names=names, target_names=names).reinitialized == ()
     for points in ((3, 3, 3), (4, 4, 4)):  # the latter as many as (2, 4, 6), but others
         target = make_small(seed=2, num_points=points)
         before = {n: t.clone() for n, t in target.state_dict().items()}
         table = transfer_weights(target, source.state_dict(), source_names=names, target_names=names)
-        assert len(table.fresh) == 3 * 5
-        assert all("cross_attn" in n for n in table.fresh)
-        assert all(torch.equal(target.state_dict()[n], before[n]) for n in table.fresh)
+        assert len(table.reinitialized) == 3 * 5
+        assert all("cross_attn" in n for n in table.reinitialized)
+        assert all(torch.equal(target.state_dict()[n], before[n]) for n in table.reinitialized)
 
 
 def test_another_architecture_is_refused(make_small: Callable[..., RTDETR]) -> None:
@@ -79,10 +79,10 @@ def test_imagenet_backbone(tmp_path: Path, make_small: Callable[..., RTDETR], fr
     own = model.backbone.state_dict()
     assert all(torch.equal(tensor, given[name]) for name, tensor in own.items())
     assert table.tensors_loaded == len(own)
-    assert all(not n.startswith("backbone.") for n in table.fresh)
+    assert all(not n.startswith("backbone.") for n in table.reinitialized)
     with pytest.raises(ModelError, match="another model") as caught:
         load_backbone(make_small(depth=18), tmp_path / "backbone.pth")
-    assert caught.value.hint == "rtdetr weights list names the backbone of each preset"  # none has one so narrow
+    assert caught.value.hint == "rtdetr weights list shows the backbone of each preset"  # none has one so narrow
     torch.save(ResNet(depth=18, width=64).state_dict(), tmp_path / "backbone.pth")
     with pytest.raises(ModelError) as caught:
         load_backbone(make_small(), tmp_path / "backbone.pth")

@@ -1,0 +1,202 @@
+"""Save model files, and load a detector from our own files and from published checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rtdetr_cli.config.schema import ModelSpec
+from rtdetr_cli.errors import ModelError, UsageError
+from rtdetr_cli.files import atomic_write
+from rtdetr_cli.model.attention import Rounding, Sampling
+from rtdetr_cli.model.build import build_detector
+from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.version import __version__
+from rtdetr_cli.weights.class_names import published_classes
+from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader, read_header, read_layout
+from rtdetr_cli.weights.published import LOADABLE_HINT, is_safetensors, read_published
+
+_TYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def tensors_identity(tensors: Mapping[str, Tensor]) -> str:
+    """Return the identity of a model: the sha256 of its CPU tensors' names, types, shapes and bytes.
+
+    It does not cover the header, so new thresholds do not make a new model.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}\0{_TYPE_NAMES[tensor.dtype]}\0{','.join(map(str, tensor.shape))}\0".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_model(path: Path, state_dict: Mapping[str, Tensor], header: ModelHeader) -> ModelHeader:
+    """Write a model file.
+
+    Args:
+        path: ends in `.safetensors`.
+        state_dict: of `RTDETR`, on any device.
+        header: what the file says about itself; `identity` and `version` are filled in here.
+
+    Returns:
+        The header as written.
+
+    Raises:
+        RtdetrError: the folder cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    header = replace(header, identity=tensors_identity(tensors), version=__version__)
+    with atomic_write(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={METADATA_KEY: header.to_json()})
+        except SafetensorError as error:
+            # safetensors gives an error of the operating system, such as a full disk, only as text.
+            if (number := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    return header
+
+
+def load_model(
+    path: Path, *, sampling: str | None = None, layers: int | None = None, queries: int | None = None
+) -> tuple[RTDETR, ModelHeader]:
+    """Load a detector, in eval mode, on the CPU.
+
+    Args:
+        path: our `.safetensors`, or a published checkpoint of RT-DETRv2 or RT-DETR v1.
+        sampling: `bilinear` or `discrete`; None for the file's own, or bilinear where the file does not say.
+        layers: decoder layers used at inference; None for the file's own.
+        queries: object queries used at inference; None for the file's own.
+
+    Returns:
+        The model, and its header with the inference settings in force. For a published file `header.extra` has
+        `layout`, `source` (file name), `tensors_loaded` and `tensors_total`.
+
+    Raises:
+        ModelError: the file is missing, truncated, damaged, unsafe, or holds another architecture.
+        UsageError: `layers` or `queries` that the model does not have.
+    """
+    path = Path(path)
+    if sampling not in (None, "bilinear", "discrete"):
+        raise UsageError(f"sampling {sampling!r} is neither bilinear nor discrete")
+    model, header = _load_own(path, sampling) if is_safetensors(path) else _load_published(path, sampling)
+    model.set_inference(layers=layers, queries=queries)
+    method, rounding = model.sampling
+    header = replace(header, layers=model.layers, queries=model.queries, sampling=method, rounding=rounding)
+    return model.eval(), header
+
+
+def _load_own(path: Path, sampling: str | None) -> tuple[RTDETR, ModelHeader]:
+    header = read_header(path)
+    state = _read_safetensors(path)
+    if header.identity and tensors_identity(state) != header.identity:
+        raise ModelError(
+            f"{path} is damaged: checksum mismatch between its tensors and its header",
+            hint="copy it again from where it was made",
+            code="model-damaged",
+        )
+    try:
+        spec = ModelSpec(**header.architecture)
+    except (ValueError, TypeError) as error:
+        message = f"the architecture in the header of {path} cannot be read: {error}"
+        raise ModelError(message, code="model-header") from error
+    method: Any = sampling or header.sampling
+    rounding: Any = header.rounding
+    model = _build_empty(spec, len(header.names), method, rounding)
+    load_strictly(model, state, source=str(path))
+    model.set_inference(layers=header.layers or None, queries=header.queries or None)
+    return model, header
+
+
+def _load_published(path: Path, sampling: str | None) -> tuple[RTDETR, ModelHeader]:
+    file = read_published(path)
+    if file.spec is None:
+        raise ModelError(
+            f"{path} holds only the weights of a backbone, not of a detector",
+            hint=f"start a training from it: rtdetr train --weights {path}",
+            code="model-backbone",
+        )
+    method: Sampling = "discrete" if sampling == "discrete" else "bilinear"
+    model = _build_empty(file.spec, file.num_classes, method, "published")
+    load_strictly(model, file.state, source=str(path))
+    side = 640
+    if file.anchors is not None:
+        side = file.anchors.side
+        shapes = [(side // stride, side // stride) for stride in (8, 16, 32)]
+        model.decoder.use_published_anchors(shapes, file.anchors.logits, file.anchors.valid)
+    names, category_ids = published_classes(file.num_classes)
+    header = ModelHeader(
+        names=names,
+        category_ids=category_ids,
+        imgsz=(side, side),
+        architecture=file.spec.model_dump(mode="json"),
+        sampling=method,
+        layers=file.spec.eval_layers,
+        queries=file.spec.queries,
+        identity=tensors_identity(file.state),
+        extra={
+            "layout": file.layout,
+            "source": path.name,
+            "tensors_loaded": file.tensors_total,
+            "tensors_total": file.tensors_total,
+        },
+    )
+    return model, header
+
+
+def _build_empty(spec: ModelSpec, num_classes: int, sampling: Sampling, rounding: Rounding) -> RTDETR:
+    """Build a model without initial values, so that loading does not advance torch's random generator."""
+    with torch.device("meta"):
+        model = build_detector(spec, num_classes=num_classes, sampling=sampling, rounding=rounding)
+    return model.to_empty(device="cpu")
+
+
+def load_strictly(model: RTDETR, state: Mapping[str, Tensor], *, source: str, hint: str = LOADABLE_HINT) -> None:
+    """Load a state dict whose names and shapes must be exactly the model's.
+
+    Args:
+        model: the model to fill.
+        state: tensors by name.
+        source: how messages name the state dict.
+        hint: hint of the error.
+
+    Raises:
+        ModelError: tensors are missing, unexpected or of another shape; the first three are named.
+    """
+    expected = model.state_dict()
+    problems = [f"{n} is missing" for n in expected if n not in state]
+    problems += [f"{n} is not part of the model" for n in state if n not in expected]
+    problems += [
+        f"{n} has shape {tuple(state[n].shape)} where the model has {tuple(expected[n].shape)}"
+        for n in expected
+        if n in state and expected[n].shape != state[n].shape
+    ]
+    if problems:
+        rest = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ModelError(
+            f"{source} does not fit the model: {', '.join(problems[:3])}{rest}", hint=hint, code="model-misfit"
+        )
+    model.load_state_dict(dict(state))
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    read_layout(path)  # gives better messages for truncated and foreign files
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", hint="copy it again", code="model-damaged") from error
