@@ -1,23 +1,20 @@
-"""Load a dataset: find its format, read it, check it, and return its splits."""
+"""Load a dataset: detect its format, read it, check it, and return its splits."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from rtdetr_cli.checks.checks import (
-    check_boxes,
-    check_copies,
-    check_equal_splits,
-    check_files,
-    check_structure,
-    groups_by_path,
-    measure_images,
-)
+from rtdetr_cli.checks.boxes import check_boxes
+from rtdetr_cli.checks.duplicates import check_duplicates, groups_by_path
+from rtdetr_cli.checks.files import check_files, measure_images
+from rtdetr_cli.checks.structure import check_structure
 from rtdetr_cli.datasets.raw import RawDataset
 from rtdetr_cli.datasets.read import read_raw
 from rtdetr_cli.datasets.records import Finding, Splits
 from rtdetr_cli.datasets.splits import draw_val, to_splits
 from rtdetr_cli.errors import DataError
+
+MAX_ERRORS_SHOWN = 5
 
 
 def load_splits(
@@ -34,16 +31,15 @@ def load_splits(
 
     Args:
         source: a COCO JSON file, a `data.yaml`, or a folder in any known layout.
-        images: the folder of the images, where it cannot be guessed.
-        val_fraction: share of the images that is drawn as `val` where the dataset has no such split.
+        images: the image folder, if it cannot be guessed.
+        val_fraction: fraction of the images drawn as `val` if the dataset has no such split.
         seed: of that draw.
-        split_single: False takes a dataset without a val split whole, as `val`: what evaluation of one file wants.
-        headers: False trusts declared sizes in place of reading them from the images.
-        find_images: False does not even look for the images: what judging detections from a file wants.
+        split_single: False uses a dataset without a val split as `val` as a whole, to evaluate on a single file.
+        headers: False trusts the declared sizes instead of reading the images' headers.
+        find_images: False doesn't look for the images at all, to evaluate detections from a file.
 
     Raises:
-        DataError: the dataset cannot be found or read, or a check found an error; all of them are counted, the first
-            few told.
+        DataError: the dataset cannot be found or read, or a check found errors; the first few are listed.
     """
     raw = read_raw(source, images=images)
     if find_images:
@@ -56,18 +52,17 @@ def load_splits(
     elif set(raw.splits) == {"train"}:
         raw.splits = {"val": raw.splits["train"]}
         raw.splits["val"].split = "val"
-    groups = groups_by_path(raw)
-    check_copies(raw, groups, check_equal_splits(raw, groups))
+    check_duplicates(raw, groups_by_path(raw))
     refuse_errors(raw)
     return to_splits(raw)
 
 
 def refuse_errors(raw: RawDataset) -> None:
-    """Raise a DataError that tells the first errors, if there are any."""
+    """Raise a DataError that lists the first errors, if there are any."""
     errors = [f for f in raw.findings if f.severity == "error"]
     if not errors:
         return
-    shown = [place(f) for f in errors[:5]]
+    shown = [format_finding(f) for f in errors[:MAX_ERRORS_SHOWN]]
     if len(errors) == 1:
         message = shown[0]
     else:
@@ -77,9 +72,9 @@ def refuse_errors(raw: RawDataset) -> None:
     raise DataError(message, hint=f"rtdetr validate {raw.source}", code=errors[0].code)
 
 
-def place(finding: Finding) -> str:
-    """Return a finding as one sentence with its place in front."""
-    where = f"{finding.file}:{finding.line}" if finding.file and finding.line else finding.file
-    if where and finding.message.startswith(f"{where} "):
+def format_finding(finding: Finding) -> str:
+    """Return a finding as one line that starts with its file and line number."""
+    location = f"{finding.file}:{finding.line}" if finding.file and finding.line else finding.file
+    if not location or finding.message.startswith(f"{location} "):
         return finding.message
-    return f"{where} {finding.message}" if where else finding.message
+    return f"{location} {finding.message}"

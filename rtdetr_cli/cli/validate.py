@@ -198,7 +198,7 @@ def _entry(entry: Any) -> dict[str, str]:
 
 def _show(report: Report, images: Path | None, *, fixing: bool) -> None:
     """Print the short table: one row a code, with the first place it was found."""
-    from rtdetr_cli.checks.load import place
+    from rtdetr_cli.checks.load import format_finding
     from rtdetr_cli.checks.repair import repairable
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.text import counted, tally
@@ -213,7 +213,7 @@ def _show(report: Report, images: Path | None, *, fixing: bool) -> None:
     rows = []
     for code, positions in report.by_code().items():
         worst = report.findings[positions[0]]
-        first = place(worst)
+        first = format_finding(worst)
         rows.append((worst.severity, code, len(positions), first if len(first) <= 140 else first[:137] + "..."))
     if rows:
         terminal.table(("severity", "code", "count", "first"), rows)

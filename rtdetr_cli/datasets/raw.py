@@ -37,10 +37,10 @@ class RawSplit:
         annotation_ids: (M,) int64.
         box_lines: (M,) int32.
         box_entries: (M,) int32.
-        said_beyond: (M,) bool, boxes that the reader has already called beyond the image.
-        said_names: image -> its name in the labels, where the disk has another.
+        reported_outside: (M,) bool, boxes that the reader has already called beyond the image.
+        label_names: image -> its name in the labels, where the disk has another.
         usable: (N,) bool, False once a check found that the image cannot be used.
-        shares: True while boxes and areas are shares of the image, which are scaled once its size is known.
+        normalized: True while boxes and areas are fractions of the image; `denormalize_boxes` scales them.
     """
 
     split: str
@@ -60,15 +60,15 @@ class RawSplit:
     annotation_ids: NDArray[np.int64]
     box_lines: NDArray[np.int32]
     box_entries: NDArray[np.int32]
-    said_beyond: NDArray[np.bool_] = field(init=False)
-    shares: bool = field(default=False, init=False)
-    said_names: dict[int, str] = field(default_factory=dict, init=False)
+    reported_outside: NDArray[np.bool_] = field(init=False)
+    normalized: bool = field(default=False, init=False)
+    label_names: dict[int, str] = field(default_factory=dict, init=False)
     declared: NDArray[np.bool_] = field(init=False)
     usable: NDArray[np.bool_] = field(init=False)
 
     def __post_init__(self) -> None:
         self.declared = np.all(self.sizes_wh > 0, axis=1)
-        self.said_beyond = np.zeros(len(self.box_images), np.bool_)
+        self.reported_outside = np.zeros(len(self.box_images), np.bool_)
         self.usable = np.ones(len(self.file_names), np.bool_)
 
     def __len__(self) -> int:
@@ -92,11 +92,11 @@ class RawSplit:
         x1, y1, x2, y2 = self.boxes_xyxy_px[box].tolist()
         return Spot(self.split, int(self.box_images[box]), int(self.box_entries[box]), (x1, y1, x2, y2))
 
-    def scale_shares(self) -> None:
+    def denormalize_boxes(self) -> None:
         """Turn shares into pixels; boxes of images whose size is not known are dropped."""
-        if not self.shares:
+        if not self.normalized:
             return
-        self.shares = False
+        self.normalized = False
         sizes = self.sizes_wh[self.box_images].astype(np.float64)
         self.boxes_xyxy_px = self.boxes_xyxy_px * np.concatenate([sizes, sizes], 1)
         self.areas = self.areas * sizes[:, 0] * sizes[:, 1]
@@ -126,7 +126,7 @@ _BOX_ROWS = (
     "annotation_ids",
     "box_lines",
     "box_entries",
-    "said_beyond",
+    "reported_outside",
 )
 
 
@@ -162,6 +162,10 @@ class RawDataset:
             return str(path)
         return shown if shown != "." else str(path)
 
+    def has_errors(self) -> bool:
+        """Return whether any finding is an error."""
+        return any(f.severity == "error" for f in self.findings)
+
     def main_file(self) -> str:
         """Return the file, for people, that what concerns the whole dataset is found in."""
         if self.source.is_file():
@@ -187,7 +191,7 @@ class Rows:
     annotation_ids: list[int | None] = field(default_factory=list)
     box_lines: list[int] = field(default_factory=list)
     box_entries: list[int] = field(default_factory=list)
-    said_beyond: list[int] = field(default_factory=list)
+    reported_outside: list[int] = field(default_factory=list)
 
     def add_image(self, file_name: str, *, image_id: int, size_wh: tuple[int, int], label_file: str) -> int:
         """Add an image and return its position; an empty `label_file` stands for none."""
@@ -214,7 +218,7 @@ class Rows:
     ) -> None:
         """Add a box; `beyond` stands for a box already called beyond the image."""
         if beyond:
-            self.said_beyond.append(len(self.boxes))
+            self.reported_outside.append(len(self.boxes))
         self.box_images.append(image)
         self.boxes.append(box_xyxy_px)
         self.labels.append(label)
@@ -249,5 +253,5 @@ class Rows:
             box_lines=np.asarray(self.box_lines, np.int32),
             box_entries=np.asarray(self.box_entries, np.int32),
         )
-        split.said_beyond[self.said_beyond] = True
+        split.reported_outside[self.reported_outside] = True
         return split

@@ -93,6 +93,6 @@ def take(split: RawSplit, images: np.typing.NDArray[np.bool_], name: str) -> Raw
         box_lines=split.box_lines[boxes],
         box_entries=split.box_entries[boxes],
     )
-    part.shares, part.said_beyond = split.shares, split.said_beyond[boxes]
+    part.normalized, part.reported_outside = split.normalized, split.reported_outside[boxes]
     part.declared, part.usable = split.declared[images], split.usable[images]
     return part

@@ -47,7 +47,7 @@ SUFFIXES = {
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 """What a file in a folder of images must end in, to count as one."""
 
-_ORIENTATION_TAG = 0x0112
+EXIF_TAG = 0x0112
 EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -157,8 +157,7 @@ class ImageFile:
                 # Asked for the rounded-down sides, Pillow takes exactly this divisor.
                 image.draft(None, (image.width // divisor, image.height // divisor))
             image.load()
-            upright = _as_rgb(image)
-            return upright.transpose(EXIF_TRANSPOSES[self._turned]) if self._turned in EXIF_TRANSPOSES else upright
+            return upright(_as_rgb(image), self._turned)
 
 
 def divisor(size_wh: tuple[int, int], hw: tuple[int, int]) -> int:
@@ -207,10 +206,16 @@ def exif_orientation(image: Image.Image) -> int:
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 0
     try:
-        value = image.getexif().get(_ORIENTATION_TAG, 0)
+        value = image.getexif().get(EXIF_TAG, 0)
     except Exception:  # EXIF is foreign binary data: whatever it makes the parser do, the pixels may still be good
         return -1
     return value if isinstance(value, int) else -1
+
+
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Return an image with its EXIF orientation applied; values that EXIF doesn't define are ignored."""
+    transpose = EXIF_TRANSPOSES.get(orientation)
+    return image if transpose is None else image.transpose(transpose)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

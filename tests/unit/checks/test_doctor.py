@@ -1,4 +1,4 @@
-"""What `examine` returns, whatever it runs on; look-alikes; lines of big files."""
+"""What `examine` returns, with threads and processes; near duplicates; line numbers of large files."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtdetr_cli.checks import doctor, duplicates
-from rtdetr_cli.checks.checks import iou_of_pairs
+from rtdetr_cli.checks import duplicates, images
 from rtdetr_cli.checks.doctor import examine
-from rtdetr_cli.checks.duplicates import THUMB, near_groups
+from rtdetr_cli.checks.duplicates import THUMBNAIL, members_by_label, merge_groups, near_groups
+from rtdetr_cli.checks.images import inspect_image
 from rtdetr_cli.checks.repair import repair, undo
 from rtdetr_cli.datasets.coco import lines_of
 
 
-def test_processes_and_threads_see_the_same(coco: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_and_threads_give_the_same_report(coco: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (coco.folder / "images/train_1.jpg").write_bytes(b"nothing")
     folder = coco.write()
     threads = examine(folder, workers=2)
-    monkeypatch.setattr(doctor, "_MANY_CORES", 1)
-    monkeypatch.setattr(doctor, "_WORTH_A_PROCESS", 1)
+    monkeypatch.setattr(images, "_MAX_THREADS", 1)
+    monkeypatch.setattr(images, "_MIN_IMAGES_PER_PROCESS", 1)
     processes = examine(folder, workers=2, processes=True)
     assert threads.to_json() == processes.to_json()
-    assert threads.looks == processes.looks
+    assert threads.image_info == processes.image_info
 
 
 def test_progress_counts_every_image(coco: Any) -> None:
-    told: list[tuple[int, int]] = []
-    examine(coco.write(), progress=lambda done, total: told.append((done, total)))
-    assert told[0] == (0, 8)
-    assert told[-1] == (8, 8)
+    calls: list[tuple[int, int]] = []
+    examine(coco.write(), progress=lambda done, total: calls.append((done, total)))
+    assert calls[0] == (0, 8)
+    assert calls[-1] == (8, 8)
 
 
 def test_report_is_plain_json(coco: Any) -> None:
@@ -54,55 +54,49 @@ def test_most_severe_code_comes_first(coco: Any) -> None:
 
 
 @pytest.mark.parametrize("change", ["half size", "JPEG again", "brighter", "PNG"])
-def test_copies_look_alike(bccd: Path, change: str) -> None:
-    def thumb(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        return np.frombuffer(doctor._thumb(image, 0), np.uint8).reshape(THUMB, THUMB)
-
-    thumbs = []
+def test_changed_copies_are_near_duplicates(bccd: Path, tmp_path: Path, change: str) -> None:
+    thumbnails = []
     paths = sorted((bccd / "JPEGImages").iterdir())[:40]
     for path in paths:
         with Image.open(path) as image:
-            image.load()
             copy = {
                 "half size": lambda im: im.resize((320, 240), Image.Resampling.BICUBIC),
                 "JPEG again": lambda im: im.resize((600, 450)),
                 "brighter": lambda im: im.point(lambda v: min(255, int(1.1 * v + 9))),
                 "PNG": lambda im: im.copy(),
             }[change](image)
-            thumbs += [thumb(image), thumb(copy)]
-    found = near_groups(np.stack(thumbs))
-    pairs = {frozenset(group) for group in found}
-    # 37 and 38 are the same field of view, and so are their copies.
+        changed = tmp_path / f"{path.stem}{'.jpg' if change == 'JPEG again' else '.png'}"
+        copy.save(changed)
+        thumbnails += [inspect_image(str(path)).thumbnail, inspect_image(str(changed)).thumbnail]
+    groups = near_groups(np.frombuffer(b"".join(thumbnails), np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL))
+    pairs = {frozenset(group) for group in groups}
+    # 37 and 38 show the same field of view, so they form one group with their copies.
     names = [p.stem for p in paths]
     twins = {names.index(n) for n in ("BloodImage_00037", "BloodImage_00038") if n in names}
-    alone = [i for i in range(len(paths)) if i not in twins]
-    assert all(frozenset((2 * i, 2 * i + 1)) in pairs for i in alone)
-    assert len(pairs) == len(alone) + bool(twins)
+    others = [i for i in range(len(paths)) if i not in twins]
+    assert all(frozenset((2 * i, 2 * i + 1)) in pairs for i in others)
+    assert len(pairs) == len(others) + bool(twins)
 
 
-def test_flat_images_are_like_none() -> None:
-    assert near_groups(np.full((50, THUMB, THUMB), 7, np.uint8)) == []
-    assert near_groups(np.zeros((0, THUMB, THUMB), np.uint8)) == []
+def test_plain_images_are_never_near_duplicates() -> None:
+    assert near_groups(np.full((50, THUMBNAIL, THUMBNAIL), 7, np.uint8)) == []
+    assert near_groups(np.zeros((0, THUMBNAIL, THUMBNAIL), np.uint8)) == []
 
 
-def test_candidates_miss_no_pair_that_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_groups_equal_those_of_all_pairwise_correlations(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
+    side = (THUMBNAIL, THUMBNAIL)
     coarse = random.integers(0, 256, (300, 4, 4), np.uint8)
-    images = np.stack([np.asarray(Image.fromarray(c).resize((THUMB, THUMB), 3)) for c in coarse])
-    noisy = np.clip(images[:80].astype(int) + random.integers(-6, 7, (80, THUMB, THUMB)), 0, 255).astype(np.uint8)
-    thumbs = np.concatenate([images, noisy])
-    monkeypatch.setattr(duplicates, "_ROWS", 37)
+    originals = np.stack([np.asarray(Image.fromarray(c).resize(side, 3)) for c in coarse])
+    noisy = np.clip(originals[:80].astype(int) + random.integers(-6, 7, (80, *side)), 0, 255).astype(np.uint8)
+    thumbnails = np.concatenate([originals, noisy])
+    assert near_groups(thumbnails) == [[i, 300 + i] for i in range(80)]
+    monkeypatch.setattr(duplicates, "_ROWS_PER_BLOCK", 37)
     monkeypatch.setattr(duplicates, "MAX_DIFFERENCE", 0.6)
-    values = thumbs.reshape(len(thumbs), -1).astype(float)
-    standard = (values - values.mean(axis=1, keepdims=True)) / values.std(axis=1, keepdims=True)
-    correlation = standard @ standard.T / THUMB**2
-    expected = duplicates.Joined(len(thumbs))
-    for a, b in zip(*np.nonzero(np.triu(1 - correlation <= 0.36, 1)), strict=True):
-        expected.join(int(a), int(b))
-    assert near_groups(thumbs) == expected.groups()
-    monkeypatch.undo()
-    found = near_groups(thumbs)
-    assert [[i, 300 + i] for i in range(80)] == found
+    correlation = np.corrcoef(thumbnails.reshape(len(thumbnails), -1).astype(float))
+    pairs = np.argwhere(np.triu(1 - correlation <= 0.36, 1)).tolist()
+    expected = [group for group in members_by_label(merge_groups(len(thumbnails), pairs)) if len(group) > 1]
+    assert near_groups(thumbnails) == expected
 
 
 def test_lines_of_positions() -> None:
@@ -112,13 +106,7 @@ def test_lines_of_positions() -> None:
     assert lines_of("", array("q")).tolist() == []
 
 
-def test_iou_of_pairs() -> None:
-    a = np.array([[0, 0, 10, 10], [0, 0, 10, 10], [0, 0, 1, 1]], float)
-    b = np.array([[0, 0, 10, 10], [5, 0, 15, 10], [5, 5, 6, 6]], float)
-    assert iou_of_pairs(a, b).tolist() == pytest.approx([1, 1 / 3, 0])
-
-
-def test_many_equal_boxes_end(coco: Any) -> None:
+def test_many_equal_boxes_take_bounded_time(coco: Any) -> None:
     base = coco.box
     coco.train["annotations"] += [{**base, "id": 10_000 + i} for i in range(20_000)]
     report = examine(coco.write(indent=None), decode=False)

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from rtdetr_cli.checks.doctor import examine
-from rtdetr_cli.checks.duplicates import Joined
-from rtdetr_cli.checks.split import Resplit, blocks, place_clusters, resplit, sequences
+from rtdetr_cli.checks.duplicates import members_by_label, merge_groups
+from rtdetr_cli.checks.split import Resplit, assign_clusters, cut_into_blocks, resplit, sequences
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.datasets.splits import to_splits
 from rtdetr_cli.errors import DataError
@@ -67,7 +67,7 @@ def test_seed_decides_and_repeats(coco: Any) -> None:
 
 
 def groups(names: list[str]) -> list[list[int]]:
-    return sorted(sorted(group) for group in sequences(names).whole)
+    return sorted(sorted(group) for group in sequences(names).groups)
 
 
 def test_sequences_are_told_by_name() -> None:
@@ -94,9 +94,9 @@ def test_folders_of_the_old_splits_do_not_part_a_sequence() -> None:
 def test_large_sequences_are_cut_into_blocks_of_neighbours() -> None:
     names = [f"cam{c}_{i:04d}_x.jpg" for c in (1, 2) for i in range(200)]
     found = sequences(names)
-    assert found.whole == []
+    assert found.groups == []
     assert [(len(run), block) for run, block in found.runs] == [(200, 20), (200, 20)]
-    made = blocks(found.runs, Joined(400))
+    made = cut_into_blocks(found.runs, np.arange(400))
     assert sorted(i for block in made for i in block) == list(range(400))
     assert [block == list(range(block[0], block[0] + 20)) for block in made] == [True] * 20
 
@@ -109,16 +109,12 @@ def test_runs_end_where_the_numbers_pause_and_need_numbers_that_count() -> None:
 
 
 def test_look_alikes_do_not_tie_blocks_together() -> None:
-    joined = Joined(400)
-    for i in range(19):
-        joined.join(20 * i + 3, 20 * i + 25)
-    joined.join(0, 399)
-    made = blocks([(list(range(400)), 20)], joined)
-    for block in made:
-        joined.join_all(block)
-    sizes = sorted(len(group) for group in joined.groups())
+    pairs = [[20 * i + 3, 20 * i + 25] for i in range(19)] + [[0, 399]]
+    blocks = cut_into_blocks([(list(range(400)), 20)], merge_groups(400, pairs))
+    groups = members_by_label(merge_groups(400, [*pairs, *blocks]))
+    sizes = sorted(len(group) for group in groups)
     assert sum(sizes) == 400
-    assert len(sizes) == len(made) == 20
+    assert len(sizes) == len(blocks) == 20
     assert sizes[-1] <= 80
 
 
@@ -127,12 +123,12 @@ def test_a_class_of_one_sequence_is_shared_out() -> None:
     counts = np.zeros((480, 13), np.int64)
     counts[np.arange(480), np.repeat(np.arange(12), 40)] = 2
     counts[:, -1] = 1
-    assert len(sequences(names).whole) == 12
+    assert len(sequences(names).groups) == 12
     found = sequences(names, counts)
-    assert (len(found.whole), len(found.runs)) == (0, 12)
-    clusters = blocks(found.runs, Joined(480))
+    assert (len(found.groups), len(found.runs)) == (0, 12)
+    clusters = cut_into_blocks(found.runs, np.arange(480))
     val = counts[
-        [i for c, s in zip(clusters, place_clusters(clusters, counts, (0.8, 0.2), 0), strict=True) if s for i in c]
+        [i for c, s in zip(clusters, assign_clusters(clusters, counts, (0.8, 0.2), 0), strict=True) if s for i in c]
     ]
     assert val.sum(axis=0).tolist() == [16] * 12 + [96]
 
@@ -177,7 +173,7 @@ def test_rare_class_is_in_both_splits() -> None:
     counts[random.permutation(200)[:20], 1] = 1
     counts[random.permutation(200)[:5], 2] = 3
     counts[:, -1] = 1
-    sides = np.asarray(place_clusters([[i] for i in range(200)], counts, (0.8, 0.2), 0))
+    sides = np.asarray(assign_clusters([[i] for i in range(200)], counts, (0.8, 0.2), 0))
     val = counts[sides == 1].sum(axis=0)
     assert val[-1] == pytest.approx(40, abs=2)
     assert val[1] == 4

@@ -1,0 +1,241 @@
+"""Decode every image of a dataset once, and report what is wrong or unusual about it."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from rtdetr_cli.checks.duplicates import THUMBNAIL, Member, all_members, equal_groups, near_groups
+from rtdetr_cli.checks.files import image_location, report_size, report_undeclared, report_unusable
+from rtdetr_cli.datasets.raw import RawDataset, RawSplit
+from rtdetr_cli.images.decode import (
+    EXIF_SIDEWAYS,
+    EXIF_TAG,
+    EXIF_TRANSPOSES,
+    FORMATS,
+    SUFFIXES,
+    ImageError,
+    exif_orientation,
+    open_image,
+    upright,
+)
+from rtdetr_cli.machine import cpu_count
+
+HUGE_PIXELS = 50_000_000
+_MAX_THREADS = 4
+"""With more workers than this, processes are faster: only decoding itself releases the interpreter's lock."""
+
+_MIN_IMAGES_PER_PROCESS = 64
+"""Images per process below which starting it costs more than it gains."""
+
+_MODES = {
+    "image-16bit": "has 16 bits per channel",
+    "image-palette": "has a color palette",
+    "image-cmyk": "is a CMYK image",
+    "image-grey": "is grayscale",
+    "image-alpha": "has transparency",
+}
+"""Findings about the color mode: code -> message."""
+
+
+@dataclass(slots=True)
+class ImageInfo:
+    """What decoding one image has shown.
+
+    Attributes:
+        fault: code and message of what makes it unusable, or None.
+        size_wh: width and height of the upright image.
+        format: of the content, such as `PNG`.
+        mode_codes: codes of the findings about its color mode.
+        orientation: the EXIF value; 0 for none.
+        frames: more than 1 if it is animated or has pages.
+        digest: of the file's bytes.
+        thumbnail: 32x32 grey values of the upright image.
+    """
+
+    fault: tuple[str, str] | None = None
+    size_wh: tuple[int, int] = (0, 0)
+    format: str = ""
+    mode_codes: tuple[str, ...] = ()
+    orientation: int = 0
+    frames: int = 1
+    digest: bytes = b""
+    thumbnail: bytes = b""
+
+
+def inspect_image(path: str) -> ImageInfo:
+    """Decode one image and describe it."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError:
+        return _without_details(path)
+    info = ImageInfo(digest=hashlib.blake2b(data, digest_size=16).digest())
+    try:
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
+            info.format = image.format or ""
+            info.frames = getattr(image, "n_frames", 1)
+            info.mode_codes = _mode_codes(image)
+            orientation = info.orientation = exif_orientation(image)
+            if image.format == "TIFF":  # Pillow rotates it while loading
+                info.orientation = getattr(image, "tag_v2", {}).get(EXIF_TAG, 0)
+            if image.mode in ("RGB", "L"):
+                image.load()
+                info.thumbnail = _thumbnail(image, orientation)
+            else:
+                info.thumbnail = _thumbnail(open_image(data), 0)
+            info.size_wh = image.size[::-1] if orientation in EXIF_SIDEWAYS else image.size
+    except Exception:  # `open_image` finds out what is wrong
+        return _without_details(path, info.digest)
+    return info
+
+
+def _without_details(path: str, digest: bytes = b"") -> ImageInfo:
+    """Return the fault of an image, or its size alone if it can be decoded after all."""
+    try:
+        with open_image(Path(path)) as image:
+            return ImageInfo(size_wh=image.size, digest=digest)
+    except ImageError as error:
+        return ImageInfo(fault=(error.code, error.message))
+
+
+def _mode_codes(image: Image.Image) -> tuple[str, ...]:
+    mode = image.mode
+    codes = []
+    if mode.startswith("I") or _has_16_bits(image):
+        codes.append("image-16bit")
+    if mode in ("P", "PA"):
+        codes.append("image-palette")
+    if mode == "CMYK":
+        codes.append("image-cmyk")
+    if mode in ("L", "1", "LA") or mode.startswith("I"):
+        codes.append("image-grey")
+    if mode in ("RGBA", "LA", "PA", "La", "RGBa") or (mode == "P" and "transparency" in image.info):
+        codes.append("image-alpha")
+    return tuple(codes)
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    """Return whether a file with several channels has 16 bits in each, which Pillow reads as eight."""
+    for tile in getattr(image, "tile", ()):
+        raw = tile.args if isinstance(tile.args, str) else (tile.args[0] if tile.args else "")
+        if isinstance(raw, str) and ";16" in raw:
+            return True
+    return False
+
+
+def _thumbnail(image: Image.Image, orientation: int) -> bytes:
+    width, height = image.size
+    small = image.reduce((max(1, width // (2 * THUMBNAIL)), max(1, height // (2 * THUMBNAIL))))
+    grey = small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).convert("L")
+    return upright(grey, orientation).tobytes()
+
+
+def check_images(
+    raw: RawDataset,
+    *,
+    workers: int | None = None,
+    processes: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, list[ImageInfo]]:
+    """Decode every image once, however often it is listed, and report what is wrong with it.
+
+    Args:
+        raw: gets the findings and the images' sizes.
+        workers: images decoded at once; one per core by default.
+        processes: use processes instead of threads where that is faster.
+        progress: called with the number of decoded images and of all images.
+
+    Returns:
+        Split -> what decoding each image has shown.
+    """
+    paths: dict[str, None] = {}
+    for split in raw.splits.values():
+        for image in np.flatnonzero(split.usable).tolist():
+            paths[str(split.path(image))] = None
+    by_path: dict[str, ImageInfo] = {}
+    if progress is not None:
+        progress(0, len(paths))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's warnings; those that matter become findings
+        for path, info in zip(paths, _inspect_all(list(paths), workers, processes), strict=True):
+            by_path[path] = info
+            if progress is not None and (len(by_path) % 16 == 0 or len(by_path) == len(paths)):
+                progress(len(by_path), len(paths))
+    infos: dict[str, list[ImageInfo]] = {}
+    for name, split in raw.splits.items():
+        infos[name] = [by_path.get(str(split.path(image)), ImageInfo()) for image in range(len(split))]
+        for image in np.flatnonzero(split.usable).tolist():
+            _report(raw, split, image, infos[name][image])
+        report_undeclared(raw, split)
+    return infos
+
+
+def _inspect_all(paths: list[str], workers: int | None, processes: bool) -> Iterator[ImageInfo]:
+    count = max(1, min(cpu_count() if workers is None else workers, len(paths)))
+    pool: Executor
+    if not processes or count <= _MAX_THREADS or len(paths) < _MIN_IMAGES_PER_PROCESS * count:
+        pool = ThreadPoolExecutor(count)
+    else:
+        pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"))
+    with pool:
+        yield from pool.map(inspect_image, paths, chunksize=16)
+
+
+def _report(raw: RawDataset, split: RawSplit, image: int, info: ImageInfo) -> None:
+    name = split.file_names[image]
+
+    def add(code: str, message: str) -> None:
+        raw.findings.add(code, f"{name} {message}", **image_location(raw, split, image))
+
+    if info.fault is not None:
+        code, message = info.fault
+        report_unusable(raw, split, image, ImageError(message, code=code))
+        return
+    report_size(raw, split, image, info.size_wh, sideways=info.orientation in EXIF_SIDEWAYS)
+    if not info.format:
+        return
+    suffix = Path(name).suffix.lower()
+    if suffix not in SUFFIXES.get(info.format, (suffix,)):
+        add("image-extension", f"contains a {info.format} image")
+    if info.orientation in EXIF_TRANSPOSES:
+        add("image-exif-orientation", f"has EXIF orientation {info.orientation}")
+    elif info.orientation not in (0, 1):
+        add("image-exif-invalid", f"has the invalid EXIF orientation {info.orientation}")
+    for code in info.mode_codes:
+        add(code, _MODES[code])
+    if info.frames > 1:
+        add("image-animated", f"has {info.frames} frames")
+    width, height = info.size_wh
+    if width * height > HUGE_PIXELS:
+        add("image-huge", f"is {width}x{height}")
+
+
+def find_duplicates(
+    raw: RawDataset, infos: dict[str, list[ImageInfo]]
+) -> tuple[list[list[Member]], list[list[Member]]]:
+    """Return groups of images with the same bytes, and groups of nearly identical ones (one of each identical group).
+
+    Args:
+        raw: the dataset.
+        infos: from `check_images`.
+    """
+    members = all_members(raw)
+    info = [infos[name][image] for name, image in members]
+    identical = equal_groups(i.digest for i in info)
+    copies = {index for group in identical for index in group[1:]}
+    rows = [i for i in range(len(members)) if i not in copies and info[i].thumbnail]
+    near: list[list[int]] = []
+    if rows:
+        thumbnails = np.frombuffer(b"".join(info[i].thumbnail for i in rows), np.uint8)
+        near = [[rows[i] for i in group] for group in near_groups(thumbnails.reshape(-1, THUMBNAIL, THUMBNAIL))]
+    return [[members[i] for i in group] for group in identical], [[members[i] for i in group] for group in near]
