@@ -308,12 +308,12 @@ def _plan_images(plan: _Plan, lost: dict[str, set[int]]) -> dict[tuple[str, int]
             suffix, done = "", set()
             target = plan.destination(path)
             if "image-name-case" in said and raw.format in ("yolo", "voc"):
-                wanted = plan.destination(split.root / split.said_names[image])
+                wanted = plan.destination(split.root / split.label_names[image])
                 plan.changes.append(_rename(target, wanted, "image-name-case"))
                 done.add("image-name-case")
                 target = wanted
-            if "image-extension" in said and plan.report.looks:
-                usual = SUFFIXES[plan.report.looks[name][image].format][0]
+            if "image-extension" in said and plan.report.image_info:
+                usual = SUFFIXES[plan.report.image_info[name][image].format][0]
                 wanted = str(Path(target).with_suffix(usual))
                 if wanted not in plan.files and not path.with_suffix(usual).exists():
                     plan.changes.append(_rename(target, wanted, "image-extension"))
@@ -742,7 +742,7 @@ def _plan_voc_lists(plan: _Plan, lost: dict[str, set[int]], own: set[str]) -> No
     stems: dict[str, bool] = {}  # whether an image is lost everywhere
     for name, split in raw.splits.items():
         for image, file_name in enumerate(split.file_names):
-            stem = str(Path(split.said_names.get(image, file_name)).with_suffix(""))
+            stem = str(Path(split.label_names.get(image, file_name)).with_suffix(""))
             stems[stem] = image in lost[name] and stems.get(stem, True)
     lists = {path for shown, path in raw.label_paths.items() if path.suffix == ".txt" and shown not in own}
     for folder, _, _ in os.walk(raw.folder / "ImageSets"):

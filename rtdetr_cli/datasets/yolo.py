@@ -107,7 +107,7 @@ def read_yolo(dataset: RawDataset, path: Path, images: Path | None) -> None:
     for split, paths in listed.items():
         rows = _split(dataset, described, split, paths, labels, kept, first, oddities, label_files)
         dataset.splits[split] = rows.split(split, described.base)
-        dataset.splits[split].shares = True
+        dataset.splits[split].normalized = True
         first += len(paths)
     _orphans(dataset, described, label_files)
     oddities.report(dataset.findings)

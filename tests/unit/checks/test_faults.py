@@ -588,7 +588,7 @@ FILES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "cut": ("file-malformed", lambda data: data[: len(data) // 2]),
     "a list": ("file-malformed", lambda data: b"[1, 2]"),
     "empty": ("file-malformed", lambda data: b""),
-    "no images": ("file-malformed", lambda data: data.replace(b'"images"', b'"images"', 1)),
+    "no images": ("file-malformed", lambda data: data.replace(b'"images"', b'"frames"', 1)),
     "not UTF-8": ("file-malformed", lambda data: data.replace(b"washer", b"w\xe4sher", 1)),
     "UTF-16": ("file-malformed", lambda data: data.decode().encode("utf-16")),
     "something behind": ("file-malformed", lambda data: data + b"{}"),
