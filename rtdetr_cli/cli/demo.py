@@ -17,7 +17,7 @@ def demo(
     import time
 
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.cli.train import render
+    from rtdetr_cli.cli.training_output import render
     from rtdetr_cli.text import tally
     from rtdetr_cli.workflows import demo as workflow
     from rtdetr_cli.workflows.finetune import stop_on_signals

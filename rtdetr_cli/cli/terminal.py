@@ -1,6 +1,6 @@
-"""What people and programs see: results on stdout, everything else on stderr.
+"""Output of the commands: results on stdout, everything else on stderr.
 
-rich is imported only where it draws: a line of text or of JSON costs nothing.
+rich is imported only where it draws, so that printing a line of text or JSON does not load it.
 """
 
 from __future__ import annotations
@@ -8,13 +8,32 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import ProgressColumn, TaskID
 
 SCHEMA_VERSION = 1
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on one line.")]
+
+
+def command_group(help_text: str) -> typer.Typer:
+    """Return an empty group of subcommands."""
+    return typer.Typer(
+        help=help_text,
+        rich_markup_mode=None,
+        invoke_without_command=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
 
 
 def say(text: str) -> None:
@@ -42,7 +61,7 @@ def out(text: str) -> None:
 
 
 def emit_json(document: dict[str, Any]) -> None:
-    """Write the result as one JSON document on one line; a number that JSON lacks becomes null."""
+    """Write the result as one JSON document on one line; NaN and infinity become null."""
     text = json.dumps(finite({"schema_version": SCHEMA_VERSION, **document}), ensure_ascii=False, default=str)
     out(text.encode("utf-8", "replace").decode("utf-8"))
 
@@ -61,20 +80,20 @@ def finite(value: Any) -> Any:
 
 
 def is_terminal(stream: Any = None) -> bool:
-    """Tell whether a stream (stderr by default) is a terminal that can redraw a line."""
+    """Return whether a stream (stderr by default) is a terminal that can redraw a line."""
     stream = stream or sys.stderr
     return bool(stream.isatty()) and os.environ.get("TERM") != "dumb"
 
 
 def paint(text: str, code: str) -> str:
-    """Colour a word for a terminal; leave it alone in a pipe or under NO_COLOR."""
+    """Colour text for a terminal; leave it as it is in a pipe or under NO_COLOR."""
     if not is_terminal() or os.environ.get("NO_COLOR"):
         return text
     return f"\033[{code}m{text}\033[0m"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> None:
-    """Write a table to stdout; columns that hold only numbers are set flush right."""
+    """Write a table to stdout; columns that hold only numbers are aligned right."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -88,7 +107,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: st
         drawn.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
     for row in cells:
         drawn.add_row(*(Text(cell) for cell in row))
-    # In a pipe nothing may be folded: programs and `grep` read whole rows.
+    # Nothing may be folded in a pipe: programs and `grep` read whole rows.
     width = None if is_terminal(sys.stdout) else 10_000
     console = Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
     if width is None:
@@ -110,104 +129,125 @@ def show(value: object) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it: `41 s`, `26 min`, `3 h 05 min`."""
+    """Return a duration for people: `41 s`, `26 min`, `3 h 05 min`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def say_folded(text: str, *, indent: int, first: int = 0) -> None:
+    """Write a line for people, folded between words in a terminal and whole in a pipe.
+
+    Args:
+        text: the line.
+        indent: columns in front of each line after the first.
+        first: columns of the first line that are taken already.
+    """
+    say(fold(text, indent=indent, first=first))
+
+
+def fold(text: str, *, indent: int, first: int = 0) -> str:
+    """Return a line as `say_folded` writes it."""
+    if not is_terminal():
+        return text
+    width = max(40, shutil.get_terminal_size().columns)
+    lines = textwrap.fill(
+        " " * first + text,
+        width,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return lines[first:]
+
+
+def some(names: Sequence[str], most: int = 8) -> str:
+    """Return the first names of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 class Progress(Protocol):
-    """Something that is told how far the work has come."""
+    """Reports how far work has come."""
 
     def advance(self, n: int = 1, **facts: object) -> None:
-        """Say that `n` more are done, with figures worth showing."""
+        """Report `n` more as done, with figures to show."""
 
 
 class _Lines:
     """Progress in a pipe: a line every ten percent."""
 
-    def __init__(self, total: int | None, what: str) -> None:
-        self.total, self.what, self.done, self.tenth, self.start = total, what, 0, 0, time.monotonic()
+    def __init__(self, total: int | None, what: str, *, in_bytes: bool) -> None:
+        self.total, self.what, self.in_bytes = total or 0, what, in_bytes
+        self.done = self.tenths = 0
+        self.start = time.monotonic()
 
     def advance(self, n: int = 1, **facts: object) -> None:
         self.done += n
-        if not self.total:
+        if self.total < 10:
             return
-        tenth = min(10, 10 * self.done // self.total)
-        if tenth > self.tenth and self.total >= 10:
-            self.tenth = tenth
-            seconds = time.monotonic() - self.start
-            rate = self.done / seconds if seconds > 0 else 0.0
-            told = "".join(f"  {key} {show(value)}" for key, value in facts.items())
-            say(f"{self.what} {self.done}/{self.total}  {rate:.1f}/s{told}")
+        tenths = min(10, 10 * self.done // self.total)
+        if tenths <= self.tenths:
+            return
+        self.tenths = tenths
+        seconds = time.monotonic() - self.start
+        rate = self.done / seconds if seconds > 0 else 0.0
+        if self.in_bytes:
+            size = f"{self.done / 1e6:.1f} of {self.total / 1e6:.1f} MB"
+            say(f"{self.what}  {tenths * 10} %  {size}  {rate / 1e6:.1f} MB/s")
+        else:
+            shown = "".join(f"  {key} {show(value)}" for key, value in facts.items())
+            say(f"{self.what} {self.done}/{self.total}  {rate:.1f}/s{shown}")
 
 
 class _Bar:
     """Progress on a terminal."""
 
-    def __init__(self, bar: Any, task: Any) -> None:
+    def __init__(self, bar: RichProgress, task: TaskID) -> None:
         self.bar, self.task = bar, task
 
     def advance(self, n: int = 1, **facts: object) -> None:
-        told = "  ".join(f"{key} {show(value)}" for key, value in facts.items())
-        self.bar.update(self.task, advance=n, **({"facts": told} if told else {}))
+        fields: dict[str, Any] = {}
+        if facts:
+            fields["facts"] = "  ".join(f"{key} {show(value)}" for key, value in facts.items())
+        self.bar.update(self.task, advance=n, **fields)
 
 
-class _TransferLines(_Lines):
-    """A transfer in a pipe: a line every ten percent, in megabytes."""
+def make_bar(*columns: ProgressColumn) -> RichProgress:
+    """Return a progress bar on stderr that disappears at the end: description, bar, `columns`, time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
 
-    def advance(self, n: int = 1, **facts: object) -> None:
-        self.done += n
-        if not self.total or (tenth := min(10, 10 * self.done // self.total)) <= self.tenth:
-            return
-        self.tenth = tenth
-        seconds = time.monotonic() - self.start
-        rate = f"  {self.done / seconds / 1e6:.1f} MB/s" if seconds > 0 else ""
-        say(f"{self.what}  {tenth * 10} %  {self.done / 1e6:.1f} of {self.total / 1e6:.1f} MB{rate}")
+    return RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        *columns,
+        TimeRemainingColumn(compact=True),
+        console=Console(file=sys.stderr, highlight=False),
+        transient=True,
+    )
 
 
 @contextmanager
 def transfer(total: int | None, what: str) -> Iterator[Progress]:
-    """Show how much of a file has come, in bytes: a bar with rate and time left, or lines in a pipe."""
+    """Show how much of a file has arrived, in bytes: a bar on a terminal, lines in a pipe."""
     if not is_terminal():
-        yield _TransferLines(total, what)
+        yield _Lines(total, what, in_bytes=True)
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as RichProgress
+    from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    bar = RichProgress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(compact=True),
-        console=Console(file=sys.stderr),
-        transient=True,
-    )
-    with bar:
+    with make_bar(DownloadColumn(), TransferSpeedColumn()) as bar:
         yield _Bar(bar, bar.add_task(what, total=total))
 
 
 @contextmanager
 def progress(total: int | None, what: str) -> Iterator[Progress]:
-    """Show how far long work has come: a bar with rate and time left, or lines in a pipe."""
+    """Show how far long work has come: a bar on a terminal, lines in a pipe."""
     if not is_terminal():
-        yield _Lines(total, what)
+        yield _Lines(total, what, in_bytes=False)
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as RichProgress
+    from rich.progress import MofNCompleteColumn, TextColumn
 
-    bar = RichProgress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[facts]}"),
-        TimeRemainingColumn(compact=True),
-        console=Console(file=sys.stderr),
-        transient=True,
-    )
-    with bar:
+    with make_bar(MofNCompleteColumn(), TextColumn("{task.fields[facts]}")) as bar:
         yield _Bar(bar, bar.add_task(what, total=total, facts=""))

@@ -78,7 +78,9 @@ class RunConfig:
     def anchored(self) -> RunConfig:
         """Return the same run with absolute paths, so that it can be resumed from another folder."""
         settings = self.settings
-        paths = {key: absolute(key, value) for key in NAMED if (value := getattr(settings, key)) is not None}
+        paths: dict[str, Any] = {
+            key: absolute(key, value) for key in NAMED if (value := getattr(settings, key)) is not None
+        }
         return replace(self, settings=replace(settings, **paths))
 
     def to_toml(self) -> str:

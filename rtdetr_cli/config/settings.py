@@ -188,7 +188,7 @@ class Declaration:
     Attributes:
         name: key of the setting.
         annotation: type with bounds and `Setting`, as `typing.Annotated`.
-        kind: the type alone.
+        kind: the type without bounds and `Setting`.
         default: value where nobody gives one.
         setting: help text and flag.
     """
@@ -202,10 +202,10 @@ class Declaration:
 
 def declarations() -> dict[str, Declaration]:
     """Return the declaration of every setting, in order."""
-    hints = get_type_hints(RunSettings, include_extras=True)
-    found = {}
+    annotations, kinds = get_type_hints(RunSettings, include_extras=True), get_type_hints(RunSettings)
+    declared = {}
     for field in fields(RunSettings):
-        hint = hints[field.name]
-        setting = next(item for item in hint.__metadata__ if isinstance(item, Setting))
-        found[field.name] = Declaration(field.name, hint, hint.__origin__, field.default, setting)
-    return found
+        annotation = annotations[field.name]
+        setting = next(item for item in annotation.__metadata__ if isinstance(item, Setting))
+        declared[field.name] = Declaration(field.name, annotation, kinds[field.name], field.default, setting)
+    return declared

@@ -1,0 +1,92 @@
+"""Give a command the flags of settings, from their declaration in `config/settings.py`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rtdetr_cli.config.settings import Declaration, declarations
+
+TRAIN_FLAGS = tuple(name for name, declaration in declarations().items() if declaration.setting.flag)
+"""Every setting that has a flag."""
+
+SetFlag = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any setting, such as schedule=official or optim.clip_norm=1 (repeatable). `rtdetr presets show NAME` "
+        "lists model.* and optim.*; the config.toml of a run lists all settings.",
+    ),
+]
+
+
+def with_setting_flags(
+    names: Iterable[str], *, defaults: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that adds the flags of settings in front of a command's own.
+
+    The command receives those that were given on the command line as its first argument, a dictionary.
+
+    Args:
+        names: of the settings.
+        defaults: name -> where the value comes from, for a command with other defaults than the settings have.
+    """
+    chosen = [declarations()[name] for name in names]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_flags(context: typer.Context, **values: Any) -> None:
+            flags = {d.name: values.pop(d.name) for d in chosen}
+            given = {
+                name: str(value) if isinstance(value, Path) else value
+                for name, value in flags.items()
+                if (source := context.get_parameter_source(name)) is not None and source.name != "DEFAULT"
+            }
+            command(given, **values)
+
+        _, *own = inspect.signature(command, eval_str=True).parameters.values()
+        arguments = [p for p in own if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+        parameters = [
+            inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+            *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in arguments),
+            *(_parameter(d, (defaults or {}).get(d.name, "")) for d in chosen),
+            *(p for p in own if p not in arguments),
+        ]
+        with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        with_flags.__annotations__ = {p.name: p.annotation for p in parameters}
+        return with_flags
+
+    return decorate
+
+
+def _parameter(declaration: Declaration, default_elsewhere: str) -> inspect.Parameter:
+    setting = declaration.setting
+    flag = f"--{declaration.name.replace('_', '-')}"
+    default = None if default_elsewhere or declaration.default in (None, "", ()) else declaration.default
+    option = typer.Option(
+        *([setting.short] if setting.short else []),
+        flag,
+        help=setting.help,
+        metavar=setting.metavar,
+        show_default=default_elsewhere or setting.unset or True,
+    )
+    return inspect.Parameter(
+        declaration.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[_flag_type(declaration), option],
+    )
+
+
+def _flag_type(declaration: Declaration) -> Any:
+    """Return the type that a flag is read as; what is neither a number nor a switch is text until it is validated."""
+    if declaration.setting.is_path:
+        return Path | None
+    kind = next((k for k in (bool, int, float) if declaration.kind in (k, k | None)), str)
+    return kind | None

@@ -1,0 +1,338 @@
+"""Render the events of a training run: progress on stderr, the result on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rtdetr_cli.cli import terminal
+from rtdetr_cli.text import counted
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from rtdetr_cli.train.events import EpochDone, StepDone, StepSkipped
+    from rtdetr_cli.weights.transfer import TransferTable
+    from rtdetr_cli.workflows.finetune import DryRunResult, Event, RunFinished, RunStarted
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+
+
+def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: bool = True) -> dict[str, Any]:
+    """Show a run as it happens and return its result as plain values.
+
+    Args:
+        events: of `workflows.finetune`.
+        as_json: print the result as one JSON line in place of a table.
+        result_on_stdout: False where the run is part of a larger command that prints a result of its own.
+    """
+    from rtdetr_cli.train.events import EvaluationStarted, MicroBatchReduced, RolledBack, StepDone, StepSkipped
+    from rtdetr_cli.train.events import EpochDone as EpochDoneEvent
+    from rtdetr_cli.workflows import finetune as workflow
+
+    started: workflow.RunStarted | None = None
+    bar = _TrainingBar()
+    result: dict[str, Any] = {}
+    try:
+        for event in events:
+            match event:
+                case workflow.RunStarted():
+                    started = event
+                    _show_start(event)
+                    bar.start(event)
+                case EvaluationStarted():
+                    bar.show_evaluation(event.step)
+                case StepDone():
+                    bar.show_step(event)
+                    for image, reason in event.replaced:
+                        bar.say(f"warning: image {image} was replaced: {reason}")
+                case EpochDoneEvent():
+                    bar.say(epoch_line(event, bar.seconds_left(event)))
+                case StepSkipped():
+                    bar.say(skipped_line(event))
+                case MicroBatchReduced():
+                    bar.say(
+                        f"warning: out of memory at step {event.step + 1}: repeating it with micro-batch "
+                        f"{event.micro_batch} instead of {event.micro_batch_before} (same effective batch)"
+                    )
+                case RolledBack():
+                    bar.say(
+                        f"warning: rolled back from step {event.step} to step {event.to_step}, "
+                        f"with {event.rate_scale:.3g} of the learning rate"
+                    )
+                case workflow.Notice():
+                    bar.say(f"warning: {event.text}")
+                case workflow.DryRunResult():
+                    bar.stop()
+                    assert started is not None
+                    result = dry_run_document(event, started)
+                    if not as_json:
+                        _show_dry_run(event, started)
+                case workflow.RunFinished():
+                    bar.stop()
+                    result = result_document(event)
+                    if result_on_stdout and not as_json:
+                        _show_result(event)
+                    if event.explanation:
+                        terminal.warn(f"the images were not overfitted: {event.explanation}")
+                case _:
+                    pass
+    finally:
+        bar.stop()
+        # Closing the generator ends the processes of the loader now; an error may keep its frames alive for long.
+        close = getattr(events, "close", None)
+        if close is not None:
+            close()
+    if as_json and result_on_stdout:
+        terminal.emit_json(result)
+    return result
+
+
+# ---- start ------------------------------------------------------------------------------------------------------
+
+
+def _show_start(event: RunStarted) -> None:
+    from importlib.metadata import version
+
+    from rtdetr_cli import __version__
+    from rtdetr_cli.train.explain import plan_line
+
+    preset, splits, settings = event.config.preset, event.splits, event.config.settings
+    # A resumed run was fully checked when it began, so the few findings of reading its labels again say nothing new.
+    warnings = 0 if event.resumed else sum(f.severity == "warning" for f in splits.findings)
+    device = event.device if event.processes == 1 else f"{event.device.partition(':')[0]} x {event.processes}"
+    torch_version = ".".join(version("torch").split(".")[:2])
+    parts = [
+        f"rtdetr {__version__}",
+        f"torch {torch_version} {device} {event.precision}",
+        f" preset {preset.name} ({event.parameters / 1e6:.1f}M)",
+        f" data {splits.name}: {_image_counts(event)}, {counted(len(splits.categories), 'class')}"
+        + (f", {counted(warnings, 'warning')} (rtdetr validate)" if warnings else ""),
+    ]
+    terminal.say_folded("  ".join(parts), indent=6)
+    if splits.split_made and event.resumed is None and not settings.overfit:
+        total = event.train_images + event.val_images
+        terminal.say_folded(
+            f"split  the dataset has no val split: {event.val_images} of {total} images were drawn for it "
+            f"(seed {settings.seed})",
+            indent=6,
+        )
+    _show_weights(event)
+    terminal.say_folded(plan_line(event.plan, event.micro_batch, event.processes), indent=6)
+    given = event.config.given("batch") and settings.batch != "auto"
+    choices = [(choice.name, choice.value, choice.reason) for choice in event.choices]
+    choices.append(("micro-batch", str(event.micro_batch), event.config.source("batch") if given else "fits in memory"))
+    choices.append(("precision", event.precision, event.precision_reason))
+    for name, value, reason in choices:
+        terminal.say_folded(f"  {name:<20} {value:<34} {reason}", indent=23)
+    if event.folder is not None:
+        terminal.say(f"run  {event.folder}")
+    if event.restarted:
+        terminal.say("resumed at step 0: the run was killed before its first checkpoint, so it starts again")
+    elif event.resumed is not None:
+        terminal.say(f"resumed at epoch {event.resumed[0] + 1}, step {event.resumed[1]}")
+    for warning in event.warnings:
+        terminal.warn(terminal.fold(warning, indent=9, first=9))
+
+
+def _image_counts(event: RunStarted) -> str:
+    """Return how many images are trained and measured on; with `--overfit` they are the same ones, repeated."""
+    if event.config.settings.overfit:
+        times = event.train_images // event.val_images
+        repeats = "once" if times == 1 else f"{times} times"
+        return f"{counted(event.val_images, 'image')}, {repeats} per epoch, for training and validation"
+    return f"{event.train_images}/{event.val_images} images"
+
+
+def _show_weights(event: RunStarted) -> None:
+    if event.transfer is None:
+        terminal.say_folded(f"start  {event.start}" if event.resumed is None else "start  its own checkpoint", indent=6)
+        return
+    table: TransferTable = event.transfer
+    terminal.say_folded(f"start  {event.start}: {table.tensors_loaded} of {table.tensors_total} tensors", indent=6)
+    if not table.by_class:
+        return
+    transferred = [
+        row.name if row.name == row.source_name else f"{row.name} <- {row.source_name}"
+        for row in table.classes
+        if row.source_name
+    ]
+    new = [row.name for row in table.classes if row.source_name is None]
+    if transferred:
+        terminal.say_folded(f"  transferred by class name  {terminal.some(transferred)}", indent=29)
+    if new:
+        terminal.say_folded(f"  reinitialized              {terminal.some(new)}", indent=29)
+    terminal.say_folded(f"  in  {terminal.some(table.by_class, 3)}", indent=6)
+
+
+# ---- progress ---------------------------------------------------------------------------------------------------
+
+
+def epoch_line(event: EpochDone, seconds_left: float) -> str:
+    """Return one epoch on one line."""
+    parts = [f"epoch {event.epoch + 1}/{event.epochs}", f"loss {event.loss:.2f}"]
+    if event.metrics is not None:
+        best = f" (best {event.best_score:.3f} at {event.best_epoch + 1})" if event.best_epoch >= 0 else ""
+        parts.append(f"AP {terminal.show(event.metrics.get('AP'))}{best}")
+        parts.append(f"AP50 {terminal.show(event.metrics.get('AP50'))}")
+    parts += [f"{event.memory_bytes / 1e9:.1f} GB", terminal.duration(event.seconds)]
+    if event.epoch + 1 < event.epochs:
+        parts.append(f"{terminal.duration(seconds_left)} left")
+    return "  ".join(parts)
+
+
+def skipped_line(event: StepSkipped) -> str:
+    """Return the message about a skipped step."""
+    skipped = event.skipped
+    if skipped.scale_only:
+        return f"step {event.step + 1} skipped: the float16 loss scale was too high and has been halved"
+    files = f" ({terminal.some(skipped.files, 4)})" if skipped.files else ""
+    evidence = f"; its batch was saved to {skipped.evidence}" if skipped.evidence else ""
+    return (
+        f"warning: step {event.step + 1} skipped: {skipped.term} is not finite{files}, "
+        f"{skipped.in_a_row} in a row{evidence}"
+    )
+
+
+class _TrainingBar:
+    """A bar of steps on a terminal; nothing in a pipe, where every epoch is one line."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._epochs = 0
+        self._epoch_seconds: list[float] = []
+
+    def start(self, event: RunStarted) -> None:
+        self._epochs = event.plan.epochs
+        if not terminal.is_terminal() or event.folder is None:
+            return
+        from rich.progress import MofNCompleteColumn, TextColumn
+
+        self._bar = terminal.make_bar(MofNCompleteColumn(), TextColumn("{task.fields[facts]}"))
+        done = event.resumed[1] if event.resumed else 0
+        self._task = self._bar.add_task("step", total=event.plan.total_steps, completed=done, facts="")
+        self._bar.start()
+
+    def show_step(self, event: StepDone) -> None:
+        facts = (
+            f"loss {event.loss:.2f}  lr {event.lr:.2g}  {1 / event.seconds:.1f} steps/s  "
+            f"{event.memory_bytes / 1e9:.1f} GB"
+        )
+        self._update(completed=event.step + 1, facts=facts, description=f"epoch {event.epoch + 1}/{self._epochs}")
+
+    def show_evaluation(self, step: int) -> None:
+        self._update(completed=step, facts="evaluating")
+
+    def _update(self, **fields: Any) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, **fields)
+
+    def say(self, line: str) -> None:
+        """Write a line above the bar."""
+        if self._bar is None:
+            terminal.say(line)
+        else:
+            from rich.text import Text
+
+            self._bar.console.print(Text(line), soft_wrap=True)
+
+    def seconds_left(self, event: EpochDone) -> float:
+        """Estimate from the last epochs of this process, without the first, which is slower than the others."""
+        self._epoch_seconds.append(event.seconds)
+        seconds = self._epoch_seconds
+        recent = seconds if len(seconds) < 3 else seconds[1:][-5:]
+        return sum(recent) / len(recent) * (event.epochs - event.epoch - 1)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+# ---- result -----------------------------------------------------------------------------------------------------
+
+
+def result_document(event: RunFinished) -> dict[str, Any]:
+    """Return the result of a run as plain values."""
+    return {
+        "run": str(event.folder),
+        "best": str(event.best),
+        "metrics": dict(event.metrics),
+        "best_epoch": event.best_epoch + 1,
+        "epochs": event.epochs,
+        "stopped": event.reason,
+        "seconds": round(event.seconds, 1),
+        "explanation": event.explanation or None,
+    }
+
+
+def _show_result(event: RunFinished) -> None:
+    best_epoch = f"{event.best_epoch + 1} of {event.epochs}"
+    metrics = [event.metrics.get(name) for name in METRICS]
+    terminal.table((*METRICS, "best epoch", "time"), [(*metrics, best_epoch, terminal.duration(event.seconds))])
+    terminal.out(f"best  {event.best}")
+    if event.page is not None:
+        terminal.say(f"report  {event.page}")
+    if event.reason == "patience":
+        terminal.say("stopped early: no better AP within --patience")
+
+
+def dry_run_document(result: DryRunResult, started: RunStarted) -> dict[str, Any]:
+    """Return the result of a dry run as plain values."""
+    return {
+        "plan": [{"name": c.name, "value": c.value, "reason": c.reason} for c in started.choices],
+        "micro_batch": result.micro_batch,
+        "seconds": {
+            "step": result.step_seconds,
+            "worst_step": result.worst_seconds,
+            "evaluation": result.evaluation_seconds,
+            "export": result.export_seconds,
+            "total": result.total_seconds,
+        },
+        "memory_bytes": result.memory_bytes,
+        "memory_total": result.memory_total,
+        "disk_bytes": result.disk_bytes,
+        "disk_free": result.disk_free,
+        "export_bytes": result.export_bytes,
+        "warnings": [*started.warnings, *dry_run_warnings(result)],
+    }
+
+
+def dry_run_warnings(result: DryRunResult) -> list[str]:
+    """Return what would stop the run: too little disk space, or too little memory."""
+    from rtdetr_cli.train.checkpoint import has_room
+
+    warnings = []
+    if not has_room(result.disk_bytes, result.disk_free):
+        warnings.append(
+            f"the run needs {result.disk_bytes / 1e9:.2f} GB of disk space, but only {result.disk_free / 1e9:.2f} GB "
+            "are free: free some space, or choose another disk with --out DIR"
+        )
+    if result.memory_bytes > 0.95 * result.memory_total:
+        warnings.append(
+            f"the largest step needs {result.memory_bytes / 1e9:.1f} of {result.memory_total / 1e9:.1f} GB: leave room "
+            "with a smaller --batch"
+        )
+    return warnings
+
+
+def _show_dry_run(result: DryRunResult, started: RunStarted) -> None:
+    plan = started.plan
+    evaluations = sum(plan.evaluates(epoch) for epoch in range(plan.epochs))
+    terminal.table(
+        ("what", "value", "of"),
+        [
+            ("step", f"{result.step_seconds:.2f} s", f"{plan.total_steps} steps"),
+            ("largest step", f"{result.worst_seconds:.2f} s", "largest scale, most boxes"),
+            ("evaluation", f"{result.evaluation_seconds:.1f} s", f"{evaluations} of {started.val_images} images"),
+            ("export", f"{result.export_seconds:.1f} s", f"ONNX, {result.export_bytes / 1e6:.1f} MB"),
+            ("whole run", terminal.duration(result.total_seconds), f"{plan.epochs} epochs"),
+            ("micro-batch", result.micro_batch, f"effective batch {plan.effective_batch}"),
+            ("memory", f"{result.memory_bytes / 1e9:.1f} GB", f"{result.memory_total / 1e9:.1f} GB"),
+            ("disk", f"{result.disk_bytes / 1e9:.2f} GB", f"{result.disk_free / 1e9:.1f} GB free"),
+        ],
+        title="dry run: nothing was trained or written",
+    )
+    for warning in dry_run_warnings(result):
+        terminal.warn(warning)

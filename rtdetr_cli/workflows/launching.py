@@ -1,0 +1,96 @@
+"""Get a training run ready to start: its settings, and the processes of several devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rtdetr_cli.config.run import RunConfig, resolve_run
+from rtdetr_cli.config.settings import RunSettings
+from rtdetr_cli.errors import DataError, UsageError
+
+COMMAND_LINE = "RTDETR_COMMAND_LINE"
+
+
+def resolve_training(
+    flags: Mapping[str, Any], *, sets: Sequence[str] = (), config_file: Path | None = None
+) -> tuple[RunConfig, Path | None, list[str]]:
+    """Resolve the settings of `rtdetr train`.
+
+    Preset, input size and model sizes come from the file of `--weights` where nobody named a preset.
+
+    Returns:
+        The settings; the file of weights that some came from, if any; and these, as `key value`.
+
+    Raises:
+        UsageError: invalid settings, or no dataset.
+        DataError: the dataset does not exist. Checked here, since whatever comes next has to import torch.
+        ModelError: the weights cannot be read.
+    """
+    config = resolve_run(flags, sets=sets, config_file=config_file)
+    require_dataset(config.settings)
+    weights = config.settings.weights
+    if config.source("preset") != "default" or weights in ("coco", "imagenet", "none"):
+        return config, None, []
+
+    from rtdetr_cli.workflows.starting_weights import settings_from_weights
+
+    inherited = settings_from_weights(weights)
+    if inherited is None:
+        return config, None, []
+    path, values = inherited
+    config = resolve_run(flags, sets=sets, config_file=config_file, inherited=(str(path), values))
+    used = [f"{key} {_text(value)}" for key, value in values.items() if config.source(key) == str(path)]
+    return config, path, used
+
+
+def _text(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def require_dataset(settings: RunSettings) -> None:
+    """Refuse settings without a dataset that exists.
+
+    Raises:
+        UsageError: no dataset was given.
+        DataError: it does not exist.
+    """
+    if settings.data is None:
+        raise UsageError(
+            "no dataset given: --data is required", hint="rtdetr train --preset r18 --data my.json", code="data-missing"
+        )
+    if not Path(settings.data).exists():
+        raise DataError(f"the dataset {settings.data} does not exist", code="dataset-missing")
+
+
+def run_processes(config: RunConfig, devices: Sequence[str], *, resume: Path | None, words: Sequence[str] = ()) -> int:
+    """Train in one process for each device, wait for them, and return their exit code.
+
+    Args:
+        config: the resolved settings, which every process reads from a file.
+        devices: from `parse_devices`.
+        resume: the run to resume in place of starting one.
+        words: further words of their command line.
+    """
+    from rtdetr_cli.train import launch
+
+    with tempfile.TemporaryDirectory(prefix="rtdetr-") as folder:
+        file = Path(folder) / "config.toml"
+        file.write_text(config.to_toml(), encoding="utf-8")
+        start = ["--resume", str(resume)] if resume is not None else ["--config", str(file)]
+        os.environ[COMMAND_LINE] = json.dumps(sys.argv)
+        try:
+            return launch.supervise(["train", *start, *words], devices)
+        finally:
+            del os.environ[COMMAND_LINE]
+
+
+def command_line() -> list[str]:
+    """Return the command line as the user typed it, also in a process that `run_processes` started."""
+    words = os.environ.get(COMMAND_LINE)
+    return list(json.loads(words)) if words else sys.argv
