@@ -34,5 +34,5 @@ CODES = {code: Code(code, **fields) for code, fields in _CATALOG.items()}
 
 
 def find_code(name: str) -> Code | None:
-    """Return the entry of a code, also under its name in 0.1 (`picture-...`)."""
-    return CODES.get(name.replace("picture-", "image-", 1) if name.startswith("picture-") else name)
+    """Return the entry of a code, also by its name in 0.1, when images were called pictures."""
+    return CODES.get(name.replace("picture", "image"))
