@@ -14,7 +14,7 @@ from rtdetr_cli.datasets.findings import Spot
 from rtdetr_cli.datasets.raw import RawSplit
 from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.images.decode import ImageError, open_image
-from rtdetr_cli.images.draw import colour
+from rtdetr_cli.images.draw import class_color
 from rtdetr_cli.page import image_uri, render_page
 from rtdetr_cli.text import printable
 
@@ -91,7 +91,7 @@ def page_context(report: Report) -> dict[str, Any]:
 
 def css(label: int) -> str:
     """Return a class's colour."""
-    red, green, blue = colour(label)
+    red, green, blue = class_color(label)
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 

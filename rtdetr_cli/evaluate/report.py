@@ -1,7 +1,7 @@
-"""The page of an evaluation: one file that opens anywhere, with every table, the curves, and the images themselves.
+"""The HTML report of an evaluation: one file with every table, the curves, and the images themselves.
 
-Boxes are drawn by the browser over the image and not into it: they stay sharp, can be filtered by kind of error
-and class, and each image is in the file once although it is shown twice.
+Boxes are drawn by the browser over the image, not into it: they stay sharp, can be filtered by kind of error and
+class, and each image is in the file once although it is shown twice.
 """
 
 from __future__ import annotations
@@ -18,49 +18,36 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.evaluate.bootstrap import Interval
 from rtdetr_cli.evaluate.coco import METRICS
-from rtdetr_cli.evaluate.errors_analysis import (
-    KINDS,
-    MISSED,
-    RIGHT,
-    UNSEEN,
-    ErrorAnalysis,
-    Suspect,
-)
+from rtdetr_cli.evaluate.error_analysis import CORRECT, KINDS, MISSED_KIND, NOT_COUNTED, ErrorAnalysis, Suspect
+from rtdetr_cli.evaluate.matching import box_images
 from rtdetr_cli.evaluate.run import Evaluation
-from rtdetr_cli.evaluate.thresholds import Calibration, score_curve
+from rtdetr_cli.evaluate.thresholds import Calibration, ScoreCurve, score_curve
+from rtdetr_cli.files import atomic_write
 from rtdetr_cli.images.decode import ImageError, read_image
-from rtdetr_cli.images.draw import colour
+from rtdetr_cli.images.draw import class_color
 from rtdetr_cli.page import image_uri, render_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_IMAGES = 60
-MOST_SUSPECTS = 24
-WORST = 24
-EACH_KIND = 6
-EACH_CLASS = 4
+MAX_IMAGES = 60
+MAX_SUSPECTS = 24
+WORST_IMAGES = 24
+IMAGES_PER_KIND = 6
+IMAGES_PER_CLASS = 4
 IMAGE_SIDE = 720  # pixels of an embedded image's longer side
 CROP_SIDE = 260
 MATRIX_CLASSES = 20
-LETTER = 0.66  # width of a bold letter, in its height; ample, since the browser chooses the font
+LETTER_WIDTH = 0.66  # of a bold letter, relative to its height; ample, since the browser chooses the font
 NAMED_CURVES = 10
-LEGEND_LETTERS = 150  # that fit beside one another below the plots
-ALL = "all classes"
+LEGEND_LETTERS = 150  # that fit in one line below the plots
+CURVE_POINTS = 400
 GREY = "#888888"  # of axes and text in plots: readable on a light and on a dark page
 
-MEANINGS = {
-    "classification": "on a box, but of another class",
-    "location": "on a box of its class, but not well enough (IoU 0.1 to 0.5)",
-    "both": "near a box of another class, and not well",
-    "duplicate": "on a box that a surer detection has taken",
-    "background": "on nothing",
-    "missed": "a box that nothing found",
-}
 SUSPECT_TITLES = {
-    "no-box": "surely something, and no box",
-    "other-class": "surely of another class",
-    "never-found": "a box that nothing ever finds",
+    "no-box": "object without an annotation?",
+    "other-class": "wrong class in the annotation?",
+    "never-found": "annotation that is never detected",
 }
 
 
@@ -73,21 +60,10 @@ def write_page(
     interval: Interval | None = None,
     calibration: Calibration | None = None,
 ) -> None:
-    """Write the page.
-
-    Args:
-        path: of the file; its folder is made.
-        evaluation: the figures.
-        analysis: the errors.
-        model: what was judged, in words.
-        interval: of AP.
-        calibration: thresholds found in this run.
-    """
-    page = render_page(
-        "eval.html", **page_context(evaluation, analysis, model=model, interval=interval, calibration=calibration)
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    """Write the page; see `page_context`."""
+    context = page_context(evaluation, analysis, model=model, interval=interval, calibration=calibration)
+    with atomic_write(path) as temporary:
+        temporary.write_text(render_page("eval.html", **context), encoding="utf-8")
 
 
 def page_context(
@@ -98,23 +74,20 @@ def page_context(
     interval: Interval | None = None,
     calibration: Calibration | None = None,
 ) -> dict[str, Any]:
-    """Return everything that the template shows, as plain values."""
+    """Return everything that the template shows, as plain values.
+
+    Args:
+        evaluation: the metrics.
+        analysis: the errors.
+        model: what was evaluated, in words.
+        interval: of AP.
+        calibration: thresholds calibrated in this run.
+    """
     dataset = evaluation.dataset
-    images, unreadable = _images(analysis)
-    suspects = _suspects(analysis)
-    thresholds = calibration.thresholds if calibration else evaluation.thresholds
-    at_thresholds = None
-    if thresholds is not None:
-        overall, classes = evaluation.at_thresholds(thresholds)
-        at_thresholds = {
-            "target": thresholds.target,
-            "overall": thresholds.overall,
-            "point": overall,
-            "one": evaluation.at_one(thresholds.overall),
-            "rows": list(zip(dataset.names, classes, strict=True)),
-        }
+    images, images_unreadable = _images(analysis)
     gains = analysis.gains
-    most = max(gains.values(), default=0) if gains else 0
+    largest_gain = max(gains.values(), default=0) if gains else 0
+    classes_with_boxes = sum(row["AP"] is not None for row in evaluation.per_class)
     return {
         "title": f"{dataset.name} {dataset.split}: evaluation",
         "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
@@ -134,43 +107,56 @@ def page_context(
         ],
         "sizes": evaluation.by_size,
         "best": evaluation.best,
-        "at_thresholds": at_thresholds,
+        "at_thresholds": _at_thresholds(evaluation, calibration),
         "curves": curves_svg(evaluation) if len(evaluation.table) and evaluation.metrics["AP"] is not None else "",
         "named_curves": NAMED_CURVES,
-        "unnamed_curves": max(0, sum(row["AP"] is not None for row in evaluation.per_class) - NAMED_CURVES),
+        "unnamed_curves": max(0, classes_with_boxes - NAMED_CURVES),
         "origin": analysis.origin,
         "kinds": [
             {
                 "kind": kind,
-                "meaning": MEANINGS[kind],
+                "meaning": meaning,
                 "count": analysis.counts[kind],
                 "gain": None if gains is None else gains[kind],
-                "bar": round(100 * gains[kind] / most, 1) if gains and most > 0 else 0,
+                "bar": round(100 * gains[kind] / largest_gain, 1) if gains and largest_gain > 0 else 0,
             }
-            for kind in KINDS
+            for kind, meaning in KINDS.items()
         ],
         "gains_known": gains is not None,
-        "confusion": _confusion(analysis),
-        "confused": _confused(analysis),
+        "confusion": _confusion_rows(analysis),
+        "confused": _most_confused(analysis),
         "empty": analysis.empty,
-        "suspects": suspects,
+        "suspects": _suspects(analysis),
         "suspects_count": len(analysis.suspects),
         "suspects_note": analysis.suspects_note,
         "images": images,
-        "images_lost": unreadable,
-        "filter_kinds": [kind for kind in KINDS if any(kind in p["kinds"] for p in images)],
+        "images_unreadable": images_unreadable,
+        "filter_kinds": [kind for kind in KINDS if any(kind in image["kinds"] for image in images)],
         "filter_classes": [
             {"label": label, "name": name, "colour": css_colour(label)}
             for label, name in enumerate(dataset.names)
-            if any(label in p["classes"] for p in images)
+            if any(label in image["classes"] for image in images)
         ],
     }
 
 
 def css_colour(label: int) -> str:
-    """Return the colour of a class for a style sheet: the one that it has on annotated images."""
-    red, green, blue = colour(label)
+    """Return the colour of a class for a style sheet, the same as on annotated images."""
+    red, green, blue = class_color(label)
     return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def _at_thresholds(evaluation: Evaluation, calibration: Calibration | None) -> dict[str, Any] | None:
+    thresholds = calibration.thresholds if calibration else evaluation.thresholds
+    if thresholds is None:
+        return None
+    overall, classes = evaluation.at_thresholds(thresholds)
+    return {
+        "target": thresholds.target,
+        "per_class": list(zip(evaluation.dataset.names, classes, strict=True)),
+        "all": overall,
+        "all_at_one": evaluation.at_one_threshold(thresholds.overall),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- curves
@@ -182,39 +168,30 @@ def curves_svg(evaluation: Evaluation) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    dataset = evaluation.dataset
+    names, per_class = evaluation.dataset.names, evaluation.per_class
+    present = [label for label, row in enumerate(per_class) if row["AP"] is not None]
+    named = sorted(present, key=lambda label: per_class[label]["AP"])[:NAMED_CURVES]  # a legend of all is too long
+    recall, precision = np.linspace(0, 1, 101), np.maximum(evaluation.coco.precision[0, :, :, 0, 2], 0)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "rtdetr", "font.size": 9}):
         figure = Figure(figsize=(10, 4.3), layout="constrained")
         FigureCanvasSVG(figure)
-        figure.patch.set_alpha(0)
         left, right = figure.subplots(1, 2)
-        present = [k for k, row in enumerate(evaluation.per_class) if row["AP"] is not None]
-        # With many classes a legend of all is no legend: name the weakest, since they are what to look at.
-        weakest = sorted(present, key=lambda k: evaluation.per_class[k]["AP"])[:NAMED_CURVES]
-        named = present if len(present) <= NAMED_CURVES else weakest
-        recall = np.linspace(0, 1, 101)
-        precision = evaluation.coco.precision[0, :, :, 0, 2]
         for label in present:
-            style: dict[str, Any] = (
-                {"color": css_colour(label), "linewidth": 1.4, "label": _plain(dataset.names[label])}
-                if label in named
-                else {"color": GREY, "linewidth": 0.5, "alpha": 0.4}
-            )
-            left.plot(recall, np.maximum(precision[:, label], 0), **style)
-            curve = score_curve(dataset, evaluation.table, evaluation.matches, label)
-            right.plot(*_thinned(curve.scores, curve.f1), **style)
-        left.plot(recall, np.maximum(precision[:, present], 0).mean(axis=1), color=GREY, linewidth=2.4, label=ALL)
-        everything = score_curve(dataset, evaluation.table, evaluation.matches, None)
-        right.plot(*_thinned(everything.scores, everything.f1), color=GREY, linewidth=2.4)
-        best = evaluation.best.threshold
-        if best is not None:
-            right.axvline(best, color=GREY, linewidth=0.8, linestyle=":")
-        _dress(left, "recall", "precision (IoU 0.5)")
-        _dress(right, "score threshold", "F1")
-        # Below both plots, which share their colours: inside, a weak model's curves would run through it.
+            style: dict[str, Any] = {"color": GREY, "linewidth": 0.5, "alpha": 0.4}
+            if label in named:
+                style = {"color": css_colour(label), "linewidth": 1.4, "label": _plot_text(names[label])}
+            left.plot(recall, precision[:, label], **style)
+            _plot_f1(right, score_curve(evaluation.dataset, evaluation.table, evaluation.matches, label), **style)
+        style = {"color": GREY, "linewidth": 2.4}
+        left.plot(recall, precision[:, present].mean(axis=1), label="all classes", **style)
+        _plot_f1(right, score_curve(evaluation.dataset, evaluation.table, evaluation.matches, None), **style)
+        if evaluation.best.threshold is not None:
+            right.axvline(evaluation.best.threshold, color=GREY, linewidth=0.8, linestyle=":")
+        _style_axes(left, "recall", "precision (IoU 0.5)")
+        _style_axes(right, "score threshold", "F1")
+        # Below both plots, which share their colours: inside, curves of a weak model would run through the legend.
         handles, labels = left.get_legend_handles_labels()
-        widest = max(map(len, labels))
-        columns = max(1, min(len(labels), 6, LEGEND_LETTERS // (widest + 8)))
+        columns = max(1, min(len(labels), 6, LEGEND_LETTERS // (max(map(len, labels)) + 8)))
         figure.legend(
             handles, labels, loc="outside lower center", frameon=False, fontsize=8, labelcolor=GREY, ncols=columns
         )
@@ -224,80 +201,75 @@ def curves_svg(evaluation: Evaluation) -> str:
     return text[text.index("<svg") :]
 
 
-def _plain(name: str) -> str:
-    """Return a class name as matplotlib will print it: a dollar sign would begin a formula, an underscore hides."""
+def _plot_text(name: str) -> str:
+    """Escape a class name for matplotlib: a dollar sign starts a formula, a leading underscore hides a legend entry."""
     return name.replace("$", r"\$").removeprefix("_") or "(no name)"
 
 
-def _thinned(scores: NDArray[np.float64], values: NDArray[np.float64], most: int = 400) -> tuple[Any, Any]:
-    """Return at most `most` points of a curve, spread evenly over the scores: a page is no place for 100,000."""
-    if len(scores) <= most:
-        return scores, values
-    wanted = np.linspace(scores[-1], scores[0], most)
-    rows = np.unique(np.searchsorted(-scores, -wanted).clip(max=len(scores) - 1))
-    return scores[rows], values[rows]
+def _plot_f1(axes: Axes, curve: ScoreCurve, **style: Any) -> None:
+    """Plot F1 over the score with at most `CURVE_POINTS` points, spread evenly over the scores."""
+    scores, f1 = curve.scores, curve.f1
+    if len(scores) > CURVE_POINTS:
+        wanted = np.linspace(scores[-1], scores[0], CURVE_POINTS)
+        rows = np.unique(np.searchsorted(-scores, -wanted).clip(max=len(scores) - 1))
+        scores, f1 = scores[rows], f1[rows]
+    axes.plot(scores, f1, **style)
 
 
-def _dress(axes: Axes, x: str, y: str) -> None:
+def _style_axes(axes: Axes, x: str, y: str) -> None:
     axes.set(xlabel=x, ylabel=y, xlim=(0, 1), ylim=(0, 1.02))
-    axes.set_facecolor("none")
     axes.grid(color=GREY, alpha=0.2, linewidth=0.6)
-    axes.tick_params(colors=GREY)
+    axes.tick_params(colors=GREY, labelcolor=GREY)
     axes.xaxis.label.set_color(GREY)
     axes.yaxis.label.set_color(GREY)
-    for side, spine in axes.spines.items():
-        spine.set_color(GREY)
-        spine.set_visible(side in ("left", "bottom"))
+    axes.spines[:].set_color(GREY)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 # -------------------------------------------------------------------------------------------------- confusion
 
 
-def _confusion(analysis: ErrorAnalysis) -> list[dict[str, Any]] | None:
+def _confusion_rows(analysis: ErrorAnalysis) -> list[dict[str, Any]] | None:
     """Return the matrix's rows with a shade for each cell, or None: without hotcoco, or with too many classes."""
-    matrix, names = analysis.confusion, analysis.evaluation.dataset.names
-    if matrix is None or len(names) > MATRIX_CLASSES:
+    names = [*analysis.evaluation.dataset.names, "nothing"]
+    if analysis.confusion is None or len(names) > MATRIX_CLASSES + 1:
         return None
     rows = []
-    for label, values in enumerate(matrix.tolist()):
-        total = max(sum(values), 1)
-        rows.append(
-            {
-                "name": names[label] if label < len(names) else "nothing",
-                "cells": [
-                    {"count": count, "share": round(count / total, 3), "right": column == label < len(names)}
-                    for column, count in enumerate(values)
-                ],
-            }
-        )
+    for label, (name, counts) in enumerate(zip(names, analysis.confusion.tolist(), strict=True)):
+        total = max(sum(counts), 1)
+        cells = [
+            {"count": count, "share": round(count / total, 3), "correct": column == label < len(names) - 1}
+            for column, count in enumerate(counts)
+        ]
+        rows.append({"name": name, "cells": cells})
     return rows
 
 
-def _confused(analysis: ErrorAnalysis, most: int = 12) -> list[tuple[str, str, int]]:
-    """Return the commonest (annotated, found, count) among different classes."""
+def _most_confused(analysis: ErrorAnalysis, limit: int = 12) -> list[tuple[str, str, int]]:
+    """Return the commonest (annotated, detected, count) of different classes."""
     if analysis.confusion is None:
         return []
     names = analysis.evaluation.dataset.names
-    classes = analysis.confusion[:-1, :-1].copy()
-    np.fill_diagonal(classes, 0)
-    order = np.argsort(-classes, axis=None, kind="stable")[:most]
-    found = [(int(i // len(names)), int(i % len(names))) for i in order.tolist()]
-    return [(names[a], names[b], int(classes[a, b])) for a, b in found if classes[a, b]]
+    matrix = analysis.confusion[:-1, :-1].copy()
+    np.fill_diagonal(matrix, 0)
+    commonest = np.argsort(-matrix, axis=None, kind="stable")[:limit].tolist()
+    pairs = [divmod(position, len(names)) for position in commonest]
+    return [(names[a], names[b], int(matrix[a, b])) for a, b in pairs if matrix[a, b]]
 
 
 # --------------------------------------------------------------------------------------------------- images
 
 
 @dataclass(frozen=True, slots=True)
-class _Mark:
+class Mark:
     """A box on an image of the page.
 
     Attributes:
-        outcome: a kind of error, `right`, `near` or `crowd`.
+        outcome: a kind of error, `correct`, `misdetected` or `crowd`.
         label: its class.
-        errors: `kind:label` words by which the page's filters find it.
-        text: beside the box.
-        title: when pointed at.
+        errors: words `kind:label` by which the page's filters find it.
+        text: written at the box.
+        title: shown when pointed at.
         box: corners in pixels of the original.
     """
 
@@ -308,106 +280,93 @@ class _Mark:
     title: str
     box: NDArray[np.float64]
 
-    def to_context(self) -> dict[str, Any]:
-        """Return plain values."""
-        x1, y1, x2, y2 = (float(v) for v in self.box)
-        return {
-            "outcome": self.outcome,
-            "errors": self.errors,
-            "text": self.text,
-            "title": self.title,
-            "x": round(x1, 1),
-            "y": round(y1, 1),
-            "w": round(max(x2 - x1, 0), 1),
-            "h": round(max(y2 - y1, 0), 1),
-        }
 
+def place_texts(marks: Sequence[Mark], size_wh: tuple[int, int], text_size: float) -> list[dict[str, Any]]:
+    """Return the marks as plain values, each with a position for its text that covers no other text.
 
-def place_texts(marks: Sequence[_Mark], size_wh: tuple[int, int], text_size: float) -> list[dict[str, Any]]:
-    """Return the marks as plain values, each with a place for its text: where no other text lies.
-
-    A text stands above its box, or below the upper edge, above the lower edge, or below the box, beginning where the
-    box begins or ending where it ends. One for which no place is free, and that of a right box, is shown only when
-    the box is pointed at: `label` is False.
+    A text goes above its box, below the upper edge, above the lower edge, or below the box, and starts where the box
+    starts or ends where it ends. Without a free position the text appears only when the box is pointed at (`label` is
+    False), as does that of a correct box.
 
     Args:
-        marks: those drawn last, which are the surest, choose first.
+        marks: those drawn last, which have the highest scores, choose first.
         size_wh: of the image in pixels.
         text_size: height of a line in pixels.
     """
     width, height = size_wh
     taken = np.zeros((0, 4))
-    shown: list[dict[str, Any]] = []
+    placed: list[dict[str, Any]] = []
     for mark in reversed(marks):
-        length = LETTER * text_size * len(mark.text)
         x1, y1, x2, y2 = (float(v) for v in mark.box)
-        starts = [x1 + 2, min(x2, width) - 2 - length]
-        lines = [y1 - 0.25 * text_size, y1 + text_size, y2 - 0.3 * text_size, y2 + text_size]
+        length = LETTER_WIDTH * text_size * len(mark.text)
+        lines = (y1 - 0.25 * text_size, y1 + text_size, y2 - 0.3 * text_size, y2 + text_size)
+        starts = (x1 + 2, min(x2, width) - 2 - length)
         places = np.array([(x, y - 0.95 * text_size, x + length, y + 0.25 * text_size) for y in lines for x in starts])
-        inside = (places[:, 0] >= 0) & (places[:, 1] >= 0) & (places[:, 2] <= width) & (places[:, 3] <= height)
+        inside = (places[:, :2] >= 0).all(1) & (places[:, 2] <= width) & (places[:, 3] <= height)
         free = inside & ~_overlaps(places, taken).any(axis=1)
-        wanted = mark.outcome != "right"
-        row = int(np.argmax(free)) if wanted and free.any() else int(np.argmax(inside)) if inside.any() else 0
-        if wanted and free.any():
+        visible = mark.outcome != "correct" and bool(free.any())
+        row = int(np.argmax(free if visible else inside))
+        if visible:
             taken = np.concatenate([taken, places[row : row + 1]])
-        shown.append(
+        at_end = row % 2 == 1
+        placed.append(
             {
-                **mark.to_context(),
-                "label": bool(wanted and free.any()),
-                "text_x": round(float(places[row, 2 * (row % 2)]), 1),
+                "outcome": mark.outcome,
+                "errors": mark.errors,
+                "text": mark.text,
+                "title": mark.title,
+                "x": round(x1, 1),
+                "y": round(y1, 1),
+                "w": round(max(x2 - x1, 0), 1),
+                "h": round(max(y2 - y1, 0), 1),
+                "label": visible,
+                "text_x": round(float(places[row, 2 if at_end else 0]), 1),
                 "text_y": round(float(np.clip(lines[row // 2], text_size, height)), 1),
-                "anchor": "end" if row % 2 else "start",
+                "anchor": "end" if at_end else "start",
             }
         )
-    return shown[::-1]
+    return placed[::-1]
 
 
 def _overlaps(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return (A, B) whether rectangles of corners lie on one another."""
+    """Return (A, B) whether rectangles, given by their corners, overlap."""
     apart = (a[:, None, :2] >= b[None, :, 2:]) | (a[:, None, 2:] <= b[None, :, :2])
-    together: NDArray[np.bool_] = ~np.any(apart, axis=2)
-    return together
+    return np.asarray(~np.any(apart, axis=2))
 
 
 def choose_images(analysis: ErrorAnalysis) -> list[int]:
     """Return the images to show: the worst, then some for each kind of error and each class, then the rest."""
     table, dataset = analysis.evaluation.table, analysis.evaluation.dataset
-    wrong = np.flatnonzero(analysis.kinds >= 0)
-    wrong = wrong[np.argsort(-table.scores[wrong], kind="stable")]
+    errors = np.flatnonzero(analysis.kinds >= 0)
+    errors = errors[np.argsort(-table.scores[errors], kind="stable")]
     missed = np.flatnonzero(analysis.missed)
-    images_of_boxes = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))
-    chosen: dict[int, None] = {p.image: None for p in analysis.worst(WORST)}
+    error_image, missed_image = table.image_index[errors], box_images(dataset)[missed]
 
-    def some(images: NDArray[np.int64], most: int) -> None:
-        for image in list(dict.fromkeys(images.tolist()))[:most]:
-            chosen[image] = None
-
-    for kind in range(len(KINDS)):
-        some(table.image_index[wrong[analysis.kinds[wrong] == kind]], EACH_KIND)
-    some(images_of_boxes[missed[~analysis.forgiven[missed]]], EACH_KIND)
+    chosen = [errors.image for errors in analysis.worst(WORST_IMAGES)]
+    groups = [(error_image[analysis.kinds[errors] == kind], IMAGES_PER_KIND) for kind in range(len(KINDS))]
+    groups.append((missed_image[~analysis.explained[missed]], IMAGES_PER_KIND))
     for label in range(len(dataset.categories)):
-        some(table.image_index[wrong[table.labels[wrong] == label]], EACH_CLASS)
-        some(images_of_boxes[missed[dataset.labels[missed] == label]], EACH_CLASS)
-    for image in analysis.worst(MOST_IMAGES):
-        chosen[image.image] = None
-    return list(chosen)[:MOST_IMAGES]
+        groups.append((error_image[table.labels[errors] == label], IMAGES_PER_CLASS))
+        groups.append((missed_image[dataset.labels[missed] == label], IMAGES_PER_CLASS))
+    for images, limit in groups:
+        chosen += list(dict.fromkeys(images.tolist()))[:limit]
+    chosen += [errors.image for errors in analysis.worst(MAX_IMAGES)]
+    return list(dict.fromkeys(chosen))[:MAX_IMAGES]
 
 
 def _images(analysis: ErrorAnalysis) -> tuple[list[dict[str, Any]], int]:
     """Return the images of the page with their boxes, and how many could not be read."""
     dataset = analysis.evaluation.dataset
-    shown, lost = [], 0
+    shown, unreadable = [], 0
     for index in choose_images(analysis):
         try:
             image = read_image(dataset.path(index))
         except ImageError:
-            lost += 1
+            unreadable += 1
             continue
-        truth, found = _truth_marks(analysis, index), _found_marks(analysis, index)
-        figures = analysis.images[index]
-        errors = [m for m in (*truth, *found) if m.outcome in KINDS]
+        truth, detections = _truth_marks(analysis, index), _detection_marks(analysis, index)
+        errors = [mark for mark in (*truth, *detections) if mark.outcome in KINDS]
         height, width = image.shape[:2]
-        missed = {f"{m.outcome}:{m.label}" for m in truth if m.outcome in KINDS}
         text_size = round(max(9.0, (width * height) ** 0.5 / 30), 1)
         shown.append(
             {
@@ -417,63 +376,57 @@ def _images(analysis: ErrorAnalysis) -> tuple[list[dict[str, Any]], int]:
                 "width": width,
                 "height": height,
                 "text_size": text_size,
-                "found": figures.found,
-                "wrong": figures.wrong,
-                "missed": figures.missed,
-                "f1": figures.f1,
-                "kinds": sorted({m.outcome for m in errors}),
-                "classes": sorted({m.label for m in errors}),
-                "pairs": " ".join(sorted({m.errors for m in found if m.outcome in KINDS} | missed)),
+                "counts": analysis.images[index],
+                "kinds": sorted({mark.outcome for mark in errors}),
+                "classes": sorted({mark.label for mark in errors}),
+                "errors": " ".join(sorted({f"{mark.outcome}:{mark.label}" for mark in errors})),
                 "truth_marks": place_texts(truth, (width, height), text_size),
-                "found_marks": place_texts(found, (width, height), text_size),
+                "detection_marks": place_texts(detections, (width, height), text_size),
             }
         )
-    return shown, lost
+    return shown, unreadable
 
 
-def _truth_marks(analysis: ErrorAnalysis, image: int) -> list[_Mark]:
+def _truth_marks(analysis: ErrorAnalysis, image: int) -> list[Mark]:
     dataset, table = analysis.evaluation.dataset, analysis.evaluation.table
-    start, stop = np.searchsorted(table.image_index, [image, image + 1])
-    # The errors that are on a box: the filters show them and the box together.
-    on_box: dict[int, list[str]] = {}
-    for row in range(int(start), int(stop)):
-        if analysis.kinds[row] >= 0:
-            error = f"{KINDS[analysis.kinds[row]]}:{int(table.labels[row])}"
-            on_box.setdefault(int(analysis.near_box[row]), []).append(error)
+    # The filters show an error together with the box that it is on.
+    errors_on: dict[int, list[str]] = {}
+    for row in np.flatnonzero((table.image_index == image) & (analysis.kinds >= 0)).tolist():
+        error = f"{list(KINDS)[analysis.kinds[row]]}:{int(table.labels[row])}"
+        errors_on.setdefault(int(analysis.related_box[row]), []).append(error)
     marks = []
     for box in range(int(dataset.offsets[image]), int(dataset.offsets[image + 1])):
         label = int(dataset.labels[box])
         name = dataset.names[label]
+        errors = errors_on.get(box, [])
         if dataset.crowd[box]:
-            outcome, title = "crowd", f"{name}, a crowd: counts for nothing"
-        elif analysis.missed[box] and not analysis.forgiven[box]:
-            outcome, title = KINDS[MISSED], f"{name}: missed"
-        elif analysis.missed[box]:
-            outcome, title = "near", f"{name}: only found wrongly"
+            outcome, title = "crowd", f"{name}: a crowd, which is ignored"
+        elif not analysis.missed[box]:
+            outcome, title = "correct", f"{name}: detected"
+        elif analysis.explained[box]:
+            outcome, title = "misdetected", f"{name}: detected with the wrong class or a badly fitting box"
         else:
-            outcome, title = "right", f"{name}: found"
-        own = [f"{outcome}:{label}"] if outcome == KINDS[MISSED] else []
-        errors = " ".join([*own, *on_box.get(box, [])])
-        marks.append(_Mark(outcome, label, errors, name, title, dataset.boxes_xyxy_px[box]))
+            outcome, title = MISSED_KIND, f"{name}: missed"
+            errors = [f"{MISSED_KIND}:{label}", *errors]
+        marks.append(Mark(outcome, label, " ".join(errors), name, title, dataset.boxes_xyxy_px[box]))
     return marks
 
 
-def _found_marks(analysis: ErrorAnalysis, image: int) -> list[_Mark]:
+def _detection_marks(analysis: ErrorAnalysis, image: int) -> list[Mark]:
     dataset, table = analysis.evaluation.dataset, analysis.evaluation.table
-    start, stop = np.searchsorted(table.image_index, [image, image + 1])
     width, height = dataset.sizes_wh[image].tolist()
+    rows = np.flatnonzero((table.image_index == image) & (analysis.kinds != NOT_COUNTED))
     marks = []
-    # The surest are drawn last and lie on top.
-    for row in range(int(stop) - 1, int(start) - 1, -1):
-        kind = int(analysis.kinds[row])
-        if kind == UNSEEN:
-            continue
-        label, score = int(table.labels[row]), float(table.scores[row])
-        name = dataset.names[label]
-        outcome = "right" if kind == RIGHT else KINDS[kind]
-        title = f"{name} {score:.2f}: {outcome if kind == RIGHT else f'{outcome}, {MEANINGS[outcome]}'}"
+    for row in rows[::-1].tolist():  # the highest score is drawn last, on top
+        label = int(table.labels[row])
+        text = f"{dataset.names[label]} {table.scores[row]:.2f}"
+        if analysis.kinds[row] == CORRECT:
+            outcome, title = "correct", f"{text}: correct"
+        else:
+            outcome = list(KINDS)[analysis.kinds[row]]
+            title = f"{text}: {outcome} error ({KINDS[outcome]})"
         box = table.boxes_xyxy_px[row].clip(0, [width, height, width, height])
-        marks.append(_Mark(outcome, label, f"{outcome}:{label}", f"{name} {score:.2f}", title, box))
+        marks.append(Mark(outcome, label, f"{outcome}:{label}", text, title, box))
     return marks
 
 
@@ -481,28 +434,24 @@ def _found_marks(analysis: ErrorAnalysis, image: int) -> list[_Mark]:
 
 
 def _suspects(analysis: ErrorAnalysis) -> list[dict[str, Any]]:
-    """Return the suspected annotations to show, each with a piece of its image: some of every kind."""
+    """Return the annotations that may be wrong, each with a crop of its image, all kinds in turn."""
     dataset = analysis.evaluation.dataset
-    shown: list[dict[str, Any]] = []
-    for suspect in _mixed(analysis.suspects):
+    by_kind = [[s for s in analysis.suspects if s.kind == kind] for kind in SUSPECT_TITLES]
+    in_turn = sorted((position, kind) for kind, group in enumerate(by_kind) for position in range(len(group)))
+    crops: list[dict[str, Any]] = []
+    for position, kind in in_turn:
+        suspect = by_kind[kind][position]
         try:
             image = read_image(dataset.path(suspect.image))
         except ImageError:
             continue
         crop, (left, top) = _crop(image, suspect.box_xyxy_px)
         x1, y1, x2, y2 = suspect.box_xyxy_px
-        names = dataset.names
-        said = {
-            "no-box": f"{names[suspect.label]}, score {suspect.score or 0:.2f}",
-            "other-class": f"annotated {names[suspect.annotated or 0]}, found {names[suspect.label]} "
-            f"{suspect.score or 0:.2f}",
-            "never-found": names[suspect.label],
-        }[suspect.kind]
-        shown.append(
+        crops.append(
             {
                 "kind": suspect.kind,
                 "title": SUSPECT_TITLES[suspect.kind],
-                "said": said,
+                "text": _suspect_text(suspect, dataset.names),
                 "name": dataset.file_names[suspect.image],
                 "annotation_id": suspect.annotation_id,
                 "uri": image_uri(crop, max_side=CROP_SIDE),
@@ -515,22 +464,23 @@ def _suspects(analysis: ErrorAnalysis) -> list[dict[str, Any]]:
                 "colour": css_colour(suspect.label),
             }
         )
-        if len(shown) == MOST_SUSPECTS:
+        if len(crops) == MAX_SUSPECTS:
             break
-    return shown
+    return crops
 
 
-def _mixed(suspects: Sequence[Suspect]) -> list[Suspect]:
-    """Return suspects of all kinds by turns, each kind's first ones first."""
-    queues = [[s for s in suspects if s.kind == kind] for kind in SUSPECT_TITLES]
-    longest = max((len(q) for q in queues), default=0)
-    return [queue[place] for place in range(longest) for queue in queues if place < len(queue)]
+def _suspect_text(suspect: Suspect, names: Sequence[str]) -> str:
+    detected = f"detected {names[suspect.label]} {suspect.score or 0:.2f}"
+    if suspect.annotated is None:
+        return detected
+    annotated = f"annotated {names[suspect.annotated]}"
+    return annotated if suspect.score is None else f"{annotated}, {detected}"
 
 
 def _crop(
     image: NDArray[np.uint8], box: tuple[float, float, float, float]
 ) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-    """Return the box with as much again around it, and where the piece begins."""
+    """Return the box with some room around it, and the left and top of the crop."""
     height, width = image.shape[:2]
     x1, y1, x2, y2 = box
     room = max(0.6 * max(x2 - x1, y2 - y1), 16)

@@ -1,9 +1,9 @@
-"""Boxes drawn on images, pleasant to look at: for `predict`, the reports and the plots of a run.
+"""Draw boxes on images: for `predict`, the reports and the plots of a run.
 
-Line and text follow the size of the image, so that a 64 px crop and a 12 MP photograph look alike on a page.
-All lines are drawn before all labels, best score last and on top; a label looks for a free place beside its box
-and never leaves the image. Text is Pillow's own scalable font; a name that it has no letters for falls back to
-fonts that are usually there.
+Line width and text size follow the size of the image, so that a 64 px crop and a 12 MP photo look alike on a page.
+All boxes are drawn before all labels, the best score last and on top. A label looks for a free position around its
+box and never leaves the image. Text is Pillow's own scalable font; names with letters that it lacks use a fallback
+font that is commonly installed.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-Colour = tuple[int, int, int]
+from rtdetr_cli.boxes import intersection
+
+Color = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
 
-# Lightness and chroma (OKLCH) of successive rounds of hues: neighbours on the wheel differ in lightness too.
+# Lightness and chroma (OKLCH) of successive rounds of hues, so that similar hues differ in lightness.
 _ROUNDS = ((0.70, 0.19), (0.52, 0.18), (0.84, 0.13), (0.62, 0.12), (0.92, 0.08))
 _GOLDEN_ANGLE = 137.50776
 _FIRST_HUE = 28.0
 _ELLIPSIS = "…"
-_MOST_COVERED = 0.3  # of the image, by labels
+_MAX_LABEL_AREA = 0.3  # fraction of the image
 _FALLBACK_FONTS = (
     "DejaVuSans.ttf",
     "NotoSans-Regular.ttf",
@@ -40,11 +42,11 @@ _FALLBACK_FONTS = (
 
 
 @cache
-def colour(label: int) -> Colour:
-    """Return the colour (red, green, blue; 0 to 255) of a class: always the same for the same label.
+def class_color(label: int) -> Color:
+    """Return the color (red, green, blue; 0 to 255) of a class, always the same for the same label.
 
-    Hues step by the golden angle, so that any first n classes are spread over the wheel; lightness is equal to the
-    eye (OKLCH), so that no class shouts.
+    Hues step by the golden angle, so that the first n classes are spread over the color wheel for any n; lightness is
+    perceptually uniform (OKLCH), so that no class stands out.
     """
     lightness, chroma = _ROUNDS[(label // 8) % len(_ROUNDS)]
     hue = math.radians(_FIRST_HUE + _GOLDEN_ANGLE * label)
@@ -52,9 +54,15 @@ def colour(label: int) -> Colour:
         linear = _oklch_to_linear(lightness, chroma, hue)
         if (min(linear) >= -1e-3 and max(linear) <= 1.001) or chroma < 0.01:
             break
-        chroma *= 0.96  # a screen cannot show this colour: towards grey, hue and lightness kept
+        chroma *= 0.96  # outside sRGB: move towards grey, with the same hue and lightness
     red, green, blue = (round(255 * _gamma(min(max(channel, 0.0), 1.0))) for channel in linear)
     return red, green, blue
+
+
+def css_color(label: int) -> str:
+    """Return the color of a class for a style sheet: `#ff6557`."""
+    red, green, blue = class_color(label)
+    return f"#{red:02x}{green:02x}{blue:02x}"
 
 
 def draw_boxes(
@@ -69,10 +77,10 @@ def draw_boxes(
 
     Args:
         image: (H, W, 3) uint8, RGB.
-        boxes_xyxy_px: (N, 4) pixels; parts outside the image are not seen.
-        labels: (N,) contiguous labels; they choose name and colour.
+        boxes_xyxy_px: (N, 4) pixels; parts outside the image are not drawn.
+        labels: (N,) contiguous labels, which decide name and color.
         names: class names in label order; a label beyond them is called `class 7`.
-        scores: (N,) 0 to 1, shown beside the name as a percentage; None shows names only (ground truth).
+        scores: (N,) 0 to 1, shown after the name as percentages; None shows names only (ground truth).
     """
     canvas = Image.fromarray(np.ascontiguousarray(image))
     boxes = np.asarray(boxes_xyxy_px, np.float64).reshape(-1, 4)
@@ -80,40 +88,40 @@ def draw_boxes(
     if not len(boxes):
         return np.array(canvas)
     if scores is None:
-        # Small boxes last: a label of a small thing must not vanish under that of a large one.
+        # Small boxes last: the label of a small object must not be hidden by that of a large one.
         areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
         order = np.argsort(-areas, kind="stable")
     else:
         order = np.argsort(np.asarray(scores, np.float64), kind="stable")
 
     pen = ImageDraw.Draw(canvas)
-    line, text_px = _sizes(canvas.width, canvas.height, len(boxes))
+    line, text_px = line_and_text_px(canvas.width, canvas.height, len(boxes))
     for index in order:
-        _draw_outline(pen, boxes[index], colour(classes[index]), line, canvas.size)
+        _draw_outline(pen, boxes[index], class_color(classes[index]), line, canvas.size)
 
     placed: list[Rectangle] = []
-    plates: list[tuple[Rectangle, str, ImageFont.FreeTypeFont, Colour]] = []
-    room = _MOST_COVERED * canvas.width * canvas.height
-    for index in reversed(order):  # the best choose their places first
+    plates: list[tuple[Rectangle, str, ImageFont.FreeTypeFont, Color]] = []
+    room = _MAX_LABEL_AREA * canvas.width * canvas.height
+    for index in reversed(order):  # the best scores choose their positions first
         label = classes[index]
         name = names[label] if 0 <= label < len(names) else f"class {label}"
         score = "" if scores is None else f" {min(max(float(scores[index]), 0.0), 1.0):.0%}"
-        font = _font(text_px, name)
+        font = font_for(text_px, name)
         text = _shorten(name, score, font, canvas.width - 2 * _padding(text_px))
         size = (font.getlength(text) + 2 * _padding(text_px), sum(_line_metrics(font)) + _padding(text_px))
         room -= size[0] * size[1]
         if room < 0 and placed:
-            break  # the rest keep their colours: labels everywhere would hide the image
-        where = _place(boxes[index], size, canvas.size, line, placed)
+            break  # the remaining boxes go without labels, which would hide the image
+        where = position_label(boxes[index], size, canvas.size, line, placed)
         placed.append(where)
-        plates.append((where, text, font, colour(label)))
+        plates.append((where, text, font, class_color(label)))
     for where, text, font, fill in reversed(plates):
         _draw_plate(pen, where, text, font, fill, text_px)
     return np.array(canvas)
 
 
-def _sizes(width: int, height: int, count: int) -> tuple[int, int]:
-    """Return line width and text size in pixels for an image; a crowd gets a finer pen."""
+def line_and_text_px(width: int, height: int, count: int) -> tuple[int, int]:
+    """Return line width and text size in pixels for an image; both are smaller if there are many boxes."""
     side = math.sqrt(width * height)
     crowd = 1.0 if count <= 25 else max(0.7, (25 / count) ** 0.25)
     return max(1, round(side / 260 * crowd)), max(9, round((4 + side / 46) * crowd))
@@ -124,9 +132,9 @@ def _padding(text_px: int) -> int:
 
 
 def _draw_outline(
-    pen: ImageDraw.ImageDraw, box: NDArray[np.float64], fill: Colour, line: int, size: tuple[int, int]
+    pen: ImageDraw.ImageDraw, box: NDArray[np.float64], fill: Color, line: int, size: tuple[int, int]
 ) -> None:
-    """Draw one box, its line inside the box's edge and inside the image, with a thin dark hem for bright grounds."""
+    """Draw one box, with the line inside its edges and inside the image, and a thin dark inner line for contrast."""
     width, height = size
     x1, y1 = (min(max(float(v), 0.0), limit - 1.0) for v, limit in zip(box[:2], size, strict=True))
     x2, y2 = (min(max(float(v) - 1.0, 0.0), limit - 1.0) for v, limit in zip(box[2:], size, strict=True))
@@ -140,9 +148,9 @@ def _draw_outline(
 
 
 def _draw_plate(
-    pen: ImageDraw.ImageDraw, where: Rectangle, text: str, font: ImageFont.FreeTypeFont, fill: Colour, text_px: int
+    pen: ImageDraw.ImageDraw, where: Rectangle, text: str, font: ImageFont.FreeTypeFont, fill: Color, text_px: int
 ) -> None:
-    """Draw a label: a plate in the class's colour, text in black or white, whichever reads better."""
+    """Draw a label: a plate in the color of the class, with black or white text, whichever has more contrast."""
     x1, y1, x2, y2 = (round(v) for v in where)
     radius = text_px / 5 if text_px >= 14 else 0
     pen.rounded_rectangle((x1, y1, x2 - 1, y2 - 1), radius=radius, fill=fill)
@@ -151,19 +159,19 @@ def _draw_plate(
         (x1 + _padding(text_px), y1 + _padding(text_px) / 2 + ascent),
         text,
         font=font,
-        fill=_ink(fill),
+        fill=text_color(fill),
         anchor="ls",
     )
 
 
-def _place(
+def position_label(
     box: NDArray[np.float64], label_size: tuple[float, float], size: tuple[int, int], line: int, placed: list[Rectangle]
 ) -> Rectangle:
-    """Choose the label's rectangle: the first of the usual places that is free, else the least covered one."""
+    """Return the label's rectangle: the first candidate that is free, else the least covered one."""
     width, height = label_size
     x1, y1, x2, y2 = (float(v) for v in box)
     candidates = (
-        (x1, y1 - height),  # on top of the box
+        (x1, y1 - height),  # above the box
         (x1, y1),  # inside, top left
         (x2 - width, y1 - height),
         (x1, y2),  # below
@@ -180,7 +188,7 @@ def _place(
         inside_y = min(max(top, 0.0), max(0.0, size[1] - height))
         moved = abs(inside_x - left) + abs(inside_y - top)
         where = (inside_x, inside_y, inside_x + width, inside_y + height)
-        covered = sum(_overlap(where, other) for other in placed) / (width * height)
+        covered = float(intersection(where, np.reshape(placed, (-1, 4))).sum()) / (width * height)
         cost = covered + (0.15 if moved > line else 0.0) + 0.01 * rank
         if cost < least:
             best, least = where, cost
@@ -190,12 +198,8 @@ def _place(
     return best
 
 
-def _overlap(a: Rectangle, b: Rectangle) -> float:
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
 def _shorten(name: str, score: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """Return name and score, the name cut so that both fit the image."""
+    """Return name and score, with the name shortened so that both fit the image."""
     if font.getlength(name + score) <= width:
         return name + score
     for length in range(len(name) - 1, 0, -1):
@@ -206,45 +210,46 @@ def _shorten(name: str, score: str, font: ImageFont.FreeTypeFont, width: float) 
 
 
 @lru_cache(maxsize=256)
-def _font(size: int, text: str) -> ImageFont.FreeTypeFont:
-    """Return a font of that size in pixels that has the letters of a text, Pillow's own when it can."""
-    own = ImageFont.load_default(size)
-    assert isinstance(own, ImageFont.FreeTypeFont)
-    if text.isascii() or _has_letters(own, text):
-        return own
+def font_for(size: int, text: str) -> ImageFont.FreeTypeFont:
+    """Return a font of that size in pixels that has the letters of a text, preferably Pillow's own."""
+    default = ImageFont.load_default(size)
+    assert isinstance(default, ImageFont.FreeTypeFont)
+    if text.isascii() or has_letters(default, text):
+        return default
     for candidate in _fallback_paths():
         try:
             font = ImageFont.truetype(candidate, size)
         except OSError:
             continue
-        if _has_letters(font, text):
+        if has_letters(font, text):
             return font
-    return own
+    return default
 
 
 @cache
 def _fallback_paths() -> tuple[str, ...]:
-    """Return fonts to try, first the wide one that matplotlib brings (found, not imported)."""
+    """Return fonts to try, starting with the large one in matplotlib (which is located, not imported)."""
     spec = find_spec("matplotlib")
     bundled = [str(Path(spec.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf")] if spec and spec.origin else []
     return (*bundled, *_FALLBACK_FONTS)
 
 
-def _has_letters(font: ImageFont.FreeTypeFont, text: str) -> bool:
-    missing = bytes(font.getmask("\U0010ffff"))  # never assigned: the font's mark for a letter it lacks
+def has_letters(font: ImageFont.FreeTypeFont, text: str) -> bool:
+    """Return whether a font has all letters of a text."""
+    missing = bytes(font.getmask("\U0010ffff"))  # never assigned, so the font draws its symbol for missing letters
     return all(bytes(font.getmask(letter)) != missing for letter in set(text) if not letter.isspace())
 
 
 @lru_cache(maxsize=64)
 def _line_metrics(font: ImageFont.FreeTypeFont) -> tuple[float, float]:
-    """Return the heights above and below the base line that capitals and descenders really take."""
+    """Return the real heights of capitals above the baseline and of descenders below it."""
     _, top, _, bottom = font.getbbox("Ag%|", anchor="ls")
     return float(-top), float(bottom)
 
 
-def _ink(ground: Colour) -> Colour:
-    """Return black or white, whichever stands out more on a ground (WCAG relative luminance)."""
-    red, green, blue = (_linear(channel / 255) for channel in ground)
+def text_color(background: Color) -> Color:
+    """Return black or white, whichever has more contrast to a background (WCAG relative luminance)."""
+    red, green, blue = (_linear(channel / 255) for channel in background)
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
     return (0, 0, 0) if (luminance + 0.05) ** 2 > 0.05 * 1.05 else (255, 255, 255)
 
@@ -258,7 +263,7 @@ def _gamma(channel: float) -> float:
 
 
 def _oklch_to_linear(lightness: float, chroma: float, hue: float) -> tuple[float, float, float]:
-    """Convert OKLCH (hue in radians) to linear sRGB; the matrices are those of B. Ottosson's definition."""
+    """Convert OKLCH (hue in radians) to linear sRGB; the matrices are from B. Ottosson's definition."""
     a, b = chroma * math.cos(hue), chroma * math.sin(hue)
     long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
     medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3

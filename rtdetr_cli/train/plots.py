@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.images.decode import ImageError, read_image
-from rtdetr_cli.images.draw import colour, draw_boxes
+from rtdetr_cli.images.draw import class_color, draw_boxes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -395,7 +395,7 @@ def _dress(axes: Axes, title: str, *, grid: str, legend: bool = False) -> None:
 
 
 def _shade(label: int) -> tuple[float, float, float]:
-    red, green, blue = colour(label)
+    red, green, blue = class_color(label)
     return red / 255, green / 255, blue / 255
 
 

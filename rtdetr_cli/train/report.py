@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.config.presets import flatten
 from rtdetr_cli.config.run import RunConfig
-from rtdetr_cli.images.draw import colour
+from rtdetr_cli.images.draw import class_color
 from rtdetr_cli.page import image_uri, render_page
 from rtdetr_cli.train import plots
 from rtdetr_cli.train.plan import Plan
@@ -159,7 +159,7 @@ def _uri(image: NDArray[np.uint8] | None) -> str:
 
 
 def _css(label: int) -> str:
-    red, green, blue = colour(label)
+    red, green, blue = class_color(label)
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 

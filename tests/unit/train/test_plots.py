@@ -13,7 +13,7 @@ from PIL import Image
 
 from rtdetr_cli.datasets.records import Category, Dataset, FlatStrings
 from rtdetr_cli.evaluate.table import DetectionTable
-from rtdetr_cli.images.draw import colour
+from rtdetr_cli.images.draw import class_color
 from rtdetr_cli.train import plots
 
 
@@ -130,8 +130,8 @@ def test_the_batch_shows_each_image_with_its_boxes() -> None:
     gap = plots.GAP_PX
     assert sheet.shape == (64 + 2 * gap, 3 * 64 + 4 * gap, 3)
     first, second, third = (sheet[gap:-gap, gap + i * (64 + gap) : gap + i * (64 + gap) + 64] for i in range(3))
-    assert tuple(first[32, 16]) == colour(0)
-    assert tuple(third[32, 47]) == colour(1)
+    assert tuple(first[32, 16]) == class_color(0)
+    assert tuple(third[32, 47]) == class_color(1)
     assert not second.any()
 
 
@@ -143,8 +143,8 @@ def test_predictions_stand_beside_the_truth(small: Dataset) -> None:
     gap, strip = plots.GAP_PX, 22
     pair = sheet[3 * gap :, 3 * gap :]
     truth, prediction = pair[gap + strip :, gap : gap + 200], pair[gap + strip :, 200 + 2 * gap :][:, :200]
-    assert tuple(truth[40, 10]) == tuple(prediction[40, 10]) == colour(0)
-    outlines = [np.all(part[:100] == colour(1), axis=2).sum() for part in (truth, prediction)]
+    assert tuple(truth[40, 10]) == tuple(prediction[40, 10]) == class_color(0)
+    outlines = [np.all(part[:100] == class_color(1), axis=2).sum() for part in (truth, prediction)]
     assert outlines[0] > 0
     assert outlines[1] == 0  # its score is under the threshold
 
