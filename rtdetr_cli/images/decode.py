@@ -1,9 +1,9 @@
-"""Read an image as upright RGB, and resize it: the one decoder and the one stretch that everything shares.
+"""Read an image as upright RGB, and resize it: the only decoder and the only resize in the project.
 
-Training, evaluation, prediction, the export gate and the doctor all read through `open_image`, so a file has one
-meaning: upright after EXIF, three channels, eight bits. Pillow decodes, not OpenCV: on JPEG both give the same bits
-in the same time (2.2 ms at 640x480, one core), but OpenCV fills the missing part of a truncated file with grey and
-says nothing, and Pillow's resize is the antialiased one that the published weights were trained with.
+Training, evaluation, prediction, export verification and `rtdetr validate` all read through `open_image`, so that a
+file means the same everywhere: upright after EXIF, three channels, eight bits. Pillow decodes, not OpenCV: on JPEG
+both give the same bits in the same time (2.2 ms at 640x480, one core), but OpenCV silently fills the missing part of
+a truncated file with grey, and Pillow's resize is the antialiased one that the published weights were trained with.
 
 This module never imports torch.
 """
@@ -23,10 +23,10 @@ from PIL import Image, UnidentifiedImageError
 from rtdetr_cli.errors import DataError
 
 MAX_PIXELS = 178_956_970
-"""Larger images are refused as decompression bombs (half a gibibyte once decoded); Pillow's own hard limit."""
+"""Larger images are refused as decompression bombs (half a gibibyte when decoded); this is Pillow's own hard limit."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
-"""What is read. Pillow knows more, among them formats that start other programs (EPS), which a dataset must not."""
+"""Supported formats. Pillow knows more, but some (EPS) start other programs, which a dataset must not do."""
 
 SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -42,10 +42,10 @@ SUFFIXES = {
     "TGA": (".tga",),
     "ICO": (".ico",),
 }
-"""What files of each format are called, the usual suffix first."""
+"""Suffixes of each format, the usual one first."""
 
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
-"""What a file in a folder of images must end in, to count as one."""
+"""Suffixes of the files that count as images in a folder."""
 
 EXIF_TAG = 0x0112
 EXIF_TRANSPOSES = {
@@ -62,56 +62,56 @@ EXIF_TRANSPOSES = {
 EXIF_SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
 
-# Pillow's remarks (odd EXIF, an image above half the limit) would land in the middle of a progress bar. What is worth
-# knowing about an image, `rtdetr validate` says. Here once and for all, since a filter cannot be set for one thread.
+# Pillow's warnings (odd EXIF, an image above half the limit) would interrupt the progress bar; `rtdetr validate`
+# reports what matters. They are switched off globally, since a warning filter cannot be set for a single thread.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class ImageError(DataError):
-    """An image that cannot be used; `code` says which fault it has.
+    """An image that cannot be used; `code` says why.
 
-    Codes: `image-missing`, `image-empty` (zero bytes), `image-unreadable` (not an image, or not one of
-    `FORMATS`), `image-truncated` (the header is fine, the pixels are not all there), `image-bomb`,
-    `image-samples` (samples without an agreed range, such as floats).
+    Codes: `image-missing`, `image-empty` (zero bytes), `image-unreadable` (not an image, or not one of `FORMATS`),
+    `image-truncated` (the header is fine but the pixels are incomplete), `image-bomb`, `image-samples` (samples
+    without a standard range, such as floats).
     """
 
     default_code = "image-unreadable"
 
 
-class _NoRange(Exception):
-    """Samples of 32 bits: of which kind."""
+class _NoStandardRange(Exception):
+    """The image has 32-bit samples; the argument is their kind."""
 
 
 def read_image(source: Path | bytes, *, reduce_to: tuple[int, int] | None = None) -> NDArray[np.uint8]:
     """Decode an image to (H, W, 3) uint8 RGB, upright.
 
     EXIF orientation is applied; 16-bit samples keep their high byte; palette, grey and CMYK become RGB; alpha is
-    dropped, as in the published preprocessing; of an animation the first frame is taken.
+    dropped, as in the published preprocessing; of an animation only the first frame is read.
 
     Args:
         source: a file, or its bytes.
-        reduce_to: height and width that are enough. A JPEG is then decoded at the smallest of 1/8, 1/4, 1/2 and 1
-            that still covers both; other formats are decoded in full.
+        reduce_to: height and width that suffice. A JPEG is then decoded at the smallest of 1/8, 1/4, 1/2 and 1 that
+            still covers both; other formats are decoded in full.
 
     Raises:
-        ImageError: the image is missing, broken, too large or of a kind that has no agreed meaning.
+        ImageError: the image is missing, damaged, too large or of an unsupported kind.
     """
     return np.array(open_image(source, reduce_to=reduce_to), np.uint8)
 
 
 def open_image(source: Path | bytes, *, reduce_to: tuple[int, int] | None = None) -> Image.Image:
-    """Decode as `read_image` does, but return Pillow's image: one copy less for who crops or resizes it."""
+    """Decode like `read_image`, but return Pillow's image, which saves a copy if it is cropped or resized."""
     with opened(source) as file:
         return file.decode(file.divisor(reduce_to) if reduce_to is not None else 1)
 
 
 @contextmanager
 def opened(source: Path | bytes) -> Iterator[ImageFile]:
-    """Open an image and read its header; the pixels wait for `ImageFile.decode`.
+    """Open an image and read its header; `ImageFile.decode` reads the pixels.
 
     Raises:
-        ImageError: the header is missing or broken, or promises a decompression bomb.
+        ImageError: the header is missing or damaged, or declares too many pixels.
     """
     with ExitStack() as stack:
         with _faults(source):
@@ -124,40 +124,40 @@ def opened(source: Path | bytes) -> Iterator[ImageFile]:
 
 
 class ImageFile:
-    """An open image whose header has been read. It can be decoded once.
+    """An open image whose header has been read; it can be decoded once.
 
     Attributes:
         size_wh: width and height of the upright image in pixels.
-        scalable: whether it can be decoded at a half, a quarter or an eighth for less work (JPEG).
+        scalable: whether it can be decoded faster at a half, a quarter or an eighth of its size (JPEG).
     """
 
-    __slots__ = ("_image", "_source", "_turned", "scalable", "size_wh")
+    __slots__ = ("_image", "_orientation", "_source", "scalable", "size_wh")
 
     def __init__(self, image: Image.Image, source: Path | bytes) -> None:
         self._image = image
         self._source = source
-        self._turned = exif_orientation(image)
+        self._orientation = exif_orientation(image)
         width, height = image.size
-        self.size_wh = (height, width) if self._turned in EXIF_SIDEWAYS else (width, height)
+        self.size_wh = (height, width) if self._orientation in EXIF_SIDEWAYS else (width, height)
         self.scalable = image.format in ("JPEG", "MPO")
 
     def divisor(self, hw: tuple[int, int]) -> int:
-        """Return 8, 4, 2 or 1: the most that the sides can be divided by and still cover `hw`."""
+        """Return the largest of 8, 4, 2, 1 by which the sides can be divided and still cover `hw`."""
         return divisor(self.size_wh, hw) if self.scalable else 1
 
     def decode(self, divisor: int = 1) -> Image.Image:
         """Return the upright RGB image, its sides divided by `divisor` and rounded up.
 
         Raises:
-            ImageError: the pixels are broken or of a kind that has no agreed meaning.
+            ImageError: the pixels are damaged or of an unsupported kind.
         """
         image = self._image
         with _faults(self._source):
             if divisor > 1:
-                # Asked for the rounded-down sides, Pillow takes exactly this divisor.
+                # Given the sides rounded down, Pillow chooses exactly this divisor.
                 image.draft(None, (image.width // divisor, image.height // divisor))
             image.load()
-            return upright(_as_rgb(image), self._turned)
+            return upright(_as_rgb(image), self._orientation)
 
 
 def divisor(size_wh: tuple[int, int], hw: tuple[int, int]) -> int:
@@ -169,27 +169,27 @@ def image_size(source: Path | bytes) -> tuple[int, int]:
     """Return width and height in pixels of the upright image, from its header alone.
 
     Raises:
-        ImageError: the header is missing or broken, or promises a decompression bomb.
+        ImageError: the header is missing or damaged, or declares too many pixels.
     """
     with opened(source) as file:
         return file.size_wh
 
 
 def usual_suffix(path: Path) -> str:
-    """Return what a file of this content is usually called, such as `.jpg`.
+    """Return the usual suffix for the content of a file, such as `.jpg`.
 
     Raises:
-        ImageError: it is no image that can be read.
+        ImageError: it is not a readable image.
     """
     with _faults(path), Image.open(path, formats=FORMATS) as image:
         return SUFFIXES[image.format or ""][0]
 
 
 def stretch(image: NDArray[np.uint8], hw: tuple[int, int]) -> NDArray[np.uint8]:
-    """Resize (H, W, 3) uint8 to height and width `hw`: bilinear, antialiased, not keeping the aspect.
+    """Resize (H, W, 3) uint8 to height and width `hw`: bilinear, antialiased, without keeping the aspect ratio.
 
-    The one resize of the project, equal to the published preprocessing. OpenCV's bilinear has no antialiasing and
-    differs by 4 grey levels on average when it shrinks.
+    Equals the published preprocessing. OpenCV's bilinear resize has no antialiasing and differs by 4 grey levels on
+    average when it shrinks an image.
     """
     height, width = hw
     if image.shape[:2] == (height, width):
@@ -198,16 +198,16 @@ def stretch(image: NDArray[np.uint8], hw: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """Return the orientation that a just opened image asks for: 2 to 8 turn it, 0 is none, others are nonsense.
+    """Return the EXIF orientation of a newly opened image: 2 to 8, or 0 for none; other values are invalid.
 
-    Two formats are special. Pillow turns a TIFF itself as it loads. And for a PNG without EXIF before its pixels,
-    Pillow would load the pixels to look behind them, here, where a fault in them would be lost.
+    Two formats are special: Pillow rotates a TIFF itself while loading it, and for a PNG without EXIF before its
+    pixels it would load the pixels to look for EXIF after them, where an error in them would be lost.
     """
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 0
     try:
         value = image.getexif().get(EXIF_TAG, 0)
-    except Exception:  # EXIF is foreign binary data: whatever it makes the parser do, the pixels may still be good
+    except Exception:  # EXIF is untrusted binary data: whatever the parser raises, the pixels may be fine
         return -1
     return value if isinstance(value, int) else -1
 
@@ -227,23 +227,23 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         samples = np.asarray(image).astype(np.uint16)
         return Image.fromarray((samples >> 8).astype(np.uint8)).convert("RGB")
     if mode in ("I", "F"):
-        raise _NoRange("integer" if mode == "I" else "floating-point")
+        raise _NoStandardRange("integer" if mode == "I" else "floating-point")
     if mode in ("P", "PA"):
-        # By way of RGBA, since Pillow warns about palettes with transparency otherwise; the colours are the same.
+        # Through RGBA, because Pillow warns about palettes with transparency otherwise; the colors are the same.
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
 
 
 @contextmanager
 def _faults(source: Path | bytes) -> Iterator[None]:
-    """Turn whatever decoding raises into a `ImageError` that names the file and its fault."""
+    """Turn whatever decoding raises into an `ImageError` that names the file and the problem."""
     name = "the image" if isinstance(source, bytes) else str(source)
     try:
         yield
-    except _NoRange as kind:
+    except _NoStandardRange as kind:
         raise ImageError(
-            f"{name} has 32-bit {kind} samples, which have no agreed range",
-            hint="save it with 8 or 16 bits a sample",
+            f"{name} has 32-bit {kind} samples, which have no standard range",
+            hint="save it with 8 or 16 bits per sample",
             code="image-samples",
         ) from None
     except FileNotFoundError:
@@ -251,18 +251,18 @@ def _faults(source: Path | bytes) -> Iterator[None]:
     except IsADirectoryError:
         raise ImageError(f"{name} is a folder, not an image") from None
     except PermissionError:
-        raise ImageError(f"{name} may not be read by this user") from None
+        raise ImageError(f"{name} cannot be read: permission denied") from None
     except Image.DecompressionBombError:
         raise ImageError(
             f"{name} has more than {MAX_PIXELS:,} pixels, too many to decode safely",
-            hint="make it smaller, or leave it out",
+            hint="scale it down or remove it",
             code="image-bomb",
         ) from None
     except UnidentifiedImageError:
         if (len(source) if isinstance(source, bytes) else source.stat().st_size) == 0:
             raise ImageError(f"{name} is empty (zero bytes)", code="image-empty") from None
-        raise ImageError(f"{name} is not an image of a known format ({', '.join(FORMATS)})") from None
+        raise ImageError(f"{name} is not an image of a supported format ({', '.join(FORMATS)})") from None
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise anything on broken data: OSError, SyntaxError, struct.error...
-        raise ImageError(f"{name} does not decode: {error}", code="image-truncated") from None
+        raise ImageError(f"{name} cannot be decoded: {error}", code="image-truncated") from None
