@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 
 
 def counted(count: int, singular: str, plural: str = "") -> str:
@@ -22,3 +23,9 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean X?)` if a known word is close, else an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,6 +1,6 @@
-"""Names that hands know from ultralytics, rf-detr and the official scripts, accepted for ours.
+"""Hidden aliases: names that ultralytics, rf-detr and the official scripts use for our commands and flags.
 
-One table, hidden from help. A flag is translated only where the command knows the new name and not the old one.
+A flag is translated only if the command knows the new name and not the old one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 COMMAND_ALIASES = {"val": "eval", "evaluate": "eval", "detect": "predict", "fit": "train", "checks": "doctor"}
 
-# old flag -> what stands for it; () drops the flag and keeps its value (a positional argument here)
+# foreign flag -> our words for it; () drops the flag and keeps its value, which is a positional argument here
 FLAG_ALIASES: dict[str, tuple[str, ...]] = {
     "--amp": ("--precision", "auto"),
     "--batch-size": ("--batch",),
@@ -42,17 +42,17 @@ FLAG_ALIASES: dict[str, tuple[str, ...]] = {
     "--tuning": ("--weights",),
     "--use-amp": ("--precision", "auto"),
 }
-# commands where the model is the positional argument, so that `--model x` is just `x`
+# Commands with the model as positional argument: `--model x` means `x`.
 MODEL_IS_POSITIONAL = frozenset({"eval", "export", "benchmark", "compare", "info", "finetune-discrete"})
 
 
 def translate(command: str, arguments: list[str], known: Collection[str]) -> list[str]:
-    """Return the arguments with foreign flag names replaced by ours.
+    """Replace foreign flag names by ours.
 
     Args:
         command: the command that will run.
         arguments: the words after `rtdetr`.
-        known: the option strings that the command declares.
+        known: the flags of the command.
     """
     result: list[str] = []
     literal = False

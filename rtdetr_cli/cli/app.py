@@ -1,7 +1,7 @@
-"""The command line: which commands there are, and how every error leaves the program.
+"""The command line: the commands, and how an error becomes a message and an exit code.
 
-Start-up is part of the product: only the module of the command that is called is imported, and no command's module
-imports torch, numpy, pydantic or rich before its function runs.
+Only the module of the command that runs is imported, and no command's module imports torch, numpy, pydantic or rich
+before its function runs, so that the program starts fast.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from typing import Any
 
 import typer
 
-from rtdetr_cli.cli.aliases import translate
+from rtdetr_cli.cli.aliases import COMMAND_ALIASES, translate
 from rtdetr_cli.errors import EnvironmentProblem, RtdetrError, UsageError
 from rtdetr_cli.version import __version__
 
-# name -> (module below rtdetr_cli.cli, attribute, what `rtdetr --help` says). The order is that of `rtdetr --help`,
-# and what it says fits into a terminal of 80 columns: click would cut a docstring in the middle of a sentence.
+# name -> (module below rtdetr_cli.cli, attribute, help), in the order of `rtdetr --help`. The help fits into a terminal
+# of 80 columns; click would cut a docstring in the middle of a sentence.
 COMMANDS = {
-    "demo": ("demo", "demo", "Go through everything on a small dataset, offline."),
-    "presets": ("presets", "app", "Presets with their sizes and rates, and why."),
+    "demo": ("demo", "demo", "Try everything on a small dataset, offline."),
+    "presets": ("presets", "app", "List, show and compare presets."),
     "validate": ("validate", "validate", "Check a dataset; repair, split or convert a copy."),
     "train": ("train", "train", "Finetune a detector on your own images."),
-    "finetune-discrete": ("finetune_discrete", "finetune_discrete", "Train the second stage, with discrete sampling."),
-    "eval": ("eval", "evaluate_command", "Judge a model or detections by COCO's metrics."),
-    "predict": ("predict", "predict", "Find objects in images and videos."),
-    "export": ("export", "export", "Write an ONNX, OpenVINO or TensorRT file; verify it."),
+    "finetune-discrete": ("finetune_discrete", "finetune_discrete", "Train a second stage with discrete sampling."),
+    "eval": ("eval", "evaluate_command", "Compute COCO metrics of a model or of detections."),
+    "predict": ("predict", "predict", "Detect objects in images and videos."),
+    "export": ("export", "export", "Export to ONNX, OpenVINO or TensorRT, and verify."),
     "benchmark": ("benchmark", "benchmark", "Measure latency and AP side by side."),
-    "compare": ("compare", "compare", "Say whether one model is better than another."),
-    "info": ("info", "info", "Say what is inside any model file."),
+    "compare": ("compare", "compare", "Test whether one model is better than another."),
+    "info": ("info", "info", "Show what is inside a model file."),
     "weights": ("weights", "app", "List, fetch, verify and import published weights."),
-    "doctor": ("doctor", "doctor", "Say whether this machine is fit."),
+    "doctor": ("doctor", "doctor", "Check that this machine has what a run needs."),
 }
 
-SMALLER = "close other programs, or take a smaller --batch, --imgsz or preset"
+OUT_OF_MEMORY_HINT = "close other programs, or use a smaller --batch, --imgsz or preset"
 SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "no_args_is_help": True}
 
 
 def build(only: str | None = None) -> typer.Typer:
-    """Build the application, with every command or with the one that is going to run."""
+    """Build the application, with all commands or only with the one that is going to run."""
     app = typer.Typer(
         help="Finetune RT-DETRv2 on your own images, and deploy it.",
         add_completion=True,
@@ -51,7 +51,7 @@ def build(only: str | None = None) -> typer.Typer:
 
     @app.callback()
     def root(
-        version: bool = typer.Option(False, "--version", "-V", help="Print the version and leave."),
+        version: bool = typer.Option(False, "--version", "-V", help="Print the version and exit."),
     ) -> None:
         pass  # --version is answered in `run`, before anything is built
 
@@ -67,67 +67,71 @@ def build(only: str | None = None) -> typer.Typer:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run one command line and return its exit code; every error is said here."""
+    """Run one command line, print its error if there is one, and return the exit code."""
     arguments = list(argv)
-    # Threads that wait should sleep: on cores shared with others (the loader, say) a training step that spins at its
-    # barriers was measured to take five times as long. Read once, when torch is first imported.
+    # Waiting threads should sleep: on cores that the loader uses too, a training step that spins at its barriers was
+    # measured to take five times as long. torch reads the variable once, when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if arguments[:1] in (["--version"], ["-V"]):
         sys.stdout.write(f"rtdetr {__version__}\n")
         return 0
-    # Where a shell asks for completions, the words come in the environment.
+    # A shell that asks for completions passes the words in the environment.
     completing = "_RTDETR_COMPLETE" in os.environ
     name = None if completing else command_named(arguments)
-    as_json = "--json" in arguments
     try:
         command = typer.main.get_command(build(name))
         if name is None:  # typer puts groups last
             command.commands = {n: command.commands[n] for n in COMMANDS}  # type: ignore[attr-defined]
-        if name is not None:
-            leaf = command.commands[name]  # type: ignore[attr-defined]
-            known = {flag for p in leaf.params for flag in (*p.opts, *p.secondary_opts)}
+        else:
+            parameters = command.commands[name].params  # type: ignore[attr-defined]
+            known = {flag for p in parameters for flag in (*p.opts, *p.secondary_opts)}
             arguments = translate(name, arguments, known)
         code = command.main(args=arguments, prog_name="rtdetr", standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except RtdetrError as error:
-        return report(error, as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("interrupted\n")
         return 130
     except BrokenPipeError:
-        # The reader of a pipe has gone (`| head`): nobody is left to tell.
+        # The reader of the pipe has gone (`| head`), so there is nobody to report to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except ImportError as error:
-        missing = (error.name or "").partition(".")[0]
-        if not missing or missing == "rtdetr_cli":
-            raise
-        missing_package = EnvironmentProblem(
-            f"the package {missing} is not installed or does not import: {error}",
-            hint=f"pip install {missing}",
-            code="package-missing",
-        )
-        return report(missing_package, as_json=as_json)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return report(RtdetrError(f"{where}{error.strerror or error}", code="os"), as_json=as_json)
     except Exception as error:
-        if out_of_memory(error):
-            first_line = str(error).partition("\n")[0].rstrip(".")
-            problem = RtdetrError(f"memory ran out: {first_line}", hint=SMALLER, code="out-of-memory")
-            return report(problem, as_json=as_json)
-        if not hasattr(error, "format_message"):  # click's own usage errors carry it, in every version of typer
-            raise
-        said = sentence(error.format_message())
-        if not said:  # no arguments: the help has been asked for
+        if hasattr(error, "format_message") and not error.format_message():  # no arguments: the user wants the help
             sys.stdout.write(error.ctx.get_help() + "\n" if hasattr(error, "ctx") else "")
             return 2
-        hint = f"rtdetr {name} --help" if name else "rtdetr --help"
-        return report(UsageError(said, hint=hint), as_json=as_json)
+        expected = expected_error(error, name)
+        if expected is None:
+            raise
+        return report(expected, as_json="--json" in arguments)
+
+
+def expected_error(error: Exception, command: str | None) -> RtdetrError | None:
+    """Return an error that a user may meet, with a message and an exit code; None for a bug."""
+    if isinstance(error, RtdetrError):
+        return error
+    if isinstance(error, ImportError):
+        package = (error.name or "").partition(".")[0]
+        if not package or package == "rtdetr_cli":
+            return None
+        return EnvironmentProblem(
+            f"the package {package} is not installed, or importing it fails: {error}",
+            hint=f"pip install {package}",
+            code="package-missing",
+        )
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return RtdetrError(f"{where}{error.strerror or error}", code="os")
+    if out_of_memory(error):
+        first_line = str(error).partition("\n")[0].rstrip(".")
+        return RtdetrError(f"out of memory: {first_line}", hint=OUT_OF_MEMORY_HINT, code="out-of-memory")
+    if hasattr(error, "format_message"):  # a usage error of click; its class depends on the version of typer
+        hint = f"rtdetr {command} --help" if command else "rtdetr --help"
+        return UsageError(sentence(error.format_message()), hint=hint)
+    return None
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Tell memory that ran out, where nothing nearer to it could try with less, from every other error."""
+    """Return whether memory ran out where nobody could retry with less."""
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from rtdetr_cli.train.memory import is_out_of_memory
@@ -136,9 +140,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def command_named(arguments: list[str]) -> str | None:
-    """Return the command that the arguments name, or None; a known alias is replaced in place."""
-    from rtdetr_cli.cli.aliases import COMMAND_ALIASES
-
+    """Return the command that the arguments name, or None; an alias is replaced in place."""
     if not arguments:
         return None
     arguments[0] = COMMAND_ALIASES.get(arguments[0], arguments[0])
@@ -146,30 +148,22 @@ def command_named(arguments: list[str]) -> str | None:
 
 
 def sentence(text: str) -> str:
-    """Return click's message in our voice: lower case at the start, no full stop at the end."""
+    """Return a message of click in the style of ours: lower case at the start, no full stop at the end."""
     text = " ".join(text.split()).rstrip(".")
     return text[:1].lower() + text[1:]
 
 
 def report(error: RtdetrError, *, as_json: bool) -> int:
-    """Say an error for people on stderr, or as one JSON line on stdout, and return its exit code."""
+    """Print an error for people on stderr, or as one JSON line on stdout, and return its exit code."""
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.train import launch
 
-    if launch.supervised():  # one process of several: the one that started it says the error, once
-        launch.leave_word(error)
+    if launch.supervised():  # the process that started this one prints the error, once
+        launch.report_to_parent(error)
         return error.exit_code
     if as_json:
-        terminal.emit_json(
-            {
-                "error": {
-                    "code": error.code,
-                    "message": error.message,
-                    "hint": error.hint,
-                    "exit_code": error.exit_code,
-                }
-            }
-        )
+        fields = ("code", "message", "hint", "exit_code")
+        terminal.emit_json({"error": {field: getattr(error, field) for field in fields}})
     else:
-        terminal.complain(launch.speaker() + error.message, error.hint)
+        terminal.complain(launch.process_prefix() + error.message, error.hint)
     return error.exit_code

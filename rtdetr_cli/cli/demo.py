@@ -1,4 +1,4 @@
-"""`rtdetr demo`: the whole chain, offline."""
+"""`rtdetr demo`: the whole workflow on a generated dataset, offline."""
 
 from __future__ import annotations
 
@@ -7,47 +7,48 @@ from typing import Annotated, Any
 
 import typer
 
+from rtdetr_cli.cli.terminal import JsonFlag
+
 
 def demo(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where everything goes.")] = Path("rtdetr-demo"),
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of the training. [10]")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON document on one line.")] = False,
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder for all files.")] = Path("rtdetr-demo"),
+    epochs: Annotated[int, typer.Option(min=1, help="Training epochs.")] = 10,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Make a dataset, check it, train on it, evaluate, predict, export: offline, about three minutes."""
+    """Generate a dataset, check it, train, evaluate, predict and export: offline, in about three minutes."""
     import time
 
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.cli.training_output import render
-    from rtdetr_cli.text import tally
+    from rtdetr_cli.text import counted, tally
+    from rtdetr_cli.train.stop import stop_on_signals
     from rtdetr_cli.workflows import demo as workflow
-    from rtdetr_cli.workflows.finetune import stop_on_signals
 
-    began = time.monotonic()
-    work = workflow.Demo(folder, epochs=epochs or workflow.EPOCHS)
+    start = time.monotonic()
+    work = workflow.Demo(folder, epochs=epochs)
 
     def stage(number: int, text: str) -> None:
         terminal.say(terminal.paint(f"[{number}/6]", "36;1") + " " + text)
 
-    stage(1, f"make a dataset: {work.train_images} images to train on, {work.val_images} held out")
+    stage(1, f"generate a dataset: {work.train_images} training images, {work.val_images} validation images")
     work.make_dataset()
-    stage(2, "check it")
+    stage(2, "check the dataset")
     counts = work.check_dataset()
     terminal.say(f"      {tally(counts)}")
-    stage(3, f"train the preset tiny from random weights, {work.epochs} epochs")
+    stage(3, f"train the preset tiny from random weights for {counted(work.epochs, 'epoch')}")
     with stop_on_signals() as stop:
         render(work.train(stop=stop), result_on_stdout=False)
-    stage(4, "evaluate it on the held-out images")
-    evaluation = work.evaluate()
-    metrics = evaluation.metrics
+    stage(4, "evaluate the model on the validation images")
+    metrics = dict(work.evaluate().metrics)
     stage(5, "predict")
     drawn, images, boxes = work.predict()
-    stage(6, "export to ONNX, and hold the file against the model")
+    stage(6, "export to ONNX, and compare the file with the model")
     artefact = work.export(tell=lambda text: terminal.say("      " + text))
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
 
     verdict = artefact.verdict
     assert verdict is not None
-    artefacts: dict[str, Any] = {
+    artefacts = {
         "dataset": str(work.data),
         "run": str(work.run),
         "model": str(work.best),
@@ -56,27 +57,20 @@ def demo(
         "parity": str(artefact.path.parent / "parity.json"),
     }
     if as_json:
-        terminal.emit_json(
-            {
-                "metrics": dict(metrics),
-                "artefacts": artefacts,
-                "gate": verdict.to_json(),
-                "findings": counts,
-                "seconds": round(seconds, 1),
-            }
-        )
+        document: dict[str, Any] = {"metrics": metrics, "artefacts": artefacts, "gate": verdict.to_json()}
+        terminal.emit_json({**document, "findings": counts, "seconds": round(seconds, 1)})
     else:
-        shown = {name: terminal.show(metrics[name]) for name in ("AP", "AP50")}
+        ap, ap50 = terminal.show(metrics["AP"]), terminal.show(metrics["AP50"])
         terminal.table(
             ("what", "where", "result"),
             [
-                ("dataset", artefacts["dataset"], f"{counts.get('error', 0)} errors"),
-                ("model", artefacts["model"], f"AP {shown['AP']}  AP50 {shown['AP50']} on held-out images"),
-                ("images", artefacts["predictions"], f"{boxes} boxes on {images} images"),
+                ("dataset", artefacts["dataset"], counted(counts.get("error", 0), "error")),
+                ("model", artefacts["model"], f"AP {ap}  AP50 {ap50} on the validation images"),
+                ("images", artefacts["predictions"], f"{counted(boxes, 'box')} on {counted(images, 'image')}"),
                 ("export", artefacts["onnx"], verdict.summary),
             ],
             title=f"done in {terminal.duration(seconds)}",
         )
         terminal.out(f"next  rtdetr predict {work.data / 'images'} --weights {artefact.path}")
         terminal.out("      rtdetr train --preset r18 --data YOUR.json")
-    workflow.judge(dict(metrics))
+    workflow.check_accuracy(metrics)

@@ -1,4 +1,4 @@
-"""`rtdetr doctor`: is this machine fit, and what to do where it is not."""
+"""`rtdetr doctor`: check that this machine has what a run needs."""
 
 from __future__ import annotations
 
@@ -7,32 +7,30 @@ from typing import Annotated
 
 import typer
 
+from rtdetr_cli.cli.terminal import JsonFlag
+
 
 def doctor(
-    data: Annotated[Path, typer.Option("--out", help="Folder whose disk will hold the runs.")] = Path("."),
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on one line.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder on the disk that will hold the runs.")] = Path("."),
+    as_json: JsonFlag = False,
 ) -> None:
-    """Say whether this machine is fit: versions, devices, providers, disk, shared memory, name clash."""
+    """Check this machine: package versions, devices, ONNX Runtime providers, memory, disk space and name clashes."""
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.errors import EnvironmentProblem
     from rtdetr_cli.workflows.doctor import inspect_machine
 
-    checks = inspect_machine(data)
-    failed = [c for c in checks if c.state == "fail"]
+    checks = inspect_machine(out)
+    missing = [c.missing for c in checks if c.missing]
     if as_json:
-        terminal.emit_json(
-            {
-                "fit": not failed,
-                "checks": [{"name": c.name, "state": c.state, "found": c.found, "advice": c.advice} for c in checks],
-            }
-        )
-        if failed:
+        rows = [{"name": c.name, "state": c.state, "found": c.result, "advice": c.advice} for c in checks]
+        terminal.emit_json({"fit": not missing, "checks": rows})
+        if missing:
             raise typer.Exit(EnvironmentProblem.exit_code)
         return
-    terminal.table(("check", "state", "found"), [(c.name, c.state, c.found) for c in checks])
+    terminal.table(("check", "state", "result"), [(c.name, c.state, c.result) for c in checks])
     for check in checks:
         if check.advice:
             terminal.out(f"{check.state}  {check.name}: {check.advice}")
-    if failed:
-        raise EnvironmentProblem(f"this machine is not fit: {', '.join(c.name for c in failed)}", code="doctor-failed")
-    terminal.out("this machine is fit")
+    if missing:
+        raise EnvironmentProblem(f"this machine is missing: {', '.join(missing)}", code="doctor-failed")
+    terminal.out("this machine has everything that rtdetr needs")

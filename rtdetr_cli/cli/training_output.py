@@ -26,8 +26,7 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
         as_json: print the result as one JSON line in place of a table.
         result_on_stdout: False where the run is part of a larger command that prints a result of its own.
     """
-    from rtdetr_cli.train.events import EvaluationStarted, MicroBatchReduced, RolledBack, StepDone, StepSkipped
-    from rtdetr_cli.train.events import EpochDone as EpochDoneEvent
+    from rtdetr_cli.train import events as training
     from rtdetr_cli.workflows import finetune as workflow
 
     started: workflow.RunStarted | None = None
@@ -40,22 +39,22 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
                     started = event
                     _show_start(event)
                     bar.start(event)
-                case EvaluationStarted():
+                case training.EvaluationStarted():
                     bar.show_evaluation(event.step)
-                case StepDone():
+                case training.StepDone():
                     bar.show_step(event)
                     for image, reason in event.replaced:
                         bar.say(f"warning: image {image} was replaced: {reason}")
-                case EpochDoneEvent():
+                case training.EpochDone():
                     bar.say(epoch_line(event, bar.seconds_left(event)))
-                case StepSkipped():
+                case training.StepSkipped():
                     bar.say(skipped_line(event))
-                case MicroBatchReduced():
+                case training.MicroBatchReduced():
                     bar.say(
                         f"warning: out of memory at step {event.step + 1}: repeating it with micro-batch "
                         f"{event.micro_batch} instead of {event.micro_batch_before} (same effective batch)"
                     )
-                case RolledBack():
+                case training.RolledBack():
                     bar.say(
                         f"warning: rolled back from step {event.step} to step {event.to_step}, "
                         f"with {event.rate_scale:.3g} of the learning rate"
@@ -70,6 +69,8 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
                         _show_dry_run(event, started)
                 case workflow.RunFinished():
                     bar.stop()
+                    if event.already_finished:
+                        terminal.say(f"{event.folder} has already finished: there is nothing left to do")
                     result = result_document(event)
                     if result_on_stdout and not as_json:
                         _show_result(event)
@@ -264,6 +265,7 @@ def result_document(event: RunFinished) -> dict[str, Any]:
         "stopped": event.reason,
         "seconds": round(event.seconds, 1),
         "explanation": event.explanation or None,
+        "already_finished": event.already_finished,
     }
 
 

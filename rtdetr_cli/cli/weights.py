@@ -8,15 +8,10 @@ from typing import Annotated
 import typer
 
 from rtdetr_cli.cli import terminal
+from rtdetr_cli.cli.terminal import JsonFlag
 
-app = typer.Typer(
-    help="List, fetch, verify and import published weights.",
-    rich_markup_mode=None,
-    invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = terminal.command_group("List, fetch, verify and import published weights.")
 
-Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
 Name = Annotated[str, typer.Argument(help="A preset such as r18, or the name of a published file.")]
 
 
@@ -42,7 +37,7 @@ def _file_name(name: str) -> str:
 
 
 @app.command("list")
-def list_files(as_json: Json = False) -> None:
+def list_files(as_json: JsonFlag = False) -> None:
     """List the published files, and which of them are in the cache."""
     from rtdetr_cli.weights import hub
 
@@ -72,7 +67,7 @@ def fetch(
     force: Annotated[
         bool, typer.Option("--force", help="Download the file even if it is cached, and accept a changed file.")
     ] = False,
-    as_json: Json = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Download a file into the cache and check its hash."""
     from rtdetr_cli.weights import hub
@@ -85,7 +80,7 @@ def fetch(
 
 
 @app.command()
-def verify(as_json: Json = False) -> None:
+def verify(as_json: JsonFlag = False) -> None:
     """Check the hash of every cached file."""
     from rtdetr_cli.errors import ModelError
     from rtdetr_cli.weights import hub
@@ -114,7 +109,7 @@ def verify(as_json: Json = False) -> None:
 def import_(
     file: Annotated[Path, typer.Argument(help="A published file that was downloaded by other means.")],
     force: Annotated[bool, typer.Option("--force", help="Accept a file that differs from the recorded one.")] = False,
-    as_json: Json = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Check the hash of a downloaded file and copy it into the cache."""
     from rtdetr_cli.weights import hub
@@ -126,7 +121,7 @@ def import_(
 
 
 @app.command()
-def path(name: Name, as_json: Json = False) -> None:
+def path(name: Name, as_json: JsonFlag = False) -> None:
     """Print the path of a file in the cache, whether or not it is there."""
     from rtdetr_cli.weights import hub
 

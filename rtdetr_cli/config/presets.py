@@ -11,8 +11,9 @@ from pydantic import BaseModel
 
 from rtdetr_cli.config.schema import Preset
 from rtdetr_cli.config.settings import RunSettings
-from rtdetr_cli.config.validation import suggest, validate
+from rtdetr_cli.config.validation import validate
 from rtdetr_cli.errors import UsageError
+from rtdetr_cli.text import suggest
 
 ORDER = ("tiny", "r18", "r34", "r50m", "r50", "r101")
 
@@ -30,13 +31,18 @@ def preset_names() -> tuple[str, ...]:
     return (*(n for n in ORDER if n in names), *sorted(names.difference(ORDER)))
 
 
+def preset_path(name: str) -> Path:
+    """Return the file of a preset, given its name or the path of a TOML file."""
+    return Path(name) if name.endswith(".toml") else preset_folder() / f"{name}.toml"
+
+
 def load_preset(name: str) -> Preset:
     """Read and validate one preset, given its name or the path of a TOML file.
 
     Raises:
         UsageError: there is no such preset, or the file is invalid (all problems at once).
     """
-    path = Path(name) if name.endswith(".toml") else preset_folder() / f"{name}.toml"
+    path = preset_path(name)
     if not path.is_file():
         if name.endswith(".toml"):
             raise UsageError(f"preset file {name} does not exist", code="preset-unknown")

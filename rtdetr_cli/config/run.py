@@ -15,8 +15,9 @@ from pydantic import BeforeValidator, create_model
 from rtdetr_cli.config.presets import flatten, load_preset, read_toml
 from rtdetr_cli.config.schema import ModelSpec, OptimSpec, Preset, Schema
 from rtdetr_cli.config.settings import Declaration, RunSettings, declarations
-from rtdetr_cli.config.validation import suggest, validate
+from rtdetr_cli.config.validation import validate
 from rtdetr_cli.errors import UsageError
+from rtdetr_cli.text import suggest
 
 SETTINGS = declarations()
 # Settings that may name a file or folder, and the words that do not.

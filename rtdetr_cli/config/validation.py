@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -10,14 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from rtdetr_cli.errors import UsageError
+from rtdetr_cli.text import suggest
 
 Model = TypeVar("Model", bound=BaseModel)
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean X?)` if a known word is close, else an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def validate(

@@ -1,11 +1,10 @@
-"""What this machine has: packages, devices, disk, shared memory, and what is known to hurt.
+"""Inspect this machine: packages, devices, memory, disk space, and what is known to cause trouble.
 
-Each check is small and stands alone; none of them changes anything.
+Each check stands alone and changes nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import shutil
@@ -15,61 +14,83 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
-# Packages the main job needs, and what each is for.
+from rtdetr_cli.machine import cpu_count, cpu_flags, cpu_name, free_bytes
+from rtdetr_cli.runs import nearest_existing
+
+GIB = 2**30
+LOW_MEMORY = LOW_DISK = 2 * GIB
+LOW_SHARED_MEMORY = GIB // 4
+
+# Packages that rtdetr needs, with their purpose.
 NEEDED = {
     "torch": "the network",
     "torchvision": "antialiased resizing on the device",
     "numpy": "arrays",
-    "pydantic": "presets",
+    "scipy": "matching predictions with boxes",
+    "pydantic": "settings and presets",
     "pillow": "reading images",
     "albumentations": "augmentation",
-    "hotcoco": "metrics (pycocotools stands in, without error analysis)",
-    "pycocotools": "metrics, the oracle",
-    "onnx": "export",
-    "onnxruntime": "the export gate and fast prediction",
+    "hotcoco": "COCO metrics with error analysis",
+    "pycocotools": "COCO metrics",
+    "onnx": "ONNX export",
+    "onnxruntime": "verifying exports, fast prediction",
     "safetensors": "model files",
 }
 OPTIONAL = {
-    "openvino": "export --openvino; fastest on Intel and AMD processors",
+    "openvino": "export --openvino; fast on Intel and AMD processors",
     "tensorrt": "export --trt-fp16",
     "tensorboard": "train --log tensorboard",
     "wandb": "train --log wandb",
     "mlflow": "train --log mlflow",
     "supervision": "Detections.to_supervision()",
 }
-# TensorRT releases with threads about wrong results for this family; the export gate decides, this only warns.
-TENSORRT_CAUTION = {"8.5": "half precision gave wrong boxes for some detectors of this family", "8.6": "likewise"}
+# TensorRT releases with reports of wrong results for similar detectors. This only warns: every export is verified.
+TENSORRT_CAUTION = {
+    "8.5": "half precision has given wrong boxes for similar detectors",
+    "8.6": "half precision has given wrong boxes for similar detectors",
+}
+EXTENSIONS = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX", "avx2": "AVX2"}
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing looked at. `state` is `ok`, `warn`, `fail` or `none` (absent and optional)."""
+    """The result of one check.
+
+    Attributes:
+        name: of the check.
+        state: `ok`, `warn`, `fail`, or `none` for something optional that is absent.
+        result: what was found.
+        advice: what to do about it, if anything.
+        missing: what this machine lacks, if the check failed.
+    """
 
     name: str
     state: str
-    found: str
+    result: str
     advice: str = ""
+    missing: str = ""
 
 
 def inspect_machine(out: Path) -> list[Check]:
-    """Look at everything that a run meets later.
+    """Check everything that a run needs.
 
     Args:
-        out: a folder on the disk that runs would be written to.
+        out: folder on the disk that runs would be written to.
     """
     return [
         *_python(),
-        *_packages(),
+        *_needed_packages(),
+        *_optional_packages(),
         *_name_clash(),
-        *_processor(),
-        *_cuda(),
+        _processor(),
+        *_gpus(),
         *_providers(),
         *_memory(),
-        *_disk(out),
+        _disk(out),
     ]
 
 
-def installed(package: str) -> str:
+def _installed(package: str) -> str:
     """Return the installed version of a package, or an empty string."""
     try:
         return metadata.version(package)
@@ -78,80 +99,74 @@ def installed(package: str) -> str:
 
 
 def _python() -> Iterator[Check]:
-    version = platform.python_version()
-    yield Check(
-        "python", "ok" if sys.version_info >= (3, 11) else "fail", f"{version} on {platform.platform(terse=True)}"
-    )
-    yield Check("rtdetr-cli", "ok", installed("rtdetr-cli") or "from a checkout that is not installed")
+    supported = sys.version_info >= (3, 11)
+    version = f"{platform.python_version()} on {platform.platform(terse=True)}"
+    yield Check("python", "ok" if supported else "fail", version, missing="" if supported else "Python 3.11 or newer")
+    yield Check("rtdetr-cli", "ok", _installed("rtdetr-cli") or "runs from a checkout, not installed")
 
 
-def _packages() -> Iterator[Check]:
+def _needed_packages() -> Iterator[Check]:
     for package, purpose in NEEDED.items():
-        version = installed(package)
+        version = _installed(package)
         if version:
             yield Check(package, "ok", version)
         else:
-            yield Check(package, "fail", "not installed", f"pip install {package}  ({purpose})")
+            advice = f"pip install {package}  ({purpose})"
+            yield Check(package, "fail", "not installed", advice, missing=package)
+
+
+def _optional_packages() -> Iterator[Check]:
     for package, purpose in OPTIONAL.items():
-        version = installed(package) or (package == "mlflow" and installed("mlflow-skinny")) or ""
-        caution = ""
-        if package == "tensorrt":
-            caution = TENSORRT_CAUTION.get(".".join(version.split(".")[:2]), "")
-        yield Check(
-            package, "warn" if caution else "ok" if version else "none", version or f"not installed: {purpose}", caution
-        )
+        version = _installed(package) or (_installed("mlflow-skinny") if package == "mlflow" else "")
+        release = ".".join(version.split(".")[:2])
+        caution = TENSORRT_CAUTION.get(release, "") if package == "tensorrt" else ""
+        state = "warn" if caution else "ok" if version else "none"
+        yield Check(package, state, version or f"not installed: {purpose}", caution)
 
 
 def _name_clash() -> Iterator[Check]:
-    """Another distribution is called `rtdetr`; it may own the program of the same name."""
-    foreign = installed("rtdetr")
-    program = shutil.which("rtdetr")
-    owners = [
-        d.metadata["Name"]
-        for d in metadata.distributions()
-        if any(e.group == "console_scripts" and e.name == "rtdetr" for e in d.entry_points)
-    ]
-    if foreign or len(set(owners)) > 1:
+    """Check whether another distribution, called `rtdetr`, owns the program of the same name."""
+    version = _installed("rtdetr")
+    owners = {
+        distribution.metadata["Name"]
+        for distribution in metadata.distributions()
+        for entry in distribution.entry_points
+        if entry.group == "console_scripts" and entry.name == "rtdetr"
+    }
+    if version or len(owners) > 1:
+        owned = "rtdetr" in owners
         yield Check(
             "name clash",
-            "fail" if "rtdetr" in owners else "warn",
-            f"the package rtdetr {foreign} is installed too",
-            "pip uninstall rtdetr, or call this one as: python -m rtdetr_cli",
+            "fail" if owned else "warn",
+            f"the package rtdetr {version} is installed as well",
+            "pip uninstall rtdetr, or run this program as: python -m rtdetr_cli",
+            missing="a program rtdetr that only this package installs" if owned else "",
         )
     else:
+        program = shutil.which("rtdetr")
         yield Check("name clash", "ok", f"none; rtdetr is {program}" if program else "none; rtdetr is not on the PATH")
 
 
-def _processor() -> Iterator[Check]:
-    flags = ""
-    with contextlib.suppress(OSError):  # not a Linux: the extensions stay unnamed
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    extensions = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX", "avx2": "AVX2"}
-    wide = [name for flag, name in extensions.items() if flag in flags]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Check("processor", "ok", f"{cores} cores" + (f", {', '.join(wide)}" if wide else ""))
+def _processor() -> Check:
+    flags = cpu_flags()
+    extensions = [name for flag, name in EXTENSIONS.items() if flag in flags]
+    return Check("processor", "ok", ", ".join([cpu_name(), f"{cpu_count()} cores", *extensions]))
 
 
-def _cuda() -> Iterator[Check]:
+def _gpus() -> Iterator[Check]:
     if util.find_spec("torch") is None:
         return
     import torch
 
     if not torch.cuda.is_available():
-        built = torch.version.cuda
-        yield Check(
-            "gpu",
-            "none",
-            "none that torch can use" + ("" if built else "; this torch was built without CUDA"),
-        )
+        built = "" if torch.version.cuda else "; this torch was built without CUDA"
+        yield Check("gpu", "none", f"none that torch can use{built}")
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
-        bf16 = "bf16" if properties.major >= 8 else "no bf16, fp16 with scaling is used"
-        yield Check(
-            f"gpu {index}", "ok", f"{properties.name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, {bf16}"
-        )
+        bf16 = "bf16" if properties.major >= 8 else "no bf16: fp16 with loss scaling is used"
+        yield Check(f"gpu {index}", "ok", f"{properties.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, {bf16}")
 
 
 def _providers() -> Iterator[Check]:
@@ -160,46 +175,38 @@ def _providers() -> Iterator[Check]:
     import onnxruntime
 
     names = [p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers()]
-    yield Check("onnxruntime runs on", "ok", ", ".join(names))
+    yield Check("onnxruntime providers", "ok", ", ".join(names))
 
 
 def _memory() -> Iterator[Check]:
     import psutil
 
-    from rtdetr_cli.machine import free_bytes
-
     total, free = psutil.virtual_memory().total, free_bytes(None)
-    low = free < 2 * 2**30
-    yield Check(
-        "memory",
-        "warn" if low else "ok",
-        f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
-        "less than 2 GiB is free: close something, or train with --batch 1 --workers 0" if low else "",
-    )
+    result = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    if free < LOW_MEMORY:
+        advice = "less than 2 GiB of memory is free: close other programs, or train with --batch 1 --workers 0"
+        yield Check("memory", "warn", result, advice)
+    else:
+        yield Check("memory", "ok", result)
     shared = Path("/dev/shm")
     if shared.is_dir():
-        free = shutil.disk_usage(shared).free
-        low = free < 256 * 2**20
+        free = free_bytes(shared)
+        low = free < LOW_SHARED_MEMORY
+        advice = (
+            "loader workers pass images through shared memory: start the container with --shm-size=2g, or train with "
+            "--workers 0"
+        )
         yield Check(
-            "shared memory",
-            "warn" if low else "ok",
-            f"{free / 2**30:.1f} GiB free in /dev/shm",
-            "loader workers pass images through it: start the container with --shm-size=2g, or train with --workers 0"
-            if low
-            else "",
+            "shared memory", "warn" if low else "ok", f"{free / GIB:.1f} GiB free in /dev/shm", advice if low else ""
         )
 
 
-def _disk(out: Path) -> Iterator[Check]:
-    folder = out.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    writable = os.access(folder, os.W_OK)
-    low = free < 2 * 2**30
-    yield Check(
-        "disk",
-        "fail" if not writable else "warn" if low else "ok",
-        f"{free / 2**30:.1f} GiB free under {folder}" + ("" if writable else ", not writable"),
-        "an r18 run keeps about 0.6 GiB (best.safetensors and two checkpoints)" if low else "",
-    )
+def _disk(out: Path) -> Check:
+    folder = nearest_existing(out)
+    free = free_bytes(folder)
+    result = f"{free / GIB:.1f} GiB free under {folder}"
+    if not os.access(folder, os.W_OK):
+        return Check("disk", "fail", f"{result}, not writable", missing=f"write access to {folder}")
+    if free < LOW_DISK:
+        return Check("disk", "warn", result, "an r18 run takes about 0.6 GiB (best.safetensors and two checkpoints)")
+    return Check("disk", "ok", result)
