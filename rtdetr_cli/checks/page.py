@@ -1,33 +1,38 @@
-"""The page of an examined dataset: what it holds, what was found, and each finding on its image."""
+"""The report page of a dataset: its contents, the findings, and each finding drawn on its image."""
 
 from __future__ import annotations
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rtdetr_cli.checks.doctor import Report
 from rtdetr_cli.datasets.codes import CODES
 from rtdetr_cli.datasets.findings import Spot
-from rtdetr_cli.datasets.raw import RawSplit
-from rtdetr_cli.errors import RtdetrError
+from rtdetr_cli.files import atomic_write
 from rtdetr_cli.images.decode import ImageError, open_image
-from rtdetr_cli.images.draw import class_color
+from rtdetr_cli.images.draw import css_color
 from rtdetr_cli.page import image_uri, render_page
 from rtdetr_cli.text import printable
 
-MOST_FINDINGS = 3000
-MOST_IMAGES = 500
-"""Beyond these the page would not open on a phone; what is left out is said on the page."""
+MAX_FINDINGS = 3000
+MAX_IMAGES = 500
+"""With more, the page would not open on a phone; the page says what it leaves out."""
 
-MOST_CLASSES = 200
+MAX_CLASSES = 200
 SAMPLES = 12
-MOST_SAMPLE_BOXES = 300
-SIDE = 400
-_HEAT = 24
-_PLOT = (420.0, 160.0)
+MAX_SAMPLE_BOXES = 300
+SIDE_PX = 400
+_HEATMAP_CELLS = 24
+_PLOT_WH = (420.0, 160.0)
+
+Member = tuple[str, int]
+Images = dict[Member, dict[str, Any]]
+"""(split, index) -> an image as the page shows it."""
 
 
 def write_page(report: Report, path: Path) -> None:
@@ -37,28 +42,24 @@ def write_page(report: Report, path: Path) -> None:
         RtdetrError: the file cannot be written.
     """
     page = render_page("validate.html", **page_context(report))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise RtdetrError(f"{path} cannot be written: {error.strerror or error}", code="output") from error
+    with atomic_write(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def page_context(report: Report) -> dict[str, Any]:
     """Return everything that the template shows."""
-    chosen = _chosen_findings(report)
-    samples = _chosen_samples(report)
-    wanted = dict.fromkeys([(s, p) for s, p in samples])
+    chosen = _choose_findings(report)
+    samples = _choose_samples(report)
+    wanted = dict.fromkeys(samples)
     for i in chosen:
         spot = report.spots[i]
-        if spot.image >= 0 and len(wanted) < MOST_IMAGES:
+        if spot.image >= 0 and len(wanted) < MAX_IMAGES:
             wanted[spot.split, spot.image] = None
             if spot.other is not None:
                 wanted[spot.other] = None
-    images = _images(report, list(wanted))
-    found = [_finding(report, i, images) for i in chosen]
-    by_code = report.by_code()
-    shown = {code: sum(f["code"] == code for f in found) for code in by_code}
+    images = _load_images(report, list(wanted))
+    findings = [_finding(report, i, images) for i in chosen]
+    on_page = Counter(f["code"] for f in findings)
     summary = report.summary()
     return {
         "title": f"{summary['name']}: dataset report",
@@ -68,55 +69,45 @@ def page_context(report: Report) -> dict[str, Any]:
         "codes": [
             {
                 "code": code,
-                "severity": report.findings[positions[0]].severity,
+                "severity": report.findings[indices[0]].severity,
                 "title": CODES[code].title,
                 "explanation": CODES[code].explanation,
                 "hint": CODES[code].hint,
                 "repair": CODES[code].repair,
-                "count": len(positions),
-                "shown": shown[code],
+                "count": len(indices),
+                "on_page": on_page[code],
             }
-            for code, positions in by_code.items()
+            for code, indices in report.by_code().items()
         ],
         "classes": _classes(summary),
-        "classes_left": max(0, summary["classes"] - MOST_CLASSES),
-        "sizes": _sizes(report),
-        "heat": _heat(report),
-        "samples": [s for s in (_sample(report, split, p, images) for split, p in samples) if s],
+        "classes_left_out": max(0, summary["classes"] - MAX_CLASSES),
+        "sizes": _size_histogram(report),
+        "heatmap": _heatmap(report),
+        "samples": [_sample(report, member, images[member]) for member in samples if member in images],
         "images": list(images.values()),
-        "findings": found,
-        "findings_left": len(report.findings) - len(found),
+        "findings": findings,
+        "findings_left_out": len(report.findings) - len(findings),
     }
 
 
-def css(label: int) -> str:
-    """Return a class's colour."""
-    red, green, blue = class_color(label)
-    return f"#{red:02x}{green:02x}{blue:02x}"
+# ---- what to show
 
 
-# ---- which
-
-
-def _chosen_findings(report: Report) -> list[int]:
-    """Return the findings that are shown: all of them, or as many of each code as fit."""
+def _choose_findings(report: Report) -> list[int]:
+    """Return the findings to show: all of them, or as many of each code as fit."""
     by_code = report.by_code()
-    total = sum(len(p) for p in by_code.values())
-    if total <= MOST_FINDINGS:
-        return [i for positions in by_code.values() for i in positions]
-    room, chosen = MOST_FINDINGS, []
-    for left, (_, positions) in enumerate(sorted(by_code.items(), key=lambda item: len(item[1]))):
-        share = min(len(positions), room // (len(by_code) - left))
-        chosen.append(positions[:share])
-        room -= share
-    rank = {code: i for i, code in enumerate(by_code)}
-    return sorted((i for part in chosen for i in part), key=lambda i: rank[report.findings[i].code])
+    chosen: dict[str, list[int]] = {}
+    room = MAX_FINDINGS
+    for done, code in enumerate(sorted(by_code, key=lambda code: len(by_code[code]))):
+        chosen[code] = by_code[code][: room // (len(by_code) - done)]
+        room -= len(chosen[code])
+    return [i for code in by_code for i in chosen[code]]
 
 
-def _chosen_samples(report: Report) -> list[tuple[str, int]]:
-    """Return images that show the classes, the rare ones first, and then some from all over."""
+def _choose_samples(report: Report) -> list[Member]:
+    """Return images that show all classes, the rare ones first, and then some from the whole dataset."""
     raw = report.raw
-    chosen: dict[tuple[str, int], None] = {}
+    chosen: dict[Member, None] = {}
     for name in ("train", "val", "test"):
         split = raw.splits.get(name)
         if split is None or not len(split) or len(chosen) >= SAMPLES:
@@ -125,99 +116,94 @@ def _chosen_samples(report: Report) -> list[tuple[str, int]]:
         for label in sorted(np.flatnonzero(counts).tolist(), key=lambda c: int(counts[c])):
             if len(chosen) >= SAMPLES - 4:
                 break
-            with_it = split.box_images[split.labels == label]
-            chosen[name, int(with_it[len(with_it) // 2])] = None
-        for position in np.linspace(0, len(split) - 1, SAMPLES).astype(int).tolist():
-            if len(chosen) < SAMPLES and split.usable[position]:
-                chosen.setdefault((name, position))
+            images = split.box_images[split.labels == label]
+            chosen[name, int(images[len(images) // 2])] = None
+        for image in np.linspace(0, len(split) - 1, SAMPLES).astype(int).tolist():
+            if len(chosen) < SAMPLES and split.usable[image]:
+                chosen.setdefault((name, image))
     return list(chosen)
 
 
-# ---- images
+# ---- images and findings
 
 
-def _images(report: Report, wanted: list[tuple[str, int]]) -> dict[tuple[str, int], dict[str, Any]]:
-    def read(member: tuple[str, int]) -> dict[str, Any] | None:
+def _load_images(report: Report, members: list[Member]) -> Images:
+    def load(member: Member) -> dict[str, Any] | None:
         name, index = member
         split = report.raw.splits[name]
         if not split.usable[index]:
             return None
         try:
-            image = open_image(split.path(index), reduce_to=(SIDE, SIDE))
+            image = open_image(split.path(index), reduce_to=(SIDE_PX, SIDE_PX))
         except ImageError:
             return None
         width, height = split.sizes_wh[index].tolist()
         if not width or not height:
             width, height = image.size
-        uri = image_uri(np.asarray(image), max_side=SIDE, quality=72)
+        uri = image_uri(np.asarray(image), max_side=SIDE_PX, quality=72)
         return {"id": f"p-{name}-{index}", "uri": uri, "w": width, "h": height}
 
     with ThreadPoolExecutor() as pool:
-        found = dict(zip(wanted, pool.map(read, wanted), strict=True))
-    return {member: image for member, image in found.items() if image is not None}
+        loaded = zip(members, pool.map(load, members), strict=True)
+        return {member: image for member, image in loaded if image is not None}
 
 
-def _finding(report: Report, i: int, images: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
+def _finding(report: Report, i: int, images: Images) -> dict[str, Any]:
     finding, spot = report.findings[i], report.spots[i]
     image = images.get((spot.split, spot.image))
-    box = _drawn(spot, image) if image else None
     other = images.get(spot.other) if spot.other is not None else None
-    ids = [
-        f"{what} {value}"
-        for what, value in (("image", finding.image_id), ("annotation", finding.annotation_id))
-        if value is not None
-    ]
+    box = _drawable_box(spot, image) if image else None
+    missing = ""
+    if spot.image >= 0 and image is None:
+        usable = report.raw.splits[spot.split].usable[spot.image]
+        missing = f"not shown: the page holds {MAX_IMAGES} images" if usable else "no image to show"
+    ids = (("image", finding.image_id), ("annotation", finding.annotation_id))
     return {
         "code": finding.code,
         "severity": finding.severity,
         "message": finding.message,
         "file": finding.file,
         "line": finding.line,
-        "ids": ", ".join(ids),
+        "ids": ", ".join(f"{kind} {value}" for kind, value in ids if value is not None),
         "view": _view(image, box) if image else None,
         "other": _view(other, None) if other else None,
         "box": box,
-        "no_view": "" if spot.image < 0 or image else _why_not(report, spot),
+        "missing": missing,
     }
-
-
-def _why_not(report: Report, spot: Spot) -> str:
-    if not report.raw.splits[spot.split].usable[spot.image]:
-        return "no image to show"
-    return f"not shown: the page holds {MOST_IMAGES} images"
 
 
 def _view(image: dict[str, Any], box: dict[str, float] | None) -> dict[str, Any]:
-    """Return what a frame shows: the image, and a box outside it where it is."""
+    """Return the visible area: the image, extended to a box outside it."""
     x1, y1, x2, y2 = 0.0, 0.0, float(image["w"]), float(image["h"])
     if box and (box["x"] < 0 or box["y"] < 0 or box["x"] + box["w"] > x2 or box["y"] + box["h"] > y2):
-        rim = max(x2, y2) / 50  # so that the line itself is seen whole
-        x1, y1 = min(x1, box["x"] - rim), min(y1, box["y"] - rim)
-        x2, y2 = max(x2, box["x"] + box["w"] + rim), max(y2, box["y"] + box["h"] + rim)
+        margin = max(x2, y2) / 50  # so that the whole line is visible
+        x1, y1 = min(x1, box["x"] - margin), min(y1, box["y"] - margin)
+        x2, y2 = max(x2, box["x"] + box["w"] + margin), max(y2, box["y"] + box["h"] + margin)
     return {"id": image["id"], "x": x1, "y": y1, "w": x2 - x1, "h": y2 - y1}
 
 
-def _drawn(spot: Spot, image: dict[str, Any]) -> dict[str, float] | None:
-    """Return a finding's box as it can be drawn: corners in order, not further away than half an image."""
+def _drawable_box(spot: Spot, image: dict[str, Any]) -> dict[str, float] | None:
+    """Return a finding's box with its corners in order, moved to within half an image of the image."""
     if spot.box is None or not np.isfinite(spot.box).all():
         return None
     width, height = image["w"], image["h"]
-    xs, ys = _reach(spot.box[0], spot.box[2], width), _reach(spot.box[1], spot.box[3], height)
-    side = max(xs[1] - xs[0], ys[1] - ys[0])
+    x1, x2 = _drawable_range(spot.box[0], spot.box[2], width)
+    y1, y2 = _drawable_range(spot.box[1], spot.box[3], height)
     return {
-        "x": round(xs[0], 2),
-        "y": round(ys[0], 2),
+        "x": round(x1, 2),
+        "y": round(y1, 2),
         # A box without extent would not be drawn at all.
-        "w": round(max(xs[1] - xs[0], width / 400), 2),
-        "h": round(max(ys[1] - ys[0], height / 400), 2),
-        "cx": round(sum(xs) / 2, 2),
-        "cy": round(sum(ys) / 2, 2),
-        "ring": round(width / 20, 2) if side < width / 30 else 0,
+        "w": round(max(x2 - x1, width / 400), 2),
+        "h": round(max(y2 - y1, height / 400), 2),
+        "cx": round((x1 + x2) / 2, 2),
+        "cy": round((y1 + y2) / 2, 2),
+        # A circle around a box that would be hard to see.
+        "ring": round(width / 20, 2) if max(x2 - x1, y2 - y1) < width / 30 else 0,
     }
 
 
-def _reach(one: float, other: float, side: float) -> tuple[float, float]:
-    """Return both ends in order, brought to within half a side of the image; what lies beyond keeps an extent."""
+def _drawable_range(one: float, other: float, side: float) -> tuple[float, float]:
+    """Return both ends in order, within half a side of the image; a range beyond that keeps its extent."""
     low, high = sorted((one, other))
     extent = min(high - low, side / 2)
     if low > 1.5 * side:
@@ -227,15 +213,11 @@ def _reach(one: float, other: float, side: float) -> tuple[float, float]:
     return max(low, -side / 2), min(high, 1.5 * side)
 
 
-def _sample(
-    report: Report, name: str, position: int, images: dict[tuple[str, int], dict[str, Any]]
-) -> dict[str, Any] | None:
-    image = images.get((name, position))
-    if image is None:
-        return None
+def _sample(report: Report, member: Member, image: dict[str, Any]) -> dict[str, Any]:
+    name, index = member
     split = report.raw.splits[name]
-    low, high = np.searchsorted(split.box_images, [position, position + 1])
-    labels = split.labels[low:high]
+    low, high = np.searchsorted(split.box_images, [index, index + 1])
+    labels = split.labels[low:high].tolist()
     names = [c.name for c in report.raw.categories]
     boxes = [
         {
@@ -244,22 +226,18 @@ def _sample(
             "w": round(x2 - x1, 2),
             "h": round(y2 - y1, 2),
             "name": names[label],
-            "colour": css(label),
+            "color": css_color(label),
         }
-        for (x1, y1, x2, y2), label in zip(
-            split.boxes_xyxy_px[low:high][:MOST_SAMPLE_BOXES].tolist(), labels[:MOST_SAMPLE_BOXES].tolist(), strict=True
-        )
+        for (x1, y1, x2, y2), label in zip(split.boxes_xyxy_px[low:high].tolist(), labels, strict=True)
     ]
-    counts = np.bincount(labels) if len(labels) else np.zeros(0, int)
     return {
         **image,
-        "name": printable(split.file_names[position]),
+        "name": printable(split.file_names[index]),
         "split": name,
-        "boxes": boxes,
+        "boxes": boxes[:MAX_SAMPLE_BOXES],
         "classes": [
-            {"name": names[label], "count": int(counts[label]), "colour": css(label)}
-            for label in np.argsort(-counts, kind="stable").tolist()[:8]
-            if counts[label]
+            {"name": names[label], "count": count, "color": css_color(label)}
+            for label, count in sorted(Counter(labels).items(), key=lambda item: (-item[1], item[0]))[:8]
         ],
     }
 
@@ -268,75 +246,75 @@ def _sample(
 
 
 def _classes(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = summary["per_class"]
-    most = max((sum(row["boxes"].values()) for row in rows), default=0) or 1
-    ranked = sorted(enumerate(rows), key=lambda item: -sum(item[1]["boxes"].values()))[:MOST_CLASSES]
+    totals = [(sum(row["boxes"].values()), label, row) for label, row in enumerate(summary["per_class"])]
+    totals.sort(key=lambda item: -item[0])
+    most = max(totals[0][0], 1) if totals else 1
     return [
         {
             **row,
-            "colour": css(label),
+            "color": css_color(label),
             "bars": [(name, round(10 * count / most, 3)) for name, count in row["boxes"].items() if count],
         }
-        for label, row in ranked
+        for _, label, row in totals[:MAX_CLASSES]
     ]
 
 
-def _shares(split: RawSplit) -> tuple[Any, Any]:
-    sizes = split.sizes_wh[split.box_images].astype(np.float64)
-    known = (sizes[:, 0] > 0) & ~split.crowd
-    return split.boxes_xyxy_px[known] / np.tile(sizes[known], 2), known
+def _normalized_boxes(report: Report) -> NDArray[np.float64]:
+    """Return the boxes (N, 4) of all splits as fractions of their images, without crowds."""
+    parts = [np.zeros((0, 4))]
+    for split in report.raw.splits.values():
+        sizes = split.sizes_wh[split.box_images].astype(np.float64)
+        known = (sizes[:, 0] > 0) & ~split.crowd
+        parts.append(split.boxes_xyxy_px[known] / np.tile(sizes[known], 2))
+    return np.concatenate(parts)
 
 
-def _sizes(report: Report) -> dict[str, Any]:
-    """Return the histogram of box sizes at the network's scale, on a logarithmic axis."""
-    shares = [_shares(split)[0] for split in report.raw.splits.values()]
-    boxes = np.concatenate(shares) if shares else np.zeros((0, 4))
+def _size_histogram(report: Report) -> dict[str, Any]:
+    """Return the histogram of box sizes at the network's input size, on a logarithmic axis."""
+    boxes = _normalized_boxes(report)
     if not len(boxes):
-        return {"bars": [], "ticks": [], "said": ""}
+        return {"bars": [], "ticks": [], "text": ""}
     height, width = report.imgsz
     sides = (boxes[:, 2:] - boxes[:, :2]) * np.asarray([width, height], np.float64)
     root = np.sqrt(np.prod(sides, axis=1))
     top = float(max(width, height))
     edges = np.geomspace(1, top, 41)
     counts, _ = np.histogram(np.clip(root, 1, top), edges)
-    wide, high = _PLOT
-    step = wide / len(counts)
+    plot_width, plot_height = _PLOT_WH
+    step = plot_width / len(counts)
     bars = [
         {
             "x": round(i * step + 0.5, 2),
-            "y": round(high - high * count / counts.max(), 2),
+            "y": round(plot_height - plot_height * count / counts.max(), 2),
             "w": round(step - 1, 2),
-            "h": round(high * count / counts.max(), 2),
-            "tiny": 2 if edges[i + 1] <= 2 else 1 if edges[i + 1] <= 8 else 0,
+            "h": round(plot_height * count / counts.max(), 2),
+            "color": "error" if edges[i + 1] <= 2 else "warning" if edges[i + 1] <= 8 else "accent",
             "title": f"{edges[i]:.0f} to {edges[i + 1]:.0f} px: {count:,}",
         }
         for i, count in enumerate(counts.tolist())
         if count
     ]
     ticks = [
-        {"x": round(wide * float(np.log(value) / np.log(top)), 1), "text": str(value)}
-        for value in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+        {"x": round(plot_width * float(np.log(value) / np.log(top)), 1), "text": str(value)}
+        for value in (2**n for n in range(12))
         if value <= top
     ]
     smallest = sides.min(axis=1)
-    said = (
-        f"Half of the boxes are below {np.median(root):.0f} px; {np.mean(smallest < 8):.1%} have a side below 8 px, "
-        f"{np.mean(smallest < 2):.1%} below 2 px."
+    text = (
+        f"The median size is {np.median(root):.0f} px. {np.mean(smallest < 8):.1%} of the boxes have a side below "
+        f"8 px, {np.mean(smallest < 2):.1%} below 2 px."
     )
-    return {"bars": bars, "ticks": ticks, "said": said}
+    return {"bars": bars, "ticks": ticks, "text": text}
 
 
-def _heat(report: Report) -> dict[str, Any]:
-    table = np.zeros((_HEAT, _HEAT))
-    for split in report.raw.splits.values():
-        boxes, _ = _shares(split)
-        centres = np.clip((boxes[:, :2] + boxes[:, 2:]) / 2 * _HEAT, 0, _HEAT - 1).astype(int)
-        np.add.at(table, (centres[:, 1], centres[:, 0]), 1)
-    most = table.max() or 1.0
+def _heatmap(report: Report) -> dict[str, Any]:
+    """Return how often box centers fall into each cell of a grid over the image."""
+    boxes = _normalized_boxes(report)
+    centers = np.clip((boxes[:, :2] + boxes[:, 2:]) / 2 * _HEATMAP_CELLS, 0, _HEATMAP_CELLS - 1).astype(int)
+    counts = np.zeros((_HEATMAP_CELLS, _HEATMAP_CELLS))
+    np.add.at(counts, (centers[:, 1], centers[:, 0]), 1)
+    opacity = np.sqrt(counts / (counts.max() or 1.0)).round(3)
     return {
-        "side": _HEAT,
-        "cells": [
-            {"x": int(x), "y": int(y), "share": round(float(np.sqrt(table[y, x] / most)), 3)}
-            for y, x in zip(*np.nonzero(table), strict=True)
-        ],
+        "side": _HEATMAP_CELLS,
+        "cells": [{"x": int(x), "y": int(y), "opacity": float(opacity[y, x])} for y, x in np.argwhere(counts)],
     }

@@ -72,7 +72,7 @@ def test_every_finding_is_there_with_its_box(coco: Any, tmp_path: Path) -> None:
     report = examine(spoiled(coco))
     context = page_context(report)
     assert len(context["findings"]) == len(report.findings)
-    assert context["findings_left"] == 0
+    assert context["findings_left_out"] == 0
     by_code = {f["code"]: f for f in context["findings"]}
     zero = by_code["box-zero-size"]
     assert zero["view"]
@@ -82,7 +82,7 @@ def test_every_finding_is_there_with_its_box(coco: Any, tmp_path: Path) -> None:
     assert outside["view"]["w"] > 96
     assert by_code["box-not-finite"]["box"] is None
     assert by_code["image-leak"]["other"]
-    assert by_code["image-empty"]["no_view"]
+    assert by_code["image-empty"]["missing"]
     path = tmp_path / "deep/er/page.html"
     write_page(report, path)
     text = path.read_text("utf-8")
@@ -106,13 +106,13 @@ def test_nothing_is_loaded_and_names_are_only_text(coco: Any, tmp_path: Path) ->
 
 
 def test_many_findings_are_cut_and_said(coco: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "MOST_FINDINGS", 5)
+    monkeypatch.setattr(pages, "MAX_FINDINGS", 5)
     for annotation in coco.train["annotations"][:12]:
         annotation["bbox"] = [20, 20, 0, 10]
     coco.val["annotations"][0]["iscrowd"] = 1
     context = page_context(examine(coco.write()))
     assert len(context["findings"]) == 5
-    assert context["findings_left"] > 0
+    assert context["findings_left_out"] > 0
     assert "box-crowd" in {f["code"] for f in context["findings"]}
 
 
@@ -127,12 +127,12 @@ def test_box_far_outside_keeps_its_extent_on_the_page(coco: Any) -> None:
 
 
 def test_image_that_found_no_room_is_said(coco: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "MOST_IMAGES", 1)
+    monkeypatch.setattr(pages, "MAX_IMAGES", 1)
     monkeypatch.setattr(pages, "SAMPLES", 1)
     for annotation in coco.train["annotations"]:
         annotation["bbox"] = [20, 20, 0, 10]
     (coco.folder / "images/train_3.jpg").write_bytes(b"")
-    said = {f["no_view"] for f in page_context(examine(coco.write()))["findings"]}
+    said = {f["missing"] for f in page_context(examine(coco.write()))["findings"]}
     assert said >= {"not shown: the page holds 1 images", "no image to show"}
 
 
