@@ -1,7 +1,7 @@
-"""Self-contained HTML pages: one file that opens from disk, without network, in light and dark, on a phone.
+"""Self-contained HTML pages: one file that opens from disk, without network, in light and dark mode and on a phone.
 
-Every page extends `templates/base.html`. Names from data are escaped by jinja2's autoescape, and the page's own
-content security policy forbids whatever is not in the file.
+Every page extends `templates/base.html`. Names from data are escaped by jinja2's autoescape, and the page's content
+security policy forbids loading anything that is not in the file.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _FLAG = re.compile(r"--[a-z][a-z-]*")
+_CODE = re.compile(r"`([^`]+)`")
 
 
 @cache
@@ -32,24 +33,25 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["flags_whole"] = flags_whole
+    environment.filters["prose"] = prose
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "ensure_ascii": True}
     return environment
 
 
-def flags_whole(text: str) -> Markup:
-    """Return text, escaped, in which no line breaks inside a flag: browsers would, after its hyphens."""
+def prose(text: str) -> Markup:
+    """Return escaped text in which backticks mark code, and which browsers don't break after the hyphens of a flag."""
     from markupsafe import Markup, escape
 
-    return Markup(_FLAG.sub(r'<span style="white-space:nowrap">\g<0></span>', str(escape(text))))
+    with_code = _CODE.sub(r"<code>\1</code>", str(escape(text)))
+    return Markup(_FLAG.sub(r'<span style="white-space:nowrap">\g<0></span>', with_code))
 
 
 def render_page(template: str, **context: Any) -> str:
     """Return a page as text that is valid UTF-8.
 
     Args:
-        template: a file of `templates/`.
-        context: what it shows; `title` is the page's.
+        template: a file in `templates/`.
+        context: the variables of the template; `title` is the page's title.
     """
     from rtdetr_cli.version import __version__
 
@@ -59,12 +61,12 @@ def render_page(template: str, **context: Any) -> str:
 
 
 def image_uri(image: NDArray[np.uint8], *, max_side: int = 640, quality: int = 78) -> str:
-    """Return an image as a `data:` address of a JPEG.
+    """Return an image as the `data:` URI of a JPEG.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        max_side: the longer side in pixels; a larger image is scaled down.
-        quality: of the JPEG, 1 to 95.
+        max_side: pixels of the longer side; larger images are scaled down.
+        quality: of the JPEG, from 1 to 95.
     """
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""The frame that every page shares."""
+"""HTML pages: escaping, embedded images, text with flags and code."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import pytest
 from jinja2 import UndefinedError
 from PIL import Image
 
-from rtdetr_cli.page import flags_whole, image_uri, render_page
+from rtdetr_cli.page import image_uri, prose, render_page
 
 
-def test_page_is_escaped_and_can_be_written() -> None:
+def test_page_is_escaped_and_valid_utf8() -> None:
     text = render_page("base.html", title="<script>alert(1)</script> \udce4")
     assert "<script>" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt; \\udce4" in text
     text.encode("utf-8")
 
 
-def test_missing_value_is_an_error_and_not_a_gap() -> None:
+def test_missing_variable_is_an_error() -> None:
     with pytest.raises(UndefinedError):
         render_page("validate.html")
 
 
 @pytest.mark.parametrize(("shape", "size"), [((40, 80), (40, 20)), ((20, 10), (10, 20)), ((3000, 2), (1, 40))])
-def test_image_is_embedded_and_not_larger_than_asked(shape: tuple[int, int], size: tuple[int, int]) -> None:
+def test_image_is_embedded_and_scaled_down(shape: tuple[int, int], size: tuple[int, int]) -> None:
     image = np.full((*shape, 3), (200, 30, 90), np.uint8)
     uri = image_uri(image, max_side=40)
     head, data = uri.split(",")
@@ -36,7 +36,8 @@ def test_image_is_embedded_and_not_larger_than_asked(shape: tuple[int, int], siz
         assert np.abs(np.asarray(embedded).astype(int) - [200, 30, 90]).max() < 6
 
 
-def test_flags_stay_whole_and_text_stays_escaped() -> None:
-    told = str(flags_whole("make <b>new</b> splits with --resplit"))
-    assert told.endswith('<span style="white-space:nowrap">--resplit</span>')
-    assert "&lt;b&gt;new&lt;/b&gt;" in told
+def test_prose_keeps_flags_on_one_line_marks_code_and_escapes_the_rest() -> None:
+    html = str(prose("make <b>new</b> splits of `data.yaml` with --resplit"))
+    assert html.endswith('<span style="white-space:nowrap">--resplit</span>')
+    assert "&lt;b&gt;new&lt;/b&gt;" in html
+    assert "<code>data.yaml</code>" in html
