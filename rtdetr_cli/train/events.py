@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rtdetr_cli.batches.loader import Batch
-from rtdetr_cli.train.guard import NonFinite
+from rtdetr_cli.evaluate.run import Evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +47,44 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True)
+class NonFinite:
+    """Why a step was skipped.
+
+    Attributes:
+        term: the first loss term that is not finite, or `gradient`.
+        images: dataset indices of the micro-batches in which it is not finite.
+        files: their names.
+        evidence: the file with the batch and all results; None after the first few.
+        in_a_row: steps skipped in a row, including this one.
+        scale_only: float16's loss scale was too high and has been halved; nothing is wrong.
+    """
+
+    term: str
+    images: tuple[int, ...]
+    files: tuple[str, ...]
+    evidence: Path | None
+    in_a_row: int
+    scale_only: bool
+
+    @classmethod
+    def merge(cls, causes: Sequence[NonFinite]) -> NonFinite:
+        """Merge what the processes of a run say about one step; each knows its own images only."""
+        return replace(
+            next((c for c in causes if c.images), causes[0]),
+            images=tuple(i for c in causes for i in c.images),
+            files=tuple(name for c in causes for name in c.files),
+            evidence=next((c.evidence for c in causes if c.evidence is not None), None),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class StepSkipped:
-    """A step was skipped because its loss or gradient was not finite."""
+    """A step was skipped because its loss or gradient was not finite. `terms` are the loss terms as they were."""
 
     epoch: int
     step: int
     skipped: NonFinite
+    terms: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +130,7 @@ class EpochDone:
         seconds: of the epoch with its evaluation, in this process.
         loader_share: share of the training time spent waiting for the loader.
         memory_bytes: peak.
+        evaluation: where `metrics` come from; None in all processes but the first, and without an evaluation.
     """
 
     epoch: int
@@ -113,6 +146,7 @@ class EpochDone:
     seconds: float
     loader_share: float
     memory_bytes: int
+    evaluation: Evaluation | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""Steps whose loss or gradient is not finite: skipped on the device, told a step later, never silently.
+"""Skipping steps whose loss or gradient is not finite: decided on the device, reported one step later.
 
-The host does not wait to learn how a step went. The figures of step n are copied to it while step n + 1 runs, and
-read once that step's matching has waited for the device anyway.
+The host never waits to learn how a step went. The results of step n are copied to the host while step n + 1 runs, and
+read once the matching of step n + 1 has waited for the device anyway.
 """
 
 from __future__ import annotations
@@ -14,221 +14,180 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.datasets.records import FlatStrings
-from rtdetr_cli.errors import RtdetrError
+from rtdetr_cli.train.events import NonFinite, StepDone, StepSkipped
 
 MAX_SKIPPED_IN_A_ROW = 5
-MAX_ROLLBACKS = 3
-EVIDENCE = "evidence"
-MOST_EVIDENCE = 5
+EVIDENCE_FOLDER = "evidence"
+MAX_EVIDENCE_FILES = 5
 
 
 @dataclass(frozen=True, slots=True)
-class NonFinite:
-    """A step that was not taken.
+class QueuedStep:
+    """A step that the device has been given, whose results the host does not know yet.
 
     Attributes:
-        term: the first loss term that is not finite, or `gradient`.
-        images: dataset indices of the micro-batches where it is so.
-        files: their names.
-        evidence: the file with the batch and all figures, or None after the first few.
-        in_a_row: how many it makes now.
-        scale_only: float16's loss scale was too high; it has been halved and nothing is wrong.
+        epoch, index, step: from 0; `index` is the batch's number in the epoch.
+        batch: of this process, kept as evidence until the results are read.
+        rows: the micro-batches.
+        names: of the T loss terms.
+        terms: (micro-batches, T) on the device, of this process.
+        totals: (T,) on the device, of the whole effective batch.
+        found_inf: () on the device, 1 where the step was skipped.
+        gradient_norm: () on the device, before clipping.
+        loss_scale: () on the device, during this step.
+        lr: of the head.
+        seconds, loader_seconds, memory_bytes, replaced: as in `StepDone`.
     """
 
-    term: str
-    images: tuple[int, ...]
-    evidence: Path | None
-    in_a_row: int
-    scale_only: bool = False
-    files: tuple[str, ...] = ()
-
-    @classmethod
-    def of_all(cls, told: Sequence[NonFinite]) -> NonFinite:
-        """Join what the processes of a run say of one step: each knows its own images only."""
-        first = next((s for s in told if s.images), told[0])
-        evidence = next((s.evidence for s in told if s.evidence is not None), None)
-        return replace(
-            first,
-            images=tuple(i for s in told for i in s.images),
-            files=tuple(name for s in told for name in s.files),
-            evidence=evidence,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What the host learns of one step."""
-
     epoch: int
     index: int
     step: int
-    loss: float
-    terms: dict[str, float]
-    norm: float
-    skipped: NonFinite | None
-
-
-@dataclass(slots=True)
-class _Pending:
-    epoch: int
-    index: int
-    step: int
-    names: tuple[str, ...]
-    values: Tensor
-    event: torch.cuda.Event | None
     batch: Batch
     rows: Sequence[slice]
+    names: tuple[str, ...]
+    terms: Tensor
+    totals: Tensor
+    found_inf: Tensor
+    gradient_norm: Tensor
+    loss_scale: Tensor
+    lr: float
+    seconds: float
+    loader_seconds: float
+    memory_bytes: int
+    replaced: tuple[tuple[int, str], ...]
 
 
 class NonFiniteGuard:
-    """Carries the figures of the last step to the host and decides what non-finite ones mean.
+    """Reads the results of the last step and says which images and loss terms were not finite.
 
     Args:
-        folder: of the run, for evidence.
+        folder: the run's, for evidence.
         scaled: float16 with a loss scale.
-        in_a_row: skipped steps so far, when a run goes on.
-        files: names of the dataset's images, to name those of a skipped step.
+        skipped_in_a_row: steps skipped so far, for a resumed run.
+        files: names of the dataset's images.
     """
 
     def __init__(
-        self, folder: Path, *, scaled: bool, in_a_row: int = 0, files: Sequence[str] | FlatStrings = ()
+        self, folder: Path, *, scaled: bool, skipped_in_a_row: int = 0, files: Sequence[str] | FlatStrings = ()
     ) -> None:
         self.folder = folder
         self.files = files
         self.scaled = scaled
-        self.in_a_row = in_a_row
-        self._pending: _Pending | None = None
+        self.skipped_in_a_row = skipped_in_a_row
+        self._pending: tuple[QueuedStep, Tensor, torch.cuda.Event | None] | None = None
 
-    def submit(
-        self,
-        *,
-        epoch: int,
-        index: int,
-        step: int,
-        names: tuple[str, ...],
-        terms: Tensor,
-        totals: Tensor,
-        found_inf: Tensor,
-        norm: Tensor,
-        scale: Tensor,
-        batch: Batch,
-        rows: Sequence[slice],
-    ) -> None:
-        """Take the figures of a step that has just been queued; call `collect` for the one before first.
+    def submit(self, queued: QueuedStep) -> None:
+        """Start copying the results of a step to the host; `collect` those of the step before it first."""
+        scalars = torch.stack([queued.found_inf, queued.gradient_norm, queued.loss_scale])
+        results = torch.cat([scalars, queued.totals, queued.terms.flatten()])
+        copied = None
+        if results.is_cuda:
+            on_host = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
+            on_host.copy_(results, non_blocking=True)
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+            results = on_host
+        self._pending = queued, results, copied
 
-        Args:
-            epoch: from 0.
-            index: of the batch in the epoch.
-            step: from the start of the run.
-            names: of the loss terms.
-            terms: (micro-batches, terms) on the device, of this process.
-            totals: (terms,) on the device, of the whole effective batch.
-            found_inf: () on the device, 1 where the step was skipped.
-            norm: () on the device, of the gradient.
-            scale: () on the device, of the loss.
-            batch: the effective batch, kept for evidence until the figures are read.
-            rows: the micro-batches.
-        """
-        values = torch.cat([torch.stack([found_inf, norm, scale]), totals, terms.flatten()])
-        event = None
-        if values.is_cuda:
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            host.copy_(values, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            values = host
-        self._pending = _Pending(epoch, index, step, names, values, event, batch, rows)
-
-    def collect(self) -> StepResult | None:
-        """Return the figures of the step last submitted, or None when there is none."""
-        pending, self._pending = self._pending, None
-        if pending is None:
+    def collect(self) -> StepDone | StepSkipped | None:
+        """Return what became of the step last submitted; None if it has been collected."""
+        if self._pending is None:
             return None
-        if pending.event is not None:
-            pending.event.synchronize()
-        found_inf, norm, scale, *flat = pending.values.tolist()
-        totals = np.asarray(flat[: len(pending.names)])
-        terms = np.asarray(flat[len(pending.names) :]).reshape(len(pending.rows), len(pending.names))
-        skipped = None
-        if found_inf:
-            # A float16 gradient may overflow while the scale is being found; a loss or a scale of one may not.
-            scale_only = self.scaled and bool(np.isfinite(totals).all()) and scale > 1
-            if not scale_only:
-                self.in_a_row += 1
-            skipped = self._explain(pending, terms, totals, norm, scale, scale_only)
-        else:
-            self.in_a_row = 0
-        return StepResult(
-            epoch=pending.epoch,
-            index=pending.index,
-            step=pending.step,
-            loss=float(totals.sum()),
-            terms={name: float(value) for name, value in zip(pending.names, totals, strict=True)},
-            norm=norm,
-            skipped=skipped,
-        )
-
-    def must_go_back(self) -> bool:
-        """Tell whether so many steps in a row were skipped that the weights themselves must be at fault."""
-        return self.in_a_row >= MAX_SKIPPED_IN_A_ROW
-
-    def forget(self) -> None:
-        """Drop what is pending: the run goes back to an earlier state."""
+        queued, results, copied = self._pending
         self._pending = None
-        self.in_a_row = 0
+        if copied is not None:
+            copied.synchronize()
+        found_inf, gradient_norm, loss_scale, *values = results.tolist()
+        totals = np.asarray(values[: len(queued.names)])
+        terms = np.asarray(values[len(queued.names) :]).reshape(len(queued.rows), len(queued.names))
+        total_by_name = {name: float(value) for name, value in zip(queued.names, totals, strict=True)}
+        if not found_inf:
+            self.skipped_in_a_row = 0
+            return StepDone(
+                epoch=queued.epoch,
+                index=queued.index,
+                step=queued.step,
+                loss=float(totals.sum()),
+                terms=total_by_name,
+                gradient_norm=gradient_norm,
+                lr=queued.lr,
+                seconds=queued.seconds,
+                loader_seconds=queued.loader_seconds,
+                memory_bytes=queued.memory_bytes,
+                replaced=queued.replaced,
+            )
+        # float16 gradients may overflow while the loss scale is being found. A loss that is not finite, or gradients
+        # that overflow at a scale of 1, are a fault.
+        scale_only = self.scaled and bool(np.isfinite(totals).all()) and loss_scale > 1
+        if not scale_only:
+            self.skipped_in_a_row += 1
+        cause = self._find_cause(queued, terms, totals, scale_only)
+        # Without images the fault lies with another process, and so does the evidence.
+        if cause.images and not scale_only:
+            cause = replace(cause, evidence=self._save_evidence(queued, terms, gradient_norm, loss_scale, cause))
+        return StepSkipped(queued.epoch, queued.step, cause, total_by_name)
 
-    def _explain(
-        self,
-        pending: _Pending,
-        terms: np.ndarray[tuple[int, int], np.dtype[np.float64]],
-        totals: np.ndarray[tuple[int], np.dtype[np.float64]],
-        norm: float,
-        scale: float,
-        scale_only: bool,
+    def must_roll_back(self) -> bool:
+        """Tell whether so many steps in a row were skipped that the weights themselves must be at fault."""
+        return self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+
+    def reset(self) -> None:
+        """Forget the pending step and the count, after a roll-back."""
+        self._pending = None
+        self.skipped_in_a_row = 0
+
+    def _find_cause(
+        self, queued: QueuedStep, terms: NDArray[np.float64], totals: NDArray[np.float64], scale_only: bool
     ) -> NonFinite:
         bad_rows, bad_terms = np.nonzero(~np.isfinite(terms))
-        indices = pending.batch.image_indices
-        images = tuple(i for row in sorted(set(bad_rows.tolist())) for i in indices[pending.rows[row]])
-        bad = bad_terms if len(bad_terms) else np.flatnonzero(~np.isfinite(totals))
-        term = pending.names[int(bad.min())] if len(bad) else "gradient"
-        if not len(bad):
-            images = tuple(indices)
-        files = tuple(self.files[i] for i in images) if len(self.files) else ()
-        skipped = NonFinite(term, tuple(images), None, self.in_a_row, scale_only, files)
-        # Without images the fault is another process's, and so is the evidence.
-        if scale_only or not images:
-            return skipped
-        return replace(skipped, evidence=self._leave_evidence(pending, terms, norm, scale, skipped))
+        if not len(bad_terms):
+            bad_terms = np.flatnonzero(~np.isfinite(totals))
+        indices = queued.batch.image_indices
+        if len(bad_terms):
+            term = queued.names[int(bad_terms.min())]
+            images = tuple(i for row in sorted(set(bad_rows.tolist())) for i in indices[queued.rows[row]])
+        else:
+            term, images = "gradient", tuple(indices)
+        return NonFinite(
+            term=term,
+            images=images,
+            files=tuple(self.files[i] for i in images) if len(self.files) else (),
+            evidence=None,
+            in_a_row=self.skipped_in_a_row,
+            scale_only=scale_only,
+        )
 
-    def _leave_evidence(
+    def _save_evidence(
         self,
-        pending: _Pending,
-        terms: np.ndarray[tuple[int, int], np.dtype[np.float64]],
-        norm: float,
-        scale: float,
-        skipped: NonFinite,
+        queued: QueuedStep,
+        terms: NDArray[np.float64],
+        gradient_norm: float,
+        loss_scale: float,
+        cause: NonFinite,
     ) -> Path | None:
-        folder = self.folder / EVIDENCE
+        """Write the batch and all results of a skipped step; None after the first few, or if the disk is full."""
+        folder = self.folder / EVIDENCE_FOLDER
+        path = folder / f"step-{queued.step:06d}.npz"
+        batch = queued.batch
+        facts = {
+            "epoch": queued.epoch,
+            "step": queued.step,
+            "term": cause.term,
+            "pictures": list(cause.images),
+            "files": list(cause.files),
+            "gradient_norm": _json_number(gradient_norm),
+            "loss_scale": loss_scale,
+            "terms": [{n: _json_number(v) for n, v in zip(queued.names, row, strict=True)} for row in terms],
+        }
         try:
             folder.mkdir(exist_ok=True)
-            if len(list(folder.glob("*.npz"))) >= MOST_EVIDENCE:
+            if len(list(folder.glob("*.npz"))) >= MAX_EVIDENCE_FILES:
                 return None
-            path = folder / f"step-{pending.step:06d}.npz"
-            batch = pending.batch
-            facts = {
-                "epoch": pending.epoch,
-                "step": pending.step,
-                "term": skipped.term,
-                "pictures": list(skipped.images),
-                "files": list(skipped.files),
-                "gradient_norm": _number(norm),
-                "loss_scale": scale,
-                "terms": [{n: _number(v) for n, v in zip(pending.names, row, strict=True)} for row in terms],
-            }
             np.savez_compressed(
                 path,
                 facts=np.asarray(json.dumps(facts)),
@@ -243,15 +202,5 @@ class NonFiniteGuard:
         return path
 
 
-def _number(value: float) -> float | str:
+def _json_number(value: float) -> float | str:
     return float(value) if math.isfinite(value) else str(value)
-
-
-def diverged(steps: int, rate: float, folder: Path) -> RtdetrError:
-    """Return the error that ends a run which going back did not mend."""
-    return RtdetrError(
-        f"training diverged: {steps} steps in a row were not finite, and going back {MAX_ROLLBACKS} times, "
-        f"at last with {rate:.3g} of the rate, did not help",
-        hint=f"a lower --lr, --precision fp32, or look at the batches in {folder / EVIDENCE}",
-        code="diverged",
-    )

@@ -1,15 +1,16 @@
-"""Start the processes of a run on this host, watch over them, and end all of them when one fails.
+"""Start the processes of a run on this host, watch them, and end all of them when one fails.
 
-`--device 0,1` starts this very program once for each device, with the environment that torchrun would give; a run
-on several hosts is started by torchrun itself. The program that starts them makes no steps: it holds the store
-where they meet, hands signals on, and says what the first that failed had to say.
+`--device 0,1` starts this program once for each device, with the environment that torchrun would give; a run on
+several hosts is started by torchrun itself. The parent makes no steps: it holds the store where the processes meet,
+forwards signals, and raises the error of the first process that failed.
 
-A process knows that the one that started it is gone when its standard input ends; it then finishes its step, saves
-and leaves, as if it had been asked to.
+A process notices the end of its parent by the end of its standard input. It then finishes its step, saves and exits, as
+if it had been terminated.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,35 +20,36 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rtdetr_cli.errors import RtdetrError
+from rtdetr_cli.files import atomic_write
+from rtdetr_cli.machine import cpu_count
 
 ERROR_FILE = "RTDETR_ERROR_FILE"
-GRACE_SECONDS = 10.0  # for the others to end by themselves once one has failed
+GRACE_SECONDS = 10.0  # for the other processes to end by themselves once one has failed
 TAIL_LINES = 30
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
-class Failed(RtdetrError):
-    """A process of the run failed; this carries what it said, with its exit code."""
+class ProcessFailed(RtdetrError):
+    """A process of the run failed; this carries its message, hint, code and exit code."""
 
 
 def supervise(argv: Sequence[str], devices: Sequence[str]) -> int:
-    """Run `python -m rtdetr_cli ARGV` once for each device and wait for all.
+    """Run `python -m rtdetr_cli ARGV` once for each device and wait for all of them.
 
     Args:
-        argv: of the command line, without the program's name; each process gets all of it.
-        devices: one for each process, for messages; the process finds its own by LOCAL_RANK.
+        argv: the command line without the program's name; the same for all.
+        devices: one for each process, for messages; a process finds its own by LOCAL_RANK.
 
     Returns:
-        0, or 130 and 143 after a signal.
+        0, or 130 or 143 after a signal.
 
     Raises:
-        RtdetrError: what the first process that failed said.
+        RtdetrError: the error of the first process that failed.
     """
     import torch.distributed as dist
 
@@ -55,30 +57,30 @@ def supervise(argv: Sequence[str], devices: Sequence[str]) -> int:
         "127.0.0.1", 0, len(devices), is_master=True, wait_for_workers=False
     )
     with tempfile.TemporaryDirectory(prefix="rtdetr-") as folder:
-        members = [
-            _Member(rank, device, Path(folder), argv, len(devices), store.port) for rank, device in enumerate(devices)
+        children = [
+            _Child(rank, device, Path(folder), argv, len(devices), store.port) for rank, device in enumerate(devices)
         ]
         try:
-            with _hand_on_signals(members):
-                failed = _watch(members)
+            with _forward_signals(children):
+                failed = _watch(children)
         finally:
-            for member in members:
-                member.kill()
+            for child in children:
+                child.kill()
         if failed is None:
             return 0
         if failed.code in STOPPED:
-            if not members[0].said.is_file():
+            if not children[0].error_file.is_file():
                 return failed.code
-            failed = members[0]
+            failed = children[0]
         raise failed.error()
 
 
-class _Member:
-    """One process, as its starter sees it."""
+class _Child:
+    """One process, as its parent sees it."""
 
     def __init__(self, rank: int, device: str, folder: Path, argv: Sequence[str], size: int, port: int) -> None:
         self.rank, self.device = rank, device
-        self.said = folder / f"error-{rank}.json"
+        self.error_file = folder / f"error-{rank}.json"
         self.log = folder / f"stderr-{rank}.txt"
         environment = {
             **os.environ,
@@ -88,21 +90,21 @@ class _Member:
             "LOCAL_WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            # The store is here, in the starter: no process has to win a race for a port.
+            # The parent holds the store, so that no process has to win a race for a port.
             "TORCHELASTIC_USE_AGENT_STORE": "True",
-            ERROR_FILE: str(self.said),
+            ERROR_FILE: str(self.error_file),
         }
         if device == "cpu":
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // size)))
-        first = rank == 0
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // size)))
+        is_main = rank == 0
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "rtdetr_cli", *argv],
                 env=environment,
                 stdin=subprocess.PIPE,
-                stdout=None if first else subprocess.DEVNULL,
-                stderr=None if first else log,
-                # Its own group: Ctrl-C in the terminal reaches the starter alone, which hands it on once.
+                stdout=None if is_main else subprocess.DEVNULL,
+                stderr=None if is_main else log,
+                # Its own group: Ctrl-C in the terminal reaches the parent only, which forwards it once.
                 start_new_session=os.name == "posix",
             )
         self.code: int | None = None
@@ -119,7 +121,7 @@ class _Member:
             self.process.send_signal(number)
 
     def kill(self) -> None:
-        """End it now, with whatever it has started."""
+        """Kill it, with all processes that it has started."""
         if self.process.stdin is not None:
             self.process.stdin.close()
         if self.process.poll() is None:
@@ -130,88 +132,82 @@ class _Member:
             self.process.wait()
 
     def error(self) -> RtdetrError:
-        """Return what it said, or how it ended."""
-        where = f"process {self.rank} ({self.device})"
-        if self.said.is_file():
-            told = json.loads(self.said.read_text(encoding="utf-8"))
-            # The first is everyone's voice: its own words need no name.
-            message = told["message"] if self.rank == 0 else f"{where}: {told['message']}"
-            failed = Failed(message, hint=told["hint"], code=told["code"])
-            failed.exit_code = int(told["exit_code"])
+        """Return the error that it reported, or else how it ended."""
+        name = f"process {self.rank} ({self.device})"
+        if self.error_file.is_file():
+            report = json.loads(self.error_file.read_text(encoding="utf-8"))
+            message = report["message"] if self.rank == 0 else f"{name}: {report['message']}"
+            failed = ProcessFailed(message, hint=report["hint"], code=report["code"])
+            failed.exit_code = int(report["exit_code"])
             return failed
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         if lines:
             sys.stderr.write("\n".join(lines[-TAIL_LINES:]) + "\n")
         how = f"was ended by {_signal_name(self.code)}" if self.code and self.code > 128 else f"failed ({self.code})"
-        hint = "the system ends processes that take too much memory: a smaller --batch" if self.code == 137 else ""
-        return Failed(f"{where} {how}", hint=hint, code="process-failed")
+        hint = "the system may have run out of memory; try a smaller --batch" if self.code == 137 else ""
+        return ProcessFailed(f"{name} {how}", hint=hint, code="process-failed")
 
 
-def _watch(members: Sequence[_Member]) -> _Member | None:
-    """Wait for all; once one has failed, give the others a moment and return it.
+def _watch(children: Sequence[_Child]) -> _Child | None:
+    """Wait for all processes; once one has failed, give the others a moment and return it.
 
-    The first to fail by itself counts: the others fail because of it, and say no more than that they lost a peer.
-    One that was asked to stop has not failed: the first may still be saving.
+    If several fail, the one that explains most counts: the others fail because they lose a peer. A process that was
+    asked to stop has not failed, and the main process may still be saving.
     """
-    failed: _Member | None = None
-    until = float("inf")
+    failed: _Child | None = None
+    deadline = float("inf")
     while True:
-        running = [m for m in members if m.poll() is None]
-        for member in members:
-            if member.code and (failed is None or (_weight(member) > _weight(failed))):
-                failed = member
-        if failed is not None and failed.code not in STOPPED and until == float("inf"):
-            until = time.monotonic() + GRACE_SECONDS
-        if not running or time.monotonic() > until:
+        running = [c for c in children if c.poll() is None]
+        for child in children:
+            if child.code and (failed is None or _explains(child) > _explains(failed)):
+                failed = child
+        if failed is not None and failed.code not in STOPPED and deadline == float("inf"):
+            deadline = time.monotonic() + GRACE_SECONDS
+        if not running or time.monotonic() > deadline:
             return failed
         time.sleep(0.05)
 
 
-def _weight(member: _Member) -> int:
-    """Return how much a failure explains: a signal least, a lost peer little, its own words most."""
-    return 0 if member.code in STOPPED else 1 if _lost_a_peer(member) else 2
-
-
-def _lost_a_peer(member: _Member) -> bool:
+def _explains(child: _Child) -> int:
+    """Return how much a failure explains: a signal least, a lost peer little, an error of its own most."""
+    if child.code in STOPPED:
+        return 0
     try:
-        return bool(json.loads(member.said.read_text(encoding="utf-8"))["code"] == "peer-lost")
+        lost_peer = json.loads(child.error_file.read_text(encoding="utf-8"))["code"] == "peer-lost"
     except (OSError, ValueError, KeyError):
-        return False
+        lost_peer = False
+    return 1 if lost_peer else 2
 
 
-@contextmanager
-def _hand_on_signals(members: Sequence[_Member]) -> Iterator[None]:
-    """Hand SIGINT and SIGTERM on to every process; a second one ends them at once."""
-    before: dict[signal.Signals, Any] = {}
+@contextlib.contextmanager
+def _forward_signals(children: Sequence[_Child]) -> Iterator[None]:
+    """Forward SIGINT and SIGTERM to every process; a second one kills them."""
+    handlers: dict[signal.Signals, Any] = {}
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, end)
-        for member in members:
-            member.send(number)
+    def forward(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, kill)
+        for child in children:
+            child.send(number)
 
-    def end(number: int, frame: FrameType | None) -> None:
-        for member in members:
-            member.kill()
+    def kill(number: int, frame: FrameType | None) -> None:
+        for child in children:
+            child.kill()
 
     if threading.current_thread() is threading.main_thread():
-        for asked in (signal.SIGINT, signal.SIGTERM):
-            before[asked] = signal.signal(asked, hand_on)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, forward)
     try:
         yield
     finally:
-        for asked, handler in before.items():
-            signal.signal(asked, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _signal_name(code: int | None) -> str:
+def _signal_name(code: int) -> str:
     try:
-        return signal.Signals((code or 0) - 128).name
+        return signal.Signals(code - 128).name
     except ValueError:
-        return f"signal {(code or 0) - 128}"
+        return f"signal {code - 128}"
 
 
 # ---- in the processes that were started ---------------------------------------------------------------------------
@@ -222,27 +218,24 @@ def supervised() -> bool:
     return ERROR_FILE in os.environ
 
 
-def speaker() -> str:
-    """Return `process 3: ` in one of several processes that torchrun started, where all speak; else nothing."""
+def process_prefix() -> str:
+    """Return `process 3: ` in one of several processes that torchrun started, since all of them print; else ""."""
     if supervised() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return ""
     return f"process {os.environ.get('RANK', '?')}: "
 
 
-def leave_word(error: RtdetrError) -> None:
-    """Leave an error for the one that started this process, who says it."""
-    told = {"message": error.message, "hint": error.hint, "code": error.code, "exit_code": error.exit_code}
+def report_to_parent(error: RtdetrError) -> None:
+    """Leave an error to the parent, which prints it."""
+    report = {"message": error.message, "hint": error.hint, "code": error.code, "exit_code": error.exit_code}
     path = Path(os.environ[ERROR_FILE])
-    partial = path.with_suffix(".partial")
-    try:
-        partial.write_text(json.dumps(told), encoding="utf-8")
-        os.replace(partial, path)
-    except OSError:
-        return  # the one that started us is gone, and its folder with it
+    if path.parent.is_dir():  # gone with the parent
+        with contextlib.suppress(RtdetrError), atomic_write(path) as partial:
+            partial.write_text(json.dumps(report), encoding="utf-8")
 
 
-def end_with_starter() -> None:
-    """Ask this process to stop, as SIGTERM does, when the one that started it is gone."""
+def stop_with_parent() -> None:
+    """Send this process SIGTERM when its parent is gone."""
 
     def wait() -> None:
         try:
@@ -252,4 +245,4 @@ def end_with_starter() -> None:
             return
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=wait, name="starter", daemon=True).start()
+    threading.Thread(target=wait, name="parent", daemon=True).start()

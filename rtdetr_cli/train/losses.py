@@ -1,7 +1,7 @@
 """The training loss of RT-DETRv2: varifocal classification, L1 and GIoU of boxes, for every layer.
 
-Terms of all layers are computed together. Everything is float32 (or float64, when the model is), whatever the
-autocast; nothing here asserts, waits for the device, or hides a value that is not a number.
+The terms of all layers are computed together, in float32 (or float64 if the model is), whatever the autocast. Nothing
+here waits for the device, and values that are not finite come out as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rtdetr_cli.train.matcher import Matches, MatchingCosts, iou_and_giou, match
 
 @dataclass(frozen=True, slots=True)
 class LossWeights:
-    """Weights of the three terms."""
+    """Weights of the three loss terms."""
 
     vfl: float = 1.0
     bbox: float = 5.0
@@ -29,7 +29,7 @@ class LossWeights:
 
 
 class Criterion:
-    """Turn outputs and targets into weighted terms.
+    """Compute the weighted loss terms from outputs and targets.
 
     Args:
         num_classes: K.
@@ -62,8 +62,8 @@ class Criterion:
             outputs: of the model in training mode.
             boxes_cxcywh: for each image (N, 4), 0 to 1.
             labels: for each image (N,) int64, below K.
-            num_boxes: boxes of the effective batch, over all micro-batches and averaged over ranks; at least 1 is
-                used, so a batch without objects has a loss too.
+            num_boxes: boxes of the effective batch, over all micro-batches and processes; at least 1 is used, so that a
+                batch without boxes has a loss too.
 
         Returns:
             `loss_vfl`, `loss_bbox`, `loss_giou` of the last layer, and the same with `_aux_i`, `_dn_i`, `_enc_0`.
@@ -78,8 +78,8 @@ class Criterion:
             target_boxes = torch.cat(list(boxes_cxcywh)).to(device, non_blocking=True)
             target_labels = torch.cat(list(labels)).to(device, non_blocking=True)
             matches = match(predictions, boxes_cxcywh, labels, costs=self.costs)
-            normaliser = max(float(num_boxes), 1.0)
-            terms = self._terms(predictions, suffixes, matches, target_boxes, target_labels, normaliser)
+            normalizer = max(float(num_boxes), 1.0)
+            terms = self._terms(predictions, suffixes, matches, target_boxes, target_labels, normalizer)
             if outputs.denoising and outputs.group is not None:
                 group = outputs.group
                 copies = Matches(*_denoising_pairs(group, boxes_cxcywh, len(outputs.denoising), device))
@@ -89,7 +89,7 @@ class Criterion:
                     copies,
                     target_boxes,
                     target_labels,
-                    normaliser * group.num_groups * group.share,
+                    normalizer * group.num_groups * group.share,
                 )
         return terms
 
@@ -100,30 +100,30 @@ class Criterion:
         matches: Matches,
         target_boxes: Tensor,
         target_labels: Tensor,
-        normaliser: float,
+        normalizer: float,
     ) -> dict[str, Tensor]:
         """Compute the terms of S predictions of one shape at once."""
         logits = torch.stack([p.logits for p in predictions]).flatten(1, 2)  # (S, B * Q, K)
         boxes = torch.stack([p.boxes_cxcywh for p in predictions]).flatten(1, 2)
         dtype = torch.promote_types(boxes.dtype, torch.float32)
         logits, boxes = logits.to(dtype), boxes.to(dtype)
-        found = boxes.gather(1, matches.rows[..., None].expand(-1, -1, 4))  # (S, M, 4)
-        wanted = target_boxes.to(dtype)[matches.targets]
-        iou, giou = iou_and_giou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted))
+        predicted = boxes.gather(1, matches.rows[..., None].expand(-1, -1, 4))  # (S, M, 4)
+        expected = target_boxes.to(dtype)[matches.targets]
+        iou, giou = iou_and_giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(expected))
 
-        # One flat index for (row, class): the matched cell is aimed at the IoU, every other at zero.
+        # One flat index for (row, class): the target score is the IoU where matched and zero elsewhere.
         cells = matches.rows * logits.shape[2] + target_labels[matches.targets]
-        aim = torch.zeros_like(logits).flatten(1).scatter(1, cells, iou.detach())
-        matched = torch.zeros_like(aim).scatter(1, cells, 1.0)
+        target = torch.zeros_like(logits).flatten(1).scatter(1, cells, iou.detach())
+        matched = torch.zeros_like(target).scatter(1, cells, 1.0)
         flat = logits.flatten(1)
-        weight = self.alpha * flat.detach().sigmoid() ** self.gamma * (1 - matched) + aim
-        vfl = functional.binary_cross_entropy_with_logits(flat, aim, weight=weight, reduction="none").sum(1)
+        weight = self.alpha * flat.detach().sigmoid() ** self.gamma * (1 - matched) + target
+        vfl = functional.binary_cross_entropy_with_logits(flat, target, weight=weight, reduction="none").sum(1)
 
         weights = self.weights
         by_term = {
-            "loss_vfl": weights.vfl * vfl / normaliser,
-            "loss_bbox": weights.bbox * (found - wanted).abs().sum((1, 2)) / normaliser,
-            "loss_giou": weights.giou * (1 - giou).sum(1) / normaliser,
+            "loss_vfl": weights.vfl * vfl / normalizer,
+            "loss_bbox": weights.bbox * (predicted - expected).abs().sum((1, 2)) / normalizer,
+            "loss_giou": weights.giou * (1 - giou).sum(1) / normalizer,
         }
         return {name + s: values[i] for i, s in enumerate(suffixes) for name, values in by_term.items()}
 
@@ -131,11 +131,11 @@ class Criterion:
 def _denoising_pairs(
     group: DenoisingGroup, boxes_cxcywh: Sequence[Tensor], layers: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return rows and targets (layers, M) of the denoising queries, which are the same for every layer."""
+    """Return rows and targets (layers, M) of the denoising queries; they are the same for every layer."""
     rows, targets, start = [], [], 0
     for image, (positives, of_image) in enumerate(zip(group.positives, group.targets, strict=True)):
         rows.append(positives + image * group.size)
         targets.append(of_image + start)
         start += len(boxes_cxcywh[image])
-    both = torch.stack([torch.cat(rows), torch.cat(targets)]).to(device, non_blocking=True)
-    return both[0].expand(layers, -1), both[1].expand(layers, -1)
+    pairs = torch.stack([torch.cat(rows), torch.cat(targets)]).to(device, non_blocking=True)
+    return pairs[0].expand(layers, -1), pairs[1].expand(layers, -1)

@@ -1,7 +1,7 @@
-"""Which query answers for which annotated box: a bipartite matching of least cost (DETR, arXiv 2005.12872).
+"""Matching queries with annotated boxes: a bipartite matching of least cost (DETR, arXiv 2005.12872).
 
-The costs of every layer and image are computed together on the device and cross to the host once a step, where
-the official code copies once for each layer and image.
+The costs of all layers and images are computed together on the device and copied to the host once per step; the
+official code copies once for each layer and image.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.nn.utils.rnn import pad_sequence
 from rtdetr_cli.model.detector import Prediction
 from rtdetr_cli.model.layers import cxcywh_to_xyxy
 
-_NOT_A_NUMBER_COST = 1e6
+NON_FINITE_COST = 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class MatchingCosts:
-    """Weights and focal parameters of the costs."""
+    """Weights and focal parameters of the matching costs."""
 
     classification: float = 2.0
     l1: float = 5.0
@@ -38,7 +38,7 @@ class Matches:
 
     Attributes:
         rows: (S, M) int64, image * Q + query.
-        targets: (S, M) int64, index into the boxes of all images one after the other.
+        targets: (S, M) int64, index into the concatenated boxes of all images.
     """
 
     rows: Tensor
@@ -48,7 +48,7 @@ class Matches:
 def iou_and_giou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> tuple[Tensor, Tensor]:
     """Return IoU and generalised IoU (arXiv 1902.09630) of boxes whose shapes broadcast to (..., 4).
 
-    Boxes without area give 0, not NaN.
+    Boxes without area give 0 and not NaN.
     """
     low = torch.maximum(boxes_xyxy[..., :2], others_xyxy[..., :2])
     high = torch.minimum(boxes_xyxy[..., 2:], others_xyxy[..., 2:])
@@ -67,14 +67,14 @@ def iou_and_giou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> tuple[Tensor, Tenso
 def cost_matrix(
     logits: Tensor, boxes_cxcywh: Tensor, target_boxes: Tensor, target_labels: Tensor, costs: MatchingCosts
 ) -> Tensor:
-    """Return the costs (..., B, Q, M) of giving each of M padded targets to each of Q queries.
+    """Return the costs (..., B, Q, M) of matching each of Q queries with each of M padded targets.
 
     Args:
         logits: (..., B, Q, K).
         boxes_cxcywh: (..., B, Q, 4).
         target_boxes: (B, M, 4) cxcywh.
         target_labels: (B, M) int64.
-        costs: their weights.
+        costs: weights.
     """
     index = target_labels[:, None].expand(*logits.shape[:-1], -1)
     p = logits.gather(-1, index).sigmoid()  # (..., B, Q, M)
@@ -98,11 +98,11 @@ def match(
         predictions: of S layers, all with B images and Q queries.
         boxes_cxcywh: for each image (N, 4), 0 to 1.
         labels: for each image (N,) int64.
-        costs: their weights; the published ones by default.
+        costs: weights; the official ones by default.
 
     Returns:
-        min(Q, N) pairs of each image and layer, on the predictions' device. A prediction that is not a number is a
-        bad match, never an error: the training loop judges the loss.
+        min(Q, N) pairs for each image and layer, on the predictions' device. Predictions that are not finite are bad
+        matches and no error: the training loop checks the loss.
     """
     device = predictions[0].logits.device
     layers = len(predictions)
@@ -121,13 +121,13 @@ def match(
             pad_sequence(list(labels), batch_first=True).to(device),
             costs or MatchingCosts(),
         )
-        bad = _NOT_A_NUMBER_COST
-        host = cost.nan_to_num(nan=bad, posinf=bad, neginf=-bad).cpu().numpy()  # the one transfer
-    return _assign(host, counts, device)
+        finite = cost.nan_to_num(nan=NON_FINITE_COST, posinf=NON_FINITE_COST, neginf=-NON_FINITE_COST)
+        on_host = finite.cpu().numpy()  # the only transfer
+    return _assign(on_host, counts, device)
 
 
 def _assign(cost: np.ndarray, counts: Sequence[int], device: torch.device) -> Matches:
-    """Solve the assignments of cost (S, B, Q, M) on the host and send the pairs back."""
+    """Solve the assignments of cost (S, B, Q, M) on the host, and copy the pairs to the device."""
     layers, _, queries, _ = cost.shape
     starts = np.concatenate([[0], np.cumsum(counts)])
     pairs: list[np.ndarray] = []
@@ -138,5 +138,5 @@ def _assign(cost: np.ndarray, counts: Sequence[int], device: torch.device) -> Ma
                 query, target = linear_sum_assignment(cost[layer, image, :, :count])
                 of_layer.append(np.stack([image * queries + query, starts[image] + target]))
         pairs.append(np.concatenate(of_layer, 1))
-    both = torch.from_numpy(np.stack(pairs)).to(device, non_blocking=True)  # (S, 2, M)
-    return Matches(both[:, 0], both[:, 1])
+    on_device = torch.from_numpy(np.stack(pairs)).to(device, non_blocking=True)  # (S, 2, M)
+    return Matches(on_device[:, 0], on_device[:, 1])

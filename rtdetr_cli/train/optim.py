@@ -1,7 +1,7 @@
-"""Parameter groups by rule, the optimizer's step without a host synchronisation, and the moving average.
+"""Parameter groups, an optimizer step that never waits for the device, and the moving average.
 
-Groups are made by module type and place, not by regular expressions over names: the published list names each
-parameter once or more, silently, and a list in a leaf file replaces the whole of its parent's.
+Groups follow from the type and the position of a module, where the official configurations list regular expressions
+over names: there a parameter may match several of them, and a list in one file replaces the whole of its parent's.
 """
 
 from __future__ import annotations
@@ -20,48 +20,47 @@ BETAS = (0.9, 0.999)
 
 
 def parameter_groups(model: nn.Module, optim: OptimSpec, *, lr: float, lr_backbone: float) -> list[dict[str, Any]]:
-    """Sort the trainable parameters into groups of one rate and one weight decay.
+    """Group the trainable parameters by learning rate and weight decay.
 
-    Norm parameters never decay, wherever `optim.decay_free` says so; `head-norm-bias` adds the biases of encoder and
-    decoder. Backbone norms are free of decay under every rule: the published configurations either say so or freeze
-    them.
+    Norms have no weight decay; with `optim.decay_free` = `head-norm-bias`, neither have the biases of encoder and
+    decoder. This includes the backbone's norms: the official configurations either say so or freeze them.
 
     Returns:
         Groups with `params`, `names`, `lr` (the peak), `weight_decay` and `label`; empty ones are left out.
     """
     norms = {id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
-    sorted_by: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = {}
+    members_by: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         backbone = name.startswith("backbone.")
-        free = id(parameter) in norms
+        no_decay = id(parameter) in norms
         if optim.decay_free == "head-norm-bias" and not backbone:
-            free = free or name.endswith("bias")
-        sorted_by.setdefault((backbone, free), []).append((name, parameter))
+            no_decay = no_decay or name.endswith("bias")
+        members_by.setdefault((backbone, no_decay), []).append((name, parameter))
     groups = []
-    for (backbone, free), members in sorted(sorted_by.items()):
+    for (backbone, no_decay), members in sorted(members_by.items()):
         groups.append(
             {
                 "params": [p for _, p in members],
                 "names": [n for n, _ in members],
                 "lr": lr_backbone if backbone else lr,
-                "weight_decay": 0.0 if free else optim.weight_decay,
-                "label": ("backbone" if backbone else "head") + (", no decay" if free else ""),
+                "weight_decay": 0.0 if no_decay else optim.weight_decay,
+                "label": ("backbone" if backbone else "head") + (", no decay" if no_decay else ""),
             }
         )
     return groups
 
 
 class FusedAdamW:
-    """AdamW whose clipping, loss scale and refusal of non-finite gradients happen inside one fused kernel.
+    """AdamW whose fused kernel also clips gradients, removes the loss scale and skips non-finite steps.
 
-    The fused kernel divides each gradient by `grad_scale` and does nothing at all where `found_inf` is 1. Both are
-    tensors on the device: clipping by the global norm is a division by max(1, norm / clip), the loss scale is one
-    too, and a step that must not happen is skipped without the host knowing of it.
+    The kernel divides each gradient by `grad_scale` and does nothing if `found_inf` is 1. Both are tensors on the
+    device: clipping by the global norm is a division by max(1, norm / clip), removing the loss scale is another, and a
+    step is skipped without a round trip to the host.
 
     Args:
-        groups: of `parameter_groups`.
+        groups: from `parameter_groups`.
         clip_norm: largest global gradient norm.
         scaled: float16 arithmetic, which needs a loss scale.
     """
@@ -78,7 +77,7 @@ class FusedAdamW:
         device = self.parameters[0].device
         self.scale = torch.full((), 2.0**16 if scaled else 1.0, device=device)
         self.growth = torch.zeros((), dtype=torch.int32, device=device)
-        # Made now, not in the first step: then a step allocates nothing that could fail half-way.
+        # Allocated now and not in the first step, so that a step cannot run out of memory half-way.
         for parameter in self.parameters:
             self.adamw.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=device),
@@ -87,12 +86,12 @@ class FusedAdamW:
             }
 
     def set_rate(self, share: float) -> None:
-        """Set every group's rate to a share of its peak."""
+        """Set every group's learning rate to a share of its peak."""
         for group, peak in zip(self.adamw.param_groups, self.peaks, strict=True):
             group["lr"] = peak * share
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -104,13 +103,13 @@ class FusedAdamW:
             loss: () of the whole step.
 
         Returns:
-            (found_inf, norm): () float32 on the device; 1 where the step was skipped, and the gradients' global norm
+            Two scalars () float32 on the device: found_inf, 1 if the step was skipped, and the gradients' global norm
             before clipping.
         """
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / self.scale
         found_inf = 1.0 - (torch.isfinite(norm) & torch.isfinite(loss)).float()
-        # The kernel ignores the scale where found_inf is set, so that a NaN here does no harm.
+        # The kernel ignores the scale if found_inf is set, so a NaN here does no harm.
         self.adamw.grad_scale = self.scale * (norm / self.clip_norm).clamp(min=1.0)  # type: ignore[attr-defined]
         self.adamw.found_inf = found_inf  # type: ignore[attr-defined]
         self.adamw.step()
@@ -128,7 +127,7 @@ class FusedAdamW:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned, in place."""
+        """Load what `state_dict` returned, in place."""
         for parameter, saved in zip(self.parameters, state["moments"], strict=True):
             for key, tensor in self.adamw.state[parameter].items():
                 tensor.copy_(saved[key])
@@ -139,58 +138,59 @@ class FusedAdamW:
 class MovingAverage:
     """An exponential moving average of a model's parameters and float buffers.
 
-    With lerp, which leaves a constant as it is: the published v*d + (1-d)*x rounds, and drifts to 2e-4 in 50,000
-    updates even where nothing moves.
+    It uses lerp, which leaves a constant unchanged: the official v*d + (1-d)*x rounds, and drifts by 2e-4 in 50,000
+    updates even if nothing changes. torch's AveragedModel would not do: it averages all buffers or none, and the
+    infinities among the anchors would become NaN.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.module = copy.deepcopy(model).requires_grad_(False).eval()
-        self._ours = list(_floats(self.module))
-        self._theirs = list(_floats(model))
+        self._averaged = list(_averaged_tensors(self.module))
+        self._sources = list(_averaged_tensors(model))
 
     @torch.no_grad()
     def update(self, weight: float) -> None:
-        """Move by `weight` towards the model as it is now."""
-        torch._foreach_lerp_(self._ours, self._theirs, weight)
+        """Move by `weight` towards the model's present values."""
+        torch._foreach_lerp_(self._averaged, self._sources, weight)
 
 
-def _floats(model: nn.Module) -> Iterator[Tensor]:
+def _averaged_tensors(model: nn.Module) -> Iterator[Tensor]:
     for parameter in model.parameters():
         yield parameter.data
     for buffer in model.buffers():
-        # Anchors hold infinities, and inf - inf is NaN: what never moves needs no average.
+        # Anchors hold infinities, and inf - inf is NaN. They never change, so they need no average.
         if buffer.is_floating_point() and bool(torch.isfinite(buffer).all()):
             yield buffer
 
 
 class NormStatistics:
-    """A copy of the running statistics of a model's batch norms, to take a forward pass back."""
+    """A copy of the running statistics of a model's batch norms, to undo a forward pass."""
 
     def __init__(self, model: nn.Module) -> None:
-        layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        named = [getattr(m, n) for m in layers for n in ("running_mean", "running_var")]
-        self._live = [t for t in named if isinstance(t, Tensor)]
-        self._kept = [t.clone() for t in self._live]
-        self._counts = [m.num_batches_tracked for m in layers if isinstance(m.num_batches_tracked, Tensor)]
-        self._kept_counts = [t.clone() for t in self._counts]
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        moments = [getattr(m, name) for m in norms for name in ("running_mean", "running_var")]
+        self._moments = [t for t in moments if isinstance(t, Tensor)]
+        self._counts = [m.num_batches_tracked for m in norms if isinstance(m.num_batches_tracked, Tensor)]
+        self._saved_moments = [t.clone() for t in self._moments]
+        self._saved_counts = [t.clone() for t in self._counts]
 
     @torch.no_grad()
     def save(self) -> None:
-        """Remember the statistics as they are."""
-        if self._live:
-            torch._foreach_copy_(self._kept, self._live)
-            torch._foreach_copy_(self._kept_counts, self._counts)
+        """Save the present statistics."""
+        if self._moments:
+            torch._foreach_copy_(self._saved_moments, self._moments)
+            torch._foreach_copy_(self._saved_counts, self._counts)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Go back to what was remembered."""
-        if self._live:
-            torch._foreach_copy_(self._live, self._kept)
-            torch._foreach_copy_(self._counts, self._kept_counts)
+        """Go back to the saved statistics."""
+        if self._moments:
+            torch._foreach_copy_(self._moments, self._saved_moments)
+            torch._foreach_copy_(self._counts, self._saved_counts)
 
     @torch.no_grad()
     def restore_where(self, found_inf: Tensor) -> None:
-        """Go back where `found_inf`, () on the device, is 1, without the host knowing of it."""
-        bad = found_inf > 0
-        for live, kept in zip(self._live, self._kept, strict=True):
-            torch.where(bad, kept, live, out=live)
+        """Go back to the saved means and variances if `found_inf`, () on the device, is 1."""
+        skipped = found_inf > 0
+        for live, saved in zip(self._moments, self._saved_moments, strict=True):
+            torch.where(skipped, saved, live, out=live)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from rtdetr_cli.errors import EnvironmentProblem
+from rtdetr_cli.machine import cpu_flags
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """The arithmetic chosen: `fp32`, `bf16` or `fp16`, its torch type (None for float32), and the reason."""
+    """The chosen arithmetic: `fp32`, `bf16` or `fp16`, its torch type (None for float32), and the reason."""
 
     name: str
     dtype: torch.dtype | None
@@ -25,12 +25,9 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
     """Turn `auto`, `fp32`, `bf16` or `fp16` into what a device can do.
 
     Raises:
-        EnvironmentProblem: float16 on a CPU, where neither scaling nor speed is to be had.
+        EnvironmentProblem: float16 without CUDA: there is no loss scaling, and it would not be faster.
     """
-    if wanted == "auto":
-        name, reason = _best(device)
-    else:
-        name, reason = wanted, "--precision"
+    name, reason = _best(device) if wanted == "auto" else (wanted, "--precision")
     if name == "fp16" and device.type != "cuda":
         raise EnvironmentProblem(
             f"--precision fp16 needs a CUDA device, not {device.type}",
@@ -45,15 +42,8 @@ def _best(device: torch.device) -> tuple[str, str]:
         if torch.cuda.get_device_capability(device)[0] >= 8:
             return "bf16", "native on this GPU"
         return "fp16", "this GPU has no bf16; with loss scaling"
-    if device.type == "cpu" and (found := _cpu_bf16()):
-        return "bf16", f"native: {found}"
+    if device.type == "cpu":
+        for flag, instructions in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")):
+            if flag in cpu_flags():
+                return "bf16", f"native: {instructions}"
     return "fp32", f"no native bf16 on this {device.type}"
-
-
-def _cpu_bf16() -> str:
-    """Return the instructions that multiply bf16 on this processor, or an empty string."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return ""
-    return "AMX" if "amx_bf16" in flags else "AVX512-BF16" if "avx512_bf16" in flags else ""

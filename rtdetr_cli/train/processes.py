@@ -1,12 +1,16 @@
-"""The processes of one run, and everything that they say to each other.
+"""The processes of one run, and everything that they exchange.
 
-A run on several devices is several processes that make the same steps. Each reads its share of the effective batch;
-the boxes of the whole batch go round before the step (a few kilobytes, on the host), so that every process draws the
-same denoising group and divides by the same number of boxes; the gradients are summed after it. So the step is that
-of one process with the whole batch, to rounding.
+A run on several devices is several processes that make the same steps. Each reads its share of the effective batch.
+The boxes of the whole batch are exchanged before the step (a few kilobytes, on the host), so that every process draws
+the same denoising group and divides by the same number of boxes; the gradients are summed after it. The step is that of
+one process with the whole batch, to rounding.
 
-Decisions that a clock or a signal makes - to stop, to save - go round with the boxes: no process ever waits for
-another that has decided otherwise. A team of one is the ordinary run and costs nothing.
+DistributedDataParallel would sum the gradients during the backward pass. That rules out running a step again: when one
+process runs out of memory, the others are already waiting in a reduction that it never joins. So gradients are summed
+here, once all processes have completed theirs, and a process may cut or repeat its share as often as it needs.
+
+Decisions that depend on a clock or a signal (to save, to stop) travel with the boxes, so no process ever waits for
+another that has decided otherwise. In a run of one process all of this does nothing.
 """
 
 from __future__ import annotations
@@ -25,51 +29,54 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.errors import EnvironmentProblem, RtdetrError, UsageError
 
-# Rank 0 may draw, export or judge for long while the others wait; a process that died is noticed at once.
+# The main process may draw, export or evaluate for long while the others wait. A process that dies is noticed at once.
 TIMEOUT = timedelta(hours=2)
 BUCKET_BYTES = 32 * 2**20
 
 
 class PeerLost(RtdetrError):
-    """Another process of the run has ended; what it said is the reason, not this."""
+    """Another process of the run has ended, and its error is the reason."""
 
     default_code = "peer-lost"
 
 
 @dataclass(frozen=True, slots=True)
 class GlobalBatch:
-    """What the processes know of a step before they make it.
+    """What the processes tell each other before a step.
 
     Attributes:
         boxes_cxcywh, labels: of the whole effective batch, on the CPU, in the order of ranks.
-        mine: the rows of it that are this process's.
-        stop: the signal that any process was sent, 0 for none.
-        save_due: rank 0 wants a checkpoint after the step.
-        broken: a process has no batch: it was stopped inside its loader.
+        local_rows: the images of it that are this process's.
+        stop_signal: the signal that any process received, 0 for none.
+        save_due: the main process wants a checkpoint after the step.
+        incomplete: a process has no batch because it was stopped inside its loader.
         replaced: (image, reason) of images that any process could not read and has replaced.
     """
 
     boxes_cxcywh: Sequence[Tensor]
     labels: Sequence[Tensor]
-    mine: slice
-    stop: int
+    local_rows: slice
+    stop_signal: int
     save_due: bool
-    broken: bool
-    replaced: tuple[tuple[int, str], ...] = ()
+    incomplete: bool
+    replaced: tuple[tuple[int, str], ...]
 
 
 class ProcessGroup:
     """One process among those of a run.
 
+    All methods that communicate must be called by all processes, in the same order.
+
     Attributes:
-        rank, size: of all hosts.
+        rank, size: over all hosts.
         device: of this process, as it is named on the command line.
     """
 
     def __init__(self, *, rank: int = 0, size: int = 1, device: str = "auto", shares_device: bool = False) -> None:
-        """Describe a process; `join` makes one that can speak to others.
+        """Describe a process; `join_process_group` makes one that can reach the others.
 
         Args:
             rank: see the class.
@@ -78,51 +85,51 @@ class ProcessGroup:
             shares_device: two processes of this host use one GPU, which NCCL refuses.
         """
         self.rank, self.size, self.device = rank, size, device
-        self._devices: dist.ProcessGroup | None = None
+        self._nccl: dist.ProcessGroup | None = None
         if size > 1 and device.startswith("cuda") and not shares_device and dist.is_nccl_available():
-            self._devices = dist.new_group(backend="nccl")  # type: ignore[assignment]
+            self._nccl = dist.new_group(backend="nccl")  # type: ignore[assignment]
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     @property
     def distributed(self) -> bool:
-        """Whether there are others."""
+        """Whether there are other processes."""
         return self.size > 1
 
-    # ---- the host's side ------------------------------------------------------------------------------------------
+    # ---- values on the host -------------------------------------------------------------------------------------
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Return every process's value, by rank. All must call it, as everything below."""
+        """Return every process's value, by rank."""
         if not self.distributed:
             return [value]
-        found: list[Any] = [None] * self.size
-        with _peers():
-            dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        with _peer_errors():
+            dist.all_gather_object(values, value)
+        return values
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every process's value to rank 0, and an empty list to the others."""
+        """Return every process's value to the main process, and an empty list to the others."""
         if not self.distributed:
             return [value]
-        found: list[Any] = [None] * self.size
-        with _peers():
-            dist.gather_object(value, found if self.is_main else None)
-        return found if self.is_main else []
+        values: list[Any] = [None] * self.size
+        with _peer_errors():
+            dist.gather_object(value, values if self.is_main else None)
+        return values if self.is_main else []
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's value."""
+        """Return the main process's value."""
         if not self.distributed:
             return value
-        holder = [value]
-        with _peers():
-            dist.broadcast_object_list(holder, src=0)
-        return holder[0]
+        values = [value]
+        with _peer_errors():
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def broadcast_state(self, state: dict[str, Any] | None) -> dict[str, Any]:
-        """Return rank 0's training state: containers and tensors, which go round as a file does, unpickled safely."""
+        """Return the main process's training state (containers and tensors), sent like a file and unpickled safely."""
         if not self.distributed:
             assert state is not None
             return state
@@ -130,89 +137,86 @@ class ProcessGroup:
         if self.is_main:
             torch.save(state, buffer)
         size = self.broadcast(buffer.getbuffer().nbytes)
-        held = np.frombuffer(buffer.getvalue(), np.uint8).copy() if self.is_main else np.empty(size, np.uint8)
-        with _peers():
-            dist.broadcast(torch.from_numpy(held), src=0)
+        content = np.frombuffer(buffer.getvalue(), np.uint8).copy() if self.is_main else np.empty(size, np.uint8)
+        with _peer_errors():
+            dist.broadcast(torch.from_numpy(content), src=0)
         if state is not None:
             return state
-        found: dict[str, Any] = torch.load(io.BytesIO(held.tobytes()), map_location="cpu", weights_only=True)
-        return found
+        received: dict[str, Any] = torch.load(io.BytesIO(content.tobytes()), map_location="cpu", weights_only=True)
+        return received
 
     def any(self, flag: bool) -> bool:
-        """Tell whether any process says so."""
-        return max(self._numbers([int(flag)]), default=0) > 0 if self.distributed else flag
-
-    def max(self, number: int) -> int:
-        """Return the largest number."""
-        return self._numbers([number])[0] if self.distributed else number
+        """Tell whether the flag is set in any process."""
+        return bool(self.max(int(flag)))
 
     def min(self, number: int) -> int:
         """Return the smallest number."""
-        return -self._numbers([-number])[0] if self.distributed else number
+        return -self.max(-number)
 
-    def _numbers(self, values: list[int]) -> list[int]:
-        """Return the element-wise maximum."""
-        tensor = torch.tensor(values, dtype=torch.int64)
-        with _peers():
+    def max(self, number: int) -> int:
+        """Return the largest number."""
+        if not self.distributed:
+            return number
+        tensor = torch.tensor(number, dtype=torch.int64)
+        with _peer_errors():
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return [int(v) for v in tensor.tolist()]
+        return int(tensor)
 
     def exchange_targets(
-        self,
-        boxes_cxcywh: Sequence[Tensor],
-        labels: Sequence[Tensor],
-        *,
-        images: int,
-        stop: int = 0,
-        save_due: bool = False,
-        broken: bool = False,
-        replaced: tuple[tuple[int, str], ...] = (),
+        self, batch: Batch | None, *, images: int, stop_signal: int = 0, save_due: bool = False
     ) -> GlobalBatch:
         """Learn the targets of the whole effective batch, and agree on what follows the step.
 
         Args:
-            boxes_cxcywh: of this process's images, on the CPU.
-            labels: likewise.
-            images: of each process; the same for all.
-            stop: see `GlobalBatch`.
-            save_due: see `GlobalBatch`; rank 0's counts.
-            broken: see `GlobalBatch`.
-            replaced: by this process.
+            batch: of this process; None if it was stopped inside its loader.
+            images: of each process; the same number in all.
+            stop_signal: that this process received, 0 for none.
+            save_due: a checkpoint is due; the main process decides.
         """
+        boxes, labels = (batch.boxes_cxcywh, batch.labels) if batch is not None else ((), ())
+        replaced = batch.replaced if batch is not None else ()
         if not self.distributed:
-            return GlobalBatch(boxes_cxcywh, labels, slice(0, len(labels)), stop, save_due, broken, replaced)
-        counts = [0] * images if broken else [len(one) for one in labels]
-        mine = torch.tensor([stop, int(save_due), int(broken), len(replaced), *counts], dtype=torch.int64)
-        heads = torch.empty((self.size, len(mine)), dtype=torch.int64)
-        with _peers():
-            dist.all_gather(list(heads.unbind()), mine)
-        table = heads[:, 4:]
-        most = int(table.sum(1).max())
-        sent = torch.zeros((self.size, most, 5))
-        if most:
-            own = torch.zeros((most, 5))
-            if sum(counts):
-                own[: sum(counts)] = torch.cat([torch.cat(list(boxes_cxcywh)), torch.cat(list(labels))[:, None]], 1)
-            with _peers():
-                dist.all_gather(list(sent.unbind()), own)
-        boxes: list[Tensor] = []
-        classes: list[Tensor] = []
-        for row, own_counts in zip(sent, table.tolist(), strict=True):
-            for part in row[: sum(own_counts)].split(own_counts):
-                boxes.append(part[:, :4].contiguous())
-                classes.append(part[:, 4].long())  # float32 holds whole numbers up to 16 million
+            rows = slice(0, len(labels))
+            return GlobalBatch(boxes, labels, rows, stop_signal, save_due, batch is None, replaced)
+        counts = [len(of_image) for of_image in labels] if batch is not None else [0] * images
+        header = torch.tensor([stop_signal, save_due, batch is None, len(replaced), *counts], dtype=torch.int64)
+        headers = torch.empty((self.size, len(header)), dtype=torch.int64)
+        with _peer_errors():
+            dist.all_gather(list(headers.unbind()), header)
+        all_boxes, all_labels = self._all_gather_targets(boxes, labels, headers[:, 4:])
         return GlobalBatch(
-            boxes,
-            classes,
+            all_boxes,
+            all_labels,
             slice(self.rank * images, (self.rank + 1) * images),
-            stop=int(heads[:, 0].max()),
-            save_due=bool(heads[0, 1]),
-            broken=bool(heads[:, 2].any()),
-            # Rare, and text: only then does it go round.
-            replaced=tuple(r for own in self.all_gather(replaced) for r in own) if bool(heads[:, 3].any()) else (),
+            stop_signal=int(headers[:, 0].max()),
+            save_due=bool(headers[0, 1]),
+            incomplete=bool(headers[:, 2].any()),
+            # Sent only if there are any: they are rare, and text.
+            replaced=tuple(r for one in self.all_gather(replaced) for r in one) if bool(headers[:, 3].any()) else (),
         )
 
-    # ---- the device's side ----------------------------------------------------------------------------------------
+    def _all_gather_targets(
+        self, boxes_cxcywh: Sequence[Tensor], labels: Sequence[Tensor], counts: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return boxes and labels of all images; counts (processes, images) are the boxes in each."""
+        most = int(counts.sum(1).max())
+        gathered = torch.zeros((self.size, most, 5))
+        if most:
+            rows = torch.zeros((most, 5))
+            own = int(counts[self.rank].sum())
+            if own:
+                rows[:own] = torch.cat([torch.cat(list(boxes_cxcywh)), torch.cat(list(labels))[:, None]], 1)
+            with _peer_errors():
+                dist.all_gather(list(gathered.unbind()), rows)
+        all_boxes: list[Tensor] = []
+        all_labels: list[Tensor] = []
+        for rows, in_images in zip(gathered, counts.tolist(), strict=True):
+            for part in rows[: sum(in_images)].split(in_images):
+                all_boxes.append(part[:, :4].contiguous())
+                all_labels.append(part[:, 4].long())  # float32 holds whole numbers up to 16 million
+        return all_boxes, all_labels
+
+    # ---- tensors on the device ----------------------------------------------------------------------------------
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Sum tensors over the processes, in place, without waiting for the device.
@@ -222,11 +226,11 @@ class ProcessGroup:
         """
         if not self.distributed:
             return
-        with _peers():
+        with _peer_errors():
             pending = []
             for bucket in _buckets(tensors):
                 flat = torch.cat([t.reshape(-1) for t in bucket])
-                pending.append((bucket, flat, dist.all_reduce(flat, group=self._devices, async_op=True)))
+                pending.append((bucket, flat, dist.all_reduce(flat, group=self._nccl, async_op=True)))
             for bucket, flat, work in pending:
                 if work is not None:
                     work.wait()
@@ -236,11 +240,11 @@ class ProcessGroup:
     def all_reduce_gradients(self, parameters: Sequence[Tensor], terms: Tensor) -> Tensor:
         """Sum the gradients, and the loss terms with them.
 
-        A parameter without a gradient keeps none: which have one depends on the whole batch (a denoising group or
-        not), so it is the same ones everywhere.
+        Which parameters have a gradient depends on the whole batch only (on whether there is a denoising group), so it
+        is the same ones in every process.
 
         Args:
-            parameters: those that learn.
+            parameters: those that are trained.
             terms: (T,) of this process.
 
         Returns:
@@ -253,18 +257,18 @@ class ProcessGroup:
         return total
 
     def broadcast_tensors(self, tensors: Sequence[Tensor]) -> None:
-        """Give rank 0's tensors to all, in place; of any dtype."""
+        """Copy the main process's tensors to all, in place; any dtype."""
         if not self.distributed:
             return
-        with _peers():
+        with _peer_errors():
             for tensor in tensors:
-                dist.broadcast(tensor, src=0, group=self._devices if tensor.is_cuda else None)
+                dist.broadcast(tensor, src=0, group=self._nccl if tensor.is_cuda else None)
 
     def check_in_sync(self, tensors: Sequence[Tensor]) -> None:
         """Stop a run whose processes no longer hold the same weights; costs one pass over them.
 
         Raises:
-            RtdetrError: so it is.
+            RtdetrError: code `drift`.
         """
         if not self.distributed:
             return
@@ -272,12 +276,13 @@ class ProcessGroup:
         if len(set(self.all_gather(sums))) > 1:
             raise RtdetrError(
                 "the processes of the run no longer hold the same weights",
-                hint="the same GPUs and versions on every host; rtdetr train --resume goes on from the last checkpoint",
+                hint="use the same GPUs and versions on every host, then rtdetr train --resume continues from the last "
+                "checkpoint",
                 code="drift",
             )
 
     def close(self) -> None:
-        """Say goodbye; a process that does not is taken for dead."""
+        """Leave the group; the others take a process that does not for dead."""
         if self.distributed and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -287,31 +292,29 @@ SINGLE_PROCESS = ProcessGroup()
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
-    held = 0
+    size = 0
     for tensor in tensors:
         bucket.append(tensor)
-        held += tensor.nbytes
-        if held >= BUCKET_BYTES:
+        size += tensor.nbytes
+        if size >= BUCKET_BYTES:
             yield bucket
-            bucket, held = [], 0
+            bucket, size = [], 0
     if bucket:
         yield bucket
 
 
-# gloo raises plain RuntimeErrors; its own name is in the path that they begin with.
-_WORDS_OF_A_LOST_PEER = ("gloo", "nccl", "connection", "timed out", "socket")
-
-
 @contextmanager
-def _peers() -> Iterator[None]:
-    """Turn what torch.distributed raises when a process has died into our error."""
+def _peer_errors() -> Iterator[None]:
+    """Turn what torch.distributed raises when a process has died into PeerLost."""
     try:
         yield
     except RuntimeError as error:
-        said = str(error).lower()
-        if not isinstance(error, dist.DistError) and not any(word in said for word in _WORDS_OF_A_LOST_PEER):
+        # gloo raises plain RuntimeErrors, with its own name in the path that their message begins with.
+        message = str(error).lower()
+        words = ("gloo", "nccl", "connection", "timed out", "socket")
+        if not isinstance(error, dist.DistError) and not any(word in message for word in words):
             raise
-        raise PeerLost("another process of this run has ended; what it said is the reason") from error
+        raise PeerLost("another process of this run has ended; its error is the reason") from error
 
 
 # ---- joining ----------------------------------------------------------------------------------------------------
@@ -319,15 +322,15 @@ def _peers() -> Iterator[None]:
 
 def launched(environment: Mapping[str, str] | None = None) -> bool:
     """Tell whether this process was started as one of several, by us or by torchrun."""
-    found = os.environ if environment is None else environment
-    return int(found.get("WORLD_SIZE", "1")) > 1 and all(k in found for k in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    values = os.environ if environment is None else environment
+    return int(values.get("WORLD_SIZE", "1")) > 1 and all(k in values for k in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def parse_devices(setting: str) -> tuple[str, ...]:
     """Read `--device`: `auto`, `cpu`, `0`, `0,1`, `cpu,cpu`, or `cpu:4` for four processes.
 
     Returns:
-        A device for each process, as torch names them; `("auto",)` for the first GPU or the CPU.
+        One device for each process, as torch names them; `("auto",)` for the first GPU or the CPU.
 
     Raises:
         UsageError: not a list of devices.
@@ -346,54 +349,45 @@ def parse_devices(setting: str) -> tuple[str, ...]:
             devices.append(word)
         else:
             raise UsageError(
-                f"--device {setting}: {word or 'an empty word'!r} is not a device",
-                hint="--device auto, cpu, 0 (the first GPU) or 0,1 (two of them, a process each)",
+                f"--device {setting}: {word!r} is not a device" if word else f"--device {setting}: a device is missing",
+                hint="--device auto, cpu, 0 (the first GPU) or 0,1 (two GPUs, one process each)",
             )
     if len({d.partition(":")[0] for d in devices}) > 1:
-        raise UsageError(f"--device {setting} mixes kinds of devices", hint="GPUs only, or cpu only")
+        raise UsageError(f"--device {setting} mixes kinds of devices", hint="name GPUs only, or cpu only")
     return tuple(devices)
 
 
 def join_process_group(setting: str) -> ProcessGroup:
-    """Become one of the processes that the environment describes; a team of one where it describes none.
+    """Join the processes that the environment describes; return a single process if it describes none.
 
     Args:
         setting: of `--device`: one device for each process of this host, or `auto`, or `cpu` for all.
 
     Raises:
         UsageError: the number of devices is not that of the processes.
-        EnvironmentProblem: a device is not there, or the others cannot be reached.
+        EnvironmentProblem: a device does not exist, or the other processes cannot be reached.
     """
     if not launched():
         if len(parse_devices(setting)) > 1:
             raise UsageError(
-                f"--device {setting} needs a process for each device, and this is one",
-                hint="rtdetr train starts them itself; torchrun -m rtdetr_cli train ... does as well",
+                f"--device {setting} needs one process for each device, and this is a single process",
+                hint="rtdetr train starts the processes itself; so does torchrun -m rtdetr_cli train ...",
             )
         return SINGLE_PROCESS
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local, here = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    devices = parse_devices(setting)
-    if devices == ("auto",):
-        devices = tuple(f"cuda:{i}" for i in range(here)) if torch.cuda.is_available() else ("cpu",)
-    if devices == ("cpu",):
-        devices = ("cpu",) * here
-    if len(devices) != here:
-        raise UsageError(
-            f"--device {setting} names {len(devices)} for the {here} processes of this host",
-            hint="--device auto gives each process the GPU of its local rank",
-        )
-    device = devices[local]
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    devices = _local_devices(setting, local_size)
+    device = devices[local_rank]
     if device.startswith("cuda"):
         count = torch.cuda.device_count()
         if int(device.partition(":")[2]) >= count:
             raise EnvironmentProblem(
-                f"process {local} of this host was to use {device}: torch sees {count} CUDA devices",
+                f"process {local_rank} of this host needs {device}, but torch sees {count} CUDA devices",
                 hint=f"--nproc-per-node {count}" if count else "--device cpu, or rtdetr doctor",
             )
         torch.cuda.set_device(device)
     if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost", "::1") and sys.platform == "linux":
-        # Else gloo asks for the address of the host's name, which many containers cannot tell.
+        # gloo would look up the address of the host's name, which many containers cannot resolve.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=TIMEOUT)
@@ -401,23 +395,38 @@ def join_process_group(setting: str) -> ProcessGroup:
         raise EnvironmentProblem(
             f"process {rank} of {size} cannot reach the others at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}",
-            hint="the same --master-addr and --master-port on every host, and a firewall that lets them through",
+            hint="pass the same --master-addr and --master-port on every host, and open the port in the firewall",
             code="rendezvous",
         ) from error
     return ProcessGroup(rank=rank, size=size, device=device, shares_device=len(set(devices)) < len(devices))
+
+
+def _local_devices(setting: str, local_size: int) -> tuple[str, ...]:
+    """Return one device for each process of this host."""
+    devices = parse_devices(setting)
+    if devices == ("auto",):
+        devices = tuple(f"cuda:{i}" for i in range(local_size)) if torch.cuda.is_available() else ("cpu",)
+    if devices == ("cpu",):
+        devices = ("cpu",) * local_size
+    if len(devices) != local_size:
+        raise UsageError(
+            f"--device {setting} names {len(devices)} devices for the {local_size} processes of this host",
+            hint="--device auto gives each process the GPU of its local rank",
+        )
+    return devices
 
 
 def images_per_process(effective_batch: int, size: int) -> int:
     """Return how many images of the effective batch each of `size` processes has.
 
     Raises:
-        UsageError: it cannot be shared evenly; then the gradients would weigh images differently.
+        UsageError: it is not divisible; gradients of an uneven share would weigh images differently.
     """
     if effective_batch % size:
         low = effective_batch // size * size
         either = " or ".join(str(n) for n in (low, low + size) if n)
         raise UsageError(
-            f"--effective-batch {effective_batch} cannot be shared evenly by {size} processes",
+            f"--effective-batch {effective_batch} is not divisible by the number of processes ({size})",
             hint=f"--effective-batch {either}",
             code="batch-clash",
         )

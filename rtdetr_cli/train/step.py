@@ -1,4 +1,8 @@
-"""One step."""
+"""The forward and backward passes of one training step.
+
+The effective batch is one batch of the loader, cut into micro-batches here. The denoising group is drawn and the boxes
+are counted for the whole of it first, so that the gradient does not depend on how the batch is cut.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,6 @@ from rtdetr_cli.train.plan import Plan
 from rtdetr_cli.train.processes import GlobalBatch
 from rtdetr_cli.train.state import Learner
 
-# ---- one step ---------------------------------------------------------------------------------------------------
-
 
 def accumulate_gradients(
     learner: Learner,
@@ -29,7 +31,7 @@ def accumulate_gradients(
     group: DenoisingGroup | None,
     num_boxes: float,
 ) -> tuple[tuple[str, ...], Tensor]:
-    """Add up the gradients of one effective batch, a micro-batch at a time.
+    """Add up the gradients of one effective batch, one micro-batch at a time.
 
     Args:
         learner: its model's gradients are added to.
@@ -37,19 +39,19 @@ def accumulate_gradients(
         rows: micro-batches.
         size: (height, width) to train at in pixels.
         group: denoising queries of the whole batch, on the CPU.
-        num_boxes: normaliser of the whole batch.
+        num_boxes: normalizer of the whole batch.
 
     Returns:
-        Names of the loss terms, and their values, (micro-batches, terms) float32 on the device, detached.
+        The names of the T loss terms, and their values, (micro-batches, T) float32 on the device, detached.
     """
     device = learner.device
     if learner.norm_sync is not None:
-        learner.norm_sync.begin()
+        learner.norm_sync.begin_step()
     images = batch.images.to(device, non_blocking=True)
     boxes, labels = move_targets(device, batch)
     group = group.to(device) if group is not None else None
     names: tuple[str, ...] = ()
-    kept = []
+    values = []
     for part in rows:
         inputs = to_input(images[part], size)
         with torch.autocast(device.type, learner.autocast, enabled=learner.autocast is not None):
@@ -58,8 +60,8 @@ def accumulate_gradients(
         names = tuple(terms)
         stacked = torch.stack(list(terms.values()))
         torch.autograd.backward(stacked.sum() * learner.optimizer.scale)
-        kept.append(stacked.detach())
-    return names, torch.stack(kept)
+        values.append(stacked.detach())
+    return names, torch.stack(values)
 
 
 def to_input(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -91,9 +93,8 @@ def move_targets(device: torch.device, batch: Batch) -> tuple[list[Tensor], list
 
 def draw_size(plan: Plan, *, epoch: int, step: int, seed: int) -> tuple[int, int]:
     """Draw the (height, width) of a step from (seed, step)."""
-    base = plan.scales[len(plan.scales) // 2]
     if epoch >= plan.multi_scale_until:
-        return base
+        return plan.scales[len(plan.scales) // 2]
     return random.Random(f"scale {seed} {step}").choice(plan.scales)
 
 
@@ -116,11 +117,11 @@ def draw_group(learner: Learner, batch: Batch | GlobalBatch, *, step: int, seed:
     )
 
 
-def largest_batch(plan: Plan, *, most_boxes: int, num_classes: int, seed: int = 0) -> Batch:
-    """Make a batch of noise with as many boxes in each image as the fullest one has.
+# ---- the largest step -------------------------------------------------------------------------------------------
 
-    It is given at the largest scale, so that no resizing comes before the step.
-    """
+
+def largest_batch(plan: Plan, *, most_boxes: int, num_classes: int, seed: int = 0) -> Batch:
+    """Make a batch of noise at the largest scale, with `most_boxes` boxes in each image."""
     height, width = plan.scales[-1] if plan.multi_scale_until else plan.scales[len(plan.scales) // 2]
     generator = torch.Generator().manual_seed(seed)
     count = plan.effective_batch
@@ -133,7 +134,7 @@ def largest_batch(plan: Plan, *, most_boxes: int, num_classes: int, seed: int = 
 def run_largest_step(
     learner: Learner, plan: Plan, *, most_boxes: int, micro_batch: int, parts: int | None = None
 ) -> None:
-    """Run forward and backward at the largest scale with the most boxes; nothing is left of it.
+    """Run forward and backward at the largest scale with the most boxes, and undo what they changed.
 
     Args:
         learner: left as it was.

@@ -1,4 +1,4 @@
-"""Stopping."""
+"""Stopping on SIGINT and SIGTERM: a flag that the loop reads between steps, and the error that ends the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rtdetr_cli.train.processes import launched
 
 
 class Interrupted(RtdetrError):
-    """A signal asked for an end; the checkpoint is written. The exit code is 128 + the signal."""
+    """A signal stopped the run and its checkpoint is saved. The exit code is 128 + the signal."""
 
     default_code = "interrupted"
 
@@ -28,15 +28,15 @@ class Interrupted(RtdetrError):
 
 
 class EvaluationStopped(Exception):
-    """Raised by `evaluate_model` when a signal came while it ran."""
+    """An evaluation gave up because a signal came."""
 
 
 class StopFlag:
-    """Set by a signal handler, read by the loop between steps.
+    """A stop request, set by a signal handler and read by the loop between steps.
 
     Attributes:
-        signal: its number; 0 for none.
-        polled: somebody reads it, so that a signal need not end the process by itself.
+        signal: the number of the signal; 0 for none.
+        polled: the loop is reading the flag, so a signal need not end the process by itself.
     """
 
     def __init__(self) -> None:
@@ -49,17 +49,17 @@ class StopFlag:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """Let SIGINT and SIGTERM ask for an end; a second one of either ends at once.
+    """Let the first SIGINT or SIGTERM request a stop; a second one ends the process at once.
 
-    So does the first, until there is a run that heeds it: nothing is lost before. But processes of one run wait for
-    each other from the beginning, and only ever stop together.
+    Until the loop polls the flag, the first one ends the process too, since nothing is lost yet. The processes of one
+    run are an exception: they wait for each other from the beginning and only ever stop together.
     """
     flag = StopFlag()
     flag.polled = launched()
-    before: dict[int, Any] = {}
+    handlers: dict[int, Any] = {}
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, before[number])
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, handlers[number])
         if flag.polled:
             flag.signal = number
         elif number == signal.SIGINT:
@@ -69,10 +69,10 @@ def stop_on_signals() -> Iterator[StopFlag]:
 
     if threading.current_thread() is threading.main_thread():
         for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-            before[number] = signal.getsignal(number)
-            signal.signal(number, ask)
+            handlers[number] = signal.getsignal(number)
+            signal.signal(number, request_stop)
     try:
         yield flag
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

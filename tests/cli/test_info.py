@@ -97,7 +97,7 @@ def test_training_checkpoint(rtdetr: Callable[..., Any], tmp_path: Path) -> None
     path.write_bytes(path.read_bytes()[:-10])
     damaged = rtdetr("info", path)
     assert damaged.code == 4
-    assert "cut short" in damaged.err
+    assert "truncated" in damaged.err
 
 
 def test_engine_shows_the_header_beside_it(rtdetr: Callable[..., Any], shapes_model: Path, tmp_path: Path) -> None:

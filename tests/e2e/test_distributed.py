@@ -120,7 +120,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_before_anything_starts(
     done = rtdetr("train", "--data", uneven, *SMALL, "--device", "cpu:3", "--out", tmp_path)
     assert done.code == 2
     assert done.err == (
-        "error: --effective-batch 4 cannot be shared evenly by 3 processes\n\nhint: --effective-batch 3 or 6\n"
+        "error: --effective-batch 4 is not divisible by the number of processes (3)\n\nhint: --effective-batch 3 or 6\n"
     )
     assert not list(tmp_path.iterdir())
 
@@ -204,14 +204,14 @@ def test_what_one_process_says_is_what_is_said(uneven: Path, tmp_path: Path) -> 
         "    def find_spec(self, name, path, target=None):\n"
         "        if name != 'rtdetr_cli.workflows.finetune' or os.environ.get('RANK') != '1': return None\n"
         "        sys.meta_path.remove(self)\n"
-        "        import rtdetr_cli.train.loop as loop\n"
+        "        import rtdetr_cli.train.recovery as recovery\n"
         "        from rtdetr_cli.errors import DataError\n"
-        "        real, calls = loop.accumulate_gradients, []\n"
+        "        real, calls = recovery.accumulate_gradients, []\n"
         "        def accumulate_gradients(*args, **more):\n"
         "            calls.append(1)\n"
         "            if len(calls) == 3: raise DataError('the images are gone', hint='look for them')\n"
         "            return real(*args, **more)\n"
-        "        loop.accumulate_gradients = accumulate_gradients\n"
+        "        recovery.accumulate_gradients = accumulate_gradients\n"
         "        return None\n"
         "sys.meta_path.insert(0, Late())\n",
         encoding="utf-8",

@@ -16,12 +16,12 @@ from torch import nn
 from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.model.build import build_detector
-from rtdetr_cli.train import memory
 from rtdetr_cli.train.losses import Criterion
 from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics
 from rtdetr_cli.train.processes import SINGLE_PROCESS, ProcessGroup, join_process_group
-from rtdetr_cli.train.state import Learner
-from rtdetr_cli.train.step import accumulate_gradients, draw_group
+from rtdetr_cli.train.recovery import accumulate_with_retry
+from rtdetr_cli.train.state import Learner, Progress
+from rtdetr_cli.train.step import draw_group
 from rtdetr_cli.train.sync_norm import synchronize_norms
 
 IMAGES, CLASSES, SIDE = 4, 3, 64
@@ -88,9 +88,9 @@ def step(
         everything.image_indices[mine],
         (),
     )
-    whole = processes.exchange_targets(batch.boxes_cxcywh, batch.labels, images=share)
+    whole = processes.exchange_targets(batch, images=share)
     group = draw_group(learner, whole, step=3, seed=1)
-    group = group.rows(whole.mine) if group is not None else None
+    group = group.rows(whole.local_rows) if group is not None else None
     num_boxes = float(max(1, sum(len(one) for one in whole.labels)))
 
     calls = 0
@@ -108,34 +108,25 @@ def step(
 
     [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)][7].register_forward_hook(watch)
 
-    micro, attempts = share, 0
-    learner.norms.save()
-    while True:  # as in the loop
-        attempts += 1
-        rows = memory.micro_batches(share, micro)
-        full = False
+    attempts = 1
+    steps = accumulate_with_retry(
+        learner, Progress(micro_batch=share), batch, size=(SIDE, SIDE), group=group, num_boxes=num_boxes
+    )
+    while True:
         try:
-            names, terms = accumulate_gradients(
-                learner, batch, rows=rows, size=(SIDE, SIDE), group=group, num_boxes=num_boxes
-            )
-        except MemoryError:
-            full = True
-        if learner.norm_sync is not None:
-            learner.norm_sync.finish(len(rows), learner.device, torch.float64)
-            full = processes.any(full)
-        if not full:
+            next(steps)
+        except StopIteration as end:
+            accumulated = end.value
             break
-        learner.optimizer.zero_grad()
-        learner.norms.restore()
-        micro = memory.halve(micro, where="cpu")
-    totals = processes.all_reduce_gradients(learner.optimizer.parameters, terms.sum(0))
+        attempts += 1
+    totals = processes.all_reduce_gradients(learner.optimizer.parameters, accumulated.terms.sum(0))
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     with torch.no_grad():
         for parameter in learner.optimizer.parameters:
             if parameter.grad is not None:
                 parameter -= 0.1 * parameter.grad
     processes.check_in_sync(learner.optimizer.parameters)
-    terms_by_name = dict(zip(names, totals, strict=True))
+    terms_by_name = dict(zip(accumulated.names, totals, strict=True))
     return {"gradients": gradients, "terms": terms_by_name, "state": model.state_dict(), "attempts": attempts}
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from rtdetr_cli.errors import ModelError, RtdetrError
-from rtdetr_cli.train import checkpoint
 from rtdetr_cli.runs import CHECKPOINT, PARTIAL_CHECKPOINT, PREVIOUS_CHECKPOINT
+from rtdetr_cli.train import checkpoint
 from rtdetr_cli.train.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -75,7 +75,7 @@ def test_damage_is_noticed_and_the_one_before_is_taken(tmp_path: Path, at: int) 
     flip(tmp_path / CHECKPOINT, at)
     found, warning = load_checkpoint(tmp_path)
     assert found["number"] == 1
-    assert "damaged" in warning or "cut short" in warning
+    assert "damaged" in warning or "truncated" in warning
 
 
 @pytest.mark.parametrize("keep", [0, 10, 60, 5000])

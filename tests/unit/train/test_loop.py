@@ -22,12 +22,13 @@ from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.images.decode import stretch
+from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.train import checkpoint as checkpointing
 from rtdetr_cli.train import events, memory
 from rtdetr_cli.train import step as step_module
 from rtdetr_cli.train.checkpoint import load_checkpoint
-from rtdetr_cli.train.guard import MAX_ROLLBACKS, MAX_SKIPPED_IN_A_ROW
-from rtdetr_cli.runs import RunFolder
+from rtdetr_cli.train.guard import MAX_SKIPPED_IN_A_ROW
+from rtdetr_cli.train.recovery import MAX_ROLLBACKS
 from rtdetr_cli.train.state import Learner
 from rtdetr_cli.train.step import accumulate_gradients, draw_group, draw_size, to_input
 from rtdetr_cli.train.stop import Interrupted, StopFlag
@@ -162,7 +163,7 @@ def run(
             reports.append(report)
     finally:
         workflow.prepare = real
-    folder = next(r.folder for r in reports if isinstance(r, workflow.BeginReport))
+    folder = next(r.folder for r in reports if isinstance(r, workflow.RunStarted))
     assert folder is not None
     return reports, tensors(prepared_[0].learner), folder
 
@@ -351,7 +352,7 @@ def test_a_run_that_cannot_be_mended_ends_with_exit_1(small_run: Make) -> None:
     assert caught.value.exit_code == 1
     assert "evidence" in caught.value.hint
     assert [b.rate_scale for b in of(events.RolledBack, told)] == [0.5**n for n in range(1, MAX_ROLLBACKS + 1)]
-    folder = of(workflow.BeginReport, told)[0].folder
+    folder = of(workflow.RunStarted, told)[0].folder
     assert 1 <= len(list((folder / "evidence").glob("*.npz"))) <= 5
     state, _ = load_checkpoint(folder)
     assert all(torch.isfinite(v).all() for k, v in state["learner"]["model"].items() if "anchors" not in k)
@@ -382,7 +383,7 @@ def interrupt_after(config: RunConfig, steps: int, number: int = signal.SIGTERM)
 
     def heed() -> None:
         for report in workflow.finetune(config, stop=stop):
-            if isinstance(report, workflow.BeginReport) and report.folder is not None:
+            if isinstance(report, workflow.RunStarted) and report.folder is not None:
                 folders.append(report.folder)
             if isinstance(report, events.StepDone) and report.step + 1 >= steps:
                 stop.signal = number
@@ -395,7 +396,7 @@ def interrupt_after(config: RunConfig, steps: int, number: int = signal.SIGTERM)
 
 def finish(folder: Path) -> None:
     reports = list(workflow.resume(folder))
-    assert isinstance(reports[-1], workflow.EndReport)
+    assert isinstance(reports[-1], workflow.RunFinished)
 
 
 def left(folder: Path) -> tuple[bytes, bytes, dict[str, Any]]:
@@ -479,7 +480,8 @@ def scores(monkeypatch: pytest.MonkeyPatch, *values: float | None) -> None:
     real, left = workflow.Evaluator.__call__, list(values)
 
     def told(self: Any, model: nn.Module) -> Any:
-        return {**real(self, model), "AP": left.pop(0)}
+        metrics, evaluation = real(self, model)
+        return {**metrics, "AP": left.pop(0)}, evaluation
 
     monkeypatch.setattr(workflow.Evaluator, "__call__", told)
 

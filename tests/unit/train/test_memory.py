@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rtdetr_cli.errors import RtdetrError
-from rtdetr_cli.train.memory import fitting_micro_batch, is_out_of_memory, micro_batches, saved_bytes, halve
+from rtdetr_cli.train.memory import fitting_micro_batch, halve, is_out_of_memory, micro_batches, saved_bytes
 
 
 @pytest.mark.parametrize(

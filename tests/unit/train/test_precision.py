@@ -17,19 +17,19 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
     [
         (GPU, (8, 0), "", "bf16"),  # Ampere and later
         (GPU, (9, 0), "", "bf16"),
-        (GPU, (7, 5), "AMX", "fp16"),  # the GPU's own, whatever the processor has
+        (GPU, (7, 5), "amx_bf16", "fp16"),  # the GPU's own, whatever the processor has
         (GPU, (6, 1), "", "fp16"),
-        (CPU, (9, 0), "AMX", "bf16"),
-        (CPU, (9, 0), "AVX512-BF16", "bf16"),
+        (CPU, (9, 0), "amx_bf16", "bf16"),
+        (CPU, (9, 0), "avx512_bf16", "bf16"),
         (CPU, (9, 0), "", "fp32"),
-        (torch.device("mps"), (9, 0), "AMX", "fp32"),
+        (torch.device("mps"), (9, 0), "amx_bf16", "fp32"),
     ],
 )
 def test_auto(
     device: torch.device, capability: tuple[int, int], instructions: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(precision, "_cpu_bf16", lambda: instructions)
+    monkeypatch.setattr(precision, "cpu_flags", lambda: {instructions})
     chosen = choose_precision("auto", device)
     assert chosen.name == name
     assert chosen.dtype == precision.DTYPES[name]
@@ -45,5 +45,5 @@ def test_float16_needs_a_gpu(device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_what_was_asked_is_done(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_cpu_bf16", lambda: "")
+    monkeypatch.setattr(precision, "cpu_flags", set)
     assert choose_precision(name, CPU) == precision.Precision(name, precision.DTYPES[name], "--precision")

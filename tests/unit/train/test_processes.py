@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.train.processes import (
     SINGLE_PROCESS,
@@ -163,7 +164,9 @@ def test_what_is_no_device_is_refused(setting: str) -> None:
 
 def test_a_batch_that_cannot_be_shared_is_refused_with_those_that_can() -> None:
     assert images_per_process(16, 4) == 4
-    with pytest.raises(UsageError, match="--effective-batch 16 cannot be shared evenly by 3 processes") as caught:
+    with pytest.raises(
+        UsageError, match=r"--effective-batch 16 is not divisible by the number of processes \(3\)"
+    ) as caught:
         images_per_process(16, 3)
     assert caught.value.hint == "--effective-batch 15 or 18"
 
@@ -171,10 +174,11 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_those_that_can() -> None:
 def test_one_process_is_a_team_of_its_own() -> None:
     assert join_process_group("cpu") is SINGLE_PROCESS
     assert not launched({"RANK": "0"})
-    boxes, labels = [torch.rand(2, 4)], [torch.tensor([0, 1])]
-    whole = SINGLE_PROCESS.exchange_targets(boxes, labels, images=1, stop=15, save_due=True)
-    assert whole.boxes_cxcywh is boxes
-    assert (whole.mine, whole.stop, whole.save_due, whole.broken) == (slice(0, 1), 15, True, False)
+    batch = Batch(torch.zeros(1, 3, 8, 8), (torch.rand(2, 4),), (torch.tensor([0, 1]),), (0,), ())
+    whole = SINGLE_PROCESS.exchange_targets(batch, images=1, stop_signal=15, save_due=True)
+    assert whole.boxes_cxcywh is batch.boxes_cxcywh
+    assert (whole.local_rows, whole.stop_signal, whole.save_due, whole.incomplete) == (slice(0, 1), 15, True, False)
+    assert SINGLE_PROCESS.exchange_targets(None, images=1).incomplete
     assert SINGLE_PROCESS.all_gather(3) == SINGLE_PROCESS.gather(3) == [3]
     assert (SINGLE_PROCESS.broadcast(4), SINGLE_PROCESS.any(False), SINGLE_PROCESS.max(5), SINGLE_PROCESS.min(6)) == (
         4,
@@ -188,12 +192,12 @@ def test_one_process_is_a_team_of_its_own() -> None:
 
 
 def test_several_devices_without_their_processes_are_refused() -> None:
-    with pytest.raises(UsageError, match="needs a process for each device"):
+    with pytest.raises(UsageError, match="needs one process for each device"):
         join_process_group("cpu,cpu")
 
 
 def test_as_many_devices_as_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(key, value)
-    with pytest.raises(UsageError, match="names 3 for the 2 processes of this host"):
+    with pytest.raises(UsageError, match="names 3 devices for the 2 processes of this host"):
         join_process_group("cpu:3")

@@ -13,7 +13,7 @@ import torch
 from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.evaluate.classes import map_classes
-from rtdetr_cli.evaluate.run import Detected, conclude, detect, evaluate
+from rtdetr_cli.evaluate.run import SplitDetections, detect, evaluate, evaluate_detections
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.train.processes import SINGLE_PROCESS
@@ -47,7 +47,7 @@ def test_shares_together_are_the_whole(val: Dataset, loaded: tuple[RTDETR, Model
     for rank in range(size):
         mine = np.arange(rank, len(val), size)
         parts.append((mine, detect(backend, val.subset(mine), batch=1, label_map=classes.labels)))
-    joined = conclude(val, Detected.join(parts), classes, seconds=1.0)
+    joined = evaluate_detections(val, SplitDetections.join(parts), classes, seconds=1.0)
     whole = evaluate(backend, val, batch=1)
     assert whole.metrics["AP"] is not None
     assert whole.metrics["AP"] > 0.3, "figures of nothing would all be equal"
@@ -61,10 +61,10 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(
     model, header = loaded
     learner = SimpleNamespace(device=torch.device("cpu"))
     prepared: Any = SimpleNamespace(processes=SINGLE_PROCESS, header=header, val_set=val, learner=learner)
-    expected = Evaluator(prepared, Progress(micro_batch=2), StopFlag())(model)
+    expected, evaluation = Evaluator(prepared, Progress(micro_batch=2), StopFlag())(model)
     seen: list[int] = []
 
-    def full(*words: Any, batch: int, **others: Any) -> Detected:
+    def full(*words: Any, batch: int, **others: Any) -> SplitDetections:
         seen.append(batch)
         if batch > 2:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
@@ -72,7 +72,9 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(
 
     monkeypatch.setattr(module, "detect", full)
     measure = Evaluator(prepared, Progress(micro_batch=8), StopFlag())
-    assert measure(model) == pytest.approx(expected)
+    assert evaluation is not None
+    assert evaluation.metrics == expected
+    assert measure(model)[0] == pytest.approx(expected)
     assert seen == [8, 4, 2]
     measure(model)
     assert seen == [8, 4, 2, 2], "what fits is remembered"
