@@ -1,4 +1,4 @@
-"""The frame of the command line: start-up, errors, aliases, exit codes."""
+"""The command line as a whole: start-up time, errors, aliases, exit codes, presets."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_help_lists_every_command(rtdetr) -> None:
 
 
 @pytest.mark.parametrize("group", [[], ["presets"], ["weights"]])
-def test_no_command_list_is_cut_in_80_columns(rtdetr, group: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_lists_fit_into_80_columns(rtdetr, group: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     ran = rtdetr(*group, "--help")
     listed = ran.out.partition("Commands:\n")[2].splitlines()
@@ -53,13 +53,13 @@ def test_no_command_list_is_cut_in_80_columns(rtdetr, group: list[str], monkeypa
         assert [line.split()[0] for line in listed] == list(COMMANDS)
 
 
-def test_module_runs_as_the_program_does() -> None:
+def test_the_package_runs_as_a_module() -> None:
     ran = subprocess.run([sys.executable, "-m", "rtdetr_cli", "--version"], capture_output=True, text=True, check=True)
     assert ran.stdout.startswith("rtdetr ")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["nonsense"], 2, "no such command 'nonsense'"),
         (["presets", "--nonsense"], 2, "no such option: --nonsense"),
@@ -67,18 +67,29 @@ def test_module_runs_as_the_program_does() -> None:
         (["presets", "show", "gone.toml"], 2, "gone.toml does not exist"),
         (["presets", "diff", "r18"], 2, "missing argument"),
         (["train", "--epochs", "many", "--data", "x"], 2, "'many' is not a valid"),
+        (["train", "--batch", "many", "--data", "x"], 2, "--batch many: expected auto or an integer >= 1"),
     ],
 )
-def test_usage_errors_are_one_sentence(rtdetr, arguments: list[str], code: int, said: str) -> None:
+def test_usage_errors_are_one_sentence(rtdetr, arguments: list[str], code: int, message: str) -> None:
     ran = rtdetr(*arguments)
     assert ran.code == code
     assert ran.out == ""
-    assert said in ran.err.lower() or said in ran.err
+    assert message in ran.err.lower() or message in ran.err
     assert ran.err.startswith("error: ")
     assert "Traceback" not in ran.err
 
 
-def test_errors_are_json_when_asked(rtdetr) -> None:
+def test_a_missing_package_is_an_environment_error() -> None:
+    from rtdetr_cli.cli.app import expected_error
+
+    error = expected_error(ModuleNotFoundError("No module named 'hotcoco'", name="hotcoco.core"), "eval")
+    assert error is not None
+    assert (error.code, error.exit_code, error.hint) == ("package-missing", 7, "pip install hotcoco")
+    assert expected_error(ModuleNotFoundError("bug", name="rtdetr_cli.gone"), "eval") is None
+    assert expected_error(ValueError("bug"), "eval") is None
+
+
+def test_errors_are_json_with_the_json_flag(rtdetr) -> None:
     ran = rtdetr("presets", "show", "r19", "--json")
     assert ran.code == 2
     assert ran.json["error"]["code"] == "preset-unknown"
@@ -99,12 +110,12 @@ def test_errors_are_json_when_asked(rtdetr) -> None:
         ("train", ["train", "--", "--batch_size"], ["train", "--", "--batch_size"]),
     ],
 )
-def test_foreign_names_become_ours(command: str, typed: list[str], meant: list[str]) -> None:
+def test_foreign_flag_names_are_translated(command: str, typed: list[str], meant: list[str]) -> None:
     known = {"--batch", "--out", "--precision", "--weights", "--effective-batch"}
     assert translate(command, typed, known) == meant
 
 
-def test_models_named_by_a_flag_become_positional() -> None:
+def test_a_model_flag_becomes_a_positional_argument() -> None:
     assert translate("eval", ["eval", "--model=a.onnx"], {"--data"}) == ["eval", "a.onnx"]
     assert translate("predict", ["predict", "--source", "a.jpg"], {"--weights"}) == ["predict", "a.jpg"]
     assert translate("export", ["export", "--format=onnx,openvino"], {"--onnx", "--openvino"}) == [
@@ -112,7 +123,7 @@ def test_models_named_by_a_flag_become_positional() -> None:
     ]  # fmt: skip
 
 
-def test_every_alias_leads_to_a_flag_that_some_command_has() -> None:
+def test_every_alias_stands_for_an_existing_flag() -> None:
     import typer
 
     from rtdetr_cli.cli.app import build
@@ -124,8 +135,14 @@ def test_every_alias_leads_to_a_flag_that_some_command_has() -> None:
             assert not flag.startswith("--") or flag in known, f"{old} -> {flag}"
 
 
-def test_val_is_eval(rtdetr) -> None:
+def test_val_is_an_alias_of_eval(rtdetr) -> None:
     assert rtdetr("val", "--help").out == rtdetr("eval", "--help").out
+
+
+def test_presets_show_describes_every_key(rtdetr) -> None:
+    rows = rtdetr("presets", "show", "r18").out.splitlines()
+    row = next(line for line in rows if "model.queries" in line)
+    assert row.split() == ["model.queries", "300", "object", "queries"]
 
 
 def test_presets_in_json(rtdetr) -> None:
@@ -134,7 +151,7 @@ def test_presets_in_json(rtdetr) -> None:
     assert names == ["tiny", "r18", "r34", "r50m", "r50", "r101"]
 
 
-def test_presets_diff_says_what_and_why(rtdetr) -> None:
+def test_presets_diff_shows_the_differences_and_the_reasons(rtdetr) -> None:
     ran = rtdetr("presets", "diff", "r18", "r50")
     assert "optim.lr_backbone" in ran.out
     assert "1e-05" in ran.out
@@ -142,14 +159,14 @@ def test_presets_diff_says_what_and_why(rtdetr) -> None:
     assert "model.heads" not in ran.out
 
 
-def test_preset_shown_as_toml_can_be_read_again(rtdetr, tmp_path) -> None:
+def test_a_preset_printed_as_toml_is_a_valid_preset_file(rtdetr, tmp_path) -> None:
     copied = tmp_path / "mine.toml"
     copied.write_text(rtdetr("presets", "show", "r18", "--toml").out)
     again = rtdetr("presets", "show", copied, "--json").json["preset"]
     assert again == rtdetr("presets", "show", "r18", "--json").json["preset"]
 
 
-def test_json_has_no_infinity() -> None:
+def test_json_output_replaces_nan_and_infinity() -> None:
     from rtdetr_cli.cli.terminal import finite
 
     assert json.dumps(finite({"a": float("nan"), "b": [float("inf"), 1.5]})) == '{"a": null, "b": [null, 1.5]}'

@@ -1,4 +1,4 @@
-"""Bad input gets one clear message and the documented exit code, no traceback, and leaves nothing behind."""
+"""Bad input ends with one clear message and the documented exit code, without a traceback or files left behind."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ DATA_FAULTS = {
 
 @pytest.mark.parametrize("name", DATA_FAULTS)
 def test_a_faulty_dataset_is_refused_by_train(name: str, rtdetr, tmp_path: Path) -> None:
-    changes, said = DATA_FAULTS[name]
+    changes, message = DATA_FAULTS[name]
     path = dataset(tmp_path / "data", **changes)
     ran = rtdetr("train", "--preset", "tiny", "--data", path, "--out", tmp_path / "runs", "--epochs", 1)
     assert ran.code == 3, ran.err
     assert ran.err.count("error: ") == 1
-    assert said in ran.err
+    assert message in ran.err
     assert "rtdetr validate" in ran.err
     assert "Traceback" not in ran.err
     assert not (tmp_path / "runs").exists()
@@ -72,7 +72,7 @@ def test_a_malformed_file_is_refused(text: str, rtdetr, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--preset", "r19"], "did you mean r18?"),
         (["--set", "epoch=3"], "did you mean epochs?"),
@@ -83,17 +83,17 @@ def test_a_malformed_file_is_refused(text: str, rtdetr, tmp_path: Path) -> None:
         (["--aug", "storng"], "storng"),
     ],
 )
-def test_clashes_are_refused(flags: list[str], said: str, rtdetr, tmp_path: Path) -> None:
+def test_clashes_are_refused(flags: list[str], message: str, rtdetr, tmp_path: Path) -> None:
     path = dataset(tmp_path / "data")
     given = [] if "--preset" in flags else ["--preset", "tiny"]
     ran = rtdetr("train", "--data", path, "--out", tmp_path / "runs", *given, *flags)
     assert ran.code == 2, ran.err
-    assert said in ran.err
+    assert message in ran.err
     assert not (tmp_path / "runs").exists()
 
 
 class Trap:
-    """What an attacker would put into a checkpoint."""
+    """An object that runs code when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -102,7 +102,7 @@ class Trap:
         return os.mkdir, (str(self.target),)
 
 
-def test_models_that_are_none_are_refused(rtdetr, tmp_path: Path) -> None:
+def test_files_that_are_not_models_are_refused(rtdetr, tmp_path: Path) -> None:
     data = dataset(tmp_path / "data")
     trap = tmp_path / "sprung"
     files = {
@@ -130,9 +130,9 @@ def test_models_that_are_none_are_refused(rtdetr, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_cannot_be_written_is_refused_first(rtdetr, tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_written_is_refused_first(rtdetr, tmp_path: Path) -> None:
     path = dataset(tmp_path / "data")
     (tmp_path / "file").write_text("in the way")
     ran = rtdetr("train", "--preset", "tiny", "--data", path, "--out", tmp_path / "file" / "runs")
     assert ran.code == 1
-    assert "cannot be written" in ran.err
+    assert "cannot write to the output folder" in ran.err

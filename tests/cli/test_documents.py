@@ -1,4 +1,4 @@
-"""The documents are true: every command and flag that they name exists, and every option says what it does."""
+"""The documents are true: every command and flag that they name exists, and every option has a help text."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def leaves(command, words=()):
     yield words, command
 
 
-def test_every_option_and_command_says_what_it_does(group) -> None:
-    silent = []
+def test_every_command_and_option_has_a_help_text(group) -> None:
+    without_help = []
     for words, command in leaves(group):
         if not command.help:
-            silent.append(" ".join(words))
+            without_help.append(" ".join(words))
         for parameter in command.params:
             if parameter.name not in ("help", "install_completion", "show_completion") and not getattr(
                 parameter, "help", None
             ):
-                silent.append(" ".join([*words, parameter.opts[0]]))
-    assert silent == []
+                without_help.append(" ".join([*words, parameter.opts[0]]))
+    assert without_help == []
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -70,7 +70,7 @@ def test_readme_opens_with_two_commands_that_ci_runs() -> None:
     assert re.search(r"^pytest$", ci, re.MULTILINE)
 
 
-def test_links_in_documents_lead_somewhere() -> None:
+def test_links_in_documents_point_to_existing_files() -> None:
     for name in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text()):
             assert ((ROOT / name).parent / target).exists(), f"{name}: {target}"

@@ -1,4 +1,4 @@
-"""`rtdetr validate` as a user meets it."""
+"""`rtdetr validate`: the report, the exit code, and the copies that it writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """One COCO file of six images, with two boxes that need mending."""
+    """One COCO file of six images, with two boxes that need repair."""
     folder = tmp_path / "screws"
     folder.mkdir()
     images, annotations = [], []
@@ -40,24 +40,24 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def spoil(data: Path) -> None:
+def add_error(data: Path) -> None:
     document = json.loads(data.read_text())
     document["annotations"][5]["category_id"] = 8
     data.write_text(json.dumps(document, indent=1))
 
 
-def test_table_for_people(rtdetr: Run, data: Path) -> None:
+def test_the_table_lists_findings_by_code(rtdetr: Run, data: Path) -> None:
     ran = rtdetr("validate", data)
     assert ran.code == 0
     assert "screws (coco): 6 images (train 6), 23 boxes, 1 class\n" in ran.out
     rows = [line.split()[:3] for line in ran.out.splitlines() if line.startswith(" warning")]
     assert rows == [["warning", "box-partly-outside", "1"], ["warning", "box-zero-size", "1"]]
-    assert "0 errors, 2 warnings, 1 note: it can be trained on" in ran.out
+    assert "0 errors, 2 warnings, 1 note: ready for training" in ran.out
     assert "--fix OUT" in ran.err
     assert "screws.json:" in ran.out
 
 
-def test_json_is_the_documented_shape(rtdetr: Run, data: Path) -> None:
+def test_json_has_the_documented_keys(rtdetr: Run, data: Path) -> None:
     ran = rtdetr("validate", data, "--json")
     assert ran.code == 0
     document = ran.json
@@ -73,13 +73,13 @@ def test_json_is_the_documented_shape(rtdetr: Run, data: Path) -> None:
 
 def test_errors_and_strict_warnings_exit_with_3(rtdetr: Run, data: Path) -> None:
     assert rtdetr("validate", data, "--strict").code == 3
-    spoil(data)
+    add_error(data)
     ran = rtdetr("validate", data)
     assert ran.code == 3
-    assert "training refuses it" in ran.out
+    assert "training refuses this dataset" in ran.out
 
 
-def test_fast_does_not_decode(rtdetr: Run, data: Path) -> None:
+def test_fast_decodes_no_image(rtdetr: Run, data: Path) -> None:
     image = data.parent / "3.jpg"
     image.write_bytes(image.read_bytes()[:-300])
     assert rtdetr("validate", data, "--fast").code == 0
@@ -93,12 +93,12 @@ def test_imgsz_decides_what_is_tiny(rtdetr: Run, data: Path) -> None:
     assert "box-below-8px" in rtdetr("validate", data, "--imgsz", "32").out
 
 
-def test_what_train_refuses_for_want_of_objects_validate_refuses_too(rtdetr: Run, data: Path, tmp_path: Path) -> None:
+def test_a_dataset_without_objects_is_an_error_as_in_train(rtdetr: Run, data: Path, tmp_path: Path) -> None:
     document = json.loads(data.read_text())
     data.write_text(json.dumps({**document, "annotations": []}))
     ran = rtdetr("validate", data)
     assert ran.code == 3
-    assert "training refuses it" in ran.out
+    assert "training refuses this dataset" in ran.out
     row = next(line for line in ran.out.splitlines() if "split-no-objects" in line)
     assert row.split()[0] == "error"
     train = ("train", "--preset", "tiny", "--weights", "none", "--data", data, "--out", tmp_path / "runs", "--json")
@@ -117,26 +117,21 @@ def test_explain(rtdetr: Run) -> None:
     assert rtdetr("validate", "--explain", "all").out.count("image-") > 20
     wrong = rtdetr("validate", "--explain", "box-zerosize")
     assert wrong.code == 2
-    assert "--explain box-zero-size" in wrong.err
+    assert "did you mean box-zero-size?" in wrong.err
 
 
-def test_fix_and_undo(rtdetr: Run, data: Path, tmp_path: Path) -> None:
+def test_fix_repairs_a_copy_and_leaves_the_original_alone(rtdetr: Run, data: Path, tmp_path: Path) -> None:
+    add_error(data)
     before = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in data.parent.iterdir()}
-    spoil(data)
-    before["screws.json"] = hashlib.sha256(data.read_bytes()).hexdigest()
     out = tmp_path / "fixed"
     ran = rtdetr("validate", data, "--fix", out, "--json")
     assert ran.code == 0
     fix = ran.json["fix"]
     assert fix["changes"] == {"category-unknown": 1, "box-zero-size": 1, "box-partly-outside": 1}
     assert fix["counts"]["error"] == fix["counts"]["warning"] == 0
+    assert Path(fix["patch"]).is_file()
     assert rtdetr("validate", out).code == 0
     assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in data.parent.iterdir()} == before
-    undone = rtdetr("validate", out / "patch.json", "--fix", tmp_path / "back")
-    assert undone.code == 0
-    assert "3 changes undone" in undone.out
-    after = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / "back").iterdir()}
-    assert after == before
 
 
 def test_resplit(rtdetr: Run, data: Path, tmp_path: Path) -> None:
@@ -153,18 +148,18 @@ def test_resplit(rtdetr: Run, data: Path, tmp_path: Path) -> None:
         assert rtdetr("validate", to).code == 0
 
 
-def test_resplit_says_what_it_keeps_together_and_nothing_otherwise(rtdetr: Run, data: Path, tmp_path: Path) -> None:
+def test_resplit_reports_groups_only_if_there_are_any(rtdetr: Run, data: Path, tmp_path: Path) -> None:
     ran = rtdetr("validate", data, "--resplit", "0.5,0.5", "--to", tmp_path / "alone")
     assert "(coco; train 3, val 3)\n" in ran.out
     shutil.copy(data.parent / "0.jpg", data.parent / "5.jpg")
     ran = rtdetr("validate", data, "--resplit", "0.5,0.5", "--to", tmp_path / "together")
-    assert "(coco; train 3, val 3; images kept together in 1 group)\n" in ran.out
+    assert "(coco; train 3, val 3; 1 group of related images kept in one split)\n" in ran.out
 
 
-def test_fix_is_hinted_at_only_where_it_helps(rtdetr: Run, data: Path, tmp_path: Path) -> None:
+def test_fix_is_suggested_only_where_it_helps(rtdetr: Run, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "fixed"
     assert "--fix OUT" in rtdetr("validate", data).err
-    assert "--fix OUT" not in rtdetr("validate", data, "--fix", out).err, "it is being done"
+    assert "--fix OUT" not in rtdetr("validate", data, "--fix", out).err, "the user is doing it already"
     again = rtdetr("validate", out)
     assert "0 errors, 0 warnings" in again.out
     assert "--fix OUT" not in again.err
@@ -183,7 +178,7 @@ def test_the_hint_keeps_the_folder_of_the_images(rtdetr: Run, data: Path, tmp_pa
 
 
 @pytest.mark.parametrize("how", [["--convert", "voc"], ["--resplit", "0.5,0.5"]])
-def test_what_is_not_written_as_it_was_is_said(rtdetr: Run, data: Path, tmp_path: Path, how: list[str]) -> None:
+def test_dropped_and_clipped_boxes_are_reported(rtdetr: Run, data: Path, tmp_path: Path, how: list[str]) -> None:
     ran = rtdetr("validate", data, *how, "--to", tmp_path / "to")
     assert "left out: 1 box (box-zero-size)\n" in ran.out
     assert "clipped: 1 box (box-partly-outside)\n" in ran.out
@@ -205,7 +200,7 @@ def test_convert(rtdetr: Run, data: Path, tmp_path: Path, form: str) -> None:
 
 
 def test_convert_refuses_errors(rtdetr: Run, data: Path, tmp_path: Path) -> None:
-    spoil(data)
+    add_error(data)
     ran = rtdetr("validate", data, "--convert", "yolo", "--to", tmp_path / "to", "--json")
     assert ran.code == 3
     assert ran.json["error"]["code"] == "category-unknown"
@@ -218,16 +213,16 @@ def test_convert_refuses_errors(rtdetr: Run, data: Path, tmp_path: Path) -> None
     [
         (["--convert", "csv", "--to", "x"], "--convert csv"),
         (["--convert", "coco"], "--to DIR"),
-        (["--to", "x"], "--to does nothing"),
+        (["--to", "x"], "--to needs"),
         (["--resplit", "0.9", "--to", "x"], "--resplit 0.9"),
         (["--resplit", "0.9,0.9", "--to", "x"], "add up to 1"),
-        (["--convert", "coco", "--to", "x", "--fix", "y"], "--fix does not go together"),
+        (["--convert", "coco", "--to", "x", "--fix", "y"], "--fix cannot be combined"),
         (["--imgsz", "100"], "multiple of 32"),
         (["--fix", "."], "is not empty"),
         (["--html", "."], "is a folder"),
     ],
 )
-def test_clashes_are_refused_before_the_work(
+def test_clashing_flags_are_refused_first(
     rtdetr: Run, data: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], words: str
 ) -> None:
     monkeypatch.chdir(data.parent)
@@ -237,18 +232,18 @@ def test_clashes_are_refused_before_the_work(
     assert "hint:" in ran.err
 
 
-def test_a_page_that_cannot_be_written_is_refused_before_the_work(rtdetr: Run, data: Path) -> None:
+def test_a_report_that_cannot_be_written_is_refused_first(rtdetr: Run, data: Path) -> None:
     ran = rtdetr("validate", data, "--html", data / "page.html")
     assert ran.code == 1
     assert f"{data} is a file, not a folder" in ran.err
-    assert not ran.out, "nothing was looked at"
+    assert not ran.out, "the dataset must not have been read"
 
 
-def test_help_says_what_the_page_holds_at_most(rtdetr: Run) -> None:
-    from rtdetr_cli.checks.page import MOST_FINDINGS, MOST_IMAGES
+def test_the_help_gives_the_limits_of_the_html_report(rtdetr: Run) -> None:
+    from rtdetr_cli.checks.page import MAX_FINDINGS, MAX_IMAGES
 
-    told = " ".join(rtdetr("validate", "--help").out.split())
-    assert f"at most {MOST_IMAGES} images and {MOST_FINDINGS:,} findings" in told
+    text = " ".join(rtdetr("validate", "--help").out.split())
+    assert f"up to {MAX_IMAGES} images and {MAX_FINDINGS:,} findings" in text
 
 
 def test_missing_dataset(rtdetr: Run, tmp_path: Path) -> None:
