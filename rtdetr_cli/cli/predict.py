@@ -1,4 +1,4 @@
-"""`rtdetr predict`: images and videos in; names, boxes and annotated copies out."""
+"""`rtdetr predict`: detect objects in images and videos."""
 
 from __future__ import annotations
 
@@ -17,77 +17,73 @@ from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 
 if TYPE_CHECKING:
     from rtdetr_cli.infer.backend import Backend
-    from rtdetr_cli.infer.job import Predicted
     from rtdetr_cli.infer.selection import Selection
     from rtdetr_cli.infer.sources import Source
+    from rtdetr_cli.infer.stream import Predicted
     from rtdetr_cli.infer.write import Results
 
-FIRST_MODEL = "rtdetrv2_r18vd_120e_coco_rerun_48.1.pth"  # what predicts where nothing has been trained yet
-FAINT = 0.05  # a best score below which no threshold helps
+DEFAULT_MODEL = "rtdetrv2_r18vd_120e_coco_rerun_48.1.pth"
+"""The published model that is used when no run has finished yet."""
 
-Sources = Annotated[
-    list[str],
-    typer.Argument(metavar="SOURCE...", help="Image, folder, 'pattern', video, or - for a list on stdin."),
-]
-Weights = Annotated[
-    Path | None,
-    typer.Option("--weights", "-w", help="Any model file or run folder. Default: the newest finished run's best."),
-]
+LOW_SCORE = 0.05
+"""When the best score is below this, a lower threshold is not worth suggesting."""
 
 
 def predict(
-    sources: Sources,
-    weights: Weights = None,
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE...", help="Image, folder, 'pattern', video, or - for a list on stdin."),
+    ],
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", "-w", help="Model file or run folder (default: the newest run).", show_default=False),
+    ] = None,
     conf: Annotated[
-        str, typer.Option("--conf", help="Least score; auto: the thresholds stored in the model, else 0.5.")
+        str, typer.Option(help="Minimum score; auto: the thresholds stored in the model, else 0.5.")
     ] = "auto",
-    classes: Annotated[
-        list[str] | None, typer.Option("--classes", help="Only these classes: names, parted by commas.")
-    ] = None,
-    max_det: Annotated[int, typer.Option("--max-det", help="Most detections in an image.")] = 100,
-    batch: Annotated[int, typer.Option("--batch", "-b", help="Images in one run of the network.")] = 1,
-    imgsz: Annotated[str | None, typer.Option("--imgsz", help="Input size: 640, or height first 480x640.")] = None,
-    layers: Annotated[int | None, typer.Option("--layers", help="Use only this many decoder layers.")] = None,
-    queries: Annotated[int | None, typer.Option("--queries", help="Use only this many queries.")] = None,
+    classes: Annotated[list[str] | None, typer.Option(help="Keep only these classes (comma-separated names).")] = None,
+    max_det: Annotated[int, typer.Option(help="Maximum detections per image.")] = 100,
+    batch: Annotated[int, typer.Option("--batch", "-b", help="Images per forward pass.")] = 1,
+    imgsz: Annotated[str | None, typer.Option(help="Input size: 640, or height first 480x640.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of decoder layers to use.")] = None,
+    queries: Annotated[int | None, typer.Option(help="Number of queries to use.")] = None,
     sampling: Annotated[
-        str | None, typer.Option("--sampling", help="bilinear or discrete, for a published file that cannot say.")
+        str | None, typer.Option(help="Sampling of a published file: bilinear (default) or discrete.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, or a GPU such as 0.")] = "auto",
-    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads of the runtime.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, or a GPU such as 0.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the runtime.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", "-d", help="Dataset that names a foreign model's classes and numbers the images."),
+        typer.Option("--data", "-d", help="Dataset with the class names of a foreign model, and with image ids."),
     ] = None,
     save: Annotated[bool, typer.Option("--save/--no-save", help="Write annotated images and videos.")] = True,
-    save_json: Annotated[bool, typer.Option("--save-json", help="Write predictions.jsonl, one line an image.")] = False,
-    save_coco: Annotated[bool, typer.Option("--save-coco", help="Write predictions.json, COCO results.")] = False,
-    save_txt: Annotated[bool, typer.Option("--save-txt", help="Write labels/NAME.txt, YOLO labels.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write. Default: runs/predict-NN.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document an image on stdout.")] = False,
+    save_json: Annotated[
+        bool, typer.Option("--save-json", help="Write predictions.jsonl, one line per image.")
+    ] = False,
+    save_coco: Annotated[bool, typer.Option("--save-coco", help="Write predictions.json as COCO results.")] = False,
+    save_txt: Annotated[bool, typer.Option("--save-txt", help="Write labels/NAME.txt as YOLO labels.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Output folder (default: runs/predict-NN).", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document per image to stdout.")] = False,
 ) -> None:
-    """Find objects in images and videos, and write annotated copies.
+    """Detect objects in images and videos, and write annotated copies.
 
-    An image that cannot be read, or a video that is cut off, does not stop the rest; the exit code is then 1.
+    Files that cannot be read are reported and skipped; the exit code is then 1.
     """
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.cli.select import parse_size
-
-    # What can be refused without opening anything is refused first.
-    size = parse_size(imgsz) if imgsz else None
-    counts = {"max-det": max_det, "batch": batch, "threads": threads, "layers": layers, "queries": queries}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} {value} must be at least 1")
-    if sampling not in (None, "bilinear", "discrete"):
-        raise UsageError(f"--sampling {sampling} is neither bilinear nor discrete")
-    if out is not None and out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file, not a folder")
     from rtdetr_cli.infer.selection import parse_conf, select_by
     from rtdetr_cli.infer.sources import find_sources
 
+    # Refuse first what can be refused without opening a file.
+    size = parse_size(imgsz) if imgsz else None
+    _check_options(
+        sampling, out, **{"max-det": max_det, "batch": batch, "threads": threads, "layers": layers, "queries": queries}
+    )
     parse_conf(conf)
     found = find_sources(sources, sys.stdin)
-    model = _model(weights)
+    model = _find_model(weights)
     dataset = _Dataset(data) if data is not None else None
 
     from rtdetr_cli.infer.backend import name_classes, open_backend
@@ -99,116 +95,44 @@ def predict(
     if dataset is not None and not backend.header.names:
         name_classes(backend, dataset.names, dataset.category_ids)
     selection = select_by(backend.header, conf=conf, classes=classes, max_det=max_det)
-
-    folder = _folder(out, found if save else []) if save or save_json or save_coco or save_txt else None
+    folder = _make_folder(out, found if save else []) if save or save_json or save_coco or save_txt else None
     height, width = backend.imgsz
-    terminal.say(f"model {model}  {backend.kind} {height}x{width}  {_count(found)}  conf {selection.said}")
-    _check_thresholds(model, backend, conf)
+    terminal.say(f"model {model}  {backend.kind} {height}x{width}  {_count(found)}  conf {selection.description}")
+    if conf == "auto":
+        _check_thresholds(model, backend)
     results = None
-    tally = _Tally()
     if folder is not None:
         ids = coco_image_ids(found, dataset.image_ids if dataset is not None else None)
         results = Results(
             folder, names=backend.header.names, lines=save_json, coco=save_coco, txt=save_txt, image_ids=ids
         )
+    run = _Run(backend, selection, results, batch=batch, draw_to=folder if save else None, as_json=as_json)
     try:
-        failed = _predict_all(
-            found, backend, selection, results, tally, batch=batch, draw_to=folder if save else None, as_json=as_json
-        )
+        run.predict(found)
     finally:
         if results is not None:
             results.close()
         if folder is not None and out is None and not any(folder.iterdir()):
-            folder.rmdir()  # nothing could be read: leave no empty folder behind
-    if folder is not None and len(failed) < len(found):
+            folder.rmdir()  # nothing could be read
+    if folder is not None and len(run.errors) < len(found):
         terminal.say(f"results in {folder}")
-    if tally.empty:
-        terminal.say(terminal.paint("hint:", "36") + " " + tally.hint(model, backend))
-    if failed and len(found) == 1:
-        raise failed[0]
-    early = "ends before its time" if tally.cut_off == 1 else "end before their time"
-    if failed:
-        rest = (
-            f", and {tally.cut_off} {early}"
-            if tally.cut_off
-            else ", the rest are done"
-            if len(failed) < len(found)
-            else ""
-        )
-        raise RtdetrError(
-            f"{len(failed)} of {_count(found)} could not be read{rest}",
-            hint="each is named above",
-            code="images-unreadable",
-        )
-    if tally.cut_off:
-        raise RtdetrError(
-            f"{tally.cut_off} of {_count([source for source in found if source.video])} {early}",
-            hint="what is there is done; copy or fetch the rest again",
-            code="video-cut-off",
-        )
+    if run.images and not run.detections:
+        terminal.say(terminal.paint("hint:", "36") + " " + _hint_without_detections(run.best_score, model, backend))
+    _raise_errors(found, run.errors, run.truncated)
 
 
-class _Tally:
-    """What all came to: whether anything was found, the best score that was seen, and videos that are cut off."""
-
-    def __init__(self) -> None:
-        self.images = self.detections = self.cut_off = 0
-        self.best: float | None = None
-
-    def add(self, event: Predicted) -> None:
-        self.images += 1
-        self.detections += len(event.found)
-        if event.best is not None:
-            self.best = max(event.best, self.best or 0.0)
-
-    @property
-    def empty(self) -> bool:
-        """True when images were read and nothing was found in any."""
-        return self.images > 0 and not self.detections
-
-    def hint(self, model: Path, backend: Backend) -> str:
-        """Say how close it was, and what to do."""
-        if self.best is None or self.best < FAINT:
-            seen = "no score at all was seen" if self.best is None else f"the best score seen is {self.best:.3f}"
-            return f"nothing was found, and {seen}: is it a model for such images, trained for long enough?"
-        lower = math.floor(100 * self.best) / 100
-        told = f"nothing was found; the best score seen is {self.best:.3f}: --conf {lower:.2f} shows it"
-        if model.suffix == ".safetensors" and backend.header.thresholds is None:
-            told += ", and rtdetr eval --calibrate f1 finds thresholds that fit the model"
-        return told
+def _check_options(sampling: str | None, out: Path | None, **counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value} must be at least 1")
+    if sampling not in (None, "bilinear", "discrete"):
+        raise UsageError(f"--sampling {sampling} is neither bilinear nor discrete")
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file, not a folder")
 
 
-def _check_thresholds(model: Path, backend: Backend, conf: str) -> None:
-    """Warn when the stored thresholds are used at another size, layers or queries than they were found at."""
-    from rtdetr_cli.cli import terminal
-    from rtdetr_cli.infer.selection import used_elsewhere
-
-    elsewhere = used_elsewhere(backend.header, backend.imgsz) if conf == "auto" else None
-    if elsewhere is None:
-        return
-    said, flags = elsewhere
-    again = f": rtdetr eval {model} {flags} --calibrate f1" if model.suffix == ".safetensors" else ""
-    terminal.warn(said + again)
-
-
-class _Dataset:
-    """What a dataset knows that a foreign model or a file name does not."""
-
-    def __init__(self, data: Path) -> None:
-        from rtdetr_cli.checks.load import load_splits
-
-        splits = load_splits(data)
-        self.names = [category.name for category in splits.categories]
-        self.category_ids = [category.id for category in splits.categories]
-        self.image_ids: dict[str, int] = {}
-        for split in (splits.train, splits.val, splits.test):
-            if split is not None:
-                names = (Path(file).name for file in split.file_names)
-                self.image_ids.update(zip(names, split.image_ids.tolist(), strict=True))
-
-
-def _model(weights: Path | None) -> Path:
-    """Return the model file that is meant; with none named and no run finished, the published one."""
+def _find_model(weights: Path | None) -> Path:
+    """Return the model file; without a name the newest run's, and without a run the published one."""
     from rtdetr_cli.cli import select, terminal
     from rtdetr_cli.infer.backend import check_model_path
 
@@ -223,12 +147,28 @@ def _model(weights: Path | None) -> Path:
             raise
     from rtdetr_cli.weights import hub
 
-    terminal.say(f"no finished run lies under runs/: taking the published r18 COCO weights ({FIRST_MODEL})")
-    return hub.fetch(FIRST_MODEL, progress=terminal.transfer)
+    terminal.say(f"runs/ has no finished run: using the published r18 COCO weights ({DEFAULT_MODEL})")
+    return hub.fetch(DEFAULT_MODEL, progress=terminal.transfer)
 
 
-def _folder(out: Path | None, drawn: Sequence[Source]) -> Path:
-    """Make the folder of the results; refuse one in which an annotated copy would replace its original."""
+class _Dataset:
+    """The class names, category ids and image ids of a dataset."""
+
+    def __init__(self, data: Path) -> None:
+        from rtdetr_cli.checks.load import load_splits
+
+        splits = load_splits(data)
+        self.names = [category.name for category in splits.categories]
+        self.category_ids = [category.id for category in splits.categories]
+        self.image_ids: dict[str, int] = {}
+        for split in (splits.train, splits.val, splits.test):
+            if split is not None:
+                names = (Path(file).name for file in split.file_names)
+                self.image_ids.update(zip(names, split.image_ids.tolist(), strict=True))
+
+
+def _make_folder(out: Path | None, drawn: Sequence[Source]) -> Path:
+    """Create the output folder; refuse one in which an annotated copy would replace its original."""
     from rtdetr_cli.infer.write import new_folder, saved_name
 
     if out is None:
@@ -237,7 +177,7 @@ def _folder(out: Path | None, drawn: Sequence[Source]) -> Path:
         copy = out / saved_name(source)
         if copy.exists() and source.path.exists() and copy.samefile(source.path):
             raise UsageError(
-                f"--out {out} holds {source.path}, which its annotated copy would replace",
+                f"--out {out} contains {source.path}, which its annotated copy would replace",
                 hint="choose another folder, or --no-save",
                 code="out-is-source",
             )
@@ -245,119 +185,172 @@ def _folder(out: Path | None, drawn: Sequence[Source]) -> Path:
     return out
 
 
-def _predict_all(
-    sources: Sequence[Source],
-    backend: Backend,
-    selection: Selection,
-    results: Results | None,
-    tally: _Tally,
-    *,
-    batch: int,
-    draw_to: Path | None,
-    as_json: bool,
-) -> list[RtdetrError]:
-    """Predict everything in the order given, say each result, and return what could not be read."""
+def _check_thresholds(model: Path, backend: Backend) -> None:
+    """Warn when the stored thresholds were calibrated at another size, or with other layers or queries."""
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.infer.job import Predicted, predict_images
+    from rtdetr_cli.infer.selection import threshold_mismatch
 
-    failed: list[RtdetrError] = []
+    mismatch = threshold_mismatch(backend.header, backend.imgsz)
+    if mismatch is not None:
+        warning, flags = mismatch
+        command = f": rtdetr eval {model} {flags} --calibrate f1" if model.suffix == ".safetensors" else ""
+        terminal.warn(warning + command)
 
-    def fail(error: RtdetrError) -> None:
-        failed.append(error)
-        if len(sources) > 1:
-            terminal.complain(error.message)
 
-    for video, group in groupby(sources, key=lambda source: source.video):
-        part = list(group)
-        if video:
-            for source in part:
-                error = _predict_video(source, backend, selection, results, tally, batch, draw_to, as_json)
-                if error is not None:
-                    fail(error)
-            continue
-        events = predict_images(part, backend, selection, batch=batch, draw_to=draw_to)
-        with closing(events), _progress(len(part), "images", wanted=len(part) > 1) as advance:
+class _Run:
+    """Predicts sources, prints each result, and counts.
+
+    Attributes:
+        images: number of images and frames that were predicted.
+        detections: number of selected detections in them.
+        best_score: the highest score of the requested classes, even below the threshold.
+        truncated: number of videos that end early.
+        errors: one for each source that could not be read.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        selection: Selection,
+        results: Results | None,
+        *,
+        batch: int,
+        draw_to: Path | None,
+        as_json: bool,
+    ) -> None:
+        self.backend, self.selection, self.results = backend, selection, results
+        self.batch, self.draw_to, self.as_json = batch, draw_to, as_json
+        self.images = self.detections = self.truncated = 0
+        self.best_score: float | None = None
+        self.errors: list[RtdetrError] = []
+
+    def predict(self, sources: Sequence[Source]) -> None:
+        """Predict sources in order; videos one by one, the images between them in batches."""
+        for is_video, group in groupby(sources, key=lambda source: source.video):
+            if is_video:
+                for source in group:
+                    self._predict_video(source, alone=len(sources) == 1)
+            else:
+                self._predict_images(list(group), alone=len(sources) == 1)
+
+    def _predict_images(self, sources: Sequence[Source], *, alone: bool) -> None:
+        from rtdetr_cli.infer.stream import Unreadable, predict_images
+
+        events = predict_images(sources, self.backend, self.selection, batch=self.batch, draw_to=self.draw_to)
+        with closing(events), _progress(len(sources), "images", show=len(sources) > 1) as advance:
             for event in events:
-                if isinstance(event, Predicted):
-                    tally.add(event)
-                    _say(event, results, as_json=as_json)
+                if isinstance(event, Unreadable):
+                    self._add_error(event.error, alone=alone)
                 else:
-                    fail(event.error)
+                    self._add(event, print_line=True)
                 advance()
-    return failed
 
+    def _predict_video(self, source: Source, *, alone: bool) -> None:
+        from rtdetr_cli.cli import terminal
+        from rtdetr_cli.images.decode import ImageError
+        from rtdetr_cli.infer.stream import predict_video
+        from rtdetr_cli.infer.video import Video
 
-def _predict_video(
-    source: Source,
-    backend: Backend,
-    selection: Selection,
-    results: Results | None,
-    tally: _Tally,
-    batch: int,
-    draw_to: Path | None,
-    as_json: bool,
-) -> RtdetrError | None:
-    """Predict one video; return the error of one that does not open."""
-    from rtdetr_cli.cli import terminal
-    from rtdetr_cli.images.decode import ImageError
-    from rtdetr_cli.infer.job import predict_video
-    from rtdetr_cli.infer.stream import Video
+        try:
+            video = Video(source.path)
+        except ImageError as error:
+            self._add_error(error, alone=alone)
+            return
+        frames, detections, start = 0, 0, time.monotonic()
+        with video:
+            events = predict_video(source, video, self.backend, self.selection, batch=self.batch, draw_to=self.draw_to)
+            lines = self.as_json
+            with closing(events), _progress(video.frames, source.path.name, lines=lines) as advance:
+                for event in events:
+                    frames += 1
+                    detections += len(event.detections)
+                    self._add(event, print_line=self.as_json)
+                    advance()
+        if not self.as_json:
+            rate = frames / max(time.monotonic() - start, 1e-9)
+            width, height = video.size_wh
+            size = f"{width}x{height}"
+            terminal.out(f"{source.path}  {size}  {frames} frames  {detections} detections  {rate:.1f} frames/s")
+        if video.truncated:
+            self.truncated += 1
+            terminal.warn(f"{source.path} is truncated: it ends after {frames} of {video.frames} frames")
 
-    try:
-        video = Video(source.path)
-    except ImageError as error:
-        return error
-    frames, found, start = 0, 0, time.monotonic()
-    with video:
-        events = predict_video(source, video, backend, selection, batch=batch, draw_to=draw_to)
-        with closing(events), _progress(video.frames, source.path.name, wanted=True, lines=as_json) as advance:
-            for event in events:
-                frames += 1
-                tally.add(event)
-                found += len(event.found)
-                if as_json:
-                    _say(event, results, as_json=True)
-                elif results is not None:
-                    results.add(event.source, event.found, frame=event.frame)
-                advance()
-    if not as_json:
-        rate = frames / max(time.monotonic() - start, 1e-9)
-        width, height = video.size_wh
-        terminal.out(f"{source.path}  {width}x{height}  {frames} frames  {found} detections  {rate:.1f} frames/s")
-    if video.ends_early:
-        tally.cut_off += 1
-        terminal.warn(f"{source.path} ends after {frames} of {video.frames} frames")
-    return None
+    def _add(self, event: Predicted, *, print_line: bool) -> None:
+        """Count a result, write it to the result files, and print it."""
+        from rtdetr_cli.cli import terminal
+        from rtdetr_cli.infer.write import image_document, json_line, summary
 
+        path, detections = event.source.path, event.detections
+        self.images += 1
+        self.detections += len(detections)
+        if event.best_score is not None:
+            self.best_score = max(event.best_score, self.best_score or 0.0)
+        if self.results is not None:
+            self.results.add(event.source, detections, frame=event.frame)
+        if print_line and self.as_json:
+            terminal.out(json_line(image_document(str(path), detections, frame=event.frame)))
+        elif print_line:
+            width, height = detections.size_wh
+            terminal.out(f"{path}  {width}x{height}  {summary(detections)}  {1000 * event.seconds:.0f} ms")
 
-def _say(event: Predicted, results: Results | None, *, as_json: bool) -> None:
-    """Write one image's line to stdout, and its rows to the result files."""
-    from rtdetr_cli.cli import terminal
-    from rtdetr_cli.infer.write import image_document, json_line, summary
+    def _add_error(self, error: RtdetrError, *, alone: bool) -> None:
+        from rtdetr_cli.cli import terminal
 
-    if results is not None:
-        results.add(event.source, event.found, frame=event.frame)
-    if as_json:
-        terminal.out(json_line(image_document(str(event.source.path), event.found, frame=event.frame)))
-    else:
-        width, height = event.found.size_wh
-        terminal.out(f"{event.source.path}  {width}x{height}  {summary(event.found)}  {1000 * event.seconds:.0f} ms")
+        self.errors.append(error)
+        if not alone:
+            terminal.complain(error.message)
 
 
 @contextmanager
-def _progress(total: int | None, what: str, *, wanted: bool, lines: bool = True) -> Iterator[Callable[[], None]]:
-    """Show progress, unless the lines of the result are on the same terminal and are progress enough."""
+def _progress(total: int | None, what: str, *, show: bool = True, lines: bool = True) -> Iterator[Callable[[], None]]:
+    """Show progress, unless the result's lines appear on the same terminal."""
     from rtdetr_cli.cli import terminal
 
-    if not wanted or (lines and terminal.is_terminal(sys.stdout)):
+    if not show or (lines and terminal.is_terminal(sys.stdout)):
         yield lambda: None
         return
     with terminal.progress(total, what) as bar:
         yield bar.advance
 
 
+def _hint_without_detections(best_score: float | None, model: Path, backend: Backend) -> str:
+    """Return how close the best score was to a detection, and what to do."""
+    if best_score is None or best_score < LOW_SCORE:
+        score = "there was no score at all" if best_score is None else f"the best score is {best_score:.3f}"
+        return f"nothing was detected, and {score}; check that the model fits these images and was trained long enough"
+    conf = math.floor(100 * best_score) / 100
+    hint = f"nothing was detected; the best score is {best_score:.3f}: --conf {conf:.2f} shows it"
+    if model.suffix == ".safetensors" and backend.header.thresholds is None:
+        hint += ", and rtdetr eval --calibrate f1 finds thresholds for this model"
+    return hint
+
+
+def _raise_errors(sources: Sequence[Source], errors: Sequence[RtdetrError], truncated: int) -> None:
+    """Raise an error that sums up unreadable sources and truncated videos, if there are any."""
+    if errors and len(sources) == 1:
+        raise errors[0]
+    are = "is" if truncated == 1 else "are"
+    if errors:
+        rest = "; the others were processed" if len(errors) < len(sources) else ""
+        if truncated:
+            rest = f", and {truncated} {are} truncated"
+        raise RtdetrError(
+            f"{len(errors)} of {_count(sources)} could not be read{rest}",
+            hint="see the errors above",
+            code="images-unreadable",
+        )
+    if truncated:
+        raise RtdetrError(
+            f"{truncated} of {_count([source for source in sources if source.video])} {are} truncated",
+            hint="the frames up to the end of the file were processed; copy or download the file again",
+            code="video-cut-off",
+        )
+
+
 def _count(sources: Sequence[Source]) -> str:
-    """Say how many images and videos there are."""
+    """Return the number of images and videos in words."""
+    from rtdetr_cli.text import counted
+
     videos = sum(source.video for source in sources)
-    parts = [(len(sources) - videos, "image"), (videos, "video")]
-    return " and ".join(f"{n} {word}{'s' if n != 1 else ''}" for n, word in parts if n)
+    images = len(sources) - videos
+    return " and ".join(counted(n, noun) for n, noun in ((images, "image"), (videos, "video")) if n)

@@ -3,28 +3,29 @@
     from rtdetr_cli import load
 
     detector = load("best.safetensors")
-    found = detector.predict("street.jpg")
-    print(found.class_names, found.scores, found.boxes_xyxy_px)
+    detections = detector.predict("street.jpg")
+    print(detections.class_names, detections.scores, detections.boxes_xyxy_px)
 
-Nothing is loaded before it is needed, and an ONNX file never needs torch.
+A runtime is imported when it is needed; an ONNX file never needs torch.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rtdetr_cli.config.image_size import parse_image_size
 from rtdetr_cli.errors import ModelError, UsageError
-from rtdetr_cli.images.decode import ImageError
 from rtdetr_cli.infer.backend import Backend, open_backend
 from rtdetr_cli.infer.detections import Detections
-from rtdetr_cli.infer.selection import Selection, select_by
+from rtdetr_cli.infer.selection import select_by
 from rtdetr_cli.infer.stream import detect_images
+from rtdetr_cli.runs import BEST
 from rtdetr_cli.weights.header import ModelHeader
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ __all__ = ["Detector", "load"]
 
 
 class Detector:
-    """A model ready to predict, whatever file it came from."""
+    """A model that is ready to predict."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -94,10 +95,10 @@ class Detector:
 
         Args:
             source: a path, a Pillow image, or an array (H, W, 3) uint8 RGB (H, W for grey); or a sequence of them.
-            conf: least score, or `auto`: the thresholds stored in the model for each class, else 0.5.
-            classes: names of the classes wanted; all by default.
-            max_det: most detections in an image.
-            batch: images in one run of the network.
+            conf: minimum score, or `auto`: the thresholds stored in the model for each class, else 0.5.
+            classes: names of the classes to return; None for all.
+            max_det: maximum detections per image.
+            batch: images per forward pass.
 
         Returns:
             `Detections` for one image, a list in the same order for several; boxes in pixels of the upright
@@ -105,25 +106,19 @@ class Detector:
 
         Raises:
             ImageError: an image cannot be read.
-            UsageError: a class that the model does not have, a score out of range, an array of another kind.
+            UsageError: an unknown class, a value out of range, or an array of another type or shape.
         """
-        several = isinstance(source, (list, tuple)) or (
-            isinstance(source, Iterable) and not isinstance(source, (str, os.PathLike, np.ndarray))
-        )
-        sources: Sequence[Any] = list(source) if several else [source]  # type: ignore[arg-type]
-        selection = select_by(self.header, conf=conf, classes=classes, max_det=max_det)
-        found = list(self._run([as_image(s) for s in sources], selection, batch))
-        return found if several else found[0]
-
-    def _run(
-        self, images: Sequence[Path | NDArray[np.uint8]], selection: Selection, batch: int
-    ) -> Iterator[Detections]:
         if batch < 1:
             raise UsageError(f"batch {batch} must be at least 1")
-        for seen in detect_images(self.backend, images, batch=batch):
-            if seen.found is None:
-                raise seen.error or ImageError("an image cannot be read")
-            yield selection.apply(seen.found)
+        single = isinstance(source, (str, os.PathLike, np.ndarray)) or not isinstance(source, Iterable)
+        sources: Sequence[Any] = [source] if single else list(source)  # type: ignore[arg-type]
+        selection = select_by(self.header, conf=conf, classes=classes, max_det=max_det)
+        detections = []
+        for result in detect_images(self.backend, [as_image(s) for s in sources], batch=batch):
+            if isinstance(result, tuple):
+                raise result[1]
+            detections.append(selection.apply(result.detections))
+        return detections[0] if single else detections
 
 
 def load(
@@ -139,28 +134,29 @@ def load(
     """Open a model file: `.safetensors`, a published `.pth`, `.onnx`, OpenVINO `.xml`, TensorRT `.engine`, or a run.
 
     Args:
-        model: the file, or a run folder (its best.safetensors).
+        model: the file, or a run folder for its best.safetensors.
         device: `auto`, `cpu`, or a GPU such as `0`.
-        imgsz: another input size than the model's own: one number, or (height, width), multiples of 32.
-        layers: use only this many decoder layers (weights, not graphs).
-        queries: use only this many queries (weights, not graphs).
-        sampling: `bilinear` or `discrete`, for a published file that cannot say.
+        imgsz: input size instead of the model's own: one number or (height, width), multiples of 32.
+        layers: number of decoder layers to use; only for weights, not for exports, as `queries` and `sampling`.
+        queries: number of queries to use.
+        sampling: `bilinear` or `discrete`, for a published file, which does not say.
         threads: CPU threads of the runtime.
 
     Raises:
         ModelError: the file is missing, truncated or not a model.
-        UsageError: an option that this kind of file cannot take.
+        UsageError: an option does not apply to this kind of file.
         EnvironmentProblem: the runtime's package or the device is missing.
     """
     path = Path(model)
     if path.is_dir():
-        best = path / "best.safetensors"
+        best = path / BEST
         if not best.is_file():
-            raise ModelError(f"the folder {path} holds no best.safetensors", code="model-missing")
+            raise ModelError(f"the folder {path} holds no {BEST}", code="model-missing")
         path = best
-    size = (imgsz, imgsz) if isinstance(imgsz, int) else imgsz
-    if size is not None and (size[0] % 32 or size[1] % 32 or min(size) < 32):
-        raise UsageError(f"imgsz {size[0]}x{size[1]} is not a multiple of 32 on both sides", code="size")
+    try:
+        size = None if imgsz is None else parse_image_size(imgsz)
+    except ValueError as error:
+        raise UsageError(f"imgsz: {error}", code="size") from None
     return Detector(
         open_backend(
             path, device=device, imgsz=size, layers=layers, queries=queries, sampling=sampling, threads=threads
@@ -185,8 +181,8 @@ def as_image(source: Any) -> Path | NDArray[np.uint8]:
         array = np.repeat(array[:, :, None], 3, axis=2)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
         raise UsageError(
-            f"an array of shape {array.shape} and type {array.dtype} is no image",
-            hint="give (height, width, 3) uint8 in RGB order; OpenCV's frames are BGR: frame[:, :, ::-1]",
+            f"an array of shape {array.shape} and type {array.dtype} is not an image",
+            hint="pass (height, width, 3) uint8 in RGB order; OpenCV's frames are BGR: frame[:, :, ::-1]",
             code="array",
         )
     return np.ascontiguousarray(array)

@@ -24,8 +24,8 @@ class Backend(Protocol):
         header: what the model says about itself; `names` is empty for a foreign graph.
         kind: `torch`, `onnx`, `openvino` or `tensorrt`.
         imgsz: (height, width) that images must be stretched to.
-        fixed_batch: the batch a graph was exported for, or None when any will do. `run` takes any number of
-            images either way: it cuts and fills up by itself.
+        fixed_batch: the batch size of a graph that was exported for one, or None. `run` takes any number of images
+            either way: it splits and pads them.
     """
 
     header: ModelHeader
@@ -41,7 +41,7 @@ class Backend(Protocol):
             sizes_wh: (B, 2) width and height of the originals in pixels.
 
         Returns:
-            For each image all rows that the model gives (usually 300), best first, unfiltered and unclipped.
+            For each image all rows of the model (usually 300), best first, neither filtered nor clipped.
         """
         ...
 
@@ -61,33 +61,37 @@ def open_backend(
     Args:
         path: `.safetensors`, `.pth`, `.onnx`, `.xml` (OpenVINO) or `.engine` (TensorRT).
         device: `auto`, `cpu`, or a CUDA device such as `0` or `cuda:0`.
-        imgsz: another input size (height, width) than the model's own; weights and dynamic graphs only.
-        layers: use only this many decoder layers; weights only, as `queries` and `sampling`.
-        queries: use only this many queries.
-        sampling: `bilinear` or `discrete`, for a published file that cannot say.
-        threads: CPU threads of the runtime; None leaves it to the runtime.
+        imgsz: (height, width) instead of the model's own size; for weights and dynamic graphs.
+        layers: number of decoder layers to use; only for weights, as `queries` and `sampling`.
+        queries: number of queries to use.
+        sampling: `bilinear` or `discrete`, for a published file, which does not say.
+        threads: CPU threads of the runtime; None for the runtime's default.
 
     Raises:
         ModelError: the file is missing, truncated or not a model of this kind.
-        UsageError: an option that this kind of file cannot take.
+        UsageError: an option does not apply to this kind of file.
         EnvironmentProblem: the runtime's package or the device is missing.
     """
     check_model_path(path)
     kind = EXPORT_SUFFIXES.get(path.suffix.lower())
     if kind is None:
-        from rtdetr_cli.infer.torch_backend import open_torch
+        import torch
 
-        return open_torch(
-            path, device=device, imgsz=imgsz, layers=layers, queries=queries, sampling=sampling, threads=threads
-        )
-    refused = {"layers": layers, "queries": queries, "sampling": sampling}
-    for option, value in refused.items():
+        from rtdetr_cli.infer.torch_backend import TorchBackend, check_sampling, choose_device
+        from rtdetr_cli.weights.load import load_model
+
+        check_sampling(path, sampling)
+        torch_device = choose_device(device)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        model, header = load_model(path, sampling=sampling, layers=layers, queries=queries)
+        return TorchBackend(model.eval().fuse(), header, device=torch_device, imgsz=imgsz)
+    for option, value in {"layers": layers, "queries": queries, "sampling": sampling}.items():
         if value is not None:
+            export_again = f"rtdetr export MODEL --{option} {value}"
             raise UsageError(
-                f"--{option} {value} cannot change {path.name}: it is fixed when a graph is exported",
-                hint=f"rtdetr export MODEL --{option} {value}"
-                if option != "sampling"
-                else "use the .safetensors or .pth file",
+                f"--{option} {value} does not apply to {path.name}: it is fixed when a model is exported",
+                hint="use the .safetensors or .pth file" if option == "sampling" else export_again,
             )
     if kind == "onnx":
         from rtdetr_cli.infer.onnx_backend import OnnxBackend
@@ -103,10 +107,15 @@ def open_backend(
 
 
 def check_model_path(path: Path) -> None:
-    """Refuse a path that cannot be a model, before anything heavy is loaded."""
+    """Refuse a path that cannot be a model, before anything heavy is loaded.
+
+    Raises:
+        ModelError: the suffix is unknown, or the file is missing or empty.
+    """
     if path.suffix.lower() not in READABLE_SUFFIXES:
-        known = ", ".join(READABLE_SUFFIXES)
-        raise ModelError(f"{path} is not a model file: its name should end in one of {known}", code="model-kind")
+        raise ModelError(
+            f"{path} is not a model file: its name must end in {', '.join(READABLE_SUFFIXES)}", code="model-kind"
+        )
     if path.is_dir():
         raise ModelError(f"{path} is a folder, not a model file", code="model-missing")
     if not path.exists():
@@ -116,13 +125,13 @@ def check_model_path(path: Path) -> None:
 
 
 def name_classes(backend: Backend, names: Sequence[str], category_ids: Sequence[int]) -> None:
-    """Give the classes of a foreign graph, which carries no names, those of a dataset."""
+    """Give a foreign graph, which has no class names, those of a dataset."""
     backend.header = replace(backend.header, names=tuple(names), category_ids=tuple(category_ids))
 
 
 def neighbours(path: Path) -> str:
-    """Return a hint that lists the model files beside a missing one."""
+    """Return a hint that lists the model files in the folder of a missing one."""
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist either"
-    found = sorted(p.name for p in path.parent.iterdir() if p.suffix.lower() in READABLE_SUFFIXES)
-    return f"in {path.parent} there is {', '.join(found[:5])}" if found else ""
+    files = sorted(p.name for p in path.parent.iterdir() if p.suffix.lower() in READABLE_SUFFIXES)
+    return f"{path.parent} contains {', '.join(files[:5])}" if files else ""

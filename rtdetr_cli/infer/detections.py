@@ -1,4 +1,4 @@
-"""The one value between whatever produces detections and whatever consumes them."""
+"""The detections of one image, as every backend returns them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Detections:
         )
 
     def keep(self, mask: NDArray[Any]) -> Detections:
-        """Return the rows chosen by a boolean mask or by indices."""
+        """Return the rows that a boolean mask or indices select."""
         return Detections(
             self.boxes_xyxy_px[mask],
             self.scores[mask],
@@ -67,10 +67,10 @@ class Detections:
 
 
 def class_name(names: Sequence[str], label: int) -> str:
-    """Return a label's name, `class 7` where a foreign graph carries none."""
+    """Return the name of a label; `class 7` for a foreign graph without names."""
     return names[label] if 0 <= label < len(names) else f"class {label}"
 
 
 def category_id(category_ids: Sequence[int], label: int) -> int:
-    """Return a label's id in the dataset, the label itself where a foreign graph carries none."""
+    """Return the dataset's id of a label; the label itself for a foreign graph without ids."""
     return category_ids[label] if 0 <= label < len(category_ids) else label

@@ -1,10 +1,9 @@
-"""ONNX Runtime. Never loads torch: starting is as quick as the graph is small."""
+"""ONNX Runtime. It never loads torch, so that it starts quickly."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from rtdetr_cli.errors import EnvironmentProblem, ModelError, UsageError
-from rtdetr_cli.infer.graph import GraphBackend, Port, first_line
+from rtdetr_cli.infer.graph import GraphBackend, GraphSpec, InputSpec, first_line
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 _TYPES = {
@@ -26,45 +25,40 @@ _TYPES = {
 
 
 class OnnxBackend(GraphBackend):
-    """A graph in ONNX Runtime, on CUDA where its provider is there, else on the CPU."""
+    """A graph in ONNX Runtime, on CUDA where its provider is installed, else on the CPU."""
 
     kind = "onnx"
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        device: str = "auto",
-        imgsz: tuple[int, int] | None = None,
-        threads: int | None = None,
-    ) -> None:
-        """Open a graph.
-
-        Raises:
-            ModelError: no ONNX file, a truncated one, or one that does not keep the contract.
-            EnvironmentProblem: CUDA was asked for and its provider is not there.
-        """
+    def open(self, device: Any, threads: int | None) -> GraphSpec:
+        """Open the graph in a session."""
         providers = _providers(device)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+            self.session = onnxruntime.InferenceSession(str(self.path), options, providers=providers)
         except Exception as error:  # its exceptions have no common base
             raise ModelError(
-                f"{path} does not open in ONNX Runtime {onnxruntime.__version__}: {_reason(error)}",
-                hint="the file is truncated or not an ONNX model: export it again",
+                f"{self.path} does not open in ONNX Runtime {onnxruntime.__version__}: {_reason(error)}",
+                hint="the file is truncated or not an ONNX model; export it again",
                 code="model-unreadable",
             ) from error
-        super().__init__(
-            path,
-            header=read_onnx_header(self.session.get_modelmeta().custom_metadata_map, path),
-            inputs=[_port(value, path) for value in self.session.get_inputs()],
-            outputs=[value.name for value in self.session.get_outputs()],
-            imgsz=imgsz,
-        )
+        text = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         self._outputs = [value.name for value in self.session.get_outputs()]
+        return GraphSpec(
+            header=ModelHeader.from_json(text, source=str(self.path)) if text else None,
+            inputs=[self._input_spec(value) for value in self.session.get_inputs()],
+            outputs=self._outputs,
+        )
+
+    def _input_spec(self, value: Any) -> InputSpec:
+        if value.type not in _TYPES:
+            raise ModelError(
+                f"{self.path}: the input {value.name} has the unsupported type {value.type}", code="model-foreign"
+            )
+        shape = tuple(n if isinstance(n, int) and n > 0 else None for n in value.shape)
+        return InputSpec(value.name, np.dtype(_TYPES[value.type]), shape)
 
     def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run one batch; return every output by name."""
@@ -75,29 +69,16 @@ class OnnxBackend(GraphBackend):
             raise ModelError(f"{self.path} fails on a batch of {shape}: {_reason(error)}", code="model-run") from error
 
 
-def read_onnx_header(metadata: Mapping[str, str], path: Path) -> ModelHeader | None:
-    """Return the header in a graph's metadata, or None for a foreign graph."""
-    text = metadata.get(METADATA_KEY)
-    return ModelHeader.from_json(text, source=str(path)) if text else None
-
-
-def _port(value: Any, path: Path) -> Port:
-    if value.type not in _TYPES:
-        raise ModelError(f"{path}: the input {value.name} is a {value.type}, which is no image", code="model-foreign")
-    shape = tuple(n if isinstance(n, int) and n > 0 else None for n in value.shape)
-    return Port(value.name, np.dtype(_TYPES[value.type]), shape)
-
-
 def _providers(device: str) -> list[Any]:
-    there = onnxruntime.get_available_providers()
-    if device == "cpu" or (device == "auto" and "CUDAExecutionProvider" not in there):
+    available = onnxruntime.get_available_providers()
+    if device == "cpu" or (device == "auto" and "CUDAExecutionProvider" not in available):
         return ["CPUExecutionProvider"]
     number = device.removeprefix("cuda").removeprefix(":") or "0"
     if device != "auto" and not number.isdigit():
         raise UsageError(f"{device!r} is not a device", hint="--device auto, cpu or 0 (the first GPU)")
-    if "CUDAExecutionProvider" not in there:
+    if "CUDAExecutionProvider" not in available:
         raise EnvironmentProblem(
-            f"device {device} needs ONNX Runtime with CUDA; this one has {', '.join(there)}",
+            f"device {device} needs ONNX Runtime with CUDA; the installed one has {', '.join(available)}",
             hint="pip uninstall onnxruntime && pip install onnxruntime-gpu, or --device cpu",
             code="device-missing",
         )

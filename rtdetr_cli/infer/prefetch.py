@@ -1,14 +1,13 @@
-"""Images decoded and stretched ahead of the network, in threads: it never waits for a file.
+"""Read images ahead of the network, in threads.
 
-Pillow lets go of the interpreter's lock while it decodes and resizes, so threads are enough and nothing is copied
+Pillow releases the interpreter's lock while it decodes and resizes, so threads are enough and no image is copied
 between processes.
 """
 
 from __future__ import annotations
 
-import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -17,61 +16,86 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.images.decode import ImageError, read_image, stretch
+from rtdetr_cli.machine import cpu_count
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Prefetched(NamedTuple):
-    """One image made ready, or what is wrong with it."""
+    """An image ready for the network, or the error of one that cannot be read.
 
-    position: int  # in `paths`
-    image: NDArray[np.uint8] | None  # (H, W, 3) of the network's size
-    size_wh: tuple[int, int] | None  # of the upright original
-    error: ImageError | None
-
-
-def prefetch(paths: Sequence[Path], hw: tuple[int, int], *, threads: int | None = None) -> Iterator[Prefetched]:
-    """Yield every image in order, decoded and stretched ahead of its use.
-
-    Args:
-        paths: image files; one that cannot be read comes back with its error.
-        hw: height and width of the network's input.
-        threads: that decode; None takes one for each core up to four.
+    Attributes:
+        position: index of the image, or number of the video frame.
+        image: (H, W, 3) uint8 of the network's size; None with an error.
+        size_wh: width and height of the upright original; None with an error.
+        error: why the image cannot be read.
+        original: (H, W, 3) uint8 RGB, the upright original, if it was asked for.
     """
 
-    def ready(job: tuple[int, Path]) -> Prefetched:
-        index, path = job
-        try:
-            image = read_image(path)
-        except ImageError as error:
-            return Prefetched(index, None, None, error)
-        return Prefetched(index, stretch(image, hw), (image.shape[1], image.shape[0]), None)
+    position: int
+    image: NDArray[np.uint8] | None
+    size_wh: tuple[int, int] | None
+    error: ImageError | None
+    original: NDArray[np.uint8] | None = None
 
-    return read_ahead(ready, enumerate(paths), threads=threads)
+
+def prepare(position: int, image: NDArray[np.uint8], hw: tuple[int, int], *, keep: bool = False) -> Prefetched:
+    """Stretch an upright RGB image to the network's size."""
+    size_wh = (image.shape[1], image.shape[0])
+    return Prefetched(position, stretch(image, hw), size_wh, None, image if keep else None)
+
+
+def prefetch(
+    images: Sequence[Path | NDArray[np.uint8]],
+    hw: tuple[int, int],
+    *,
+    threads: int | None = None,
+    ahead: int | None = None,
+    keep: bool = False,
+) -> Generator[Prefetched, None, None]:
+    """Yield images in order, decoded and stretched ahead of use.
+
+    Args:
+        images: files or upright (H, W, 3) uint8 RGB arrays. A file that cannot be read is yielded with its error.
+        hw: height and width of the network's input.
+        threads: as in `read_ahead`.
+        ahead: as in `read_ahead`.
+        keep: yield the originals too.
+    """
+
+    def read(job: tuple[int, Path | NDArray[np.uint8]]) -> Prefetched:
+        position, source = job
+        try:
+            image = read_image(source) if isinstance(source, Path) else source
+        except ImageError as error:
+            return Prefetched(position, None, None, error)
+        return prepare(position, image, hw, keep=keep)
+
+    return read_ahead(read, enumerate(images), threads=threads, ahead=ahead)
 
 
 def read_ahead(
     work: Callable[[Item], Result], items: Iterable[Item], *, threads: int | None = None, ahead: int | None = None
-) -> Iterator[Result]:
-    """Yield `work(item)` in the order of the items, a bounded number of them done ahead in threads.
+) -> Generator[Result, None, None]:
+    """Yield `work(item)` in the order of the items; threads compute a bounded number of results ahead.
 
     Args:
-        work: called in a thread; what it raises is raised here, at its place in the order.
-        items: taken from here as room allows, so that an endless one is fine.
-        threads: how many; None takes one for each core up to four.
-        ahead: results that may wait; twice the threads by default, which bounds the memory.
+        work: called in a thread; its exceptions are raised here, when its result is due.
+        items: may be endless.
+        threads: number of threads; None for one per core, at most four.
+        ahead: number of results that may wait; twice the threads by default, which bounds the memory.
     """
-    count = threads or min(4, os.cpu_count() or 1)
-    room = ahead or 2 * count
-    waiting: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(count, thread_name_prefix="read-ahead")
+    threads = threads or min(4, cpu_count())
+    ahead = ahead or 2 * threads
+    pending: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="read-ahead")
     try:
         for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) >= room:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(work, item))
+            if len(pending) >= ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -1,9 +1,9 @@
-"""Which of a model's 300 rows are shown: score thresholds, classes, a largest number, and the image's edge."""
+"""Select the detections to show: score thresholds, classes, a maximum number, and the image's border."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 import numpy as np
@@ -19,66 +19,59 @@ DEFAULT_THRESHOLD = 0.5
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Selection:
-    """A rule that turns raw rows into the detections that people see.
+    """A rule that selects the detections to show from all rows of a model.
 
     Attributes:
-        threshold: least score of a class without one of its own.
-        per_class: (K,) least score of each class, or None.
-        labels: the classes wanted, or None for all.
-        max_det: most detections in an image.
-        said: where the thresholds come from, in words.
+        threshold: minimum score of a class without its own threshold.
+        per_class: (K,) minimum score of each class, or None.
+        labels: the requested classes, or None for all.
+        max_det: maximum number of detections per image.
+        description: the thresholds and where they come from, for people.
     """
 
     threshold: float = DEFAULT_THRESHOLD
     per_class: NDArray[np.float32] | None = None
     labels: tuple[int, ...] | None = None
     max_det: int = 100
-    said: str = ""
+    description: str = ""
 
-    def apply(self, found: Detections) -> Detections:
-        """Return the rows that pass, best first, clipped to the image; rows outside it or not finite are dropped."""
-        finite = _finite(found)
-        floor = np.full(len(found), self.threshold, np.float32)
+    def apply(self, rows: Detections) -> Detections:
+        """Return the selected rows, best first, clipped to the image, without rows outside it or with NaN."""
+        minimum = np.full(len(rows), self.threshold, np.float32)
         if self.per_class is not None:
-            known = (found.labels >= 0) & (found.labels < len(self.per_class))
-            floor[known] = self.per_class[found.labels[known]]
-        passing = finite & (found.scores >= floor)
-        if self.labels is not None:
-            passing &= np.isin(found.labels, self.labels)
-        kept = found.keep(passing)
-        width, height = found.size_wh
+            known = (rows.labels >= 0) & (rows.labels < len(self.per_class))
+            minimum[known] = self.per_class[rows.labels[known]]
+        selected = rows.keep(self._candidates(rows) & (rows.scores >= minimum))
+        width, height = rows.size_wh
         limits = np.array([width, height, width, height], np.float32)
-        boxes = np.clip(kept.boxes_xyxy_px, 0, limits).astype(np.float32)
+        boxes = np.clip(selected.boxes_xyxy_px, 0, limits).astype(np.float32)
         inside = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        clipped = Detections(boxes, kept.scores, kept.labels, kept.size_wh, kept.names, kept.category_ids)
-        return clipped.keep(np.flatnonzero(inside)[: self.max_det])
+        return replace(selected, boxes_xyxy_px=boxes).keep(np.flatnonzero(inside)[: self.max_det])
 
-    def best(self, found: Detections) -> float | None:
-        """Return the highest score of raw rows of the classes wanted, whatever the threshold; None without a row."""
-        usable = _finite(found)
-        if self.labels is not None:
-            usable &= np.isin(found.labels, self.labels)
-        return float(found.scores[usable].max()) if usable.any() else None
+    def best_score(self, rows: Detections) -> float | None:
+        """Return the highest score of the requested classes, even below the threshold; None without a row."""
+        scores = rows.scores[self._candidates(rows)]
+        return float(scores.max()) if len(scores) else None
 
-
-def _finite(found: Detections) -> NDArray[np.bool_]:
-    finite: NDArray[np.bool_] = np.isfinite(found.scores) & np.isfinite(found.boxes_xyxy_px).all(axis=1)
-    return finite
+    def _candidates(self, rows: Detections) -> NDArray[np.bool_]:
+        """Return a mask of the finite rows of the requested classes."""
+        mask: NDArray[np.bool_] = np.isfinite(rows.scores) & np.isfinite(rows.boxes_xyxy_px).all(axis=1)
+        return mask if self.labels is None else mask & np.isin(rows.labels, self.labels)
 
 
 def select_by(
     header: ModelHeader, *, conf: float | str = "auto", classes: Sequence[str] | None = None, max_det: int = 100
 ) -> Selection:
-    """Make the rule from what the user says and what the model knows.
+    """Make a selection from the user's options and the model's header.
 
     Args:
-        header: the model's names and calibrated thresholds.
-        conf: a score from 0 to 1, or `auto`: the stored thresholds of each class, else 0.5.
-        classes: class names wanted, or None for all; of a model without names their numbers.
-        max_det: most detections in an image.
+        header: the model's class names and calibrated thresholds.
+        conf: a score from 0 to 1, or `auto`: the stored threshold of each class, else 0.5.
+        classes: names of the requested classes, or their numbers for a model without names; None for all.
+        max_det: maximum number of detections per image.
 
     Raises:
-        UsageError: a score out of range or a class that the model does not have.
+        UsageError: a value is out of range, or the model does not have a class.
     """
     if max_det < 1:
         raise UsageError(f"--max-det {max_det} must be at least 1")
@@ -88,51 +81,53 @@ def select_by(
         return Selection(threshold, None, labels, max_det, f"{threshold:g}")
     stored = header.thresholds
     if stored is None:
-        return Selection(labels=labels, max_det=max_det, said=f"{DEFAULT_THRESHOLD:g}, the model stores no thresholds")
-    per_class = np.array(stored.per_class, np.float32) if len(stored.per_class) == len(header.names) else None
-    if per_class is None or not len(per_class):
-        return Selection(stored.overall, None, labels, max_det, f"{stored.overall:.3f} stored for {stored.target}")
+        description = f"{DEFAULT_THRESHOLD:g} (no thresholds stored in the model)"
+        return Selection(labels=labels, max_det=max_det, description=description)
+    per_class = np.array(stored.per_class, np.float32)
+    if len(per_class) != len(header.names) or not len(per_class):
+        return Selection(stored.overall, None, labels, max_det, f"{stored.overall:.3f} (stored for {stored.target})")
     span = f"{per_class.min():.3f} to {per_class.max():.3f}" if len(per_class) > 1 else f"{per_class[0]:.3f}"
-    return Selection(stored.overall, per_class, labels, max_det, f"{span}, stored for each class for {stored.target}")
+    description = f"{span} (stored per class for {stored.target})"
+    return Selection(stored.overall, per_class, labels, max_det, description)
 
 
-def used_elsewhere(header: ModelHeader, imgsz: tuple[int, int]) -> tuple[str, str] | None:
-    """Say where stored thresholds were calibrated when it is not where they are used: scores differ there.
+def threshold_mismatch(header: ModelHeader, imgsz: tuple[int, int]) -> tuple[str, str] | None:
+    """Compare the settings of the stored thresholds' calibration with those in use, since scores depend on them.
 
     Args:
-        header: of the model as it is used: with the layers and queries that it runs with.
-        imgsz: (height, width) of the input that it runs at.
+        header: the model's header, with the layers and queries in use.
+        imgsz: (height, width) of the input in use.
 
     Returns:
-        A sentence, and the flags of `rtdetr eval --calibrate` that would find fitting ones; None where all agree,
-        or nothing is stored.
+        A warning, and the flags for `rtdetr eval --calibrate` at the settings in use; None where all agree or nothing
+        is stored. A setting that an older file does not state is not compared.
     """
     stored = header.thresholds
     if stored is None:
         return None
-    found, used, flags = [], [], []
-    at = stored.imgsz or header.imgsz
-    if at != imgsz:
-        found.append(f"{at[0]}x{at[1]}")
+    calibrated, used, flags = [], [], []
+    size = stored.imgsz or header.imgsz
+    if size != imgsz:
+        calibrated.append(f"{size[0]}x{size[1]}")
         used.append(f"{imgsz[0]}x{imgsz[1]}")
         flags.append(f"--imgsz {used[-1]}")
-    dials = (("layer", "layers", stored.layers, header.layers), ("query", "queries", stored.queries, header.queries))
-    for one, many, then, now in dials:
-        if then and now and then != now:
-            found.append(counted(then, one, many))
-            used.append(counted(now, one, many))
-            flags.append(f"--{many} {now}")
+    settings = (("layer", "layers", stored.layers, header.layers), ("query", "queries", stored.queries, header.queries))
+    for singular, plural, before, now in settings:
+        if before and now and before != now:
+            calibrated.append(counted(before, singular, plural))
+            used.append(counted(now, singular, plural))
+            flags.append(f"--{plural} {now}")
     if not flags:
         return None
-    said = (
-        f"the stored thresholds were calibrated at {', '.join(found)} and are used at {', '.join(used)}, "
+    warning = (
+        f"the stored thresholds were calibrated at {', '.join(calibrated)} and are used at {', '.join(used)}, "
         "where scores differ"
     )
-    return said, " ".join(flags)
+    return warning, " ".join(flags)
 
 
 def parse_conf(conf: float | str) -> float | None:
-    """Return the score that `--conf` names, or None for `auto`."""
+    """Return the score of `--conf`, or None for `auto`."""
     if conf == "auto":
         return None
     try:
@@ -145,22 +140,24 @@ def parse_conf(conf: float | str) -> float | None:
 
 
 def resolve_classes(words: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
-    """Return the labels of class names; letters' case aside where that is unambiguous.
+    """Return the labels of class names, ignoring case where that is unambiguous.
 
-    A word may hold several names, parted by commas. All unknown ones are named at once.
+    Args:
+        words: class names, or several names separated by commas.
+        names: the model's class names.
 
     Raises:
-        UsageError: a name that the model does not have.
+        UsageError: names that the model does not have; all are listed.
     """
-    wanted: list[str] = []
+    requested: list[str] = []
     for word in words:
-        whole = word.strip()
-        wanted.extend([whole] if whole in names else [part.strip() for part in word.split(",") if part.strip()])
+        stripped = word.strip()
+        requested += [stripped] if stripped in names else [part.strip() for part in word.split(",") if part.strip()]
     exact = {name: label for label, name in reversed(list(enumerate(names)))}
     folded = {name.casefold(): label for label, name in reversed(list(enumerate(names)))}
     labels: list[int] = []
     unknown: list[str] = []
-    for word in wanted:
+    for word in requested:
         label = exact.get(word, folded.get(word.casefold()))
         if label is None and not names:
             number = word.removeprefix("class").strip()
@@ -170,25 +167,21 @@ def resolve_classes(words: Sequence[str], names: Sequence[str]) -> tuple[int, ..
         else:
             labels.append(label)
     if unknown:
-        raise UsageError(_unknown(unknown, names), hint=_suggest(unknown, names), code="class-unknown")
+        message = f"the model has no class {', '.join(repr(word) for word in unknown)}"
+        if not names:
+            message = f"the model has no class names, so --classes {unknown[0]} cannot be resolved"
+        raise UsageError(message, hint=_class_hint(unknown, names), code="class-unknown")
     if not labels:
-        raise UsageError("--classes names no class", hint=_suggest([], names))
+        raise UsageError("--classes names no class", hint=_class_hint([], names))
     return tuple(dict.fromkeys(labels))
 
 
-def _unknown(words: Sequence[str], names: Sequence[str]) -> str:
+def _class_hint(unknown: Sequence[str], names: Sequence[str]) -> str:
     if not names:
-        return f"the model carries no class names, so --classes {words[0]} means nothing to it"
-    listed = ", ".join(repr(word) for word in words)
-    return f"the model has no class {listed}"
-
-
-def _suggest(words: Sequence[str], names: Sequence[str]) -> str:
-    if not names:
-        return "name the labels by number (--classes 7), or the dataset that names them: --data DATA"
+        return "give the labels as numbers (--classes 7), or a dataset with class names: --data DATA"
     folded = {name.casefold(): name for name in names}
-    close = [folded[m[0]] for word in words if (m := get_close_matches(word.casefold(), folded, n=1, cutoff=0.6))]
+    close = [folded[m[0]] for word in unknown if (m := get_close_matches(word.casefold(), folded, n=1, cutoff=0.6))]
     if close:
         return f"did you mean {', '.join(dict.fromkeys(close))}?"
-    shown = ", ".join(names[:12])
-    return f"it has {shown}" + (f" and {len(names) - 12} more (rtdetr info MODEL)" if len(names) > 12 else "")
+    listed = ", ".join(names[:12])
+    return f"it has {listed}" + (f" and {len(names) - 12} more (rtdetr info MODEL)" if len(names) > 12 else "")

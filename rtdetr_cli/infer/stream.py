@@ -1,222 +1,196 @@
-"""Images and videos through a backend in batches: decoding runs ahead in threads, results come in order."""
+"""Detect objects in images and videos in batches: reading runs ahead in threads, results come in order."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.errors import EnvironmentProblem
-from rtdetr_cli.images.decode import ImageError, read_image, stretch
+from rtdetr_cli.images.decode import ImageError
+from rtdetr_cli.images.draw import draw_boxes
 from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.infer.detections import Detections
-from rtdetr_cli.infer.prefetch import read_ahead
-
-Key = TypeVar("Key")
-WHOLE, FRAMES_AMISS = 0.95, 2  # share of a video below which it is cut off, and frames that are never missed
+from rtdetr_cli.infer.prefetch import Prefetched, prefetch, prepare, read_ahead
+from rtdetr_cli.infer.selection import Selection
+from rtdetr_cli.infer.sources import Source
+from rtdetr_cli.infer.video import Video, write_video
+from rtdetr_cli.infer.write import save_image, saved_name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Seen:
-    """One image after the network.
+class Detected:
+    """The result of the network for one image.
 
     Attributes:
-        position: in the list given, or the frame's number from 0.
-        image: (H, W, 3) uint8 RGB, the upright original; None when it could not be read or was not to be kept.
-        found: raw detections, or None when the image could not be read.
-        error: why not.
+        position: index of the image, or number of the video frame.
+        detections: all rows, not yet selected.
+        image: (H, W, 3) uint8 RGB, the upright original, if it was asked for.
         seconds: the image's share of the network's time.
     """
 
     position: int
-    image: NDArray[np.uint8] | None
-    found: Detections | None
-    error: ImageError | None = None
+    detections: Detections
+    image: NDArray[np.uint8] | None = None
     seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Ready:
-    position: int
-    original: NDArray[np.uint8] | None
-    stretched: NDArray[np.uint8] | None
-    size_wh: tuple[int, int]
-    error: ImageError | None = None
+class Predicted:
+    """The selected detections of an image or of a video frame.
+
+    Attributes:
+        source: the image or the video.
+        detections: the selected rows.
+        seconds: the image's share of the network's time.
+        frame: number of the frame from 0; None for an image.
+        best_score: the highest score of the requested classes, even below the threshold; None without a row.
+    """
+
+    source: Source
+    detections: Detections
+    seconds: float
+    frame: int | None = None
+    best_score: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unreadable:
+    """An image that could not be read."""
+
+    source: Source
+    error: ImageError
 
 
 def detect_images(
-    backend: Backend,
-    images: Sequence[Path | NDArray[np.uint8]],
-    *,
-    batch: int = 1,
-    keep: bool = False,
-    threads: int | None = None,
-) -> Generator[Seen, None, None]:
-    """Run a backend over files or arrays, in order; an unreadable file comes back with its error.
+    backend: Backend, images: Sequence[Path | NDArray[np.uint8]], *, batch: int = 1, keep: bool = False
+) -> Generator[Detected | tuple[int, ImageError], None, None]:
+    """Run a backend over files or arrays, in order.
 
     Args:
         backend: the model.
         images: paths, or upright (H, W, 3) uint8 RGB arrays.
-        batch: images in one run of the network.
-        keep: hand the original images back, for drawing.
-        threads: that decode.
+        batch: images per forward pass.
+        keep: return the originals too, for drawing.
+
+    Yields:
+        The result of each image, or its index and error.
+    """
+    ahead = max(4, 2 * batch)  # with less than two batches, the network would wait for the rest of each
+    threads = 1 if len(images) == 1 else None
+    return _run_batches(backend, prefetch(images, backend.imgsz, threads=threads, ahead=ahead, keep=keep), batch)
+
+
+def predict_images(
+    sources: Sequence[Source],
+    backend: Backend,
+    selection: Selection,
+    *,
+    batch: int = 1,
+    draw_to: Path | None = None,
+) -> Generator[Predicted | Unreadable, None, None]:
+    """Predict images in order; annotated copies are drawn and written in threads.
+
+    Args:
+        sources: images, no videos.
+        backend: the model.
+        selection: which rows to return.
+        batch: images per forward pass.
+        draw_to: folder for annotated copies, or None.
     """
 
-    def ready(job: tuple[int, Path | NDArray[np.uint8]]) -> _Ready:
-        position, source = job
-        try:
-            image = read_image(source) if isinstance(source, Path) else source
-        except ImageError as error:
-            return _Ready(position, None, None, (0, 0), error)
-        return _prepare(position, image, backend.imgsz, keep)
+    def finish(result: Detected | tuple[int, ImageError]) -> Predicted | Unreadable:
+        if isinstance(result, tuple):
+            return Unreadable(sources[result[0]], result[1])
+        source = sources[result.position]
+        predicted = _select(source, result, selection)
+        if draw_to is not None:
+            save_image(_draw(result, predicted), draw_to / saved_name(source))
+        return predicted
 
-    threads = 1 if len(images) == 1 else threads
-    # Twice the batch must be able to wait, or the network would wait for the second half of each.
-    jobs = read_ahead(ready, enumerate(images), threads=threads, ahead=max(4, 2 * batch))
-    yield from _through(backend, jobs, batch)
+    results = detect_images(backend, [s.path for s in sources], batch=batch, keep=draw_to is not None)
+    with closing(results):
+        yield from map(finish, results) if draw_to is None else read_ahead(finish, results)
 
 
-def detect_frames(backend: Backend, video: Video, *, batch: int = 1, keep: bool = True) -> Generator[Seen, None, None]:
-    """Run a backend over the frames of a video, in order."""
+def predict_video(
+    source: Source,
+    video: Video,
+    backend: Backend,
+    selection: Selection,
+    *,
+    batch: int = 1,
+    draw_to: Path | None = None,
+) -> Generator[Predicted, None, None]:
+    """Predict a video frame by frame; the annotated copy gets its name when it is complete."""
 
-    def ready(position: int) -> _Ready | None:
+    def read(position: int) -> Prefetched | None:
         frame = video.read()
-        return None if frame is None else _prepare(position, frame, backend.imgsz, keep)
+        return None if frame is None else prepare(position, frame, backend.imgsz, keep=draw_to is not None)
 
-    # One thread, since frames come out of a video in their order only.
-    frames = read_ahead(ready, itertools.count(), threads=1, ahead=max(4, 2 * batch))
-    yield from _through(backend, _until_none(frames), batch)
+    def frames() -> Generator[Prefetched, None, None]:
+        # One thread, since frames can only be decoded in order.
+        with closing(read_ahead(read, itertools.count(), threads=1, ahead=max(4, 2 * batch))) as items:
+            while (item := next(items)) is not None:
+                yield item
 
+    def finish(result: Detected | tuple[int, ImageError]) -> tuple[Predicted, NDArray[np.uint8] | None]:
+        assert isinstance(result, Detected)  # a frame that does not decode ends the video
+        predicted = _select(source, result, selection, frame=result.position)
+        return predicted, None if draw_to is None else _draw(result, predicted)
 
-class Video:
-    """A video file being read."""
-
-    def __init__(self, path: Path) -> None:
-        """Open it.
-
-        Raises:
-            ImageError: missing, or not a video that OpenCV decodes.
-            EnvironmentProblem: OpenCV is not installed.
-        """
-        try:
-            import cv2
-        except ImportError:
-            raise EnvironmentProblem(
-                "videos need OpenCV, which is not installed",
-                hint="pip install opencv-python-headless",
-                code="package-missing",
-            ) from None
-        if not path.is_file():
-            raise ImageError(f"{path} does not exist", code="image-missing")
-        self.path = path
-        log = cv2.utils.logging
-        level = log.getLogLevel()
-        log.setLogLevel(log.LOG_LEVEL_SILENT)  # what is wrong with the file is said below, in our words
-        try:
-            self._capture: Any = cv2.VideoCapture(str(path))
-        finally:
-            log.setLogLevel(level)
-        first = self._grab()
-        if first is None:
-            self._capture.release()
-            raise ImageError(f"{path} does not decode as a video", code="video-unreadable")
-        self._first: NDArray[np.uint8] | None = first
-        self.size_wh: tuple[int, int] = (first.shape[1], first.shape[0])
-        rate = float(self._capture.get(cv2.CAP_PROP_FPS))
-        self.rate = rate if 0.1 <= rate <= 1000 else 25.0
-        count = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        self.frames = count if count > 0 else None  # what the container claims
-        self.frames_read = 0
-        self._position_property = cv2.CAP_PROP_POS_MSEC
-        self._milliseconds = float(self._capture.get(self._position_property))  # at which the last frame stands
-
-    def read(self) -> NDArray[np.uint8] | None:
-        """Return the next frame as (H, W, 3) uint8 RGB, or None at the end."""
-        first, self._first = self._first, None
-        frame = first if first is not None else self._grab()
-        if frame is not None:
-            self.frames_read += 1
-            if first is None:
-                self._milliseconds = float(self._capture.get(self._position_property))
-        return frame
-
-    @property
-    def ends_early(self) -> bool:
-        """True when, at the end, clearly fewer frames were there than the container claims.
-
-        Some containers only estimate their frames, from duration and rate: a whole video of varying rate has fewer,
-        but its last frame stands near the end of the duration, and that of a file that was cut off does not.
-        """
-        if self.frames is None or self.frames - self.frames_read <= FRAMES_AMISS:
-            return False
-        duration = 1000 * self.frames / self.rate
-        return max(self.frames_read / self.frames, self._milliseconds / duration) < WHOLE
-
-    def _grab(self) -> NDArray[np.uint8] | None:
-        there, frame = self._capture.read()
-        return np.ascontiguousarray(frame[:, :, ::-1]) if there else None
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._capture.release()
-
-    def __enter__(self) -> Video:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    with closing(_run_batches(backend, frames(), batch)) as results:
+        if draw_to is None:
+            yield from (finish(result)[0] for result in results)
+            return
+        with write_video(draw_to / saved_name(source), size_wh=video.size_wh, rate=video.rate) as add_frame:
+            for predicted, drawn in read_ahead(finish, results):
+                assert drawn is not None
+                add_frame(drawn)
+                yield predicted
 
 
-def _prepare(position: int, image: NDArray[np.uint8], hw: tuple[int, int], keep: bool) -> _Ready:
-    size = (image.shape[1], image.shape[0])
-    return _Ready(position, image if keep else None, stretch(image, hw), size)
+def _select(source: Source, result: Detected, selection: Selection, frame: int | None = None) -> Predicted:
+    selected, best = selection.apply(result.detections), selection.best_score(result.detections)
+    return Predicted(source, selected, result.seconds, frame, best)
 
 
-def _through(backend: Backend, jobs: Iterator[_Ready], batch: int) -> Generator[Seen, None, None]:
-    """Gather what is ready into batches, run them, and hand everything on in its order."""
-    waiting: list[_Ready] = []
-
-    def flush() -> Generator[Seen, None, None]:
-        good = [job for job in waiting if job.stretched is not None]
-        found: Iterator[Detections] = iter(())
-        share = 0.0
-        if good:
-            start = time.perf_counter()
-            images = np.stack([job.stretched for job in good if job.stretched is not None])
-            found = iter(backend.run(images, np.array([job.size_wh for job in good], np.int64)))
-            share = (time.perf_counter() - start) / len(good)
-        for job in waiting:
-            if job.error is not None:
-                yield Seen(job.position, None, None, job.error)
-            else:
-                yield Seen(job.position, job.original, next(found), None, share)
-        waiting.clear()
-
-    try:
-        for job in jobs:
-            waiting.append(job)
-            if sum(w.stretched is not None for w in waiting) >= batch or len(waiting) >= 4 * batch:
-                yield from flush()
-        yield from flush()
-    finally:
-        close: Callable[[], None] | None = getattr(jobs, "close", None)
-        if close is not None:
-            close()
+def _draw(result: Detected, predicted: Predicted) -> NDArray[np.uint8]:
+    assert result.image is not None
+    rows = predicted.detections
+    return draw_boxes(result.image, rows.boxes_xyxy_px, rows.labels, rows.names, scores=rows.scores)
 
 
-def _until_none(items: Iterable[Key | None]) -> Iterator[Key]:
-    try:
+def _run_batches(
+    backend: Backend, items: Generator[Prefetched, None, None], batch: int
+) -> Generator[Detected | tuple[int, ImageError], None, None]:
+    """Collect images into batches, run them, and yield the results in order."""
+    with closing(items):
+        waiting: list[Prefetched] = []
         for item in items:
-            if item is None:
-                return
-            yield item
-    finally:
-        close: Callable[[], None] | None = getattr(items, "close", None)
-        if close is not None:
-            close()
+            waiting.append(item)
+            if sum(w.error is None for w in waiting) >= batch or len(waiting) >= 4 * batch:
+                yield from _run_batch(backend, waiting)
+                waiting.clear()
+        yield from _run_batch(backend, waiting)
+
+
+def _run_batch(backend: Backend, items: Sequence[Prefetched]) -> Iterator[Detected | tuple[int, ImageError]]:
+    readable = [item for item in items if item.error is None]
+    detections: Iterator[Detections] = iter(())
+    seconds = 0.0
+    if readable:
+        start = time.perf_counter()
+        images = np.stack([item.image for item in readable if item.image is not None])
+        detections = iter(backend.run(images, np.array([item.size_wh for item in readable], np.int64)))
+        seconds = (time.perf_counter() - start) / len(readable)
+    for item in items:
+        if item.error is not None:
+            yield item.position, item.error
+        else:
+            yield Detected(item.position, next(detections), item.original, seconds)

@@ -1,4 +1,4 @@
-"""TensorRT 10 and 11: a thin runner of a serialised engine. Memory comes from torch, which is always installed."""
+"""TensorRT 10 and 11. The buffers are torch tensors, since torch is always installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.errors import EnvironmentProblem, ModelError
-from rtdetr_cli.infer.graph import GraphBackend, Port
+from rtdetr_cli.infer.graph import IMAGES, GraphBackend, GraphSpec, InputSpec
 from rtdetr_cli.infer.packages import import_package
 from rtdetr_cli.weights.header import ModelHeader
 
@@ -26,28 +26,12 @@ _TYPES = {
 
 
 class TensorrtBackend(GraphBackend):
-    """An engine with its buffers. An engine runs only where it was built: same GPU kind, same TensorRT version."""
+    """An engine with its buffers. It runs only on the kind of GPU and the TensorRT version that built it."""
 
     kind = "tensorrt"
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        device: Any = "auto",
-        imgsz: tuple[int, int] | None = None,
-    ) -> None:
-        """Open an engine.
-
-        Args:
-            path: the `.engine`, its header in `header_path(path)` beside it.
-            device: `auto`, `0`, `cuda:1`; or a torch device that the buffers shall lie on.
-            imgsz: (height, width); engines built for a range only.
-
-        Raises:
-            EnvironmentProblem: TensorRT or the GPU is missing.
-            ModelError: the engine was made elsewhere or by another version, or does not keep the contract.
-        """
+    def open(self, device: Any, threads: int | None) -> GraphSpec:
+        """Load the engine on `device`: `auto`, `0`, `cuda:1`, or a torch device for the buffers."""
         tensorrt = import_tensorrt()
         import torch
 
@@ -58,9 +42,9 @@ class TensorrtBackend(GraphBackend):
         else:
             self._device = choose_device(device)
             if self._device.type != "cuda":
+                reason = "there is none" if device == "auto" else f"--device is {device}"
                 raise EnvironmentProblem(
-                    f"{path.name} needs a CUDA device, and "
-                    + ("there is none" if device == "auto" else f"--device is {device}"),
+                    f"{self.path.name} needs a CUDA device, but {reason}",
                     hint="use the .onnx or .safetensors file on the CPU",
                     code="device-missing",
                 )
@@ -68,11 +52,11 @@ class TensorrtBackend(GraphBackend):
         # The logger and the runtime must live as long as the engine.
         self._logger = tensorrt.Logger(tensorrt.Logger.ERROR)
         self._runtime = tensorrt.Runtime(self._logger)
-        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        self._engine = self._runtime.deserialize_cuda_engine(self.path.read_bytes())
         if self._engine is None:
             raise ModelError(
-                f"{path} does not open in TensorRT {tensorrt.__version__}: it is truncated, or was built by another "
-                "version or for another GPU",
+                f"{self.path} does not open in TensorRT {tensorrt.__version__}: it is truncated, or was built by "
+                "another version or for another GPU",
                 hint="build it again on this machine: rtdetr export MODEL --trt-fp16",
                 code="model-unreadable",
             )
@@ -81,31 +65,25 @@ class TensorrtBackend(GraphBackend):
         inputs = [n for n in names if self._engine.get_tensor_mode(n) == tensorrt.TensorIOMode.INPUT]
         self._outputs = [n for n in names if n not in inputs]
         self._buffers: dict[str, Any] = {}
-        most = None
-        if "images" in inputs and self._engine.get_tensor_shape("images")[0] < 0:
-            _, _, largest = self._engine.get_tensor_profile_shape("images", 0)
-            most = int(largest[0])
-        super().__init__(
-            path,
-            header=read_engine_header(path),
-            inputs=[self._port(name) for name in inputs],
-            outputs=self._outputs,
-            imgsz=imgsz,
-            most=most,
+        max_batch = None
+        if IMAGES in inputs and self._engine.get_tensor_shape(IMAGES)[0] < 0:
+            _, _, largest = self._engine.get_tensor_profile_shape(IMAGES, 0)
+            max_batch = int(largest[0])
+        return GraphSpec(
+            read_engine_header(self.path), [self._input_spec(name) for name in inputs], self._outputs, max_batch
         )
 
-    def _port(self, name: str) -> Port:
+    def _input_spec(self, name: str) -> InputSpec:
         shape = tuple(int(n) if n >= 0 else None for n in self._engine.get_tensor_shape(name))
-        return Port(name, np.dtype(self._dtype(name)), shape)
+        return InputSpec(name, np.dtype(self._dtype(name)), shape)
 
     def _dtype(self, name: str) -> type[np.generic]:
         kind = self._engine.get_tensor_dtype(name)
-        spelled = getattr(kind, "name", str(kind).rpartition(".")[2])
-        if spelled not in _TYPES:
-            raise ModelError(
-                f"the engine's tensor {name} is of type {spelled}, which is not read", code="model-foreign"
-            )
-        return _TYPES[spelled]
+        type_name = getattr(kind, "name", str(kind).rpartition(".")[2])
+        if type_name not in _TYPES:
+            message = f"{self.path}: the tensor {name} has the unsupported type {type_name}"
+            raise ModelError(message, code="model-foreign")
+        return _TYPES[type_name]
 
     def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run one batch; return every output by name."""
@@ -113,13 +91,13 @@ class TensorrtBackend(GraphBackend):
 
         stream = self._stream.cuda_stream if self._stream is not None else 0
         with torch.cuda.stream(self._stream):  # a no-op for None
-            held = []
+            inputs = []  # they must live until the engine has run
             for name, array in feeds.items():
                 tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
-                held.append(tensor)
+                inputs.append(tensor)
                 if not self._context.set_input_shape(name, tuple(array.shape)):
                     raise ModelError(
-                        f"{self.path.name} was not built for {name} of {'x'.join(map(str, array.shape))}",
+                        f"{self.path.name} was not built for {name} of shape {'x'.join(map(str, array.shape))}",
                         hint="build it with another --batch or --imgsz, or --dynamic",
                         code="model-run",
                     )
@@ -137,23 +115,20 @@ class TensorrtBackend(GraphBackend):
                 raise ModelError(f"TensorRT could not run {self.path.name}", code="model-run")
             if self._stream is not None:
                 self._stream.synchronize()
-            del held
             return {name: buffer.cpu().numpy().copy() for name, buffer in results.items()}
 
 
 def import_tensorrt() -> Any:
-    """Import the package, or say how to install it."""
+    """Import the package."""
     return import_package("tensorrt", "TensorRT")
 
 
 def header_path(engine: Path) -> Path:
-    """Return where the header of an engine lies: an engine has no room for foreign data."""
+    """Return the path of an engine's header, which is a file of its own: an engine cannot hold metadata."""
     return engine.with_name(engine.name + ".json")
 
 
 def read_engine_header(engine: Path) -> ModelHeader | None:
-    """Return the header beside an engine, or None when there is none."""
-    beside = header_path(engine)
-    if not beside.is_file():
-        return None
-    return ModelHeader.from_json(beside.read_text(encoding="utf-8"), source=str(beside))
+    """Return an engine's header, or None when it has none."""
+    path = header_path(engine)
+    return ModelHeader.from_json(path.read_text(encoding="utf-8"), source=str(path)) if path.is_file() else None

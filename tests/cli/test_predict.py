@@ -44,7 +44,7 @@ def test_one_image(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, im
     assert "shapes_00.png  256x192  " in line
     assert line.endswith(" ms")
     assert "results in runs/predict-01" in ran.err
-    assert "conf 0.450 to 0.550, stored for each class for f1" in ran.err
+    assert "conf 0.450 to 0.550 (stored per class for f1)" in ran.err
     drawn = read_image(here / "runs/predict-01/shapes_00.png")
     original = read_image(images / "shapes_00.png")
     assert drawn.shape == original.shape
@@ -159,7 +159,7 @@ def test_bad_images_do_not_stop_the_rest(
     assert [line.split("  ")[0] for line in ran.out.splitlines()] == ["in/a.png", "in/d.png"]
     for name in ("in/b.png", "in/c.jpg", "in/e.mp4"):
         assert f"error: {name} " in ran.err
-    assert "3 of 4 images and 1 video could not be read, the rest are done" in ran.err
+    assert "3 of 4 images and 1 video could not be read; the others were processed" in ran.err
     assert "Traceback" not in ran.err
     assert sorted(p.name for p in (here / "out").iterdir()) == ["a.png", "d.png", "predictions.jsonl"]
     as_json = rtdetr("predict", "in", "-w", shapes_onnx, "--no-save", "--json")
@@ -230,8 +230,8 @@ def test_a_video_that_is_cut_off_is_not_taken_for_a_whole_one(
     assert ran.code == 1
     lines = (here / "out/predictions.jsonl").read_text().splitlines()
     assert 3 <= len(lines) <= 8
-    assert f"warning: cut.avi ends after {len(lines)} of 12 frames" in ran.err
-    assert "error: 1 of 1 video ends before its time" in ran.err
+    assert f"warning: cut.avi is truncated: it ends after {len(lines)} of 12 frames" in ran.err
+    assert "error: 1 of 1 video is truncated" in ran.err
     assert "results in out" in ran.err
     assert f"cut.avi  256x192  {len(lines)} frames" in ran.out
     assert (here / "out/cut.avi").exists() or (here / "out/cut.mp4").exists()
@@ -242,7 +242,7 @@ def test_a_video_that_is_cut_off_is_not_taken_for_a_whole_one(
     (here / "bad.png").write_text("x")
     ran = rtdetr("predict", "cut.avi", "bad.png", *given, "--no-save")
     assert ran.code == 1
-    assert "1 of 1 image and 1 video could not be read, and 1 ends before its time" in ran.err
+    assert "1 of 1 image and 1 video could not be read, and 1 is truncated" in ran.err
 
 
 def test_classes_conf_and_number(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
@@ -272,16 +272,16 @@ def test_nothing_found_at_all_is_explained_once(
     ran = rtdetr(*given, "--conf", 0.999)
     assert ran.code == 0
     assert ran.err.count("hint:") == 1
-    assert f"nothing was found; the best score seen is {best:.3f}" in ran.err
+    assert f"nothing was detected; the best score is {best:.3f}" in ran.err
     lower = re.search(r"--conf (\d\.\d+)", ran.err)
     assert lower
     assert 0 < float(lower[1]) <= best
     assert any(d["detections"] for d in documents(rtdetr(*given, "--conf", lower[1], "--json")))
     assert "--calibrate" not in ran.err  # an export takes no thresholds
     ran = rtdetr("predict", images, "-w", shapes_model, "--no-save", "--conf", 0.999, "--json")
-    assert "nothing was found" in ran.err
+    assert "nothing was detected" in ran.err
     assert "--calibrate" not in ran.err  # it has thresholds, which --conf overrules
-    assert "nothing was found" not in rtdetr(*given).err
+    assert "nothing was detected" not in rtdetr(*given).err
     shutil.copy(shapes_model, "plain.safetensors")
     rewrite_header(here / "plain.safetensors", replace(read_header(shapes_model), thresholds=None))
     ran = rtdetr("predict", images, "-w", "plain.safetensors", "--no-save", "--conf", 0.999, "--json")
@@ -289,10 +289,10 @@ def test_nothing_found_at_all_is_explained_once(
     Image.new("RGB", (64, 48)).save("black.png")
     black = ("predict", "black.png", "-w", shapes_onnx, "--no-save", "--classes", "plum")
     plum = rtdetr(*black, "--conf", 0, "--json").json["detections"][0]["score"]
-    assert f"the best score seen is {plum:.3f}" in rtdetr(*black, "--conf", 1).err
-    monkeypatch.setattr("rtdetr_cli.cli.predict.FAINT", 0.9)
+    assert f"the best score is {plum:.3f}" in rtdetr(*black, "--conf", 1).err
+    monkeypatch.setattr("rtdetr_cli.cli.predict.LOW_SCORE", 0.9)
     ran = rtdetr(*black, "--conf", 1)
-    assert "is it a model for such images" in ran.err
+    assert "check that the model fits these images" in ran.err
     assert "--conf 0" not in ran.err
 
 
@@ -352,7 +352,7 @@ def test_no_run_and_no_network(
     monkeypatch.setenv("RTDETR_CLI_MIRROR", "http://127.0.0.1:9")  # nothing listens there
     ran = rtdetr("predict", images / "shapes_00.png")
     assert ran.code == 4
-    assert "taking the published r18 COCO weights" in ran.err
+    assert "using the published r18 COCO weights" in ran.err
     assert "rtdetrv2_r18vd_120e_coco_rerun_48.1.pth" in ran.err
     assert not (here / "runs").exists()
 
@@ -379,17 +379,17 @@ def test_foreign_names_come_from_data(rtdetr: Callable[..., Any], here: Path, sh
     [
         (["--conf", "2"], 2, "--conf 2 is neither auto nor a score from 0 to 1"),
         (["--imgsz", "100"], 2, "100 is not a multiple of 32"),
-        (["--imgsz", "320"], 2, "is fixed to 96x128"),
+        (["--imgsz", "320"], 2, "has the fixed size 96x128"),
         (["--batch", "0"], 2, "--batch 0 must be at least 1"),
         (["--max-det", "0"], 2, "--max-det 0 must be at least 1"),
         (["--classes", "tomatoe"], 2, "did you mean tomato?"),
-        (["--layers", "1"], 2, "--layers 1 cannot change"),
+        (["--layers", "1"], 2, "--layers 1 does not apply"),
         (["--sampling", "cubic"], 2, "neither bilinear nor discrete"),
         (["--out", "file"], 2, "--out file is a file"),
         (["--weights", "gone.onnx"], 4, "gone.onnx does not exist"),
         (["--weights", "file"], 4, "file is not a model file"),
         (["--weights", "cut.onnx"], 4, "cut.onnx does not open in ONNX Runtime"),
-        (["--weights", "empty"], 4, "empty holds no model"),
+        (["--weights", "empty"], 4, "the folder empty is empty"),
         (["--data", "gone.json"], 3, "gone.json"),
         (["--frobnicate"], 2, "frobnicate"),
     ],
@@ -420,10 +420,10 @@ def test_refusals(
     ("source", "code", "said"),
     [
         ("gone.jpg", 3, "gone.jpg does not exist"),
-        ("empty", 3, "the folder empty holds no images"),
+        ("empty", 3, "the folder empty contains no images"),
         ("*.bmp", 3, "matches no file"),
         ("bad.jpg", 3, "bad.jpg is not an image"),
-        ("http://127.0.0.1/a.jpg", 2, "is an address"),
+        ("http://127.0.0.1/a.jpg", 2, "is a URL"),
     ],
 )
 def test_sources_that_are_none(

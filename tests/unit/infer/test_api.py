@@ -105,7 +105,7 @@ def test_stored_thresholds_are_the_default(detector: Detector, images: list[Path
     ],
 )
 def test_arrays_that_are_no_image(detector: Detector, array: np.ndarray) -> None:
-    with pytest.raises(UsageError, match="is no image") as raised:
+    with pytest.raises(UsageError, match="is not an image") as raised:
         detector.predict(array)
     assert "BGR" in raised.value.hint
 

@@ -10,7 +10,7 @@ import pytest
 
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.infer.detections import Detections
-from rtdetr_cli.infer.selection import parse_conf, resolve_classes, select_by, used_elsewhere
+from rtdetr_cli.infer.selection import parse_conf, resolve_classes, select_by, threshold_mismatch
 from rtdetr_cli.weights.header import ModelHeader, Thresholds
 
 NAMES = ("cat", "Dog", "traffic light", "salt, pepper")
@@ -42,7 +42,7 @@ def test_thresholds(conf: float | str, thresholds: Thresholds | None, kept: list
     selection = select_by(header(thresholds=thresholds), conf=conf)
     found = selection.apply(rows((0.9, 0), (0.5, 1), (0.3, 2), (0.1, 3)))
     assert found.scores.tolist() == pytest.approx(kept)
-    assert selection.said
+    assert selection.description
 
 
 @pytest.mark.parametrize(
@@ -60,14 +60,14 @@ def test_where_thresholds_were_found_is_compared_with_where_they_are_used(
 ) -> None:
     """What an older file does not say is not held against it."""
     used = replace(header(thresholds=Thresholds("f1", 0.5, (0.5,) * 4, **stored)), layers=6, queries=300)
-    found = used_elsewhere(ModelHeader.from_json(used.to_json()), (640, 640))
+    found = threshold_mismatch(ModelHeader.from_json(used.to_json()), (640, 640))
     if said is None:
         assert found is None
         return
     assert found is not None
     assert said[0] in found[0]
     assert found[1] == said[1]
-    assert used_elsewhere(replace(used, thresholds=None), (640, 640)) is None
+    assert threshold_mismatch(replace(used, thresholds=None), (640, 640)) is None
 
 
 def test_classes_number_and_order() -> None:
@@ -103,7 +103,7 @@ def test_class_names(words: list[str], labels: tuple[int, ...]) -> None:
 
 def test_classes_of_a_model_without_names() -> None:
     assert resolve_classes(["7", "class 3"], ()) == (7, 3)
-    with pytest.raises(UsageError, match="carries no class names") as raised:
+    with pytest.raises(UsageError, match="has no class names") as raised:
         resolve_classes(["cat"], ())
     assert "--data" in raised.value.hint
 

@@ -36,7 +36,7 @@ def test_folder_is_searched_through_in_order(folder: Path) -> None:
     ]
 
 
-def test_a_image_is_what_a_dataset_takes_for_one(folder: Path) -> None:
+def test_images_are_recognized_as_in_datasets(folder: Path) -> None:
     for suffix in IMAGE_SUFFIXES:
         (folder / "kinds" / suffix[1:]).mkdir(parents=True)
         (folder / "kinds" / suffix[1:] / f"a{suffix}").write_bytes(b"x")
@@ -68,10 +68,10 @@ def test_missing_file_alone_is_refused_and_among_others_kept(folder: Path) -> No
 @pytest.mark.parametrize(
     ("words", "said", "hint"),
     [
-        (["empty"], "holds no images", "looked for"),
-        (["shots/*.bmp"], "matches no file", "shots holds a.PNG, b.jpg, clip.mp4 and 1 more"),
+        (["empty"], "contains no images", "looked for"),
+        (["shots/*.bmp"], "matches no file", "shots contains a.PNG, b.jpg, clip.mp4 and 1 more"),
         (["gone/*/*.jpg"], "matches no file", "the folder gone does not exist"),
-        (["*.jpg"], "matches no file", "this folder holds no images or videos"),
+        (["*.jpg"], "matches no file", "this folder contains no images or videos"),
         (["-"], "stdin is empty", "predict -"),
         (["nowhere/x.jpg"], "does not exist", "nowhere"),
     ],
@@ -85,5 +85,5 @@ def test_nothing_there(folder: Path, words: list[str], said: str, hint: str) -> 
 
 
 def test_address(folder: Path) -> None:
-    with pytest.raises(UsageError, match="is an address"):
+    with pytest.raises(UsageError, match="is a URL"):
         find_sources(["https://example.org/a.jpg"])
