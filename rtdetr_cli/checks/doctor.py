@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,7 @@ def examine(
     queries: int = 300,
     processes: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    known: Mapping[str, ImageInfo] | None = None,
 ) -> Report:
     """Examine a dataset.
 
@@ -128,6 +129,7 @@ def examine(
         processes: decode in processes instead of threads if there are many cores; they import the calling program's
             main module, so a script must be guarded by `if __name__ == "__main__"`.
         progress: called with the number of decoded images and of all images.
+        known: path -> what decoding has shown before; these images are not decoded again.
 
     Raises:
         DataError: there is no dataset at `source`. Faults of an existing dataset are findings.
@@ -136,7 +138,9 @@ def examine(
     check_files(raw)
     report = Report(raw=raw, decoded=decode, imgsz=imgsz)
     if decode:
-        report.image_info = check_images(raw, workers=workers, processes=processes, progress=progress)
+        report.image_info = check_images(
+            raw, workers=workers, processes=processes, progress=progress, known=known
+        )
     else:
         measure_images(raw, all_images=False)
     check_boxes(raw, imgsz=imgsz, queries=queries)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -146,6 +146,7 @@ def check_images(
     workers: int | None = None,
     processes: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    known: Mapping[str, ImageInfo] | None = None,
 ) -> dict[str, list[ImageInfo]]:
     """Decode every image once, however often it is listed, and report what is wrong with it.
 
@@ -154,6 +155,7 @@ def check_images(
         workers: images decoded at once; one per core by default.
         processes: use processes instead of threads where that is faster.
         progress: called with the number of decoded images and of all images.
+        known: path -> what decoding has shown before; these images are not decoded again.
 
     Returns:
         Split -> what decoding each image has shown.
@@ -162,7 +164,8 @@ def check_images(
     for split in raw.splits.values():
         for image in np.flatnonzero(split.usable).tolist():
             paths[str(split.path(image))] = None
-    by_path: dict[str, ImageInfo] = {}
+    by_path: dict[str, ImageInfo] = dict(known or {})
+    paths = {path: None for path in paths if path not in by_path}
     if progress is not None:
         progress(0, len(paths))
     with warnings.catch_warnings():
@@ -177,6 +180,7 @@ def check_images(
         for image in np.flatnonzero(split.usable).tolist():
             _report(raw, split, image, infos[name][image])
         report_undeclared(raw, split)
+    _report_ambiguous_orientations(raw, infos)
     return infos
 
 
@@ -218,6 +222,31 @@ def _report(raw: RawDataset, split: RawSplit, image: int, info: ImageInfo) -> No
     width, height = info.size_wh
     if width * height > HUGE_PIXELS:
         add("image-huge", f"is {width}x{height}")
+
+
+def _report_ambiguous_orientations(raw: RawDataset, infos: dict[str, list[ImageInfo]]) -> None:
+    """If the labels of one image ignore its EXIF orientation, report the images whose labels may do so unnoticed.
+
+    An orientation of 2 to 4 keeps the size, and so does any orientation of a square image.
+    """
+    codes: dict[tuple[str, int], str] = {}
+    for finding, spot in zip(raw.findings, raw.findings.spots, strict=True):
+        if finding.code in ("image-exif-swapped", "image-size"):
+            codes[spot.split, spot.image] = finding.code
+    if "image-exif-swapped" not in codes.values():
+        return
+    for name, split in raw.splits.items():
+        for image in np.flatnonzero(split.usable).tolist():
+            info, code = infos[name][image], codes.get((name, image))
+            size_tells = info.orientation in EXIF_SIDEWAYS and info.size_wh[0] != info.size_wh[1]
+            agrees = size_tells and bool(split.declared[image]) and code != "image-size"
+            if info.orientation in EXIF_TRANSPOSES and not agrees:
+                raw.findings.add(
+                    "image-exif-ambiguous",
+                    f"{split.file_names[image]} has EXIF orientation {info.orientation}, and nothing shows whether its "
+                    "boxes refer to the upright image",
+                    **image_location(raw, split, image),
+                )
 
 
 def find_duplicates(

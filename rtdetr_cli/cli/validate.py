@@ -215,14 +215,14 @@ def _fix(report: Report, out: Path, document: dict[str, Any], as_json: bool, str
     document["fix"] = {
         "out": str(out),
         "data": str(repaired.data),
-        "patch": str(repaired.patch),
+        "patch": str(repaired.changes_file),
         "changes": repaired.changes,
         "not_repaired": repaired.not_repaired,
         "counts": counts,
     }
     if not as_json:
         terminal.out(f"repaired copy: {repaired.data}")
-        terminal.out(f"changes: {_by_code(repaired.changes) or 'none'} (listed in {repaired.patch})")
+        terminal.out(f"changes: {_by_code(repaired.changes) or 'none'} (listed in {repaired.changes_file})")
         if repaired.not_repaired:
             terminal.out(f"not repaired: {_by_code(repaired.not_repaired)}")
         terminal.out(f"the copy has {tally(counts)}")

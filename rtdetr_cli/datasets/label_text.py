@@ -1,4 +1,4 @@
-"""Read a label file as text, within bounds, and remember what is odd about it."""
+"""Read label files as text, with limits on their size."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from pathlib import Path
 from rtdetr_cli.datasets.findings import Findings
 
 MAX_BYTES = 4 << 30
-"""Label files are refused above this size; the largest public one (Objects365) has under 4 GB."""
+"""Larger label files are refused; the largest public one (Objects365) has less than 4 GB."""
 
 MAX_SMALL_BYTES = 64 << 20
-"""The same for a file of one image, a list of images or a `data.yaml`."""
+"""The limit for the label file of one image, a list of images or a `data.yaml`."""
 
-CUT_OFF_HINT = "copy, download or export the file again"
+TRUNCATED_HINT = "copy, download or export the file again"
 
 
 @dataclass(slots=True)
 class Oddities:
-    """Label files with a byte order mark or Windows line ends: said once for all of them."""
+    """Label files with a byte order mark or Windows line endings, which are reported once for all files."""
 
     bom: list[str] = field(default_factory=list)
     crlf: list[str] = field(default_factory=list)
 
     def report(self, findings: Findings) -> None:
-        """Add one finding for each kind."""
+        """Add one finding per kind."""
         for code, what, files in (
             ("file-bom", "with a byte order mark", self.bom),
-            ("file-crlf", "with Windows line ends", self.crlf),
+            ("file-crlf", "with Windows line endings", self.crlf),
         ):
             if len(files) == 1:
                 findings.add(code, f"is a label file {what}", file=files[0], line=1)
@@ -41,10 +41,10 @@ class Oddities:
 def read_text(
     path: Path, shown: str, findings: Findings, oddities: Oddities, *, limit: int = MAX_SMALL_BYTES
 ) -> str | None:
-    """Return a file's text without its byte order mark, or None with a finding that says why not."""
+    """Return the text of a file without its byte order mark; None, and a finding, if it cannot be read."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
-            findings.add("file-missing", "is no file", file=shown)
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would block forever
+            findings.add("file-missing", "is not a regular file", file=shown)
             return None
         with open(path, "rb") as file:
             data = file.read(limit + 1)
@@ -61,18 +61,31 @@ def read_text(
         oddities.bom.append(shown)
         data = data[3:]
     elif data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        findings.add("file-malformed", "is written in UTF-16", file=shown, line=1, hint="save it as UTF-8")
+        findings.add("file-malformed", "is encoded in UTF-16", file=shown, line=1, hint="save it as UTF-8")
         return None
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         if error.reason == "unexpected end of data":
-            said, hint = "breaks off in the middle of a character: the file is cut off", CUT_OFF_HINT
+            message, hint = "ends in the middle of a character: the file is truncated", TRUNCATED_HINT
         else:
-            said, hint = f"is not UTF-8: byte 0x{data[error.start]:02x}", ""
-        findings.add("file-malformed", said, file=shown, line=line, hint=hint)
+            message, hint = f"is not UTF-8: byte 0x{data[error.start]:02x}", ""
+        findings.add("file-malformed", message, file=shown, line=line, hint=hint)
         return None
     if b"\r\n" in data:
         oddities.crlf.append(shown)
     return text
+
+
+def is_valid_name(name: str) -> bool:
+    """Return whether a file or a class can have this name: not empty, no NUL, no character that cannot be encoded."""
+    if not name or "\0" in name:
+        return False
+    if name.isascii():
+        return True
+    try:
+        name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,91 +1,99 @@
-"""Read Pascal VOC: one XML file an image, and lists of names for the splits.
+"""Read and write Pascal VOC: one XML file per image, and lists of names for the splits.
 
-Coordinates are taken as they are written, as edges in pixels. Some tools count pixels from 1, some from 0, and
-nothing in the file says which; the difference is at most one pixel.
+Coordinates are read as they are written, as edges in pixels. Some tools count pixels from 1 and some from 0, and the
+file doesn't say which; the difference is at most one pixel.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
-from xml.etree.ElementTree import Element, ParseError
+from xml.etree.ElementTree import Element, ParseError, SubElement, TreeBuilder, indent, tostring
 
 from defusedxml import ElementTree
 from defusedxml.common import DefusedXmlException
 
-from rtdetr_cli.datasets.coco import sound_name
 from rtdetr_cli.datasets.findings import Findings, Spot
-from rtdetr_cli.datasets.kept import Kept, KeptBox, read_kept
-from rtdetr_cli.datasets.label_text import Oddities, read_text
+from rtdetr_cli.datasets.ids_file import BoxFacts, IdsFile, image_facts, read_ids, write_ids
+from rtdetr_cli.datasets.image_names import copy_image, image_names
+from rtdetr_cli.datasets.label_text import Oddities, is_valid_name, read_text
 from rtdetr_cli.datasets.raw import RawDataset, Rows
-from rtdetr_cli.datasets.records import Category
+from rtdetr_cli.datasets.records import Category, Dataset
 from rtdetr_cli.images.decode import IMAGE_SUFFIXES
 from rtdetr_cli.text import counted
 
+CLASS_LISTS = ("classes.txt", "labels.txt", "class_names.txt")
+SIDES = ("xmin", "ymin", "xmax", "ymax")
 _OBJECT = re.compile(r"<object[\s>/]")
 _COLUMN = re.compile(r"(.*\S)\s+-?[01]")
 _MAX_DEPTH = 64
-_NOTHING = KeptBox()
-CLASS_LISTS = ("classes.txt", "labels.txt", "class_names.txt")
+_MAX_TAGS = 4_000_000
 
 
 @dataclass(slots=True)
 class VocSplit:
-    """One split on disk: its list (or None), and for each image the XML file and what the image may be called.
+    """One split on disk.
 
     Attributes:
         names: names without suffix, in order.
-        xml_folder: where `<name>.xml` lies.
-        images_folder: where the images lie.
+        xml_folder: the folder of `<name>.xml`.
+        images_folder: the folder of the images.
     """
 
-    list_file: Path | None
     names: list[str]
     xml_folder: Path
     images_folder: Path
 
 
+@dataclass(slots=True)
+class _LabelFile:
+    """The label file of one image: its path for people, its text, and its root; all empty if there is no such file."""
+
+    name: str
+    shown: str = ""
+    text: str = ""
+    root: Element | None = None
+
+
 def read_voc(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
-    """Read every split's XML files into `dataset`; classes are those of a class list, or sorted by name."""
+    """Read every split's XML files into `dataset`; classes come from a class list, or are sorted by name."""
     oddities = Oddities()
-    parsed: dict[str, list[tuple[str, str, Element | None, str]]] = {}
+    files: dict[str, list[_LabelFile]] = {}
     for split, on_disk in splits.items():
         listing = _listing(on_disk.xml_folder)
-        entries: list[tuple[str, str, Element | None, str]] = []
+        files[split] = []
         for name in on_disk.names:
             path = on_disk.xml_folder / f"{name}.xml"
+            if listing is not None and f"{Path(name).name}.xml" not in listing and not path.is_file():
+                files[split].append(_LabelFile(name))
+                continue
             shown = dataset.show(path)
             dataset.label_paths[shown] = path
-            if listing is not None and f"{Path(name).name}.xml" not in listing and not path.is_file():
-                entries.append((name, "", None, ""))
-                continue
             text = read_text(path, shown, dataset.findings, oddities)
             root = _parse(text, shown, dataset.findings) if text is not None else None
-            # A file that cannot be read is not the same as none: its image has been named in an error already.
-            entries.append((name, shown, root, text or ""))
-        parsed[split] = entries
+            files[split].append(_LabelFile(name, shown, text or "", root))
+    names = _used_classes(files)
     listed = _class_list(dataset, oddities)
-    classes = listed if listed is not None else _classes(parsed)
-    kept = read_kept(dataset, dataset.folder, oddities)
+    ids = read_ids(dataset, dataset.folder, oddities)
     oddities.report(dataset.findings)
-    if kept.categories and set(_classes(parsed)) <= {name for _, name in kept.categories}:
-        dataset.categories = tuple(Category(i, name) for i, name in sorted(kept.categories))
+    if ids.categories and set(names) <= {name for _, name in ids.categories}:
+        dataset.categories = tuple(Category(i, name) for i, name in sorted(ids.categories))
     else:
+        classes = names if listed is None else listed
         dataset.categories = tuple(Category(i, name) for i, name in enumerate(classes, 1))
-    labels = {category.name: label for label, category in enumerate(dataset.categories)}
-    first = 1
+    first_id = 1
     for split, on_disk in splits.items():
-        rows = _split(dataset, split, on_disk, parsed[split], labels, kept, first)
+        rows = _SplitReader(dataset, split, on_disk, ids, first_id).read(files[split])
         dataset.splits[split] = rows.split(split, on_disk.images_folder)
-        first += len(on_disk.names)
-    _orphans(dataset, splits)
+        first_id += len(on_disk.names)
+    _report_orphans(dataset, splits)
 
 
-def _orphans(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
-    """Say which XML files belong to no split and to no image."""
+def _report_orphans(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
+    """Report XML files that belong to no split and to no image."""
     listed: dict[Path, set[str]] = {}
     stems: dict[Path, set[str]] = {}
     for on_disk in splits.values():
@@ -100,19 +108,19 @@ def _orphans(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
 
 
 def listed_name(line: str, known: Container[str]) -> str:
-    """Return the name that a line of a list holds.
+    """Return the name in a line of a list.
 
     Args:
-        line: may end in a second column (1, 0, -1: is a class present?), which the lists of one class have.
-        known: names as they may be, with spaces in them.
+        line: may end in a second column (1, 0, -1: whether a class is present), as in the lists of one class.
+        known: possible names, with spaces in them.
     """
-    whole = line.strip()
-    column = _COLUMN.fullmatch(whole) if whole not in known else None
-    return column[1] if column else whole
+    name = line.strip()
+    column = _COLUMN.fullmatch(name) if name not in known else None
+    return column[1] if column else name
 
 
 def is_image(name: str) -> bool:
-    """Tell by its suffix whether a file counts as an image."""
+    """Return whether a file counts as an image, by its suffix."""
     return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
@@ -124,27 +132,26 @@ def _listing(folder: Path) -> set[str] | None:
 
 
 def _parse(text: str, shown: str, findings: Findings) -> Element | None:
-    if text.count("<") > 4_000_000:
-        findings.add("file-bounds", "has more than four million marks", file=shown)
+    if text.count("<") > _MAX_TAGS:
+        findings.add("file-bounds", "has more than four million tags", file=shown)
         return None
     try:
         root: Element = ElementTree.fromstring(text)
     except ParseError as error:
-        findings.add(
-            "file-malformed", f"is no valid XML: {str(error).split(':')[0]}", file=shown, line=error.position[0]
-        )
+        message = f"is not valid XML: {str(error).split(':')[0]}"
+        findings.add("file-malformed", message, file=shown, line=error.position[0])
         return None
     except DefusedXmlException as error:
-        findings.add("file-malformed", f"holds XML that a label file must not ({type(error).__name__})", file=shown)
+        findings.add("file-malformed", f"contains XML that is not allowed ({type(error).__name__})", file=shown)
         return None
     except (ValueError, RecursionError, LookupError) as error:
-        findings.add("file-malformed", f"is no valid XML: {error}", file=shown, line=1)
+        findings.add("file-malformed", f"is not valid XML: {error}", file=shown, line=1)
         return None
     if _too_deep(root):
         findings.add("file-bounds", "is nested too deeply", file=shown)
         return None
     if root.tag != "annotation":
-        findings.add("file-malformed", f"holds <{root.tag}> in place of <annotation>", file=shown, line=1)
+        findings.add("file-malformed", f"contains <{root.tag}> instead of <annotation>", file=shown, line=1)
         return None
     return root
 
@@ -159,27 +166,28 @@ def _too_deep(root: Element) -> bool:
 
 
 def _class_list(dataset: RawDataset, oddities: Oddities) -> list[str] | None:
-    """Return the classes of a class list beside the data, where there is one."""
+    """Return the classes of a class list in the dataset's folder, if there is one."""
     for file in CLASS_LISTS:
         path = dataset.folder / file
         if path.is_file():
-            text = read_text(path, dataset.show(path), dataset.findings, oddities)
+            shown = dataset.show(path)
+            text = read_text(path, shown, dataset.findings, oddities)
+            dataset.label_paths[shown] = path
             names = [line.strip() for line in (text or "").splitlines() if line.strip()]
-            dataset.label_paths[dataset.show(path)] = path
             if names:
                 return list(dict.fromkeys(names))
     return None
 
 
-def _classes(parsed: dict[str, list[tuple[str, str, Element | None, str]]]) -> list[str]:
-    found = {
+def _used_classes(files: dict[str, list[_LabelFile]]) -> list[str]:
+    names = {
         _text(element, "name")
-        for entries in parsed.values()
-        for _, _, root, _ in entries
-        if root is not None
-        for element in root.iterfind("object")
+        for entries in files.values()
+        for file in entries
+        if file.root is not None
+        for element in file.root.iterfind("object")
     }
-    return sorted(name for name in found if sound_name(name))
+    return sorted(name for name in names if is_valid_name(name))
 
 
 def _text(element: Element, path: str) -> str:
@@ -191,146 +199,129 @@ def _integer(element: Element, path: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
 
 
-def _split(
-    dataset: RawDataset,
-    split: str,
-    on_disk: VocSplit,
-    entries: list[tuple[str, str, Element | None, str]],
-    labels: dict[str, int],
-    kept: Kept,
-    first_id: int,
-) -> Rows:
-    findings = dataset.findings
-    rows = Rows()
-    on_folder = _listing(on_disk.images_folder) or set()
-    stems: dict[str, str] = {}
-    for file in sorted(on_folder):
-        suffix = Path(file).suffix.lower()
-        if suffix in IMAGE_SUFFIXES:
-            stems.setdefault(file[: -len(suffix)], file)
-    folders: dict[str, list[tuple[str, int]]] = {}
-    difficult: list[str] = []
-    for position, (name, shown, root, text) in enumerate(entries):
-        declared = _text(root, "filename") if root is not None else ""
-        file_name = stems.get(name)
-        if file_name is None:
-            file_name = declared if Path(declared).stem == Path(name).name and sound_name(declared) else f"{name}.jpg"
-        elif declared and declared != file_name and Path(declared).name != file_name:
-            findings.add(
-                "voc-filename",
-                f"says <filename>{declared}</filename>, but its image is {file_name}",
-                file=shown,
-                line=_line(text, "<filename"),
-                spot=Spot(split, position),
+class _SplitReader:
+    """Reads the images and boxes of one split."""
+
+    def __init__(self, dataset: RawDataset, split: str, on_disk: VocSplit, ids: IdsFile, first_id: int) -> None:
+        self.dataset, self.findings = dataset, dataset.findings
+        self.split, self.on_disk, self.ids, self.first_id = split, on_disk, ids, first_id
+        self.labels = {category.name: label for label, category in enumerate(dataset.categories)}
+        self.rows = Rows()
+        self.image_of_stem: dict[str, str] = {}
+        for file in sorted(_listing(on_disk.images_folder) or ()):
+            if is_image(file):
+                self.image_of_stem.setdefault(file[: -len(Path(file).suffix)], file)
+        self.folders: dict[str, list[tuple[str, int]]] = {}
+        self.difficult: list[str] = []
+
+    def read(self, files: list[_LabelFile]) -> Rows:
+        for position, file in enumerate(files):
+            self._image(position, file)
+        if len(set(self.rows.image_ids)) != len(self.rows.image_ids):
+            self.rows.image_ids = list(range(self.first_id, self.first_id + len(files)))
+        for folder, places in self.folders.items():
+            others = len(places) - 1
+            more = f" (and {others:,} more)" if others else ""
+            self.findings.add(
+                "voc-folder",
+                f"has <folder>{folder}</folder>{more}, but images are read from {self.on_disk.images_folder.name}",
+                file=places[0][0],
+                spot=Spot(self.split, places[0][1]),
             )
+        if self.difficult:
+            verb = "is" if len(self.difficult) == 1 else "are"
+            message = f"{counted(len(self.difficult), 'object')} of {self.split} {verb} marked difficult"
+            self.findings.add("box-difficult", message, file=self.difficult[0])
+        return self.rows
+
+    def _image(self, position: int, file: _LabelFile) -> None:
+        name, root, spot = file.name, file.root, Spot(self.split, position)
+        declared = _text(root, "filename") if root is not None else ""
+        file_name = self.image_of_stem.get(name)
+        if file_name is None:
+            usable = Path(declared).stem == Path(name).name and is_valid_name(declared)
+            file_name = declared if usable else f"{name}.jpg"
+        elif declared and declared != file_name and Path(declared).name != file_name:
+            message = f"has <filename>{declared}</filename>, but its image is {file_name}"
+            line = _line(file.text, "<filename")
+            self.findings.add("voc-filename", message, file=file.shown, line=line, spot=spot)
         size = (0, 0)
-        identifier, facts = kept.image(split, name)
         if root is not None:
             size = (_integer(root, "size/width") or 0, _integer(root, "size/height") or 0)
             if not (0 < size[0] < 1 << 31 and 0 < size[1] < 1 << 31):
                 size = (0, 0)
             folder = _text(root, "folder")
-            if folder and Path(folder).name != on_disk.images_folder.name:
-                folders.setdefault(folder, []).append((shown, position))
-        elif not shown:
-            findings.add(
+            if folder and Path(folder).name != self.on_disk.images_folder.name:
+                self.folders.setdefault(folder, []).append((file.shown, position))
+        elif not file.shown:
+            self.findings.add(
                 "label-missing",
-                f"{file_name} has no XML file ({dataset.show(on_disk.xml_folder / name)}.xml)",
-                file=dataset.show(on_disk.images_folder / file_name),
-                image_id=first_id + position,
-                spot=Spot(split, position),
+                f"{file_name} has no XML file ({self.dataset.show(self.on_disk.xml_folder / name)}.xml)",
+                file=self.dataset.show(self.on_disk.images_folder / file_name),
+                image_id=self.first_id + position,
+                spot=spot,
             )
-        image = rows.add_image(
+        image_id, facts = self.ids.image(self.split, name)
+        image = self.rows.add_image(
             file_name,
-            image_id=first_id + position if identifier is None else identifier,
+            image_id=self.first_id + position if image_id is None else image_id,
             size_wh=size,
-            label_file=shown,
+            label_file=file.shown,
         )
-        if root is None:
-            continue
-        lines = _object_lines(text)
-        objects = root.findall("object")
-        if len(lines) != len(objects):
-            lines = [0] * len(objects)
+        objects = root.findall("object") if root is not None else []
+        lines = _object_lines(file.text)
         for entry, element in enumerate(objects):
-            own = facts[entry] if len(facts) == len(objects) else _NOTHING
-            spot = Spot(split, image, entry)
-            _object(findings, rows, image, element, entry, lines[entry], labels, own, spot, shown)
+            line = lines[entry] if len(lines) == len(objects) else 0
+            own = facts[entry] if len(facts) == len(objects) else BoxFacts()
+            self._object(image, element, entry, line, own, file.shown)
             if _text(element, "difficult") == "1":
-                difficult.append(shown)
-    if len(set(rows.image_ids)) != len(rows.image_ids):
-        rows.image_ids = list(range(first_id, first_id + len(rows.image_ids)))
-    for folder, files in folders.items():
-        others = len(files) - 1
-        more = f", and {others:,} more do" if others > 1 else ", and one more does" if others else ""
-        findings.add(
-            "voc-folder",
-            f"says <folder>{folder}</folder>{more}; images are taken from {on_disk.images_folder.name}",
-            file=files[0][0],
-            spot=Spot(split, files[0][1]),
-        )
-    if difficult:
-        verb = "is" if len(difficult) == 1 else "are"
-        said = f"{counted(len(difficult), 'object')} of {split} {verb} marked difficult"
-        findings.add("box-difficult", said, file=difficult[0])
-    return rows
+                self.difficult.append(file.shown)
 
+    def _object(self, image: int, element: Element, entry: int, line: int, facts: BoxFacts, shown: str) -> None:
+        def report(code: str, message: str) -> None:
+            spot, image_id = Spot(self.split, image, entry), self.rows.image_ids[image]
+            message = f"object {entry + 1} {message}"
+            self.findings.add(code, message, file=shown, line=line, image_id=image_id, spot=spot)
 
-def _object(
-    findings: Findings,
-    rows: Rows,
-    image: int,
-    element: Element,
-    entry: int,
-    line: int,
-    labels: dict[str, int],
-    kept: KeptBox,
-    spot: Spot,
-    shown: str,
-) -> None:
-    where: dict[str, Any] = {"file": shown, "line": line, "image_id": rows.image_ids[image], "spot": spot}
-    name = _text(element, "name")
-    label = labels.get(name)
-    box = element.find("bndbox")
-    if box is None:
-        findings.add("box-count", f"object {entry + 1} has no <bndbox>", **where)
-        return
-    corners = []
-    for side in ("xmin", "ymin", "xmax", "ymax"):
-        elements = box.findall(side)
-        if len(elements) != 1:
-            findings.add("box-count", f"object {entry + 1} has {len(elements)} <{side}> in its box", **where)
+        box = element.find("bndbox")
+        if box is None:
+            report("box-count", "has no <bndbox>")
             return
-        written = (elements[0].text or "").strip()
-        try:
-            corners.append(float(written))
-        except ValueError:
-            findings.add("box-not-number", f"object {entry + 1} has {written[:40]!r} as its <{side}>", **where)
+        corners = []
+        for side in SIDES:
+            elements = box.findall(side)
+            if len(elements) != 1:
+                report("box-count", f"has {len(elements)} <{side}> in its box")
+                return
+            text = (elements[0].text or "").strip()
+            try:
+                corners.append(float(text))
+            except ValueError:
+                report("box-not-number", f"has {text[:40]!r} as its <{side}>")
+                return
+        name = _text(element, "name")
+        label = self.labels.get(name)
+        if label is None:
+            report(
+                "category-unknown",
+                f"has the class {name[:60]!r}, which is not in the class list" if name else "has no <name>",
+            )
             return
-    if label is None:
-        findings.add(
-            "category-unknown",
-            f"object {entry + 1} is a {name[:60]!r}, which is not in the class list"
-            if name
-            else f"object {entry + 1} has no <name>",
-            **where,
+        width, height = self.rows.sizes_wh[image]
+        self.rows.add_box(
+            image,
+            (corners[0], corners[1], corners[2], corners[3]),
+            label,
+            line=line,
+            entry=entry,
+            area=facts.area_fraction * width * height if width and height else float("nan"),
+            crowd=facts.crowd,
+            annotation_id=facts.annotation_id,
         )
-        return
-    width, height = rows.sizes_wh[image]
-    rows.add_box(
-        image,
-        (corners[0], corners[1], corners[2], corners[3]),
-        label,
-        line=line,
-        entry=entry,
-        area=kept.area_share * width * height if width and height else float("nan"),
-        crowd=kept.crowd,
-        annotation_id=kept.annotation_id,
-    )
 
 
-def _line(text: str, mark: str) -> int:
-    position = text.find(mark)
+def _line(text: str, tag: str) -> int:
+    position = text.find(tag)
     return text.count("\n", 0, position) + 1 if position >= 0 else 0
 
 
@@ -341,3 +332,77 @@ def _object_lines(text: str) -> list[int]:
         last = match.start()
         lines.append(line)
     return lines
+
+
+# ---- writing
+
+
+def write_voc(parts: dict[str, Dataset], to: Path) -> Path:
+    """Write every split as images, label files and a list; return what to train on."""
+    taken: set[str] = set()
+    lists = to / "ImageSets" / "Main"
+    for folder in (to / "Annotations", to / "JPEGImages", lists):
+        folder.mkdir(parents=True, exist_ok=True)
+    facts: dict[str, dict[str, Any]] = {}
+    dataset = next(iter(parts.values()))
+    for split, dataset in parts.items():
+        facts[split] = {}
+        for index, name in enumerate(image_names(dataset, flat=True, stems=True, taken=taken)):
+            stem = name[: len(name) - len(PurePosixPath(name).suffix)]
+            copy_image(dataset, index, to / "JPEGImages" / name)
+            rows = dataset.annotations(index)
+            boxes = [
+                (dataset.categories[label].name, corners)
+                for corners, label in zip(rows.boxes_xyxy_px.tolist(), rows.labels.tolist(), strict=True)
+            ]
+            root = label_xml(name, dataset.sizes_wh[index].tolist(), boxes, folder="JPEGImages")
+            (to / "Annotations" / f"{stem}.xml").write_text(format_xml(root), "utf-8")
+            facts[split][stem] = image_facts(dataset, index)
+        (lists / f"{split}.txt").write_text("".join(f"{stem}\n" for stem in facts[split]), "utf-8")
+    write_ids(to, facts, categories=[[c.id, c.name] for c in dataset.categories])
+    return to
+
+
+def label_xml(
+    file_name: str, size_wh: Sequence[int], boxes: Sequence[tuple[str, Sequence[float]]], *, folder: str = ""
+) -> Element:
+    """Return the label file of an image.
+
+    Args:
+        file_name: of the image.
+        size_wh: width and height in pixels.
+        boxes: class name and corners in pixels.
+        folder: the folder of the image, if it is to be named.
+    """
+    root = Element("annotation")
+    if folder:
+        _add(root, folder=folder)
+    _add(root, filename=file_name)
+    _add(SubElement(root, "size"), width=str(size_wh[0]), height=str(size_wh[1]), depth="3")
+    _add(root, segmented="0")
+    for name, corners in boxes:
+        element = SubElement(root, "object")
+        _add(element, name=name, pose="Unspecified", truncated="0", difficult="0")
+        values = {side: f"{value:.10g}" for side, value in zip(SIDES, corners, strict=True)}
+        _add(SubElement(element, "bndbox"), **values)
+    return root
+
+
+def _add(parent: Element, **texts: str) -> None:
+    for tag, text in texts.items():
+        SubElement(parent, tag).text = text
+
+
+def format_xml(root: Element, *, declaration: bool = False) -> str:
+    """Return XML with one element per line."""
+    indent(root, "\t")
+    head = '<?xml version="1.0" encoding="utf-8"?>\n' if declaration else ""
+    return head + tostring(root, "unicode").rstrip() + "\n"
+
+
+def parse_keeping_comments(text: str) -> Element:
+    """Parse a label file that was read before, with its comments."""
+    parser = ElementTree.XMLParser(target=TreeBuilder(insert_comments=True, insert_pis=True))
+    parser.feed(text)
+    root: Element = parser.close()
+    return root

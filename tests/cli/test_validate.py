@@ -166,7 +166,7 @@ def test_fix_is_suggested_only_where_it_helps(rtdetr: Run, data: Path, tmp_path:
     data.write_text(data.read_text()[:-300])
     cut = rtdetr("validate", data)
     assert cut.code == 3
-    assert "the file is cut off" in cut.out
+    assert "the file is truncated" in cut.out
     assert "--explain file-malformed" in cut.err
     assert "--fix" not in cut.err
 

@@ -16,8 +16,8 @@ from rtdetr_cli.checks import duplicates, images
 from rtdetr_cli.checks.doctor import examine
 from rtdetr_cli.checks.duplicates import THUMBNAIL, members_by_label, merge_groups, near_groups
 from rtdetr_cli.checks.images import inspect_image
-from rtdetr_cli.checks.repair import repair, undo
-from rtdetr_cli.datasets.coco import lines_of
+from rtdetr_cli.checks.repair import repair
+from rtdetr_cli.datasets.json_text import lines_of
 
 
 def test_processes_and_threads_give_the_same_report(coco: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,4 +142,5 @@ def test_repair_of_datasets_in_several_places(coco: Any, yolo: Any, tmp_path: Pa
     assert "box-zero-size" not in {f.code for f in again.findings}
     assert again.counts()["error"] == 0
     assert sum(len(s) for s in again.raw.splits.values()) == sum(len(s) for s in report.raw.splits.values())
-    assert undo(done.patch, tmp_path / "back") == 1 + (where == "YOLO path")
+    changes = json.loads(done.changes_file.read_text())["changes"]
+    assert len(changes) == 1 + (where == "YOLO path")

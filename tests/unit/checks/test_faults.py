@@ -55,6 +55,15 @@ def _turned(c: Any, orientation: int, *, declared_unturned: bool) -> None:
                 annotation["bbox"] = [4, 4 + annotation["id"] % 10 * 14, 10, 10]
 
 
+def _ambiguous(c: Any) -> None:
+    """The labels of the second image ignore its orientation; those of the first may."""
+    _turned(c, 3, declared_unturned=True)
+    second = c.folder / "images/train_1.jpg"
+    with Image.open(second) as image:
+        image.load()
+        image.save(second, exif=_exif(6))
+
+
 def _bomb(c: Any) -> None:
     # A PNG header that promises 60,000 by 60,000 pixels.
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -159,6 +168,7 @@ IMAGES: dict[str, Plant] = {
     "image-exif-orientation": lambda c: _turned(c, 6, declared_unturned=False),
     "image-exif-swapped": lambda c: _turned(c, 6, declared_unturned=True),
     "image-exif-invalid": lambda c: _turned(c, 9, declared_unturned=True),
+    "image-exif-ambiguous": _ambiguous,
     "image-16bit": _sixteen,
     "image-palette": lambda c: _saved(c, _loaded(c).quantize(16), ".png"),
     "image-cmyk": lambda c: _loaded(c).convert("CMYK").save(c.image),

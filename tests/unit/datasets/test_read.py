@@ -246,7 +246,7 @@ def test_a_file_that_breaks_off_is_said_to_be_cut_off(coco: Any, indent: int | N
         (finding,) = (f for f in read_raw(path).findings if f.severity == "error")
         seen = text.rstrip()
         line, column = seen.count("\n") + 1, len(seen.rpartition("\n")[2]) + 1
-        assert finding.message == f"breaks off at line {line}, column {column}: the file is cut off", text[-30:]
+        assert finding.message == f"ends at line {line}, column {column}: the file is truncated", text[-30:]
         assert finding.line == line
         assert "again" in finding.hint
 
@@ -260,11 +260,11 @@ def test_a_faulty_file_is_told_from_one_that_breaks_off(coco: Any) -> None:
         (whole.replace('"images"', "images", 1), "a key is expected (column "),
         (whole.rstrip()[:-1] + "]", "a comma or the end of the object is missing (column 1)"),
         ('{"images": [], "categories: []}', "unterminated string starting at (column 16)"),
-        (whole.rstrip() + "}", "something follows the end of the document (column 2)"),
+        (whole.rstrip() + "}", "there is more text after the end of the document (column 2)"),
     ):
         path.write_text(text, "utf-8")
         (finding,) = (f for f in read_raw(path).findings if f.severity == "error")
         assert finding.message.startswith(said), finding.message
     path.write_bytes(whole.encode()[:50] + b"\xc3")
     (finding,) = (f for f in read_raw(path).findings if f.severity == "error")
-    assert finding.message == "breaks off in the middle of a character: the file is cut off"
+    assert finding.message == "ends in the middle of a character: the file is truncated"

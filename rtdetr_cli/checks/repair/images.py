@@ -1,0 +1,237 @@
+"""Decide which images are left out of the copy, and plan the names and EXIF orientations of the others."""
+
+from __future__ import annotations
+
+import struct
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from rtdetr_cli.checks.doctor import Report, examine
+from rtdetr_cli.checks.repair.plan import BROKEN_FILE, Plan, files_of_one_image
+from rtdetr_cli.images.decode import EXIF_SIDEWAYS, EXIF_TAG, FORMATS, SUFFIXES, ImageError, image_size
+
+UNUSABLE = frozenset(
+    {
+        *("image-missing", "image-empty", "image-unreadable", "image-truncated"),
+        *("image-bomb", "image-samples", "image-outside"),
+    }
+)
+Tag = tuple[int, bytes]
+"""Offset in the file and new bytes of an EXIF orientation."""
+
+
+def reset_orientations(report: Report) -> tuple[Report, dict[Path, Tag]]:
+    """Find the images whose orientation has to go, and judge the dataset as it is without it.
+
+    Returns:
+        The new report (the same one if there is no such image), and path -> the edit of the image file.
+    """
+    raw = report.raw
+    entries: dict[Path, list[tuple[str, int]]] = defaultdict(list)
+    for name, split in raw.splits.items():
+        for image in range(len(split)):
+            entries[split.path(image)].append((name, image))
+    swapped = _images_with(report, "image-exif-swapped")
+    reset: dict[Path, Tag] = {}
+    for path in {raw.splits[name].path(image): None for name, image in swapped}:
+        # If another entry declares the upright size, there is no orientation that suits both.
+        if swapped.keys() >= set(entries[path]) and (tag := upright_tag(path)) is not None:
+            reset[path] = tag
+    if not reset:
+        return report, {}
+    known = {}
+    for name, infos in report.image_info.items():
+        for image, info in enumerate(infos):
+            path = raw.splits[name].path(image)
+            without = replace(info, size_wh=info.size_wh[::-1], orientation=1) if path in reset else info
+            known[str(path)] = without
+    images = raw.roots[1] if len(raw.roots) > 1 else None
+    again = examine(raw.source, images=images, imgsz=report.imgsz, decode=report.decoded, known=known)
+    return again, reset
+
+
+def _images_with(report: Report, code: str) -> dict[tuple[str, int], str]:
+    """Return the images that a code was found for, with the message."""
+    return {
+        (spot.split, spot.image): finding.message
+        for finding, spot in zip(report.findings, report.spots, strict=True)
+        if finding.code == code and spot.image >= 0
+    }
+
+
+def upright_tag(path: Path) -> Tag | None:
+    """Return the edit that makes an image's EXIF orientation 1, or None where that could damage the file."""
+    data = path.read_bytes()
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            exif = image.info.get("exif") if image.format in ("JPEG", "MPO", "WEBP") else None
+    except Exception:  # EXIF is untrusted binary data
+        return None
+    if not isinstance(exif, bytes) or data.count(exif) != 1:
+        return None
+    start = 6 if exif.startswith(b"Exif\0\0") else 0
+    order = {b"II": "<", b"MM": ">"}.get(exif[start : start + 2])
+    if order is None or len(exif) < start + 8:
+        return None
+    (first,) = struct.unpack_from(f"{order}I", exif, start + 4)
+    position = start + first
+    if position + 2 > len(exif):
+        return None
+    (count,) = struct.unpack_from(f"{order}H", exif, position)
+    for entry in range(position + 2, min(position + 2 + 12 * count, len(exif) - 11), 12):
+        if struct.unpack_from(f"{order}H", exif, entry)[0] == EXIF_TAG:
+            return data.index(exif) + entry, struct.pack(f"{order}HHIHH", EXIF_TAG, 3, 1, 1, 0)
+    return None
+
+
+# ---- images that are left out
+
+
+def choose_left_out(plan: Plan, before: Report, reset: Mapping[Path, Tag]) -> None:
+    """Leave out images that cannot be used or whose boxes cannot be placed; mark their findings as dealt with.
+
+    Args:
+        plan: gets the images.
+        before: the report with the orientations as they are in the original.
+        reset: paths whose orientation is reset.
+    """
+    raw = plan.report.raw
+    own_files = files_of_one_image(raw)
+    broken_files = {f.file: f.message for f in raw.findings if f.code in BROKEN_FILE and f.file in own_files}
+    for code in UNUSABLE:
+        for member, message in _images_with(plan.report, code).items():
+            plan.left_out[member] = (code, message)
+    for member, message in _images_with(before, "image-exif-ambiguous").items():
+        plan.left_out.setdefault(member, ("image-exif-ambiguous", message))
+    for (name, image), message in _images_with(before, "image-exif-swapped").items():
+        if raw.splits[name].path(image) not in reset:
+            plan.left_out.setdefault((name, image), ("image-exif-swapped", message))
+    for name, split in raw.splits.items():
+        for image in np.flatnonzero(~split.usable).tolist():
+            plan.left_out.setdefault((name, image), ("image-unreadable", "cannot be used"))
+        for image in range(len(split)) if broken_files else ():
+            if split.label_file(image) in broken_files:
+                plan.left_out.setdefault((name, image), ("file-malformed", broken_files[split.label_file(image)]))
+    if raw.format != "yolo":  # its boxes are fractions of the image, whatever its size
+        _leave_out_unknown_frames(plan)
+    _leave_out_shared_ids(plan)
+    for i, finding, spot in plan.findings():
+        if (spot.split, spot.image) in plan.left_out or finding.file in broken_files:
+            plan.repaired.add(i)
+    if plan.report is not before:
+        for code in ("image-exif-swapped", "image-exif-ambiguous"):
+            plan.repaired_before[code] = len(_images_with(before, code))
+
+
+def _leave_out_unknown_frames(plan: Plan) -> None:
+    """Leave out images of which nobody can tell what their boxes refer to: clipping could damage correct boxes.
+
+    That is the case if boxes reach over the border of an image whose size is not the declared one (it may have been
+    resized after it was annotated), or if the declared size fits neither the stored nor the upright image.
+    """
+    resized = _images_with(plan.report, "image-size")
+    outside = _images_with(plan.report, "box-outside") | _images_with(plan.report, "box-partly-outside")
+    for name, image in resized.keys() | outside.keys():
+        split = plan.report.raw.splits[name]
+        path = split.path(image)
+        if (name, image) in plan.left_out:
+            continue
+        if (name, image) in resized:
+            unknown = (name, image) in outside or _sideways(plan, name, image, path)
+        elif split.declared[image]:
+            unknown = not plan.report.decoded and _size(path) != tuple(split.sizes_wh[image].tolist())
+        else:
+            unknown = _sideways(plan, name, image, path)
+        if unknown:
+            why = "the labels don't declare the image's size, and its boxes may refer to another size or orientation"
+            plan.left_out[name, image] = ("image-size", why)
+
+
+def _sideways(plan: Plan, name: str, image: int, path: Path) -> bool:
+    """Return whether an image is rotated by 90 degrees in the copy."""
+    if plan.report.image_info:
+        return plan.report.image_info[name][image].orientation in EXIF_SIDEWAYS
+    try:
+        with Image.open(path, formats=FORMATS) as opened:
+            return opened.getexif().get(EXIF_TAG) in EXIF_SIDEWAYS
+    except Exception:  # EXIF is untrusted binary data
+        return True
+
+
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        return image_size(path)
+    except ImageError:
+        return 0, 0
+
+
+def _leave_out_shared_ids(plan: Plan) -> None:
+    """Leave out the images that share their id with one that is left out: the boxes may belong to either."""
+    for name, split in plan.report.raw.splits.items():
+        gone = {int(split.image_ids[image]) for split_name, image in plan.left_out if split_name == name}
+        if gone and len(np.unique(split.image_ids)) < len(split):
+            for image in np.flatnonzero(np.isin(split.image_ids, list(gone))).tolist():
+                plan.left_out.setdefault((name, image), ("image-id-duplicate", "shares its id with such an image"))
+
+
+# ---- images that are copied
+
+
+def plan_images(plan: Plan, before: Report, reset: Mapping[Path, Tag]) -> None:
+    """Plan under which name and with which orientation each image is copied."""
+    raw = plan.report.raw
+    positions: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
+    for i, finding, spot in plan.findings():
+        if spot.image >= 0 and finding.code.startswith("image-"):
+            positions[spot.split, spot.image].setdefault(finding.code, i)
+    copied: dict[Path, tuple[str, set[str]]] = {}  # new suffix and repaired codes
+    for name, split in raw.splits.items():
+        for image, file_name in enumerate(split.file_names):
+            if (name, image) in plan.left_out:
+                continue
+            path, codes = split.path(image), positions[name, image]
+            if path not in copied:
+                copied[path] = _plan_image(plan, name, image, set(codes), reset.get(path))
+            suffix, repaired = copied[path]
+            plan.repaired.update(i for code, i in codes.items() if code in repaired)
+            if suffix:
+                plan.renamed[name, image] = str(Path(file_name).with_suffix(suffix))
+    for (name, image), (code, why) in plan.left_out.items():
+        path = raw.splits[name].path(image)
+        if path not in copied:
+            plan.leave_out(path, code, why)
+
+
+def _plan_image(plan: Plan, name: str, image: int, codes: set[str], tag: Tag | None) -> tuple[str, set[str]]:
+    """Plan the copy of one image; return its new suffix (or none) and the codes that this repairs."""
+    raw = plan.report.raw
+    split = raw.splits[name]
+    path = split.path(image)
+    target, suffix, repaired = plan.destination(path), "", set()
+    if "image-name-case" in codes and raw.format in ("yolo", "voc"):
+        wanted = plan.destination(split.root / split.label_names[image])
+        plan.rename(target, wanted, "image-name-case")
+        target = wanted
+        repaired.add("image-name-case")
+    if "image-extension" in codes:
+        usual = SUFFIXES[plan.report.image_info[name][image].format][0]
+        wanted = str(Path(target).with_suffix(usual))
+        if wanted not in plan.files and not path.with_suffix(usual).exists():
+            plan.rename(target, wanted, "image-extension")
+            target, suffix = wanted, usual
+            repaired.add("image-extension")
+    code, why = "image-exif-swapped", "the labels refer to the image as it is stored"
+    if tag is None and "image-exif-invalid" in codes:
+        code, why = "image-exif-invalid", "the orientation is not one of 1 to 8"
+        tag = upright_tag(path)
+    if tag is not None:
+        plan.orientations[target] = tag
+        plan.record("orientation", code, target, why, new=1)
+        repaired.add(code)
+    plan.files[target] = path
+    return suffix, repaired

@@ -1,0 +1,170 @@
+"""The plan of a repair: which files the copy gets, their new texts, and the list of changes."""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from os.path import normpath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rtdetr_cli.checks.doctor import Report
+from rtdetr_cli.datasets.findings import Spot
+from rtdetr_cli.datasets.raw import RawDataset, RawSplit
+from rtdetr_cli.datasets.records import Finding
+
+LEFT_OUT = "left-out"
+DROPPED_BOXES = frozenset(
+    {
+        *("box-count", "box-not-number", "box-not-finite", "box-inverted", "box-zero-size", "box-outside"),
+        *("box-duplicate", "category-unknown", "annotation-orphan", "annotation-malformed"),
+        *("label-columns", "label-pixels"),
+    }
+)
+CLIPPED_BOXES = frozenset({"box-partly-outside", "label-beyond-one"})
+BROKEN_FILE = frozenset({"file-missing", "file-malformed", "file-bounds"})
+"""Label files that cannot be read; the image is left out if the file belongs to that image only."""
+
+
+@dataclass(slots=True)
+class Plan:
+    """What the copy will contain, and what is changed on the way.
+
+    Attributes:
+        report: findings with every image in the frame that it has in the copy.
+        files: destination below the copy -> source.
+        texts: destination -> text to write in place of the source's.
+        orientations: destination of an image -> offset and new bytes of its EXIF orientation.
+        left_out: split and image -> code and reason.
+        renamed: split and image -> new file name in the labels.
+        changes: the entries of `changes.json`.
+        repaired: positions of the findings that are dealt with.
+        repaired_before: the same by code, of findings that are no longer in `report`.
+    """
+
+    report: Report
+    out: Path
+    files: dict[str, Path] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    orientations: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    left_out: dict[tuple[str, int], tuple[str, str]] = field(default_factory=dict)
+    renamed: dict[tuple[str, int], str] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    repaired: set[int] = field(default_factory=set)
+    repaired_before: Counter[str] = field(default_factory=Counter)
+
+    def findings(self) -> Iterator[tuple[int, Finding, Spot]]:
+        """Yield every finding that is not dealt with yet: position, finding, spot."""
+        for i, (finding, spot) in enumerate(zip(self.report.findings, self.report.spots, strict=True)):
+            if i not in self.repaired:
+                yield i, finding, spot
+
+    def not_repaired(self) -> list[Finding]:
+        """Return the errors and warnings that stay as they are."""
+        return [finding for _, finding, _ in self.findings() if finding.severity in ("error", "warning")]
+
+    def destination(self, path: Path) -> str:
+        """Return where a file of the dataset goes in the copy."""
+        raw = self.report.raw
+        text = normpath(path)
+        for number, root in enumerate((raw.folder, *raw.roots)):
+            try:
+                inside = Path(text).relative_to(normpath(root))
+            except ValueError:
+                continue
+            # Images from elsewhere (--images) go where the reader looks for them.
+            elsewhere = number > 0 and raw.format != "yolo"
+            return str(("JPEGImages" if raw.format == "voc" else "images") / inside) if elsewhere else str(inside)
+        return Path(text).name
+
+    def leave_out(self, path: Path, code: str, why: str) -> None:
+        """Leave a file out of the copy, but keep it below `left-out/` if it belongs to the dataset."""
+        target = self.destination(path)
+        change = {"op": "leave-out", "code": code, "file": target, "why": why}
+        if code not in ("image-missing", "image-outside") and path.is_file():
+            change["kept"] = f"{LEFT_OUT}/{target}"
+            self.files[change["kept"]] = path
+        self.changes.append(change)
+
+    def record(self, op: str, code: str, target: str, why: str, **facts: Any) -> None:
+        """Add an entry to `changes.json`."""
+        self.changes.append({"op": op, "code": code, "file": target, "why": why, **facts})
+
+    def rename(self, old: str, new: str, code: str) -> None:
+        """Record that a file has another name in the copy."""
+        self.changes.append({"op": "rename", "code": code, "from": old, "to": new})
+
+    def normalize_text(self) -> None:
+        """Remove byte order marks and Windows line endings; their findings name only the first of several files."""
+        positions = [i for i, finding, _ in self.findings() if finding.code in ("file-bom", "file-crlf")]
+        self.repaired.update(positions)
+        for path in self.report.raw.label_paths.values() if positions else ():
+            target = self.destination(path)
+            if target not in self.files:
+                continue
+            data = path.read_bytes()
+            odd = {"file-bom": data.startswith(codecs.BOM_UTF8), "file-crlf": b"\r\n" in data}
+            if any(odd.values()):
+                self.texts.setdefault(target, read_label(path))
+            for code, present in odd.items():
+                if present:
+                    self.record("normalize", code, target, "has a byte order mark or Windows line endings")
+
+
+def read_label(path: Path) -> str:
+    """Return a label file's text without byte order mark and with Unix line endings."""
+    return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+
+
+def files_of_one_image(raw: RawDataset) -> set[str]:
+    """Return the label files, as findings name them, that belong to one image (YOLO and VOC)."""
+    if raw.format not in ("yolo", "voc"):
+        return set()
+    return {split.label_file(image) for split in raw.splits.values() for image in range(len(split))} - {""}
+
+
+def box_of(split: RawSplit, image: int, entry: int) -> list[float] | None:
+    """Return the clipped corners of one box in pixels, or None if the checks dropped it."""
+    start, stop = np.searchsorted(split.box_images, [image, image + 1])
+    rows = np.flatnonzero(split.box_entries[start:stop] == entry)
+    corners: list[float] | None = split.boxes_xyxy_px[start + rows[0]].tolist() if len(rows) else None
+    return corners
+
+
+def plan_label_files(plan: Plan) -> set[str]:
+    """Copy the label files of YOLO or VOC except those whose image is left out; return the files that are copied."""
+    raw = plan.report.raw
+    of_left_out: dict[str, str] = {}
+    of_kept: set[str] = set()
+    for name, split in raw.splits.items():
+        for image in range(len(split)):
+            if (name, image) in plan.left_out:
+                of_left_out[split.label_file(image)] = split.file_names[image]
+            else:
+                of_kept.add(split.label_file(image))
+    copied = set()
+    for file, path in raw.label_paths.items():
+        if file in of_left_out and file not in of_kept:
+            plan.leave_out(path, "image", f"{of_left_out[file]} is left out")
+        elif path.is_file():
+            plan.files[plan.destination(path)] = path
+            copied.add(file)
+    for i, finding, _ in plan.findings():
+        if finding.code == "label-orphan":
+            plan.leave_out(raw.folder / finding.file, finding.code, finding.message)
+            plan.repaired.add(i)
+    return copied
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Return the files of a folder except links, which may lead anywhere."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(folder / entry.name for entry in entries if entry.is_file(follow_symlinks=False))
+    except OSError:
+        return []

@@ -1,0 +1,180 @@
+"""Repair YOLO labels, lists of images and `data.yaml`."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from os.path import normpath
+from pathlib import Path
+
+import yaml
+
+from rtdetr_cli.checks.repair.ids import plan_ids
+from rtdetr_cli.checks.repair.plan import (
+    CLIPPED_BOXES,
+    DROPPED_BOXES,
+    Plan,
+    box_of,
+    files_of_one_image,
+    plan_label_files,
+    read_label,
+)
+from rtdetr_cli.datasets.raw import RawSplit
+from rtdetr_cli.datasets.yolo import label_path
+
+
+def plan_yolo(plan: Plan) -> None:
+    """Plan the label files of a YOLO dataset."""
+    raw = plan.report.raw
+    copied = plan_label_files(plan)
+    lines: dict[str, list[str]] = {}
+    edits: dict[str, dict[int, tuple[str | None, str, str]]] = defaultdict(dict)
+    dropped: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for i, finding, spot in plan.findings():
+        code, file, why = finding.code, finding.file, finding.message
+        if code == "label-missing":
+            target = plan.destination(label_path(raw.splits[spot.split].path(spot.image)))
+            plan.texts[target] = ""
+            plan.record("create", code, target, why)
+        elif file in copied and spot.entry >= 0 and code in DROPPED_BOXES | CLIPPED_BOXES:
+            if file not in lines:
+                lines[file] = read_label(raw.label_paths[file]).split("\n")
+            if code in DROPPED_BOXES:
+                edits[file][spot.entry] = (None, code, why)
+                dropped[spot.split, spot.image].add(spot.entry)
+            elif spot.entry not in edits[file]:
+                new = _clip_line(lines[file][spot.entry], raw.splits[spot.split], spot.image, spot.entry)
+                edits[file][spot.entry] = (new, code, why)
+        else:
+            continue
+        plan.repaired.add(i)
+    for file, changes in edits.items():
+        target = plan.destination(raw.label_paths[file])
+        for number, (text, code, why) in sorted(changes.items()):
+            op = "drop" if text is None else "edit"
+            plan.record(op, code, target, why, line=number + 1, old=lines[file][number], new=text)
+        kept = [changes[n][0] if n in changes else line for n, line in enumerate(lines[file])]
+        plan.texts[target] = "\n".join(line for line in kept if line is not None)
+    _plan_yaml(plan)
+    _plan_lists(plan)
+    plan_ids(plan, {image: _row_numbers(lines, raw.splits, image, gone) for image, gone in dropped.items()})
+
+
+def _row_numbers(
+    lines: dict[str, list[str]], splits: dict[str, RawSplit], image: tuple[str, int], gone: set[int]
+) -> set[int]:
+    """Return the positions of lines among those that are not blank."""
+    filled = [n for n, line in enumerate(lines[splits[image[0]].label_file(image[1])]) if line.strip()]
+    return {filled.index(n) for n in gone}
+
+
+def _clip_line(line: str, split: RawSplit, image: int, entry: int) -> str:
+    """Return a label line with its box or polygon inside the image; keypoints stay as they are."""
+    words = line.split()
+    values = [float(word) for word in words[1:]]
+    cx, cy, w, h = values[:4]
+    x1, x2 = (min(max(v, 0.0), 1.0) for v in (cx - w / 2, cx + w / 2))
+    y1, y2 = (min(max(v, 0.0), 1.0) for v in (cy - h / 2, cy + h / 2))
+    as_box = len(values) == 4
+    if not as_box and (corners := box_of(split, image, entry)) is not None:
+        width, height = split.sizes_wh[image].tolist()
+        sides = (x1 * width, y1 * height, x2 * width, y2 * height)
+        as_box = all(abs(a - b) < 1e-3 for a, b in zip(sides, corners, strict=True))
+    if as_box:
+        clipped, rest = [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], words[5:]
+    else:
+        clipped, rest = [min(max(v, 0.0), 1.0) for v in values], []
+    return " ".join([words[0], *(f"{v:.10g}" for v in clipped), *rest])
+
+
+def _plan_yaml(plan: Plan) -> None:
+    """Let the copy's `data.yaml` name the copy: `path` and absolute folders would lead back to the original."""
+    raw = plan.report.raw
+    base = next(iter(raw.splits.values())).root
+    for file, path in raw.label_paths.items():
+        target = plan.destination(path)
+        if path.suffix.lower() not in (".yaml", ".yml") or target not in plan.files:
+            continue
+        text = read_label(path)
+        edits: list[tuple[int, int, str]] = []
+        root = yaml.compose(text, yaml.BaseLoader)
+        assert isinstance(root, yaml.MappingNode)  # the reader took a dataset from it
+        for key, value in root.value:
+            for node in value.value if isinstance(value, yaml.SequenceNode) else (value,):
+                if not isinstance(key, yaml.ScalarNode) or not isinstance(node, yaml.ScalarNode):
+                    continue
+                new = _inside_copy(key.value, node.value, base)
+                if new != node.value:
+                    edits.append((node.start_mark.index, node.end_mark.index, new))
+                    why = "the copy's files lie beside its data.yaml"
+                    plan.record("edit", "yolo-path", target, why, old={key.value: node.value}, new={key.value: new})
+        for start, end, new in reversed(edits):
+            text = text[:start] + _quoted(new) + text[end:]
+            plan.texts[target] = text
+        for i, finding, _ in plan.findings():
+            if finding.code == "yolo-path" and finding.file == file and edits:
+                plan.repaired.add(i)
+
+
+def _inside_copy(key: str, value: str, base: Path) -> str:
+    if key == "path":
+        return value if value in ("", ".", "./", "null", "~") else "."
+    if key in ("train", "val", "valid", "validation", "test") and os.path.isabs(value):
+        inside = os.path.relpath(normpath(value), normpath(base.absolute()))
+        return value if inside.startswith("..") else inside
+    return value
+
+
+def _quoted(value: str) -> str:
+    return value if value == "." else "'" + value.replace("'", "''") + "'"
+
+
+def _plan_lists(plan: Plan) -> None:
+    """Remove images that are left out from lists of images, and write new names into them."""
+    raw = plan.report.raw
+    left_out = {normpath(raw.splits[n].path(i)): code for (n, i), (code, _) in plan.left_out.items()}
+    new_names = {normpath(raw.splits[n].path(i)): Path(new).name for (n, i), new in plan.renamed.items()}
+    own = files_of_one_image(raw)
+    root = next(iter(raw.splits.values())).root
+    # As the labels name them, which matters where the disk has the name in another case.
+    for split in raw.splits.values():
+        for image, label_name in split.label_names.items():
+            listed, on_disk = normpath(split.root / label_name), normpath(split.path(image))
+            for table in (left_out, new_names):
+                if on_disk in table:
+                    table[listed] = table[on_disk]
+    for file, path in raw.label_paths.items():
+        target = plan.destination(path)
+        if path.suffix != ".txt" or file in own or target not in plan.files:
+            continue
+        bases = {path.parent, *(s.root for s in raw.splits.values())}
+        lines, changed = [], False
+        for number, line in enumerate(read_label(path).split("\n"), 1):
+            name, facts = line.strip(), {"line": number, "old": line}
+            paths = {normpath(base / name) for base in bases} if name else set()
+            new: str | None = line
+            if gone := paths & left_out.keys():
+                new = None
+                plan.record("drop", left_out[min(gone)], target, f"{name} is left out", **facts)
+            elif name:
+                relative = _relative(name, root)
+                renamed = [str(Path(relative).with_name(new_names[p])) for p in paths & new_names.keys()]
+                new_name = renamed[0] if renamed else relative
+                if new_name != name:
+                    new = new_name
+                    code = "image-extension" if renamed else "image-outside"
+                    why = "its image is renamed" if renamed else "an absolute path would lead back to the original"
+                    plan.record("edit", code, target, why, **facts, new=new)
+            changed |= new != line
+            if new is not None:
+                lines.append(new)
+        if changed:
+            plan.texts[target] = "\n".join(lines)
+
+
+def _relative(name: str, root: Path) -> str:
+    """Return a listed name that doesn't lead back to the original."""
+    if not os.path.isabs(name):
+        return name
+    inside = os.path.relpath(normpath(name), normpath(root.absolute()))
+    return name if inside.startswith("..") else inside

@@ -1,0 +1,227 @@
+"""Read `data.yaml`, which describes a YOLO dataset.
+
+Its values are read as plain text: a class called `no` or `0101` stays what it is.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rtdetr_cli.datasets.findings import Findings
+from rtdetr_cli.datasets.label_text import Oddities, is_valid_name, read_text
+from rtdetr_cli.datasets.raw import RawDataset
+from rtdetr_cli.text import counted
+
+SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+_MAX_YAML_BYTES = 1 << 20
+_MAX_BRACKETS = 100
+_BRACKET = re.compile(r"[\[\]{}]")
+_ID = re.compile(r"-?[0-9]{1,19}")
+
+
+class _RepeatedKey(yaml.MarkedYAMLError):
+    """A key that appears twice in one mapping."""
+
+
+class PlainLoader(yaml.BaseLoader):
+    """Builds only text, lists and mappings, and refuses a key that appears twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping whose keys are unique."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise _RepeatedKey(problem=f"the key {key.value!r} appears twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+@dataclass(slots=True)
+class DataYaml:
+    """The content of a `data.yaml`.
+
+    Attributes:
+        base: the folder that the paths of splits are relative to.
+        classes: class number in the label files -> name.
+        category_ids: class number -> the dataset's own id; the number itself unless our writer stored another.
+        splits: split -> the folders and lists it names.
+        keypoints: numbers that follow each box in a pose dataset; None if the file doesn't say.
+        keypoints_guessed: whether that number comes from the labels and not from the file.
+    """
+
+    base: Path
+    classes: dict[int, str]
+    category_ids: dict[int, int]
+    splits: dict[str, list[str]]
+    keypoints: int | None
+    keypoints_guessed: bool = False
+
+    def box_columns(self, columns: int) -> tuple[int, str]:
+        """Return how many columns of a label line hold its class and box or polygon; or 0, and what is wanted."""
+        with_keypoints = 5 + (self.keypoints or 0)
+        if columns in (with_keypoints, 5 if self.keypoints_guessed else with_keypoints):
+            return 5, ""
+        if self.keypoints and not self.keypoints_guessed:
+            return 0, str(with_keypoints)
+        polygon = columns >= 7 and columns % 2 == 1
+        return (columns, "") if polygon else (0, "5, or a class and at least three points")
+
+
+def read_yaml(dataset: RawDataset, path: Path, shown: str, images: Path | None, oddities: Oddities) -> DataYaml | None:
+    """Read a `data.yaml`; None with a finding if that is not possible."""
+    findings = dataset.findings
+    text = read_text(path, shown, findings, oddities, limit=_MAX_YAML_BYTES)
+    if text is None:
+        return None
+    if _brackets(text) > _MAX_BRACKETS:
+        findings.add("file-bounds", "is nested too deeply", file=shown, line=1)
+        return None
+    try:
+        document = yaml.load(text, PlainLoader)
+    except _RepeatedKey as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        findings.add("file-repeated-key", str(error.problem), file=shown, line=line)
+        return None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or "a character that YAML does not allow"
+        findings.add("file-malformed", f"is not valid YAML: {problem}", file=shown, line=mark.line + 1 if mark else 1)
+        return None
+    except RecursionError:
+        findings.add("file-bounds", "is nested too deeply", file=shown, line=1)
+        return None
+    except (ValueError, TypeError, AttributeError) as error:  # PyYAML on odd input, such as a mapping as a key
+        findings.add("file-malformed", f"is not valid YAML: {error}", file=shown, line=1)
+        return None
+    if not isinstance(document, dict):
+        findings.add("file-malformed", "contains no keys: it is not a data.yaml", file=shown, line=1)
+        return None
+    classes = _class_names(document, shown, text, findings)
+    if classes is None:
+        return None
+    base = _base(dataset, document, path, shown, text, images)
+    splits: dict[str, list[str]] = {}
+    for split, keys in SPLIT_KEYS.items():
+        for key in keys:
+            value = document.get(key)
+            if value in (None, "", "null", "~"):
+                continue
+            entries = value if isinstance(value, list) else [value]
+            if not entries or not all(isinstance(entry, str) and is_valid_name(entry) for entry in entries):
+                findings.add(
+                    "file-malformed",
+                    f"has {key}: {str(value)[:60]}, which is neither a path nor a list of paths",
+                    file=shown,
+                    line=_line(text, key),
+                )
+            else:
+                splits.setdefault(split, entries)
+    return DataYaml(base, classes, _category_ids(document, classes), splits, _keypoints(document))
+
+
+def _brackets(text: str) -> int:
+    """Return how deep brackets are nested; the YAML scanner takes quadratic time on deep ones."""
+    depth = deepest = 0
+    for mark in _BRACKET.findall(text):
+        depth = depth + 1 if mark in "[{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _class_names(document: dict[Any, Any], shown: str, text: str, findings: Findings) -> dict[int, str] | None:
+    names, line = document.get("names"), _line(text, "names")
+    count = _count(document.get("nc"))
+    classes: dict[int, str] = {}
+    if isinstance(names, list):
+        pairs: list[tuple[Any, Any]] = list(enumerate(names))
+    elif isinstance(names, dict):
+        pairs = list(names.items())
+    elif names is None and count is not None and 0 < count <= 100_000:
+        return {number: f"class_{number}" for number in range(count)}
+    else:
+        findings.add("category-none", "has no list of names", file=shown, line=line)
+        return None
+    valid = True
+    for key, name in pairs:
+        number = _count(key)
+        if number is None or number < 0 or not isinstance(name, str) or not is_valid_name(name.strip()):
+            findings.add(
+                "category-malformed", f"has the class {str(key)[:40]}: {str(name)[:40]!r}", file=shown, line=line
+            )
+            valid = False
+        elif number in classes:
+            findings.add("category-conflict", f"has class {number} twice", file=shown, line=line)
+            valid = False
+        else:
+            classes[number] = name.strip()
+    if count is not None and count != len(pairs):
+        findings.add(
+            "category-count",
+            f"has nc: {count}, but names has {counted(len(pairs), 'class')}",
+            file=shown,
+            line=_line(text, "nc"),
+        )
+    if not classes and valid:
+        findings.add("category-none", "has no names", file=shown, line=line)
+    return classes if valid else None
+
+
+def _category_ids(document: dict[Any, Any], classes: dict[int, str]) -> dict[int, int]:
+    stored = document.get("category_ids")
+    numbers = sorted(classes)
+    if isinstance(stored, list) and len(stored) == len(numbers):
+        ids = [int(value) for value in stored if isinstance(value, str) and _ID.fullmatch(value)]
+        if len(set(ids)) == len(numbers) and all(-(1 << 63) <= i < 1 << 63 for i in ids):
+            return dict(zip(numbers, ids, strict=True))
+    return {number: number for number in numbers}
+
+
+def _keypoints(document: dict[Any, Any]) -> int | None:
+    shape = document.get("kpt_shape")
+    if isinstance(shape, list) and len(shape) == 2:
+        points, each = _count(shape[0]), _count(shape[1])
+        if points is not None and each is not None and points < 1000 and each in (2, 3):
+            return points * each
+    return None
+
+
+def _base(
+    dataset: RawDataset, document: dict[Any, Any], path: Path, shown: str, text: str, images: Path | None
+) -> Path:
+    """Return the folder that the paths of splits are relative to; it becomes one of the dataset's roots."""
+    home = path.parent
+    if images is not None:
+        return images
+    value = document.get("path")
+    if not isinstance(value, str) or value in ("", ".", "./") or not is_valid_name(value):
+        return home
+    for candidate in (home / value, Path(value)):
+        # With the root of the disk as its folder, a dataset would search all of it for images.
+        if candidate.is_dir() and candidate.resolve() != Path(candidate.resolve().anchor):
+            dataset.roots = (*dataset.roots, candidate)
+            return candidate
+    dataset.findings.add(
+        "yolo-path",
+        f"has path: {value[:200]}, which does not exist; the folder of the file is used",
+        file=shown,
+        line=_line(text, "path"),
+    )
+    return home
+
+
+def _count(value: Any) -> int | None:
+    text = str(value).strip()
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+
+
+def _line(text: str, key: str) -> int:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip().startswith(f"{key}:"):
+            return number
+    return 1

@@ -1,0 +1,112 @@
+"""`rtdetr_ids.json`, which our writer puts beside YOLO and VOC labels: ids, areas and crowds."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rtdetr_cli.datasets.json_text import JSONFault, line_of, scan_value
+from rtdetr_cli.datasets.label_text import MAX_BYTES, Oddities, read_text
+from rtdetr_cli.datasets.raw import RawDataset
+from rtdetr_cli.datasets.records import Dataset
+
+IDS_FILE = "rtdetr_ids.json"
+
+
+@dataclass(frozen=True, slots=True)
+class BoxFacts:
+    """What labels don't say of a box: id, area as a fraction of the image (NaN for none), and whether it is a crowd."""
+
+    annotation_id: int | None = None
+    area_fraction: float = math.nan
+    crowd: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class IdsFile:
+    """The content of the file. Everything is checked when it is used; malformed entries are ignored.
+
+    Attributes:
+        categories: id and name in label order; empty if it names none.
+        splits: split -> name of an image (YOLO: its path, VOC: its stem) -> the raw entry.
+    """
+
+    categories: tuple[tuple[int, str], ...] = ()
+    splits: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def image(self, split: str, name: str) -> tuple[int | None, list[BoxFacts]]:
+        """Return the image id (None for none) and the facts of an image's boxes, in the order of its labels."""
+        entry = self.splits.get(split, {}).get(name)
+        if not isinstance(entry, dict):
+            return None, []
+        image_id, boxes = entry.get("id"), entry.get("boxes")
+        facts = [_box_facts(box) for box in boxes] if isinstance(boxes, list) else []
+        return (image_id if _is_id(image_id) else None), facts
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and -(1 << 63) <= value < 1 << 63
+
+
+def _box_facts(entry: Any) -> BoxFacts:
+    if not isinstance(entry, list) or len(entry) != 3:
+        return BoxFacts()
+    identifier, fraction, crowd = entry
+    return BoxFacts(
+        identifier if _is_id(identifier) else None,
+        fraction if isinstance(fraction, float) and math.isfinite(fraction) else math.nan,
+        crowd == 1,
+    )
+
+
+def read_ids(dataset: RawDataset, folder: Path, oddities: Oddities) -> IdsFile:
+    """Read the file of a folder; an empty one if there is none."""
+    path = folder / IDS_FILE
+    if not path.is_file():
+        return IdsFile()
+    shown = dataset.show(path)
+    text = read_text(path, shown, dataset.findings, oddities, limit=MAX_BYTES)
+    if text is None:
+        return IdsFile()
+    dataset.label_paths[shown] = path
+    try:
+        document, _ = scan_value(text, len(text) - len(text.lstrip(" \t\r\n")))
+    except JSONFault as fault:
+        dataset.findings.add(fault.code, fault.message, file=shown, line=line_of(text, fault.position))
+        return IdsFile()
+    if not isinstance(document, dict):
+        return IdsFile()
+    splits = document.get("splits")
+    return IdsFile(
+        _categories(document.get("categories")),
+        {s: p for s, p in splits.items() if isinstance(p, dict)} if isinstance(splits, dict) else {},
+    )
+
+
+def _categories(entries: Any) -> tuple[tuple[int, str], ...]:
+    pairs: list[tuple[int, str]] = []
+    for pair in entries if isinstance(entries, list) else ():
+        if not (isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int and isinstance(pair[1], str)):
+            return ()
+        pairs.append((pair[0], pair[1]))
+    unique = len({i for i, _ in pairs}) == len({name for _, name in pairs}) == len(pairs)
+    return tuple(pairs) if unique else ()
+
+
+def image_facts(dataset: Dataset, index: int) -> dict[str, Any]:
+    """Return the entry of one image: its id, and per box its id, area as a fraction of the image, and crowd flag."""
+    rows = dataset.annotations(index)
+    width, height = dataset.sizes_wh[index].tolist()
+    columns = (rows.annotation_ids.tolist(), rows.areas.tolist(), rows.crowd.tolist())
+    return {
+        "id": int(dataset.image_ids[index]),
+        "boxes": [[i, float(area) / (width * height), int(crowd)] for i, area, crowd in zip(*columns, strict=True)],
+    }
+
+
+def write_ids(folder: Path, splits: dict[str, dict[str, Any]], **more: Any) -> None:
+    """Write the file of a folder."""
+    (folder / IDS_FILE).write_text(json.dumps({**more, "splits": splits}), "utf-8")
