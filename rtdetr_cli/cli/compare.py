@@ -1,4 +1,4 @@
-"""`rtdetr compare`: is B better than A, and is that more than luck?"""
+"""`rtdetr compare`: whether one of two models is better, and how certain that is."""
 
 from __future__ import annotations
 
@@ -10,154 +10,127 @@ import typer
 from rtdetr_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from rtdetr_cli.evaluate.run import Evaluation
+    from rtdetr_cli.cli.evaluation import EvaluatedModel
 
 
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="Model, run folder, or COCO results (.json).")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The other one.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Model, run folder, or COCO results (.json).")],
     data: Annotated[
-        Path | None, typer.Option("--data", "-d", help="Dataset; the one that A was trained with when left out.")
+        Path | None, typer.Option("--data", "-d", help="Dataset (default: the one that A was trained with).")
     ] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of the images, when it cannot be guessed.")] = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
-    ci: Annotated[int, typer.Option(min=100, max=100_000, help="Resamples of the images.")] = 1000,
-    batch: Annotated[str, typer.Option("--batch", "-b", help="Images at once.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, or a GPU: 0.")] = "auto",
+    images: Annotated[Path | None, typer.Option(help="Image folder, if not found automatically.")] = None,
+    split: Annotated[str, typer.Option(help="Split to evaluate on: train, val or test.")] = "val",
+    ci: Annotated[
+        int, typer.Option(min=100, max=100_000, help="Bootstrap resamples for the confidence interval.")
+    ] = 1000,
+    batch: Annotated[str, typer.Option("--batch", "-b", help="Images per forward pass, or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, or a GPU such as 0.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")] = False,
 ) -> None:
-    """Judge two models on the same images, and say whether one is better and how sure that is."""
+    """Compare two models on the same images, with a confidence interval of the difference in AP."""
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.cli.judging import parse_batch
+    from rtdetr_cli.cli.evaluation import parse_batch
+    from rtdetr_cli.evaluate.bootstrap import compare as compare_tables
+    from rtdetr_cli.evaluate.bootstrap import small_split_warning
 
     parse_batch(batch)
     if not _is_results(a) and not _is_results(b) and a.resolve() == b.resolve():
-        raise UsageError(f"A and B are both {a}", hint="name two models", code="same-model")
-    first, name_a, source = _judge(a, data, images=images, split=split, batch=batch, device=device)
-    second, name_b, _ = _judge(b, source, images=images, split=split, batch=batch, device=device)
+        raise UsageError(f"A and B are both {a}", hint="name two different models", code="same-model")
+    name_a, model_a = _evaluate(a, data, images=images, split=split, batch=batch, device=device)
+    name_b, model_b = _evaluate(b, model_a.source, images=images, split=split, batch=batch, device=device)
+    first, second = model_a.evaluation, model_b.evaluation
     for name, evaluation in ((name_a, first), (name_b, second)):
         for note in evaluation.notes:
             terminal.warn(f"{name}: {note}")
     dataset = first.dataset
     if dataset.image_ids.tolist() != second.dataset.image_ids.tolist():
-        raise DataError("A and B could not read the same images, so they cannot be paired", code="images-differ")
-    values = (first.metrics["AP"], second.metrics["AP"])
-    if values[0] is None or values[1] is None:
+        raise DataError(
+            "A and B cannot be compared: different images could be read for each of them", code="images-differ"
+        )
+    ap_a, ap_b = first.metrics["AP"], second.metrics["AP"]
+    if ap_a is None or ap_b is None:
         raise DataError(
             f"the {dataset.split} split of {dataset.name} has no boxes, so there is no AP to compare",
-            hint="--split or --data names another",
+            hint="choose another split with --split, or another dataset with --data",
             code="empty-split",
         )
-
-    from rtdetr_cli.evaluate.bootstrap import compare as compare_tables
-    from rtdetr_cli.evaluate.bootstrap import too_small
-
-    found, (drawn_a, drawn_b) = compare_tables(
-        dataset, (first.table, second.table), (values[0], values[1]), resamples=ci
+    comparison, (resamples_a, resamples_b) = compare_tables(
+        dataset, (first.table, second.table), (ap_a, ap_b), resamples=ci
     )
-    document: dict[str, Any] = {
-        "a": {"name": name_a, "metrics": first.metrics, "interval": found.a.to_json()},
-        "b": {"name": name_b, "metrics": second.metrics, "interval": found.b.to_json()},
-        "difference": found.difference.to_json(),
-        "probability_b_better": found.better,
-        "verdict": found.verdict,
-        "sentence": found.sentence(),
-        "pictures": len(dataset),
-        "resamples": ci,
-        "per_class": [],
-    }
+    per_class = []
     for label, (row_a, row_b) in enumerate(zip(first.per_class, second.per_class, strict=True)):
-        gap = None if row_a["AP"] is None else drawn_b.class_gap(drawn_a, row_b["AP"] - row_a["AP"], label)
-        document["per_class"].append(
+        difference = None if row_a["AP"] is None else row_b["AP"] - row_a["AP"]
+        interval = None if difference is None else resamples_b.class_gap(resamples_a, difference, label)
+        per_class.append(
             {
-                "name": row_a["name"],
-                "category_id": row_a["category_id"],
-                "boxes": row_a["boxes"],
+                **{key: row_a[key] for key in ("name", "category_id", "boxes")},
                 "a": row_a["AP"],
                 "b": row_b["AP"],
-                "difference": None if row_a["AP"] is None else row_b["AP"] - row_a["AP"],
-                "interval": None if gap is None else gap.to_json(),
+                "difference": difference,
+                "interval": None if interval is None else interval.to_json(),
             }
         )
+    document: dict[str, Any] = {
+        "a": {"name": name_a, "metrics": first.metrics, "interval": comparison.a.to_json()},
+        "b": {"name": name_b, "metrics": second.metrics, "interval": comparison.b.to_json()},
+        "difference": comparison.difference.to_json(),
+        "probability_b_better": comparison.probability_b_better,
+        "verdict": comparison.verdict,
+        "sentence": comparison.sentence(),
+        "pictures": len(dataset),
+        "resamples": ci,
+        "per_class": per_class,
+    }
     if as_json:
         terminal.emit_json(document)
     else:
-        _show(document, found.a.half, found.b.half, found.difference.half)
-    if said := too_small(found.a if found.a.half > found.b.half else found.b):
-        terminal.warn(said)
+        _print_tables(document)
+    if warning := small_split_warning(max(comparison.a, comparison.b, key=lambda interval: interval.half)):
+        terminal.warn(warning)
 
 
 def _is_results(path: Path) -> bool:
     return path.suffix.lower() == ".json"
 
 
-def _judge(
+def _evaluate(
     path: Path, data: Path | None, *, images: Path | None, split: str, batch: str, device: str
-) -> tuple[Evaluation, str, Path | None]:
-    """Evaluate a model or a file of results; return it with its name and the dataset it was judged on."""
-    if _is_results(path):
-        from rtdetr_cli.evaluate.results import read_results
-        from rtdetr_cli.evaluate.run import metrics_from
-        from rtdetr_cli.evaluate.source import choose_split
-
-        if data is None:
-            raise UsageError(
-                f"{path} holds results, and the dataset that they are for is not named",
-                hint="--data DATA",
-                code="data-missing",
-            )
-        chosen = choose_split(data, split=split, images=images, find_images=False)
-        return metrics_from(chosen.dataset, read_results(path, chosen.dataset)), str(path), data
-    from rtdetr_cli.cli.judging import run_model
+) -> tuple[str, EvaluatedModel]:
+    """Evaluate a model or a file of results; return its name and the evaluation."""
+    from rtdetr_cli.cli.evaluation import evaluate_model, evaluate_predictions
     from rtdetr_cli.cli.select import BEST, model_file
 
+    if _is_results(path):
+        return str(path), evaluate_predictions(path, data=data, images=images, split=split)
     file = model_file(path)
-    chosen, evaluation, _ = run_model(
-        file,
-        data=data,
-        images=images,
-        split=split,
-        batch=batch,
-        evaluator="hotcoco",
-        options={"device": device, "imgsz": None, "layers": None, "queries": None, "sampling": None},
-    )
-    name = str(file.parent) if file.name == BEST else str(file)
-    return evaluation, name, chosen.splits.source
+    model = evaluate_model(file, data=data, images=images, split=split, batch=batch, device=device)
+    return str(file.parent if file.name == BEST else file), model
 
 
-def _show(document: dict[str, Any], half_a: float, half_b: float, half: float) -> None:
+def _print_tables(document: dict[str, Any]) -> None:
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.coco import METRICS
 
-    a, b = document["a"]["metrics"], document["b"]["metrics"]
-    halves = {"AP": (half_a, half_b, half)}
-
-    def gap(name: str) -> float | None:
-        return None if a[name] is None or b[name] is None else b[name] - a[name]
-
-    def cell(value: float | None, known: float | None, *, signed: bool = False) -> str:
+    def cell(value: float | None, interval: dict[str, Any] | None = None, *, sign: str = "") -> str:
         if value is None:
             return "-"
-        shown = f"{value:+.3f}" if signed else f"{value:.3f}"
-        return shown if known is None else f"{shown} ± {known:.3f}"
+        return f"{value:{sign}.3f}" + (f" ± {interval['half']:.3f}" if interval else "")
 
+    a, b = document["a"], document["b"]
     rows = []
     for name in METRICS:
-        known = halves.get(name, (None, None, None))
-        rows.append([name, cell(a[name], known[0]), cell(b[name], known[1]), cell(gap(name), known[2], signed=True)])
-    terminal.out(f"A {document['a']['name']}")
-    terminal.out(f"B {document['b']['name']}")
+        value_a, value_b = a["metrics"][name], b["metrics"][name]
+        gap = None if value_a is None or value_b is None else value_b - value_a
+        intervals = (a["interval"], b["interval"], document["difference"]) if name == "AP" else (None, None, None)
+        rows.append([name, cell(value_a, intervals[0]), cell(value_b, intervals[1]), cell(gap, intervals[2], sign="+")])
+    terminal.out(f"A {a['name']}")
+    terminal.out(f"B {b['name']}")
     terminal.table(("", "A", "B", "B - A"), rows)
     terminal.table(
         ("class", "boxes", "A", "B", "B - A"),
         [
-            [
-                row["name"],
-                row["boxes"],
-                row["a"],
-                row["b"],
-                cell(row["difference"], row["interval"] and row["interval"]["half"], signed=True),
-            ]
+            [row["name"], row["boxes"], row["a"], row["b"], cell(row["difference"], row["interval"], sign="+")]
             for row in document["per_class"]
         ],
         title="AP by class",

@@ -1,7 +1,8 @@
-"""`rtdetr eval`: how good a model is, how sure that is, and where it goes wrong."""
+"""`rtdetr eval`: metrics of a model, their confidence intervals, thresholds, and an analysis of its errors."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,196 +11,104 @@ import typer
 from rtdetr_cli.errors import GateError, UsageError
 
 if TYPE_CHECKING:
+    from rtdetr_cli.cli.evaluation import EvaluatedModel
     from rtdetr_cli.evaluate.bootstrap import Interval
-    from rtdetr_cli.evaluate.errors_analysis import ErrorAnalysis
+    from rtdetr_cli.evaluate.error_analysis import ErrorAnalysis
     from rtdetr_cli.evaluate.run import Evaluation
-    from rtdetr_cli.evaluate.source import Chosen
-    from rtdetr_cli.evaluate.thresholds import Calibration, Point
-
-
-_NOT_SHOWN = ("names", "stale_exports", "export_folders", "dial", "elsewhere")  # facts for this command alone
+    from rtdetr_cli.evaluate.thresholds import Calibration
 
 
 def evaluate_command(
     model: Annotated[
-        Path | None, typer.Argument(help="Model file or run folder; the newest run when left out.", show_default=False)
+        Path | None, typer.Argument(help="Model file or run folder (default: the newest run).", show_default=False)
     ] = None,
     data: Annotated[
-        Path | None,
-        typer.Option("--data", "-d", help="Dataset; the one that the model was trained with when left out."),
+        Path | None, typer.Option("--data", "-d", help="Dataset (default: the one that the model was trained with).")
     ] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of the images, when it cannot be guessed.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Image folder, if not found automatically.")] = None,
     predictions: Annotated[
-        Path | None, typer.Option(help="COCO results made by anything, in place of a model.")
+        Path | None, typer.Option(help="Evaluate detections from a COCO results file instead of a model.")
     ] = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
-    batch: Annotated[str, typer.Option("--batch", "-b", help="Images at once.")] = "auto",
-    layers: Annotated[int | None, typer.Option(min=1, help="Use only this many decoder layers.")] = None,
-    queries: Annotated[int | None, typer.Option(min=1, help="Use only this many queries.")] = None,
-    imgsz: Annotated[str | None, typer.Option(help="Input size, 640 or 480x640 (height first).")] = None,
+    split: Annotated[str, typer.Option(help="Split to evaluate on: train, val or test.")] = "val",
+    batch: Annotated[str, typer.Option("--batch", "-b", help="Images per forward pass, or auto.")] = "auto",
+    layers: Annotated[int | None, typer.Option(min=1, help="Number of decoder layers to use.")] = None,
+    queries: Annotated[int | None, typer.Option(min=1, help="Number of queries to use.")] = None,
+    imgsz: Annotated[str | None, typer.Option(help="Input size: 640, or height first 480x640.")] = None,
     sampling: Annotated[
-        str | None, typer.Option(help="bilinear or discrete, for a published file, which cannot say.")
+        str | None, typer.Option(help="Sampling of a published file: bilinear (default) or discrete.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, or a GPU: 0.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, or a GPU such as 0.")] = "auto",
     calibrate: Annotated[
         str | None,
-        typer.Option(help="f1, or precision=0.9: find score thresholds and store them in the model."),
+        typer.Option(help="Find score thresholds for f1 or precision=0.9 and store them in the model."),
     ] = None,
     ci: Annotated[
-        int, typer.Option(min=0, max=100_000, help="Resamples for a 95 % interval of AP, such as 1000; 0 for none.")
+        int,
+        typer.Option(min=0, max=100_000, help="Bootstrap resamples for a 95 % interval of AP, such as 1000; 0: none."),
     ] = 0,
-    fail_under: Annotated[
-        float | None, typer.Option(help="Leave with exit code 6 when AP is below this fraction.")
-    ] = None,
+    fail_under: Annotated[float | None, typer.Option(help="Exit with code 6 if AP is below this (0 to 1).")] = None,
     save_json: Annotated[Path | None, typer.Option(help="Write the detections as COCO results.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write one page with tables, plots and images.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML report with tables, plots and images.")] = None,
     evaluator: Annotated[str, typer.Option(help="hotcoco or pycocotools.")] = "hotcoco",
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")] = False,
 ) -> None:
-    """Judge a model, or detections made by anything, by COCO's metrics; say how sure they are and what goes wrong."""
+    """Evaluate a model, or detections from a file, with the COCO metrics and an analysis of the errors."""
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.cli.judging import parse_batch, run_model
+    from rtdetr_cli.cli.evaluation import evaluate_model, evaluate_predictions, parse_batch
     from rtdetr_cli.cli.select import output_file, parse_size, resolve_model
+    from rtdetr_cli.evaluate.coco import PYCOCOTOOLS_LACKS
+    from rtdetr_cli.evaluate.stored_thresholds import check_can_store
 
-    # ------------------------------------------------------------------------------- refuse before heavy work
-    size = parse_size(imgsz) if imgsz else None
-    _refuse_clashes(
-        predictions,
-        {
-            "MODEL": model,
-            "--layers": layers,
-            "--queries": queries,
-            "--imgsz": imgsz,
-            "--sampling": sampling,
-            "--calibrate": calibrate,
-        },
-        data,
-    )
-    if evaluator not in ("hotcoco", "pycocotools"):
-        raise UsageError(f"there is no evaluator {evaluator!r}", hint="--evaluator hotcoco or pycocotools")
-    if fail_under is not None and not 0 <= fail_under <= 1:
-        raise UsageError(
-            f"--fail-under {fail_under:g} is not a fraction from 0 to 1", hint="an AP of 40 is --fail-under 0.4"
-        )
+    overrides: dict[str, Any] = {"layers": layers, "queries": queries, "sampling": sampling}
+    overrides["imgsz"] = parse_size(imgsz) if imgsz else None
+    if predictions is not None:
+        _check_predictions(data, MODEL=model, **overrides, calibrate=calibrate)
+    _check_options(evaluator, fail_under, calibrate, split)
     parse_batch(batch)
     for flag, target in (("--save-json", save_json), ("--html", html)):
         if target is not None:
             output_file(target, flag)
-    if calibrate is not None:
-        from rtdetr_cli.evaluate.thresholds import parse_target
 
-        parse_target(calibrate)
-        if split == "train":
-            raise UsageError(
-                "--calibrate on the train split: a model is surer of images it was trained on, so such thresholds "
-                "mislead",
-                hint="--split val, or another dataset with --data",
-                code="calibrate-split",
-            )
-
-    # ------------------------------------------------------------------------------------------------ evaluate
-    facts: dict[str, Any]
     if predictions is not None:
-        from rtdetr_cli.evaluate.results import read_results
-        from rtdetr_cli.evaluate.run import metrics_from
-        from rtdetr_cli.evaluate.source import choose_split
-
-        chosen = choose_split(data, split=split, images=images, find_images=False)
-        table = read_results(predictions, chosen.dataset)
-        evaluation = metrics_from(chosen.dataset, table, evaluator, notes=chosen.notes)
-        facts, what = {"predictions": str(predictions)}, str(predictions)
-        path = None
+        evaluated = evaluate_predictions(predictions, data=data, images=images, split=split, evaluator=evaluator)
     else:
         path = resolve_model(model)
         if calibrate is not None:
-            from rtdetr_cli.evaluate.stored import refuse_to_store
-
-            refuse_to_store(path)
-        chosen, evaluation, facts = run_model(
+            check_can_store(path)
+        evaluated = evaluate_model(
             path,
             data=data,
             images=images,
             split=split,
             batch=batch,
+            device=device,
             evaluator=evaluator,
-            options={
-                "device": device,
-                "imgsz": size,
-                "layers": layers,
-                "queries": queries,
-                "sampling": sampling,
-            },
+            **overrides,
         )
-        what = f"{path} ({facts['kind']}, {facts['imgsz'][0]}x{facts['imgsz'][1]})"
-    for note in evaluation.notes:
-        terminal.warn(note)
-    if facts.get("elsewhere") and calibrate is None:
-        terminal.warn(facts["elsewhere"])
+    _print_notes(evaluated, calibrating=calibrate is not None)
     if evaluator == "pycocotools":
-        from rtdetr_cli.evaluate.coco import FALLBACK_LACKS
-
-        terminal.say(FALLBACK_LACKS)
-    for name, reason in evaluation.unreadable[:5]:
-        terminal.warn(f"{name}: {reason}")
-
-    # ----------------------------------------------------------------------------------- how sure, where wrong
-    interval: Interval | None = None
-    class_intervals: dict[str, Any] = {}
-    ap = evaluation.metrics["AP"]
-    if ci and ap is not None:
-        from rtdetr_cli.evaluate.bootstrap import resample
-
-        drawn = resample(evaluation.dataset, evaluation.table, resamples=ci)
-        interval = drawn.interval(ap)
-        for label, row in enumerate(evaluation.per_class):
-            known = drawn.class_interval(row["AP"], label) if row["AP"] is not None else None
-            if known is not None:
-                class_intervals[row["name"]] = known
-    calibration = _calibrate(path, evaluation, calibrate, facts) if calibrate and path is not None else None
-    from rtdetr_cli.evaluate.errors_analysis import analyse
-
-    analysis = analyse(evaluation, calibration.thresholds.per_class if calibration else None)
-    if calibration:
-        analysis = _named(analysis, f"the thresholds calibrated now for {calibration.thresholds.target}")
-
-    # -------------------------------------------------------------------------------------------------- results
-    document = _document(evaluation, analysis, interval, class_intervals, calibration, facts)
-    if save_json is not None:
-        _save_results(save_json, evaluation)
-        document["saved"] = {"results": str(save_json)}
-    if html is not None:
-        from rtdetr_cli.evaluate.report import write_page
-
-        with terminal.progress(None, "page"):
-            write_page(html, evaluation, analysis, model=what, interval=interval, calibration=calibration)
-        document.setdefault("saved", {})["html"] = str(html)
+        terminal.say(PYCOCOTOOLS_LACKS)
+    report = _analyze(evaluated, ci=ci, target=calibrate)
+    document = report.to_json()
     if fail_under is not None:
-        document["gate"] = {"fail_under": fail_under, "passed": ap is not None and ap >= fail_under}
+        document["gate"] = {"fail_under": fail_under, "passed": report.passes(fail_under)}
+    if saved := _save(report, save_json, html):
+        document["saved"] = saved
     if as_json:
         terminal.emit_json(document)
     else:
-        _show(evaluation, analysis, what, chosen, interval, class_intervals, calibration, document)
-    if interval is not None:
-        from rtdetr_cli.evaluate.bootstrap import too_small
-
-        if said := too_small(interval):
-            terminal.warn(said)
-    if fail_under is not None and (ap is None or ap < fail_under):
-        reason = "AP is not defined" if ap is None else f"AP {ap:.4f} is below {fail_under:g}"
-        failure = GateError(f"{reason} (--fail-under)", code="fail-under")
-        if not as_json:
-            raise failure
-        terminal.complain(failure.message)  # stdout already has its one document
-        raise typer.Exit(failure.exit_code)
+        _print_report(report)
+    if report.small_split:
+        terminal.warn(report.small_split)
+    if fail_under is not None and not report.passes(fail_under):
+        _fail(report.ap, fail_under, as_json=as_json)
 
 
-def _refuse_clashes(predictions: Path | None, others: dict[str, object], data: Path | None) -> None:
-    if predictions is None:
-        return
-    clash = [name for name, value in others.items() if value is not None]
+def _check_predictions(data: Path | None, **others: object) -> None:
+    clash = [name if name == "MODEL" else f"--{name}" for name, value in others.items() if value is not None]
     if clash:
         raise UsageError(
-            f"--predictions takes the place of a model, so {' and '.join(clash)} cannot be used with it",
+            f"--predictions replaces the model, so {' and '.join(clash)} cannot be used with it",
             hint="rtdetr eval --predictions results.json --data DATA",
             code="clash",
         )
@@ -209,182 +118,285 @@ def _refuse_clashes(predictions: Path | None, others: dict[str, object], data: P
         )
 
 
-def _calibrate(path: Path, evaluation: Evaluation, target: str, facts: dict[str, Any]) -> Calibration:
+def _check_options(evaluator: str, fail_under: float | None, calibrate: str | None, split: str) -> None:
+    from rtdetr_cli.evaluate.coco import EVALUATORS
+    from rtdetr_cli.evaluate.thresholds import parse_target
+
+    if evaluator not in EVALUATORS:
+        raise UsageError(f"there is no evaluator {evaluator!r}", hint="--evaluator hotcoco or pycocotools")
+    if fail_under is not None and not 0 <= fail_under <= 1:
+        raise UsageError(
+            f"--fail-under {fail_under:g} is not a fraction from 0 to 1", hint="an AP of 40 is --fail-under 0.4"
+        )
+    if calibrate is not None:
+        parse_target(calibrate)
+        if split == "train":
+            raise UsageError(
+                "--calibrate cannot use the train split: scores are higher on images that the model was trained on, "
+                "so the thresholds would be too high",
+                hint="--split val, or another dataset with --data",
+                code="calibrate-split",
+            )
+
+
+def _print_notes(evaluated: EvaluatedModel, *, calibrating: bool) -> None:
+    from rtdetr_cli.cli import terminal
+
+    evaluation = evaluated.evaluation
+    for note in evaluation.notes:
+        terminal.warn(note)
+    if calibrating and evaluated.overrides:
+        terminal.warn(
+            f"the thresholds are for the model with {evaluated.overrides}: use the same flags in export and predict"
+        )
+    elif evaluated.thresholds_warning and not calibrating:
+        terminal.warn(evaluated.thresholds_warning)
+    for name, reason in evaluation.unreadable[:5]:
+        terminal.warn(f"{name}: {reason}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """Everything that is printed or written about one evaluation."""
+
+    evaluated: EvaluatedModel
+    analysis: ErrorAnalysis
+    interval: Interval | None = None
+    class_intervals: dict[int, Interval] = field(default_factory=dict)  # by label
+    calibration: Calibration | None = None
+    exports: dict[str, list[str]] = field(default_factory=dict)  # stale ones, and the folders that were searched
+
+    @property
+    def evaluation(self) -> Evaluation:
+        return self.evaluated.evaluation
+
+    @property
+    def ap(self) -> float | None:
+        return self.evaluation.metrics["AP"]
+
+    @property
+    def small_split(self) -> str:
+        """A warning when the split is too small for a useful AP; empty without an interval."""
+        from rtdetr_cli.evaluate.bootstrap import small_split_warning
+
+        return "" if self.interval is None else small_split_warning(self.interval)
+
+    def passes(self, fail_under: float) -> bool:
+        return self.ap is not None and self.ap >= fail_under
+
+    def to_json(self) -> dict[str, Any]:
+        document = self.evaluation.to_json()
+        document["model"] = self.evaluated.facts
+        document["errors"] = self.analysis.to_json()
+        if self.interval is not None:
+            document["interval"] = self.interval.to_json()
+            for label, interval in self.class_intervals.items():
+                document["per_class"][label]["interval"] = interval.to_json()
+        if self.calibration is not None:
+            thresholds = self.calibration.thresholds
+            overall, classes = self.evaluation.at_thresholds(thresholds)
+            names = self.evaluation.dataset.names
+            document["calibration"] = {
+                "target": thresholds.target,
+                "overall": thresholds.overall,
+                "per_class": [{"name": n, **point.to_json()} for n, point in zip(names, classes, strict=True)],
+                "at_thresholds": overall.to_json(),
+                "one_for_all": self.evaluation.at_one_threshold(thresholds.overall).to_json(),
+                "notes": list(self.calibration.notes),
+                **self.exports,
+            }
+        return document
+
+
+def _analyze(evaluated: EvaluatedModel, *, ci: int, target: str | None) -> _Report:
+    """Compute the intervals, calibrate and store thresholds where asked, and analyze the errors."""
+    from rtdetr_cli.evaluate.bootstrap import resample
+    from rtdetr_cli.evaluate.error_analysis import analyze_errors
+
+    evaluation = evaluated.evaluation
+    interval, class_intervals = None, {}
+    ap = evaluation.metrics["AP"]
+    if ci and ap is not None:
+        resamples = resample(evaluation.dataset, evaluation.table, resamples=ci)
+        interval = resamples.interval(ap)
+        for label, row in enumerate(evaluation.per_class):
+            of_class = None if row["AP"] is None else resamples.class_interval(row["AP"], label)
+            if of_class is not None:
+                class_intervals[label] = of_class
+    if target is None:
+        return _Report(evaluated, analyze_errors(evaluation), interval, class_intervals)
+    calibration, exports = _calibrate(evaluated, target)
+    thresholds = calibration.thresholds
+    origin = f"the thresholds calibrated now for {thresholds.target}"
+    analysis = analyze_errors(evaluation, thresholds.per_class, origin=origin)
+    return _Report(evaluated, analysis, interval, class_intervals, calibration, exports)
+
+
+def _calibrate(evaluated: EvaluatedModel, target: str) -> tuple[Calibration, dict[str, list[str]]]:
+    """Find thresholds, store them in the model, and look for exports that carry other ones."""
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.classes import map_classes
-    from rtdetr_cli.evaluate.stored import export_folders, stale_exports, store_thresholds
+    from rtdetr_cli.evaluate.stored_thresholds import export_folders, stale_exports, store_thresholds
     from rtdetr_cli.evaluate.thresholds import calibrate
 
-    found = calibrate(evaluation.dataset, evaluation.table, evaluation.matches, target)
-    if facts["dial"]:
-        terminal.warn(
-            f"the thresholds are for the model with {' '.join(facts['dial'])}: export and predict with the same"
-        )
-    labels = map_classes(facts["names"], evaluation.dataset).labels
+    evaluation, facts = evaluated.evaluation, evaluated.facts
+    path = Path(facts["model"])
+    calibration = calibrate(evaluation.dataset, evaluation.table, evaluation.matches, target)
+    labels = map_classes(evaluated.class_names, evaluation.dataset).labels
     height, width = facts["imgsz"]
     header = store_thresholds(
-        path, found.thresholds, labels, imgsz=(height, width), layers=facts["layers"], queries=facts["queries"]
+        path, calibration.thresholds, labels, imgsz=(height, width), layers=facts["layers"], queries=facts["queries"]
     )
-    facts["stale_exports"] = [str(p) for p in stale_exports(path, header)]
-    facts["export_folders"] = [str(p) for p in export_folders(path)]
-    for note in found.notes:
+    for note in calibration.notes:
         terminal.warn(note)
-    for stale in facts["stale_exports"]:
-        terminal.warn(f"{stale} was exported before and carries other thresholds: export it again")
-    terminal.say(f"exports made before were looked for in {', '.join(facts['export_folders'])}")
-    return found
+    stale = [str(export) for export in stale_exports(path, header)]
+    for export in stale:
+        terminal.warn(f"{export} was exported before and carries other thresholds: export it again")
+    folders = [str(folder) for folder in export_folders(path)]
+    terminal.say(f"searched for older exports in {', '.join(folders)}")
+    return calibration, {"stale_exports": stale, "export_folders": folders}
 
 
-def _named(analysis: ErrorAnalysis, origin: str) -> ErrorAnalysis:
-    from dataclasses import replace
+def _save(report: _Report, results: Path | None, html: Path | None) -> dict[str, str]:
+    """Write the files that were asked for; return their paths by kind."""
+    saved = {}
+    if results is not None:
+        import json
 
-    return replace(analysis, origin=origin)
+        from rtdetr_cli.evaluate.results import coco_results
+        from rtdetr_cli.files import atomic_write
 
+        with atomic_write(results) as temporary:
+            detections = coco_results(report.evaluation.dataset, report.evaluation.table)
+            temporary.write_text(json.dumps(detections), encoding="utf-8")
+        saved["results"] = str(results)
+    if html is not None:
+        from rtdetr_cli.cli import terminal
+        from rtdetr_cli.evaluate.report import write_page
 
-def _save_results(path: Path, evaluation: Evaluation) -> None:
-    import json
-
-    from rtdetr_cli.evaluate.results import coco_results
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(coco_results(evaluation.dataset, evaluation.table)), encoding="utf-8")
-
-
-def _document(
-    evaluation: Evaluation,
-    analysis: ErrorAnalysis,
-    interval: Interval | None,
-    class_intervals: dict[str, Any],
-    calibration: Calibration | None,
-    facts: dict[str, Any],
-) -> dict[str, Any]:
-    document = evaluation.to_json()
-    document["model"] = {k: v for k, v in facts.items() if k not in _NOT_SHOWN}
-    document["errors"] = analysis.to_json()
-    if interval is not None:
-        document["interval"] = interval.to_json()
-        for row in document["per_class"]:
-            if row["name"] in class_intervals:
-                row["interval"] = class_intervals[row["name"]].to_json()
-    if calibration is not None:
-        thresholds = calibration.thresholds
-        overall, classes = evaluation.at_thresholds(thresholds)
-        document["calibration"] = {
-            "target": thresholds.target,
-            "overall": thresholds.overall,
-            "per_class": [
-                {"name": name, **point.to_json()} for name, point in zip(evaluation.dataset.names, classes, strict=True)
-            ],
-            "at_thresholds": overall.to_json(),
-            "one_for_all": evaluation.at_one(thresholds.overall).to_json(),
-            "notes": list(calibration.notes),
-            "stale_exports": facts["stale_exports"],
-            "export_folders": facts["export_folders"],
-        }
-    return document
+        with terminal.progress(None, "report"):
+            write_page(
+                html,
+                report.evaluation,
+                report.analysis,
+                model=report.evaluated.description,
+                interval=report.interval,
+                calibration=report.calibration,
+            )
+        saved["html"] = str(html)
+    return saved
 
 
-def _show(
-    evaluation: Evaluation,
-    analysis: ErrorAnalysis,
-    what: str,
-    chosen: Chosen,
-    interval: Interval | None,
-    class_intervals: dict[str, Any],
-    calibration: Calibration | None,
-    document: dict[str, Any],
-) -> None:
+def _fail(ap: float | None, fail_under: float, *, as_json: bool) -> None:
+    from rtdetr_cli.cli import terminal
+
+    reason = "AP is not defined" if ap is None else f"AP {ap:.4f} is below {fail_under:g}"
+    failure = GateError(f"{reason} (--fail-under)", code="fail-under")
+    if not as_json:
+        raise failure
+    terminal.complain(failure.message)  # stdout already has its one document
+    raise typer.Exit(failure.exit_code)
+
+
+def _print_report(report: _Report) -> None:
+    from rtdetr_cli.cli import terminal
+
+    evaluation = report.evaluation
+    _print_metrics(report)
+    _print_thresholds(evaluation, report.calibration)
+    _print_errors(report.analysis)
+    if evaluation.seconds:
+        seconds = evaluation.seconds["total"]
+        terminal.say(f"{terminal.duration(seconds)}, {len(evaluation.dataset) / max(seconds, 1e-9):.1f} images/s")
+
+
+def _print_metrics(report: _Report) -> None:
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.coco import METRICS
-    from rtdetr_cli.evaluate.errors_analysis import KINDS
 
+    evaluation = report.evaluation
     dataset = evaluation.dataset
     terminal.out(
-        f"{what} on {dataset.name} {dataset.split}: {len(dataset)} images, {document['boxes']} boxes, "
-        f"{len(dataset.categories)} classes ({evaluation.evaluator})"
+        f"{report.evaluated.description} on {dataset.name} {dataset.split}: {len(dataset)} images, "
+        f"{int((~dataset.crowd).sum())} boxes, {len(dataset.categories)} classes ({evaluation.evaluator})"
     )
-    if interval is not None:
-        terminal.out(f"AP {interval}")
+    if report.interval is not None:
+        terminal.out(f"AP {report.interval}")
     terminal.table(METRICS, [[evaluation.metrics[name] for name in METRICS]])
+    with_interval = report.interval is not None
     rows: list[list[object]] = []
-    for row in evaluation.per_class:
-        known = class_intervals.get(row["name"])
+    for label, row in enumerate(evaluation.per_class):
+        interval = report.class_intervals.get(label)
         rows.append(
             [
-                row["name"],
-                row["boxes"],
-                row["AP"],
-                *([None if known is None else f"± {known.half:.3f}"] if interval is not None else []),
+                *(row[key] for key in ("name", "boxes", "AP")),
+                *([f"± {interval.half:.3f}" if interval else None] if with_interval else []),
                 *(row[key] for key in ("AP50", "precision", "recall", "f1", "threshold", "APs", "APm", "APl")),
             ]
         )
-    columns = ["class", "boxes", "AP", *(["95 %"] if interval is not None else []), "AP50"]
+    columns = ["class", "boxes", "AP", *(["95 %"] if with_interval else []), "AP50"]
     terminal.table(
-        [*columns, "P", "R", "F1", "score", "APs", "APm", "APl"],
+        [*columns, "P", "R", "F1", "threshold", "APs", "APm", "APl"],
         rows,
-        title="By class, precision and recall at its best F1",
+        title="By class (precision and recall at the threshold with the best F1)",
     )
+    keys = ("AP", "AP50", "precision", "recall", "f1", "threshold")
     terminal.table(
-        ("size", "AP", "AP50", "P", "R", "F1", "score"),
-        [
-            [size, *(figures[k] for k in ("AP", "AP50", "precision", "recall", "f1", "threshold"))]
-            for size, figures in evaluation.by_size.items()
-        ],
-        title="By size, small to 32x32, large from 96x96",
+        ("size", "AP", "AP50", "P", "R", "F1", "threshold"),
+        [[size, *(row[key] for key in keys)] for size, row in evaluation.by_size.items()],
+        title="By box size (small up to 32x32, large from 96x96)",
     )
-    _show_thresholds(evaluation, calibration)
-    terminal.table(
-        ("error", "count", "AP50 gained if fixed"),
-        [[kind, analysis.counts[kind], None if analysis.gains is None else analysis.gains[kind]] for kind in KINDS],
-        title="Errors",
-    )
-    terminal.out(f"errors are counted at {analysis.origin}; the gains are over all detections")
-    empty = analysis.empty
-    if empty["pictures"]:
-        terminal.out(
-            f"on the {empty['pictures']} images without objects: {empty['false_positives']} false positives "
-            f"on {empty['with_false_positives']}"
-        )
-    worst = [f"{dataset.file_names[p.image]} ({p.missed} missed, {p.wrong} wrong)" for p in analysis.worst(3)]
-    if worst:
-        terminal.out(f"worst images: {', '.join(worst)}")
-    if analysis.suspects:
-        count = len(analysis.suspects)
-        told = "annotation looks" if count == 1 else "annotations look"
-        them = "it" if count == 1 else "them"
-        terminal.out(f"{count} {told} doubtful: --html FILE shows {them}, --json lists {them}")
-    if analysis.suspects_note:
-        terminal.out(analysis.suspects_note)
-    if evaluation.seconds:
-        rate = len(dataset) / max(evaluation.seconds["total"], 1e-9)
-        terminal.say(f"{terminal.duration(evaluation.seconds['total'])}, {rate:.1f} images a second")
 
 
-def _show_thresholds(evaluation: Evaluation, calibration: Calibration | None) -> None:
+def _print_thresholds(evaluation: Evaluation, calibration: Calibration | None) -> None:
     from rtdetr_cli.cli import terminal
-
-    def said(point: Point) -> str:
-        figures = (("precision", point.precision), ("recall", point.recall), ("F1", point.f1))
-        return ", ".join(f"{name} {terminal.show(value)}" for name, value in figures)
 
     thresholds = calibration.thresholds if calibration else evaluation.thresholds
     if thresholds is None:
         best = evaluation.best
         if best.threshold is not None:
-            terminal.out(f"one score for all classes, best F1: {best.threshold:.3f} gives {said(best)}\n")
+            terminal.out(
+                f"best F1 with one threshold for all classes: {best.f1:.3f} at score {best.threshold:.3f} "
+                f"(precision {best.precision:.3f}, recall {best.recall:.3f})\n"
+            )
         return
-    overall, classes = evaluation.at_thresholds(thresholds)
-    one = evaluation.at_one(thresholds.overall)
-    where = "stored in the model now" if calibration else "stored in the model"
+    overall, per_class = evaluation.at_thresholds(thresholds)
+    names = (*evaluation.dataset.names, "all classes, each at its own", "all classes at one threshold")
+    points = (*per_class, overall, evaluation.at_one_threshold(thresholds.overall))
+    rows = [[name, p.threshold, p.precision, p.recall, p.f1] for name, p in zip(names, points, strict=True)]
+    rows[-2][1] = None  # each class has its own
     terminal.table(
         ("class", "threshold", "precision", "recall", "F1"),
-        [
-            *(
-                [name, p.threshold, p.precision, p.recall, p.f1]
-                for name, p in zip(evaluation.dataset.names, classes, strict=True)
-            ),
-            ["all, each at its own", None, overall.precision, overall.recall, overall.f1],
-            [f"all, at {one.threshold:.3f}", one.threshold, one.precision, one.recall, one.f1],
-        ],
-        title=f"Thresholds for {thresholds.target}, {where}",
+        rows,
+        title=f"Thresholds for {thresholds.target}, {'now stored' if calibration else 'stored'} in the model",
     )
+
+
+def _print_errors(analysis: ErrorAnalysis) -> None:
+    from rtdetr_cli.cli import terminal
+    from rtdetr_cli.text import counted
+
+    gains = analysis.gains or {}
+    terminal.table(
+        ("error", "count", "AP50 gained if fixed"),
+        [[kind, count, gains.get(kind)] for kind, count in analysis.counts.items()],
+        title="Errors",
+    )
+    terminal.out(f"errors are counted at {analysis.origin}; gains are over all detections")
+    empty = analysis.empty
+    if empty["pictures"]:
+        terminal.out(
+            f"{counted(empty['pictures'], 'image')} without objects: {empty['with_false_positives']} with false "
+            f"positives ({empty['false_positives']} in total)"
+        )
+    file_names = analysis.evaluation.dataset.file_names
+    worst = [
+        f"{file_names[i.image]} ({i.missed} missed, {counted(i.false_positives, 'false positive')})"
+        for i in analysis.worst(3)
+    ]
+    if worst:
+        terminal.out(f"worst images: {', '.join(worst)}")
+    if analysis.suspects:
+        terminal.out(f"{counted(len(analysis.suspects), 'annotation')} may be wrong: --html FILE shows them")
+    if analysis.suspects_note:
+        terminal.out(analysis.suspects_note)

@@ -1,1 +1,1 @@
-"""How good, how sure, where wrong."""
+"""Evaluation: COCO metrics, confidence intervals, score thresholds and error analysis."""

@@ -1,8 +1,8 @@
 """The COCO metrics of flat detection arrays against a `Dataset`, without a JSON file in between.
 
-Two evaluators give the same numbers: hotcoco (a compiled one, the default, with the error analysis built in) and
-pycocotools (the reference: oracle in the tests, fallback where hotcoco is missing or misbehaves). Both are fed the
-dataset's own areas and crowd marks, so that a mask's area decides what is small where the dataset gives masks.
+Two evaluators give the same numbers: hotcoco (compiled, the default, with an error analysis built in) and pycocotools
+(the reference implementation: the oracle in the tests, and the fallback where hotcoco is not installed). Both get the
+dataset's own areas and crowd flags, so that the area of a mask decides what is small where the dataset has masks.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from rtdetr_cli.evaluate.table import DetectionTable
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 EVALUATORS = ("hotcoco", "pycocotools")
 SIZES = ("all", "small", "medium", "large")
-# Square pixels, as COCO has them: small up to 32 x 32, large from 96 x 96.
+# Square pixels, as COCO defines them: small up to 32 x 32, large from 96 x 96.
 AREA_RANGES = ((0.0, 1e10), (0.0, 1024.0), (1024.0, 9216.0), (9216.0, 1e10))
-FALLBACK_LACKS = "what fixing each kind of error would gain (TIDE) and the confusion matrix need hotcoco"
+PYCOCOTOOLS_LACKS = "the confusion matrix and the AP gained by fixing each kind of error (TIDE) need hotcoco"
 
 
 @dataclass(frozen=True, eq=False)
 class CocoResult:
-    """What one COCO evaluation gives.
+    """The result of one COCO evaluation.
 
     T 10 IoU thresholds, R 101 recall points, K classes, A sizes (`SIZES`), M detection limits (1, 10, 100).
 
     Attributes:
-        metrics: the twelve numbers by name; None where no box of that kind exists.
+        metrics: the twelve numbers by name; None where the split has no such box.
         precision: (T, R, K, A, M), -1 where undefined.
         recall: (T, K, A, M), -1 where undefined.
-        evaluator: which evaluator made it.
+        evaluator: the evaluator that was used.
         session: hotcoco's evaluator, for its analyses; None with pycocotools.
     """
 
@@ -60,9 +60,9 @@ class CocoResult:
             "AR100": _mean(self.recall[:, label, 0, 2]),
         }
 
-    def ap50_by_size(self) -> tuple[float | None, ...]:
-        """Return AP50 over all classes for each of `SIZES`."""
-        return tuple(_mean(self.precision[0, :, :, size, 2]) for size in range(len(SIZES)))
+    def ap50(self, label: int | None, size: int) -> float | None:
+        """Return AP50 of one class, or of all classes (None), for boxes of one of `SIZES`."""
+        return _mean(self.precision[0, :, slice(None) if label is None else label, size, 2])
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:
@@ -77,46 +77,55 @@ def xywh(boxes_xyxy_px: NDArray[np.float64]) -> NDArray[np.float64]:
     return boxes
 
 
+def require_images(dataset: Dataset) -> None:
+    """Refuse a split without images.
+
+    Raises:
+        DataError: the split is empty.
+    """
+    if not len(dataset):
+        raise DataError(
+            f"the {dataset.split or 'val'} split of {dataset.name} has no images, so there is nothing to evaluate",
+            hint="choose another split with --split, or create one: rtdetr validate DATA --resplit 0.8,0.2 --to DIR",
+            code="empty-split",
+        )
+
+
 def coco_metrics(dataset: Dataset, table: DetectionTable, *, evaluator: str = "hotcoco") -> CocoResult:
     """Evaluate detections against a dataset's boxes.
 
     Args:
         dataset: N images and their boxes.
-        table: detections in the dataset's labels; rows with NaN must have been dropped before.
+        table: detections in the dataset's labels, without NaN.
         evaluator: `hotcoco` or `pycocotools`.
 
     Raises:
-        DataError: the dataset has no images, or a detection lies outside it.
+        DataError: the dataset has no images, or a detection has an image or class outside it.
         EnvironmentProblem: the evaluator is not installed.
         UsageError: there is no such evaluator.
     """
-    if not len(dataset):
-        raise DataError(
-            f"the {dataset.split or 'val'} split of {dataset.name} has no images, so there is nothing to evaluate",
-            hint="name another split with --split, or make one: rtdetr validate DATA --resplit 0.8,0.2 --to DIR",
-            code="empty-split",
-        )
+    require_images(dataset)
     if len(table) and (
         table.image_index.min() < 0
         or table.image_index.max() >= len(dataset)
         or table.labels.min() < 0
         or table.labels.max() >= len(dataset.categories)
     ):
-        raise DataError("a detection names an image or class that the dataset does not have", code="detections")
+        raise DataError("a detection has an image or class that the dataset does not have", code="detections")
     if evaluator == "hotcoco":
         return _with_hotcoco(dataset, table)
     if evaluator == "pycocotools":
         return _with_pycocotools(dataset, table)
-    raise UsageError(f"there is no evaluator {evaluator!r}", hint=f"one of: {', '.join(EVALUATORS)}")
+    raise UsageError(f"there is no evaluator {evaluator!r}", hint=f"choose one of: {', '.join(EVALUATORS)}")
 
 
 def without_crowds(dataset: Dataset) -> Dataset:
     """Return the dataset without its crowd boxes."""
     keep = ~dataset.crowd
-    counts = np.bincount(np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))[keep], minlength=len(dataset))
+    kept_before = np.concatenate([[0], np.cumsum(keep)])
     return replace(
         dataset,
-        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        offsets=kept_before[dataset.offsets].astype(np.int64),
         boxes_xyxy_px=dataset.boxes_xyxy_px[keep],
         labels=dataset.labels[keep],
         areas=dataset.areas[keep],
@@ -126,9 +135,9 @@ def without_crowds(dataset: Dataset) -> Dataset:
 
 
 def image_numbers(dataset: Dataset) -> NDArray[np.int64]:
-    """Return the number that the evaluators know each image by: 1 to N in the order of the dataset's own ids.
+    """Return each image's number in the evaluators: 1 to N in the order of the dataset's own ids.
 
-    Detections of equal scores rank by their image, so another order of images would be another AP.
+    Detections with equal scores rank by their image, so another order of images would give another AP.
     """
     number = np.empty(len(dataset), np.int64)
     number[np.argsort(dataset.image_ids, kind="stable")] = np.arange(1, len(dataset) + 1)
@@ -138,23 +147,18 @@ def image_numbers(dataset: Dataset) -> NDArray[np.int64]:
 def hotcoco_session(dataset: Dataset, table: DetectionTable) -> Any:
     """Return hotcoco's evaluator after matching, for AP and for its analyses.
 
-    Images carry `image_numbers`; classes and boxes are numbered from 1 in the order of the dataset, detections
-    in the table's order: the dataset's own ids may start at 0, which the reference takes for "unmatched".
+    Images carry `image_numbers`; classes and boxes are numbered from 1 in the order of the dataset, detections in the
+    order of the table. The dataset's own ids may start at 0, which the evaluators read as "unmatched".
     """
     try:
         import hotcoco
     except ImportError as error:
-        raise EnvironmentProblem(
-            "the evaluator hotcoco is not installed", hint="pip install hotcoco, or take --evaluator pycocotools"
-        ) from error
+        raise _not_installed("hotcoco", instead="pycocotools") from error
     number = image_numbers(dataset)
-    images = [
-        {"id": n, "width": w, "height": h} for n, (w, h) in zip(number.tolist(), dataset.sizes_wh.tolist(), strict=True)
-    ]
-    categories = [{"id": k + 1, "name": name} for k, name in enumerate(dataset.names)]
+    sizes_wh = dataset.sizes_wh.tolist()
     truth = hotcoco.COCO.from_arrays(
-        images,
-        categories,
+        [{"id": n, "width": w, "height": h} for n, (w, h) in zip(number.tolist(), sizes_wh, strict=True)],
+        _categories(dataset),
         np.repeat(number, np.diff(dataset.offsets)),
         dataset.labels + 1,
         xywh(dataset.boxes_xyxy_px),
@@ -184,49 +188,36 @@ def _with_pycocotools(dataset: Dataset, table: DetectionTable) -> CocoResult:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
-        raise EnvironmentProblem(
-            "the evaluator pycocotools is not installed", hint="pip install pycocotools, or take --evaluator hotcoco"
-        ) from error
+        raise _not_installed("pycocotools", instead="hotcoco") from error
     number = image_numbers(dataset)
-    images = [{"id": n} for n in number.tolist()]
-    categories = [{"id": k + 1, "name": name} for k, name in enumerate(dataset.names)]
 
-    def indexed(
-        numbers: NDArray[np.int64],
-        labels: NDArray[np.int64],
-        boxes: NDArray[np.float64],
-        areas: NDArray[np.float64],
-        extra: list[dict[str, Any]],
-    ) -> Any:
+    def coco_object(**columns: NDArray[Any]) -> Any:
+        rows = zip(*(values.tolist() for values in columns.values()), strict=True)
         coco = COCO()
         coco.dataset = {
-            "images": images,
-            "categories": categories,
-            "annotations": [
-                {"id": n + 1, "image_id": i, "category_id": k + 1, "bbox": b, "area": a, "iscrowd": 0, **more}
-                for n, (i, k, b, a, more) in enumerate(
-                    zip(numbers.tolist(), labels.tolist(), boxes.tolist(), areas.tolist(), extra, strict=True)
-                )
-            ],
+            "images": [{"id": n} for n in number.tolist()],
+            "categories": _categories(dataset),
+            "annotations": [{"id": n, **dict(zip(columns, row, strict=True))} for n, row in enumerate(rows, start=1)],
         }
         coco.createIndex()
         return coco
 
-    found = xywh(table.boxes_xyxy_px)
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress by print
-        truth = indexed(
-            np.repeat(number, np.diff(dataset.offsets)),
-            dataset.labels,
-            xywh(dataset.boxes_xyxy_px),
-            dataset.areas,
-            [{"iscrowd": int(c)} for c in dataset.crowd.tolist()],
+    detection_boxes = xywh(table.boxes_xyxy_px)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        truth = coco_object(
+            image_id=np.repeat(number, np.diff(dataset.offsets)),
+            category_id=dataset.labels + 1,
+            bbox=xywh(dataset.boxes_xyxy_px),
+            area=dataset.areas,
+            iscrowd=dataset.crowd.astype(int),
         )
-        detections = indexed(
-            number[table.image_index],
-            table.labels,
-            found,
-            found[:, 2] * found[:, 3],
-            [{"score": s} for s in table.scores.tolist()],
+        detections = coco_object(
+            image_id=number[table.image_index],
+            category_id=table.labels + 1,
+            bbox=detection_boxes,
+            area=detection_boxes[:, 2] * detection_boxes[:, 3],
+            iscrowd=np.zeros(len(table), int),
+            score=table.scores,
         )
         session = COCOeval(truth, detections, "bbox")
         session.evaluate()
@@ -235,6 +226,16 @@ def _with_pycocotools(dataset: Dataset, table: DetectionTable) -> CocoResult:
     return CocoResult(_named(session.stats), session.eval["precision"], session.eval["recall"], "pycocotools")
 
 
+def _not_installed(evaluator: str, *, instead: str) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"the evaluator {evaluator} is not installed", hint=f"pip install {evaluator}, or use --evaluator {instead}"
+    )
+
+
+def _categories(dataset: Dataset) -> list[dict[str, Any]]:
+    return [{"id": label + 1, "name": name} for label, name in enumerate(dataset.names)]
+
+
 def _named(stats: Any) -> dict[str, float | None]:
-    """Name the twelve numbers; the evaluators' -1 (no such box) becomes None."""
+    """Return the twelve numbers by name; the evaluators' -1 (no such box) becomes None."""
     return {name: (float(v) if v > -1 else None) for name, v in zip(METRICS, stats, strict=True)}

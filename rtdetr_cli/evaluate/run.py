@@ -1,11 +1,12 @@
-"""Run a model over a split and say how good it is; the pure part takes detections made by anything."""
+"""Run a model over a split and compute its metrics; detections from elsewhere start at `evaluate_table`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,17 +15,19 @@ from numpy.typing import NDArray
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError, EnvironmentProblem
 from rtdetr_cli.evaluate.classes import ClassMap, map_classes
-from rtdetr_cli.evaluate.coco import FALLBACK_LACKS, SIZES, CocoResult, coco_metrics
-from rtdetr_cli.evaluate.matching import MatchTable, match
+from rtdetr_cli.evaluate.coco import PYCOCOTOOLS_LACKS, SIZES, CocoResult, coco_metrics, require_images
+from rtdetr_cli.evaluate.matching import Matches, match
 from rtdetr_cli.evaluate.table import DetectionTable, TableBuilder
-from rtdetr_cli.evaluate.thresholds import Point, best_point, points_at, score_curve
+from rtdetr_cli.evaluate.thresholds import OperatingPoint, points_at, score_curve
 from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.weights.header import Thresholds
+
+_AP_OF_SIZE = {1: "APs", 2: "APm", 3: "APl"}
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """How good a set of detections is.
+    """The metrics of a set of detections.
 
     Attributes:
         metrics: COCO's twelve numbers by name (`coco.METRICS`); None where the split has no such box.
@@ -32,9 +35,9 @@ class Evaluation:
         table: every detection, in the dataset's labels.
         coco: the curves behind the numbers.
         thresholds: the model's stored thresholds in the dataset's labels, or None.
-        notes: what a reader must know: classes mapped, rows dropped, nothing to find.
-        unreadable: (image, reason) of those left out.
-        seconds: spent on the network, and altogether; empty for detections from a file.
+        notes: what a reader must know: mapped classes, dropped detections, a split without boxes.
+        unreadable: (file name, reason) of the images that were left out.
+        seconds: spent in the network and in total; empty for detections from a file.
     """
 
     metrics: dict[str, float | None]
@@ -48,12 +51,12 @@ class Evaluation:
 
     @property
     def evaluator(self) -> str:
-        """The evaluator that made the numbers."""
+        """The evaluator that computed the numbers."""
         return self.coco.evaluator
 
     @cached_property
-    def matches(self) -> MatchTable:
-        """The fate of every detection at IoU 0.5, made when first asked for."""
+    def matches(self) -> Matches:
+        """The outcome of every detection at IoU 0.5."""
         return match(self.dataset, self.table)
 
     @cached_property
@@ -65,56 +68,51 @@ class Evaluation:
         boxes = np.bincount(self.dataset.labels[~self.dataset.crowd], minlength=len(self.dataset.categories))
         rows = []
         for label, category in enumerate(self.dataset.categories):
-            figures = self.coco.per_class(label)
+            metrics = self.coco.per_class(label)
             rows.append(
                 {
                     "name": category.name,
                     "category_id": category.id,
                     "boxes": int(boxes[label]),
-                    **figures,
-                    **_short_point(self._best(label, 0)),
-                    "sizes": {
-                        SIZES[size]: {
-                            "AP": figures[("", "APs", "APm", "APl")[size]],
-                            "AP50": _mean(self.coco.precision[0, :, label, size, 2]),
-                            **_short_point(self._best(label, size)),
-                        }
-                        for size in (1, 2, 3)
-                    },
+                    **metrics,
+                    **self._best_point(label).rates(),
+                    "sizes": self._by_size(metrics, label),
                 }
             )
         return rows
 
-    def at_one(self, threshold: float) -> Point:
-        """Return precision and recall over all classes at one threshold for all of them."""
-        classes = len(self.dataset.categories)
-        overall, _ = points_at(self.dataset, self.table, self.matches, np.full(classes, threshold))
-        return replace(overall, threshold=threshold)
-
-    @cached_property
-    def best(self) -> Point:
-        """The highest F1 of all classes together, at one threshold for all."""
-        return self._best(None, 0)
-
     @cached_property
     def by_size(self) -> dict[str, dict[str, float | None]]:
         """AP, AP50, precision, recall and best F1 over all classes for small, medium and large boxes."""
-        ap50 = self.coco.ap50_by_size()
+        return self._by_size(self.metrics, None)
+
+    @cached_property
+    def best(self) -> OperatingPoint:
+        """The highest F1 over all classes at one threshold for all."""
+        return self._best_point(None)
+
+    def _by_size(self, metrics: dict[str, float | None], label: int | None) -> dict[str, dict[str, float | None]]:
         return {
             SIZES[size]: {
-                "AP": self.metrics[("AP", "APs", "APm", "APl")[size]],
-                "AP50": ap50[size],
-                **_short_point(self._best(None, size)),
+                "AP": metrics[name],
+                "AP50": self.coco.ap50(label, size),
+                **self._best_point(label, size).rates(),
             }
-            for size in (1, 2, 3)
+            for size, name in _AP_OF_SIZE.items()
         }
 
-    def at_thresholds(self, thresholds: Thresholds) -> tuple[Point, list[Point]]:
-        """Return precision and recall at stored thresholds: over all classes together, and for each."""
+    def _best_point(self, label: int | None, size: int = 0) -> OperatingPoint:
+        return score_curve(self.dataset, self.table, self.matches, label, size=size).best_point()
+
+    def at_thresholds(self, thresholds: Thresholds) -> tuple[OperatingPoint, list[OperatingPoint]]:
+        """Return precision and recall with a threshold for each class: over all classes, and of each class."""
         return points_at(self.dataset, self.table, self.matches, np.array(thresholds.per_class, np.float64))
 
-    def _best(self, label: int | None, size: int) -> Point:
-        return best_point(score_curve(self.dataset, self.table, self.matches, label, size=size))
+    def at_one_threshold(self, threshold: float) -> OperatingPoint:
+        """Return precision and recall over all classes with the same threshold for all of them."""
+        same = np.full(len(self.dataset.categories), threshold)
+        overall, _ = points_at(self.dataset, self.table, self.matches, same)
+        return replace(overall, threshold=threshold)
 
     def to_json(self) -> dict[str, Any]:
         """Return the document of `rtdetr eval --json`."""
@@ -146,21 +144,7 @@ class Evaluation:
         return document
 
 
-def _mean(values: NDArray[np.float64]) -> float | None:
-    defined = values[values > -1]
-    return float(defined.mean()) if defined.size else None
-
-
-def _short_point(point: Point) -> dict[str, float | None]:
-    return {
-        "precision": point.precision,
-        "recall": point.recall,
-        "f1": point.f1,
-        "threshold": point.threshold,
-    }
-
-
-def metrics_from(
+def evaluate_table(
     dataset: Dataset,
     table: DetectionTable,
     evaluator: str = "hotcoco",
@@ -170,9 +154,9 @@ def metrics_from(
     unreadable: tuple[tuple[str, str], ...] = (),
     seconds: dict[str, float] | None = None,
 ) -> Evaluation:
-    """Judge detections: the pure part of `evaluate`, also for a table joined from several processes.
+    """Evaluate detections of any origin; the keywords are attributes of `Evaluation`.
 
-    Where hotcoco is not installed pycocotools stands in, with a note on what it lacks.
+    pycocotools is used where hotcoco is not installed, with a note on what it lacks.
 
     Raises:
         DataError: the split has no images.
@@ -183,52 +167,47 @@ def metrics_from(
         if evaluator != "hotcoco":
             raise
         result = coco_metrics(dataset, table, evaluator="pycocotools")
-        notes = (*notes, f"{problem.message}: pycocotools is taken in its place; {FALLBACK_LACKS}")
+        notes = (*notes, f"{problem.message}: using pycocotools instead; {PYCOCOTOOLS_LACKS}")
     if not np.any(~dataset.crowd):
         notes = (*notes, f"the {dataset.split} split of {dataset.name} has no boxes, so AP is not defined")
-    return Evaluation(
-        metrics=result.metrics,
-        dataset=dataset,
-        table=table,
-        coco=result,
-        thresholds=thresholds,
-        notes=notes,
-        unreadable=unreadable,
-        seconds=seconds or {},
-    )
+    return Evaluation(result.metrics, dataset, table, result, thresholds, notes, unreadable, seconds or {})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Detected:
-    """What a model found in a split, before it is judged.
+class SplitDetections:
+    """A model's detections in a split, before any metric.
 
     Attributes:
         table: detections in the dataset's labels.
-        unreadable: (image, reason) by position.
-        not_finite: rows dropped because the network gave NaN or infinity.
-        beyond: rows dropped because their label is none that the label map knows.
+        unreadable: (position, reason) of the images that could not be read.
+        not_finite: detections dropped because the network gave NaN or infinity.
+        unknown_labels: detections dropped because the label map has no entry for their label.
         network_seconds: time inside the backend.
     """
 
     table: DetectionTable
     unreadable: tuple[tuple[int, str], ...]
     not_finite: int
-    beyond: int
+    unknown_labels: int
     network_seconds: float
 
     @classmethod
-    def join(cls, parts: Sequence[tuple[NDArray[np.int64], Detected]]) -> Detected:
-        """Return what several processes found in shares of one split.
+    def join(cls, parts: Sequence[tuple[NDArray[np.int64], SplitDetections]]) -> SplitDetections:
+        """Return the detections of several processes that each ran on a share of one split.
 
         Args:
-            parts: for each process the positions of its images in the split, and what it found in them.
+            parts: for each process the positions of its images in the split, and its detections.
         """
         return cls(
-            table=DetectionTable.join([replace(f.table, image_index=own[f.table.image_index]) for own, f in parts]),
-            unreadable=tuple(sorted((int(own[i]), reason) for own, f in parts for i, reason in f.unreadable)),
-            not_finite=sum(f.not_finite for _, f in parts),
-            beyond=sum(f.beyond for _, f in parts),
-            network_seconds=max(f.network_seconds for _, f in parts),
+            table=DetectionTable.join(
+                [replace(d.table, image_index=positions[d.table.image_index]) for positions, d in parts]
+            ),
+            unreadable=tuple(
+                sorted((int(positions[i]), reason) for positions, d in parts for i, reason in d.unreadable)
+            ),
+            not_finite=sum(d.not_finite for _, d in parts),
+            unknown_labels=sum(d.unknown_labels for _, d in parts),
+            network_seconds=max(d.network_seconds for _, d in parts),
         )
 
 
@@ -240,56 +219,39 @@ def detect(
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
     label_map: NDArray[np.int64] | None = None,
-) -> Detected:
-    """Run a model over a split; images are decoded in threads while the network runs, and then dropped.
+) -> SplitDetections:
+    """Run a model over a split; threads decode images while the network runs.
 
     Args:
         backend: the model.
         dataset: N images.
-        batch: images in a run of the network.
-        threads: that decode; None chooses.
-        progress: is told how many images are done each time.
+        batch: images per forward pass.
+        threads: decoding threads; None chooses.
+        progress: called with the number of images done since the last call.
         label_map: (model classes,) the dataset's labels, -1 for none; None keeps the model's.
     """
-    builder = TableBuilder(label_map)
-    unreadable: list[tuple[int, str]] = []
-    spent = 0.0
-    for indices, images, sizes_wh, faults in _batches(backend, dataset, batch, threads):
-        unreadable.extend(faults)
-        if indices:
-            start = time.perf_counter()
-            found = backend.run(np.stack(images), np.asarray(sizes_wh, np.int64))
-            spent += time.perf_counter() - start
-            for index, detections in zip(indices, found, strict=True):
-                builder.add(index, detections)
-        if progress is not None:
-            progress(len(indices) + len(faults))
-    return Detected(builder.build(), tuple(unreadable), builder.not_finite, builder.beyond, spent)
-
-
-def _batches(
-    backend: Backend, dataset: Dataset, batch: int, threads: int | None
-) -> Iterator[tuple[list[int], list[NDArray[np.uint8]], list[tuple[int, int]], list[tuple[int, str]]]]:
-    """Yield (positions, stretched images, sizes, faults) of up to `batch` images."""
     from rtdetr_cli.infer.prefetch import prefetch
 
-    indices: list[int] = []
-    images: list[NDArray[np.uint8]] = []
-    sizes: list[tuple[int, int]] = []
-    faults: list[tuple[int, str]] = []
-    paths = [dataset.path(i) for i in range(len(dataset))]
-    for index, image, size_wh, error in prefetch(paths, backend.imgsz, threads=threads):
-        if image is None or size_wh is None:
-            faults.append((index, str(error)))
-        else:
-            indices.append(index)
-            images.append(image)
-            sizes.append(size_wh)
-        if len(indices) == batch or len(faults) == batch:
-            yield indices, images, sizes, faults
-            indices, images, sizes, faults = [], [], [], []
-    if indices or faults:
-        yield indices, images, sizes, faults
+    builder = TableBuilder(label_map)
+    unreadable: list[tuple[int, str]] = []
+    network_seconds = 0.0
+    images = prefetch([dataset.path(i) for i in range(len(dataset))], backend.imgsz, threads=threads)
+    while group := list(islice(images, batch)):
+        readable = [(i, image, size_wh) for i, image, size_wh, *_ in group if image is not None]
+        unreadable.extend((i, str(error)) for i, image, _, error, _ in group if image is None)
+        if readable:
+            start = time.perf_counter()
+            results = backend.run(
+                np.stack([image for _, image, _ in readable]), np.array([size_wh for *_, size_wh in readable], np.int64)
+            )
+            network_seconds += time.perf_counter() - start
+            for (index, *_), detections in zip(readable, results, strict=True):
+                builder.add(index, detections)
+        if progress is not None:
+            progress(len(group))
+    return SplitDetections(
+        builder.build(), tuple(unreadable), builder.not_finite, builder.unknown_labels, network_seconds
+    )
 
 
 def evaluate(
@@ -301,84 +263,85 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
     evaluator: str = "hotcoco",
 ) -> Evaluation:
-    """Run a model over a split and judge what it finds.
+    """Run a model over a split and evaluate its detections.
 
-    Images that cannot be read are left out, counted and named; classes are brought together by name.
+    Images that cannot be read are left out, counted and named; classes are mapped by name.
 
     Raises:
-        DataError: the split is empty, no image can be read, or the classes have nothing in common.
+        DataError: the split is empty, no image can be read, or no class has the same name.
     """
-    if not len(dataset):
-        coco_metrics(dataset, DetectionTable.empty(), evaluator=evaluator)  # says so
+    require_images(dataset)
     classes = map_classes(backend.header.names, dataset)
     start = time.perf_counter()
-    found = detect(backend, dataset, batch=batch, threads=threads, progress=progress, label_map=classes.labels)
-    took = time.perf_counter() - start
-    return conclude(dataset, found, classes, seconds=took, stored=backend.header.thresholds, evaluator=evaluator)
+    detections = detect(backend, dataset, batch=batch, threads=threads, progress=progress, label_map=classes.labels)
+    seconds = time.perf_counter() - start
+    return evaluate_detections(
+        dataset, detections, classes, seconds=seconds, thresholds=backend.header.thresholds, evaluator=evaluator
+    )
 
 
-def conclude(
+def evaluate_detections(
     dataset: Dataset,
-    found: Detected,
+    detections: SplitDetections,
     classes: ClassMap,
     *,
     seconds: float,
-    stored: Thresholds | None = None,
+    thresholds: Thresholds | None = None,
     evaluator: str = "hotcoco",
 ) -> Evaluation:
-    """Judge what was found in a whole split, by one process or joined from several.
+    """Evaluate a model's detections in a whole split, from one process or joined from several.
 
     Args:
         dataset: the split.
-        found: in all its images.
+        detections: in all its images.
         classes: of the model and the dataset.
         seconds: that detecting took.
-        stored: the model's thresholds.
+        thresholds: stored in the model.
         evaluator: `hotcoco` or `pycocotools`.
 
     Raises:
         DataError: no image could be read.
     """
     notes = list(classes.notes)
-    if found.not_finite:
-        notes.append(f"{found.not_finite} detections were NaN or infinite and left out: the model has diverged")
-    if found.beyond:
+    if detections.not_finite:
+        notes.append(f"{detections.not_finite} detections are NaN or infinite and ignored: the model has diverged")
+    if detections.unknown_labels:
         notes.append(
-            f"{found.beyond} detections have a label beyond the dataset's {len(dataset.categories)} classes and are "
-            "left out: was the model trained for another dataset?"
+            f"{detections.unknown_labels} detections have a label beyond the dataset's {len(dataset.categories)} "
+            "classes and are ignored: was the model trained for another dataset?"
         )
-    table, kept = found.table, dataset
-    if found.unreadable:
-        if len(found.unreadable) == len(dataset):
-            first = found.unreadable[0][1]
+    table, evaluated, unreadable = detections.table, dataset, detections.unreadable
+    if unreadable:
+        if len(unreadable) == len(dataset):
             raise DataError(
-                f"none of the {len(dataset)} images of {dataset.name} can be read; the first: {first}",
+                f"none of the {len(dataset)} images of {dataset.name} can be read; the first: {unreadable[0][1]}",
                 hint="check where the images are: --images DIR",
                 code="images-unreadable",
             )
-        bad = np.array([i for i, _ in found.unreadable])
-        readable = np.setdiff1d(np.arange(len(dataset)), bad)
-        kept, table = dataset.subset(readable), table.of_images(readable)
-        notes.append(f"{len(bad)} of {len(dataset)} images cannot be read and are left out of the evaluation")
-    return metrics_from(
-        kept,
+        readable = np.setdiff1d(np.arange(len(dataset)), [i for i, _ in unreadable])
+        evaluated, table = dataset.subset(readable), table.of_images(readable)
+        notes.append(f"{len(unreadable)} of {len(dataset)} images cannot be read and are left out")
+    return evaluate_table(
+        evaluated,
         table,
         evaluator,
-        thresholds=_stored(stored, classes.labels, len(dataset.categories)),
         notes=tuple(notes),
-        unreadable=tuple((dataset.file_names[i], reason) for i, reason in found.unreadable),
-        seconds={"network": found.network_seconds, "total": seconds},
+        thresholds=_in_dataset_order(thresholds, classes.labels, len(dataset.categories)),
+        unreadable=tuple((dataset.file_names[i], reason) for i, reason in unreadable),
+        seconds={"network": detections.network_seconds, "total": seconds},
     )
 
 
-def _stored(found: Thresholds | None, labels: NDArray[np.int64] | None, classes: int) -> Thresholds | None:
-    """Return a model's thresholds in the order of the dataset's classes."""
-    if found is None:
+def _in_dataset_order(
+    thresholds: Thresholds | None, labels: NDArray[np.int64] | None, classes: int
+) -> Thresholds | None:
+    """Return a model's thresholds in the order of the dataset's classes; None where their number does not fit."""
+    if thresholds is None:
         return None
     if labels is None:
-        return found if len(found.per_class) == classes else None
-    per_class = [found.overall] * classes
-    for own, label in enumerate(labels.tolist()):
+        return thresholds if len(thresholds.per_class) == classes else None
+    per_class = [thresholds.overall] * classes
+    for model_label, label in enumerate(labels.tolist()):
         if label >= 0:
-            per_class[label] = found.per_class[own]
-    return replace(found, per_class=tuple(per_class))
+            per_class[label] = thresholds.per_class[model_label]
+    return replace(thresholds, per_class=tuple(per_class))

@@ -1,4 +1,4 @@
-"""Which split of which dataset a model is judged on: the one named, or the one it was trained with."""
+"""Choose the dataset split to evaluate a model on: the one that was named, or the one that it was trained with."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.datasets.records import Dataset, Splits
 from rtdetr_cli.errors import DataError, UsageError
+from rtdetr_cli.runs import CONFIG
 from rtdetr_cli.weights.header import ModelHeader
 
 
 @dataclass(frozen=True, slots=True)
-class OwnData:
-    """The dataset that a run was trained with, as its settings name it."""
+class TrainingData:
+    """The dataset that a run was trained with, from its settings."""
 
     source: Path
     images: Path | None
@@ -23,48 +24,45 @@ class OwnData:
     seed: int
 
 
-def own_data(model: Path, header: ModelHeader | None = None) -> OwnData | None:
-    """Return the dataset of the run that a model file lies in (also in its `export/`), or that its header names.
+def training_data(model: Path, header: ModelHeader | None = None) -> TrainingData | None:
+    """Return the dataset of the run that holds a model file (also in its `export/`), or that the header names.
 
-    A relative path is looked for from here, and from the folders above the run.
+    A relative path is resolved from here, or from the folders above the run.
     """
     for folder in (model.parent, model.parent.parent):
-        settings = _settings(folder)
+        settings = _run_settings(folder)
         if settings.get("data"):
             images = settings.get("images")
-            return OwnData(
-                _found(Path(settings["data"]), folder),
-                _found(Path(images), folder) if images else None,
+            return TrainingData(
+                _resolve(Path(settings["data"]), folder),
+                _resolve(Path(images), folder) if images else None,
                 float(settings.get("val_fraction", 0.2)),
                 int(settings.get("seed", 0)),
             )
-    named = (header.dataset if header else {}).get("source")
-    return OwnData(Path(str(named)), None, 0.2, 0) if named else None
+    source = (header.dataset if header else {}).get("source")
+    return TrainingData(Path(str(source)), None, 0.2, 0) if source else None
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "config.toml"
-    if not path.is_file():
-        return {}
+def _run_settings(folder: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
 
-def _found(path: Path, run: Path) -> Path:
-    """Return a path of a run's settings: as it is, or seen from where the run was started, usually above `runs/`."""
+def _resolve(path: Path, run: Path) -> Path:
+    """Return a path of a run's settings as it is, or from the folder that the run was started in."""
     if path.is_absolute() or path.exists():
         return path
     return next((parent / path for parent in run.resolve().parents if (parent / path).exists()), path)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Chosen:
-    """A split to judge on, and what a reader should know about how it came to be."""
+class SelectedSplit:
+    """A split to evaluate on, the path of its dataset, and notes on how it was chosen."""
 
     dataset: Dataset
-    splits: Splits
+    source: Path
     notes: tuple[str, ...]
 
 
@@ -76,62 +74,66 @@ def choose_split(
     model: Path | None = None,
     header: ModelHeader | None = None,
     find_images: bool = True,
-) -> Chosen:
-    """Load the split that a model is to be judged on.
+) -> SelectedSplit:
+    """Load the split to evaluate a model on.
 
-    A dataset without a val split is judged whole, except the one that the model was trained with: there the part
-    that training held out is drawn again.
+    All of a dataset without a val split is used, except for the dataset that the model was trained with: there the
+    part that training held out is drawn again.
 
     Args:
-        source: the dataset, or None for the model's own.
+        source: the dataset, or None for the one that the model was trained with.
         split: `train`, `val` or `test`.
         images: folder of the images.
         model: path of the model file.
         header: the model's.
-        find_images: False when detections come from a file, and the images need not be there.
+        find_images: False when detections come from a file, and the images need not exist.
 
     Raises:
-        UsageError: no dataset is named and the model does not know its own.
-        DataError: the dataset cannot be read, or has no such split, or it is empty.
+        UsageError: no dataset is named and the model does not name one either.
+        DataError: the dataset cannot be read, or the split is missing or empty.
     """
-    own = own_data(model, header) if model is not None else None
+    trained = training_data(model, header) if model is not None else None
     notes: list[str] = []
     if source is None:
-        if own is None:
+        if trained is None:
             raise UsageError(
                 "no dataset is named, and the model does not say what it was trained on",
-                hint="--data DATA names a dataset",
+                hint="name a dataset with --data DATA",
                 code="data-missing",
             )
-        if not own.source.exists():
+        if not trained.source.exists():
             raise DataError(
-                f"the dataset that the model was trained with, {own.source}, is not there any more",
-                hint="--data DATA names another",
+                f"the dataset that the model was trained with, {trained.source}, no longer exists",
+                hint="name another dataset with --data DATA",
                 code="dataset-missing",
             )
-        source, images = own.source, images or own.images
-        notes.append(f"data {source} (the model's own)")
-    same_draw = own is not None and own.source.exists() and own.source.resolve() == source.resolve()
-    fraction, seed = (own.val_fraction, own.seed) if own is not None and same_draw else (0.2, 0)
-    splits = load_splits(source, images=images, val_fraction=fraction, seed=seed, find_images=find_images)
-    trained_on = str((header.dataset if header else {}).get("fingerprint", ""))
+        source, images = trained.source, images or trained.images
+        notes.append(f"data {source} (the dataset that the model was trained with)")
+    same_source = trained is not None and trained.source.exists() and trained.source.resolve() == source.resolve()
+    val_fraction, seed = (trained.val_fraction, trained.seed) if trained is not None and same_source else (0.2, 0)
+    splits = load_splits(source, images=images, val_fraction=val_fraction, seed=seed, find_images=find_images)
+    fingerprint = str((header.dataset if header else {}).get("fingerprint", ""))
     if splits.split_made:
-        if same_draw or (trained_on and trained_on == splits.fingerprint):
-            notes.append(f"{splits.name} has no val split: the part that training held out is taken")
+        if same_source or (fingerprint and fingerprint == splits.fingerprint):
+            notes.append(f"{splits.name} has no val split: using the part that was held out in training")
         else:
             splits = load_splits(source, images=images, split_single=False, find_images=find_images)
-    elif same_draw and trained_on and trained_on != splits.fingerprint:
+    elif same_source and fingerprint and fingerprint != splits.fingerprint:
         notes.append(f"{splits.name} has changed since the model was trained")
-    found: dict[str, Dataset | None] = {"train": splits.train, "val": splits.val, "test": splits.test}
-    if split not in found:
+    return SelectedSplit(_pick(splits, split), splits.source, tuple(notes))
+
+
+def _pick(splits: Splits, split: str) -> Dataset:
+    by_name = {"train": splits.train, "val": splits.val, "test": splits.test}
+    if split not in by_name:
         raise UsageError(f"there is no split {split!r}", hint="--split train, val or test", code="split")
-    dataset = found[split]
-    there = [f"{name} ({len(part)} images)" for name, part in found.items() if part is not None]
+    dataset = by_name[split]
     if dataset is None or not len(dataset):
-        state = "has no" if dataset is None else "has an empty"
+        state = "no" if dataset is None else "an empty"
+        existing = [f"{name} ({len(part)} images)" for name, part in by_name.items() if part is not None]
         raise DataError(
-            f"{splits.name} {state} {split} split; it has {', '.join(there) or 'nothing'}",
-            hint="--split names another; or rtdetr validate DATA --resplit 0.8,0.2 --to DIR",
+            f"{splits.name} has {state} {split} split; it has {', '.join(existing) or 'nothing'}",
+            hint="choose another with --split, or create one: rtdetr validate DATA --resplit 0.8,0.2 --to DIR",
             code="empty-split",
         )
-    return Chosen(dataset, splits, tuple(notes))
+    return dataset

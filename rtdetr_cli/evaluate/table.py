@@ -1,4 +1,4 @@
-"""Detections of a whole split as flat arrays: small, quick to join, free of images and raw outputs."""
+"""Detections of a whole split as flat arrays: small, quick to join, without images or raw outputs."""
 
 from __future__ import annotations
 
@@ -37,37 +37,33 @@ class DetectionTable:
 
     @classmethod
     def join(cls, parts: Sequence[DetectionTable]) -> DetectionTable:
-        """Return the rows of all parts, ordered by image and best first, whatever the order of the parts.
+        """Return the rows of all parts, by image and best first, independent of the order of the parts.
 
-        Sharded evaluation joins the ranks' tables; an image that two ranks saw must be in one part only.
+        Each image must be in one part only.
         """
         if not parts:
             return cls.empty()
-        image_index = np.concatenate([p.image_index for p in parts])
-        scores = np.concatenate([p.scores for p in parts])
-        order = np.lexsort((-scores, image_index))
-        return cls(
-            image_index[order],
-            np.concatenate([p.labels for p in parts])[order],
-            scores[order],
-            np.concatenate([p.boxes_xyxy_px for p in parts])[order],
+        joined = cls(
+            np.concatenate([p.image_index for p in parts]),
+            np.concatenate([p.labels for p in parts]),
+            np.concatenate([p.scores for p in parts]),
+            np.concatenate([p.boxes_xyxy_px for p in parts]),
         )
+        return joined.rows(np.lexsort((-joined.scores, joined.image_index)))
 
     def rows(self, keep: NDArray[np.bool_] | NDArray[np.int64]) -> DetectionTable:
-        """Return the rows chosen by a mask or by positions."""
+        """Return the rows selected by a mask or by positions."""
         return DetectionTable(self.image_index[keep], self.labels[keep], self.scores[keep], self.boxes_xyxy_px[keep])
 
-    def of_images(self, kept: NDArray[np.int64]) -> DetectionTable:
-        """Return the rows of the images `kept` (ascending), numbered by their position in it."""
-        position = np.searchsorted(kept, self.image_index)
-        inside = position < len(kept)
-        inside[inside] = kept[position[inside]] == self.image_index[inside]
-        chosen = self.rows(inside)
-        return DetectionTable(position[inside].astype(np.int64), chosen.labels, chosen.scores, chosen.boxes_xyxy_px)
+    def of_images(self, images: NDArray[np.int64]) -> DetectionTable:
+        """Return the rows of some images (ascending positions), renumbered by their position in `images`."""
+        selected = self.rows(np.isin(self.image_index, images))
+        index = np.searchsorted(images, selected.image_index).astype(np.int64)
+        return DetectionTable(index, selected.labels, selected.scores, selected.boxes_xyxy_px)
 
 
 class TableBuilder:
-    """Collect the detections of images as they come.
+    """Collect the detections of images one by one.
 
     Args:
         label_map: (model classes,) the dataset's label for each of the model's, -1 for none; None keeps them.
@@ -77,24 +73,22 @@ class TableBuilder:
         self._label_map = label_map
         self._parts: list[DetectionTable] = []
         self.not_finite = 0  # rows dropped because a score or box was NaN or infinite
-        self.beyond = 0  # rows dropped because the label map does not reach their label
+        self.unknown_labels = 0  # rows dropped because the label map has no entry for their label
 
-    def add(self, image_index: int, found: Detections) -> None:
-        """Add one image's detections: copies of a few kilobytes, so that batches can be freed."""
-        labels = np.asarray(found.labels, np.int64)
-        boxes = np.asarray(found.boxes_xyxy_px, np.float64).reshape(-1, 4)
-        scores = np.asarray(found.scores, np.float64)
+    def add(self, image_index: int, detections: Detections) -> None:
+        """Add one image's detections as small copies, so that the arrays of a batch can be freed."""
+        labels = np.asarray(detections.labels, np.int64)
+        boxes = np.asarray(detections.boxes_xyxy_px, np.float64).reshape(-1, 4)
+        scores = np.asarray(detections.scores, np.float64)
         finite = np.isfinite(scores) & np.isfinite(boxes).all(axis=1)
-        self.not_finite += int(len(finite) - np.count_nonzero(finite))
+        self.not_finite += int(np.count_nonzero(~finite))
         if self._label_map is not None:
             known = (labels >= 0) & (labels < len(self._label_map))
-            self.beyond += int(len(known) - np.count_nonzero(known))
+            self.unknown_labels += int(np.count_nonzero(~known))
             labels = np.where(known, self._label_map[np.where(known, labels, 0)], -1)
         keep = finite & (labels >= 0)
-        rows = int(np.count_nonzero(keep))
-        self._parts.append(
-            DetectionTable(np.full(rows, image_index, np.int64), labels[keep], scores[keep], boxes[keep])
-        )
+        index = np.full(np.count_nonzero(keep), image_index, np.int64)
+        self._parts.append(DetectionTable(index, labels[keep], scores[keep], boxes[keep]))
 
     def build(self) -> DetectionTable:
         """Return everything added, by image and best first."""

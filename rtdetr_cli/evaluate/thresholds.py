@@ -1,55 +1,27 @@
-"""Precision and recall at every score, and the score threshold that serves a purpose best."""
+"""Precision and recall at every score, and the score threshold that meets a target best."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import UsageError
-from rtdetr_cli.evaluate.matching import FALSE, TRUE, MatchTable
+from rtdetr_cli.evaluate.matching import FALSE_POSITIVE, TRUE_POSITIVE, Matches
 from rtdetr_cli.evaluate.table import DetectionTable
 from rtdetr_cli.weights.header import Thresholds
 
-LEAST_F1, LEAST_RECALL = 0.1, 0.01  # of a class whose best threshold is worth using
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ScoreCurve:
-    """Precision and recall when everything from a score upwards is kept; one row for each distinct score.
-
-    Attributes:
-        scores: (S,) descending.
-        precision, recall: (S,).
-        boxes: counted boxes; recall is 0 throughout when there are none.
-        lower: (S,) the next score down, 0 after the last: a threshold in between keeps just these rows.
-    """
-
-    scores: NDArray[np.float64]
-    precision: NDArray[np.float64]
-    recall: NDArray[np.float64]
-    boxes: int
-    lower: NDArray[np.float64]
-
-    @property
-    def f1(self) -> NDArray[np.float64]:
-        """F1 at each score."""
-        total = self.precision + self.recall
-        return np.divide(2 * self.precision * self.recall, total, out=np.zeros_like(total), where=total > 0)
-
-    def threshold(self, row: int) -> float:
-        """Return a threshold that keeps the rows up to this one, half-way to the next score.
-
-        Another backend's scores differ in the sixth digit: a threshold at the score itself would lose the row.
-        """
-        return float((self.scores[row] + self.lower[row]) / 2)
+USEFUL_F1, USEFUL_RECALL = 0.1, 0.01  # a class whose best threshold gives less is named in a warning
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """What one threshold gives. Precision is None when nothing was kept, recall and F1 when there is no box."""
+class OperatingPoint:
+    """Precision, recall and F1 at one threshold, with the counts behind them.
+
+    Precision is None when there are no detections, recall and F1 are None when there are no boxes.
+    """
 
     threshold: float | None
     precision: float | None
@@ -59,21 +31,87 @@ class Point:
     false_positives: int
     boxes: int
 
+    @classmethod
+    def from_counts(cls, threshold: float | None, true: int, false: int, boxes: int) -> OperatingPoint:
+        """Return the point of so many true and false positives among so many boxes."""
+        return cls(
+            threshold,
+            true / (true + false) if true + false else None,
+            true / boxes if boxes else None,
+            2 * true / (true + false + boxes) if boxes else None,
+            true,
+            false,
+            boxes,
+        )
+
+    def rates(self) -> dict[str, float | None]:
+        """Return the figures by name, without the counts."""
+        return {"precision": self.precision, "recall": self.recall, "f1": self.f1, "threshold": self.threshold}
+
     def to_json(self) -> dict[str, float | int | None]:
-        """Return the figures by name."""
-        return {
-            "threshold": self.threshold,
-            "precision": self.precision,
-            "recall": self.recall,
-            "f1": self.f1,
-            "true_positives": self.true_positives,
-            "false_positives": self.false_positives,
-            "boxes": self.boxes,
-        }
+        """Return all figures by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoreCurve:
+    """Counts when all detections from a score upwards are kept; one row for each distinct score.
+
+    Attributes:
+        scores: (S,) descending.
+        true_positives, false_positives: (S,).
+        boxes: counted boxes.
+    """
+
+    scores: NDArray[np.float64]
+    true_positives: NDArray[np.int64]
+    false_positives: NDArray[np.int64]
+    boxes: int
+
+    @classmethod
+    def from_outcomes(cls, scores: NDArray[np.float64], correct: NDArray[np.bool_], boxes: int) -> ScoreCurve:
+        """Return the curve of descending scores and whether each detection is correct."""
+        # No threshold can separate detections that share a score.
+        last_of_score = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)) if len(scores) else np.zeros(0, int)
+        true = np.cumsum(correct)[last_of_score]
+        return cls(scores[last_of_score], true, last_of_score + 1 - true, boxes)
+
+    @property
+    def precision(self) -> NDArray[np.float64]:
+        """Precision at each score."""
+        return self.true_positives / (self.true_positives + self.false_positives)
+
+    @property
+    def recall(self) -> NDArray[np.float64]:
+        """Recall at each score; 0 throughout when there are no boxes."""
+        return self.true_positives / max(self.boxes, 1)
+
+    @property
+    def f1(self) -> NDArray[np.float64]:
+        """F1 at each score."""
+        precision, recall = self.precision, self.recall
+        total = precision + recall
+        return np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0)
+
+    def threshold(self, row: int) -> float:
+        """Return a threshold that keeps the rows up to this one: half-way to the next score.
+
+        Scores of another backend differ in the sixth digit: a threshold at the score itself would lose the row.
+        """
+        following = self.scores[row + 1] if row + 1 < len(self.scores) else 0.0
+        return float((self.scores[row] + following) / 2)
+
+    def best_point(self) -> OperatingPoint:
+        """Return the point of the highest F1, the one with the highest threshold among equals."""
+        if not self.boxes or not self.true_positives.any():
+            return OperatingPoint.from_counts(None, 0, 0, self.boxes)
+        row = int(np.argmax(self.f1))
+        true, false = int(self.true_positives[row]), int(self.false_positives[row])
+        return OperatingPoint.from_counts(self.threshold(row), true, false, self.boxes)
 
 
 def score_curve(
-    dataset: Dataset, table: DetectionTable, matches: MatchTable, label: int | None, *, size: int = 0
+    dataset: Dataset, table: DetectionTable, matches: Matches, label: int | None, *, size: int = 0
 ) -> ScoreCurve:
     """Return the curve of one class, or of all classes together (None), among boxes of one of `coco.SIZES`."""
     if label is None:
@@ -82,85 +120,31 @@ def score_curve(
     else:
         rows = matches.rows_of(label)
         boxes = int(np.count_nonzero(matches.counted[size] & (dataset.labels == label)))
-    fate = matches.fate[size, rows]
-    rows, fate = rows[fate >= 0], fate[fate >= 0]
-    return _curve(table.scores[rows], fate == TRUE, boxes)
-
-
-def _curve(scores: NDArray[np.float64], hits: NDArray[np.bool_], boxes: int) -> ScoreCurve:
-    """Turn descending scores and their fates into a curve over distinct scores."""
-    found = np.cumsum(hits)
-    last = np.ones(len(scores), bool)  # of the rows that share a score: a threshold cannot part them
-    last[:-1] = scores[:-1] != scores[1:]
-    at = np.flatnonzero(last)
-    kept = scores[at]
-    return ScoreCurve(
-        scores=kept,
-        precision=found[at] / (at + 1),
-        recall=found[at] / max(boxes, 1),
-        boxes=boxes,
-        lower=np.append(kept[1:], 0.0),
-    )
-
-
-def best_point(curve: ScoreCurve) -> Point:
-    """Return the point of the highest F1; of equals the one with the highest threshold."""
-    if not curve.boxes:
-        return Point(None, None, None, None, 0, 0, 0)
-    f1 = curve.f1
-    if not len(f1) or f1.max() <= 0:
-        return Point(None, None, 0.0, 0.0, 0, 0, curve.boxes)
-    return _point(curve, int(np.argmax(f1)))
-
-
-def _point(curve: ScoreCurve, row: int) -> Point:
-    hits = round(float(curve.recall[row]) * curve.boxes)
-    kept = round(hits / float(curve.precision[row])) if hits else 0
-    return Point(
-        curve.threshold(row),
-        float(curve.precision[row]),
-        float(curve.recall[row]),
-        float(curve.f1[row]),
-        hits,
-        kept - hits,
-        curve.boxes,
-    )
+    rows = rows[matches.outcomes[size, rows] >= 0]
+    return ScoreCurve.from_outcomes(table.scores[rows], matches.outcomes[size, rows] == TRUE_POSITIVE, boxes)
 
 
 def points_at(
-    dataset: Dataset, table: DetectionTable, matches: MatchTable, thresholds: NDArray[np.float64]
-) -> tuple[Point, list[Point]]:
-    """Return what given thresholds give: over all classes together, and for each.
+    dataset: Dataset, table: DetectionTable, matches: Matches, thresholds: NDArray[np.float64]
+) -> tuple[OperatingPoint, list[OperatingPoint]]:
+    """Return the points at given thresholds: over all classes together, and of each class.
 
     Args:
         dataset: K classes.
         table: D detections.
-        matches: their fates.
+        matches: their outcomes.
         thresholds: (K,) one for each class.
     """
     classes = len(dataset.categories)
     kept = table.scores >= thresholds[table.labels] if len(table) else np.zeros(0, bool)
-    fate = matches.fate[0]
-    hits = np.bincount(table.labels[kept & (fate == TRUE)], minlength=classes)
-    wrong = np.bincount(table.labels[kept & (fate == FALSE)], minlength=classes)
+    outcomes = matches.outcomes[0]
+    true = np.bincount(table.labels[kept & (outcomes == TRUE_POSITIVE)], minlength=classes)
+    false = np.bincount(table.labels[kept & (outcomes == FALSE_POSITIVE)], minlength=classes)
     boxes = np.bincount(dataset.labels[matches.counted[0]], minlength=classes)
     shared = float(thresholds[0]) if len(set(thresholds.tolist())) == 1 else None
-    overall = _counted(shared, int(hits.sum()), int(wrong.sum()), int(boxes.sum()))
-    return overall, [
-        _counted(float(t), int(h), int(w), int(b)) for t, h, w, b in zip(thresholds, hits, wrong, boxes, strict=True)
-    ]
-
-
-def _counted(threshold: float | None, hits: int, wrong: int, boxes: int) -> Point:
-    return Point(
-        threshold,
-        hits / (hits + wrong) if hits + wrong else None,
-        hits / boxes if boxes else None,
-        2 * hits / (hits + wrong + boxes) if boxes else None,
-        hits,
-        wrong,
-        boxes,
-    )
+    overall = OperatingPoint.from_counts(shared, int(true.sum()), int(false.sum()), int(boxes.sum()))
+    columns = zip(thresholds.tolist(), true.tolist(), false.tolist(), boxes.tolist(), strict=True)
+    return overall, [OperatingPoint.from_counts(*values) for values in columns]
 
 
 # ---------------------------------------------------------------------------------------------- calibration
@@ -168,7 +152,7 @@ def _counted(threshold: float | None, hits: int, wrong: int, boxes: int) -> Poin
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Thresholds found on a split, and what could not be had (`notes`)."""
+    """Thresholds calibrated on a split, and where the target was not met (`notes`)."""
 
     thresholds: Thresholds
     notes: tuple[str, ...]
@@ -185,76 +169,71 @@ def parse_target(text: str) -> tuple[str, float]:
         return "f1", 0.0
     if kind == "precision" and equals:
         try:
-            wanted = float(value)
+            target = float(value)
         except ValueError:
-            wanted = -1.0
-        if 0 < wanted <= 1:
-            return "precision", wanted
+            target = -1.0
+        if 0 < target <= 1:
+            return "precision", target
     raise UsageError(
         f"--calibrate {text} is not a target", hint="--calibrate f1, or --calibrate precision=0.9", code="target"
     )
 
 
-def calibrate(dataset: Dataset, table: DetectionTable, matches: MatchTable, target: str) -> Calibration:
-    """Find the score threshold for each class and for all together.
+def calibrate(dataset: Dataset, table: DetectionTable, matches: Matches, target: str) -> Calibration:
+    """Find the score threshold for each class and for all classes together.
 
-    `f1` takes the highest F1. `precision=P` takes the lowest threshold that still has precision P, thus the most
-    recall; where P is never reached, the threshold of the highest precision. A class without boxes in the split
-    gets the overall threshold. Classes that no threshold of `f1` serves are named in one note.
+    `f1` takes the highest F1. `precision=P` takes the lowest threshold that still has precision P, and so the most
+    recall; where P is never reached, the threshold of the highest precision. A class that is not in the split, or
+    never detected, gets the overall threshold. Classes that `f1` cannot serve are named in one note.
 
     Raises:
         UsageError: there is no such target.
     """
-    kind, wanted = parse_target(target)
+    kind, precision = parse_target(target)
     notes: list[str] = []
-    overall = _chosen(score_curve(dataset, table, matches, None), kind, wanted)
+
+    def threshold_of(curve: ScoreCurve, name: str) -> float | None:
+        threshold, reached = _threshold_for(curve, kind, precision)
+        if threshold is not None and reached < precision:
+            notes.append(
+                f"{name}: precision {precision:g} is never reached; the highest is {reached:.3f}, at {threshold:.3f}"
+            )
+        return threshold
+
+    overall = threshold_of(score_curve(dataset, table, matches, None), "all classes together")
     if overall is None:
-        overall = (0.5, None)
-        notes.append("nothing in the split was found at any score; the threshold stays 0.5")
-    elif overall[1] is not None:
-        notes.append(_short("all classes together", overall, wanted))
-    found: list[float] = []
-    hopeless: list[str] = []
+        overall = 0.5
+        notes.append("no object of the split was detected at any score; the threshold stays 0.5")
+    per_class: list[float] = []
+    weak: list[str] = []
     for label, name in enumerate(dataset.names):
         curve = score_curve(dataset, table, matches, label)
-        chosen = _chosen(curve, kind, wanted)
-        if chosen is None:
-            found.append(overall[0])
-            why = "is never found" if curve.boxes else "has no boxes"
-            notes.append(f"{name} {why} in the split: it takes the overall threshold")
-            continue
-        found.append(chosen[0])
-        if chosen[1] is not None:
-            notes.append(_short(name, chosen, wanted))
-        if kind == "f1" and _keeps_little(best_point(curve)):
-            hopeless.append(name)
-    if hopeless:
+        threshold = threshold_of(curve, name)
+        if threshold is None:
+            reason = "is never detected" if curve.boxes else "has no boxes"
+            notes.append(f"{name} {reason} in the split: it gets the overall threshold")
+        elif kind == "f1":
+            best = curve.best_point()
+            if (best.f1 or 0) < USEFUL_F1 or (best.recall or 0) < USEFUL_RECALL:
+                weak.append(name)
+        per_class.append(overall if threshold is None else threshold)
+    if weak:
         notes.append(
-            f"{', '.join(hopeless)}: even the best threshold has an F1 below {LEAST_F1:g} or finds fewer than "
-            f"{LEAST_RECALL:.0%} of the objects, so predictions at it are of little use: train longer, then calibrate "
+            f"{', '.join(weak)}: even the best threshold gives an F1 below {USEFUL_F1:g} or detects fewer than "
+            f"{USEFUL_RECALL:.0%} of the objects, so its predictions are of little use: train longer, then calibrate "
             "again"
         )
-    return Calibration(Thresholds(target.strip().lower(), overall[0], tuple(found)), tuple(notes))
+    return Calibration(Thresholds(target.strip().lower(), overall, tuple(per_class)), tuple(notes))
 
 
-def _chosen(curve: ScoreCurve, kind: str, wanted: float) -> tuple[float, float | None] | None:
-    """Return (threshold, the best precision when the wanted one is out of reach), or None when nothing is found."""
-    if not curve.boxes or not len(curve.scores) or curve.recall.max() <= 0:
-        return None
+def _threshold_for(curve: ScoreCurve, kind: str, precision: float) -> tuple[float | None, float]:
+    """Return the threshold and the precision there, which may be below the target; None when nothing is detected."""
+    if not curve.boxes or not curve.true_positives.any():
+        return None, 0.0
     if kind == "f1":
-        return curve.threshold(int(np.argmax(curve.f1))), None
-    enough = np.flatnonzero((curve.precision >= wanted) & (curve.recall > 0))
-    if len(enough):
-        return curve.threshold(int(enough[-1])), None
-    best = curve.precision.max()
-    row = int(np.flatnonzero(curve.precision == best)[-1])
-    return curve.threshold(row), float(best)
-
-
-def _keeps_little(point: Point) -> bool:
-    """Tell whether a class's best point is so weak that its threshold misleads."""
-    return (point.f1 or 0.0) < LEAST_F1 or (point.recall or 0.0) < LEAST_RECALL
-
-
-def _short(what: str, chosen: tuple[float, float | None], wanted: float) -> str:
-    return f"{what}: precision {wanted:g} is never reached; at {chosen[0]:.3f} it is highest, {chosen[1]:.3f}"
+        row = int(np.argmax(curve.f1))
+    else:
+        enough = np.flatnonzero((curve.precision >= precision) & (curve.true_positives > 0))
+        rows = enough if len(enough) else np.flatnonzero(curve.precision == curve.precision.max())
+        row = int(rows[-1])
+    return curve.threshold(row), float(curve.precision[row])

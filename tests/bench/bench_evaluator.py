@@ -20,8 +20,8 @@ import numpy as np
 from rtdetr_cli.datasets.records import Category, Dataset, FlatStrings
 from rtdetr_cli.evaluate.bootstrap import resample
 from rtdetr_cli.evaluate.coco import coco_metrics
-from rtdetr_cli.evaluate.errors_analysis import analyse
-from rtdetr_cli.evaluate.run import metrics_from
+from rtdetr_cli.evaluate.error_analysis import analyze_errors
+from rtdetr_cli.evaluate.run import evaluate_table
 from rtdetr_cli.evaluate.table import DetectionTable
 
 WANTED = 50.0
@@ -95,8 +95,8 @@ def main() -> None:
     print(f"pycocotools  {slow:7.2f} s (one run)")
     print(f"ratio        {ratio:7.1f}, wanted {WANTED:.0f}")
 
-    whole, evaluation = seconds(lambda: (e := metrics_from(dataset, table), e.per_class, e.by_size, e.best)[0], 3)
-    errors, _ = seconds(lambda: (a := analyse(evaluation)).to_json() and a.gains, 1)
+    whole, evaluation = seconds(lambda: (e := evaluate_table(dataset, table), e.per_class, e.by_size, e.best)[0], 3)
+    errors, _ = seconds(lambda: (a := analyze_errors(evaluation)).to_json() and a.gains, 1)
     interval, _ = seconds(lambda: resample(dataset, table, resamples=1000), 1)
     print(f"with precision, recall and F1 by class and size  {whole:6.2f} s")
     print(f"error analysis                                   {errors:6.2f} s")

@@ -22,7 +22,7 @@ def worse(eval_pair: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_small_loss_in_every_image_is_told(rtdetr: Callable[..., Any], eval_pair: Path, worse: Path) -> None:
+def test_a_small_loss_in_every_image_is_significant(rtdetr: Callable[..., Any], eval_pair: Path, worse: Path) -> None:
     given = ("compare", eval_pair / "detections.json", worse, "--data", eval_pair / "ground_truth.json")
     document = rtdetr(*given, "--json").json
     assert document["verdict"] == "a"
@@ -31,7 +31,7 @@ def test_a_small_loss_in_every_image_is_told(rtdetr: Callable[..., Any], eval_pa
     assert document["difference"]["value"] == pytest.approx(
         document["b"]["metrics"]["AP"] - document["a"]["metrics"]["AP"]
     )
-    # pairing is the point: the two intervals on their own overlap
+    # pairing decides: the separate intervals overlap
     assert document["a"]["interval"]["lower"] < document["b"]["interval"]["upper"]
     person = document["per_class"][0]
     assert person["difference"] == pytest.approx(person["b"] - person["a"])
@@ -40,15 +40,15 @@ def test_a_small_loss_in_every_image_is_told(rtdetr: Callable[..., Any], eval_pa
     assert document["sentence"].startswith("A is better than B by 0.0")
 
 
-def test_nothing_to_choose(rtdetr: Callable[..., Any], eval_pair: Path, tmp_path: Path) -> None:
+def test_equal_models(rtdetr: Callable[..., Any], eval_pair: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.json"
     copy.write_bytes((eval_pair / "detections.json").read_bytes())
     ran = rtdetr("compare", copy, eval_pair / "detections.json", "--data", eval_pair / "ground_truth.json", "--ci", 100)
     assert ran.code == 0
-    assert "nothing to choose" in ran.out
+    assert "A and B have the same AP on every resample" in ran.out
 
 
-def test_what_cannot_be_compared(rtdetr: Callable[..., Any], eval_pair: Path, tmp_path: Path) -> None:
+def test_invalid_comparisons(rtdetr: Callable[..., Any], eval_pair: Path, tmp_path: Path) -> None:
     ran = rtdetr("compare", eval_pair / "detections.json", eval_pair / "detections.json")
     assert ran.code == 2
     assert "--data DATA" in ran.err

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rtdetr_cli.evaluate.stored import stale_exports
 from safetensors.torch import load_file
 
+from rtdetr_cli.evaluate.stored_thresholds import stale_exports
 from rtdetr_cli.weights.header import ModelHeader, Thresholds, read_header, rewrite_header
 from rtdetr_cli.weights.load import tensors_identity
 
@@ -43,7 +43,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_folder(shapes: Path) -> Path:
-    """A run as training leaves it, but for the training: random weights."""
+    """A run folder with random weights, as training would leave it."""
     import torch
 
     from rtdetr_cli.checks.load import load_splits
@@ -83,12 +83,12 @@ def onnx_file(run_folder: Path) -> Path:
     return export_model(model, header, run_folder / "export", ExportOptions(), stem="best")[0].path
 
 
-# ------------------------------------------------------------------------------------------ detections of a file
+# ----------------------------------------------------------------------------------------- detections from a file
 
 
 @pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
-def test_the_public_pair_from_its_files(rtdetr: Callable[..., Any], eval_pair: Path, evaluator: str) -> None:
-    """The images are not there, and need not be."""
+def test_predictions_give_the_published_metrics(rtdetr: Callable[..., Any], eval_pair: Path, evaluator: str) -> None:
+    """The images do not exist, and need not."""
     ran = rtdetr(
         "eval",
         *("--data", eval_pair / "ground_truth.json"),
@@ -104,7 +104,7 @@ def test_the_public_pair_from_its_files(rtdetr: Callable[..., Any], eval_pair: P
     assert (ran.json["errors"].get("confusion") is None) == (evaluator == "pycocotools")
 
 
-def test_the_interval_for_people_and_programs(rtdetr: Callable[..., Any], eval_pair: Path) -> None:
+def test_the_interval_as_text_and_json(rtdetr: Callable[..., Any], eval_pair: Path) -> None:
     given = ("--data", eval_pair / "ground_truth.json", "--predictions", eval_pair / "detections.json", "--ci", 200)
     document = rtdetr("eval", *given, "--json").json
     interval = document["interval"]
@@ -116,22 +116,22 @@ def test_the_interval_for_people_and_programs(rtdetr: Callable[..., Any], eval_p
     assert "interval" not in rows["umbrella"]  # a single box
 
 
-def test_the_text_reads_well(rtdetr: Callable[..., Any], eval_pair: Path) -> None:
+def test_the_text_output(rtdetr: Callable[..., Any], eval_pair: Path) -> None:
     given = ("--data", eval_pair / "ground_truth.json", "--predictions", eval_pair / "detections.json")
     ran = rtdetr("eval", *given)
     assert "\n\n\n" not in ran.out
     lines = ran.out.splitlines()
-    (best,) = [i for i, line in enumerate(lines) if line.startswith("one score for all classes")]
+    (best,) = [i for i, line in enumerate(lines) if line.startswith("best F1 with one threshold for all classes")]
     assert lines[best + 1 : best + 3] == ["", "Errors"]
     assert "errors are counted at score 0." in ran.out
-    assert "classes with an AP50 below 0.5 cast no doubt on annotations (" in ran.out
+    assert "annotations of classes with an AP50 below 0.5 are not questioned (" in ran.out
     document = rtdetr("eval", *given, "--json").json["errors"]
     assert document["suspects_note"] in ran.out
     weak = {row["name"] for row in rtdetr("eval", *given, "--json").json["per_class"] if (row["AP50"] or 1) < 0.5}
     assert weak <= set(document["suspects_left_out"])
 
 
-def test_results_that_do_not_belong(rtdetr: Callable[..., Any], eval_pair: Path, tmp_path: Path) -> None:
+def test_results_of_another_dataset(rtdetr: Callable[..., Any], eval_pair: Path, tmp_path: Path) -> None:
     rows = json.loads((eval_pair / "detections.json").read_text())
     rows[3]["image_id"] = 10**9
     rows[5]["category_id"] = 999
@@ -154,7 +154,7 @@ def test_fail_under(rtdetr: Callable[..., Any], eval_pair: Path, least: str, cod
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--predictions", "r.json"], "needs the dataset"),
         (["m.onnx", "--predictions", "r.json", "--data", "d"], "MODEL cannot be used"),
@@ -164,33 +164,33 @@ def test_fail_under(rtdetr: Callable[..., Any], eval_pair: Path, least: str, cod
         (["m.onnx", "--imgsz", "100"], "not a multiple of 32"),
         (["m.onnx", "--batch", "many"], "not a number of images"),
         (["m.onnx", "--calibrate", "recall"], "not a target"),
-        (["m.safetensors", "--calibrate", "f1", "--split", "train"], "--calibrate on the train split"),
+        (["m.safetensors", "--calibrate", "f1", "--split", "train"], "--calibrate cannot use the train split"),
     ],
 )
-def test_words_that_cannot_be_meant(rtdetr: Callable[..., Any], words: list[str], said: str) -> None:
+def test_invalid_options(rtdetr: Callable[..., Any], words: list[str], message: str) -> None:
     ran = rtdetr("eval", *words)
     assert ran.code == 2
-    assert said in ran.err
+    assert message in ran.err
 
 
 # ------------------------------------------------------------------------------------------------------ a model
 
 
-def test_a_run_is_judged_on_its_own_dataset(rtdetr: Callable[..., Any], run_folder: Path, tmp_path: Path) -> None:
+def test_a_run_is_evaluated_on_its_own_dataset(rtdetr: Callable[..., Any], run_folder: Path, tmp_path: Path) -> None:
     ran = rtdetr("eval", run_folder, "--save-json", tmp_path / "deep" / "results.json", "--json")
     assert ran.code == 0, ran.err
     document = ran.json
     assert document["dataset"] == {"name": "shapes", "split": "val"}
     assert document["pictures"] == 10
     assert document["model"]["kind"] == "torch"
-    # what was saved gives the same numbers again
+    # the saved results give the same metrics
     again = rtdetr(
         "eval", "--data", run_folder.parent.parent / "shapes", "--predictions", tmp_path / "deep/results.json", "--json"
     )
     assert again.json["metrics"] == pytest.approx(document["metrics"], abs=1e-4)
 
 
-def test_the_dial_and_the_split(rtdetr: Callable[..., Any], run_folder: Path) -> None:
+def test_layers_queries_size_and_split(rtdetr: Callable[..., Any], run_folder: Path) -> None:
     ran = rtdetr(
         "eval",
         run_folder,
@@ -214,7 +214,7 @@ def test_the_dial_and_the_split(rtdetr: Callable[..., Any], run_folder: Path) ->
     assert rtdetr("eval", run_folder, "--layers", 9).code == 2
 
 
-def test_calibration_is_stored_and_older_exports_are_named(
+def test_calibration_is_stored_and_older_exports_are_listed(
     rtdetr: Callable[..., Any], run_folder: Path, onnx_file: Path
 ) -> None:
     best = run_folder / "best.safetensors"
@@ -233,7 +233,7 @@ def test_calibration_is_stored_and_older_exports_are_named(
         assert (header.identity, tensors_identity(load_file(best))) == (before.identity, tensors)
         assert calibration["stale_exports"] == [str(onnx_file)]
         assert f"{onnx_file} was exported before" in ran.err
-        # the stored thresholds are what the next evaluation reports
+        # the next evaluation reports the stored thresholds
         later = rtdetr("eval", run_folder, "--json").json["at_thresholds"]
         assert later["target"] == "f1"
         assert later["overall"] == calibration["at_thresholds"]
@@ -241,7 +241,7 @@ def test_calibration_is_stored_and_older_exports_are_named(
         rewrite_header(best, before)
 
 
-def test_thresholds_of_another_dial_are_not_taken_silently(
+def test_thresholds_calibrated_with_other_layers_give_a_warning(
     rtdetr: Callable[..., Any], run_folder: Path, shapes: Path
 ) -> None:
     best = run_folder / "best.safetensors"
@@ -252,20 +252,20 @@ def test_thresholds_of_another_dial_are_not_taken_silently(
         assert stored is not None
         assert (stored.imgsz, stored.layers, stored.queries) == ((96, 96), 1, 50)
         same = ("--layers", 1, "--queries", 50)
-        said = "warning: the stored thresholds were calibrated at 1 layer, 50 queries and are used at 3 layers, 100 "
+        warning = "warning: the stored thresholds were calibrated at 1 layer, 50 queries and are used at 3 layers, 100 "
         image = next((shapes).rglob("*.jpg"))
         for command in (("eval", run_folder), ("predict", image, "--weights", run_folder, "--no-save")):
-            assert said in rtdetr(*command).err
+            assert warning in rtdetr(*command).err
             assert "were calibrated" not in rtdetr(*command, *same).err
         assert f"rtdetr eval {best} --layers 3 --queries 100 --calibrate f1" in rtdetr(*command).err
     finally:
         rewrite_header(best, before)
 
 
-def test_exports_of_the_original_in_a_second_stages_run_are_looked_at(
+def test_exports_of_the_original_in_a_finetune_discrete_run_are_searched(
     rtdetr: Callable[..., Any], run_folder: Path, onnx_file: Path, tmp_path: Path
 ) -> None:
-    """They are of the model that the stage began with; the second stage's own model has nothing to do with them."""
+    """They belong to the model that finetune-discrete started from, not to its result."""
     runs = tmp_path / "runs"
     shutil.copytree(run_folder, runs / "first")
     (runs / "second" / "export-original").mkdir(parents=True)
@@ -277,8 +277,8 @@ def test_exports_of_the_original_in_a_second_stages_run_are_looked_at(
     assert calibration["stale_exports"] == [str(runs / "first/export/best.onnx"), str(original)]
     folders = [str(runs / "first/export"), str(original.parent)]
     assert calibration["export_folders"] == folders
-    assert f"exports made before were looked for in {', '.join(folders)}" in ran.err
-    # another model's run: what lies beside it is not made of it
+    assert f"searched for older exports in {', '.join(folders)}" in ran.err
+    # the result of finetune-discrete has no export here
     second = runs / "second" / "best.safetensors"
     shutil.copy(run_folder / "best.safetensors", second)
     header = replace(read_header(second), thresholds=Thresholds("f1", 0.5, (0.5,) * 5))
@@ -286,7 +286,7 @@ def test_exports_of_the_original_in_a_second_stages_run_are_looked_at(
     assert stale_exports(second, replace(header, identity="another")) == []
 
 
-def test_the_table_of_thresholds_sets_no_figure_beside_another_thresholds(
+def test_the_table_of_thresholds_separates_per_class_and_single_thresholds(
     rtdetr: Callable[..., Any], run_folder: Path
 ) -> None:
     best = run_folder / "best.safetensors"
@@ -294,23 +294,23 @@ def test_the_table_of_thresholds_sets_no_figure_beside_another_thresholds(
     try:
         rewrite_header(best, replace(before, thresholds=Thresholds("f1", 0.001, (0.9,) * 5)))
         lines = [line.split() for line in rtdetr("eval", run_folder).out.splitlines()]
-        (own,) = [line for line in lines if line[:5] == ["all,", "each", "at", "its", "own"]]
-        (one,) = [line for line in lines if line[:3] == ["all,", "at", "0.001"]]
-        assert own[5] == "-"
-        assert one[3] == "0.001"
-        assert len(own[5:]) == len(one[3:]) == 4
-        assert own[6:] != one[4:]
+        (per_class,) = [line for line in lines if line[:6] == ["all", "classes,", "each", "at", "its", "own"]]
+        (single,) = [line for line in lines if line[:5] == ["all", "classes", "at", "one", "threshold"]]
+        assert per_class[6] == "-"
+        assert single[5] == "0.001"
+        assert len(per_class[6:]) == len(single[5:]) == 4
+        assert per_class[7:] != single[6:]
     finally:
         rewrite_header(best, before)
 
 
-def test_only_weights_of_ours_take_thresholds(rtdetr: Callable[..., Any], onnx_file: Path) -> None:
+def test_only_safetensors_models_store_thresholds(rtdetr: Callable[..., Any], onnx_file: Path) -> None:
     ran = rtdetr("eval", onnx_file, "--calibrate", "f1")
     assert ran.code == 2
     assert "stores thresholds in a .safetensors model" in ran.err
 
 
-def test_an_onnx_file_is_judged_without_torch(onnx_file: Path) -> None:
+def test_an_onnx_file_is_evaluated_without_torch(onnx_file: Path) -> None:
     program = (
         "import sys; from rtdetr_cli.cli.app import run; "
         f"code = run(['eval', {str(onnx_file)!r}, '--ci', '50', '--json']); "
@@ -323,7 +323,7 @@ def test_an_onnx_file_is_judged_without_torch(onnx_file: Path) -> None:
     assert document["pictures"] == 10
 
 
-def test_a_foreign_onnx_file_takes_the_datasets_classes_in_order(
+def test_a_foreign_onnx_file_uses_the_datasets_classes_in_order(
     rtdetr: Callable[..., Any], run_folder: Path, onnx_file: Path, tmp_path: Path
 ) -> None:
     import onnx
@@ -335,11 +335,11 @@ def test_a_foreign_onnx_file_takes_the_datasets_classes_in_order(
     data = run_folder.parent.parent / "shapes"
     ran = rtdetr("eval", foreign, "--data", data, "--json")
     assert ran.code == 0, ran.err
-    assert "carries no class names" in ran.err
+    assert "has no class names" in ran.err
     assert ran.json["metrics"] == rtdetr("eval", onnx_file, "--data", data, "--json").json["metrics"]
 
 
-def test_other_classes_are_named(rtdetr: Callable[..., Any], run_folder: Path, tmp_path: Path) -> None:
+def test_differing_classes(rtdetr: Callable[..., Any], run_folder: Path, tmp_path: Path) -> None:
     best = run_folder / "best.safetensors"
     other = tmp_path / "other.safetensors"
     other.write_bytes(best.read_bytes())
@@ -352,7 +352,7 @@ def test_other_classes_are_named(rtdetr: Callable[..., Any], run_folder: Path, t
     rewrite_header(other, replace(header, names=tuple(f"x{i}" for i in range(len(header.names)))))
     ran = rtdetr("eval", other, "--data", data)
     assert ran.code == 3
-    assert "share no class" in ran.err
+    assert "have no class in common" in ran.err
 
 
 def test_a_model_without_a_dataset(rtdetr: Callable[..., Any], run_folder: Path, tmp_path: Path) -> None:
@@ -389,36 +389,33 @@ def test_a_split_without_boxes_has_no_ap(rtdetr: Callable[..., Any], run_folder:
     assert "AP is not defined" in ran.err
 
 
-def test_outputs_are_tried_before_the_work(rtdetr: Callable[..., Any], run_folder: Path, tmp_path: Path) -> None:
+def test_outputs_are_checked_before_the_work(rtdetr: Callable[..., Any], run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for flag in ("--save-json", "--html"):
         for target, code in ((tmp_path, 2), (tmp_path / "file" / "x.json", 1)):
             ran = rtdetr("eval", run_folder, flag, target)
             assert ran.code == code
             assert flag in ran.err
-            assert "images a second" not in ran.err
+            assert "images/s" not in ran.err
 
 
-def test_thresholds_of_another_number_of_classes_are_not_taken(run_folder: Path) -> None:
-    from rtdetr_cli.evaluate.stored import exported_header, store_thresholds
+def test_stored_thresholds_are_in_the_models_class_order(run_folder: Path) -> None:
+    from rtdetr_cli.evaluate.stored_thresholds import store_thresholds
 
     best = run_folder / "best.safetensors"
     before = read_header(best)
     try:
         import numpy as np
 
-        found = store_thresholds(best, Thresholds("f1", 0.4, (0.1, 0.2)), np.array([1, -1, 0, -1, -1]))
-        assert found.thresholds == Thresholds("f1", 0.4, (0.2, 0.4, 0.1, 0.4, 0.4))
-        assert exported_header(best.with_suffix(".none")) is None
+        header = store_thresholds(best, Thresholds("f1", 0.4, (0.1, 0.2)), np.array([1, -1, 0, -1, -1]))
+        assert header.thresholds == Thresholds("f1", 0.4, (0.2, 0.4, 0.1, 0.4, 0.4))
     finally:
         rewrite_header(best, before)
 
 
 @pytest.mark.slow
-def test_from_the_onnx_file_the_stored_thresholds_give_the_same_figures(
-    rtdetr: Callable[..., Any], tmp_path: Path
-) -> None:
-    """With a model that has learnt something: random scores are all ties, and prove nothing."""
+def test_stored_thresholds_give_the_same_metrics_from_the_onnx_file(rtdetr: Callable[..., Any], tmp_path: Path) -> None:
+    """Needs a trained model: random scores are all ties."""
     from rtdetr_cli.datasets.generate import generate_dataset
 
     data = tmp_path / "shapes"
@@ -433,8 +430,8 @@ def test_from_the_onnx_file_the_stored_thresholds_give_the_same_figures(
     assert stored["at_thresholds"]["f1"] > 0.02
     assert rtdetr("export", run, "--no-gate", "--out", tmp_path / "out").code == 0
     (onnx_file,) = (tmp_path / "out").glob("*.onnx")
-    at = rtdetr("eval", onnx_file, "--data", data, "--json").json["at_thresholds"]
-    assert at["overall"] == stored["at_thresholds"]
-    for ours, its in zip(stored["per_class"], at["per_class"], strict=True):
-        assert its["precision"] == ours["precision"]
-        assert its["recall"] == ours["recall"]
+    exported = rtdetr("eval", onnx_file, "--data", data, "--json").json["at_thresholds"]
+    assert exported["overall"] == stored["at_thresholds"]
+    for ours, of_export in zip(stored["per_class"], exported["per_class"], strict=True):
+        assert of_export["precision"] == ours["precision"]
+        assert of_export["recall"] == ours["recall"]

@@ -1,4 +1,4 @@
-"""Datasets and detections for the evaluation's tests, made from plain arrays or from the public pair."""
+"""Datasets and detections for the evaluation tests, from plain arrays or from the public pair."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def make_table(image_index: Any, labels: Any, boxes_xywh: Any, scores: Any) -> D
 def make_random(
     *, seed: int, images: int = 40, classes: int = 3, detections: int = 120, crowds: float = 0.1
 ) -> tuple[Dataset, DetectionTable]:
-    """Boxes with mask-like areas and crowds; detections near them or anywhere, many with equal scores."""
+    """Boxes with areas of masks and crowds; detections near them or anywhere, many with equal scores."""
     random = np.random.default_rng(seed)
     count = images * 6
     image_index = np.sort(random.integers(0, images, count))
@@ -81,16 +81,16 @@ def make_random(
     where = np.repeat(np.arange(images), detections)
     source = random.integers(0, count, rows)
     source = np.where(random.random(rows) < 0.5, np.searchsorted(image_index, where).clip(max=count - 1), source)
-    found = boxes[source] + random.normal(0, 0.1, (rows, 4)) * boxes[source][:, [2, 3, 2, 3]]
-    found[:, 2:] = found[:, 2:].clip(1)
+    detected = boxes[source] + random.normal(0, 0.1, (rows, 4)) * boxes[source][:, [2, 3, 2, 3]]
+    detected[:, 2:] = detected[:, 2:].clip(1)
     scores = np.round(random.random(rows), 2)
     order = np.lexsort((-scores, where))
-    return dataset, make_table(where[order], labels[source][order], found[order], scores[order])
+    return dataset, make_table(where[order], labels[source][order], detected[order], scores[order])
 
 
 @dataclass(frozen=True)
 class Make:
-    """The makers above, for tests to call: a conftest cannot be imported from."""
+    """The functions above, for tests to call: a conftest cannot be imported."""
 
     dataset = staticmethod(make_dataset)
     table = staticmethod(make_table)
@@ -106,25 +106,25 @@ def make() -> Make:
 def pair(eval_pair: Path) -> tuple[Dataset, DetectionTable]:
     """The public pair: 100 images of COCO val2014 with crowds and mask areas, and 734 detections."""
     truth = json.loads((eval_pair / "ground_truth.json").read_text())
-    found = json.loads((eval_pair / "detections.json").read_text())
+    detections = json.loads((eval_pair / "detections.json").read_text())
     positions = {image["id"]: i for i, image in enumerate(truth["images"])}
     labels = {c["id"]: k for k, c in enumerate(truth["categories"])}
-    marks = truth["annotations"]
+    annotations = truth["annotations"]
     dataset = make_dataset(
         images=len(positions),
         names=tuple(c["name"] for c in truth["categories"]),
-        image_index=[positions[a["image_id"]] for a in marks],
-        labels=[labels[a["category_id"]] for a in marks],
-        boxes_xywh=[a["bbox"] for a in marks],
-        areas=[a["area"] for a in marks],
-        crowd=[a["iscrowd"] for a in marks],
+        image_index=[positions[a["image_id"]] for a in annotations],
+        labels=[labels[a["category_id"]] for a in annotations],
+        boxes_xywh=[a["bbox"] for a in annotations],
+        areas=[a["area"] for a in annotations],
+        crowd=[a["iscrowd"] for a in annotations],
         image_ids=list(positions),
         category_ids=tuple(labels),
     )
     sizes = np.array([(i["width"], i["height"]) for i in truth["images"]], np.int32)
     return replace(dataset, sizes_wh=sizes), make_table(
-        [positions[d["image_id"]] for d in found],
-        [labels[d["category_id"]] for d in found],
-        [d["bbox"] for d in found],
-        [d["score"] for d in found],
+        [positions[d["image_id"]] for d in detections],
+        [labels[d["category_id"]] for d in detections],
+        [d["bbox"] for d in detections],
+        [d["score"] for d in detections],
     )

@@ -8,37 +8,37 @@ from rtdetr_cli.errors import DataError
 from rtdetr_cli.evaluate.classes import map_classes
 
 
-def mapped(make: Any, names: tuple[str, ...], own: tuple[str, ...] = ("cat", "dog", "big bird")) -> Any:
-    return map_classes(names, make.dataset(images=1, names=own))
+def map_names(make: Any, names: tuple[str, ...]) -> Any:
+    return map_classes(names, make.dataset(images=1, names=("cat", "dog", "big bird")))
 
 
 def test_the_same_classes_need_no_map(make: Any) -> None:
-    found = mapped(make, ("cat", "dog", "big bird"))
-    assert found.labels is None
-    assert not found.notes
+    classes = map_names(make, ("cat", "dog", "big bird"))
+    assert classes.labels is None
+    assert not classes.notes
 
 
 @pytest.mark.parametrize(
-    ("names", "labels", "said"),
+    ("names", "labels", "note"),
     [
         (("dog", "cat", "big bird"), [1, 0, 2], "order their classes differently"),
         (("Cat", "DOG", "big_bird"), [0, 1, 2], ""),
         (("dog", "fish"), [1, -1], "fish"),
-        (("dog", "fish"), [1, -1], "2 classes of the dataset are unknown to the model and never found: cat, big bird"),
-        (("0", "1", "2"), None, "have no names"),
-        (("class 0", "class 1", "class 2"), None, "have no names"),
-        ((), [0, 1, 2], "carries no class names"),
+        (("dog", "fish"), [1, -1], "2 classes of the dataset are unknown to the model: cat, big bird"),
+        (("0", "1", "2"), None, "has no class names"),
+        (("class 0", "class 1", "class 2"), None, "has no class names"),
+        ((), [0, 1, 2], "has no class names"),
     ],
 )
-def test_names_decide(make: Any, names: tuple[str, ...], labels: list[int] | None, said: str) -> None:
-    found = mapped(make, names)
-    assert (None if found.labels is None else found.labels.tolist()) == labels
-    assert any(said in note for note in found.notes) or not said
+def test_classes_are_mapped_by_name(make: Any, names: tuple[str, ...], labels: list[int] | None, note: str) -> None:
+    classes = map_names(make, names)
+    assert (None if classes.labels is None else classes.labels.tolist()) == labels
+    assert note in "; ".join(classes.notes)
 
 
-def test_nothing_in_common_is_refused_with_both_lists(make: Any) -> None:
+def test_no_class_in_common_is_an_error_that_lists_both(make: Any) -> None:
     with pytest.raises(DataError) as raised:
-        mapped(make, tuple(f"thing {i}" for i in range(12)))
-    assert "share no class" in raised.value.message
+        map_names(make, tuple(f"thing {i}" for i in range(12)))
+    assert "have no class in common" in raised.value.message
     assert "thing 7 and 4 more" in raised.value.message
     assert "cat, dog, big bird" in raised.value.message

@@ -9,7 +9,7 @@ import pytest
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError, UsageError
 from rtdetr_cli.evaluate.coco import EVALUATORS, METRICS, coco_metrics, without_crowds
-from rtdetr_cli.evaluate.run import metrics_from
+from rtdetr_cli.evaluate.run import evaluate_table
 from rtdetr_cli.evaluate.table import DetectionTable
 
 # The reference evaluator's numbers for the public pair: crowds kept or dropped, area of the mask or the box.
@@ -39,15 +39,15 @@ def with_box_areas(dataset: Dataset) -> Dataset:
 
 @pytest.mark.parametrize("evaluator", EVALUATORS)
 @pytest.mark.parametrize(("crowds", "area"), list(PAIR))
-def test_the_public_pair_gives_the_published_numbers(
+def test_the_public_pair_gives_the_published_metrics(
     pair: tuple[Dataset, DetectionTable], evaluator: str, crowds: bool, area: str
 ) -> None:
     dataset, table = pair
     dataset = dataset if crowds else without_crowds(dataset)
     dataset = dataset if area == "mask" else with_box_areas(dataset)
-    found = coco_metrics(dataset, table, evaluator=evaluator).metrics
+    metrics = coco_metrics(dataset, table, evaluator=evaluator).metrics
     expected = dict(zip(METRICS, PAIR[crowds, area], strict=True))
-    assert found == pytest.approx(expected, abs=1e-6)
+    assert metrics == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -59,16 +59,16 @@ def test_both_evaluators_agree_on_every_curve(make: Any, seed: int) -> None:
     np.testing.assert_allclose(ours.recall, reference.recall, atol=1e-12)
 
 
-def test_only_the_hundred_best_of_a_class_count(make: Any) -> None:
-    """100 misses before the hit push it beyond the limit, per image and class, not per image."""
+def test_only_the_100_best_of_an_image_and_class_count(make: Any) -> None:
+    """100 false positives with higher scores push a correct detection over the limit of its class, not of another."""
     dataset = make.dataset(
         images=1, names=("a", "b"), image_index=[0, 0], labels=[0, 1], boxes_xywh=[[0, 0, 50, 50], [100, 100, 50, 50]]
     )
-    misses = [[300, 300, 20, 20]] * 100
+    false_positives = [[300, 300, 20, 20]] * 100
     table = make.table(
         [0] * 102,
         [0] * 101 + [1],
-        [*misses, [0, 0, 50, 50], [100, 100, 50, 50]],
+        [*false_positives, [0, 0, 50, 50], [100, 100, 50, 50]],
         np.linspace(1, 0.5, 102),
     )
     for evaluator in EVALUATORS:
@@ -78,21 +78,21 @@ def test_only_the_hundred_best_of_a_class_count(make: Any) -> None:
 
 
 @pytest.mark.parametrize("evaluator", EVALUATORS)
-def test_what_cannot_be_measured_is_none_and_said(make: Any, evaluator: str) -> None:
+def test_undefined_metrics_are_none_with_a_note(make: Any, evaluator: str) -> None:
     nothing = make.dataset(images=2, names=("a",))
-    evaluation = metrics_from(nothing, make.table([0], [0], [[0, 0, 10, 10]], [0.9]), evaluator)
+    evaluation = evaluate_table(nothing, make.table([0], [0], [[0, 0, 10, 10]], [0.9]), evaluator)
     assert set(evaluation.metrics.values()) == {None}
     assert any("has no boxes, so AP is not defined" in note for note in evaluation.notes)
     assert evaluation.to_json()["per_class"][0]["AP"] is None
 
     large = make.dataset(images=1, names=("a",), image_index=[0], labels=[0], boxes_xywh=[[0, 0, 200, 200]])
-    silent = metrics_from(large, DetectionTable.empty(), evaluator).metrics
-    assert silent["AP"] == 0
-    assert silent["APl"] == 0
-    assert silent["APs"] is None
+    undetected = evaluate_table(large, DetectionTable.empty(), evaluator).metrics
+    assert undetected["AP"] == 0
+    assert undetected["APl"] == 0
+    assert undetected["APs"] is None
 
 
-def test_bad_input_is_refused(make: Any) -> None:
+def test_invalid_input_is_an_error(make: Any) -> None:
     with pytest.raises(DataError, match="has no images"):
         coco_metrics(make.dataset(images=0, names=("a",)), DetectionTable.empty())
     dataset = make.dataset(images=1, names=("a",))

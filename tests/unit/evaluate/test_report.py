@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from rtdetr_cli.evaluate.bootstrap import resample
-from rtdetr_cli.evaluate.errors_analysis import ErrorAnalysis, analyse
-from rtdetr_cli.evaluate.report import _Mark, choose_images, page_context, place_texts, write_page
-from rtdetr_cli.evaluate.run import metrics_from
+from rtdetr_cli.evaluate.error_analysis import ErrorAnalysis, analyze_errors
+from rtdetr_cli.evaluate.report import Mark, choose_images, page_context, place_texts, write_page
+from rtdetr_cli.evaluate.run import evaluate_table
 from rtdetr_cli.weights.header import Thresholds
 
 NAMES = ("<script>alert(1)</script>", "$\\frac$ & \"quoted\" 'too'", "_дом 犬")
@@ -23,7 +23,7 @@ NAMES = ("<script>alert(1)</script>", "$\\frac$ & \"quoted\" 'too'", "_дом �
 
 @pytest.fixture
 def analysis(make: Any, tmp_path: Path) -> ErrorAnalysis:
-    """Ten images with every kind of error, under names that a page must not take at their word."""
+    """Ten images with every kind of error, and class names that a page must escape."""
     box, other, far = [40, 40, 60, 60], [160, 40, 60, 60], [10, 150, 40, 40]
     dataset = make.dataset(
         images=10,
@@ -46,7 +46,7 @@ def analysis(make: Any, tmp_path: Path) -> ErrorAnalysis:
         (9, 0, far, 0.99),  # background, on an image without objects
     ]
     table = make.table(*(list(column) for column in zip(*sorted(rows, key=lambda r: (r[0], -r[3])), strict=True)))
-    return analyse(metrics_from(dataset, table), [0.5] * 3)
+    return analyze_errors(evaluate_table(dataset, table), [0.5] * 3)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ class Reader(HTMLParser):
         self.text += data
 
 
-def test_the_page_is_one_file_that_asks_for_nothing(page: Path) -> None:
+def test_the_page_is_one_file_without_external_resources(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     reader = Reader()
     reader.feed(text)
@@ -86,7 +86,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(page: Path) -> None:
     assert "@import" not in text
 
 
-def test_names_are_text_and_nothing_else(page: Path) -> None:
+def test_names_are_escaped(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     reader = Reader()
     reader.feed(text)
@@ -100,44 +100,44 @@ def test_every_kind_of_error_has_its_images(analysis: ErrorAnalysis) -> None:
     context = page_context(analysis.evaluation, analysis, model="m")
     assert context["filter_kinds"] == ["classification", "location", "both", "duplicate", "background", "missed"]
     by_name = {p["name"]: p for p in context["images"]}
-    assert by_name["0006.jpg"]["pairs"].split() == ["classification:0"]
-    near = [m for m in by_name["0006.jpg"]["truth_marks"] if m["outcome"] == "near"]
-    assert [m["errors"] for m in near] == ["classification:0"]  # filtered together with the error that is on it
+    assert by_name["0006.jpg"]["errors"].split() == ["classification:0"]
+    misdetected = [m for m in by_name["0006.jpg"]["truth_marks"] if m["outcome"] == "misdetected"]
+    assert [m["errors"] for m in misdetected] == ["classification:0"]  # filtered together with the error that is on it
     assert by_name["0009.jpg"]["kinds"] == ["background"]
     assert "0000.jpg" not in by_name
     assert context["empty"] == {"pictures": 1, "with_false_positives": 1, "false_positives": 1}
     assert {s["kind"] for s in context["suspects"]} == {"no-box", "other-class", "never-found"}
-    assert choose_images(analysis)[:2] == [8, 9]  # the most errors, then the fewest finds
+    assert choose_images(analysis)[:2] == [8, 9]  # lowest F1, then the most errors
 
 
-def test_the_page_says_which_classes_cast_no_doubt(analysis: ErrorAnalysis, page: Path) -> None:
-    assert analysis.unjudged == ()
+def test_the_page_names_the_classes_whose_annotations_are_not_questioned(analysis: ErrorAnalysis, page: Path) -> None:
+    assert analysis.unreliable_classes == ()
     reader = Reader()
     reader.feed(page.read_text(encoding="utf-8"))
-    assert "cast no doubt" not in reader.text
+    assert "not questioned" not in reader.text
     weak = replace(analysis.evaluation, table=analysis.evaluation.table.rows(np.arange(4)))
-    judged = analyse(metrics_from(weak.dataset, weak.table), [0.5] * 3)
-    write_page(page, judged.evaluation, judged, model="m")
+    weak_analysis = analyze_errors(evaluate_table(weak.dataset, weak.table), [0.5] * 3)
+    write_page(page, weak_analysis.evaluation, weak_analysis, model="m")
     reader = Reader()
     reader.feed(page.read_text(encoding="utf-8"))
-    assert f"cast no doubt on annotations ({NAMES[0]}, {NAMES[1]})" in reader.text
+    assert f"are not questioned ({NAMES[0]}, {NAMES[1]})" in reader.text
 
 
-def test_texts_do_not_lie_on_one_another() -> None:
-    """Of 60 boxes in a heap; the surest, drawn last, has its text above the box, and what has no room waits."""
+def test_texts_do_not_overlap() -> None:
+    """60 overlapping boxes: the last has its text above the box, and texts without room are hidden."""
     random = np.random.default_rng(0)
     corners = random.uniform(0, 180, (60, 2))
     boxes = np.concatenate([corners, corners + random.uniform(5, 60, (60, 2))], axis=1)
     boxes[-1] = (60, 60, 120, 120)
-    marks = [_Mark("background", 0, "background:0", "cell 0.50", "", box) for box in boxes]
-    shown = place_texts(marks, (240, 240), 10.0)
-    assert [m["x"] for m in shown] == [round(float(b[0]), 1) for b in boxes]
-    assert shown[-1]["label"]
-    assert (shown[-1]["text_x"], shown[-1]["anchor"]) == (62.0, "start")
-    assert shown[-1]["text_y"] < 60
-    assert 5 < sum(m["label"] for m in shown) < 60
+    marks = [Mark("background", 0, "background:0", "cell 0.50", "", box) for box in boxes]
+    placed = place_texts(marks, (240, 240), 10.0)
+    assert [m["x"] for m in placed] == [round(float(b[0]), 1) for b in boxes]
+    assert placed[-1]["label"]
+    assert (placed[-1]["text_x"], placed[-1]["anchor"]) == (62.0, "start")
+    assert placed[-1]["text_y"] < 60
+    assert 5 < sum(m["label"] for m in placed) < 60
     lines = []
-    for mark in shown:
+    for mark in placed:
         if mark["label"]:
             left = mark["text_x"] - (5.5 * 9 if mark["anchor"] == "end" else 0)
             lines.append((left, mark["text_y"] - 9, left + 5.5 * 9, mark["text_y"]))
@@ -146,12 +146,12 @@ def test_texts_do_not_lie_on_one_another() -> None:
         assert a[2] <= 240
         for b in lines[:i]:
             assert a[0] >= b[2] or a[2] <= b[0] or a[1] >= b[3] or a[3] <= b[1]
-    right = [replace(mark, outcome="right") for mark in marks]
-    assert not any(m["label"] for m in place_texts(right, (240, 240), 10.0))
+    correct = [replace(mark, outcome="correct") for mark in marks]
+    assert not any(m["label"] for m in place_texts(correct, (240, 240), 10.0))
     assert place_texts([], (240, 240), 10.0) == []
 
 
-def test_the_legend_lies_outside_the_plots(analysis: ErrorAnalysis) -> None:
+def test_the_legend_is_outside_the_plots(analysis: ErrorAnalysis) -> None:
     svg = page_context(analysis.evaluation, analysis, model="m")["curves"]
     plots, legend = svg.split('id="legend_1"')
     assert 'id="axes_2"' in plots
@@ -160,25 +160,25 @@ def test_the_legend_lies_outside_the_plots(analysis: ErrorAnalysis) -> None:
     assert "axis" not in legend
 
 
-def test_images_that_are_gone_leave_the_figures(analysis: ErrorAnalysis) -> None:
+def test_missing_images_leave_the_metrics(analysis: ErrorAnalysis) -> None:
     for index in range(10):
         analysis.evaluation.dataset.path(index).unlink()
     context = page_context(analysis.evaluation, analysis, model="m")
     assert context["images"] == []
-    assert context["images_lost"] == len(choose_images(analysis))
+    assert context["images_unreadable"] == len(choose_images(analysis))
     assert context["suspects"] == []
 
 
-def test_nothing_to_show(make: Any, tmp_path: Path) -> None:
-    evaluation = metrics_from(make.dataset(images=2, names=("a",)), make.table([], [], [], []))
-    write_page(tmp_path / "p.html", evaluation, analyse(evaluation), model="m")
+def test_a_page_without_boxes_and_detections(make: Any, tmp_path: Path) -> None:
+    evaluation = evaluate_table(make.dataset(images=2, names=("a",)), make.table([], [], [], []))
+    write_page(tmp_path / "p.html", evaluation, analyze_errors(evaluation), model="m")
     assert "AP –" in (tmp_path / "p.html").read_text(encoding="utf-8")
 
 
 def test_many_classes_and_many_detections_stay_readable(make: Any, tmp_path: Path) -> None:
     dataset, table = make.random(seed=1, images=60, classes=45, detections=300)
-    evaluation = metrics_from(dataset, table, "pycocotools")
-    context = page_context(evaluation, analyse(evaluation), model="m")
+    evaluation = evaluate_table(dataset, table, "pycocotools")
+    context = page_context(evaluation, analyze_errors(evaluation), model="m")
     assert context["confusion"] is None
     assert not context["gains_known"]
     assert len(context["curves"]) < 1_500_000
@@ -186,20 +186,20 @@ def test_many_classes_and_many_detections_stay_readable(make: Any, tmp_path: Pat
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_the_filters_in_a_browser(page: Path, tmp_path: Path) -> None:
-    """Press buttons in headless Chromium and read what is left; a script error would leave the title as it was."""
+def test_filters_in_a_browser(page: Path, tmp_path: Path) -> None:
+    """Press buttons in headless Chromium and count images; a script error would leave the title as it was."""
     probe = """
     <script>
-      const seen = () => [...document.querySelectorAll(".ev-image")].filter((p) => !p.hidden).length;
+      const visible = () => [...document.querySelectorAll(".ev-image")].filter((p) => !p.hidden).length;
       const press = (row, value) => document.querySelector(`[data-filter=${row}] [data-value="${value}"]`).click();
-      const told = [seen()];
-      press("kind", "classification"); told.push(seen());
-      told.push(document.querySelectorAll(".ev-image:not([hidden]) .ev-mark:not(.dim)").length);
-      press("class", "1"); told.push(seen());
-      press("kind", ""); told.push(seen());
-      press("class", ""); told.push(seen());
-      told.push(document.querySelectorAll("script").length, document.querySelectorAll("svg image").length);
-      document.title = JSON.stringify(told);
+      const counts = [visible()];
+      press("kind", "classification"); counts.push(visible());
+      counts.push(document.querySelectorAll(".ev-image:not([hidden]) .ev-mark:not(.dim)").length);
+      press("class", "1"); counts.push(visible());
+      press("kind", ""); counts.push(visible());
+      press("class", ""); counts.push(visible());
+      counts.push(document.querySelectorAll("script").length, document.querySelectorAll("svg image").length);
+      document.title = JSON.stringify(counts);
     </script></body>"""
     text = page.read_text(encoding="utf-8")
     (tmp_path / "probe.html").write_text(text.replace("</body>", probe), encoding="utf-8")
@@ -214,15 +214,15 @@ def test_the_filters_in_a_browser(page: Path, tmp_path: Path) -> None:
         timeout=120,
         check=True,
     )
-    found = re.search(r"<title>\[([\d,]+)\]</title>", ran.stdout)
-    assert found, ran.stdout[:300]
-    every, classified, marks, both, second_class, again, scripts, images = map(int, found[1].split(","))
+    title = re.search(r"<title>\[([\d,]+)\]</title>", ran.stdout)
+    assert title, ran.stdout[:300]
+    all_images, classified, marks, both, second_class, again, scripts, images = map(int, title[1].split(","))
     shown = text.count('<section class="ev-image"')
-    assert every == again == shown
+    assert all_images == again == shown
     assert classified == 1
-    assert marks == 2  # the wrong detection, and the box that it is on
+    assert marks == 2  # the false positive, and the box that it is on
     assert both == 0
     assert 0 < second_class < shown
     assert scripts == text.count("<script>") + 1
     assert images >= shown
-    assert np.all(np.array([every, classified]) > 0)
+    assert np.all(np.array([all_images, classified]) > 0)

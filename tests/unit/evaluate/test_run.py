@@ -10,7 +10,7 @@ from PIL import Image
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError
-from rtdetr_cli.evaluate.run import evaluate, metrics_from
+from rtdetr_cli.evaluate.run import evaluate, evaluate_table
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.weights.header import ModelHeader, Thresholds
 
@@ -18,7 +18,7 @@ NAMES = ("disc", "ring")
 
 
 class Oracle:
-    """A backend that knows the answers: it finds an image's boxes by the colour that the image is painted in."""
+    """A backend that returns the annotations of an image, which it recognizes by its colour."""
 
     kind = "torch"
     fixed_batch = None
@@ -29,25 +29,25 @@ class Oracle:
         self.names = names
         self.header = ModelHeader(names, tuple(range(len(names))), self.imgsz, thresholds=thresholds)
         self.batches: list[int] = []
-        self.spoil = False
+        self.gives_nan = False
 
     def run(self, images: np.ndarray, sizes_wh: np.ndarray) -> list[Detections]:
         assert images.shape[1:] == (*self.imgsz, 3)
         self.batches.append(len(images))
-        found = []
+        results = []
         for image, size in zip(images, sizes_wh.tolist(), strict=True):
             index = int(image[0, 0, 0]) // 10
             truth = self.dataset.annotations(index)
             assert tuple(size) == tuple(self.dataset.sizes_wh[index])
-            own = [
+            labels = [
                 self.names.index(self.dataset.names[k]) if self.dataset.names[k] in self.names else -1
                 for k in truth.labels
             ]
-            scores = np.full(len(own), np.nan if self.spoil else 0.9, np.float32)
-            found.append(
-                Detections(truth.boxes_xyxy_px.astype(np.float32), scores, np.array(own, np.int64), tuple(size))
+            scores = np.full(len(labels), np.nan if self.gives_nan else 0.9, np.float32)
+            results.append(
+                Detections(truth.boxes_xyxy_px.astype(np.float32), scores, np.array(labels, np.int64), tuple(size))
             )
-        return found
+        return results
 
 
 @pytest.fixture
@@ -67,79 +67,79 @@ def painted(tmp_path: Path, make: Any) -> Dataset:
     return dataset
 
 
-def test_images_go_through_in_batches_and_come_out_judged(painted: Dataset) -> None:
-    backend, told = Oracle(painted), []
-    found = evaluate(backend, painted, batch=3, progress=told.append)
-    assert found.metrics["AP"] == pytest.approx(1)
+def test_images_are_evaluated_in_batches(painted: Dataset) -> None:
+    backend, progress = Oracle(painted), []
+    evaluation = evaluate(backend, painted, batch=3, progress=progress.append)
+    assert evaluation.metrics["AP"] == pytest.approx(1)
     assert backend.batches == [3, 3, 1]
-    assert sum(told) == 7
-    assert len(found.table) == 7
-    assert not found.notes
+    assert progress == [3, 3, 1]
+    assert len(evaluation.table) == 7
+    assert not evaluation.notes
 
 
-def test_classes_are_brought_together_by_name(painted: Dataset) -> None:
-    found = evaluate(Oracle(painted, ("ring", "star", "disc")), painted)
-    assert found.metrics["AP"] == pytest.approx(1)
-    assert any("star" in note for note in found.notes)
+def test_classes_are_mapped_by_name(painted: Dataset) -> None:
+    evaluation = evaluate(Oracle(painted, ("ring", "star", "disc")), painted)
+    assert evaluation.metrics["AP"] == pytest.approx(1)
+    assert any("star" in note for note in evaluation.notes)
     half = evaluate(Oracle(painted, ("ring", "star")), painted)
     assert half.metrics["AP"] == pytest.approx(0.5)
-    with pytest.raises(DataError, match="share no class"):
+    with pytest.raises(DataError, match="no class in common"):
         evaluate(Oracle(painted, ("cat", "dog")), painted)
 
 
-def test_stored_thresholds_follow_the_map(painted: Dataset) -> None:
+def test_stored_thresholds_are_mapped_with_the_classes(painted: Dataset) -> None:
     stored = Thresholds("f1", 0.3, (0.95, 0.1, 0.2))
-    found = evaluate(Oracle(painted, ("ring", "star", "disc"), stored), painted)
-    assert found.thresholds == Thresholds("f1", 0.3, (0.2, 0.95))
-    at = found.to_json()["at_thresholds"]
-    assert [row["recall"] for row in at["per_class"]] == [1, 0]  # all scores are 0.9
+    evaluation = evaluate(Oracle(painted, ("ring", "star", "disc"), stored), painted)
+    assert evaluation.thresholds == Thresholds("f1", 0.3, (0.2, 0.95))
+    at_thresholds = evaluation.to_json()["at_thresholds"]
+    assert [row["recall"] for row in at_thresholds["per_class"]] == [1, 0]  # all scores are 0.9
 
 
 def test_unreadable_images_are_left_out_and_named(painted: Dataset) -> None:
     painted.path(3).write_bytes(b"not an image")
     painted.path(5).unlink()
-    found = evaluate(Oracle(painted), painted, batch=2)
-    assert [name for name, _ in found.unreadable] == ["0003.jpg", "0005.jpg"]
-    assert len(found.dataset) == 5
-    assert found.metrics["AP"] == pytest.approx(1)
-    assert any("2 of 7 images cannot be read" in note for note in found.notes)
+    evaluation = evaluate(Oracle(painted), painted, batch=2)
+    assert [name for name, _ in evaluation.unreadable] == ["0003.jpg", "0005.jpg"]
+    assert len(evaluation.dataset) == 5
+    assert evaluation.metrics["AP"] == pytest.approx(1)
+    assert any("2 of 7 images cannot be read" in note for note in evaluation.notes)
     for index in range(7):
         painted.path(index).unlink(missing_ok=True)
     with pytest.raises(DataError, match="none of the 7 images"):
         evaluate(Oracle(painted), painted)
 
 
-def test_a_model_that_gives_nan_scores_zero_and_says_so(painted: Dataset) -> None:
+def test_a_model_that_gives_nan_scores_zero_with_a_note(painted: Dataset) -> None:
     backend = Oracle(painted)
-    backend.spoil = True
-    found = evaluate(backend, painted)
-    assert found.metrics["AP"] == 0
-    assert any("NaN" in note for note in found.notes)
+    backend.gives_nan = True
+    evaluation = evaluate(backend, painted)
+    assert evaluation.metrics["AP"] == 0
+    assert any("NaN" in note for note in evaluation.notes)
 
 
-def test_an_empty_split_is_refused_before_anything_runs(make: Any) -> None:
+def test_an_empty_split_is_an_error(make: Any) -> None:
     with pytest.raises(DataError, match="has no images"):
         evaluate(Oracle(make.dataset(images=0, names=NAMES)), make.dataset(images=0, names=NAMES))
 
 
-def test_sizes_and_classes_report_all_five_figures(make: Any) -> None:
-    found = metrics_from(*make.random(seed=9))
-    for row in found.per_class:
-        for figures in (row, *row["sizes"].values()):
-            assert {"AP", "AP50", "precision", "recall", "f1", "threshold"} <= set(figures)
-    assert set(found.by_size) == {"small", "medium", "large"}
-    mean = np.mean([row["AP"] for row in found.per_class])
-    assert found.metrics["AP"] == pytest.approx(mean)
-    assert found.by_size["small"]["AP"] == pytest.approx(found.metrics["APs"])
+def test_classes_and_sizes_have_all_metrics(make: Any) -> None:
+    evaluation = evaluate_table(*make.random(seed=9))
+    for row in evaluation.per_class:
+        for metrics in (row, *row["sizes"].values()):
+            assert {"AP", "AP50", "precision", "recall", "f1", "threshold"} <= set(metrics)
+    assert set(evaluation.by_size) == {"small", "medium", "large"}
+    mean = np.mean([row["AP"] for row in evaluation.per_class])
+    assert evaluation.metrics["AP"] == pytest.approx(mean)
+    assert evaluation.by_size["small"]["AP"] == pytest.approx(evaluation.metrics["APs"])
 
 
-def test_a_missing_evaluator_has_a_stand_in_that_says_what_it_lacks(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pycocotools_replaces_a_missing_hotcoco_with_a_note(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     dataset, table = make.random(seed=2)
-    expected = metrics_from(dataset, table).metrics
+    expected = evaluate_table(dataset, table).metrics
     monkeypatch.setitem(sys.modules, "hotcoco", None)
-    found = metrics_from(dataset, table)
-    assert found.evaluator == "pycocotools"
-    assert found.metrics == pytest.approx(expected)
-    assert any("TIDE" in note for note in found.notes)
+    evaluation = evaluate_table(dataset, table)
+    assert evaluation.evaluator == "pycocotools"
+    assert evaluation.metrics == pytest.approx(expected)
+    assert any("TIDE" in note for note in evaluation.notes)

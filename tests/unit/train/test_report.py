@@ -1,4 +1,4 @@
-"""The page of a run: complete, self-contained, safe with any name, and whole in a real browser."""
+"""The report of a run: complete, self-contained, safe with any name, and correct in a real browser."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ import pytest
 from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.config.run import resolve_run
 from rtdetr_cli.datasets.records import Category
-from rtdetr_cli.evaluate.run import metrics_from
+from rtdetr_cli.evaluate.run import evaluate_table
 from rtdetr_cli.evaluate.table import DetectionTable
+from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.train import plots
+from rtdetr_cli.train.explain import explain_plan
 from rtdetr_cli.train.plan import make_plan
-from rtdetr_cli.train.report import RunStory, figure_svg, page_context, write_report
+from rtdetr_cli.train.report import RunFacts, figure_svg, page_context, write_report
 
 EVIL = '<script>alert("x")</script> $\\frac$'
 ROWS: list[dict[str, float | None]] = [
@@ -28,9 +30,10 @@ ROWS: list[dict[str, float | None]] = [
 
 
 @pytest.fixture(scope="module")
-def written(bccd: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunStory]:
-    folder = tmp_path_factory.mktemp("runs") / "tiny-bccd-01"
-    folder.mkdir()
+def written(bccd: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunFacts]:
+    folder = RunFolder.create(tmp_path_factory.mktemp("runs"), name="tiny-bccd-01", stem="")
+    for row in ROWS:
+        folder.add_metrics(row)
     splits = load_splits(bccd)
     assert splits.train is not None
     assert splits.val is not None
@@ -39,39 +42,47 @@ def written(bccd: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     image = np.repeat(np.arange(len(val)), np.diff(val.offsets))
     table = DetectionTable(image, val.labels, np.linspace(0.4, 0.9, len(image)), val.boxes_xyxy_px + 1)
     config = resolve_run({"data": str(bccd), "preset": "tiny", "epochs": 3}, sets=["optim.clip_norm=0.2"])
-    story = RunStory(
+    plan = make_plan(config, images=len(splits.train))
+    facts = RunFacts(
         folder=folder,
         config=config,
-        plan=make_plan(config, images=len(splits.train)),
-        rows=ROWS,
+        epochs=plan.epochs,
+        choices=explain_plan(config, plan, images=len(splits.train)),
         best_epoch=3,
-        evaluation=metrics_from(val, table),
+        evaluation=evaluate_table(val, table),
         data={"name": "bccd", "training images": "205"},
         start="random weights, seed 0",
-        machine={"device": "cpu", "memory, peak": "1.4 GB"},
+        machine={"device": "cpu", "peak memory": "1.4 GB"},
         warnings=["39 steps are too few"],
     )
     labels = plots.labels_figure(splits.train, config.imgsz)
     images = plots.predictions_image(val, table, threshold=0.5, side=160)
-    return write_report(story, labels=labels, batch=images, predictions=images), story
+    return write_report(facts, labels=labels, batch=images, predictions=images), facts
 
 
-def test_everything_is_told(written: tuple[Path, RunStory]) -> None:
-    path, story = written
+def test_everything_is_on_the_page(written: tuple[Path, RunFacts]) -> None:
+    path, facts = written
     text = path.read_text(encoding="utf-8")
     assert path.name == "report.html"
-    for choice in story.plan.choices:
+    for choice in facts.choices:
         assert choice.reason.replace("'", "&#39;") in text
-    assert story.evaluation is not None
-    assert f"AP {story.evaluation.metrics['AP']:.3f}" in text
+    assert facts.evaluation is not None
+    assert f"AP {facts.evaluation.metrics['AP']:.3f}" in text
     assert "at epoch 3 of 3" in text
-    for said in ("39 steps are too few", "random weights, seed 0", "1.4 GB", "--epochs", "optim.clip_norm", "--set"):
-        assert said in text, said
+    for text_on_page in (
+        "39 steps are too few",
+        "random weights, seed 0",
+        "1.4 GB",
+        "--epochs",
+        "optim.clip_norm",
+        "--set",
+    ):
+        assert text_on_page in text, text_on_page
     assert text.count("data:image/jpeg;base64,") == 2
     assert text.count("<svg") == 2
 
 
-def test_what_was_given_is_set_apart(written: tuple[Path, RunStory]) -> None:
+def test_given_settings_are_listed_apart(written: tuple[Path, RunFacts]) -> None:
     given = page_context(written[1])["given"]
     assert sorted((key, source) for key, _, source in given) == [
         ("data", "--data"),
@@ -82,7 +93,7 @@ def test_what_was_given_is_set_apart(written: tuple[Path, RunStory]) -> None:
     ]
 
 
-def test_the_page_needs_nothing_but_itself(written: tuple[Path, RunStory]) -> None:
+def test_the_page_is_self_contained(written: tuple[Path, RunFacts]) -> None:
     text = written[0].read_text(encoding="utf-8")
     assert "<script" not in text
     links = re.findall(r'(?:src|href)\s*=\s*"([^"]{0,40})', text)
@@ -91,8 +102,8 @@ def test_the_page_needs_nothing_but_itself(written: tuple[Path, RunStory]) -> No
     assert "&lt;script&gt;" in text
 
 
-def test_a_run_without_evaluation_has_a_page(written: tuple[Path, RunStory], tmp_path: Path) -> None:
-    bare = replace(written[1], folder=tmp_path, evaluation=None, best_epoch=0, rows=[])
+def test_a_run_without_evaluation_has_a_report(written: tuple[Path, RunFacts], tmp_path: Path) -> None:
+    bare = replace(written[1], folder=RunFolder(tmp_path), evaluation=None, best_epoch=0)
     text = write_report(bare).read_text(encoding="utf-8")
     assert "<h2>Classes</h2>" not in text
     assert "AP –" in text
@@ -103,13 +114,13 @@ def test_figures_suit_a_dark_page() -> None:
     assert svg.startswith("<svg")
     assert "currentColor" in svg
     assert plots.INK not in svg
-    # No ground of its own, neither of the figure nor of the axes.
+    # Neither the figure nor the axes have a background.
     assert not re.search(r'id="patch_\d+">\s*<path[^>]*style="fill: #ffffff"', svg)
     assert svg == figure_svg(plots.curves_figure(ROWS, best_epoch=3), "curves")
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_browser_shows_it_whole(written: tuple[Path, RunStory], tmp_path: Path) -> None:
+def test_a_browser_renders_it(written: tuple[Path, RunFacts], tmp_path: Path) -> None:
     """Every image is decoded, and nothing but what is meant to scroll is wider than a phone."""
     probe = """
     <script>

@@ -1,0 +1,145 @@
+"""What `eval` and `compare` share: evaluate a model or a file of detections on a split, with progress."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rtdetr_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from rtdetr_cli.evaluate.run import Evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluatedModel:
+    """An evaluation, and what was evaluated.
+
+    Attributes:
+        evaluation: the metrics.
+        source: path of the dataset.
+        facts: about the model, for the JSON document.
+        class_names: the model's; empty for detections from a file.
+        overrides: the flags that changed the model, such as `--layers 1 --queries 50`.
+        thresholds_warning: says that the stored thresholds were calibrated with other layers, queries or size.
+    """
+
+    evaluation: Evaluation
+    source: Path
+    facts: dict[str, Any]
+    class_names: tuple[str, ...] = ()
+    overrides: str = ""
+    thresholds_warning: str = ""
+
+    @property
+    def description(self) -> str:
+        """The model or file in words."""
+        if "predictions" in self.facts:
+            return str(self.facts["predictions"])
+        height, width = self.facts["imgsz"]
+        return f"{self.facts['model']} ({self.facts['kind']}, {height}x{width})"
+
+
+def parse_batch(text: str) -> int | None:
+    """Read `--batch`: a number of images, or None for `auto`.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text == "auto":
+        return None
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise UsageError(f"--batch {text} is not a number of images", hint="--batch 8, or --batch auto")
+
+
+def evaluate_predictions(
+    path: Path, *, data: Path | None, images: Path | None, split: str, evaluator: str = "hotcoco"
+) -> EvaluatedModel:
+    """Evaluate a file of COCO results on a split; the images need not exist."""
+    from rtdetr_cli.evaluate.results import read_results
+    from rtdetr_cli.evaluate.run import evaluate_table
+    from rtdetr_cli.evaluate.source import choose_split
+
+    if data is None:
+        raise UsageError(f"{path} does not say which dataset it is for", hint="--data DATA", code="data-missing")
+    selected = choose_split(data, split=split, images=images, find_images=False)
+    table = read_results(path, selected.dataset)
+    evaluation = evaluate_table(selected.dataset, table, evaluator, notes=selected.notes)
+    return EvaluatedModel(evaluation, selected.source, {"predictions": str(path)})
+
+
+def evaluate_model(
+    path: Path,
+    *,
+    data: Path | None,
+    images: Path | None,
+    split: str,
+    batch: str,
+    device: str,
+    evaluator: str = "hotcoco",
+    imgsz: tuple[int, int] | None = None,
+    layers: int | None = None,
+    queries: int | None = None,
+    sampling: str | None = None,
+) -> EvaluatedModel:
+    """Evaluate a model file on a split.
+
+    Args:
+        path: the model file.
+        data: the dataset, or None for the one that the model was trained with.
+        images: folder of the images.
+        split: `train`, `val` or `test`.
+        batch: images per forward pass, or `auto`.
+        device: see `open_backend`, as for imgsz, layers, queries and sampling.
+        evaluator: `hotcoco` or `pycocotools`.
+        imgsz: (height, width) of the input.
+        layers: decoder layers to use.
+        queries: queries to use.
+        sampling: of a published file.
+    """
+    from rtdetr_cli.cli import terminal
+    from rtdetr_cli.evaluate.run import evaluate
+    from rtdetr_cli.evaluate.source import choose_split
+    from rtdetr_cli.infer.backend import open_backend
+    from rtdetr_cli.infer.selection import threshold_mismatch
+
+    if data is not None and not data.exists():
+        choose_split(data, split=split)  # raises the error of a missing dataset before the model is loaded
+    backend = open_backend(path, device=device, imgsz=imgsz, layers=layers, queries=queries, sampling=sampling)
+    header = backend.header
+    selected = choose_split(data, split=split, images=images, model=path, header=header)
+    for note in selected.notes:
+        terminal.say(note)
+    batch_size = parse_batch(batch) or backend.fixed_batch or _default_batch(backend.kind, device)
+    with terminal.progress(len(selected.dataset), "eval") as bar:
+        evaluation = evaluate(backend, selected.dataset, batch=batch_size, progress=bar.advance, evaluator=evaluator)
+    size = f"{imgsz[0]}x{imgsz[1]}" if imgsz else None
+    overrides = {"layers": layers, "queries": queries, "imgsz": size}
+    calibrated_elsewhere = threshold_mismatch(header, backend.imgsz)
+    return EvaluatedModel(
+        evaluation,
+        selected.source,
+        {
+            "model": str(path),
+            "kind": backend.kind,
+            "imgsz": list(backend.imgsz),
+            "identity": header.identity,
+            "layers": layers or header.layers or None,
+            "queries": queries or header.queries,
+            "sampling": header.sampling,
+        },
+        header.names,
+        " ".join(f"--{name} {value}" for name, value in overrides.items() if value),
+        calibrated_elsewhere[0] if calibrated_elsewhere else "",
+    )
+
+
+def _default_batch(kind: str, device: str) -> int:
+    """Return a batch that keeps the device busy: 16 on a GPU, 4 on a CPU or for an exported graph."""
+    if kind != "torch" or device == "cpu":
+        return 4
+    import torch
+
+    return 16 if torch.cuda.is_available() else 4

@@ -1,0 +1,351 @@
+"""The errors of a model: how many of each kind, what fixing a kind would gain, and which images and boxes to look at.
+
+The kinds are those of TIDE (Bolya et al. 2020), with IoU 0.5 for a match and 0.1 for any overlap at all; `KINDS` says
+what each one means. The gains are over all detections, as TIDE defines them; the counts are at a score threshold,
+since nobody sees the errors below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtdetr_cli.evaluate.coco import hotcoco_session, without_crowds
+from rtdetr_cli.evaluate.matching import FALSE_POSITIVE, TRUE_POSITIVE, box_images, overlapping_pairs
+from rtdetr_cli.evaluate.run import Evaluation
+
+KINDS = {
+    "classification": "the right place, but the wrong class",
+    "location": "the right class, but a box that fits badly (IoU 0.1 to 0.5)",
+    "both": "the wrong class, and a box that fits badly",
+    "duplicate": "a second detection of an object",
+    "background": "no object there",
+    "missed": "an object that was not detected",
+}
+CLASSIFICATION, LOCATION, BOTH, DUPLICATE, BACKGROUND = range(5)
+MISSED_KIND = "missed"
+CORRECT, NOT_COUNTED = -1, -2  # kinds of detections that are no errors; not counted: ignored, or below the threshold
+_TIDE_NAMES = dict(zip(KINDS, ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss"), strict=True))
+MATCH_IOU, OVERLAP_IOU = 0.5, 0.1
+NEVER_DETECTED_SCORE = 0.05  # a box that nothing overlaps with even this score is "never detected"
+MAX_SUSPECTS = 100
+RELIABLE_AP50 = 0.5  # of a class whose detections say more about the annotations than about the model
+
+
+@dataclass(frozen=True, slots=True)
+class ImageErrors:
+    """The counts of one image at the thresholds."""
+
+    image: int
+    true_positives: int
+    false_positives: int
+    missed: int
+
+    @property
+    def f1(self) -> float:
+        """F1 of this image; 1 for an image without objects and detections."""
+        total = 2 * self.true_positives + self.false_positives + self.missed
+        return 2 * self.true_positives / total if total else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """An annotation that may be wrong.
+
+    Attributes:
+        kind: `no-box` (a confident detection without an annotation), `other-class` (a confident detection of another
+            class on an annotation) or `never-found` (an annotation that the model never detects).
+        image: position in the dataset.
+        box_xyxy_px: of the detection, or of the annotation that is never detected.
+        label: class of the detection, or of the annotation that is never detected.
+        score: of the detection; None for an annotation.
+        annotation_id: of the annotation in question; None where there is none.
+        annotated: class of that annotation.
+    """
+
+    kind: str
+    image: int
+    box_xyxy_px: tuple[float, float, float, float]
+    label: int
+    score: float | None
+    annotation_id: int | None
+    annotated: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class ErrorAnalysis:
+    """All errors at one threshold for each class.
+
+    D detections, G boxes.
+
+    Attributes:
+        evaluation: the analyzed evaluation.
+        thresholds: (K,) score from which a detection of a class is counted.
+        origin: where the thresholds come from, in words that follow "at".
+        kinds: (D,) position in `KINDS`, CORRECT, or NOT_COUNTED.
+        related_box: (D,) the box that decides the kind of a false positive, -1 for none.
+        missed: (G,) counted boxes that no counted detection matched.
+        explained: (G,) missed boxes that a classification or location error already accounts for.
+    """
+
+    evaluation: Evaluation
+    thresholds: NDArray[np.float64]
+    origin: str
+    kinds: NDArray[np.int8]
+    related_box: NDArray[np.int64]
+    missed: NDArray[np.bool_]
+    explained: NDArray[np.bool_]
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """The number of errors of each kind."""
+        counts = np.bincount(self.kinds[self.kinds >= 0], minlength=len(KINDS)).tolist()
+        return dict(zip(KINDS, counts, strict=True)) | {
+            MISSED_KIND: int(np.count_nonzero(self.missed & ~self.explained))
+        }
+
+    @cached_property
+    def gains(self) -> dict[str, float] | None:
+        """AP50 gained by fixing all errors of a kind, over all detections; None without hotcoco."""
+        session = self.evaluation.coco.session
+        if session is None or not np.any(~self.evaluation.dataset.crowd):
+            return None
+        gains = session.tide_errors(pos_thr=MATCH_IOU, bg_thr=OVERLAP_IOU)["delta_ap"]
+        return {kind: float(gains[name]) for kind, name in _TIDE_NAMES.items()}
+
+    @cached_property
+    def confusion(self) -> NDArray[np.int64] | None:
+        """(K + 1, K + 1) boxes by annotated (row) and detected class (column); the last of each is "nothing".
+
+        None without hotcoco. Crowds and detections in them are left out.
+        """
+        if self.evaluation.coco.session is None:
+            return None
+        counted = self.evaluation.table.rows(self.kinds != NOT_COUNTED)
+        session = hotcoco_session(without_crowds(self.evaluation.dataset), counted)
+        return np.asarray(session.confusion_matrix(iou_thr=MATCH_IOU, max_det=10_000)["matrix"], np.int64)
+
+    @cached_property
+    def images(self) -> list[ImageErrors]:
+        """The counts of each image, in the order of the dataset."""
+        dataset, image_index = self.evaluation.dataset, self.evaluation.table.image_index
+        columns = (
+            image_index[self.kinds == CORRECT],
+            image_index[self.kinds >= 0],
+            box_images(dataset)[self.missed],
+        )
+        counts = zip(*(np.bincount(images, minlength=len(dataset)).tolist() for images in columns), strict=True)
+        return [ImageErrors(image, *values) for image, values in enumerate(counts)]
+
+    def worst(self, limit: int = 20) -> list[ImageErrors]:
+        """Return images with errors, lowest F1 first, then the most errors."""
+        with_errors = [i for i in self.images if i.false_positives or i.missed]
+        return sorted(with_errors, key=lambda i: (i.f1, -(i.false_positives + i.missed), i.image))[:limit]
+
+    @cached_property
+    def empty(self) -> dict[str, int]:
+        """Images without objects: how many, how many with a false positive, and how many false positives."""
+        boxes = np.diff(self.evaluation.dataset.offsets).tolist()
+        false_positives = [i.false_positives for i, count in zip(self.images, boxes, strict=True) if count == 0]
+        return {
+            "pictures": len(false_positives),
+            "with_false_positives": sum(count > 0 for count in false_positives),
+            "false_positives": sum(false_positives),
+        }
+
+    @cached_property
+    def suspects(self) -> list[Suspect]:
+        """Annotations that may be wrong: confident detections first, then the largest boxes never detected.
+
+        Only of classes with an AP50 of at least `RELIABLE_AP50`: errors of a weak class are the model's fault.
+        """
+        return [*self._confident_errors(), *self._never_detected()]
+
+    @cached_property
+    def _reliable(self) -> NDArray[np.bool_]:
+        """(K,) whether the model detects a class well enough to question its annotations, or it has no boxes."""
+        return np.array(
+            [row["AP50"] is None or row["AP50"] >= RELIABLE_AP50 for row in self.evaluation.per_class], bool
+        )
+
+    @cached_property
+    def unreliable_classes(self) -> tuple[str, ...]:
+        """Names of the classes whose annotations are not questioned, since the model detects them too badly."""
+        names = zip(self.evaluation.dataset.names, self._reliable, strict=True)
+        return tuple(name for name, reliable in names if not reliable)
+
+    @property
+    def suspects_note(self) -> str:
+        """A sentence about `unreliable_classes`; empty where there are none."""
+        names = self.unreliable_classes
+        if not names:
+            return ""
+        listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return (
+            f"annotations of classes with an AP50 below {RELIABLE_AP50:g} are not questioned ({listed}): the model is "
+            "more likely to be wrong than they are"
+        )
+
+    def _confident_errors(self) -> list[Suspect]:
+        """Return detections on background or on another class with at least the median score of correct ones."""
+        dataset, table = self.evaluation.dataset, self.evaluation.table
+        correct = self.kinds == CORRECT
+        confident = np.full(len(dataset.categories), np.inf)
+        for label in np.unique(table.labels[correct]).tolist():
+            confident[label] = np.median(table.scores[correct & (table.labels == label)])
+        questionable = (self.kinds == BACKGROUND) | (self.kinds == CLASSIFICATION)
+        rows = np.flatnonzero(questionable & (table.scores >= confident[table.labels]) & self._reliable[table.labels])
+        suspects = []
+        for row in rows[np.argsort(-table.scores[rows], kind="stable")][:MAX_SUSPECTS].tolist():
+            box = int(self.related_box[row]) if self.kinds[row] == CLASSIFICATION else -1
+            suspects.append(
+                Suspect(
+                    "other-class" if box >= 0 else "no-box",
+                    int(table.image_index[row]),
+                    _rounded(table.boxes_xyxy_px[row]),
+                    int(table.labels[row]),
+                    float(table.scores[row]),
+                    int(dataset.annotation_ids[box]) if box >= 0 else None,
+                    int(dataset.labels[box]) if box >= 0 else None,
+                )
+            )
+        return suspects
+
+    def _never_detected(self) -> list[Suspect]:
+        """Return boxes that no detection of any class matches, down to a score of 0.05; largest first."""
+        dataset, table = self.evaluation.dataset, self.evaluation.table
+        detections = table.rows(table.scores >= NEVER_DETECTED_SCORE)
+        never = ~dataset.crowd & self._reliable[dataset.labels]
+        never[overlapping_pairs(dataset, detections, min_iou=MATCH_IOU, same_class=False).boxes] = False
+        boxes = np.flatnonzero(never)
+        images = box_images(dataset)
+        return [
+            Suspect(
+                "never-found",
+                int(images[box]),
+                _rounded(dataset.boxes_xyxy_px[box]),
+                int(dataset.labels[box]),
+                None,
+                int(dataset.annotation_ids[box]),
+                int(dataset.labels[box]),
+            )
+            for box in boxes[np.argsort(-dataset.areas[boxes], kind="stable")][:MAX_SUSPECTS].tolist()
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the part of the document about errors."""
+        dataset = self.evaluation.dataset
+        names = dataset.names
+        document: dict[str, Any] = {
+            "thresholds": {"origin": self.origin, "per_class": self.thresholds.tolist()},
+            "kinds": [
+                {"kind": kind, "count": self.counts[kind], "gain": None if self.gains is None else self.gains[kind]}
+                for kind in KINDS
+            ],
+            "empty_pictures": self.empty,
+            "worst": [
+                {
+                    "file": dataset.file_names[i.image],
+                    "image_id": int(dataset.image_ids[i.image]),
+                    "found": i.true_positives,
+                    "wrong": i.false_positives,
+                    "missed": i.missed,
+                    "f1": i.f1,
+                }
+                for i in self.worst()
+            ],
+            "suspects_note": self.suspects_note,
+            "suspects_left_out": list(self.unreliable_classes),
+            "suspects": [
+                {
+                    "kind": s.kind,
+                    "file": dataset.file_names[s.image],
+                    "image_id": int(dataset.image_ids[s.image]),
+                    "box_xyxy": list(s.box_xyxy_px),
+                    "label": names[s.label],
+                    "score": s.score,
+                    "annotation_id": s.annotation_id,
+                    "annotated": None if s.annotated is None else names[s.annotated],
+                }
+                for s in self.suspects
+            ],
+        }
+        if self.confusion is not None:
+            document["confusion"] = {"names": [*names, "nothing"], "matrix": self.confusion.tolist()}
+        return document
+
+
+def _rounded(box: NDArray[np.float64]) -> tuple[float, float, float, float]:
+    x1, y1, x2, y2 = (round(float(v), 2) for v in box)
+    return x1, y1, x2, y2
+
+
+def analyze_errors(
+    evaluation: Evaluation, thresholds: Sequence[float] | None = None, *, origin: str = "the given thresholds"
+) -> ErrorAnalysis:
+    """Sort every counted error of an evaluation by its kind.
+
+    Args:
+        evaluation: the detections and their outcomes.
+        thresholds: score for each class; the model's stored ones by default, else the one with the best F1.
+        origin: where `thresholds` come from, in words.
+    """
+    dataset, table, matches = evaluation.dataset, evaluation.table, evaluation.matches
+    if thresholds is None and evaluation.thresholds is not None:
+        thresholds = evaluation.thresholds.per_class
+        origin = f"the thresholds stored in the model for {evaluation.thresholds.target}"
+    elif thresholds is None:
+        best = evaluation.best.threshold
+        thresholds = [0.5 if best is None else best] * len(dataset.categories)
+        origin = "score 0.5, as nothing was detected" if best is None else f"score {best:.3f}, where F1 is highest"
+    per_class = np.asarray(thresholds, np.float64)
+    counted = table.scores >= per_class[table.labels] if len(table) else np.zeros(0, bool)
+    kinds = np.full(len(table), NOT_COUNTED, np.int8)
+    kinds[counted & (matches.outcomes[0] == TRUE_POSITIVE)] = CORRECT
+    related_box = np.full(len(table), -1, np.int64)
+    errors = np.flatnonzero(counted & (matches.outcomes[0] == FALSE_POSITIVE))
+    kinds[errors], related_box[errors] = _kinds_of(evaluation, errors)
+
+    detected = np.zeros(len(dataset.labels), bool)
+    has_match = matches.matched_detection >= 0
+    detected[has_match] = counted[matches.matched_detection[has_match]]
+    missed = matches.counted[0] & ~detected
+    explained = np.zeros(len(dataset.labels), bool)
+    explained[related_box[(kinds == CLASSIFICATION) | (kinds == LOCATION)]] = True
+    return ErrorAnalysis(evaluation, per_class, origin, kinds, related_box, missed, explained & missed)
+
+
+def _kinds_of(evaluation: Evaluation, rows: NDArray[np.int64]) -> tuple[NDArray[np.int8], NDArray[np.int64]]:
+    """Return the kind of each false positive, and the box that decides it (-1 for none)."""
+    dataset = evaluation.dataset
+    detections = evaluation.table.rows(rows)
+    pairs = overlapping_pairs(dataset, detections, min_iou=OVERLAP_IOU, same_class=False)
+    pairs = pairs.select(~dataset.crowd[pairs.boxes])
+    pairs = pairs.select(np.argsort(pairs.ious, kind="stable"))  # the highest IoU of a detection is assigned last
+    same = dataset.labels[pairs.boxes] == detections.labels[pairs.rows]
+    iou, box = np.zeros((2, len(rows))), np.full((2, len(rows)), -1, np.int64)
+    for index, mask in enumerate((same, ~same)):
+        iou[index, pairs.rows[mask]] = pairs.ious[mask]
+        box[index, pairs.rows[mask]] = pairs.boxes[mask]
+    (iou_same, iou_other), (box_same, box_other) = iou, box
+
+    kinds = np.full(len(rows), BACKGROUND, np.int8)
+    related = np.full(len(rows), -1, np.int64)
+    # In the order of TIDE: the first rule that applies decides.
+    rules = (
+        (LOCATION, (iou_same >= OVERLAP_IOU) & (iou_same < MATCH_IOU), box_same),
+        (CLASSIFICATION, iou_other >= MATCH_IOU, box_other),
+        (DUPLICATE, iou_same >= MATCH_IOU, box_same),
+        (BOTH, iou_other >= OVERLAP_IOU, box_other),
+    )
+    undecided = np.ones(len(rows), bool)
+    for kind, applies, boxes in rules:
+        decided = undecided & applies
+        kinds[decided], related[decided] = kind, boxes[decided]
+        undecided &= ~applies
+    return kinds, related
