@@ -1,8 +1,8 @@
-"""Make a detection dataset to try things on: shapes of five classes on textured grounds, as COCO JSON.
+"""Generate a detection dataset for demos and tests: shapes of five classes on textured backgrounds, as COCO JSON.
 
-The class is the shape and nothing else: colour, pattern, size, turn and place are drawn independently of it, so a
-detector that scores well has learned outlines. Objects cast soft shadows, overlap up to a third and may be cut by
-the border; one image in ten has none. The same seed gives the same dataset.
+Only the shape decides the class: color, pattern, size, rotation and position are independent of it, so a detector
+that scores well has learned outlines. Objects cast soft shadows, overlap by up to a third and may be cut by the
+border; one image in ten has none. The same seed gives the same dataset.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from PIL import Image
 
 NAMES = ("disc", "ring", "square", "triangle", "cross")
 SMALLEST_PX = 16
-"""Longer side of the smallest object; the largest takes half the image's shorter side."""
+"""Longer side of the smallest object; the largest one fills half of the image's shorter side."""
 
-_EMPTY_SHARE = 0.1
-_MOST_OBJECTS = 7
-_OVERLAP = 0.35  # of the smaller of two boxes
-_CUT = 0.25  # of an object's side that may lie outside
-_FINE = 4  # masks are drawn this many times larger, then averaged: soft edges
+_EMPTY_FRACTION = 0.1
+_MAX_OBJECTS = 7
+_MAX_OVERLAP = 0.35  # fraction of the smaller of two boxes
+_MAX_CUT = 0.25  # fraction of an object's side that may lie outside the image
+_SUPERSAMPLING = 4  # masks are drawn this many times larger and then averaged, for soft edges
 _RING_HOLE = 0.55
 
-Colour = NDArray[np.float32]
+Color = NDArray[np.float32]
 
 
 def generate_dataset(
@@ -38,19 +38,21 @@ def generate_dataset(
     """Write `train.json`, `val.json` and their images under `images/`; return `folder`, ready for `--data`.
 
     Args:
-        folder: made when it does not exist.
-        train: number of images to train on.
-        val: number of held-out images.
+        folder: created if it doesn't exist.
+        train: number of training images.
+        val: number of validation images.
         imgsz: height and width of every image, at least 64 pixels.
         seed: equal seeds give equal datasets; train and val never share an image.
 
     Raises:
-        ValueError: an image too small for objects of 16 px up to half of it.
+        ValueError: the images are too small for objects from 16 px to half their side.
         OSError: the folder cannot be written.
     """
     hw = (imgsz, imgsz) if isinstance(imgsz, int) else imgsz
     if min(hw) < 4 * SMALLEST_PX:
-        raise ValueError(f"images of {hw[0]}x{hw[1]} are too small: at least {4 * SMALLEST_PX} pixels each way")
+        raise ValueError(
+            f"images of {hw[0]}x{hw[1]} are too small: each side must have at least {4 * SMALLEST_PX} pixels"
+        )
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for number, (split, count) in enumerate((("train", train), ("val", val))):
         if count:
@@ -62,28 +64,28 @@ def generate_image(
     rng: Generator, hw: tuple[int, int]
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.int64]]:
     """Paint one image: (H, W, 3) uint8 RGB, (N, 4) boxes in xyxy pixels, (N,) labels into `NAMES`."""
-    canvas = _ground(rng, hw)
+    canvas = _background(rng, hw)
     boxes: list[tuple[float, float, float, float]] = []
     labels: list[int] = []
-    wanted = 0 if rng.random() < _EMPTY_SHARE else int(rng.integers(1, _MOST_OBJECTS + 1))
+    wanted = 0 if rng.random() < _EMPTY_FRACTION else int(rng.integers(1, _MAX_OBJECTS + 1))
     largest = min(hw) / 2
     for _ in range(wanted * 6):
         if len(boxes) == wanted:
             break
         label = int(rng.integers(len(NAMES)))
-        side = SMALLEST_PX * (largest / SMALLEST_PX) ** rng.random()  # as many small as large: uniform in the logarithm
+        side = SMALLEST_PX * (largest / SMALLEST_PX) ** rng.random()  # uniform in the logarithm
         outline = _outline(rng, label, side)
         low, high = outline.min(0), outline.max(0)
         extent = high - low
-        slack = _CUT * extent * (rng.random() < 0.2)
-        place = rng.uniform(-slack, np.array(hw[::-1]) - extent + slack) - low
-        box = _box(outline + place, hw)
-        if max(box[2] - box[0], box[3] - box[1]) < SMALLEST_PX or any(_covered(box, b) > _OVERLAP for b in boxes):
+        slack = _MAX_CUT * extent * (rng.random() < 0.2)
+        shift = rng.uniform(-slack, np.array(hw[::-1]) - extent + slack) - low
+        box = _box(outline + shift, hw)
+        if max(box[2] - box[0], box[3] - box[1]) < SMALLEST_PX or any(_covered(box, b) > _MAX_OVERLAP for b in boxes):
             continue
-        _paint(rng, canvas, outline + place, hole=label == 1)
+        _paint(rng, canvas, outline + shift, hole=label == 1)
         boxes.append(box)
         labels.append(label)
-    canvas += rng.normal(0, rng.uniform(1, 5), (*hw, 1)).astype(np.float32)  # grain of the sensor
+    canvas += rng.normal(0, rng.uniform(1, 5), (*hw, 1)).astype(np.float32)  # sensor noise
     image = np.clip(canvas, 0, 255).astype(np.uint8)
     return image, np.array(boxes, np.float64).reshape(-1, 4), np.array(labels, np.int64)
 
@@ -127,27 +129,27 @@ def _covered(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 
 def _box(outline: NDArray[np.float64], hw: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Return the tight box of what lies inside the image: where a triangle is cut, less than the clipped box."""
+    """Return the tight box of the part inside the image: for a cut triangle it is smaller than the clipped box."""
     corners = [(float(x), float(y)) for x, y in outline]
     for axis, bound, sign in ((0, 0, 1), (1, 0, 1), (0, hw[1], -1), (1, hw[0], -1)):
-        depths = [(corner[axis] - bound) * sign for corner in corners]  # inside one border of the image
-        kept: list[tuple[float, float]] = []
+        depths = [(corner[axis] - bound) * sign for corner in corners]  # distance inside one border of the image
+        clipped: list[tuple[float, float]] = []
         for (x0, y0), (x1, y1), depth, following in zip(
             corners, corners[1:] + corners[:1], depths, depths[1:] + depths[:1], strict=True
         ):
             if depth >= 0:
-                kept.append((x0, y0))
+                clipped.append((x0, y0))
             if (depth >= 0) != (following >= 0):
-                share = depth / (depth - following)
-                crossing = (x0 + share * (x1 - x0), y0 + share * (y1 - y0))
-                kept.append((float(bound), crossing[1]) if axis == 0 else (crossing[0], float(bound)))
-        corners = kept
+                fraction = depth / (depth - following)
+                crossing = (x0 + fraction * (x1 - x0), y0 + fraction * (y1 - y0))
+                clipped.append((float(bound), crossing[1]) if axis == 0 else (crossing[0], float(bound)))
+        corners = clipped
     (x0, y0), (x1, y1) = np.min(corners, axis=0).tolist(), np.max(corners, axis=0).tolist()
     return x0, y0, x1, y1
 
 
 def _outline(rng: Generator, label: int, side: float) -> NDArray[np.float64]:
-    """Return the corners (N, 2) of a shape about the origin whose longer extent is `side` pixels."""
+    """Return the corners (N, 2) of a shape about the origin whose longer side is `side` pixels."""
     aspect = rng.uniform(0.75, 1)
     if NAMES[label] in ("disc", "ring"):
         angles = np.linspace(0, 2 * math.pi, 64, endpoint=False)
@@ -170,7 +172,7 @@ def _outline(rng: Generator, label: int, side: float) -> NDArray[np.float64]:
 
 
 def _noise(rng: Generator, hw: tuple[int, int], coarse_px: float) -> NDArray[np.float32]:
-    """Return smooth noise (H, W), 0 to 1, whose blots are about `coarse_px` wide."""
+    """Return smooth noise (H, W), 0 to 1, with structures about `coarse_px` wide."""
     cells = (max(2, round(hw[0] / coarse_px)), max(2, round(hw[1] / coarse_px)))
     grid = rng.random(cells, np.float32)
     return np.asarray(cv2.resize(grid, (hw[1], hw[0]), interpolation=cv2.INTER_CUBIC), np.float32)
@@ -189,27 +191,27 @@ def _pattern(rng: Generator, hw: tuple[int, int], period_px: float) -> NDArray[n
     if kind == 2:  # stripes
         return np.asarray(0.5 + 0.5 * np.sin(along), np.float32)
     across = (y * math.cos(angle) - x * math.sin(angle)) * (2 * math.pi / period_px)
-    if kind == 3:  # cloth
+    if kind == 3:  # woven cloth
         return np.asarray(0.5 + 0.25 * (np.sin(along) + np.sin(across)), np.float32)
     wobble = 4 * _noise(rng, hw, period_px * 3)  # wood
     return np.asarray(0.5 + 0.5 * np.sin(along * 0.7 + wobble * 2), np.float32)
 
 
-def _colour(rng: Generator, *, low: float = 30, high: float = 235) -> Colour:
+def _color(rng: Generator, *, low: float = 30, high: float = 235) -> Color:
     return rng.uniform(low, high, 3).astype(np.float32)
 
 
-def _ground(rng: Generator, hw: tuple[int, int]) -> NDArray[np.float32]:
-    """Return a background (H, W, 3), 0 to 255: two near colours mixed by a pattern, clutter, uneven light."""
-    first = _colour(rng, low=50, high=205)
-    first += rng.uniform(0.3, 0.8) * (first.mean() - first)  # grounds are duller than things
+def _background(rng: Generator, hw: tuple[int, int]) -> NDArray[np.float32]:
+    """Return a background (H, W, 3), 0 to 255: two similar colors mixed by a pattern, clutter, uneven light."""
+    first = _color(rng, low=50, high=205)
+    first += rng.uniform(0.3, 0.8) * (first.mean() - first)  # less saturated than the objects
     second = np.clip(first + rng.uniform(-60, 30) + rng.uniform(-25, 25, 3), 20, 235).astype(np.float32)
     mix = np.clip(_pattern(rng, hw, rng.uniform(0.04, 0.35) * min(hw)), 0, 1)[..., None]
     canvas = first + (second - first) * mix
-    for _ in range(int(rng.integers(0, 5))):  # scratches and cords, which are no objects
+    for _ in range(int(rng.integers(0, 5))):  # scratches and lines as distractors
         points = (rng.uniform(-0.1, 1.1, (4, 2)) * hw[::-1]).astype(np.int32)
-        colour = np.clip(first + rng.uniform(-60, 60, 3), 0, 255).tolist()
-        cv2.polylines(canvas, [points], False, colour, int(rng.integers(1, 3)), cv2.LINE_AA)
+        color = np.clip(first + rng.uniform(-60, 60, 3), 0, 255).tolist()
+        cv2.polylines(canvas, [points], False, color, int(rng.integers(1, 3)), cv2.LINE_AA)
     light = 1 + rng.uniform(0.05, 0.3) * (_noise(rng, hw, max(hw)) - 0.5)
     return np.asarray(canvas * light[..., None], np.float32)
 
@@ -223,8 +225,8 @@ def _paint(rng: Generator, canvas: NDArray[np.float32], outline: NDArray[np.floa
     x1, y1 = (np.ceil(outline.max(0)).astype(int) + margin).tolist()
     hw = (y1 - y0, x1 - x0)
 
-    fine = np.zeros((hw[0] * _FINE, hw[1] * _FINE), np.uint8)
-    corners = (outline - (x0, y0)) * _FINE
+    fine = np.zeros((hw[0] * _SUPERSAMPLING, hw[1] * _SUPERSAMPLING), np.uint8)
+    corners = (outline - (x0, y0)) * _SUPERSAMPLING
     cv2.fillPoly(fine, [np.round(corners).astype(np.int32)], 255)
     if hole:
         centre = (corners.min(0) + corners.max(0)) / 2
@@ -240,17 +242,17 @@ def _paint(rng: Generator, canvas: NDArray[np.float32], outline: NDArray[np.floa
     shadow = np.roll(shadow, (round(depth), round(depth)), (0, 1))
     under *= 1 - 0.45 * shadow[local][..., None]
 
-    ground = under.mean((0, 1))
-    choices = [_colour(rng) for _ in range(4)]
-    base = max(choices, key=lambda colour: float(np.abs(colour - ground).sum()))
+    background = under.mean((0, 1))
+    choices = [_color(rng) for _ in range(4)]
+    base = max(choices, key=lambda color: float(np.abs(color - background).sum()))
     second = np.clip(base + rng.uniform(-50, 50, 3), 0, 255)
     mix = np.clip(_pattern(rng, hw, max(4.0, side * rng.uniform(0.15, 0.6))), 0, 1)[..., None]
-    skin = base + (second - base) * mix
+    surface = base + (second - base) * mix
     y, x = np.mgrid[: hw[0], : hw[1]].astype(np.float32)
-    skin *= (1.12 - 0.24 * (x / hw[1] + y / hw[0]) / 2)[..., None]  # lit from the upper left
+    surface *= (1.12 - 0.24 * (x / hw[1] + y / hw[0]) / 2)[..., None]  # light from the upper left
     rim = np.clip(
         mask - np.asarray(cv2.erode(mask, np.ones((3, 3), np.uint8), iterations=max(1, round(side / 48)))), 0, 1
     )
-    skin *= 1 - 0.4 * rim[..., None]
+    surface *= 1 - 0.4 * rim[..., None]
     alpha = mask[local][..., None]
-    under += alpha * (skin[local] - under)
+    under += alpha * (surface[local] - under)

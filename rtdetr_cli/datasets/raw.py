@@ -1,4 +1,4 @@
-"""What a reader finds before it is judged: boxes as they are written, in flat arrays, with their place in the file."""
+"""Records as a reader finds them, before any check: boxes in flat arrays, with their location in the label files."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from rtdetr_cli.datasets.records import Category
 
 @dataclass(slots=True, eq=False)
 class RawSplit:
-    """One split as it is written: boxes may be inverted, outside or not finite.
+    """One split as it is in the label files: boxes may be inverted, outside or not finite.
 
-    N images, M boxes, the boxes in the order of their images.
+    N images and M boxes, sorted by image.
 
     Attributes:
         split: `train`, `val` or `test`.
-        root: the folder that relative `file_names` start from.
-        label_files: paths for people, relative to the dataset's folder.
-        file_names: N paths; mended where only the case differs.
+        root: the folder that `file_names` are relative to.
+        label_files: paths to show, relative to the dataset's folder.
+        file_names: N paths; corrected if only upper and lower case differed.
         image_ids: (N,) int64.
-        sizes_wh: (N, 2) int32 as declared; 0 where the labels do not say.
-        declared: (N,) bool, whether the labels say a size.
-        image_labels: (N,) int32, position in `label_files`; -1 for none.
+        sizes_wh: (N, 2) int32 as declared; 0 if the labels declare none.
+        declared: (N,) bool, whether the labels declare a size.
+        image_labels: (N,) int32, index in `label_files`; -1 for none.
         image_lines: (N,) int32, line of the entry in its label file; 0 for none.
-        image_entries: (N,) int32, position of the entry in its list; -1 for none.
-        box_images: (M,) int64, position of the image, ascending.
+        image_entries: (N,) int32, index of the entry in its list; -1 for none.
+        box_images: (M,) int64, index of the image, ascending.
         boxes_xyxy_px: (M, 4) float64.
-        labels: (M,) int64, positions in the dataset's categories.
-        areas: (M,) float64, NaN where the labels do not say.
+        labels: (M,) int64, indices in the dataset's categories.
+        areas: (M,) float64, NaN if the labels give none.
         crowd: (M,) bool.
         annotation_ids: (M,) int64.
         box_lines: (M,) int32.
         box_entries: (M,) int32.
-        reported_outside: (M,) bool, boxes that the reader has already called beyond the image.
-        label_names: image -> its name in the labels, where the disk has another.
-        usable: (N,) bool, False once a check found that the image cannot be used.
+        reported_outside: (M,) bool, boxes that the reader has already reported to extend beyond the image.
+        label_names: image -> its name in the labels, if the file is named differently.
+        usable: (N,) bool, False if a check found that the image cannot be used.
         normalized: True while boxes and areas are fractions of the image; `denormalize_boxes` scales them.
     """
 
@@ -79,21 +79,21 @@ class RawSplit:
         return self.root / self.file_names[image]
 
     def label_file(self, image: int) -> str:
-        """Return the label file of one image, for people."""
-        position = int(self.image_labels[image])
-        return self.label_files[position] if position >= 0 else ""
+        """Return the label file of one image, to show."""
+        file = int(self.image_labels[image])
+        return self.label_files[file] if file >= 0 else ""
 
     def image_spot(self, image: int) -> Spot:
-        """Return where one image's entry lies."""
+        """Return where the entry of an image is."""
         return Spot(self.split, image, int(self.image_entries[image]))
 
     def box_spot(self, box: int) -> Spot:
-        """Return where one box's entry lies."""
+        """Return where the entry of a box is."""
         x1, y1, x2, y2 = self.boxes_xyxy_px[box].tolist()
         return Spot(self.split, int(self.box_images[box]), int(self.box_entries[box]), (x1, y1, x2, y2))
 
     def denormalize_boxes(self) -> None:
-        """Turn shares into pixels; boxes of images whose size is not known are dropped."""
+        """Turn fractions into pixels; boxes of images of unknown size are dropped."""
         if not self.normalized:
             return
         self.normalized = False
@@ -110,7 +110,7 @@ class RawSplit:
             setattr(self, name, getattr(self, name)[keep])
 
     def sort_boxes(self) -> None:
-        """Bring the boxes into the order of their images; those of one image keep theirs."""
+        """Sort the boxes by image; those of one image keep their order."""
         if len(self.box_images) and (np.diff(self.box_images) < 0).any():
             order = np.argsort(self.box_images, kind="stable")
             for name in _BOX_ROWS:
@@ -132,15 +132,15 @@ _BOX_ROWS = (
 
 @dataclass(slots=True, eq=False)
 class RawDataset:
-    """A dataset as it is written.
+    """A dataset as its label files describe it.
 
     Attributes:
-        source: what the user named.
-        folder: the dataset's folder; images may not leave it.
-        roots: real paths that images may lie under: the folder, and what the user named with `--images`.
-        label_paths: every label file on disk by the path shown to people.
-        findings: what reading noticed.
-        split_made: True when the val part was drawn from one file by us.
+        source: the path that the user gave.
+        folder: the dataset's folder.
+        roots: folders that images must lie in: `folder`, and the one given with `--images`.
+        label_paths: path to show -> path on disk, for every label file.
+        findings: of the reader, and then of the checks.
+        split_made: True if the val split was drawn at random from train.
     """
 
     source: Path
@@ -155,7 +155,7 @@ class RawDataset:
     split_made: bool = False
 
     def show(self, path: Path) -> str:
-        """Return a path for people: relative to the dataset's folder where it lies below it."""
+        """Return a path to show: relative to the dataset's folder if it lies in it."""
         try:
             shown = str(path.relative_to(self.folder))
         except ValueError:
@@ -167,7 +167,7 @@ class RawDataset:
         return any(f.severity == "error" for f in self.findings)
 
     def main_file(self) -> str:
-        """Return the file, for people, that what concerns the whole dataset is found in."""
+        """Return the file to show for findings that concern the whole dataset."""
         if self.source.is_file():
             return self.show(self.source)
         central = [shown for shown, path in self.label_paths.items() if path.suffix in (".json", ".yaml", ".yml")]
@@ -176,7 +176,7 @@ class RawDataset:
 
 @dataclass(slots=True)
 class Rows:
-    """Collects images and boxes one by one, for the formats with one label file an image."""
+    """Collects images and boxes one by one, for the formats with one label file per image."""
 
     label_files: list[str] = field(default_factory=list)
     file_names: list[str] = field(default_factory=list)
@@ -194,7 +194,7 @@ class Rows:
     reported_outside: list[int] = field(default_factory=list)
 
     def add_image(self, file_name: str, *, image_id: int, size_wh: tuple[int, int], label_file: str) -> int:
-        """Add an image and return its position; an empty `label_file` stands for none."""
+        """Add an image and return its index; an empty `label_file` means none."""
         self.file_names.append(file_name)
         self.image_ids.append(image_id)
         self.sizes_wh.append(size_wh)
@@ -216,7 +216,7 @@ class Rows:
         annotation_id: int | None = None,
         beyond: bool = False,
     ) -> None:
-        """Add a box; `beyond` stands for a box already called beyond the image."""
+        """Add a box; `beyond` means that it was already reported to extend beyond the image."""
         if beyond:
             self.reported_outside.append(len(self.boxes))
         self.box_images.append(image)
@@ -229,11 +229,11 @@ class Rows:
         self.box_entries.append(entry)
 
     def split(self, name: str, root: Path) -> RawSplit:
-        """Return everything as flat arrays; where a box has no id of its own, all are numbered."""
+        """Return everything as flat arrays; boxes are numbered unless all have unique ids."""
         count = len(self.file_names)
-        own = [i for i in self.annotation_ids if i is not None]
-        if len(set(own)) != len(self.annotation_ids):
-            own = list(range(1, len(self.annotation_ids) + 1))
+        ids = [i for i in self.annotation_ids if i is not None]
+        if len(set(ids)) != len(self.annotation_ids):
+            ids = list(range(1, len(self.annotation_ids) + 1))
         split = RawSplit(
             split=name,
             root=root,
@@ -249,7 +249,7 @@ class Rows:
             labels=np.asarray(self.labels, np.int64),
             areas=np.asarray(self.areas, np.float64),
             crowd=np.asarray(self.crowd, np.bool_),
-            annotation_ids=np.asarray(own, np.int64),
+            annotation_ids=np.asarray(ids, np.int64),
             box_lines=np.asarray(self.box_lines, np.int32),
             box_entries=np.asarray(self.box_entries, np.int32),
         )

@@ -1,7 +1,7 @@
-"""What every reader returns and everything else consumes: a dataset's records as flat arrays.
+"""A dataset as flat arrays, which every reader returns and everything else uses.
 
-A forked loader worker that touches a Python object writes to its reference count, which copies the page it lies
-on: a dataset kept as lists of dicts grows in every worker until memory is gone. Arrays have one count for all.
+A forked process that touches a Python object writes to its reference count, which copies the memory page: a dataset
+of lists and dicts would grow in every process until memory runs out. An array has a single reference count.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Category:
 
 
 class FlatStrings:
-    """An immutable sequence of strings in two arrays, safe to share with forked workers."""
+    """An immutable sequence of strings in two arrays, which can be shared with forked processes."""
 
     __slots__ = ("_bytes", "_offsets")
 
@@ -50,9 +50,9 @@ class Annotations:
 
     Attributes:
         boxes_xyxy_px: (N, 4) float64, pixels of the upright image, clipped to it.
-        labels: (N,) int64, contiguous: the position in `Dataset.categories`.
-        areas: (N,) float64, square pixels; the mask's where the dataset gives one, else width times height.
-        crowd: (N,) bool; crowds are left out of training and ignored by the metrics' rules.
+        labels: (N,) int64, contiguous: the index in `Dataset.categories`.
+        areas: (N,) float64, square pixels: the mask's if the dataset gives one, else width times height.
+        crowd: (N,) bool; crowds are left out of training and ignored by the metrics.
         annotation_ids: (N,) int64.
     """
 
@@ -65,7 +65,7 @@ class Annotations:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
-    """One split of a dataset, checked: every box is finite, has an area and lies inside its image.
+    """One checked split of a dataset: every box is finite, has an area and lies inside its image.
 
     N images, M boxes; the boxes of image i are rows `offsets[i]:offsets[i + 1]`.
 
@@ -75,8 +75,8 @@ class Dataset:
         format: `coco`, `roboflow`, `yolo` or `voc`.
         root: the folder that relative `file_names` start from.
         categories: in the order of the contiguous labels.
-        file_names: N paths, relative to `root` (or absolute when the dataset says so).
-        image_ids: (N,) int64, the dataset's own.
+        file_names: N paths, relative to `root`, or absolute if the dataset gives absolute paths.
+        image_ids: (N,) int64, the dataset's ids.
         sizes_wh: (N, 2) int32, width and height in pixels of the upright image (after EXIF orientation).
         offsets: (N + 1,) int64.
         boxes_xyxy_px, labels, areas, crowd, annotation_ids: M rows, see `Annotations`.
@@ -107,7 +107,7 @@ class Dataset:
 
     @property
     def category_ids(self) -> tuple[int, ...]:
-        """The dataset's own category ids in label order."""
+        """The dataset's category ids in label order."""
         return tuple(c.id for c in self.categories)
 
     def path(self, index: int) -> Path:
@@ -147,7 +147,7 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that the doctor noticed. `code` is stable; `severity` is `error`, `warning` or `info`."""
+    """One problem or remark about a dataset. `code` is stable; `severity` is `error`, `warning` or `info`."""
 
     code: str
     severity: str
@@ -161,13 +161,13 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Splits:
-    """A whole dataset as found on disk.
+    """All splits of a dataset.
 
     Attributes:
-        source: what the user named.
-        fingerprint: sha256 over categories, file names, image ids, sizes, boxes and areas; `--resume` refuses another.
-        findings: what the annotation checks noticed (never an error: those were raised).
-        split_made: True when the val part was drawn from one file by us.
+        source: the path that the user gave.
+        fingerprint: sha256 over categories, file names, image ids, sizes, boxes, areas; `--resume` requires the same.
+        findings: warnings and infos of the checks; errors were raised.
+        split_made: True if the val split was drawn at random from train.
     """
 
     source: Path

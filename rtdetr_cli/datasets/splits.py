@@ -1,4 +1,4 @@
-"""Splits: what the readers found, as flat arrays; a val split drawn where there is none."""
+"""Turn checked records into datasets, and draw a val split if there is none."""
 
 from __future__ import annotations
 
@@ -52,27 +52,27 @@ def _dataset(raw: RawDataset, split: RawSplit) -> Dataset:
 
 
 def draw_val(raw: RawDataset, val_fraction: float, seed: int) -> None:
-    """Draw a val split by image from a dataset that has only train."""
+    """Draw a val split from a dataset that has only a train split."""
     if set(raw.splits) != {"train"} or len(raw.splits["train"]) < 2:
         return
-    whole = raw.splits["train"]
-    count = min(len(whole) - 1, max(1, round(val_fraction * len(whole))))
-    # By file name, not by position: the draw survives a file whose entries were written in another order.
-    order = np.argsort(np.asarray(whole.file_names, object), kind="stable")
-    drawn = np.zeros(len(whole), np.bool_)
-    drawn[order[np.random.default_rng(seed).permutation(len(whole))[:count]]] = True
-    raw.splits = {"train": take(whole, ~drawn, "train"), "val": take(whole, drawn, "val")}
+    train = raw.splits["train"]
+    count = min(len(train) - 1, max(1, round(val_fraction * len(train))))
+    # By file name, so that the draw doesn't depend on the order of the entries in the label file.
+    order = np.argsort(np.asarray(train.file_names, object), kind="stable")
+    drawn = np.zeros(len(train), np.bool_)
+    drawn[order[np.random.default_rng(seed).permutation(len(train))[:count]]] = True
+    raw.splits = {"train": select_images(train, ~drawn, "train"), "val": select_images(train, drawn, "val")}
     raw.split_made = True
     raw.findings.add(
         "split-made",
-        f"there is no val split: {count} of {len(whole)} images were drawn for it (seed {seed})",
+        f"there is no val split: {count} of {len(train)} images were drawn for it (seed {seed})",
         file=raw.main_file(),
     )
 
 
-def take(split: RawSplit, images: np.typing.NDArray[np.bool_], name: str) -> RawSplit:
-    """Return the chosen images of a split, with their boxes."""
-    position = np.cumsum(images) - 1
+def select_images(split: RawSplit, images: np.typing.NDArray[np.bool_], name: str) -> RawSplit:
+    """Return the images of a split where the mask is True, with their boxes."""
+    new_index = np.cumsum(images) - 1
     boxes = images[split.box_images]
     part = RawSplit(
         split=name,
@@ -84,7 +84,7 @@ def take(split: RawSplit, images: np.typing.NDArray[np.bool_], name: str) -> Raw
         image_labels=split.image_labels[images],
         image_lines=split.image_lines[images],
         image_entries=split.image_entries[images],
-        box_images=position[split.box_images[boxes]],
+        box_images=new_index[split.box_images[boxes]],
         boxes_xyxy_px=split.boxes_xyxy_px[boxes],
         labels=split.labels[boxes],
         areas=split.areas[boxes],

@@ -71,13 +71,13 @@ def test_another_image_of_the_same_length_is_another(files: list[str], place: st
 
 
 def test_of_very_many_images_some_are_opened_and_all_are_measured(files: list[str]) -> None:
-    before = image_digests(files, most_read=3)
+    before = image_digests(files, max_read=3)
     for path in files[2:4]:
         content = bytearray(Path(path).read_bytes())
         content[0] ^= 1
         Path(path).write_bytes(content)
     Path(files[5]).write_bytes(b"shorter")
-    assert (image_digests(files, most_read=3) != before).tolist() == [False, False, True, False, False, True]
+    assert (image_digests(files, max_read=3) != before).tolist() == [False, False, True, False, False, True]
 
 
 def test_a_image_that_is_gone_is_another(files: list[str]) -> None:
