@@ -94,6 +94,13 @@ def repair(report: Report, out: Path) -> Repaired:
     upright, reset = reset_orientations(report)
     plan = Plan(upright, out)
     choose_left_out(plan, report, reset)
+    if len(plan.left_out) == sum(map(len, raw.splits.values())):
+        code, why = next(iter(plan.left_out.values()), ("split-empty", "it has no images"))
+        raise DataError(
+            f"{raw.name} cannot be repaired, because no image can be used: {why}",
+            hint=f"rtdetr validate {raw.source}",
+            code=code,
+        )
     plan_images(plan, report, reset)
     _PLANNERS[raw.format](plan)
     plan.normalize_text()

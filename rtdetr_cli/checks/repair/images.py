@@ -21,6 +21,9 @@ UNUSABLE = frozenset(
         *("image-bomb", "image-samples", "image-outside"),
     }
 )
+_OF_MANY = frozenset({"image-size-undeclared", "box-no-area"})
+"""Findings that stand for several images, but name only the first."""
+
 Tag = tuple[int, bytes]
 """Offset in the file and new bytes of an EXIF orientation."""
 
@@ -121,7 +124,8 @@ def choose_left_out(plan: Plan, before: Report, reset: Mapping[Path, Tag]) -> No
         _leave_out_unknown_frames(plan)
     _leave_out_shared_ids(plan)
     for i, finding, spot in plan.findings():
-        if (spot.split, spot.image) in plan.left_out or finding.file in broken_files:
+        gone = (spot.split, spot.image) in plan.left_out and finding.code not in _OF_MANY
+        if gone or finding.file in broken_files:
             plan.repaired.add(i)
     if plan.report is not before:
         for code in ("image-exif-swapped", "image-exif-ambiguous"):
