@@ -49,11 +49,20 @@ from rtdetr_cli.train.stop import EvaluationStopped, Interrupted, StopFlag
 Metrics = Mapping[str, float | None]
 
 
-@dataclass(frozen=True, slots=True)
-class LoopOptions:
-    """What the loop needs to know besides the plan.
+@dataclass(kw_only=True)
+class Trainer:
+    """Trains a learner to the end of a plan.
 
     Attributes:
+        learner: what learns; changed in place.
+        progress: where to begin; changed in place.
+        loader: gives effective batches.
+        plan: rates, moving average, augmentation and scales by step and epoch.
+        folder: where `metrics.csv` and `last.ckpt` go.
+        evaluate_model: measures a model on the val split without changing it; the evaluation behind the metrics is
+            None in all processes but the main one.
+        write_best: writes the model to deploy, with its metrics and epoch.
+        stop: set by a signal; the current step is finished and saved.
         seed: of the run.
         patience: evaluated epochs without a better score before training stops; 0 for never.
         checkpoint_seconds: between saves within an epoch.
@@ -62,6 +71,14 @@ class LoopOptions:
         files: names of the training images, for messages.
     """
 
+    learner: Learner
+    progress: Progress
+    loader: TrainLoader
+    plan: Plan
+    folder: RunFolder
+    evaluate_model: Callable[[nn.Module], tuple[Metrics, Evaluation | None]]
+    write_best: Callable[[nn.Module, Metrics, int], None]
+    stop: StopFlag
     seed: int
     patience: int = 0
     checkpoint_seconds: float = 300.0
@@ -69,91 +86,46 @@ class LoopOptions:
     identity: Mapping[str, Any] = field(default_factory=dict)
     files: Sequence[str] | FlatStrings = ()
 
-
-def train(
-    learner: Learner,
-    progress: Progress,
-    *,
-    loader: TrainLoader,
-    plan: Plan,
-    options: LoopOptions,
-    folder: RunFolder,
-    evaluate_model: Callable[[nn.Module], tuple[Metrics, Evaluation | None]],
-    write_best: Callable[[nn.Module, Metrics, int], None],
-    stop: StopFlag,
-) -> Iterator[TrainingEvent]:
-    """Train from `progress` to the end of the plan.
-
-    Args:
-        learner: what learns; changed in place.
-        progress: where to begin; changed in place.
-        loader: gives effective batches.
-        plan: rates, moving average, augmentation and scales by step and epoch.
-        options: seed, patience, saves.
-        folder: where `metrics.csv` and `last.ckpt` go.
-        evaluate_model: measures a model on the val split without changing it; the evaluation behind the metrics is
-            None in all processes but the first.
-        write_best: writes the model to deploy, with its metrics and epoch.
-        stop: set by a signal; the current step is finished and saved.
-
-    Yields:
-        Events in the order in which they happen.
-
-    Raises:
-        Interrupted: `stop` was set; the checkpoint is written.
-        RtdetrError: one image does not fit into memory, the disk is full, or training diverged.
-    """
-    trainer = _Trainer(learner, progress, loader=loader, plan=plan, options=options, folder=folder, stop=stop)
-    if learner.processes.is_main and not folder.checkpoint.exists():
-        trainer.checkpoints.require_room()
-        yield trainer.checkpoints.save("start")  # so that there always is a state to go back to
-    while progress.epoch < plan.epochs and not progress.finished:
-        epoch_complete = yield from trainer.run_steps()
-        if not epoch_complete:
-            continue  # training went back to a checkpoint, perhaps of an earlier epoch
-        metrics, evaluation, improved = yield from trainer.evaluate(evaluate_model)
-        if improved and learner.processes.is_main:
-            with explain_write_failure(folder.path, str(folder.best)):
-                write_best(learner.average.module, metrics or {}, progress.epoch)
-        yield from trainer.end_epoch(metrics, evaluation, improved)
-    yield TrainingDone(progress.finished or "done", progress.epoch, progress.best_score, progress.best_epoch)
-
-
-class _Trainer:
-    """The phases of one call of `train`."""
-
-    def __init__(
-        self,
-        learner: Learner,
-        progress: Progress,
-        *,
-        loader: TrainLoader,
-        plan: Plan,
-        options: LoopOptions,
-        folder: RunFolder,
-        stop: StopFlag,
-    ) -> None:
-        self.learner, self.progress, self.loader, self.plan = learner, progress, loader, plan
-        self.options, self.folder, self.stop = options, folder, stop
-        self.checkpoints = Checkpoints(learner, progress, folder, options.identity)
-        self.guard = NonFiniteGuard(
-            folder.path,
-            scaled=learner.optimizer.scaled,
-            skipped_in_a_row=progress.in_a_row,
-            files=options.files,
+    def __post_init__(self) -> None:
+        learner, progress, folder = self.learner, self.progress, self.folder
+        self._checkpoints = Checkpoints(learner, progress, folder, self.identity)
+        self._guard = NonFiniteGuard(
+            folder.path, scaled=learner.optimizer.scaled, skipped_in_a_row=progress.in_a_row, files=self.files
         )
         self._agreed_signal = 0
         self._epoch_started = time.monotonic()
         self._training_seconds = self._loader_seconds = 0.0
 
+    def train(self) -> Iterator[TrainingEvent]:
+        """Train from `progress` to the end of the plan, and yield what happens.
+
+        Raises:
+            Interrupted: `stop` was set; the checkpoint is written.
+            RtdetrError: one image does not fit into memory, the disk is full, or training diverged.
+        """
+        progress, plan, is_main = self.progress, self.plan, self.learner.processes.is_main
+        if is_main and not self.folder.checkpoint.exists():
+            self._checkpoints.require_room()
+            yield self._checkpoints.save("start")  # so that there always is a state to go back to
+        while progress.epoch < plan.epochs and not progress.finished:
+            epoch_complete = yield from self._run_steps()
+            if not epoch_complete:
+                continue  # training went back to a checkpoint, perhaps of an earlier epoch
+            metrics, evaluation, improved = yield from self._evaluate()
+            if improved and is_main:
+                with explain_write_failure(self.folder.path, str(self.folder.best)):
+                    self.write_best(self.learner.average.module, metrics or {}, progress.epoch)
+            yield from self._end_epoch(metrics, evaluation, improved)
+        yield TrainingDone(progress.finished or "done", progress.epoch, progress.best_score, progress.best_epoch)
+
     @property
-    def stop_signal(self) -> int:
+    def _stop_signal(self) -> int:
         """The signal that all processes know of; a single process sees its own at once."""
         return self._agreed_signal if self.learner.processes.distributed else self.stop.signal
 
     # ---- the steps of an epoch ----------------------------------------------------------------------------------
 
-    def run_steps(self) -> Generator[TrainingEvent, None, bool]:
+    def _run_steps(self) -> Generator[TrainingEvent, None, bool]:
         """Run the remaining steps of the epoch; return False if training went back to a checkpoint."""
         learner, progress, plan = self.learner, self.progress, self.plan
         self._epoch_started, self._loader_seconds = time.monotonic(), 0.0
@@ -174,23 +146,23 @@ class _Trainer:
                 if progress.step == 0:
                     yield FirstBatch(batch)
                 yield from self._run_step(batch, whole, started=started, loader_seconds=loader_seconds)
-                if self.guard.must_roll_back():
-                    rolled_back = self.checkpoints.roll_back(self.guard.skipped_in_a_row)
-                    self.guard.reset()
+                if self._guard.must_roll_back():
+                    rolled_back = self._checkpoints.roll_back(self._guard.skipped_in_a_row)
+                    self._guard.reset()
                     yield rolled_back
                     return False
-                if self.stop_signal:
+                if self._stop_signal:
                     break
                 if reason := self._reason_to_save(whole):
                     yield from self._read_last_step()
-                    yield self.checkpoints.save(reason)
+                    yield self._checkpoints.save(reason)
         finally:
             if isinstance(batches, Generator):
                 batches.close()
         yield from self._read_last_step()
-        if self.stop_signal:
-            yield self.checkpoints.save("stop")
-            raise Interrupted(self.stop_signal, step=progress.step, folder=self.folder.path)
+        if self._stop_signal:
+            yield self._checkpoints.save("stop")
+            raise Interrupted(self._stop_signal, step=progress.step, folder=self.folder.path)
         self._training_seconds = time.monotonic() - self._epoch_started
         learner.processes.check_in_sync(learner.optimizer.parameters)
         return True
@@ -207,12 +179,12 @@ class _Trainer:
 
     def _exchange_targets(self, batch: Batch | None) -> GlobalBatch:
         processes = self.learner.processes
-        seconds = time.monotonic() - self.checkpoints.saved_at
+        seconds = time.monotonic() - self._checkpoints.saved_at
         whole = processes.exchange_targets(
             batch,
             images=self.plan.effective_batch // processes.size,
             stop_signal=self.stop.signal,
-            save_due=seconds > self.options.checkpoint_seconds,
+            save_due=seconds > self.checkpoint_seconds,
         )
         self._agreed_signal = whole.stop_signal
         return whole
@@ -221,12 +193,12 @@ class _Trainer:
         self, batch: Batch, whole: GlobalBatch, *, started: float, loader_seconds: float
     ) -> Iterator[TrainingEvent]:
         """Run one optimizer step; its own results are read after the next one has been queued."""
-        learner, progress, plan, seed = self.learner, self.progress, self.plan, self.options.seed
+        learner, progress, plan, seed = self.learner, self.progress, self.plan, self.seed
         optimizer = learner.optimizer
         rate = plan.rate(progress.step) * progress.rate_scale
         optimizer.set_rate(rate)
         group = draw_group(learner, whole, step=progress.step, seed=seed)
-        accumulated = yield from accumulate_with_retry(
+        rows, names, terms = yield from accumulate_with_retry(
             learner,
             progress,
             batch,
@@ -235,7 +207,7 @@ class _Trainer:
             num_boxes=float(max(1, sum(len(labels) for labels in whole.labels))),
         )
         yield from self._read_last_step()
-        totals = learner.processes.all_reduce_gradients(optimizer.parameters, accumulated.terms.sum(0))
+        totals = learner.processes.all_reduce_gradients(optimizer.parameters, terms.sum(0))
         found_inf, gradient_norm = optimizer.step(totals.sum())
         learner.norms.restore_where(found_inf)
         learner.average.update(plan.ema_weight(progress.step + 1))
@@ -245,9 +217,9 @@ class _Trainer:
             index=progress.batch,
             step=progress.step,
             batch=batch,
-            rows=accumulated.rows,
-            names=accumulated.names,
-            terms=accumulated.terms,
+            rows=rows,
+            names=names,
+            terms=terms,
             totals=totals,
             found_inf=found_inf,
             gradient_norm=gradient_norm,
@@ -258,33 +230,31 @@ class _Trainer:
             memory_bytes=memory.peak_bytes(learner.device),
             replaced=whole.replaced,
         )
-        self.guard.submit(queued)
+        self._guard.submit(queued)
         progress.batch += 1
         progress.step += 1
 
     def _read_last_step(self) -> Iterator[StepDone | StepSkipped]:
         """Wait for the results of the step queued last, unless they have been read."""
-        result = self.guard.collect()
+        result = self._guard.collect()
         if result is None:
             return
         if isinstance(result, StepSkipped):
             causes = self.learner.processes.all_gather(result.skipped)
             result = replace(result, skipped=NonFinite.merge(causes))
         self.progress.record_step(result)
-        self.progress.in_a_row = self.guard.skipped_in_a_row
+        self.progress.in_a_row = self._guard.skipped_in_a_row
         yield result
 
     def _reason_to_save(self, whole: GlobalBatch) -> str:
         if whole.save_due:
             return "time"
-        steps = self.options.checkpoint_steps
+        steps = self.checkpoint_steps
         return "steps" if steps and self.progress.step % steps == 0 else ""
 
     # ---- the end of an epoch ------------------------------------------------------------------------------------
 
-    def evaluate(
-        self, evaluate_model: Callable[[nn.Module], tuple[Metrics, Evaluation | None]]
-    ) -> Generator[TrainingEvent, None, tuple[Metrics | None, Evaluation | None, bool]]:
+    def _evaluate(self) -> Generator[TrainingEvent, None, tuple[Metrics | None, Evaluation | None, bool]]:
         """Measure the moving average, if the plan says so.
 
         Returns:
@@ -295,16 +265,16 @@ class _Trainer:
             return None, None, False
         yield EvaluationStarted(progress.epoch, progress.step)
         try:
-            metrics, evaluation = evaluate_model(self.learner.average.module)
+            metrics, evaluation = self.evaluate_model(self.learner.average.module)
         except EvaluationStopped:
             # All steps of the epoch are done and saved: a resumed run begins with the evaluation.
-            yield self.checkpoints.save("stop")
+            yield self._checkpoints.save("stop")
             signal = self.learner.processes.max(self.stop.signal)
             raise Interrupted(signal, step=progress.step, folder=self.folder.path) from None
         score = metrics.get("AP")
         return metrics, evaluation, progress.record_score(-1.0 if score is None or math.isnan(score) else score)
 
-    def end_epoch(
+    def _end_epoch(
         self, metrics: Metrics | None, evaluation: Evaluation | None, improved: bool
     ) -> Iterator[TrainingEvent]:
         """Log the epoch, save, and say whether training is over."""
@@ -332,14 +302,14 @@ class _Trainer:
         yield done
 
         progress.start_next_epoch()
-        if self.options.patience and progress.waited >= self.options.patience:
+        if self.patience and progress.waited >= self.patience:
             progress.finished = "patience"
         elif progress.epoch == plan.epochs:
             progress.finished = "done"
-        yield self.checkpoints.save("epoch")
+        yield self._checkpoints.save("epoch")
         self._agreed_signal = processes.max(self.stop.signal)
-        if self.stop_signal and not progress.finished:
-            raise Interrupted(self.stop_signal, step=progress.step, folder=self.folder.path)
+        if self._stop_signal and not progress.finished:
+            raise Interrupted(self._stop_signal, step=progress.step, folder=self.folder.path)
 
 
 def _metrics_row(done: EpochDone) -> dict[str, float | int | None]:

@@ -15,16 +15,14 @@ another that has decided otherwise. In a run of one process all of this does not
 
 from __future__ import annotations
 
-import io
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -73,17 +71,12 @@ class ProcessGroup:
     Attributes:
         rank, size: over all hosts.
         device: of this process, as it is named on the command line.
+
+    Args:
+        shares_device: two processes of this host use one GPU, which NCCL refuses.
     """
 
     def __init__(self, *, rank: int = 0, size: int = 1, device: str = "auto", shares_device: bool = False) -> None:
-        """Describe a process; `join_process_group` makes one that can reach the others.
-
-        Args:
-            rank: see the class.
-            size: see the class.
-            device: see the class.
-            shares_device: two processes of this host use one GPU, which NCCL refuses.
-        """
         self.rank, self.size, self.device = rank, size, device
         self._nccl: dist.ProcessGroup | None = None
         if size > 1 and device.startswith("cuda") and not shares_device and dist.is_nccl_available():
@@ -110,40 +103,14 @@ class ProcessGroup:
             dist.all_gather_object(values, value)
         return values
 
-    def gather(self, value: Any) -> list[Any]:
-        """Return every process's value to the main process, and an empty list to the others."""
-        if not self.distributed:
-            return [value]
-        values: list[Any] = [None] * self.size
-        with _peer_errors():
-            dist.gather_object(value, values if self.is_main else None)
-        return values if self.is_main else []
-
     def broadcast(self, value: Any) -> Any:
-        """Return the main process's value."""
+        """Return the main process's value; tensors must be on the CPU."""
         if not self.distributed:
             return value
         values = [value]
         with _peer_errors():
             dist.broadcast_object_list(values, src=0)
         return values[0]
-
-    def broadcast_state(self, state: dict[str, Any] | None) -> dict[str, Any]:
-        """Return the main process's training state (containers and tensors), sent like a file and unpickled safely."""
-        if not self.distributed:
-            assert state is not None
-            return state
-        buffer = io.BytesIO()
-        if self.is_main:
-            torch.save(state, buffer)
-        size = self.broadcast(buffer.getbuffer().nbytes)
-        content = np.frombuffer(buffer.getvalue(), np.uint8).copy() if self.is_main else np.empty(size, np.uint8)
-        with _peer_errors():
-            dist.broadcast(torch.from_numpy(content), src=0)
-        if state is not None:
-            return state
-        received: dict[str, Any] = torch.load(io.BytesIO(content.tobytes()), map_location="cpu", weights_only=True)
-        return received
 
     def any(self, flag: bool) -> bool:
         """Tell whether the flag is set in any process."""
@@ -320,10 +287,10 @@ def _peer_errors() -> Iterator[None]:
 # ---- joining ----------------------------------------------------------------------------------------------------
 
 
-def launched(environment: Mapping[str, str] | None = None) -> bool:
+def launched() -> bool:
     """Tell whether this process was started as one of several, by us or by torchrun."""
-    values = os.environ if environment is None else environment
-    return int(values.get("WORLD_SIZE", "1")) > 1 and all(k in values for k in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    named = all(name in os.environ for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    return named and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def parse_devices(setting: str) -> tuple[str, ...]:

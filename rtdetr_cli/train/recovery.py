@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -27,15 +27,6 @@ from rtdetr_cli.train.step import accumulate_gradients
 MAX_ROLLBACKS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Accumulated:
-    """Loss terms of a step whose gradients have been added up: the micro-batches, T names, (micro-batches, T)."""
-
-    rows: Sequence[slice]
-    names: tuple[str, ...]
-    terms: Tensor
-
-
 def accumulate_with_retry(
     learner: Learner,
     progress: Progress,
@@ -44,19 +35,22 @@ def accumulate_with_retry(
     size: tuple[int, int],
     group: DenoisingGroup | None,
     num_boxes: float,
-) -> Generator[MicroBatchReduced, None, Accumulated]:
+) -> Generator[MicroBatchReduced, None, tuple[Sequence[slice], tuple[str, ...], Tensor]]:
     """Add up the gradients of a step, with smaller micro-batches for as long as memory runs out.
 
     Args:
         learner: its model's gradients are added to.
         progress: `micro_batch` is lowered when memory runs out, and stays lower.
-        batch: see `accumulate_gradients`.
-        size: likewise.
-        group: likewise.
-        num_boxes: likewise.
+        batch: the effective batch.
+        size: (height, width) to train at in pixels.
+        group: denoising queries of the whole batch, on the CPU.
+        num_boxes: normalizer of the whole batch.
 
     Yields:
         MicroBatchReduced: each time the same step is tried again.
+
+    Returns:
+        The micro-batches, and the names and values of the loss terms.
 
     Raises:
         RtdetrError: a single image does not fit.
@@ -77,7 +71,7 @@ def accumulate_with_retry(
             learner.norm_sync.finish_step(len(rows))
             out_of_memory = learner.processes.any(out_of_memory)
         if not out_of_memory:
-            return Accumulated(rows, names, terms)
+            return rows, names, terms
         learner.optimizer.zero_grad()
         learner.norms.restore()
         memory.release(learner.device)
@@ -131,7 +125,7 @@ class Checkpoints:
         """
         progress, processes = self.progress, self.learner.processes
         before = replace(progress)
-        if before.went_back == MAX_ROLLBACKS:
+        if before.went_back >= MAX_ROLLBACKS:
             raise RtdetrError(
                 f"training diverged: {skipped_in_a_row} steps in a row were not finite, after {MAX_ROLLBACKS} returns "
                 f"to a checkpoint and with the learning rate at {before.rate_scale:.3g} of the planned one",
@@ -139,7 +133,7 @@ class Checkpoints:
                 code="diverged",
             )
         state = load_rollback_checkpoint(self.folder.path) if processes.is_main else None
-        restore(self.learner, progress, processes.broadcast_state(state), self.folder if processes.is_main else None)
+        restore(self.learner, progress, processes.broadcast(state), self.folder if processes.is_main else None)
         progress.rate_scale = before.rate_scale / 2
         progress.went_back = before.went_back + 1
         progress.in_a_row = 0

@@ -116,17 +116,17 @@ def step(
         try:
             next(steps)
         except StopIteration as end:
-            accumulated = end.value
+            _, names, terms = end.value
             break
         attempts += 1
-    totals = processes.all_reduce_gradients(learner.optimizer.parameters, accumulated.terms.sum(0))
+    totals = processes.all_reduce_gradients(learner.optimizer.parameters, terms.sum(0))
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     with torch.no_grad():
         for parameter in learner.optimizer.parameters:
             if parameter.grad is not None:
                 parameter -= 0.1 * parameter.grad
     processes.check_in_sync(learner.optimizer.parameters)
-    terms_by_name = dict(zip(accumulated.names, totals, strict=True))
+    terms_by_name = dict(zip(names, totals, strict=True))
     return {"gradients": gradients, "terms": terms_by_name, "state": model.state_dict(), "attempts": attempts}
 
 

@@ -21,7 +21,6 @@ from rtdetr_cli.train.processes import (
     ProcessGroup,
     images_per_process,
     join_process_group,
-    launched,
     parse_devices,
 )
 
@@ -173,13 +172,12 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_those_that_can() -> None:
 
 def test_one_process_is_a_team_of_its_own() -> None:
     assert join_process_group("cpu") is SINGLE_PROCESS
-    assert not launched({"RANK": "0"})
     batch = Batch(torch.zeros(1, 3, 8, 8), (torch.rand(2, 4),), (torch.tensor([0, 1]),), (0,), ())
     whole = SINGLE_PROCESS.exchange_targets(batch, images=1, stop_signal=15, save_due=True)
     assert whole.boxes_cxcywh is batch.boxes_cxcywh
     assert (whole.local_rows, whole.stop_signal, whole.save_due, whole.incomplete) == (slice(0, 1), 15, True, False)
     assert SINGLE_PROCESS.exchange_targets(None, images=1).incomplete
-    assert SINGLE_PROCESS.all_gather(3) == SINGLE_PROCESS.gather(3) == [3]
+    assert SINGLE_PROCESS.all_gather(3) == [3]
     assert (SINGLE_PROCESS.broadcast(4), SINGLE_PROCESS.any(False), SINGLE_PROCESS.max(5), SINGLE_PROCESS.min(6)) == (
         4,
         False,
