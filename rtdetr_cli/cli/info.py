@@ -1,4 +1,4 @@
-"""`rtdetr info`: what is inside any model file."""
+"""`rtdetr info`: describe any model file."""
 
 from __future__ import annotations
 
@@ -12,48 +12,45 @@ def info(
     model: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[MODEL]", help="Any model file or run folder. Default: the newest finished run's best."
+            metavar="[MODEL]", help="Model file or run folder (default: the newest run).", show_default=False
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on one line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")] = False,
 ) -> None:
-    """Say what is inside any model file: classes, sizes, thresholds, metrics, origin, tensors, graph."""
+    """Describe a model file: classes, sizes, thresholds, metrics, origin, tensors and graph."""
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.cli.select import CHECKPOINT_SUFFIX, model_file, resolve_model
+    from rtdetr_cli.infer.inspect import inspect_model
 
     if model is None:
         path = resolve_model(None)
     else:
         path = model if model.suffix.lower() == CHECKPOINT_SUFFIX and model.is_file() else model_file(model)
-    described = _checkpoint(path) if path.suffix.lower() == CHECKPOINT_SUFFIX else _described(path)
+    description = (_checkpoint(path) if path.suffix.lower() == CHECKPOINT_SUFFIX else None) or inspect_model(path)
     if as_json:
-        terminal.emit_json({"model": described})
-        return
-    terminal.table(("what", "value"), rows(described), title=str(path))
+        terminal.emit_json({"model": description})
+    else:
+        terminal.table(("property", "value"), _rows(description), title=str(path))
 
 
-def _described(path: Path) -> dict[str, Any]:
-    from rtdetr_cli.infer.inspect import inspect_model
-
-    return inspect_model(path)
-
-
-def _checkpoint(path: Path) -> dict[str, Any]:
-    """Describe a run's `last.ckpt`; some tools give a published file that suffix."""
+def _checkpoint(path: Path) -> dict[str, Any] | None:
+    """Describe a run's `last.ckpt`; return None for a published file with that suffix."""
     from rtdetr_cli.train.checkpoint import MAGIC, read_checkpoint
 
     with path.open("rb") as file:
-        ours = file.read(len(MAGIC)) == MAGIC
-    if not ours:
-        return _described(path)
+        if file.read(len(MAGIC)) != MAGIC:
+            return None
     state = read_checkpoint(path)
-    tensors, size = _count(state)
+    tensors, size = _count_tensors(state)
+    progress = state.get("place")
     return {
         "path": str(path),
         "format": "training checkpoint",
         "bytes": path.stat().st_size,
-        "note": f"made to go on with: rtdetr train --resume {path.parent}; to predict, take best.safetensors",
-        "place": {key: value for key, value in _plain(state.get("place")).items() if value is not None},
+        "note": f"for resuming only: rtdetr train --resume {path.parent}; predict with best.safetensors instead",
+        "place": {str(k): v for k, v in progress.items() if isinstance(v, int | float | str)}
+        if isinstance(progress, dict)
+        else {},
         "tensors": tensors,
         "tensor_bytes": size,
         "parts": sorted(str(key) for key in state),
@@ -61,74 +58,73 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     }
 
 
-def _plain(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {}
-    return {str(k): v for k, v in value.items() if isinstance(v, (int, float, str, bool, type(None)))}
-
-
-def _count(value: object) -> tuple[int, int]:
-    """Return the number and the bytes of the tensors in nested containers."""
+def _count_tensors(value: object) -> tuple[int, int]:
+    """Return the number of tensors in nested containers, and their bytes."""
     if hasattr(value, "nbytes") and hasattr(value, "dtype"):
         return 1, int(value.nbytes)
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    counts = [_count(v) for v in inner]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    counts = [_count_tensors(item) for item in items]
     return sum(n for n, _ in counts), sum(b for _, b in counts)
 
 
-def rows(described: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the table for people: what is known, in the order of interest, nothing empty."""
-    header = described.get("header") or {}
+def _rows(description: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows of the table, the most interesting first, without empty ones."""
+    header = description.get("header") or {}
     extra = header.get("extra", {})
-    thresholds = header.get("thresholds")
-    names, ids = header.get("names", ()), header.get("category_ids", ())
-    gate = extra.get("gate")
-    told: list[tuple[str, object]] = [
-        ("format", described["format"]),
-        ("layout", described.get("layout")),
-        ("size", _bytes(described["bytes"])),
-        ("note", described.get("note")),
-        ("header", None if header else "none: no class names, sizes or thresholds"),
-        ("preset", header.get("preset")),
-        ("architecture", _architecture(header.get("architecture", {}))),
-        ("input", "x".join(map(str, header["imgsz"])) + " (height x width)" if header else None),
-        ("classes", f"{len(names)}: {_listed(names)}" if header else None),
-        ("category ids", _listed(ids) if header and tuple(ids) != tuple(range(len(ids))) else None),
-        ("decoder layers", header.get("layers")),
-        ("queries", header.get("queries")),
-        ("sampling", _sampling(header)),
-        ("parameters", f"{described['parameters'] / 1e6:.1f} M" if described.get("parameters") else None),
-        ("tensors", _tensors(described)),
-        ("thresholds", _thresholds(thresholds, names) if header else None),
-        ("metrics", ", ".join(f"{k} {v:.3f}" for k, v in header.get("metrics", {}).items() if v is not None)),
+    source = extra.get("source_identity")
+    metrics = header.get("metrics", {})
+    rows: list[tuple[str, object]] = [
+        ("format", description["format"]),
+        ("layout", description.get("layout")),
+        ("size", _bytes(description["bytes"])),
+        ("note", description.get("note")),
+        *(_header_rows(header) if header else [("header", "none: no class names, sizes or thresholds")]),
+        ("parameters", f"{description['parameters'] / 1e6:.1f} M" if description.get("parameters") else None),
+        ("tensors", _tensors(description)),
+        ("metrics", ", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if v is not None)),
         ("trained on", header.get("dataset", {}).get("name")),
         ("precision", extra.get("precision")),
-        ("gate", None if not gate else _gate(gate)),
-        ("inputs", _ports(described.get("inputs"))),
-        ("outputs", _ports(described.get("outputs"))),
-        ("opset", described.get("opset")),
-        ("producer", described.get("producer")),
-        ("operators", _operators(described.get("operators"))),
-        ("weights file", described.get("weights")),
-        ("header file", described.get("header_file")),
-        ("place", ", ".join(f"{k} {v}" for k, v in described.get("place", {}).items())),
+        ("export check", _verification(extra.get("gate"))),
+        ("inputs", _ports(description.get("inputs"))),
+        ("outputs", _ports(description.get("outputs"))),
+        ("opset", description.get("opset")),
+        ("producer", description.get("producer")),
+        ("operators", _operators(description.get("operators"))),
+        ("weights file", description.get("weights")),
+        ("header file", description.get("header_file")),
+        ("progress", ", ".join(f"{k} {v}" for k, v in description.get("place", {}).items())),
         ("identity", header.get("identity")),
-        (
-            "exported from",
-            extra.get("source_identity") if extra.get("source_identity") != header.get("identity") else None,
-        ),
+        ("exported from", source if source != header.get("identity") else None),
         ("written by", f"rtdetr-cli {header['version']}" if header.get("version") else None),
     ]
-    return [(what, str(value)) for what, value in told if value not in (None, "", (), [], {})]
+    return [(name, str(value)) for name, value in rows if value not in (None, "")]
+
+
+def _header_rows(header: dict[str, Any]) -> list[tuple[str, object]]:
+    names, ids = header["names"], header["category_ids"]
+    sampling = header["sampling"]
+    if sampling == "discrete":
+        sampling = f"discrete ({header['rounding']} rounding)"
+    return [
+        ("preset", header["preset"]),
+        ("architecture", _architecture(header["architecture"])),
+        ("input", "x".join(map(str, header["imgsz"])) + " (height x width)"),
+        ("classes", f"{len(names)}: {_shorten(names)}"),
+        ("category ids", _shorten(ids) if tuple(ids) != tuple(range(len(ids))) else None),
+        ("decoder layers", header["layers"]),
+        ("queries", header["queries"]),
+        ("sampling", sampling),
+        ("thresholds", _thresholds(header["thresholds"], names)),
+    ]
 
 
 def _bytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size:,} bytes"
 
 
-def _listed(values: Any, most: int = 12) -> str:
-    shown = ", ".join(str(v) for v in list(values)[:most])
-    return shown + (f" and {len(values) - most} more" if len(values) > most else "")
+def _shorten(values: Any, most: int = 12) -> str:
+    listed = ", ".join(str(v) for v in list(values)[:most])
+    return listed + (f" and {len(values) - most} more" if len(values) > most else "")
 
 
 def _architecture(spec: dict[str, Any]) -> str:
@@ -141,33 +137,31 @@ def _architecture(spec: dict[str, Any]) -> str:
     )
 
 
-def _sampling(header: dict[str, Any]) -> str:
-    method = header.get("sampling", "")
-    return f"{method} ({header.get('rounding')} rounding)" if method == "discrete" else str(method)
-
-
-def _tensors(described: dict[str, Any]) -> str:
-    types = ", ".join(f"{number} {name}" for name, number in described.get("types", {}).items())
-    total = described.get("tensors")
+def _tensors(description: dict[str, Any]) -> str:
+    types = ", ".join(f"{number} {name}" for name, number in description.get("types", {}).items())
+    total = description.get("tensors")
     if total is None:
         return types
-    return f"{total}" + (f" ({types})" if types else "")
+    return f"{total} ({types})" if types else str(total)
 
 
-def _thresholds(found: dict[str, Any] | None, names: Any) -> str:
-    if not found:
-        return "none stored: predict takes 0.5 (rtdetr eval --calibrate f1)"
-    each = [f"{name} {value:.3f}" for name, value in zip(names, found["per_class"], strict=False)]
-    return f"{found['target']}: overall {found['overall']:.3f}; {_listed(each)}"
+def _thresholds(stored: dict[str, Any] | None, names: Any) -> str:
+    if not stored:
+        return "none stored: predict uses 0.5 (rtdetr eval --calibrate f1)"
+    per_class = [f"{name} {value:.3f}" for name, value in zip(names, stored["per_class"], strict=False)]
+    return f"{stored['target']}: overall {stored['overall']:.3f}; {_shorten(per_class)}"
 
 
-def _gate(gate: dict[str, Any]) -> str:
+def _verification(gate: dict[str, Any] | None) -> str:
+    """Return the result of the export check that a header records."""
+    if not gate:
+        return ""
     passed = gate.get("passed")
     if passed is None:
-        return "not judged"
+        return "not verified"
     matched = gate.get("matched")
-    figures = f", {matched:.1%} of detections matched" if isinstance(matched, float) else ""
-    return ("passed" if passed else "FAILED") + figures
+    share = f", {matched:.1%} of detections matched" if isinstance(matched, float) else ""
+    return ("passed" if passed else "FAILED") + share
 
 
 def _ports(ports: list[dict[str, Any]] | None) -> str:
@@ -177,5 +171,5 @@ def _ports(ports: list[dict[str, Any]] | None) -> str:
 def _operators(operators: dict[str, int] | None, most: int = 8) -> str:
     if not operators:
         return ""
-    shown = ", ".join(f"{number} {name}" for name, number in list(operators.items())[:most])
-    return f"{sum(operators.values())}: {shown}" + (", ..." if len(operators) > most else "")
+    listed = ", ".join(f"{number} {name}" for name, number in list(operators.items())[:most])
+    return f"{sum(operators.values())}: {listed}" + (", ..." if len(operators) > most else "")

@@ -1,4 +1,4 @@
-"""What is inside a model file, read without running it, and without the runtime where the format allows."""
+"""Describe a model file without running it, and without the runtime where the format allows it."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ _TYPE_NAMES = {
     "i32": "int32",
     "u8": "uint8",
 }
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "num_points_scale", "anchors", "valid_mask")
 
 
 def inspect_model(path: Path) -> dict[str, Any]:
     """Describe any model file but a training checkpoint.
 
     Returns:
-        Plain values: always `path`, `format`, `bytes`; `header` (all of it) where the file carries one of ours, else
-        None; and by format `parameters`, `tensors`, `types`, `inputs`, `outputs`, `opset`, `operators`, `layout`...
+        Plain values: always `path`, `format`, `bytes` and `header` (None where the file has none); depending on the
+        format also `parameters`, `tensors`, `types`, `inputs`, `outputs`, `opset`, `operators`, `layout`...
 
     Raises:
-        ModelError: missing, truncated or foreign.
+        ModelError: the file is missing, truncated or not a model.
         EnvironmentProblem: a package that reads the format is missing.
     """
     check_model_path(path)
     suffix = path.suffix.lower()
-    reader = {".safetensors": _safetensors, ".onnx": _onnx, ".xml": _openvino, ".engine": _engine, ".plan": _engine}
-    found = reader.get(suffix, _published)(path)
+    readers = {".safetensors": _safetensors, ".onnx": _onnx, ".xml": _openvino, ".engine": _engine, ".plan": _engine}
+    facts = readers.get(suffix, _published)(path)
     size = path.stat().st_size
     if suffix == ".xml" and path.with_suffix(".bin").is_file():
         size += path.with_suffix(".bin").stat().st_size
-    header = found.pop("header", None)
-    facts = {key: value for key, value in found.items() if key != "format"}
+    header = facts.pop("header", None)
     described = asdict(header) if isinstance(header, ModelHeader) else None
-    return {"path": str(path), "format": found["format"], "bytes": size, **facts, "header": described}
+    return {"path": str(path), "format": facts.pop("format"), "bytes": size, **facts, "header": described}
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
@@ -57,11 +57,10 @@ def _safetensors(path: Path) -> dict[str, Any]:
 
     layout = read_layout(path)
     text = layout.metadata.get(METADATA_KEY)
-    shapes = [(name, str(entry["dtype"]), entry["shape"]) for name, entry in layout.tensors.items()]
     return {
-        "format": "rtdetr-cli model" if text else "safetensors without a header of ours",
-        **_tensors((_is_buffer(name), dtype, shape) for name, dtype, shape in shapes),
-        "header": ModelHeader.from_json(text, source=str(path)) if text else None,
+        "format": "rtdetr-cli model" if text else "safetensors without an rtdetr header",
+        **_count_tensors((name, str(entry["dtype"]), entry["shape"]) for name, entry in layout.tensors.items()),
+        "header": _parse_header(text, path),
     }
 
 
@@ -70,13 +69,12 @@ def _published(path: Path) -> dict[str, Any]:
     from rtdetr_cli.weights.published import read_published
 
     file = read_published(path)
-    shapes = ((_is_buffer(n), str(t.dtype).removeprefix("torch."), t.shape) for n, t in file.state.items())
-    found = {"format": "published checkpoint", "layout": file.layout, **_tensors(shapes)}
-    found["tensors"] = file.tensors_total
-    if file.spec is None:
-        return found
-    _, header = load_model(path)
-    return {**found, "header": header}
+    tensors = ((name, str(tensor.dtype).removeprefix("torch."), tensor.shape) for name, tensor in file.state.items())
+    facts = {"format": "published checkpoint", "layout": file.layout, **_count_tensors(tensors)}
+    facts["tensors"] = file.tensors_total
+    if file.spec is not None:
+        facts["header"] = load_model(path)[1]
+    return facts
 
 
 def _onnx(path: Path) -> dict[str, Any]:
@@ -85,45 +83,45 @@ def _onnx(path: Path) -> dict[str, Any]:
     try:
         model = onnx.load(str(path), load_external_data=False)
         if not model.graph.node:
-            raise ValueError("it holds no graph")
+            raise ValueError("it has no graph")
     except Exception as error:  # protobuf's exceptions differ from version to version
         raise ModelError(
-            f"{path} is no ONNX model or is cut off: {first_line(error)}",
+            f"{path} is not an ONNX model, or is truncated: {first_line(error)}",
             hint="export it again",
             code="model-unreadable",
         ) from error
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     operators: Counter[str] = Counter()
-    pending = [model.graph]
-    while pending:
-        graph = pending.pop()
+    graphs = [model.graph]
+    while graphs:
+        graph = graphs.pop()
         for node in graph.node:
             operators[node.op_type] += 1
-            pending.extend(a.g for a in node.attribute if a.HasField("g"))
+            graphs.extend(a.g for a in node.attribute if a.HasField("g"))
     opsets = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
-    own = {initializer.name for initializer in model.graph.initializer}
+    initializers = {initializer.name for initializer in model.graph.initializer}
     text = metadata.get(METADATA_KEY)
-    inputs = [_onnx_port(v) for v in model.graph.input if v.name not in own]
+    inputs = [_onnx_port(v) for v in model.graph.input if v.name not in initializers]
     outputs = [_onnx_port(v) for v in model.graph.output]
-    kinds = onnx.TensorProto.DataType
+    type_name = onnx.TensorProto.DataType.Name
     return {
         "format": _graph_format("ONNX", text, inputs, outputs),
         "producer": f"{model.producer_name} {model.producer_version}".strip(),
         "opset": opsets[0] if opsets else None,
         "inputs": inputs,
         "outputs": outputs,
-        **_tensors((False, kinds.Name(t.data_type), t.dims) for t in model.graph.initializer),
+        **_count_tensors(("", type_name(t.data_type), t.dims) for t in model.graph.initializer),
         "operators": dict(operators.most_common()),
-        "header": ModelHeader.from_json(text, source=str(path)) if text else None,
+        "header": _parse_header(text, path),
     }
 
 
 def _onnx_port(value: Any) -> dict[str, Any]:
     import onnx
 
-    kind = value.type.tensor_type
-    shape = [d.dim_value if d.HasField("dim_value") else (d.dim_param or "?") for d in kind.shape.dim]
-    return {"name": value.name, "type": _type_name(onnx.TensorProto.DataType.Name(kind.elem_type)), "shape": shape}
+    tensor = value.type.tensor_type
+    shape = [d.dim_value if d.HasField("dim_value") else (d.dim_param or "?") for d in tensor.shape.dim]
+    return _port(value.name, onnx.TensorProto.DataType.Name(tensor.elem_type), shape)
 
 
 def _openvino(path: Path) -> dict[str, Any]:
@@ -134,49 +132,52 @@ def _openvino(path: Path) -> dict[str, Any]:
         net = ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, DefusedXmlException) as error:
         raise ModelError(
-            f"{path} is no OpenVINO model or is cut off: {error}", hint="export it again", code="model-unreadable"
+            f"{path} is not an OpenVINO model, or is truncated: {error}",
+            hint="export it again",
+            code="model-unreadable",
         ) from error
     if net is None or net.tag != "net":
-        raise ModelError(f"{path} is an XML file, but not of an OpenVINO model", code="model-foreign")
-    layers = net.findall("layers/layer")
+        raise ModelError(f"{path} is an XML file, but not an OpenVINO model", code="model-foreign")
+    layers = {layer.get("id"): layer for layer in net.findall("layers/layer")}
+    sources = {edge.get("to-layer"): (edge.get("from-layer"), edge.get("from-port")) for edge in net.iter("edge")}
     inputs: list[dict[str, Any]] = []
     outputs: list[dict[str, Any]] = []
-    operators: Counter[str] = Counter()
-    parameters = 0
-    types: Counter[str] = Counter()
-    sources = {edge.get("to-layer"): (edge.get("from-layer"), edge.get("from-port")) for edge in net.iter("edge")}
-    by_id = {layer.get("id"): layer for layer in layers}
-    for layer in layers:
-        kind, data = layer.get("type", "?"), layer.find("data")
-        operators[kind] += 1
-        if kind == "Parameter" and data is not None:
-            shape = [int(n) if n.strip().isdigit() else "?" for n in data.get("shape", "").split(",")]
-            inputs.append(
-                {"name": layer.get("name"), "type": _type_name(data.get("element_type", "?")), "shape": shape}
-            )
-        elif kind == "Const" and data is not None:
-            parameters += math.prod(int(n) for n in data.get("shape", "").split(",") if n.strip().isdigit())
-            types[_type_name(data.get("element_type", "?"))] += 1
-        elif kind == "Result":
-            origin, port_id = sources.get(layer.get("id"), (None, None))
-            port = next((p for p in by_id[origin].iter("port") if p.get("id") == port_id), None) if origin else None
-            texts = [] if port is None else [d.text or "" for d in port.iter("dim")]
-            dims = [int(text) if text.isdigit() else "?" for text in texts]
-            name = (port.get("names") if port is not None else None) or layer.get("name") or ""
-            kind = port.get("precision", "?") if port is not None else "?"
-            outputs.append({"name": name.split(",")[0], "type": _type_name(kind), "shape": dims})
+    constants: list[tuple[str, str, list[int]]] = []
+    for layer in layers.values():
+        kind, data = layer.get("type"), layer.find("data")
+        if kind == "Result":
+            outputs.append(_openvino_output(layer, layers, sources))
+        elif kind in ("Parameter", "Const") and data is not None:
+            element_type, shape = data.get("element_type", "?"), data.get("shape", "").split(",")
+            if kind == "Parameter":
+                dimensions = [int(n) if n.strip().isdigit() else "?" for n in shape]
+                inputs.append(_port(layer.get("name"), element_type, dimensions))
+            else:
+                constants.append(("", element_type, [int(n) for n in shape if n.strip().isdigit()]))
     entry = net.find(f"rt_info/{METADATA_KEY}")
     text = entry.get("value") if entry is not None else None
+    counts = _count_tensors(constants)
     return {
         "format": _graph_format("OpenVINO", text, inputs, outputs),
         "weights": path.with_suffix(".bin").name if path.with_suffix(".bin").is_file() else "missing",
         "inputs": inputs,
         "outputs": outputs,
-        "parameters": parameters,
-        "types": dict(types.most_common()),
-        "operators": dict(operators.most_common()),
-        "header": ModelHeader.from_json(text, source=str(path)) if text else None,
+        "parameters": counts["parameters"],
+        "types": counts["types"],
+        "operators": dict(Counter(layer.get("type", "?") for layer in layers.values()).most_common()),
+        "header": _parse_header(text, path),
     }
+
+
+def _openvino_output(layer: Any, layers: dict[Any, Any], sources: dict[Any, tuple[Any, Any]]) -> dict[str, Any]:
+    """Describe an output, whose type and shape are those of the port that it is connected to."""
+    source, port_id = sources.get(layer.get("id"), (None, None))
+    port = next((p for p in layers[source].iter("port") if p.get("id") == port_id), None) if source else None
+    if port is None:
+        return _port(layer.get("name") or "", "?", [])
+    dimensions = [d.text or "" for d in port.iter("dim")]
+    name = port.get("names") or layer.get("name") or ""
+    return _port(name.split(",")[0], port.get("precision", "?"), [int(d) if d.isdigit() else "?" for d in dimensions])
 
 
 def _engine(path: Path) -> dict[str, Any]:
@@ -191,33 +192,32 @@ def _engine(path: Path) -> dict[str, Any]:
     }
 
 
-def _graph_format(what: str, header: str | None, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> str:
-    names = {port["name"] for port in outputs}
-    keeps = IMAGES in {port["name"] for port in inputs} and (set(FINISHED) <= names or set(RAW) <= names)
+def _parse_header(text: str | None, path: Path) -> ModelHeader | None:
+    return ModelHeader.from_json(text, source=str(path)) if text else None
+
+
+def _graph_format(runtime: str, header: str | None, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> str:
     if header:
-        return f"{what} graph by rtdetr-cli"
-    return f"{what} graph, foreign, " + ("of the published contract" if keeps else "not of the published contract")
+        return f"{runtime} graph by rtdetr-cli"
+    names = {port["name"] for port in outputs}
+    follows = IMAGES in {port["name"] for port in inputs} and (set(FINISHED) <= names or set(RAW) <= names)
+    return f"{runtime} graph, foreign, " + ("of the published contract" if follows else "not of the published contract")
 
 
-def _tensors(tensors: Iterable[tuple[bool, str, Iterable[int]]]) -> dict[str, Any]:
-    """Count (is a buffer, type, shape): parameters without buffers, and tensors by type."""
+def _count_tensors(tensors: Iterable[tuple[str, str, Iterable[int]]]) -> dict[str, Any]:
+    """Count tensors (name, type, shape) by type, and the parameters in them without buffers."""
     types: Counter[str] = Counter()
-    parameters = total = 0
-    for buffer, dtype, shape in tensors:
-        total += 1
+    parameters = 0
+    for name, dtype, shape in tensors:
         types[_type_name(dtype)] += 1
-        parameters += 0 if buffer else math.prod(shape)
-    return {"parameters": parameters, "tensors": total, "types": dict(types.most_common())}
+        parameters += 0 if name.rsplit(".", 1)[-1] in _BUFFERS else math.prod(shape)
+    return {"parameters": parameters, "tensors": types.total(), "types": dict(types.most_common())}
 
 
-def _type_name(spelled: str) -> str:
-    """Return a format's own name of a type as numpy spells it."""
-    return _TYPE_NAMES.get(spelled.lower(), spelled.lower())
+def _port(name: str | None, dtype: str, shape: list[Any]) -> dict[str, Any]:
+    return {"name": name, "type": _type_name(dtype), "shape": shape}
 
 
-def _is_buffer(name: str) -> bool:
-    last = name.rsplit(".", 1)[-1]
-    return last in ("running_mean", "running_var", "num_batches_tracked", "num_points_scale", "anchors", "valid_mask")
-
-
-__all__ = ["inspect_model"]
+def _type_name(name: str) -> str:
+    """Return numpy's name of a type."""
+    return _TYPE_NAMES.get(name.lower(), name.lower())

@@ -25,10 +25,10 @@ def test_our_model(rtdetr: Callable[..., Any], shapes_model: Path) -> None:
     assert header["category_ids"] == [3, 7, 20]
     assert header["thresholds"]["per_class"] == [0.5, 0.45, 0.55]
     assert 100_000 < found["parameters"] < 1_000_000
-    told = rtdetr("info", shapes_model)
-    assert told.code == 0
+    table = rtdetr("info", shapes_model)
+    assert table.code == 0
     for text in ("3: tomato, leaf, plum", "3, 7, 20", "96x128 (height x width)", "f1: overall 0.500; tomato 0.500"):
-        assert text in told.out
+        assert text in table.out
 
 
 def test_onnx(rtdetr: Callable[..., Any], shapes_onnx: Path, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_training_checkpoint(rtdetr: Callable[..., Any], tmp_path: Path) -> None
     assert "truncated" in damaged.err
 
 
-def test_engine_shows_the_header_beside_it(rtdetr: Callable[..., Any], shapes_model: Path, tmp_path: Path) -> None:
+def test_engine_shows_its_header(rtdetr: Callable[..., Any], shapes_model: Path, tmp_path: Path) -> None:
     (tmp_path / "m.engine").write_bytes(b"\x00" * 100)
     assert "missing" in rtdetr("info", tmp_path / "m.engine").out
     (tmp_path / "m.engine.json").write_text(read_header(shapes_model).to_json())
@@ -109,13 +109,13 @@ def test_engine_shows_the_header_beside_it(rtdetr: Callable[..., Any], shapes_mo
     assert found["header"]["names"] == ["tomato", "leaf", "plum"]
 
 
-def test_safetensors_of_others(rtdetr: Callable[..., Any], tmp_path: Path) -> None:
+def test_safetensors_from_elsewhere(rtdetr: Callable[..., Any], tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     save_file({"x": np.zeros((2, 5), np.float32)}, tmp_path / "other.safetensors")
     found = rtdetr("info", tmp_path / "other.safetensors", "--json").json["model"]
     assert (found["parameters"], found["header"]) == (10, None)
-    assert found["format"] == "safetensors without a header of ours"
+    assert found["format"] == "safetensors without an rtdetr header"
 
 
 def test_run_folder_and_newest_run(
