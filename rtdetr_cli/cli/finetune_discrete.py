@@ -65,15 +65,15 @@ def finetune_discrete(
     from rtdetr_cli.train.stop import stop_on_signals
     from rtdetr_cli.weights.load import load_model
     from rtdetr_cli.workflows.finetune import refuse_early
-    from rtdetr_cli.workflows.finetune_discrete import FinetuneDiscrete, begun_stage, plan_discrete
+    from rtdetr_cli.workflows.finetune_discrete import FinetuneDiscrete, open_stage, plan_discrete
 
     if path is None:
         assert resume is not None
-        path, config = begun_stage(resume)
+        path, config = open_stage(resume)
     else:
         config = plan_discrete(path, load_model(path)[1], flags, sets=set_values or [])
         refuse_early(config)
-    stage = FinetuneDiscrete(path, config, max_drop=max_drop, begun=resume is not None, tell=terminal.say)
+    stage = FinetuneDiscrete(path, config, max_drop=max_drop, resuming=resume is not None, tell=terminal.say)
     terminal.say(f"start {path}  discrete sampling, rounding {config.settings.rounding}, offsets frozen")
     with terminal.progress(2 * len(stage.val), "before") as bar:
         stage.before(progress=bar.advance)
@@ -105,7 +105,7 @@ def _train(stage: FinetuneDiscrete, stop: StopFlag) -> None:
             error.hint = f"rtdetr finetune-discrete --resume {stage.run}"
             raise
         return
-    code = run_processes(stage.config, devices, resume=stage.run if stage.begun else None)
+    code = run_processes(stage.config, devices, resume=stage.run if stage.resuming else None)
     if code:
         raise typer.Exit(code)
 

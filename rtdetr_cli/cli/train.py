@@ -84,7 +84,7 @@ def _start_processes(
 
     if launched():
         if launch.supervised():
-            launch.end_with_starter()
+            launch.stop_with_parent()
         return
     if config is None:
         assert resume is not None
