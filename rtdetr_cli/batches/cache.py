@@ -1,12 +1,12 @@
-"""Memory shared by the loader's processes: the dataset, the batches under way, and decoded images.
+"""Memory shared with the worker processes: the dataset, the batches in progress, and decoded images.
 
-`SharedBlock` is anonymous memory (or an already deleted file) that a child inherits by file descriptor. It needs no
-room in `/dev/shm`, which containers keep small, leaves nothing behind however the run ends, and one block counts
-once however many processes read it.
+`SharedBlock` is anonymous memory (or an already deleted file) that a worker inherits by file descriptor. It needs no
+space in `/dev/shm`, which is small in containers, leaves nothing behind however the run ends, and is counted once
+however many processes use it.
 
-`ImageCache` keeps what was decoded, each image at each fraction that was asked for, so an image from the cache
-has the same bits as one decoded again. It fills in the order of use until its budget is spent; nothing is evicted,
-since every image of an epoch is as likely as any other to come next.
+`ImageCache` keeps decoded images at each scale that was needed, so that an image from the cache has the same bits as
+one decoded again. It fills up in the order of use; nothing is evicted, since every image of an epoch is equally
+likely to come next.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from rtdetr_cli.machine import free_bytes
 CACHES = ("none", "ram", "disk")
 _ALIGNMENT = 64
 _DIVISORS = (1, 2, 4, 8)
-_WIDTH = len(_DIVISORS)  # column of the width in a row of the cache's table; height and "scalable" follow
+_WIDTH = len(_DIVISORS)  # column of the width in the cache's table; height and "scalable" follow
 _ROW = _WIDTH + 3
 
 
 class SharedBlock:
-    """Bytes that this process and the children it passes `fd` to have in common, zero at first.
+    """Zeroed bytes shared by this process and the child processes that inherit `fd`.
 
-    Pickling carries the descriptor's number, so only a child that was started with it can unpickle.
+    It is pickled as the number of the file descriptor, so only a child that inherits that can unpickle it.
 
     Args:
-        size: bytes; pages are taken as they are written.
-        folder: where to put a file for it; None for memory.
+        size: bytes; pages are allocated when they are written.
+        folder: folder of a file to use; None for memory.
     """
 
     def __init__(self, size: int, *, folder: Path | None = None) -> None:
@@ -72,10 +72,9 @@ class SharedBlock:
         return np.ndarray(shape, dtype, self._map, offset)
 
     def reserve(self, offset: int, size: int) -> bool:
-        """Take the pages for a range now; False when there is no room for them.
+        """Allocate the pages of a range now; return False if there is not enough space for them.
 
-        Writing into a file without room kills the process instead of raising; so does taking more memory than there
-        is, which the system grants at first.
+        Otherwise running out of space while writing would kill the process instead of raising an exception.
         """
         if self.in_memory and size > free_bytes(None) * 0.9:
             return False
@@ -87,17 +86,17 @@ class SharedBlock:
 
 
 class SharedRecords:
-    """What training needs of a dataset, in one shared block: paths, boxes and labels, without the crowds."""
+    """What training needs of a dataset in one shared block: paths, and boxes and labels without crowds."""
 
     def __init__(self, dataset: Dataset) -> None:
-        kept = ~dataset.crowd
-        before = np.concatenate([[0], np.cumsum(kept)])
+        objects = ~dataset.crowd
+        before = np.concatenate([[0], np.cumsum(objects)])
         root = os.fspath(dataset.root)
         names = [os.fsencode(os.path.join(root, name)) for name in dataset.file_names]
         arrays: dict[str, NDArray[Any]] = {
             "offsets": before[dataset.offsets].astype(np.int64),
-            "boxes": dataset.boxes_xyxy_px[kept].astype(np.float64),
-            "labels": dataset.labels[kept].astype(np.int64),
+            "boxes": dataset.boxes_xyxy_px[objects].astype(np.float64),
+            "labels": dataset.labels[objects].astype(np.int64),
             "name_ends": np.cumsum([0, *map(len, names)]).astype(np.int64),
             "names": np.frombuffer(b"".join(names), np.uint8),
         }
@@ -138,7 +137,7 @@ class SharedRecords:
 
 
 class CacheEntry(NamedTuple):
-    """One decoded image in the cache: which, at which fraction, and where its pixels lie."""
+    """One decoded image in the cache: its index and scale, and where its pixels are."""
 
     image: int
     divisor: int
@@ -148,18 +147,18 @@ class CacheEntry(NamedTuple):
 
 
 class ImageCache:
-    """Decoded images in shared memory or in a file, each at each fraction it was decoded at.
+    """Decoded images in shared memory or in a file, at each scale they were decoded at.
 
-    Every process has a region of its own to write to, and reads all of them. Only the process that made the cache
-    writes the table (`publish`), after the writer has told it that the pixels are there: so no reader ever sees a
-    row before its pixels.
+    Every process writes to its own region and reads all of them. Only the process that created the cache writes the
+    table (`publish`), after the writer has reported that the pixels are stored, so that no reader ever sees an entry
+    before its pixels.
 
     Args:
-        images: how many there are.
+        images: number of images.
         kind: `ram` or `disk`.
-        regions: one for each process that decodes.
-        budget: bytes for all pixels; None for half of what is free.
-        largest: bytes that all pixels together may take, for a smaller file than the budget allows.
+        regions: number of processes that decode.
+        budget: bytes for all pixels; None for half of the free space.
+        largest: upper bound of the bytes that all pixels need, to avoid a file larger than necessary.
     """
 
     def __init__(
@@ -170,11 +169,11 @@ class ImageCache:
         self._region = self.budget // regions if largest is None else min(self.budget // regions, largest)
         self._used = 0
         self._pixels = SharedBlock(self._region * regions, folder=folder)
-        # offset + 1 of each fraction (0: not there), width, height, 1 + scalable (0: not known)
+        # offset + 1 for each scale (0: not stored), width, height, 1 + scalable (0: unknown)
         self._rows = SharedBlock(images * _ROW * 8)
         self._images = images
         self._table = self._rows.array(np.int64, (images, _ROW))
-        self._number = 0
+        self._region_number = 0
 
     def __getstate__(self) -> tuple[SharedBlock, SharedBlock, int, int, int]:
         return self._pixels, self._rows, self._images, self._region, self.budget
@@ -183,40 +182,40 @@ class ImageCache:
         self._pixels, self._rows, self._images, self._region, self.budget = state
         self._table = self._rows.array(np.int64, (self._images, _ROW))
         self._used = 0
-        self._number = 0
+        self._region_number = 0
 
     @property
     def blocks(self) -> tuple[SharedBlock, ...]:
-        """What a child must inherit."""
+        """The blocks that a worker must inherit."""
         return self._pixels, self._rows
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the images that the table knows."""
+        """Bytes of the stored images."""
         total = 0
         sizes = self._table[:, _WIDTH : _WIDTH + 2]
-        for column, fraction in enumerate(_DIVISORS):
-            sides = -(-sizes[self._table[:, column] > 0] // fraction)
+        for column, scale in enumerate(_DIVISORS):
+            sides = -(-sizes[self._table[:, column] > 0] // scale)
             total += int(sides.prod(1).sum()) * 3
         return total
 
     def __len__(self) -> int:
-        """How many images have at least one entry."""
+        """Return the number of images with at least one entry."""
         return int((self._table[:, : len(_DIVISORS)] > 0).any(1).sum())
 
-    def write_to(self, region: int) -> None:
-        """Choose the region that this process writes to."""
-        self._number = region
+    def use_region(self, region: int) -> None:
+        """Set the region that this process writes to."""
+        self._region_number = region
 
     def publish(self, entry: CacheEntry) -> None:
-        """Make an entry known to all. Of two for the same pixels, equal by nature, the later one is read."""
+        """Add an entry to the table; of two entries for the same pixels the later one is used."""
         row = self._table[entry.image]
         row[_DIVISORS.index(entry.divisor)] = entry.offset + 1
         row[_WIDTH:] = (*entry.size_wh, 1 + entry.scalable)
 
     @contextmanager
     def opened(self, index: int, path: Path) -> Iterator[CachedImage]:
-        """Open an image, from the cache when its header is known there."""
+        """Open an image; its file only if the table doesn't know its size."""
         width, height, scalable = self._table[index, _WIDTH:].tolist()
         if scalable:
             yield CachedImage(self, index, path, (width, height), scalable=scalable == 2)
@@ -225,7 +224,7 @@ class ImageCache:
                 yield CachedImage(self, index, path, file.size_wh, scalable=file.scalable, file=file)
 
     def read(self, index: int, divisor: int, size_wh: tuple[int, int]) -> Image.Image | None:
-        """Return what was decoded before, or None."""
+        """Return a stored image, or None."""
         offset = int(self._table[index, _DIVISORS.index(divisor)]) - 1
         if offset < 0:
             return None
@@ -233,11 +232,11 @@ class ImageCache:
         return Image.fromarray(self._pixels.array(np.uint8, (height, width, 3), offset))
 
     def write(self, image: Image.Image) -> int | None:
-        """Store decoded pixels in this process's region and return their offset; None when there is no room."""
+        """Store decoded pixels in this process's region and return their offset; None if it is full."""
         size = image.width * image.height * 3
         if self._used + size > self._region:
             return None
-        offset = self._number * self._region + self._used
+        offset = self._region_number * self._region + self._used
         if not self._pixels.reserve(offset, size):
             self._used = self._region
             return None
@@ -247,11 +246,11 @@ class ImageCache:
 
 
 class CachedImage:
-    """An image that is looked up before it is decoded, and kept after; a `Source` for `augment`.
+    """An image that is looked up in the cache before it is decoded, and stored afterwards; a `Source` for `augment`.
 
     Attributes:
         size_wh: width and height of the upright image in pixels.
-        stored: what `decode` added to the cache, for `ImageCache.publish`.
+        stored: what `decode` added, for `ImageCache.publish`.
     """
 
     def __init__(
@@ -273,11 +272,11 @@ class CachedImage:
         self.stored: CacheEntry | None = None
 
     def divisor(self, hw: tuple[int, int]) -> int:
-        """Return the most that the sides can be divided by and still cover `hw`, as the file itself would."""
+        """Return the largest of 8, 4, 2, 1 by which the sides can be divided and still cover `hw`."""
         return divisor(self.size_wh, hw) if self._scalable else 1
 
     def decode(self, divisor: int = 1) -> Image.Image:
-        """Return the upright RGB image with its sides divided, the same bits from the cache as from the file."""
+        """Return the upright RGB image with its sides divided, with the same bits from the cache as from the file."""
         image = self._cache.read(self._index, divisor, self.size_wh)
         if image is not None:
             return image
@@ -294,7 +293,7 @@ class CachedImage:
 
 
 def _disk_folder() -> Path:
-    """Return a folder for large files that need not outlive the run: on a disk, where `/tmp` is often memory."""
+    """Return a folder on a disk for large temporary files; `/tmp` is often in memory."""
     if os.environ.get("TMPDIR") or not os.access("/var/tmp", os.W_OK):
         return Path(tempfile.gettempdir())
     return Path("/var/tmp")

@@ -1,12 +1,12 @@
-"""Batches for training: uint8 images and their boxes, the same whatever the number of processes.
+"""Training batches: uint8 images and their boxes, the same for any number of worker processes.
 
-Every draw is made from (seed, epoch, position in the epoch), so a batch depends on (seed, epoch, index) only: not on
-the number of workers, not on how many ranks share it, not on what was loaded before. That makes a resumed run see
-what the interrupted one would have.
+Every random draw depends on (seed, epoch, position in the epoch), so a batch depends only on (seed, epoch, index), and
+not on the number of workers, on how many ranks share it, or on what was loaded before. A resumed run therefore gets
+the same batches as one that was not interrupted.
 
-The processes are our own (see `worker`), not torch's: each batch is divided among all of them, so the first batch of
-an epoch takes a share of the time and few batches need to be under way, and pixels travel in one fixed block of
-shared memory instead of a file descriptor for each tensor.
+The worker processes (see `worker`) are not torch's: each batch is divided among all of them, so that the first batch
+of an epoch is ready sooner and few batches need to be in progress, and pixels are passed in one fixed block of shared
+memory instead of one file descriptor per tensor.
 """
 
 from __future__ import annotations
@@ -33,22 +33,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rtdetr_cli.batches.cache import CACHES, ImageCache, SharedBlock, SharedRecords
-from rtdetr_cli.batches.worker import Answer, Maker, Row, Setup, Task, order_of, receive, send
+from rtdetr_cli.batches.worker import Example, ExampleLoader, Result, Task, WorkerSetup, epoch_order, receive, send
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError, EnvironmentProblem, RtdetrError, UsageError
 from rtdetr_cli.images.augment import Augmentation
 from rtdetr_cli.machine import free_bytes
 
-_CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from rtdetr_cli.batches.worker import main; main()"
-_GOODBYE_S = 5.0
+_WORKER_CODE = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from rtdetr_cli.batches.worker import main; main()"
+)
+_EXIT_TIMEOUT_S = 5.0
 CHILD_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
-    # Images come and go by the megabyte. Left alone, the C library maps and unmaps each of them, and a quarter of
-    # the time goes to the kernel's clearing of pages; so it keeps up to this much for the next one.
+    # By default the C library maps and unmaps the megabytes of every image, and a quarter of the time is spent on
+    # clearing pages in the kernel. With these settings it keeps up to this much memory for the next image.
     "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
 }
-"""What the processes' environment has besides ours; glibc reads it when they start, others ignore it."""
+"""Environment variables that are added for the workers; glibc reads them at startup, other systems ignore them."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,11 @@ class Batch:
 
     Attributes:
         images: (B, 3, H, W) uint8 RGB.
-        boxes_cxcywh: B tensors (N, 4) float32, shares of the sides, 0 to 1.
+        boxes_cxcywh: B tensors (N, 4) float32, from 0 to 1.
         labels: B tensors (N,) int64, contiguous.
-        image_indices: B positions in the dataset.
-        replaced: images that could not be read, as (position in the dataset, what is wrong with it); another
-            image stands in for each.
+        image_indices: B indices in the dataset.
+        replaced: images that could not be read, as (index in the dataset, what is wrong); another image was used
+            in place of each.
     """
 
     images: Tensor
@@ -72,24 +74,24 @@ class Batch:
 
 
 class TrainLoader:
-    """Endless epochs of full batches, made by persistent processes.
+    """Loads any number of epochs in full batches, with persistent worker processes.
 
     Args:
-        dataset: what to train on; crowds are left out.
+        dataset: the images; crowd boxes are left out.
         imgsz: height and width of the network's input.
-        batch_size: images of this rank in a step (the effective batch; micro-batches are cut by the loop).
+        batch_size: images of this rank per optimizer step; the training loop cuts them into micro-batches.
         seed: of the order and of every augmentation.
         augmentation: from `load_augmentation`.
-        workers: processes; 0 makes the images in this one.
-        cache: `none`, or keep decoded images in `ram` or on `disk`.
-        cache_budget: bytes for the cache; None for half of the free memory or disk.
-        rank, world_size: step k takes images `k * batch_size * world_size` onward of the epoch's order, and each
-            rank its contiguous share: together the ranks see what one process with the whole batch would.
-        pin_memory: put images into page-locked memory, for copies that overlap with the GPU's work.
+        workers: processes; 0 loads the images in this process.
+        cache: `none`, or `ram` or `disk` to keep decoded images there.
+        cache_budget: bytes for the cache; None for half of the free memory or disk space.
+        rank, world_size: step k uses the images from `k * batch_size * world_size` on in the epoch's order, and each
+            rank a contiguous part of them: together the ranks see the batch of a single process.
+        pin_memory: put images into page-locked memory, so that copying them overlaps with the GPU's work.
 
     Raises:
-        DataError: a dataset without images.
-        UsageError: an unknown cache or a size that makes no sense.
+        DataError: the dataset has no images.
+        UsageError: the cache is unknown, or a number is out of range.
     """
 
     def __init__(
@@ -110,11 +112,13 @@ class TrainLoader:
         if not len(dataset):
             raise DataError(f"{dataset.name}: the {dataset.split} split has no images to train on")
         if cache not in CACHES:
-            raise UsageError(f"--cache {cache!r} is none of {', '.join(CACHES)}")
+            raise UsageError(f"--cache {cache!r} is not one of {', '.join(CACHES)}")
         if batch_size < 1 or workers < 0 or not 0 <= rank < world_size:
-            raise UsageError(f"no loader has batch {batch_size}, {workers} workers and rank {rank} of {world_size}")
+            raise UsageError(
+                f"invalid batch size {batch_size}, number of workers {workers} or rank {rank} of {world_size}"
+            )
         if workers and os.name != "posix":
-            raise EnvironmentProblem("loader processes need a POSIX system", hint="--workers 0")
+            raise EnvironmentProblem("worker processes need a POSIX system", hint="--workers 0")
         self._images = len(dataset)
         self._batch = batch_size
         self._seed = seed
@@ -122,10 +126,10 @@ class TrainLoader:
         self._world = world_size
         self._pin = pin_memory and torch.cuda.is_available()
         self._shape = (batch_size, 3, *imgsz)
-        wanted = math.prod(self._shape)
-        if 2 * wanted > free_bytes(None):
-            raise _no_memory(f"a batch of {batch_size} images of {imgsz[0]}x{imgsz[1]}", wanted)
-        self._known_order: tuple[int, NDArray[np.int64]] | None = None
+        batch_bytes = math.prod(self._shape)
+        if 2 * batch_bytes > free_bytes(None):
+            raise _no_memory(f"a batch of {batch_size} images of {imgsz[0]}x{imgsz[1]}", batch_bytes)
+        self._cached_order: tuple[int, NDArray[np.int64]] | None = None
         records = SharedRecords(dataset)
         self.cache = (
             ImageCache(
@@ -133,37 +137,37 @@ class TrainLoader:
                 kind=cache,
                 regions=max(workers, 1),
                 budget=cache_budget,
-                largest=4 * int(dataset.sizes_wh.astype(np.int64).prod(1).sum()),  # 3 channels, at 1 and 1/2 and...
+                largest=4 * int(dataset.sizes_wh.astype(np.int64).prod(1).sum()),  # 3 channels, at scales 1, 1/2, ...
             )
             if cache != "none"
             else None
         )
-        self._maker = Maker(records, augmentation, seed, self.cache)
-        self._pool = _Pool(records, augmentation, seed, self._shape, self.cache, workers) if workers else None
+        self._examples = ExampleLoader(records, augmentation, seed, self.cache)
+        self._pool = _WorkerPool(records, augmentation, seed, self._shape, self.cache, workers) if workers else None
 
     def __len__(self) -> int:
-        """Batches in an epoch: every image comes at least once."""
+        """Return the number of batches in an epoch; every image is used at least once."""
         return math.ceil(self._images / (self._batch * self._world))
 
     def epoch(self, epoch: int, *, strong: bool, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch from number `start` on.
+        """Yield the batches of an epoch, from index `start` on.
 
         Args:
-            epoch: any number; it chooses the order and the augmentation.
-            strong: whether the strong operations are on.
-            start: first batch, to resume inside an epoch.
+            epoch: any number, which determines the order and the augmentation.
+            strong: whether the strong augmentations are on.
+            start: first batch, to resume within an epoch.
 
         Raises:
-            DataError: many images in a row cannot be read.
-            RtdetrError: a loader process was killed.
+            DataError: too many images in a row cannot be read.
+            RtdetrError: a worker process was killed.
         """
-        jobs = (self._job(epoch, index, strong=strong) for index in range(start, len(self)))
+        tasks = (self._task(epoch, index, strong=strong) for index in range(start, len(self)))
         if self._pool is None:
-            return map(self._make, jobs)
-        return self._pooled(self._pool, jobs)
+            return map(self._load, tasks)
+        return self._load_in_workers(self._pool, tasks)
 
     def close(self) -> None:
-        """End the processes and give their memory back; the loader cannot be used afterwards."""
+        """Stop the workers and free their memory; the loader cannot be used afterwards."""
         if self._pool is not None:
             self._pool.close()
 
@@ -173,80 +177,87 @@ class TrainLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _job(self, epoch: int, index: int, *, strong: bool) -> Task:
-        """Return the whole of this rank's batch as one task."""
+    def _task(self, epoch: int, index: int, *, strong: bool) -> Task:
+        """Return this rank's part of a batch as one task."""
         first = (index * self._world + self._rank) * self._batch
         positions = range(first, first + self._batch)
         order = self._order(epoch)
-        # The last batch is filled from the start of the same order.
+        # The last batch is filled up from the start of the same order.
         images = tuple(int(order[p % self._images]) for p in positions)
         return Task(0, 0, epoch, strong, tuple(range(self._batch)), tuple(positions), images)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        if self._known_order is None or self._known_order[0] != epoch:
-            self._known_order = (epoch, order_of(self._seed, epoch, self._images))
-        return self._known_order[1]
+        if self._cached_order is None or self._cached_order[0] != epoch:
+            self._cached_order = (epoch, epoch_order(self._seed, epoch, self._images))
+        return self._cached_order[1]
 
-    def _make(self, job: Task) -> Batch:
-        """Make a batch in this process."""
+    def _load(self, task: Task) -> Batch:
+        """Load a batch in this process."""
         images = torch.empty(self._shape, dtype=torch.uint8, pin_memory=self._pin)
         pixels = images.numpy()
-        rows = []
-        for at, position, image in zip(job.rows, job.positions, job.images, strict=True):
-            row = self._maker.make(image, position, job.epoch, strong=job.strong, out=pixels[at])
-            if row.stored is not None and self.cache is not None:
-                self.cache.publish(row.stored)
-            rows.append(row)
-        return _batch(images, rows)
+        examples = []
+        for row, position, image in zip(task.rows, task.positions, task.images, strict=True):
+            example = self._examples.load(image, position, task.epoch, strong=task.strong, out=pixels[row])
+            if example.stored is not None and self.cache is not None:
+                self.cache.publish(example.stored)
+            examples.append(example)
+        return _batch(images, examples)
 
-    def _pooled(self, pool: _Pool, jobs: Iterator[Task]) -> Iterator[Batch]:
-        turn = pool.begin()
-        for job in jobs:
-            pool.submit(job)
+    def _load_in_workers(self, pool: _WorkerPool, tasks: Iterator[Task]) -> Iterator[Batch]:
+        epoch = pool.begin_epoch()
+        for task in tasks:
+            pool.submit(task)
             if pool.full:
                 break
         while pool.pending:
-            pixels, rows = pool.collect()
+            pixels, examples = pool.collect()
             images = torch.empty(self._shape, dtype=torch.uint8, pin_memory=self._pin)
             images.numpy()[...] = pixels
-            following = next(jobs, None)
+            following = next(tasks, None)
             if following is not None:
                 pool.submit(following)
-            yield _batch(images, rows)
-            if pool.turn != turn:
-                raise RuntimeError("this epoch was left for another one; begin it again with `start`")
+            yield _batch(images, examples)
+            if pool.epochs_begun != epoch:
+                raise RuntimeError("another epoch was begun; call `epoch` again with `start` to continue this one")
 
 
-def _batch(images: Tensor, rows: list[Row]) -> Batch:
+def _batch(images: Tensor, examples: list[Example]) -> Batch:
     return Batch(
         images,
-        tuple(torch.from_numpy(row.boxes_cxcywh) for row in rows),
-        tuple(torch.from_numpy(row.labels) for row in rows),
-        tuple(row.image for row in rows),
-        tuple(bad for row in rows for bad in row.replaced),
+        tuple(torch.from_numpy(example.boxes_cxcywh) for example in examples),
+        tuple(torch.from_numpy(example.labels) for example in examples),
+        tuple(example.image for example in examples),
+        tuple(replaced for example in examples for replaced in example.replaced),
     )
 
 
 @dataclass
 class _Pending:
-    """A batch under way: its slot, its rows so far, and how many parts are still out."""
+    """A batch in progress.
+
+    Attributes:
+        slot: of its pixels.
+        examples: one per row, once loaded.
+        parts_left: tasks that have not returned.
+        failure: the exception of a task that failed.
+    """
 
     slot: int
-    rows: list[Row | None]
-    parts: int
+    examples: list[Example | None]
+    parts_left: int
     failure: Exception | None = None
 
 
-def _no_memory(what: str, wanted: int) -> RtdetrError:
+def _no_memory(purpose: str, size: int) -> RtdetrError:
     return RtdetrError(
-        f"no memory for {what} ({wanted / 2**30:.1f} GiB)",
-        hint="a smaller --effective-batch or --imgsz, or fewer --workers",
+        f"not enough memory for {purpose} ({size / 2**30:.1f} GiB)",
+        hint="use a smaller --effective-batch or --imgsz, or fewer --workers",
         code="no-memory",
     )
 
 
-class _Pool:
-    """Processes that share the making of each batch, and the batches under way."""
+class _WorkerPool:
+    """Worker processes that load each batch together, and the batches in progress."""
 
     def __init__(
         self,
@@ -257,12 +268,12 @@ class _Pool:
         cache: ImageCache | None,
         workers: int,
     ) -> None:
-        # Enough under way that every process always has a next image, and two batches for uneven steps.
+        # Enough batches that every worker always has a next image, and at least two for steps of uneven duration.
         depth = max(2, -(-3 * workers // shape[0]))
         self._shape = (depth, *shape)
         slots = SharedBlock(int(np.prod(self._shape)))
         if not slots.reserve(0, slots.size):
-            raise _no_memory(f"{depth} batches of {shape[0]} images under way", slots.size)
+            raise _no_memory(f"{depth} batches of {shape[0]} images in progress", slots.size)
         self._slots = slots.array(np.uint8, self._shape)
         self._free = deque(range(depth))
         self._cache = cache
@@ -270,39 +281,39 @@ class _Pool:
         self._next_ticket = 0
         self._tickets: dict[int, tuple[_Pending, tuple[int, ...]]] = {}
         self._death: RtdetrError | None = None
-        self.turn = 0
+        self.epochs_begun = 0
         self.pending: deque[_Pending] = deque()
-        self._answers: queue.SimpleQueue[tuple[int, Answer | None]] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[int, Result | None]] = queue.SimpleQueue()
         blocks = [records.block, slots, *(cache.blocks if cache is not None else ())]
         self._children: list[subprocess.Popen[bytes]] = []
         threads: list[threading.Thread] = []
-        self._finalizer = weakref.finalize(self, _end, self._children, threads)
+        self._finalizer = weakref.finalize(self, _terminate, self._children, threads)
         environment = os.environ | CHILD_ENVIRONMENT
         for number in range(workers):
             child = subprocess.Popen(
-                [sys.executable, "-c", _CHILD, json.dumps(sys.path)],
+                [sys.executable, "-c", _WORKER_CODE, json.dumps(sys.path)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environment,
                 pass_fds=[block.fd for block in blocks],
-                start_new_session=True,  # a keystroke for the parent is not for us
+                start_new_session=True,  # so that Ctrl-C reaches the training process only
             )
             self._children.append(child)
-            thread = threading.Thread(target=_listen, args=(number, child, self._answers), daemon=True)
+            thread = threading.Thread(target=_listen, args=(number, child, self._results), daemon=True)
             thread.start()
             threads.append(thread)
         for number in range(workers):
-            self._tell(number, Setup(records, augmentation, seed, slots, self._shape, cache, number))
+            self._send(number, WorkerSetup(records, augmentation, seed, slots, self._shape, cache, number))
 
     @property
     def full(self) -> bool:
-        """Whether no further batch can be under way."""
+        """Whether no more batches can be in progress."""
         return not self._free
 
-    def submit(self, job: Task) -> None:
-        """Divide a batch among the processes."""
+    def submit(self, batch: Task) -> None:
+        """Divide a batch among the workers."""
         slot = self._free.popleft()
-        size = len(job.rows)
+        size = len(batch.rows)
         parts = min(size, len(self._children))
         pending = _Pending(slot, [None] * size, parts)
         self.pending.append(pending)
@@ -311,85 +322,92 @@ class _Pool:
             part = slice(first, last)
             ticket = self._next_ticket
             self._next_ticket += 1
-            self._tickets[ticket] = (pending, job.rows[part])
-            task = Task(ticket, slot, job.epoch, job.strong, job.rows[part], job.positions[part], job.images[part])
-            self._tell(self._next_worker, task)
+            self._tickets[ticket] = (pending, batch.rows[part])
+            task = batch._replace(
+                ticket=ticket,
+                slot=slot,
+                rows=batch.rows[part],
+                positions=batch.positions[part],
+                images=batch.images[part],
+            )
+            self._send(self._next_worker, task)
             self._next_worker = (self._next_worker + 1) % len(self._children)
 
-    def collect(self) -> tuple[NDArray[np.uint8], list[Row]]:
+    def collect(self) -> tuple[NDArray[np.uint8], list[Example]]:
         """Wait for the oldest batch; its pixels are valid until the next `submit`."""
         oldest = self.pending[0]
-        while oldest.parts:
-            self._take()
+        while oldest.parts_left:
+            self._receive()
         self.pending.popleft()
         self._free.append(oldest.slot)
         if oldest.failure is not None:
             raise oldest.failure
-        return self._slots[oldest.slot], [row for row in oldest.rows if row is not None]
+        return self._slots[oldest.slot], [example for example in oldest.examples if example is not None]
 
-    def begin(self) -> int:
-        """Wait until nothing of an earlier epoch is under way; return the number of this turn."""
+    def begin_epoch(self) -> int:
+        """Discard what is left of an earlier epoch; return the number of epochs begun so far."""
         while self.pending:
-            while self.pending[0].parts:
-                self._take()
+            while self.pending[0].parts_left:
+                self._receive()
             self._free.append(self.pending.popleft().slot)
-        self.turn += 1
-        return self.turn
+        self.epochs_begun += 1
+        return self.epochs_begun
 
     def close(self) -> None:
-        """End the processes."""
+        """Stop the workers."""
         self._finalizer()
 
-    def _tell(self, number: int, value: Any) -> None:
+    def _send(self, number: int, value: Any) -> None:
         try:
             send(_pipe(self._children[number].stdin), value)
         except BrokenPipeError:
-            raise self._died(number) from None
+            raise self._death_of(number) from None
         except ValueError:
             raise RuntimeError("the loader has been closed") from None
 
-    def _take(self) -> None:
-        """Wait for one answer and enter it."""
+    def _receive(self) -> None:
+        """Wait for one result and add it to its batch."""
         if self._death is not None:
             raise self._death
-        number, answer = self._answers.get()
-        if answer is None:
-            raise self._died(number)
-        pending, rows = self._tickets.pop(answer.ticket)
-        pending.parts -= 1
-        if answer.refused is not None:
-            message, hint, code = answer.refused
+        number, result = self._results.get()
+        if result is None:
+            raise self._death_of(number)
+        pending, rows = self._tickets.pop(result.ticket)
+        pending.parts_left -= 1
+        if result.data_error is not None:
+            message, hint, code = result.data_error
             pending.failure = DataError(message, hint=hint, code=code)
-        elif answer.crashed:
-            pending.failure = RuntimeError(f"a loader process failed:\n{answer.crashed}")
-        for at, row in zip(rows, answer.rows, strict=False):
-            pending.rows[at] = row
-            if row.stored is not None and self._cache is not None:
-                self._cache.publish(row.stored)
+        elif result.traceback:
+            pending.failure = RuntimeError(f"a worker process failed:\n{result.traceback}")
+        for row, example in zip(rows, result.examples, strict=False):
+            pending.examples[row] = example
+            if example.stored is not None and self._cache is not None:
+                self._cache.publish(example.stored)
 
-    def _died(self, number: int) -> RtdetrError:
+    def _death_of(self, number: int) -> RtdetrError:
+        """Return why a worker ended."""
         child = self._children[number]
         try:
-            status = child.wait(_GOODBYE_S)
-        except subprocess.TimeoutExpired:  # alive, but what it says cannot be understood
+            status = child.wait(_EXIT_TIMEOUT_S)
+        except subprocess.TimeoutExpired:  # it is alive, but sends data that cannot be read
             child.kill()
             status = child.wait()
         if status == -signal.SIGKILL:
-            message = f"loader process {number} was killed, most likely because memory ran out"
+            message = f"worker process {number} was killed, most likely because memory ran out"
         else:
-            message = f"loader process {number} ended with status {status}"
-        self._death = RtdetrError(message, hint="fewer --workers, or --cache none", code="loader-killed")
+            message = f"worker process {number} ended with status {status}"
+        self._death = RtdetrError(message, hint="use fewer --workers, or --cache none", code="loader-killed")
         return self._death
 
 
-def _listen(number: int, child: subprocess.Popen[bytes], answers: queue.SimpleQueue[tuple[int, Answer | None]]) -> None:
-    """Pass on what a child answers, and None at its end."""
+def _listen(number: int, child: subprocess.Popen[bytes], results: queue.SimpleQueue[tuple[int, Result | None]]) -> None:
+    """Pass on the results of a worker, and None at its end."""
     try:
         with contextlib.suppress(EOFError, OSError, ValueError):
             while True:
-                answers.put((number, receive(_pipe(child.stdout))))
-    finally:  # whatever went wrong here, nobody may wait for an answer that will not come
-        answers.put((number, None))
+                results.put((number, receive(_pipe(child.stdout))))
+    finally:  # whatever happened, nothing must wait for a result that will not come
+        results.put((number, None))
 
 
 def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
@@ -398,19 +416,19 @@ def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
     return stream
 
 
-def _end(children: list[subprocess.Popen[bytes]], threads: list[threading.Thread]) -> None:
-    """End the children, whatever they are at: they hold nothing that could be lost."""
+def _terminate(children: list[subprocess.Popen[bytes]], threads: list[threading.Thread]) -> None:
+    """Stop the workers, whatever they are doing: they hold no data that could be lost."""
     for child in children:
         with contextlib.suppress(OSError):
             _pipe(child.stdin).close()
         child.terminate()
     for child in children:
         try:
-            child.wait(_GOODBYE_S)
+            child.wait(_EXIT_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
     for thread in threads:
-        thread.join(_GOODBYE_S)
+        thread.join(_EXIT_TIMEOUT_S)
     for child in children:
         _pipe(child.stdout).close()

@@ -1,9 +1,9 @@
-"""Make the images of a batch: in the loader's own process, or in a child that does nothing else.
+"""Load and augment the images of a batch, in the training process or in a worker process.
 
-A child is a fresh interpreter that imports numpy, Pillow and OpenCV and never torch: it starts in a fifth of a second
-where torch takes two, holds 60 MB, and cannot inherit a lock or a CUDA context from the middle of whatever the parent
-was doing, as a forked one can. It reads tasks from its standard input and answers on its standard output, writes
-pixels into shared memory, and ends when its input does, so it cannot outlive the parent.
+A worker is a fresh interpreter that imports numpy, Pillow and OpenCV but never torch: it starts in a fifth of a
+second instead of two, needs 60 MB, and cannot inherit a lock or a CUDA context, as a forked process can. It reads
+tasks from its standard input, writes results to its standard output and pixels into shared memory, and exits at the
+end of its input, so it cannot outlive the training process.
 """
 
 from __future__ import annotations
@@ -26,30 +26,31 @@ from rtdetr_cli.errors import DataError
 from rtdetr_cli.images.augment import Augmentation, augment
 from rtdetr_cli.images.decode import ImageError, opened
 
-_MOST_SUBSTITUTES = 16
+_MAX_SUBSTITUTES = 16
 _LENGTH = struct.Struct("<Q")
 
 
-def generator(seed: int, epoch: int, *purpose: int) -> np.random.Generator:
-    """Return the generator of one purpose of one epoch; different purposes never share a stream."""
+def random_generator(seed: int, epoch: int, *purpose: int) -> np.random.Generator:
+    """Return the generator for one purpose in one epoch; different purposes never share a random stream."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch, *purpose)))
 
 
-def order_of(seed: int, epoch: int, images: int) -> NDArray[np.int64]:
-    """Return the permutation that an epoch goes through."""
-    return generator(seed, epoch, 0).permutation(images)
+def epoch_order(seed: int, epoch: int, images: int) -> NDArray[np.int64]:
+    """Return the order of the images in an epoch."""
+    return random_generator(seed, epoch, 0).permutation(images)
 
 
 class Task(NamedTuple):
-    """Some rows of one batch to make.
+    """Some images of one batch to load.
 
     Attributes:
-        ticket: handed back with the answer.
-        slot: which of the batches under way.
-        epoch, strong: of the batch.
-        rows: in the batch.
-        positions: in the epoch; with seed and epoch they fix every draw.
-        images: indices into the dataset.
+        ticket: number of the task, repeated in its result.
+        slot: which of the batches in progress.
+        epoch: of the batch.
+        strong: whether the strong augmentations are on.
+        rows: indices in the batch.
+        positions: indices in the epoch, which with seed and epoch determine every random draw.
+        images: indices in the dataset.
     """
 
     ticket: int
@@ -62,14 +63,14 @@ class Task(NamedTuple):
 
 
 @dataclass(slots=True)
-class Row:
-    """One image of a batch, but for its pixels.
+class Example:
+    """One image of a batch without its pixels.
 
     Attributes:
-        image: the index that was used.
+        image: index in the dataset of the image that was used.
         boxes_cxcywh: (N, 4) float32.
         labels: (N,) int64.
-        replaced: images that could not be read, and why.
+        replaced: indices of images that could not be read, and why.
         stored: what was added to the cache.
     """
 
@@ -80,8 +81,8 @@ class Row:
     stored: CacheEntry | None = None
 
 
-class Maker:
-    """Makes images of a dataset, each from (seed, epoch, position) and its index alone."""
+class ExampleLoader:
+    """Loads and augments images; the result depends only on the image, the seed, the epoch and the position in it."""
 
     def __init__(
         self, records: SharedRecords, augmentation: Augmentation, seed: int, cache: ImageCache | None = None
@@ -91,54 +92,61 @@ class Maker:
         self._seed = seed
         self._cache = cache
 
-    def make(self, image: int, position: int, epoch: int, *, strong: bool, out: NDArray[np.uint8]) -> Row:
-        """Write one image into `out` (3, H, W); an unreadable one is replaced by another, drawn for its position.
+    def load(self, image: int, position: int, epoch: int, *, strong: bool, out: NDArray[np.uint8]) -> Example:
+        """Write one image into `out` (3, H, W); if it cannot be read, another one is drawn in its place.
 
         Raises:
-            DataError: so many images in a row cannot be read that something else is wrong.
+            DataError: too many images in a row cannot be read.
         """
         replaced: list[tuple[int, str]] = []
         while True:
             try:
-                row = self._make(image, position, epoch, strong=strong, out=out)
+                example = self._load(image, position, epoch, strong=strong, out=out)
             except ImageError as error:
                 replaced.append((image, error.message))
-                if len(replaced) > _MOST_SUBSTITUTES:
+                if len(replaced) > _MAX_SUBSTITUTES:
                     raise DataError(
-                        f"{len(replaced)} images in a row could not be read, the last because {error.message}",
-                        hint="is the disk still there? `rtdetr validate` reads every image",
+                        f"{len(replaced)} images in a row could not be read; the last one: {error.message}",
+                        hint="check that the disk is still mounted; `rtdetr validate` reads every image",
                         code="images-unreadable",
                     ) from None
-                draws = generator(self._seed, epoch, 2, position, len(replaced))
-                image = int(draws.integers(len(self._records)))
+                rng = random_generator(self._seed, epoch, 2, position, len(replaced))
+                image = int(rng.integers(len(self._records)))
             else:
-                row.replaced = replaced
-                return row
+                example.replaced = replaced
+                return example
 
-    def _make(self, image: int, position: int, epoch: int, *, strong: bool, out: NDArray[np.uint8]) -> Row:
+    def _load(self, image: int, position: int, epoch: int, *, strong: bool, out: NDArray[np.uint8]) -> Example:
         boxes, labels = self._records.boxes(image)
         path = self._records.path(image)
-        rng = generator(self._seed, epoch, 1, position)
+        rng = random_generator(self._seed, epoch, 1, position)
         if self._cache is None:
             with opened(path) as file:
-                return Row(image, *augment(file, boxes, labels, self._augmentation[strong], rng, out))
+                return Example(image, *augment(file, boxes, labels, self._augmentation[strong], rng, out))
         with self._cache.opened(image, path) as cached:
-            made = augment(cached, boxes, labels, self._augmentation[strong], rng, out)
-            return Row(image, *made, stored=cached.stored)
+            result = augment(cached, boxes, labels, self._augmentation[strong], rng, out)
+            return Example(image, *result, stored=cached.stored)
 
 
-class Answer(NamedTuple):
-    """What became of a task: its rows, or why not."""
+class Result(NamedTuple):
+    """The examples of a task, or why it failed.
+
+    Attributes:
+        ticket: of the task.
+        examples: one per row; empty if it failed.
+        data_error: message, hint and code of a `DataError`.
+        traceback: of any other exception.
+    """
 
     ticket: int
-    rows: tuple[Row, ...] = ()
-    refused: tuple[str, str, str] | None = None  # message, hint and code of a DataError
-    crashed: str = ""  # traceback of anything else
+    examples: tuple[Example, ...] = ()
+    data_error: tuple[str, str, str] | None = None
+    traceback: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
-    """What a child needs to begin. `slots` holds batches as (slots, rows, 3, H, W)."""
+class WorkerSetup:
+    """What a worker needs to start; `slots` holds the batches in progress as (slots, rows, 3, H, W)."""
 
     records: SharedRecords
     augmentation: Augmentation
@@ -150,14 +158,14 @@ class Setup:
 
 
 def send(stream: IO[bytes], value: Any) -> None:
-    """Write one value, preceded by its length."""
+    """Write one value, preceded by its length in bytes."""
     data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
     stream.write(_LENGTH.pack(len(data)) + data)
     stream.flush()
 
 
 def receive(stream: IO[bytes]) -> Any:
-    """Read one value; raises EOFError when the other side has gone."""
+    """Read one value; raise EOFError if the other side has closed the pipe."""
     head = stream.read(_LENGTH.size)
     if len(head) < _LENGTH.size:
         raise EOFError
@@ -169,40 +177,40 @@ def receive(stream: IO[bytes]) -> Any:
 
 
 def main() -> None:
-    """Serve one parent until it closes our standard input."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; it gets the keystroke too
-    warnings.simplefilter("ignore")  # what there is to say about an image, `rtdetr validate` says
+    """Run as a worker until the training process closes the standard input."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process gets the signal too, and decides
+    warnings.simplefilter("ignore")  # `rtdetr validate` reports problems of images
     tasks = sys.stdin.buffer
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a library that prints must not do it into our answers
+    results = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # so that a library that prints doesn't corrupt the results
 
     for unneeded in ("torch", "huggingface_hub"):
-        # Albumentations, where a user's file asks for it, loads them if it can: three seconds and 200 MB each time.
+        # Albumentations, if a user's file needs it, imports them if it can, which costs three seconds and 200 MB.
         sys.modules[unneeded] = None  # type: ignore[assignment]
     import cv2
 
-    cv2.setNumThreads(0)  # one core each: the processes are the parallelism
+    cv2.setNumThreads(0)  # one core per worker
     try:
-        setup: Setup = receive(tasks)
+        setup: WorkerSetup = receive(tasks)
         if setup.cache is not None:
-            setup.cache.write_to(setup.number)
-        maker = Maker(setup.records, setup.augmentation, setup.seed, setup.cache)
+            setup.cache.use_region(setup.number)
+        loader = ExampleLoader(setup.records, setup.augmentation, setup.seed, setup.cache)
         slots = setup.slots.array(np.uint8, setup.slots_shape)
         while True:
             task: Task = receive(tasks)
             try:
-                rows = tuple(
-                    maker.make(image, position, task.epoch, strong=task.strong, out=slots[task.slot, row])
+                examples = tuple(
+                    loader.load(image, position, task.epoch, strong=task.strong, out=slots[task.slot, row])
                     for row, position, image in zip(task.rows, task.positions, task.images, strict=True)
                 )
-                answer = Answer(task.ticket, rows)
+                result = Result(task.ticket, examples)
             except DataError as error:
-                answer = Answer(task.ticket, refused=(error.message, error.hint, error.code))
-            except Exception:  # told to the parent, which raises it
-                answer = Answer(task.ticket, crashed=traceback.format_exc())
-            send(answers, answer)
+                result = Result(task.ticket, data_error=(error.message, error.hint, error.code))
+            except Exception:  # raised by the training process
+                result = Result(task.ticket, traceback=traceback.format_exc())
+            send(results, result)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        os._exit(0)  # the parent has gone; flushing into its closed pipe would only complain
+        os._exit(0)  # flushing into the closed pipe would only print an error
 
 
 if __name__ == "__main__":

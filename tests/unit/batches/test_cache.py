@@ -1,4 +1,4 @@
-"""Shared memory and the image cache: the same pixels back, within a budget, and no more than that."""
+"""Shared memory and the image cache: pixels come back bit for bit, and the budget is respected."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def jpeg(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_a_block_is_shared_with_who_inherits_it(on_disk: bool, tmp_path: Path) -> None:
+def test_a_block_is_shared_with_a_child_that_inherits_it(on_disk: bool, tmp_path: Path) -> None:
     block = SharedBlock(100_000, folder=tmp_path if on_disk else None)
-    assert list(tmp_path.iterdir()) == [], "the file has no name that could be left behind"
+    assert list(tmp_path.iterdir()) == [], "the file has no name, so it cannot be left behind"
     assert block.reserve(0, 100_000)
     a = block.array(np.int64, (100,), 800)
     child = os.fork()
@@ -72,7 +72,7 @@ def test_a_block_is_shared_with_who_inherits_it(on_disk: bool, tmp_path: Path) -
     assert again.array(np.int64, (100,), 800).tolist() == list(range(100))
 
 
-def test_a_blocks_views_outlive_it_and_its_descriptor_does_not() -> None:
+def test_views_keep_a_block_alive_and_its_descriptor_is_closed() -> None:
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     view = SharedBlock(4096).array(np.uint8, (10,))
@@ -84,7 +84,7 @@ def test_a_blocks_views_outlive_it_and_its_descriptor_does_not() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_no_room_is_told_and_does_not_kill(tmp_path: Path) -> None:
+def test_reserve_returns_false_on_a_full_disk(tmp_path: Path) -> None:
     block = SharedBlock(1 << 20, folder=tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
@@ -150,7 +150,7 @@ def test_images_come_back_bit_for_bit(jpeg: Path, kind: str, divisor: int) -> No
     assert cache.used_bytes == fresh.width * fresh.height * 3
 
 
-def test_each_fraction_is_a_image_of_its_own(jpeg: Path) -> None:
+def test_each_scale_is_a_separate_entry(jpeg: Path) -> None:
     cache = ImageCache(1, kind="ram", regions=1, budget=10_000_000)
     for divisor in (4, 1, 2):
         with cache.opened(0, jpeg) as image:
@@ -163,7 +163,7 @@ def test_each_fraction_is_a_image_of_its_own(jpeg: Path) -> None:
             assert image.decode(divisor).tobytes() == expected.tobytes()
 
 
-def test_a_png_is_never_divided(tmp_path: Path) -> None:
+def test_a_png_is_never_reduced(tmp_path: Path) -> None:
     Image.new("RGB", (400, 300)).save(tmp_path / "a.png")
     cache = ImageCache(1, kind="ram", regions=1, budget=1_000_000)
     for _ in range(2):
@@ -174,14 +174,14 @@ def test_a_png_is_never_divided(tmp_path: Path) -> None:
                 cache.publish(image.stored)
 
 
-def test_the_budget_holds_for_all_regions_together(jpeg: Path) -> None:
+def test_the_budget_covers_all_regions_together(jpeg: Path) -> None:
     size = 333 * 245 * 3
     cache = ImageCache(9, kind="ram", regions=2, budget=5 * size)
     stored = 0
     for region in (0, 1):
         worker = ImageCache.__new__(ImageCache)
         worker.__setstate__(cache.__getstate__())
-        worker.write_to(region)
+        worker.use_region(region)
         for image in range(4):
             with worker.opened(4 * region + image, jpeg) as given:
                 given.decode(1)
@@ -196,14 +196,14 @@ def test_the_budget_holds_for_all_regions_together(jpeg: Path) -> None:
             assert given.decode(1).tobytes() == expected, "the regions do not overlap"
 
 
-def test_the_default_budget_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_budget_is_half_of_the_free_space(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("ram", "disk"):
         free = machine.free_bytes(module._disk_folder() if kind == "disk" else None)
         cache = ImageCache(2, kind=kind, regions=3, largest=1000)
         assert 0.3 * free < cache.budget < 0.7 * free
 
 
-def test_a_containers_limit_is_what_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_memory_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("700000\n")

@@ -1,4 +1,4 @@
-"""Batches: the same bits whatever the workers, ranks, cache and history; faults named; processes that end."""
+"""Training batches: the same bits for any number of workers and ranks, with and without cache; errors; worker processes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def all_same(a: list[Batch], b: list[Batch]) -> bool:
 # ---------------------------------------------------------------------------------------------------- what a batch is
 
 
-def test_a_batch_has_the_promised_shapes(dataset: Dataset) -> None:
+def test_shapes_of_a_batch(dataset: Dataset) -> None:
     with loader(dataset, workers=1) as it:
         assert len(it) == 6
         batches = list(it.epoch(0, strong=True))
@@ -80,7 +80,7 @@ def test_a_batch_has_the_promised_shapes(dataset: Dataset) -> None:
     assert drawn[IMAGES:] == drawn[: len(drawn) - IMAGES], "and the last batch filled from the start"
 
 
-def test_without_augmentation_images_and_boxes_are_the_datasets(dataset: Dataset) -> None:
+def test_without_augmentation_images_and_boxes_are_those_of_the_dataset(dataset: Dataset) -> None:
     for batch in loader(dataset, augmentation=NONE).epoch(0, strong=True):
         for image, boxes, labels, index in zip(
             batch.images, batch.boxes_cxcywh, batch.labels, batch.image_indices, strict=True
@@ -94,7 +94,7 @@ def test_without_augmentation_images_and_boxes_are_the_datasets(dataset: Dataset
             np.testing.assert_allclose(boxes, np.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], 1), atol=1e-6)
 
 
-def test_crowds_are_no_targets(dataset: Dataset) -> None:
+def test_crowds_are_left_out(dataset: Dataset) -> None:
     crowded = replace(dataset, crowd=np.arange(len(dataset.crowd)) % 2 == 0)
     batches = loader(crowded, augmentation=NONE).epoch(0, strong=True)
     for batch in batches:
@@ -117,7 +117,7 @@ def test_strong_operations_can_be_switched_off(dataset: Dataset) -> None:
 # ---------------------------------------------------------------------------------------------------- the same bits
 
 
-def test_a_batch_depends_on_seed_epoch_and_index_alone(dataset: Dataset) -> None:
+def test_a_batch_depends_only_on_seed_epoch_and_index(dataset: Dataset) -> None:
     reference = {epoch: list(loader(dataset).epoch(epoch, strong=epoch < 2)) for epoch in (0, 1, 2)}
     assert not all_same(reference[0], reference[1])
     assert not all_same(reference[0], list(loader(dataset, seed=6).epoch(0, strong=True)))
@@ -139,7 +139,7 @@ def test_the_global_random_state_is_neither_used_nor_changed(dataset: Dataset) -
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_can_be_resumed_inside(dataset: Dataset, workers: int) -> None:
+def test_an_epoch_can_be_resumed_in_the_middle(dataset: Dataset, workers: int) -> None:
     with loader(dataset, workers=workers) as it:
         whole = list(it.epoch(3, strong=True))
         assert all_same(list(it.epoch(3, strong=True, start=4)), whole[4:])
@@ -147,7 +147,7 @@ def test_an_epoch_can_be_resumed_inside(dataset: Dataset, workers: int) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_the_batch_of_one_process(dataset: Dataset, world: int) -> None:
+def test_the_ranks_together_load_the_batch_of_one_process(dataset: Dataset, world: int) -> None:
     one = list(loader(dataset, batch_size=2 * world).epoch(1, strong=True))
     ranks = [
         list(loader(dataset, batch_size=2, rank=rank, world_size=world).epoch(1, strong=True)) for rank in range(world)
@@ -198,7 +198,7 @@ def test_a_cached_image_is_not_read_again(dataset: Dataset, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_users_transforms_are_as_reproducible(dataset: Dataset, workers: int, tmp_path: Path) -> None:
+def test_custom_transforms_are_reproducible(dataset: Dataset, workers: int, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
         "transform: {__class_fullname__: Compose, p: 1.0, transforms: "
@@ -226,7 +226,7 @@ def damaged(dataset: Dataset, folder: Path, bad: dict[int, bytes | None]) -> Dat
     return copy
 
 
-def test_an_unreadable_image_is_named_replaced_and_counted(dataset: Dataset, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_reported_and_replaced(dataset: Dataset, tmp_path: Path) -> None:
     half = dataset.path(7).read_bytes()[:900]
     broken = damaged(dataset, tmp_path / "d", {3: None, 7: half, 9: b""})
     reference = list(loader(dataset).epoch(0, strong=True))
@@ -249,7 +249,7 @@ def test_an_unreadable_image_is_named_replaced_and_counted(dataset: Dataset, tmp
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_when_no_image_can_be_read_the_run_stops(dataset: Dataset, tmp_path: Path, workers: int) -> None:
+def test_an_error_if_no_image_can_be_read(dataset: Dataset, tmp_path: Path, workers: int) -> None:
     gone = damaged(dataset, tmp_path / "d", dict.fromkeys(range(IMAGES)))
     with loader(gone, workers=workers) as it, pytest.raises(DataError, match="in a row could not be read") as error:
         next(iter(it.epoch(0, strong=True)))
@@ -262,7 +262,7 @@ def loader_processes() -> list[psutil.Process]:
     return [c for c in living if any("rtdetr_cli.batches.worker" in word for word in c.cmdline())]
 
 
-def test_a_killed_process_is_told(dataset: Dataset) -> None:
+def test_a_killed_worker_is_reported(dataset: Dataset) -> None:
     with loader(dataset, workers=2) as it:
         next(iter(it.epoch(0, strong=True)))
         child = loader_processes()[0]
@@ -273,13 +273,13 @@ def test_a_killed_process_is_told(dataset: Dataset) -> None:
             list(it.epoch(2, strong=True))
 
 
-def test_a_crash_in_a_process_is_shown_with_its_traceback(dataset: Dataset) -> None:
+def test_a_crash_in_a_worker_is_raised_with_its_traceback(dataset: Dataset) -> None:
     odd = replace(RECIPE, photometric=replace(RECIPE.photometric, p="always"))  # type: ignore[arg-type]
     with loader(dataset, workers=1, augmentation=odd) as it, pytest.raises(RuntimeError, match="TypeError"):
         list(it.epoch(0, strong=True))
 
 
-def test_what_makes_no_sense_is_refused(dataset: Dataset) -> None:
+def test_invalid_arguments_are_refused(dataset: Dataset) -> None:
     with pytest.raises(DataError, match="no images"):
         loader(dataset.subset([]))
     with pytest.raises(UsageError, match="--cache 'tape'"):
@@ -296,16 +296,16 @@ def descriptors() -> int:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_more_memory_than_there_is_is_refused_and_not_taken(dataset: Dataset, workers: int) -> None:
+def test_a_batch_larger_than_memory_is_refused(dataset: Dataset, workers: int) -> None:
     # The system grants it at first, and then kills whatever runs.
     before = psutil.virtual_memory().available
-    with pytest.raises(RtdetrError, match="no memory for a batch of 10000000 images") as caught:
+    with pytest.raises(RtdetrError, match="not enough memory for a batch of 10000000 images") as caught:
         loader(dataset, batch_size=10_000_000, workers=workers)
     assert caught.value.code == "no-memory"
     assert abs(psutil.virtual_memory().available - before) < 2**31
 
 
-def test_nothing_is_left_behind(dataset: Dataset) -> None:
+def test_closing_leaves_no_process_or_descriptor(dataset: Dataset) -> None:
     gc.collect()  # what earlier tests left to it
     before = (descriptors(), len(psutil.Process().children()))
     for how in ({"workers": 2}, {"workers": 1, "cache": "disk"}, {"workers": 0, "cache": "ram"}):
@@ -320,17 +320,17 @@ def test_nothing_is_left_behind(dataset: Dataset) -> None:
     assert (descriptors(), len(psutil.Process().children())) == before
 
 
-def test_an_epoch_left_in_the_middle_does_not_disturb_the_next(dataset: Dataset) -> None:
+def test_an_abandoned_epoch_does_not_affect_the_next(dataset: Dataset) -> None:
     reference = list(loader(dataset).epoch(1, strong=True))
     with loader(dataset, workers=2) as it:
         left = it.epoch(0, strong=True)
         next(left)
         assert all_same(list(it.epoch(1, strong=True)), reference)
-        with pytest.raises(RuntimeError, match="left for another"):
+        with pytest.raises(RuntimeError, match="another epoch was begun"):
             next(left)
 
 
-def test_batches_stay_as_they_are_while_others_are_made(dataset: Dataset) -> None:
+def test_batches_do_not_change_while_others_are_loaded(dataset: Dataset) -> None:
     with loader(dataset, workers=2) as it:
         kept = list(it.epoch(0, strong=True))
         copies = [batch.images.clone() for batch in kept]
@@ -338,7 +338,7 @@ def test_batches_stay_as_they_are_while_others_are_made(dataset: Dataset) -> Non
         assert all(torch.equal(a.images, b) for a, b in zip(kept, copies, strict=True))
 
 
-def test_the_processes_load_no_torch(dataset: Dataset) -> None:
+def test_workers_do_not_import_torch(dataset: Dataset) -> None:
     with loader(dataset, workers=1) as it:
         next(iter(it.epoch(0, strong=True)))
         child = loader_processes()[0]
@@ -347,7 +347,7 @@ def test_the_processes_load_no_torch(dataset: Dataset) -> None:
     assert not [path for path in mapped if "torch" in Path(path).name]
 
 
-def test_the_processes_end_with_their_parent(dataset: Dataset, tmp_path: Path) -> None:
+def test_workers_exit_with_their_parent(dataset: Dataset, tmp_path: Path) -> None:
     program = tmp_path / "parent.py"  # without a __main__ guard: the processes must not run it again
     program.write_text(
         "import os, sys, psutil\n"
@@ -373,7 +373,7 @@ def test_the_processes_end_with_their_parent(dataset: Dataset, tmp_path: Path) -
         pytest.fail("a process outlived its parent")
 
 
-def test_a_program_that_ends_without_closing_is_quiet(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_program_that_exits_without_closing_prints_nothing(dataset: Dataset, tmp_path: Path) -> None:
     program = tmp_path / "parent.py"
     program.write_text(
         "import sys\n"
