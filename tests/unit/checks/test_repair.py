@@ -16,6 +16,8 @@ from rtdetr_cli.checks.doctor import examine
 from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.checks.repair import repair, repairable
 from rtdetr_cli.datasets.codes import CODES
+from rtdetr_cli.datasets.write import write_dataset
+from rtdetr_cli.errors import DataError
 from tests.unit.checks.test_faults import BOXES, FILES, IMAGES, VOC, YOLO  # type: ignore[import-not-found]
 
 Plant = Callable[[Any], object]
@@ -362,3 +364,144 @@ def test_image_of_two_splits_is_renamed_in_both(coco: Any) -> None:
     entry = {**coco.train["images"][0], "id": 77}
     coco.val["images"].append(entry)
     repaired(coco.write(), "image-extension")
+
+
+def _save_with_orientation(path: Path, orientation: int) -> None:
+    with Image.open(path) as image:
+        image.load()
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image.save(path, exif=exif)
+
+
+@pytest.mark.parametrize("form", ["coco", "voc"])
+def test_boxes_are_judged_without_the_orientation_that_is_reset(form: str, request: Any) -> None:
+    """In the rotated frame, half of these correct boxes would be clipped or dropped."""
+    builder = request.getfixturevalue(form)
+    folder = builder.write()
+    images = sorted((folder / ("images" if form == "coco" else "JPEGImages")).glob("train_*"))
+    for path in images[:2]:
+        _save_with_orientation(path, 6)
+    before = load_splits(folder, headers=False).train
+    done = repair(examine(folder), folder.parent / "out")
+    assert done.changes == {"image-exif-swapped": 2}
+    after = load_splits(done.data).train
+    assert before is not None
+    assert after is not None
+    assert after.boxes_xyxy_px.tolist() == before.boxes_xyxy_px.tolist()
+    assert {f.severity for f in examine(done.data).findings} <= ({"info"} if form == "coco" else {"info", "warning"})
+
+
+def test_orientations_that_keep_the_size_are_left_out_once_another_is_ignored(coco: Any) -> None:
+    for number, orientation in ((0, 6), (1, 3), (2, 1)):
+        _save_with_orientation(coco.folder / f"images/train_{number}.jpg", orientation)
+    folder = coco.write()
+    ambiguous = [f.image_id for f in examine(folder).findings if f.code == "image-exif-ambiguous"]
+    assert ambiguous == [2]
+    repaired(folder, "image-exif-ambiguous")
+    assert (folder.parent / "out/left-out/images/train_1.jpg").is_file()
+
+
+def test_image_listed_once_with_and_once_without_its_orientation(coco: Any) -> None:
+    """No orientation suits both entries, so the one that disagrees is left out."""
+    _save_with_orientation(coco.image, 6)
+    coco.val["images"].append({"id": 77, "file_name": "train_0.jpg", "width": 64, "height": 96})
+    coco.val["annotations"].append({**coco.box, "id": 7777, "image_id": 77, "bbox": [20, 70, 20, 20], "area": 400})
+    folder = coco.write()
+    done = repair(examine(folder), folder.parent / "out")
+    splits = load_splits(done.data)
+    assert splits.train is not None
+    assert splits.val is not None
+    assert len(splits.train) == 3
+    assert splits.val.annotations(4).boxes_xyxy_px.tolist() == [[20, 70, 40, 90]]
+
+
+def test_boxes_of_a_resized_image_are_not_clipped(coco: Any) -> None:
+    """Its boxes refer to the size that the labels declare, so the image is left out."""
+    with Image.open(coco.image) as image:
+        image.resize((48, 32)).save(coco.image)
+    repaired(coco.write(), "image-size")
+    document = json.loads((coco.folder.parent / "out/train.json").read_text())
+    assert [image["id"] for image in document["images"]] == [2, 3, 4]
+
+
+def test_images_that_share_an_id_are_left_out_together(coco: Any) -> None:
+    coco.train["images"][1]["id"] = 1
+    coco.image.write_bytes(b"")
+    folder = coco.write()
+    done = repair(examine(folder), folder.parent / "out")
+    document = json.loads((done.data / "train.json").read_text())
+    assert [image["file_name"] for image in document["images"]] == ["train_2.jpg", "train_3.jpg"]
+    assert {annotation["image_id"] for annotation in document["annotations"]} == {2, 3, 4} - {2}
+
+
+def test_keypoints_behind_a_clipped_box_stay(yolo: Any) -> None:
+    yolo.yaml += "kpt_shape: [1, 3]\n"
+    yolo.labels = dict.fromkeys(yolo.labels, "0 0.5 0.5 0.1 0.2 0.5 0.5 2\n")
+    yolo.labels["train/train_0"] = "0 0.98 0.5 0.1 0.2 0.99 0.5 2\n"
+    repaired(yolo.write(), "box-partly-outside")
+    assert (yolo.folder.parent / "out/labels/train/train_0.txt").read_text() == "0 0.965 0.5 0.07 0.2 0.99 0.5 2\n"
+
+
+@pytest.mark.parametrize("text", ["{{path: {0}, train: images/train, val: '{0}/images/val', names: [nut, washer]}}\n"])
+def test_copy_does_not_lead_back_to_the_original(yolo: Any, text: str) -> None:
+    """Whatever style `data.yaml` is written in."""
+    yolo.yaml = text.format(yolo.folder)
+    yolo.labels["train/train_0"] += "0 0.5 0.5 0 0\n"
+    folder = yolo.write()
+    done = repair(examine(folder), folder.parent / "out")
+    shutil.rmtree(folder)
+    again = examine(done.data)
+    assert not again.counts()["error"]
+    assert {name: len(split) for name, split in again.raw.splits.items()} == {"train": 3, "val": 3}
+
+
+def test_absolute_names_of_images_become_relative(coco: Any, yolo: Any) -> None:
+    coco.train["images"][0]["file_name"] = str(coco.image)
+    coco.box["bbox"] = [1, 1, 0, 0]
+    repaired(coco.write(), "box-zero-size")
+    assert json.loads((coco.folder.parent / "out/train.json").read_text())["images"][0]["file_name"] == "train_0.jpg"
+    yolo.yaml = yolo.yaml.replace("train: images/train", "train: train.txt")
+    yolo.make("train.txt").write_text("".join(f"{yolo.folder}/images/train/train_{i}.jpg\n" for i in range(3)))
+    done = repair(examine(yolo.write()), yolo.folder.parent / "out-yolo")
+    assert (done.data / "train.txt").read_text().split() == [f"images/train/train_{i}.jpg" for i in range(3)]
+
+
+@pytest.mark.parametrize("form", ["yolo", "voc"])
+def test_ids_and_crowds_beside_the_labels_survive(coco: Any, form: str, tmp_path: Path) -> None:
+    """The file that holds them is kept in step with the labels."""
+    coco.train["annotations"][3]["iscrowd"] = 1
+    splits = load_splits(coco.write())
+    assert splits.train is not None
+    assert splits.val is not None
+    folder = tmp_path / form
+    data = write_dataset({"train": splits.train, "val": splits.val}, form, folder)
+    if form == "yolo":
+        label = folder / "labels/train/train_0.txt"
+        label.write_text("0 0.5 0.5 0 0\n" + label.read_text().split("\n", 1)[1])
+    else:
+        label = folder / "Annotations/train_0.xml"
+        label.write_text(label.read_text().replace("<xmax>16</xmax>", "<xmax>4</xmax>", 1))
+    repaired(folder, "box-zero-size")
+    train = load_splits(tmp_path / "out" if data.is_dir() else tmp_path / "out" / data.name).train
+    assert train is not None
+    assert train.annotation_ids[:5].tolist() == [101, 102, 103, 104, 105]
+    assert train.crowd[:5].tolist() == [False, False, True, False, False]
+
+
+def test_comments_and_unknown_elements_of_xml_survive(voc: Any) -> None:
+    text = voc.xml["train_0"].replace("<object>", "<!-- by hand --><object><mine>1</mine>", 1)
+    voc.xml["train_0"] = text.replace("<xmin>4</xmin>", "<xmin>-4</xmin>", 1)
+    repaired(voc.write(), "box-partly-outside")
+    copy = (voc.folder.parent / "out/Annotations/train_0.xml").read_text()
+    assert "<!-- by hand -->" in copy
+    assert "<mine>1</mine>" in copy
+
+
+def test_dataset_without_a_usable_image_is_refused(coco: Any) -> None:
+    for path in (coco.folder / "images").iterdir():
+        path.unlink()
+    folder = coco.write()
+    with pytest.raises(DataError, match="no image can be used"):
+        repair(examine(folder), folder.parent / "out")
+    assert not (folder.parent / "out").exists()
