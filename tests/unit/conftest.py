@@ -22,7 +22,7 @@ WIDTH, HEIGHT = 96, 64
 
 
 def paint(seed: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Image.Image:
-    """Return an image with structure of its own: no two seeds look alike."""
+    """Return a textured image, different for every seed."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 

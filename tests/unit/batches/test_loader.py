@@ -1,4 +1,4 @@
-"""Training batches: the same bits for any number of workers and ranks, with and without cache; errors; worker processes."""
+"""Training batches: the same bits for any number of workers and ranks; the cache; errors; worker processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page: complete, self-contained, deaf to what names contain, and alive in a browser."""
+"""The dataset page: complete, self-contained, safe against names with markup, and working in a browser."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVIL = "<script>document.title='owned'</script>"
 
 
 class Tags(HTMLParser):
-    """Counts elements and collects what they refer to."""
+    """Collects the elements and links of a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def browse(page: Path, *flags: str) -> str:
     return done.stdout
 
 
-def test_every_finding_is_there_with_its_box(coco: Any, tmp_path: Path) -> None:
+def test_every_finding_is_shown_with_its_box(coco: Any, tmp_path: Path) -> None:
     report = examine(spoiled(coco))
     context = page_context(report)
     assert len(context["findings"]) == len(report.findings)
@@ -91,7 +91,7 @@ def test_every_finding_is_there_with_its_box(coco: Any, tmp_path: Path) -> None:
     assert text.count("<svg") > 10
 
 
-def test_nothing_is_loaded_and_names_are_only_text(coco: Any, tmp_path: Path) -> None:
+def test_nothing_is_loaded_and_names_are_escaped(coco: Any, tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     write_page(examine(spoiled(coco)), path)
     text = path.read_text("utf-8")
@@ -105,7 +105,7 @@ def test_nothing_is_loaded_and_names_are_only_text(coco: Any, tmp_path: Path) ->
     assert not re.search(r"(https?:)?//[a-z]", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
 
 
-def test_many_findings_are_cut_and_said(coco: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_findings_are_left_out_and_counted(coco: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "MAX_FINDINGS", 5)
     for annotation in coco.train["annotations"][:12]:
         annotation["bbox"] = [20, 20, 0, 10]
@@ -126,14 +126,14 @@ def test_box_far_outside_keeps_its_extent_on_the_page(coco: Any) -> None:
         assert drawn["x"] + drawn["w"] < view["x"] + view["w"]
 
 
-def test_image_that_found_no_room_is_said(coco: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_findings_without_an_image_say_why(coco: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "MAX_IMAGES", 1)
     monkeypatch.setattr(pages, "SAMPLES", 1)
     for annotation in coco.train["annotations"]:
         annotation["bbox"] = [20, 20, 0, 10]
     (coco.folder / "images/train_3.jpg").write_bytes(b"")
-    said = {f["missing"] for f in page_context(examine(coco.write()))["findings"]}
-    assert said >= {"not shown: the page holds 1 images", "no image to show"}
+    missing = {f["missing"] for f in page_context(examine(coco.write()))["findings"]}
+    assert missing >= {"not shown: the page holds 1 images", "no image to show"}
 
 
 def test_page_of_a_dataset_that_cannot_be_read(tmp_path: Path) -> None:
@@ -184,5 +184,5 @@ def test_screenshot_shows_images_and_boxes(coco: Any, tmp_path: Path) -> None:
     shot = tmp_path / "shot.png"
     browse(path, f"--screenshot={shot}", "--window-size=1000,2400")
     with Image.open(shot) as image:
-        colours = image.convert("RGB").quantize(64).getcolors() or []
-    assert len(colours) > 40
+        colors = image.convert("RGB").quantize(64).getcolors() or []
+    assert len(colors) > 40

@@ -1,4 +1,4 @@
-"""New splits do not leak, are spread by class, and depend on the seed and the data alone."""
+"""New splits do not leak, are balanced by class, and depend only on the data and the seed."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from rtdetr_cli.datasets.splits import to_splits
 from rtdetr_cli.errors import DataError
 
 
-def split(folder: Path, shares: tuple[float, ...], seed: int = 0) -> Resplit:
+def split(folder: Path, fractions: tuple[float, ...], seed: int = 0) -> Resplit:
     report = examine(folder)
     splits = to_splits(report.raw)
     parts = {d.split: d for d in (splits.train, splits.val, splits.test) if d is not None}
-    return resplit(report, parts, shares, seed=seed)
+    return resplit(report, parts, fractions, seed=seed)
 
 
 def names(dataset: Dataset) -> set[str]:
     return {Path(f).name for f in dataset.file_names}
 
 
-def test_every_image_lands_once(coco: Any) -> None:
+def test_every_image_is_in_one_split(coco: Any) -> None:
     made = split(coco.write(), (0.5, 0.25, 0.25))
     assert list(made.parts) == ["train", "val", "test"]
     assert {n: len(d) for n, d in made.parts.items()} == {"train": 4, "val": 2, "test": 2}
@@ -40,7 +40,7 @@ def test_every_image_lands_once(coco: Any) -> None:
     assert sum(len(d.labels) for d in made.parts.values()) == 48
 
 
-def test_look_alikes_stay_on_one_side(coco: Any) -> None:
+def test_near_duplicates_stay_in_one_split(coco: Any) -> None:
     folder = coco.folder
     # Each image of val becomes a copy of one of train: the same bytes, or compressed again at half the size.
     for i in range(4):
@@ -59,7 +59,7 @@ def test_look_alikes_stay_on_one_side(coco: Any) -> None:
             assert len(part) == 2 * len(stems)
 
 
-def test_seed_decides_and_repeats(coco: Any) -> None:
+def test_the_seed_determines_the_splits(coco: Any) -> None:
     folder = coco.write()
     sides = [names(split(folder, (0.5, 0.5), seed).parts["val"]) for seed in range(6)]
     assert sides[0] == names(split(folder, (0.5, 0.5), 0).parts["val"])
@@ -70,7 +70,7 @@ def groups(names: list[str]) -> list[list[int]]:
     return sorted(sorted(group) for group in sequences(names).groups)
 
 
-def test_sequences_are_told_by_name() -> None:
+def test_sequences_are_recognized_by_name() -> None:
     cameras = [f"cam{c}_{i:04d}.jpg" for c in range(5) for i in range(3)]
     by_camera = [[3 * c, 3 * c + 1, 3 * c + 2] for c in range(5)]
     assert groups(cameras) == by_camera
@@ -84,14 +84,14 @@ def test_sequences_are_told_by_name() -> None:
     assert groups(["one/001.jpg", "two/001.jpg"]) == []
 
 
-def test_folders_of_the_old_splits_do_not_part_a_sequence() -> None:
+def test_folders_of_the_old_splits_do_not_divide_a_sequence() -> None:
     names = [
         f"{s}/cam{c}_{2 * i + k}.jpg" for c in range(5) for k, s in enumerate(("train2017", "valid")) for i in (0, 1)
     ]
     assert groups(names) == [[4 * c + k for k in range(4)] for c in range(5)]
 
 
-def test_large_sequences_are_cut_into_blocks_of_neighbours() -> None:
+def test_large_sequences_are_cut_into_blocks_of_consecutive_frames() -> None:
     names = [f"cam{c}_{i:04d}_x.jpg" for c in (1, 2) for i in range(200)]
     found = sequences(names)
     assert found.groups == []
@@ -101,14 +101,14 @@ def test_large_sequences_are_cut_into_blocks_of_neighbours() -> None:
     assert [block == list(range(block[0], block[0] + 20)) for block in made] == [True] * 20
 
 
-def test_runs_end_where_the_numbers_pause_and_need_numbers_that_count() -> None:
+def test_runs_end_where_the_numbers_pause_and_random_numbers_form_none() -> None:
     strided = [f"frame_{10 * i}.jpg" for i in (*range(50), *range(200, 250))]
     assert [len(run) for run, _ in sequences(strided).runs] == [50, 50]
     random = np.random.default_rng(0).choice(581_929, 5000, replace=False)
     assert sequences([f"{n:012d}.jpg" for n in random]) == ([], [])
 
 
-def test_look_alikes_do_not_tie_blocks_together() -> None:
+def test_near_duplicates_do_not_merge_blocks() -> None:
     pairs = [[20 * i + 3, 20 * i + 25] for i in range(19)] + [[0, 399]]
     blocks = cut_into_blocks([(list(range(400)), 20)], merge_groups(400, pairs))
     groups = members_by_label(merge_groups(400, [*pairs, *blocks]))
@@ -118,7 +118,7 @@ def test_look_alikes_do_not_tie_blocks_together() -> None:
     assert sizes[-1] <= 80
 
 
-def test_a_class_of_one_sequence_is_shared_out() -> None:
+def test_a_class_that_only_one_sequence_shows_is_in_both_splits() -> None:
     names = [f"clip{c}/{i:06d}.jpg" for c in range(12) for i in range(40)]
     counts = np.zeros((480, 13), np.int64)
     counts[np.arange(480), np.repeat(np.arange(12), 40)] = 2
@@ -142,7 +142,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_val_of_one_sequence_is_a_few_runs(tmp_path: Path, layout: str) -> None:
+def test_val_of_a_single_sequence_is_a_few_runs(tmp_path: Path, layout: str) -> None:
     images, annotations = [], []
     for i in range(120):
         name = LAYOUTS[layout](i)
@@ -192,7 +192,7 @@ def test_bccd(bccd: Path) -> None:
         np.testing.assert_allclose(np.bincount(part.labels, minlength=3) / whole, share, atol=0.02)
 
 
-def test_images_that_are_all_one_scene_cannot_be_split(coco: Any) -> None:
+def test_images_of_a_single_scene_cannot_be_split(coco: Any) -> None:
     for path in (coco.folder / "images").iterdir():
         if path != coco.image:
             shutil.copy(coco.image, path)

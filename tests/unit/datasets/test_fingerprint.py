@@ -1,4 +1,4 @@
-"""A dataset is the same wherever it lies, and another when a label or an image's bytes are."""
+"""The fingerprint of a dataset depends on labels and image contents, not on paths and times."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _renumbered(document: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("what", ["box", "area", "image id"])
-def test_the_fingerprint_follows_the_labels(what: str, coco: Any) -> None:
+def test_the_fingerprint_depends_on_the_labels(what: str, coco: Any) -> None:
     before = load_splits(coco.write()).fingerprint
     if what == "box":
         coco.box["bbox"][0] += 1
@@ -34,7 +34,7 @@ def test_the_fingerprint_follows_the_labels(what: str, coco: Any) -> None:
     assert load_splits(coco.write()).fingerprint != before
 
 
-def test_the_fingerprint_leaves_out_ids_of_annotations(coco: Any) -> None:
+def test_the_fingerprint_ignores_annotation_ids(coco: Any) -> None:
     before = load_splits(coco.write()).fingerprint
     for annotation in coco.documents["train"]["annotations"]:
         annotation["id"] += 5000
@@ -51,7 +51,7 @@ def files(tmp_path: Path) -> list[str]:
     return [str(tmp_path / f"{index}.jpg") for index in range(len(lengths))]
 
 
-def test_copies_with_other_times_are_the_same(files: list[str], tmp_path: Path) -> None:
+def test_copies_with_other_times_have_equal_digests(files: list[str], tmp_path: Path) -> None:
     copies = []
     for path in files:
         copies.append(shutil.copyfile(path, tmp_path / ("copy-" + os.path.basename(path))))
@@ -61,7 +61,7 @@ def test_copies_with_other_times_are_the_same(files: list[str], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
-def test_another_image_of_the_same_length_is_another(files: list[str], place: str) -> None:
+def test_a_changed_image_of_the_same_length_is_detected(files: list[str], place: str) -> None:
     before = image_digests(files)
     for path in files[1:]:
         content = bytearray(Path(path).read_bytes())
@@ -70,7 +70,7 @@ def test_another_image_of_the_same_length_is_another(files: list[str], place: st
     assert (image_digests(files) != before).tolist() == [False, True, True, True, True, True]
 
 
-def test_of_very_many_images_some_are_opened_and_all_are_measured(files: list[str]) -> None:
+def test_of_many_images_some_are_opened_and_all_lengths_count(files: list[str]) -> None:
     before = image_digests(files, max_read=3)
     for path in files[2:4]:
         content = bytearray(Path(path).read_bytes())
@@ -80,7 +80,7 @@ def test_of_very_many_images_some_are_opened_and_all_are_measured(files: list[st
     assert (image_digests(files, max_read=3) != before).tolist() == [False, False, True, False, False, True]
 
 
-def test_a_image_that_is_gone_is_another(files: list[str]) -> None:
+def test_a_missing_image_is_detected(files: list[str]) -> None:
     before = image_digests(files)
     Path(files[0]).unlink()
     Path(files[5]).unlink()

@@ -1,4 +1,4 @@
-"""The generated dataset: reproducible, honest boxes, and as varied as it claims."""
+"""The generated dataset: reproducible, with tight boxes, and as varied as documented."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def test_it_is_one_dataset_of_two_splits_without_findings_worth_a_word(tmp_path: Path) -> None:
+def test_both_splits_load_without_warnings(tmp_path: Path) -> None:
     folder = generate_dataset(tmp_path / "new" / "folder", train=40, val=10, imgsz=96, seed=1)
     splits = load_splits(folder)
     assert splits.train is not None
@@ -33,7 +33,7 @@ def test_it_is_one_dataset_of_two_splits_without_findings_worth_a_word(tmp_path:
     assert {f.severity for f in splits.findings} <= {"info"}
 
 
-def test_equal_seeds_give_equal_bytes_and_others_do_not(tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_files(tmp_path: Path) -> None:
     made = [
         digest(generate_dataset(tmp_path / str(number), train=4, val=2, imgsz=96, seed=seed))
         for number, seed in enumerate((7, 7, 8))
@@ -41,7 +41,7 @@ def test_equal_seeds_give_equal_bytes_and_others_do_not(tmp_path: Path) -> None:
     assert made[0] == made[1] != made[2]
 
 
-def test_more_images_begin_with_the_same_ones_and_splits_share_none(tmp_path: Path) -> None:
+def test_a_larger_dataset_starts_with_the_same_images_and_splits_share_none(tmp_path: Path) -> None:
     few = generate_dataset(tmp_path / "few", train=3, val=3, imgsz=96)
     many = generate_dataset(tmp_path / "many", train=5, val=3, imgsz=96)
     for name in ("train-00002.jpg", "val-00002.jpg"):
@@ -50,7 +50,7 @@ def test_more_images_begin_with_the_same_ones_and_splits_share_none(tmp_path: Pa
     assert len(set(hashes)) == 8
 
 
-def test_sizes_counts_and_overlaps_are_as_promised() -> None:
+def test_sizes_counts_and_overlaps() -> None:
     sides, per_image, labels = [], [], []
     overlaps = cut = 0
     for seed in range(300):
@@ -76,11 +76,11 @@ def test_sizes_counts_and_overlaps_are_as_promised() -> None:
     assert counts.min() > 0.7 * counts.mean()
 
 
-def test_a_box_is_tight_about_what_was_painted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a plain ground, without shadow or grain, the changed pixels are the object."""
+def test_boxes_are_tight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a plain background, without shadow or noise, the changed pixels are the object."""
     from rtdetr_cli.datasets import generate
 
-    ground = np.full((192, 192, 3), 128, np.float32)
+    background = np.full((192, 192, 3), 128, np.float32)
     worst = 0.0
     for seed in range(200):
         rng = np.random.default_rng(seed)
@@ -89,18 +89,18 @@ def test_a_box_is_tight_about_what_was_painted(monkeypatch: pytest.MonkeyPatch) 
         if (outline.max(0) < 12).any() or (outline.min(0) > 180).any():
             continue
         box = generate._box(outline, (192, 192))
-        canvas = ground.copy()
+        canvas = background.copy()
         monkeypatch.setattr(generate.cv2, "GaussianBlur", lambda mask, *_: np.zeros_like(mask))
         monkeypatch.setattr(generate, "_color", lambda rng, **_: np.full(3, 255, np.float32))
         generate._paint(rng, canvas, outline, hole=NAMES[label] == "ring")
         monkeypatch.undo()
-        rows, columns = np.nonzero(np.abs(canvas - ground).max(2) > 25)
+        rows, columns = np.nonzero(np.abs(canvas - background).max(2) > 25)
         seen = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
         worst = max(worst, np.abs(seen - box).max())
     assert worst < 2.5
 
 
-def test_rectangles_and_an_empty_split(tmp_path: Path) -> None:
+def test_rectangular_images_and_an_empty_split(tmp_path: Path) -> None:
     folder = generate_dataset(tmp_path, train=2, val=0, imgsz=(64, 128))
     assert not (folder / "val.json").exists()
     document = json.loads((folder / "train.json").read_text())
@@ -109,18 +109,18 @@ def test_rectangles_and_an_empty_split(tmp_path: Path) -> None:
         assert image.size == (128, 64)
 
 
-def test_images_too_small_for_the_promise_are_refused(tmp_path: Path) -> None:
+def test_too_small_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="too small"):
         generate_dataset(tmp_path, imgsz=60)
 
 
-def test_colour_alone_does_not_tell_the_class() -> None:
-    """The mean colour under each class is the same to within what chance gives."""
+def test_color_does_not_reveal_the_class() -> None:
+    """The mean color of every class is the same within chance."""
     means: dict[int, list[float]] = {label: [] for label in range(len(NAMES))}
     for seed in range(300):
         image, boxes, labels = generate_image(np.random.default_rng(seed), (96, 96))
         for (x0, y0, x1, y1), label in zip(boxes.astype(int), labels, strict=True):
-            if NAMES[label] != "ring":  # whose middle is its ground
+            if NAMES[label] != "ring":  # its middle shows the background
                 means[int(label)].append(float(image[y0 : y1 + 1, x0 : x1 + 1].mean()))
     averages = [np.mean(m) for m in means.values() if m]
     assert max(averages) - min(averages) < 15

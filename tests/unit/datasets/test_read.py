@@ -1,4 +1,4 @@
-"""Formats are found without being told, and read into the same arrays."""
+"""Formats are detected, and all are read into the same arrays."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_roboflow_folder(coco: Any, tmp_path: Path) -> None:
         assert {name: len(d) for name, d in parts(splits).items()} == {"train": 4, "val": 4}
 
 
-def test_one_file_is_split_by_seed(coco: Any) -> None:
+def test_a_single_file_is_split_by_the_seed(coco: Any) -> None:
     del coco.documents["val"]
     folder = coco.write()
     one, same, other = (load_splits(folder, seed=seed, val_fraction=0.25) for seed in (1, 1, 5))
@@ -115,7 +115,7 @@ def test_one_file_is_split_by_seed(coco: Any) -> None:
     assert other.split_made
 
 
-def test_one_file_can_be_taken_whole(coco: Any) -> None:
+def test_a_single_file_can_be_used_as_val(coco: Any) -> None:
     del coco.documents["val"]
     splits = load_splits(coco.write() / "train.json", split_single=False)
     assert splits.train is None
@@ -143,7 +143,7 @@ def test_yolo_boxes_and_polygons(yolo: Any) -> None:
         "train: images/train\nvalid: images/val\nnc: 2\nnames: [nut, washer]\n",
     ],
 )
-def test_ways_to_write_a_data_yaml(yolo: Any, yaml: str) -> None:
+def test_variants_of_data_yaml(yolo: Any, yaml: str) -> None:
     yolo.yaml = yaml
     folder = yolo.write()
     (folder / "val.txt").write_text("".join(f"./images/val/val_{i}.jpg\n" for i in range(3)))
@@ -152,12 +152,12 @@ def test_ways_to_write_a_data_yaml(yolo: Any, yaml: str) -> None:
     assert splits.categories[1].name == "washer"
 
 
-def test_yaml_words_stay_words(yolo: Any) -> None:
+def test_yaml_class_names_like_yes_stay_text(yolo: Any) -> None:
     yolo.yaml = "train: images/train\nval: images/val\nnames: [no, 0101]\n"
     assert [c.name for c in load_splits(yolo.write()).categories] == ["no", "0101"]
 
 
-def test_pose_labels_lose_their_points(yolo: Any) -> None:
+def test_keypoints_of_pose_labels_are_dropped(yolo: Any) -> None:
     yolo.yaml += "kpt_shape: [2, 3]\n"
     yolo.labels = dict.fromkeys(yolo.labels, "0 0.5 0.5 0.2 0.2 0.4 0.4 2 0.6 0.6 2\n")
     train = load_splits(yolo.write()).train
@@ -179,7 +179,7 @@ def test_voc_without_lists_and_in_split_folders(voc: Any, tmp_path: Path) -> Non
     assert sum(len(d) for d in parts(splits).values()) == 6
 
 
-def test_two_datasets_in_one_folder_are_not_guessed_at(coco: Any, voc: Any) -> None:
+def test_two_datasets_in_one_folder_are_refused(coco: Any, voc: Any) -> None:
     folder = voc.write()
     shutil.copy(coco.write() / "train.json", folder / "all.json")
     with pytest.raises(DataError) as refused:
@@ -189,7 +189,7 @@ def test_two_datasets_in_one_folder_are_not_guessed_at(coco: Any, voc: Any) -> N
 
 
 @pytest.mark.parametrize(("name", "code"), [("nothing", "dataset-missing"), ("a.txt", "format-unknown")])
-def test_what_is_no_dataset_is_refused(tmp_path: Path, name: str, code: str) -> None:
+def test_a_source_that_is_not_a_dataset_is_refused(tmp_path: Path, name: str, code: str) -> None:
     (tmp_path / "a.txt").write_text("x")
     for source in (tmp_path / name, tmp_path) if code == "format-unknown" else (tmp_path / name,):
         with pytest.raises(DataError) as refused:
@@ -198,7 +198,7 @@ def test_what_is_no_dataset_is_refused(tmp_path: Path, name: str, code: str) -> 
         assert refused.value.hint
 
 
-def test_error_tells_all_and_shows_the_first(coco: Any) -> None:
+def test_the_error_counts_all_problems_and_shows_the_first(coco: Any) -> None:
     for annotation in coco.train["annotations"][:8]:
         annotation["category_id"] = 99
     with pytest.raises(DataError) as refused:
@@ -208,7 +208,7 @@ def test_error_tells_all_and_shows_the_first(coco: Any) -> None:
     assert "99" in refused.value.message
 
 
-def test_bccd_as_it_is(bccd: Path) -> None:
+def test_bccd(bccd: Path) -> None:
     splits = load_splits(bccd)
     assert {n: len(d) for n, d in parts(splits).items()} == {"train": 205, "val": 87, "test": 72}
     assert [c.name for c in splits.categories] == ["Platelets", "RBC", "WBC"]
@@ -219,7 +219,7 @@ def test_bccd_as_it_is(bccd: Path) -> None:
     assert {f.severity for f in splits.findings} <= {"warning", "info"}
 
 
-def test_coco21_as_it_is(coco21: Path) -> None:
+def test_coco21(coco21: Path) -> None:
     splits = load_splits(coco21 / "instances.json", split_single=False)
     assert splits.val is not None
     document = json.loads((coco21 / "instances.json").read_text())

@@ -1,9 +1,8 @@
-"""Augmentation: torchvision's distributions and pixels, and boxes that stay on their things."""
+"""Augmentation: torchvision's distributions and pixels, and boxes that stay on their objects."""
 
 from __future__ import annotations
 
 import io
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from rtdetr_cli.errors import UsageError
 from rtdetr_cli.images.augment import (
     LIGHT,
     NONE,
@@ -30,7 +28,6 @@ from rtdetr_cli.images.augment import (
     augment,
     draw_distortion,
     draw_geometry,
-    load_augmentation,
     render,
     sanitize,
 )
@@ -41,7 +38,7 @@ GEOMETRY = Augmentation("geometry", flip=0.5, zoom_out=0.5, iou_crop=0.8)
 
 
 class Drawn:
-    """An image in memory, decoded as a JPEG of it would be, or only in full."""
+    """An image in memory, decoded like a JPEG, or only at full size."""
 
     def __init__(self, pixels: NDArray[np.uint8], *, scalable: bool = False) -> None:
         self.image = Image.fromarray(pixels)
@@ -58,7 +55,7 @@ class Drawn:
 
 
 def texture(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Smooth and colourful, so that resampling and hue both show."""
+    """Smooth and colorful, so that both resampling and hue matter."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), np.uint8))
     return np.array(coarse.resize((width, height), Image.Resampling.BICUBIC))
@@ -118,7 +115,7 @@ def test_a_window_equals_pad_crop_flip_resize(window: Window, hw: tuple[int, int
         ("hue", -0.05), ("hue", 0.05),
     ],
 )  # fmt: skip
-def test_one_distortion_equals_torchvisions(op: tuple[str, float]) -> None:
+def test_each_distortion_equals_torchvisions(op: tuple[str, float]) -> None:
     name, factor = op
     image = texture(128, 128)
     drawn = Distortion(None, None, None, None, True, None)._replace(**{name: factor})
@@ -132,7 +129,7 @@ def test_one_distortion_equals_torchvisions(op: tuple[str, float]) -> None:
 
 
 @pytest.mark.parametrize("contrast_first", [False, True])
-def test_distortions_follow_in_torchvisions_order(contrast_first: bool) -> None:
+def test_distortions_are_applied_in_torchvisions_order(contrast_first: bool) -> None:
     image = texture(96, 96, seed=2)
     drawn = Distortion(1.1, 1.4, 0.6, 0.04, contrast_first, (2, 0, 1))
     got = show(Drawn(image), Window(0, 0, 96, 96), (96, 96), distortion=drawn).astype(np.int16)
@@ -151,7 +148,7 @@ def test_distortions_follow_in_torchvisions_order(contrast_first: bool) -> None:
     assert np.abs(got - np.array(expected, np.int16)).mean() < 2
 
 
-def test_contrast_turns_about_the_mean_of_the_whole_image() -> None:
+def test_contrast_is_relative_to_the_mean_of_the_whole_image() -> None:
     image = np.zeros((100, 200, 3), np.uint8)
     image[:, :100] = 40
     image[:, 100:] = 200
@@ -173,7 +170,7 @@ def test_black_surroundings_stay_black_when_contrast_is_lowered(hw: tuple[int, i
     assert np.abs(got[..., 0] - expected).max() <= 2, "the soft edge fades as it did"
 
 
-def test_a_jpeg_is_decoded_at_the_smallest_fraction_that_covers(tmp_path: Path) -> None:
+def test_a_jpeg_is_decoded_at_the_smallest_sufficient_scale(tmp_path: Path) -> None:
     source = Drawn(texture(800, 1200), scalable=True)
     for window, hw, wanted in [
         (Window(0, 0, 1200, 800), (100, 150), 8),
@@ -207,8 +204,8 @@ def test_a_reduced_decode_looks_like_the_full_one(tmp_path: Path, window: Window
 
 
 @pytest.mark.parametrize("scalable", [False, True], ids=["full", "reduced"])
-def test_boxes_stay_on_their_things(scalable: bool) -> None:
-    """A white thing on grey, under every geometric draw: its visible extent is the box that comes back."""
+def test_boxes_stay_on_their_objects(scalable: bool) -> None:
+    """A white object on grey, for many geometric draws: the returned box is its visible extent."""
     image = np.full((600, 800, 3), 60, np.uint8)
     box = np.array([[320.0, 160.0, 520.0, 400.0]])
     image[160:400, 320:520] = 255
@@ -229,14 +226,14 @@ def test_boxes_stay_on_their_things(scalable: bool) -> None:
     assert kinds == ({1, 2, 4, 8} if scalable else {1})
 
 
-def test_boxes_below_a_pixel_are_dropped_and_the_rest_clipped() -> None:
+def test_boxes_are_clipped_and_those_below_a_pixel_dropped() -> None:
     boxes = np.array([[10, 10, 10.5, 40], [-5, -5, 20, 20], [90, 90, 120, 120], [50, 50, 51, 51], [50, 50, 51, 50.9]])
     kept, labels = sanitize(boxes, np.arange(5), (100, 100))
     assert labels.tolist() == [1, 2, 3]
     assert kept.tolist() == [[0, 0, 20, 20], [90, 90, 100, 100], [50, 50, 51, 51]]
 
 
-def test_a_image_without_boxes_goes_through() -> None:
+def test_an_image_without_boxes() -> None:
     out = np.empty((3, 64, 64), np.uint8)
     for seed in range(20):
         boxes, labels = augment(
@@ -248,7 +245,7 @@ def test_a_image_without_boxes_goes_through() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 400), (400, 2), (3, 3)])
-def test_the_smallest_images_go_through(size: tuple[int, int]) -> None:
+def test_the_smallest_images(size: tuple[int, int]) -> None:
     height, width = size
     out = np.empty((3, 64, 96), np.uint8)
     box = np.array([[0.0, 0.0, width, height]])
@@ -312,7 +309,7 @@ def our_recipe(n: int, *, pixels: bool) -> tuple[NDArray[np.float64], NDArray[np
 
 
 def alike(ours: NDArray[np.float64], theirs: NDArray[np.float64], what: str) -> None:
-    """Two samples of one distribution, at a level that a true match misses once in ten thousand tests."""
+    """Check that two samples have one distribution, with one false alarm in ten thousand tests."""
     # Rounded, since a value that both take often, such as that of an untouched box, differs in its last bits.
     p = stats.ks_2samp(ours.round(3), theirs.round(3)).pvalue
     assert p > 1e-4, f"{what}: p {p:.2g}, means {ours.mean():.3f} and {theirs.mean():.3f}"
@@ -372,7 +369,7 @@ def test_photometric_draws_are_distributed_as_torchvisions() -> None:
 # ---------------------------------------------------------------------------------------------------- choices
 
 
-def test_without_strong_only_the_flip_is_left() -> None:
+def test_without_strong_only_the_flip_remains() -> None:
     weak = RECIPE.without_strong()
     seen = set()
     for seed in range(20):
@@ -384,7 +381,7 @@ def test_without_strong_only_the_flip_is_left() -> None:
     assert draw_distortion(weak.photometric, np.random.default_rng(0)) is None
 
 
-def test_none_is_the_stretch_alone() -> None:
+def test_none_only_stretches() -> None:
     image = texture(150, 200)
     out = np.empty((3, 64, 64), np.uint8)
     for seed in range(5):
@@ -395,7 +392,7 @@ def test_none_is_the_stretch_alone() -> None:
         np.testing.assert_allclose(boxes, [[0.5, 0.4, 0.5, 0.4]], rtol=1e-6)
 
 
-def test_light_keeps_every_box_and_changes_colours_a_little() -> None:
+def test_light_keeps_every_box_and_changes_colors_slightly() -> None:
     image = texture(64, 64)
     out = np.empty((3, 64, 64), np.uint8)
     changes = []
@@ -409,7 +406,7 @@ def test_light_keeps_every_box_and_changes_colours_a_little() -> None:
     assert 0.5 < np.mean(changes) < 15
 
 
-def test_only_the_generator_decides() -> None:
+def test_all_randomness_comes_from_the_generator() -> None:
     source = Drawn(texture(120, 160))
     outs = [np.empty((3, 64, 64), np.uint8) for _ in range(3)]
     for number, (out, seed) in enumerate(zip(outs, (5, 5, 6), strict=True)):
@@ -421,111 +418,7 @@ def test_only_the_generator_decides() -> None:
     assert not np.array_equal(outs[0], outs[2])
 
 
-# ---------------------------------------------------------------------------------------------------- a user's file
-
-FLIP = {"__class_fullname__": "HorizontalFlip", "p": 0.5}
-BLUR = {"__class_fullname__": "GaussianBlur", "p": 1.0}
-CROP = {"__class_fullname__": "RandomSizedBBoxSafeCrop", "height": 50, "width": 70, "p": 1.0}
-
-
-def written(path: Path, *transforms: dict[str, Any]) -> str:
-    document = {
-        "__version__": "2.0.8",
-        "transform": {"__class_fullname__": "Compose", "p": 1.0, "transforms": list(transforms), "bbox_params": None},
-    }
-    if path.suffix == ".json":
-        path.write_text(json.dumps(document))
-    else:
-        import yaml
-
-        path.write_text(yaml.safe_dump(document))
-    return str(path)
-
-
-@pytest.mark.parametrize("suffix", [".json", ".yaml"])
-def test_a_users_file_runs_and_carries_boxes_along(tmp_path: Path, suffix: str) -> None:
-    own = load_augmentation(written(tmp_path / f"mine{suffix}", FLIP, BLUR, CROP))
-    source = Drawn(texture(100, 140))
-    box = np.array([[35.0, 25, 105, 75]])
-    results = []
-    for seed in (1, 1, 2):
-        out = np.empty((3, 64, 64), np.uint8)
-        boxes, labels = augment(source, box, np.array([3]), own, np.random.default_rng(seed), out)
-        assert labels.tolist() == [3]
-        assert ((boxes >= 0) & (boxes <= 1)).all()
-        results.append((out, boxes))
-    assert np.array_equal(results[0][0], results[1][0])
-    assert np.array_equal(results[0][1], results[1][1])
-    assert not np.array_equal(results[0][0], results[2][0])
-    plain = own.without_strong()
-    augment(source, box, np.array([3]), plain, np.random.default_rng(0), out)
-    assert np.array_equal(out.transpose(1, 2, 0), np.array(source.image.resize((64, 64), 2)))
-
-
-def test_a_users_file_of_colours_alone_is_fine(tmp_path: Path) -> None:
-    own = load_augmentation(written(tmp_path / "mine.json", BLUR))
-    out = np.empty((3, 64, 64), np.uint8)
-    boxes, _ = augment(
-        Drawn(texture(64, 64)), np.array([[16.0, 16, 48, 48]]), np.array([0]), own, np.random.default_rng(0), out
-    )
-    np.testing.assert_allclose(boxes, [[0.5, 0.5, 0.5, 0.5]], atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("transforms", "said"),
-    [
-        ([{"__class_fullname__": "NoSuchThing", "p": 1.0}], "NoSuchThing"),
-        ([{"__class_fullname__": "GaussianBlur", "blurriness": 3, "p": 1.0}], "blurriness"),
-        ([{"__class_fullname__": "Normalize", "p": 1.0}], "uint8"),
-        ([FLIP, {"__class_fullname__": "Normalize", "p": 1.0}], "uint8"),
-        ([{"__class_fullname__": "ToGray", "num_output_channels": 1, "p": 1.0}], "uint8"),
-        ([{"__class_fullname__": "RandomCrop", "height": 4000, "width": 4000, "p": 1.0}], "4000"),
-    ],
-)
-def test_a_users_file_that_cannot_work_is_refused_before_the_run(
-    tmp_path: Path, transforms: list[dict[str, Any]], said: str
-) -> None:
-    path = written(tmp_path / "bad.json", *transforms)
-    with pytest.raises(UsageError) as error:
-        load_augmentation(path)
-    assert said in error.value.message
-    assert "bad.json" in error.value.message
-    assert error.value.hint
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("a.json", "{"),
-        ("a.json", "[]"),
-        ("a.json", '{"transform": 3}'),
-        ("a.json", "[" * 100000),
-        ("a.yaml", "a: [1"),
-        ("a.yaml", "x: 1"),
-    ],
-)
-def test_a_file_that_is_no_augmentation_is_refused(tmp_path: Path, name: str, text: str) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(UsageError, match=name):
-        load_augmentation(str(tmp_path / name))
-
-
-def test_a_name_that_is_nothing_is_refused() -> None:
-    with pytest.raises(UsageError, match="'recipee' is neither an augmentation"):
-        load_augmentation("recipee")
-
-
-def test_a_yaml_file_cannot_run_code(tmp_path: Path) -> None:
-    path = tmp_path / "evil.yaml"
-    path.write_text(
-        f"transform: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{tmp_path}/ran']]\n"
-    )
-    with pytest.raises(UsageError):
-        load_augmentation(str(path))
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_jpeg_in_memory_is_a_source() -> None:
+def test_a_jpeg_in_memory_can_be_augmented() -> None:
     data = io.BytesIO()
     Image.fromarray(texture(200, 300)).save(data, "JPEG")
     out = np.empty((3, 64, 64), np.uint8)

@@ -1,4 +1,4 @@
-"""Every kind of image becomes the same thing: upright RGB in eight bits, or a clear refusal."""
+"""Images of every kind are decoded to upright 8-bit RGB, or refused with a clear error."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, depth: int, colour: int, raw: bytes) -> bytes:
-    """Write a PNG by hand, for what Pillow does not save."""
+    """Write a PNG of a kind that Pillow cannot save."""
     head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
 
@@ -58,7 +58,7 @@ def png(width: int, height: int, depth: int, colour: int, raw: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "TGA", "GIF", "JPEG", "AVIF", "JPEG2000"])
-def test_every_format_reads(kind: str, tmp_path: Path) -> None:
+def test_every_format_can_be_read(kind: str, tmp_path: Path) -> None:
     image = texture(48, 64)
     how = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}, "AVIF": {"quality": 95}}.get(kind, {})
     data = encoded(Image.fromarray(image), kind, **how)
@@ -95,17 +95,17 @@ def test_every_mode_becomes_rgb(image: Image.Image, kind: str, expected: tuple[i
     assert np.abs(got.astype(int) - expected).max() <= (2 if kind == "JPEG" else 0)
 
 
-def test_a_transparent_palette_reads_without_a_warning() -> None:
+def test_a_transparent_palette_is_read_without_a_warning() -> None:
     image = Image.new("RGB", (4, 2), (10, 20, 30)).quantize(4)
     assert read_image(encoded(image, "PNG", transparency=b"\x00\x80\xff\xff"))[0, 0].tolist() == [10, 20, 30]
 
 
-def test_sixteen_bits_in_colour_keep_the_high_byte() -> None:
+def test_16_bit_color_keeps_the_high_byte() -> None:
     row = b"\x00" + struct.pack(">HHH", 0x1234, 0x5678, 0xFFFF) * 3
     assert read_image(png(3, 2, 16, 2, row * 2))[0, 0].tolist() == [0x12, 0x56, 0xFF]
 
 
-def test_of_an_animation_the_first_frame_is_taken() -> None:
+def test_the_first_frame_of_an_animation_is_read() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((250, 0, 0), (0, 250, 0))]
     for kind in ("GIF", "PNG", "WEBP"):
         data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
@@ -144,7 +144,7 @@ def test_orientation_is_applied(orientation: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("value", [0, 9, 77, 60000])
-def test_a_senseless_orientation_is_ignored(value: int) -> None:
+def test_an_invalid_orientation_is_ignored(value: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = value
     assert image_size(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)) == (8, 4)
@@ -154,7 +154,7 @@ def test_a_senseless_orientation_is_ignored(value: int) -> None:
 @pytest.mark.parametrize(
     "exif", [b"Exif\x00\x00", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"Exif\x00\x00MM\x00*" + b"\xff" * 40]
 )
-def test_broken_exif_does_not_lose_the_image(exif: bytes) -> None:
+def test_an_image_with_broken_exif_can_be_read(exif: bytes) -> None:
     data = encoded(Image.new("RGB", (8, 4), (9, 9, 9)), "JPEG", exif=exif)
     assert read_image(data).shape == (4, 8, 3)
 
@@ -183,7 +183,7 @@ def faulty() -> dict[str, tuple[bytes, str]]:
 
 
 @pytest.mark.parametrize("name", list(faulty()))
-def test_faults_are_told_apart_and_name_the_file(name: str, tmp_path: Path) -> None:
+def test_each_fault_has_its_code_and_names_the_file(name: str, tmp_path: Path) -> None:
     data, code = faulty()[name]
     path = tmp_path / f"{name}.jpg"
     path.write_bytes(data)
@@ -196,7 +196,7 @@ def test_faults_are_told_apart_and_name_the_file(name: str, tmp_path: Path) -> N
         assert isinstance(error.value, DataError)
 
 
-def test_a_missing_file_and_a_folder_are_told(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="does not exist") as error:
         image_size(tmp_path / "nothing.png")
     assert error.value.code == "image-missing"
@@ -204,19 +204,19 @@ def test_a_missing_file_and_a_folder_are_told(tmp_path: Path) -> None:
         read_image(tmp_path)
 
 
-def test_a_header_is_read_without_the_pixels(tmp_path: Path) -> None:
+def test_the_size_is_read_from_the_header(tmp_path: Path) -> None:
     data = encoded(Image.fromarray(texture(64, 64)), "PNG")
     assert image_size(data[:60]) == (64, 64)
 
 
-def test_a_fault_of_ours_inside_the_block_is_not_the_images() -> None:
+def test_exceptions_of_the_caller_are_not_reported_as_image_errors() -> None:
     with pytest.raises(ZeroDivisionError), opened(encoded(Image.new("RGB", (4, 4)), "PNG")):
         1 / 0  # noqa: B018
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", range(60))
-def test_random_damage_gives_a_image_or_an_error_and_nothing_else(seed: int) -> None:
+def test_random_damage_gives_an_image_or_an_image_error(seed: int) -> None:
     rng = np.random.default_rng(seed)
     kind = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")[seed % 6]
     data = bytearray(encoded(Image.fromarray(texture(32, 32)), kind))
@@ -226,7 +226,7 @@ def test_random_damage_gives_a_image_or_an_error_and_nothing_else(seed: int) -> 
         assert read_image(bytes(data)).ndim == 3
 
 
-def test_no_handle_is_left_open(tmp_path: Path) -> None:
+def test_no_file_is_left_open(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (4, 4)).save(path)
     (tmp_path / "bad.png").write_bytes(b"no")
@@ -243,7 +243,7 @@ def test_no_handle_is_left_open(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not COCO.is_dir(), reason="the shared images are not here")
-def test_real_jpegs_decode_to_the_bits_that_opencv_gives() -> None:
+def test_jpegs_decode_to_the_same_bits_as_opencvs() -> None:
     for path in sorted(COCO.glob("*.jpg")):
         other = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB)
         assert np.array_equal(read_image(path), other), path.name
@@ -263,12 +263,12 @@ def test_real_jpegs_decode_to_the_bits_that_opencv_gives() -> None:
         ((3, 1000), (100, 1), 2),
     ],
 )
-def test_the_divisor_still_covers(size_wh: tuple[int, int], hw: tuple[int, int], expected: int) -> None:
+def test_the_divisor_covers_the_size(size_wh: tuple[int, int], hw: tuple[int, int], expected: int) -> None:
     assert divisor(size_wh, hw) == expected
 
 
 @pytest.mark.parametrize("size_wh", [(640, 480), (641, 481), (647, 479), (17, 33), (100, 7)])
-def test_a_reduced_decode_has_the_sides_rounded_up(size_wh: tuple[int, int]) -> None:
+def test_reduced_decoding_rounds_the_sides_up(size_wh: tuple[int, int]) -> None:
     data = encoded(Image.fromarray(texture(size_wh[1], size_wh[0])), "JPEG")
     for by in (1, 2, 4, 8):
         if min(size_wh) < by:
@@ -282,7 +282,7 @@ def test_a_reduced_decode_has_the_sides_rounded_up(size_wh: tuple[int, int]) -> 
 
 
 @pytest.mark.parametrize("hw", [(64, 64), (320, 320), (96, 160), (480, 640), (800, 700)])
-def test_the_stretch_is_the_published_one(hw: tuple[int, int]) -> None:
+def test_the_stretch_equals_the_published_preprocessing(hw: tuple[int, int]) -> None:
     image = texture(480, 640)
     published = np.array(F.resize(Image.fromarray(image), list(hw), antialias=True))
     assert np.array_equal(stretch(image, hw), published)
@@ -294,13 +294,13 @@ def test_the_stretch_is_antialiased() -> None:
     assert np.abs(stretch(stripes, (16, 16)).astype(int) - 127).max() < 25
 
 
-def test_this_module_loads_neither_torch_nor_opencv() -> None:
+def test_decoding_imports_neither_torch_nor_opencv() -> None:
     code = "import sys; import rtdetr_cli.images.decode; print([m for m in ('torch', 'cv2') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_pillows_remarks_stay_out_of_the_terminal(tmp_path: Path) -> None:
+def test_pillows_warnings_are_not_printed(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff"))
     code = "import pathlib, sys; from rtdetr_cli.images import decode; decode.read_image(pathlib.Path(sys.argv[1]))"
