@@ -59,16 +59,26 @@ def parity() -> Path:
     return shared_data("parity")
 
 
-@pytest.fixture(scope="session")
-def shapes() -> ModuleType:
-    """The module that made the small trained detector of `golden/`: its names, ids, size, and its images."""
-    path = REPOSITORY / "tests/golden/shapes.py"
-    spec = importlib.util.spec_from_file_location("golden_shapes", path)
+def golden_module(name: str) -> ModuleType:
+    """Import a module of `golden/`."""
+    spec = importlib.util.spec_from_file_location(f"golden_{name}", REPOSITORY / f"tests/golden/{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def shapes() -> ModuleType:
+    """The module that made the small trained detector of `golden/`: its names, ids, size, and its images."""
+    return golden_module("shapes")
+
+
+@pytest.fixture(scope="session")
+def standin() -> ModuleType:
+    """The module that makes strict stand-ins for TensorRT."""
+    return golden_module("tensorrt_standin")
 
 
 @pytest.fixture(scope="session")

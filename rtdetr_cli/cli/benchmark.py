@@ -1,4 +1,4 @@
-"""`rtdetr benchmark`: latency and accuracy side by side, in every runtime or at every setting of the dial."""
+"""`rtdetr benchmark`: latency and AP side by side, per backend or per setting."""
 
 from __future__ import annotations
 
@@ -7,68 +7,68 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rtdetr_cli.cli import terminal
+from rtdetr_cli.cli.terminal import JsonFlag
 from rtdetr_cli.errors import RtdetrError, UsageError
 
 if TYPE_CHECKING:
     from rtdetr_cli.datasets.records import Dataset
-    from rtdetr_cli.workflows.benchmark import Row
+    from rtdetr_cli.workflows.benchmark_report import Row
 
-NEXT_TO_NOTHING = 0.01  # AP that most would give for speed
+SMALL_AP_LOSS = 0.01  # worth a speed gain to most users
 
 
 def benchmark(
     models: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[MODEL]...", help="Models; the newest run when left out.", show_default=False),
+        typer.Argument(metavar="[MODEL]...", help="Models (default: the newest run).", show_default=False),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", "-d", help="Dataset for AP; the model's own when left out.")
+        Path | None, typer.Option("--data", "-d", help="Dataset for AP (default: the model's own).")
     ] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of the images, when it cannot be guessed.")] = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
+    images: Annotated[Path | None, typer.Option(help="Image folder, if it is not found automatically.")] = None,
+    split: Annotated[str, typer.Option(help="Split to evaluate: train, val or test.")] = "val",
     backends: Annotated[
-        str | None, typer.Option(help="torch,onnx,openvino,tensorrt, or some; all that are installed when left out.")
+        str | None, typer.Option(help="Some of torch,onnx,openvino,tensorrt (default: all that are installed).")
     ] = None,
     sweep: Annotated[
         str | None,
-        typer.Option(help="layers,queries,imgsz, or some: measure fewer of each. With values: layers=1/3."),
+        typer.Option(help="Measure smaller settings: some of layers,queries,imgsz, or with values: layers=1/3."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, or a GPU: 0.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Images at once.")] = 1,
-    warmup: Annotated[int, typer.Option(min=0, help="Runs thrown away.")] = 10,
-    runs: Annotated[int, typer.Option(min=1, help="Runs that count.")] = 50,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, or a GPU such as 0.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (not with TensorRT).")] = None,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Images per run.")] = 1,
+    warmup: Annotated[int, typer.Option(min=0, help="Warm-up runs, which are not counted.")] = 10,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs.")] = 50,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for table, JSON and plot; the run's benchmark/ when sweeping.")
+        Path | None, typer.Option(help="Folder for table, JSON and plot (with --sweep: benchmark/ in the run).")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Measure latency (median and 90th percentile, in three parts) and AP."""
-    from rtdetr_cli.cli import terminal
     from rtdetr_cli.cli.select import BEST, model_file, resolve_model
     from rtdetr_cli.workflows import benchmark as workflow
+    from rtdetr_cli.workflows import benchmark_report as report
+    from rtdetr_cli.workflows.sweep import parse_sweep
 
-    wanted = workflow.parse_sweep(sweep) if sweep is not None else None
-    # A sweep multiplies: one runtime unless more are named.
-    named, skipped = workflow.choose_backends("torch" if wanted is not None and backends is None else backends)
-    for skip in skipped:
-        terminal.say(f"without {skip.backend}: {skip.reason}")
+    swept = parse_sweep(sweep) if sweep is not None else None
+    names = workflow.parse_backends(backends, device=device, threads=threads)
     files = [model_file(m) for m in models] if models else [resolve_model(None)]
-    plan = workflow.plan(
-        files, backends=named, sweep=wanted, batch=batch, warmup=warmup, runs=runs, device=device, threads=threads
+    plan = workflow.plan_benchmark(
+        files, backends=names, sweep=swept, batch=batch, warmup=warmup, runs=runs, device=device, threads=threads
     )
-    if wanted is not None and out is None:
-        first = files[0]
-        out = (first.parent if first.name == BEST else Path()) / "benchmark"
-    dataset = _split(files, data, images, split)
+    for name, reason in plan.skipped.items():
+        terminal.say(f"skipping {name}: {reason}")
+    if swept is not None and out is None:
+        out = (files[0].parent if files[0].name == BEST else Path()) / "benchmark"
+    dataset = _split(files[0], data, images, split)
 
-    points = plan.points()
     rows: list[Row] = []
-    with terminal.progress(len(points), "benchmark") as bar:
-        for row in workflow.benchmark(plan, dataset, tell=terminal.say):
+    with terminal.progress(len(plan.points), "benchmark") as bar:
+        for row in workflow.benchmark(plan, dataset, notify=terminal.say):
             rows.append(row)
-            bar.advance(1, ms=row.times["total"].median, AP=row.ap)
-    rows = workflow.mark_front(rows)
+            bar.advance(1, ms=row.latency, AP=row.ap)
+    rows = report.mark_front(rows)
     document: dict[str, Any] = {
         "rows": [row.to_json() for row in rows],
         "front": [index for index, row in enumerate(rows) if row.front],
@@ -81,44 +81,51 @@ def benchmark(
     }
     if out is not None:
         try:
-            saved = workflow.write_files(out, rows, {"schema_version": terminal.SCHEMA_VERSION, **document})
+            saved = report.write_files(out, rows, {"schema_version": terminal.SCHEMA_VERSION, **document})
         except OSError as error:
             raise RtdetrError(f"{out} cannot be written: {error.strerror or error}", code="not-writable") from error
         document["saved"] = {name: str(path) for name, path in saved.items()}
     if as_json:
         terminal.emit_json(document)
-        return
+    else:
+        _show(rows, document, advise=swept is not None)
+
+
+def _show(rows: list[Row], document: dict[str, Any], *, advise: bool) -> None:
+    """Print the table."""
+    from rtdetr_cli.workflows.benchmark_report import drop_constant_columns, table_rows
+
     machine = document["environment"]
-    columns, cells, same = workflow.narrowed(*workflow.table_rows(rows))
+    columns, cells, constants = drop_constant_columns(*table_rows(rows))
     terminal.out(
-        f"{machine['processor']}, {threads or machine['cores']} threads, batch {batch}, "
-        f"median / 90th percentile of {runs} runs after {warmup}"
+        f"{machine['processor']}, {document['threads'] or machine['cores']} threads, batch {document['batch']}, "
+        f"median / 90th percentile of {document['runs']} runs after {document['warmup']} warm-up runs"
     )
-    if same:
-        terminal.out(f"all rows: {same}")
+    if constants:
+        terminal.out(f"all rows: {constants}")
     terminal.table(columns, cells)
-    if any(row.front for row in rows):
-        terminal.out("* nothing is both quicker and better; differences are to the first row, on the same images")
-    if wanted is not None:
+    if document["front"]:
+        terminal.out(
+            "* no other row is both faster and more accurate; AP differences are to the first row, on the same images"
+        )
+    if advise:
         _advise(rows)
     for path in document.get("saved", {}).values():
         terminal.say(f"wrote {path}")
 
 
-def _split(files: list[Path], data: Path | None, images: Path | None, split: str) -> Dataset | None:
-    """Return the split for AP; without --data the first model's own, or none, which is said."""
-    from rtdetr_cli.cli import terminal
+def _split(model: Path, data: Path | None, images: Path | None, split: str) -> Dataset | None:
+    """Return the split for AP; without --data the model's own, or None where it records none."""
     from rtdetr_cli.evaluate.source import choose_split
     from rtdetr_cli.weights.header import read_header
 
-    first = files[0]
-    header = read_header(first) if first.suffix == ".safetensors" else None
+    header = read_header(model) if model.suffix == ".safetensors" else None
     try:
-        chosen = choose_split(data, split=split, images=images, model=first, header=header)
+        chosen = choose_split(data, split=split, images=images, model=model, header=header)
     except UsageError as error:
         if error.code != "data-missing":
             raise
-        terminal.warn("no dataset is named, so latency is measured on a made image of 640x480 and AP not at all")
+        terminal.warn("no dataset (--data): latency is measured on a synthetic 640x480 image, AP is not measured")
         return None
     for note in chosen.notes:
         terminal.say(note)
@@ -126,29 +133,25 @@ def _split(files: list[Path], data: Path | None, images: Path | None, split: str
 
 
 def _advise(rows: list[Row]) -> None:
-    """Say which point of a sweep is much quicker for next to nothing, and how to take it."""
-    from rtdetr_cli.cli import terminal
-
+    """Suggest the fastest setting of a sweep that loses little AP, with the flags for it."""
     base = rows[0]
     if not base.ap:
         return
-    quicker = [
+    faster = [
         row
         for row in rows[1:]
         if (row.model, row.backend) == (base.model, base.backend)
         and row.difference is not None
-        and row.difference.value >= -NEXT_TO_NOTHING
-        and row.times["total"].median < 0.97 * base.times["total"].median
+        and row.difference.value >= -SMALL_AP_LOSS
+        and row.latency < 0.97 * base.latency
     ]
-    if not quicker:
+    if not faster:
         return
-    best = min(quicker, key=lambda row: row.times["total"].median)
+    best = min(faster, key=lambda row: row.latency)
     assert best.difference is not None
-    share = 1 - best.times["total"].median / base.times["total"].median
-    height, width = best.imgsz
-    size = str(height) if height == width else f"{height}x{width}"
     gap = best.difference
     terminal.out(
-        f"{share:.0%} quicker for {gap.value:+.3f} AP (95 %: {gap.lower:+.3f} to {gap.upper:+.3f}): "
-        f"--layers {best.layers} --queries {best.queries} --imgsz {size} at eval, predict and export"
+        f"{1 - best.latency / base.latency:.0%} faster for {gap.value:+.3f} AP (95 % interval {gap.lower:+.3f} to "
+        f"{gap.upper:+.3f}): --layers {best.layers} --queries {best.queries} --imgsz {best.size} "
+        "with eval, predict or export"
     )

@@ -1,31 +1,32 @@
-"""Half precision that is half precision: a typed graph whose sensitive parts stay float32.
+"""Float16 graphs whose sensitive parts stay float32.
 
-TensorRT 11 builds nothing but what the types of the graph say, so the precision of every tensor is decided here. The
-traced program is rewritten once, and the same rewritten program is exported to ONNX and run in torch: the twin
-computes with half-precision tensors, so that an overflow comes out as one, which ONNX Runtime's CPU kernels hide
-because they compute most float16 operators in float32.
+TensorRT 11 builds exactly the types of the graph, so the precision of every tensor is decided here. The traced
+program is rewritten once; the result is exported to ONNX and also run in torch, as a twin that really computes with
+float16 tensors. The twin shows overflows that ONNX Runtime hides, because its CPU kernels compute most float16
+operators in float32.
 
-Why not a converter of finished ONNX files: NVIDIA's AutoCast (nvidia-modelopt 0.47, Apache-2.0, kept up) chooses its
-islands by thresholds on the values of a calibration run and knows no module names, which an ONNX graph has lost; its
-ONNX part pins onnx 1.21 and onnxruntime-gpu 1.24 and brings cupy, polygraphy and graphsurgeon along, which a CPU user
-never needs; and it gives no twin. onnxconverter-common (MIT, small) casts by operator type alone. Here a rule may name
-a module, and its weights are stored in the type that they are used in.
+Alternatives: NVIDIA's AutoCast (nvidia-modelopt 0.47, Apache-2.0) works on finished ONNX files, which have lost the
+module names, and chooses by thresholds on a calibration run; it pins onnx 1.21 and onnxruntime-gpu 1.24, needs cupy,
+polygraphy and graphsurgeon, and gives no twin. onnxconverter-common (MIT) casts by operator type only. Here a rule can
+name a module, and weights are stored in the type that they are used in.
 
-Which parts: measured by tests/bench/bench_half_islands.py on a `tiny` trained on blood cells (24 images, 2,347
-detections). Everything in half moves scores by 4.1e-4 on average and boxes by 2.4e-3 of IoU; with the islands 1.1e-4
-and 4.7e-4. The first convolution is worth most, then the score heads; norms, softmax, locations and refinement hardly
-show there. Those stay float32 for their range (a sum of squares, an exponential, a logarithm near 0) and for maps
-larger than the measured ones, and cost little.
+Which parts stay float32 was measured by tests/bench/bench_half_islands.py on a `tiny` trained on blood cells (24
+images, 2,347 detections): all in float16 moves scores by 4.1e-4 on average and boxes by 2.4e-3 of IoU; with the parts
+below in float32, 1.1e-4 and 4.7e-4. The first convolution matters most, then the score heads. Norms, softmax, sampling
+locations and box refinement hardly matter there; they stay float32 for their range (a sum of squares, an exponential,
+a logarithm near 0) and for larger feature maps, and cost little.
 
-How a type is decided: convolutions and matrix products are half unless an island holds them; everything else takes
-the widest type of its inputs, as autocast does. What an island gives is float32, so what is computed from it stays
-float32 until the next convolution or matrix product.
+Convolutions and matrix products are float16 unless an island contains them. Everything else takes the widest type of
+its inputs, as in autocast, so what follows an island stays float32 until the next convolution or matrix product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -34,8 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from rtdetr_cli.export.onnx import MAX_BATCH, quiet
-from rtdetr_cli.infer.detections import Detections
-from rtdetr_cli.infer.graph import finish_raw
+from rtdetr_cli.infer.graph import FINISHED, IMAGES, RAW, SIZES, GraphBackend, GraphSpec, InputSpec
 from rtdetr_cli.weights.header import ModelHeader
 
 HEAVY = ("conv2d", "linear", "matmul", "bmm", "addmm", "scaled_dot_product_attention")
@@ -48,49 +48,49 @@ class Island:
     Attributes:
         name: what it is.
         why: the reason.
-        holds: tells from the module's path and the operator's name whether it belongs.
+        contains: whether an operator belongs to it, by the module's path and the operator's name.
     """
 
     name: str
     why: str
-    holds: Callable[[str, str], bool]
+    contains: Callable[[str, str], bool]
 
 
 ISLANDS = (
     Island(
         "first convolution",
-        "grey levels over 255 are not exact in half, and all that follows inherits the error: the largest of all "
-        "modules by ten times, for under one per cent of the work",
+        "grey levels divided by 255 are not exact in float16, and every later layer inherits the error: ten times "
+        "the error of any other module, for under one percent of the work",
         lambda path, op: path.endswith("conv1.conv1_1.conv"),
     ),
     Island(
         "norms",
-        "a norm sums squares over all channels; the sums before it grow beyond 65504 and lose the small terms",
+        "a norm sums squares over all channels, which can exceed 65504 and lose small terms",
         lambda path, op: op in ("layer_norm", "native_layer_norm"),
     ),
     Island(
         "softmax over points",
-        "the weights of a query's points must sum to one, and exp overflows at 11",
+        "the weights of a query's points must sum to one, and exp overflows above 11",
         lambda path, op: op in ("softmax", "_softmax") and path.endswith("cross_attn"),
     ),
     Island(
         "sampling locations",
-        "a location times the map's size must be right to a fraction of a pixel; half steps are 1/16 pixel at 80",
+        "a location times the map's size must be exact to a fraction of a pixel; float16 steps are 1/16 pixel at 80",
         lambda path, op: path.endswith("sampling_offsets"),
     ),
     Island(
         "inverse sigmoid",
-        "log(x / (1 - x)) near 0 and 1, clipped at 1e-5, lies below what half can tell apart",
+        "log(x / (1 - x)) near 0 and 1, clipped at 1e-5, needs more than float16's resolution",
         lambda path, op: op in ("sigmoid", "log", "logit"),
     ),
     Island(
         "box refinement",
-        "each layer adds to the last one's box: rounding to 11 bits adds up, a pixel in 2048 for each",
+        "each layer adds to the box of the one before, so rounding to 11 bits accumulates: a pixel in 2048 per layer",
         lambda path, op: "bbox_head" in path,
     ),
     Island(
         "top-k scores",
-        "thousands of nearly equal scores: rounded to half they tie, and other queries are selected",
+        "thousands of scores are nearly equal: rounded to float16 they tie, and other queries are selected",
         lambda path, op: "score_head" in path,
     ),
 )
@@ -98,11 +98,11 @@ ISLANDS = (
 
 def island_of(path: str, op: str) -> Island | None:
     """Return the island that an operator belongs to."""
-    return next((island for island in ISLANDS if island.holds(path, op)), None)
+    return next((island for island in ISLANDS if island.contains(path, op)), None)
 
 
-def stays_single(path: str, op: str) -> bool:
-    """Tell whether an operator belongs to any island."""
+def stays_float32(path: str, op: str) -> bool:
+    """Return whether an operator belongs to an island."""
     return island_of(path, op) is not None
 
 
@@ -111,24 +111,21 @@ def half_program(
     inputs: Sequence[Tensor],
     *,
     dynamic: bool = False,
-    single: Callable[[str, str], bool] = stays_single,
+    float32: Callable[[str, str], bool] = stays_float32,
 ) -> fx.GraphModule:
-    """Rewrite a module with half-precision types.
+    """Rewrite a module with float16 types; its inputs and outputs stay float32.
 
     Args:
         module: float32, in eval mode.
         inputs: example inputs, as for `export.onnx.trace`.
-        dynamic: leave the batch open.
-        single: tells from the module's path and the operator's name what stays float32.
-
-    Returns:
-        A module with the same float32 inputs and outputs.
+        dynamic: dynamic batch size.
+        float32: whether an operator stays float32, by the module's path and the operator's name.
     """
-    return halve(traced_program(module, inputs, dynamic=dynamic), single)
+    return halve(traced_program(module, inputs, dynamic=dynamic), float32)
 
 
 def traced_program(module: nn.Module, inputs: Sequence[Tensor], *, dynamic: bool = False) -> fx.GraphModule:
-    """Trace a module into a program of plain operators that remember which module they came from."""
+    """Trace a module into a program of plain operators that record the module they come from."""
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     shapes = tuple({0: batch} for _ in inputs) if dynamic else None
     with quiet(), torch.no_grad():
@@ -136,36 +133,36 @@ def traced_program(module: nn.Module, inputs: Sequence[Tensor], *, dynamic: bool
         return program.module(check_guards=False)
 
 
-def halve(graph_module: fx.GraphModule, single: Callable[[str, str], bool] = stays_single) -> fx.GraphModule:
-    """Rewrite a traced program with half-precision types, in place.
+def halve(graph_module: fx.GraphModule, float32: Callable[[str, str], bool] = stays_float32) -> fx.GraphModule:
+    """Rewrite a traced program with float16 types, in place.
 
     Args:
-        graph_module: made by `traced_program`.
-        single: tells from the module's path and the operator's name what stays float32.
+        graph_module: from `traced_program`.
+        float32: whether an operator stays float32, by the module's path and the operator's name.
     """
     graph = graph_module.graph
     types: dict[fx.Node, torch.dtype] = {}
     casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
 
-    def typed(node: fx.Node, wanted: torch.dtype) -> fx.Node:
-        """Return `node` in the wanted type; weights are stored in it, activations are cast once for all readers."""
-        if types.get(node, wanted) == wanted:
+    def cast_to(dtype: torch.dtype, node: fx.Node) -> fx.Node:
+        """Return `node` in a type; weights are stored in it, activations are cast once for all users."""
+        if types.get(node, dtype) == dtype:
             return node
-        if (node, wanted) not in casts:
+        if (node, dtype) not in casts:
             with graph.inserting_after(node):
                 if node.op == "get_attr":
-                    made = graph.get_attr(stored(node, wanted))
+                    cast_node = graph.get_attr(store(dtype, node))
                 else:
-                    made = graph.call_function(torch.ops.aten.to.dtype, (node, wanted))
-            types[made] = wanted
-            casts[node, wanted] = made
-        return casts[node, wanted]
+                    cast_node = graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
+            types[cast_node] = dtype
+            casts[node, dtype] = cast_node
+        return casts[node, dtype]
 
-    def stored(node: fx.Node, wanted: torch.dtype) -> str:
-        value = attribute(graph_module, str(node.target)).detach()
+    def store(dtype: torch.dtype, node: fx.Node) -> str:
         name = "half_" + str(node.target).replace(".", "_")
         if not hasattr(graph_module, name):
-            graph_module.register_buffer(name, value.to(wanted))
+            value = operator.attrgetter(str(node.target))(graph_module)
+            graph_module.register_buffer(name, value.detach().to(dtype))
         return name
 
     for node in list(graph.nodes):
@@ -174,15 +171,15 @@ def halve(graph_module: fx.GraphModule, single: Callable[[str, str], bool] = sta
                 types[node] = torch.float32
             continue
         if node.op == "output":
-            node.args = fx.map_arg(node.args, lambda n: typed(n, torch.float32) if n in types else n)
+            node.args = fx.map_arg(node.args, functools.partial(cast_to, torch.float32))
             continue
         sources = [n for n in node.all_input_nodes if n in types]
         op = operator_name(node)
-        if op == "_assert_tensor_metadata":  # holds a cast of the float32 program to the types it was traced with
+        if op == "_assert_tensor_metadata":  # asserts the types that the float32 program was traced with
             graph.erase_node(node)
             continue
         if op == "to" and sources and is_float(node):
-            # A cast of the float32 program: the types are decided here, not there.
+            # A cast of the float32 program has no say here.
             types[node] = types[sources[0]]
             node.replace_all_uses_with(sources[0])
             continue
@@ -190,16 +187,12 @@ def halve(graph_module: fx.GraphModule, single: Callable[[str, str], bool] = sta
             if is_float(node):
                 types[node] = torch.float32
             continue
-        if single(module_path(node), op):
-            wanted = torch.float32
-        elif op in HEAVY or all(types[n] == torch.float16 for n in activations(sources)):
-            wanted = torch.float16
-        else:
-            wanted = torch.float32
-        node.args = fx.map_arg(node.args, lambda n: typed(n, wanted) if n in types else n)  # noqa: B023
-        node.kwargs = fx.map_arg(node.kwargs, lambda n: typed(n, wanted) if n in types else n)  # noqa: B023
+        half = op in HEAVY or all(types[n] == torch.float16 for n in activations(sources))
+        dtype = torch.float16 if half and not float32(module_path(node), op) else torch.float32
+        node.args = fx.map_arg(node.args, functools.partial(cast_to, dtype))
+        node.kwargs = fx.map_arg(node.kwargs, functools.partial(cast_to, dtype))
         if is_float(node):
-            types[node] = wanted
+            types[node] = dtype
     graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph.lint()
@@ -208,25 +201,17 @@ def halve(graph_module: fx.GraphModule, single: Callable[[str, str], bool] = sta
 
 
 def activations(sources: list[fx.Node]) -> list[fx.Node]:
-    """Return the inputs that decide a type: weights and tables are cast to whatever they meet."""
+    """Return the inputs that decide a type: weights and tables are cast to the type of the others."""
     return [n for n in sources if n.op != "get_attr"] or sources
 
 
 def is_float(node: fx.Node) -> bool:
-    """Tell whether a node's value, or any part of it, is float32."""
+    """Return whether a node's value, or any part of it, is float32."""
     value = node.meta.get("val")
     if value is None and node.op == "get_attr":
         return True
     parts = value if isinstance(value, (tuple, list)) else [value]
     return any(isinstance(part, Tensor) and part.dtype == torch.float32 for part in parts)
-
-
-def attribute(module: nn.Module, name: str) -> Tensor:
-    """Return a parameter or buffer by its dotted name."""
-    found: Any = module
-    for part in name.split("."):
-        found = getattr(found, part)
-    return cast(Tensor, found)
 
 
 def operator_name(node: fx.Node) -> str:
@@ -241,57 +226,41 @@ def module_path(node: fx.Node) -> str:
     return str(list(stack.values())[-1][0]) if stack else ""
 
 
-class HalfTwin:
-    """Run the rewritten program in torch, with tensors that really are half precision.
+class HalfTwin(GraphBackend):
+    """Run the rewritten program in torch, with tensors that really are float16.
 
-    On a GPU every operator runs as it is. On a CPU convolutions and matrix products would take thirty times as long,
-    so they add up in float32 and round the result to half, which is what tensor cores do; everything between two
-    operators is half either way, and overflows at 65504.
+    On a GPU every operator runs as it is. On a CPU, float16 convolutions and matrix products would take thirty times
+    as long, so they accumulate in float32 and round the result, as tensor cores do. All values between operators are
+    float16 either way, and overflow at 65504.
     """
 
     kind = "torch"
-    fixed_batch: int | None
 
-    def __init__(
-        self, program: fx.GraphModule, header: ModelHeader, *, imgsz: tuple[int, int], fixed_batch: int | None
-    ) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.program = program.to(self.device)
-        self.header = header
-        self.imgsz = imgsz
-        self.fixed_batch = fixed_batch
+    def __init__(self, program: fx.GraphModule, header: ModelHeader, *, fixed_batch: int | None) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._program = program.to(device)
+        raw = sum(node.op == "placeholder" for node in program.graph.nodes) == 1
+        inputs = [InputSpec(IMAGES, np.dtype(np.float32), (fixed_batch, 3, *header.imgsz))]
+        if not raw:
+            inputs.append(InputSpec(SIZES, np.dtype(np.int64), (fixed_batch, 2)))
+        self._spec = GraphSpec(header, inputs, RAW if raw else FINISHED)
+        super().__init__(Path("float16 twin"), device=device)
+
+    def open(self, device: Any, threads: int | None) -> GraphSpec:
+        """Return what is known about the program, which is open already."""
+        self._device = device
+        return self._spec
 
     @torch.inference_mode()
-    def run(self, images: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> list[Detections]:
-        """Detect objects; see `infer.backend.Backend.run`."""
-        found: list[Detections] = []
-        step = self.fixed_batch or len(images)
-        for start in range(0, len(images), step):
-            rows = np.arange(start, start + step).clip(max=len(images) - 1)
-            real = min(step, len(images) - start)
-            scaled = torch.from_numpy(np.ascontiguousarray(images[rows])).to(self.device)
-            scaled = scaled.permute(0, 3, 1, 2).float().contiguous() / 255
-            sizes = torch.from_numpy(np.asarray(sizes_wh[rows], np.int64)).to(self.device)
-            takes_sizes = sum(node.op == "placeholder" for node in self.program.graph.nodes) > 1
-            inputs = (scaled, sizes) if takes_sizes else (scaled,)
-            outputs = [t.cpu().numpy() for t in Accumulating(self.program).run(*inputs)]
-            labels, boxes, scores = outputs if takes_sizes else finish_raw(outputs[0], outputs[1], sizes_wh[rows])
-            found.extend(
-                Detections(
-                    boxes[i],
-                    scores[i],
-                    labels[i],
-                    (int(sizes_wh[start + i, 0]), int(sizes_wh[start + i, 1])),
-                    self.header.names,
-                    self.header.category_ids,
-                )
-                for i in range(real)
-            )
-        return found
+    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run one batch; return every output by name."""
+        inputs = [torch.from_numpy(array).to(self._device) for array in feeds.values()]
+        outputs = Accumulating(self._program).run(*inputs)
+        return {name: tensor.cpu().numpy() for name, tensor in zip(self._spec.outputs, outputs, strict=True)}
 
 
 class Accumulating(fx.Interpreter):
-    """Run a program; on the CPU, heavy half-precision operators add up in float32 and round once."""
+    """Run a program; on the CPU, heavy float16 operators accumulate in float32 and round once."""
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one operator."""

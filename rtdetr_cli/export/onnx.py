@@ -1,4 +1,4 @@
-"""One self-contained ONNX file: traced, looked over, and carrying all that prediction needs as metadata."""
+"""One self-contained ONNX file: traced, checked, and with everything that prediction needs in its metadata."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from rtdetr_cli.errors import ExportError
-from rtdetr_cli.export.gate import Interface, TensorSpec
+from rtdetr_cli.export.compare import Interface, TensorSpec
 from rtdetr_cli.files import atomic_write
+from rtdetr_cli.infer.graph import first_line
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 MAX_BATCH = 1024
-TRACED_OPSET = 18  # what torch's translations are written for; 17 is converted from it
-# Data-dependent shapes and branches: runtimes fall back to the CPU for them, or refuse the graph.
+TRACED_OPSET = 18  # torch's own; 17 is converted from it
+# Operators with data-dependent shapes and branches, for which runtimes fall back to the CPU or refuse the graph.
 BANNED = ("NonZero", "If", "Loop", "Scan", "NonMaxSuppression", "Unique", "Compress")
 TYPES: dict[int, str] = {
     TensorProto.FLOAT: "float32",
@@ -51,11 +52,11 @@ def trace(
         inputs: example inputs, batch first; at least two elements where `dynamic`, since tracing freezes a one.
         input_names: of the graph.
         output_names: of the graph.
-        dynamic: leave the first dimension of all inputs open, as one and the same.
+        dynamic: make the first dimension of all inputs one dynamic batch.
         opset: 17 or 18.
 
     Raises:
-        ExportError: the exporter failed, or gave another opset than asked.
+        ExportError: the exporter or the opset conversion failed.
     """
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     shapes = tuple({0: batch} for _ in inputs) if dynamic else None
@@ -75,9 +76,7 @@ def trace(
             assert program is not None
             model: onnx.ModelProto = program.model_proto
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        told = lines[0] if lines else type(error).__name__
-        raise ExportError(f"torch {torch.__version__} could not export the model to ONNX: {told}") from error
+        raise ExportError(f"torch {torch.__version__} cannot export the model to ONNX: {first_line(error)}") from error
     strip(model)
     if opset != TRACED_OPSET:
         drop_defaults(model)
@@ -85,14 +84,14 @@ def trace(
             model = onnx.version_converter.convert_version(model, opset)
         except Exception as error:
             raise ExportError(
-                f"the graph cannot be written for opset {opset}: {str(error).splitlines()[0]}", hint="leave out --opset"
+                f"the graph cannot be converted to opset {opset}: {first_line(error)}", hint="remove --opset"
             ) from error
     return model
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporter's chatter about its own internals off the terminal."""
+    """Silence the exporter's messages about its own internals."""
     loggers = [
         logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._dynamo")
     ]
@@ -109,7 +108,7 @@ def quiet() -> Iterator[None]:
 
 
 def strip(model: onnx.ModelProto) -> None:
-    """Drop what the exporter notes about its own source files: paths of this machine, and a third of small files."""
+    """Remove the exporter's notes about its source code: paths of this machine, and a third of small files."""
     for node in model.graph.node:
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
@@ -121,7 +120,7 @@ def strip(model: onnx.ModelProto) -> None:
 
 
 def drop_defaults(model: onnx.ModelProto) -> None:
-    """Remove attributes that opset 17 does not know and that say what it does anyway; the converter leaves them."""
+    """Remove attributes unknown to opset 17 that have its default behaviour; the converter keeps them."""
     defaults = {"noop_with_empty_axes": 0, "antialias": 0, "keep_aspect_ratio_policy": b"stretch"}
     for node in model.graph.node:
         for attribute in list(node.attribute):
@@ -130,7 +129,7 @@ def drop_defaults(model: onnx.ModelProto) -> None:
 
 
 def operators(model: onnx.ModelProto) -> Counter[str]:
-    """Count the operators of a graph, those inside branches and functions too."""
+    """Count the operators of a graph, including those in branches and functions."""
     counts: Counter[str] = Counter()
 
     def visit(nodes: Sequence[onnx.NodeProto]) -> None:
@@ -147,15 +146,15 @@ def operators(model: onnx.ModelProto) -> Counter[str]:
 
 
 def audit(model: onnx.ModelProto, *, norms: int, gridsample: bool = False) -> Counter[str]:
-    """Look a graph over for what runtimes are known to get wrong, and return its operators.
+    """Check a graph for what runtimes are known to get wrong, and return its operators.
 
     Args:
         model: the graph.
-        norms: layer norms of the network, each of which must have stayed one operator.
-        gridsample: whether GridSample was asked for.
+        norms: layer norms of the network, each of which must be one operator.
+        gridsample: whether GridSample is allowed.
 
     Raises:
-        ExportError: naming everything found.
+        ExportError: with all problems.
     """
     counts = operators(model)
     problems = [f"{counts[name]} {name}" for name in BANNED if counts[name]]
@@ -166,20 +165,22 @@ def audit(model: onnx.ModelProto, *, norms: int, gridsample: bool = False) -> Co
     foreign = sorted({node.domain for node in model.graph.node if node.domain not in ("", "ai.onnx")})
     if foreign:
         problems.append(f"operators of {', '.join(foreign)}")
-    infinite = [t.name for t in tensors(model) if not finite(t)]
+    infinite = [t.name for t in tensors(model) if not is_finite(t)]
     if infinite:
         problems.append(f"constants that are not finite ({', '.join(infinite[:3])})")
     if any(t.data_location == TensorProto.EXTERNAL for t in model.graph.initializer):
         problems.append("weights outside the file")
     if problems:
         raise ExportError(
-            f"the exported graph has {'; '.join(problems)}", hint="report this: the exporter has changed", code="graph"
+            f"the exported graph has {'; '.join(problems)}",
+            hint="please report this: the exporter of this torch version behaves differently",
+            code="graph",
         )
     return counts
 
 
 def tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
-    """Go through the constants of a graph."""
+    """Iterate over the constants of a graph."""
     yield from model.graph.initializer
     for node in model.graph.node:
         for attribute in node.attribute:
@@ -187,104 +188,97 @@ def tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
                 yield attribute.t
 
 
-def finite(tensor: TensorProto) -> bool:
-    """Tell whether a constant holds neither NaN nor infinities."""
+def is_finite(tensor: TensorProto) -> bool:
+    """Return whether a constant has neither NaN nor infinite values."""
     if tensor.data_type not in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE):
         return True
     return bool(np.isfinite(numpy_helper.to_array(tensor)).all())
 
 
 def embed(model: onnx.ModelProto, header: ModelHeader) -> None:
-    """Write the header into the graph's metadata, in place of an earlier one."""
-    kept = [(p.key, p.value) for p in model.metadata_props if p.key != METADATA_KEY]
+    """Write the header into the graph's metadata, replacing an earlier one."""
+    others = [(p.key, p.value) for p in model.metadata_props if p.key != METADATA_KEY]
     model.ClearField("metadata_props")
-    for key, value in (*kept, (METADATA_KEY, header.to_json())):
+    for key, value in (*others, (METADATA_KEY, header.to_json())):
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value
     model.producer_name, model.producer_version = "rtdetr-cli", header.version
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
-    """Write the graph as one file, whole or not at all.
+    """Write the graph as one file, atomically.
 
     Raises:
-        ExportError: it does not fit one file, or is no valid graph.
+        ExportError: the graph is too large for one file, or not valid.
     """
     size = model.ByteSize()
     if size > LARGEST_FILE:
-        raise ExportError(f"the graph has {size / 2**30:.1f} GiB, more than the 2 GiB that one ONNX file may have")
+        raise ExportError(f"the graph is {size / 2**30:.1f} GiB, more than the 2 GiB limit of an ONNX file")
     data = model.SerializeToString()
     try:
         onnx.checker.check_model(data)
     except onnx.checker.ValidationError as error:
-        raise ExportError(f"the exported graph is not valid ONNX: {str(error).splitlines()[0]}") from error
-    with atomic_write(path) as aside:
-        aside.write_bytes(data)
+        raise ExportError(f"the exported graph is not valid ONNX: {first_line(error)}") from error
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
 
 
-def describe(path: Path) -> Interface:
-    """Read the inputs and outputs of a file."""
-    graph = onnx.load(path, load_external_data=False).graph
+def describe(model: onnx.ModelProto) -> Interface:
+    """Return the inputs and outputs of a graph."""
 
     def spec(value: onnx.ValueInfoProto) -> TensorSpec:
         tensor = value.type.tensor_type
         shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
         return TensorSpec(value.name, TYPES.get(tensor.elem_type, str(tensor.elem_type)), shape)
 
-    return Interface(tuple(map(spec, graph.input)), tuple(map(spec, graph.output)))
+    return Interface(tuple(map(spec, model.graph.input)), tuple(map(spec, model.graph.output)))
 
 
 def prepend_preprocessing(model: onnx.ModelProto, imgsz: tuple[int, int]) -> None:
-    """Let the graph take uint8 images, (1, any height, any width, RGB), in place of its float input.
+    """Make the graph accept uint8 images, (1, any height, any width, RGB), instead of its float input.
 
-    The resize is bilinear with antialiasing, across and then down with whole grey levels in between, as Pillow does
-    it: they differ by one level in about one sample of a hundred at most, where a half is rounded.
+    The resize is bilinear with antialiasing, first across and then down, rounded to whole grey levels in between as
+    in Pillow. The two differ by one level in at most about one sample of a hundred, where a half is rounded.
     """
     graph = model.graph
     images = next(value for value in graph.input if value.name == "images")
-    inner = "images_float"
     for node in graph.node:
         for position, name in enumerate(node.input):
             if name == "images":
-                node.input[position] = inner
+                node.input[position] = "images_float"
     batch = images.type.tensor_type.shape.dim[0]
-    taken = helper.make_tensor_value_info(
-        "images",
-        TensorProto.UINT8,
-        [batch.dim_value if batch.HasField("dim_value") else batch.dim_param, "height", "width", 3],
-    )
-    images.CopyFrom(taken)
+    batch_size = batch.dim_value if batch.HasField("dim_value") else batch.dim_param
+    images.CopyFrom(helper.make_tensor_value_info("images", TensorProto.UINT8, [batch_size, "height", "width", 3]))
     height, width = imgsz
-    graph.initializer.extend(
-        [
-            numpy_helper.from_array(np.array([width], np.int64), "preprocess_width"),
-            numpy_helper.from_array(np.array([height], np.int64), "preprocess_height"),
-            numpy_helper.from_array(np.array(0.5, np.float32), "preprocess_half"),
-            numpy_helper.from_array(np.array(255, np.float32), "preprocess_white"),
-        ]
-    )
+    constants = {
+        "preprocess_width": np.array([width], np.int64),
+        "preprocess_height": np.array([height], np.int64),
+        "preprocess_half": np.array(0.5, np.float32),
+        "preprocess_white": np.array(255, np.float32),
+    }
+    graph.initializer.extend(numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items())
 
     def resize(source: str, size: str, axis: int, target: str) -> list[onnx.NodeProto]:
-        made = helper.make_node(
+        resized = helper.make_node(
             "Resize",
             [source, "", "", size],
             [f"{target}_sums"],
             mode="linear",
             antialias=1,
-            exclude_outside=1,  # weights at the border sum to one, as Pillow's do
+            exclude_outside=1,  # weights at the border sum to one, as in Pillow
             axes=[axis],
             coordinate_transformation_mode="half_pixel",
         )
         raised = helper.make_node("Add", [f"{target}_sums", "preprocess_half"], [f"{target}_raised"])
-        return [made, raised, helper.make_node("Floor", [f"{target}_raised"], [target])]
+        return [resized, raised, helper.make_node("Floor", [f"{target}_raised"], [target])]
 
     nodes = [
         helper.make_node("Transpose", ["images"], ["preprocess_planes"], perm=[0, 3, 1, 2]),
         helper.make_node("Cast", ["preprocess_planes"], ["preprocess_float"], to=TensorProto.FLOAT),
         *resize("preprocess_float", "preprocess_width", 3, "preprocess_across"),
         *resize("preprocess_across", "preprocess_height", 2, "preprocess_down"),
-        helper.make_node("Div", ["preprocess_down", "preprocess_white"], [inner]),
+        helper.make_node("Div", ["preprocess_down", "preprocess_white"], ["images_float"]),
     ]
-    old = list(graph.node)
+    network = list(graph.node)
     del graph.node[:]
-    graph.node.extend([*nodes, *old])
+    graph.node.extend([*nodes, *network])

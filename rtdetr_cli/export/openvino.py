@@ -1,4 +1,4 @@
-"""OpenVINO's own files: `.xml` and `.bin`, weights compressed to float16, the header in the runtime information."""
+"""OpenVINO files: `.xml` and `.bin`, weights compressed to float16, the header in the runtime information."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 
 from rtdetr_cli.errors import ExportError
-from rtdetr_cli.export.gate import Interface, TensorSpec
+from rtdetr_cli.export.compare import Interface, TensorSpec
 from rtdetr_cli.infer.graph import first_line
 from rtdetr_cli.infer.openvino_backend import import_openvino, openvino_core
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
@@ -18,7 +18,7 @@ TYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "u8
 
 
 class OpenvinoFile:
-    """A graph in OpenVINO, ready to be written.
+    """A graph converted to OpenVINO, ready to be written.
 
     Raises:
         EnvironmentProblem: the package is missing.
@@ -30,8 +30,8 @@ class OpenvinoFile:
 
         Args:
             model: with a float input.
-            preprocess: take uint8 images of any size. Done with OpenVINO's own Pillow-like resize, since it ignores
-                the antialiasing of an ONNX Resize.
+            preprocess: accept uint8 images of any size. This uses OpenVINO's own Pillow-like resize, since OpenVINO
+                ignores the antialiasing of an ONNX Resize.
         """
         self.openvino: Any = import_openvino()
         try:
@@ -45,14 +45,14 @@ class OpenvinoFile:
 
     def _with_resize(self, model: Any) -> Any:
         steps = self.openvino.preprocess
-        chain = steps.PrePostProcessor(model)
-        taken = chain.input("images")
-        taken.tensor().set_element_type(self.openvino.Type.u8).set_layout(self.openvino.Layout("NHWC"))
-        taken.tensor().set_spatial_dynamic_shape()
-        taken.model().set_layout(self.openvino.Layout("NCHW"))
-        taken.preprocess().resize(steps.ResizeAlgorithm.RESIZE_BILINEAR_PILLOW)
-        taken.preprocess().convert_element_type(self.openvino.Type.f32).scale(255.0)
-        return chain.build()
+        processor = steps.PrePostProcessor(model)
+        images = processor.input("images")
+        images.tensor().set_element_type(self.openvino.Type.u8).set_layout(self.openvino.Layout("NHWC"))
+        images.tensor().set_spatial_dynamic_shape()
+        images.model().set_layout(self.openvino.Layout("NCHW"))
+        images.preprocess().resize(steps.ResizeAlgorithm.RESIZE_BILINEAR_PILLOW)
+        images.preprocess().convert_element_type(self.openvino.Type.f32).scale(255.0)
+        return processor.build()
 
     @property
     def versions(self) -> dict[str, str]:
@@ -65,15 +65,15 @@ class OpenvinoFile:
         try:
             self.openvino.save_model(self.model, str(path), compress_to_fp16=True)
         except RuntimeError as error:
-            raise ExportError(f"OpenVINO could not write {path}: {first_line(error)}") from error
+            raise ExportError(f"OpenVINO cannot write {path}: {first_line(error)}") from error
 
     def interface(self) -> Interface:
         """Return the inputs and outputs."""
 
         def spec(port: Any) -> TensorSpec:
             shape = tuple(d.get_length() if d.is_static else None for d in port.get_partial_shape())
-            kind = port.get_element_type().get_type_name()
-            return TensorSpec(port.get_any_name(), TYPES.get(kind, kind), shape)
+            dtype = port.get_element_type().get_type_name()
+            return TensorSpec(port.get_any_name(), TYPES.get(dtype, dtype), shape)
 
         return Interface(tuple(map(spec, self.model.inputs)), tuple(map(spec, self.model.outputs)))
 

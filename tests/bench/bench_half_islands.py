@@ -19,7 +19,7 @@ import argparse
 import copy
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,12 @@ import torch
 from torch import fx
 
 from rtdetr_cli.checks.load import load_splits
+from rtdetr_cli.export.compare import LIMITS, compare_detections
 from rtdetr_cli.export.fp16 import ISLANDS, Accumulating, HalfTwin, halve, module_path, operator_name, traced_program
-from rtdetr_cli.export.gate import LIMITS, Gate, judge_agreement
 from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs
+from rtdetr_cli.export.verify import Predictions, Reference, predict
+from rtdetr_cli.infer.backend import Backend
+from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.weights.load import load_model
 
@@ -100,8 +103,17 @@ def main() -> None:
     assert dataset is not None
 
     model, header = load_model(weights)
-    gate = Gate(TorchBackend(model, header), dataset, most=arguments.images)
-    ours = gate.answers().found
+    reference = Reference(TorchBackend(model, header), dataset, max_images=arguments.images)
+
+    def detections(backend: Backend) -> list[Detections]:
+        steps: Generator[object, None, Predictions] = predict(backend, reference.paths)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return list(end.value.detections)
+
+    ours = detections(reference.backend)
     graph = DeployGraph(deployable(model)).eval()
     count_norms(graph, example_inputs(ExportOptions(), header.imgsz, batch=1))
     inputs = example_inputs(ExportOptions(dynamic=True), header.imgsz, batch=2)
@@ -109,8 +121,8 @@ def main() -> None:
 
     def error(single: Rule) -> dict[str, float]:
         half = halve(copy.deepcopy(program), single)
-        twin = HalfTwin(half, header, imgsz=header.imgsz, fixed_batch=None)
-        figures = judge_agreement(ours, gate.ask(twin).found, LOOSE).figures
+        twin = HalfTwin(half, header, fixed_batch=None)
+        figures = compare_detections(ours, detections(twin), LOOSE).figures
         return {
             "score": figures["score_error"] or 0.0,
             "box": figures["box_error"] or 0.0,
@@ -134,13 +146,13 @@ def main() -> None:
     }
     table("1. one module alone in half precision", alone)
     without = {
-        island.name: error(lambda path, op, left=island: any(i.holds(path, op) for i in ISLANDS if i is not left))  # type: ignore[misc]
+        island.name: error(lambda path, op, left=island: any(i.contains(path, op) for i in ISLANDS if i is not left))  # type: ignore[misc]
         for island in ISLANDS
     }
     table("2. everything half, without this island", without)
     both = {
         "no island": error(lambda path, op: False),
-        "all islands": error(lambda path, op: any(i.holds(path, op) for i in ISLANDS)),
+        "all islands": error(lambda path, op: any(i.contains(path, op) for i in ISLANDS)),
     }
     table("3. islands together", both)
     largest = largest_values(program, inputs)

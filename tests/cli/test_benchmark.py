@@ -1,13 +1,21 @@
+"""`rtdetr benchmark`: tables, files, JSON and exit codes."""
+
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
+from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend
 from rtdetr_cli.weights.header import ModelHeader
+from rtdetr_cli.workflows import benchmark
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +29,6 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(shapes: Path) -> Path:
-    import torch
-
     from rtdetr_cli.checks.load import load_splits
     from rtdetr_cli.config.presets import load_preset
     from rtdetr_cli.model.build import build_detector
@@ -46,7 +52,7 @@ def model(shapes: Path) -> Path:
     return path
 
 
-def test_runtimes_side_by_side(rtdetr: Callable[..., Any], model: Path, shapes: Path) -> None:
+def test_two_backends(rtdetr: Callable[..., Any], model: Path, shapes: Path) -> None:
     ran = rtdetr(
         *("benchmark", model, "--data", shapes, "--backends", "torch,onnx"),
         *("--warmup", 1, "--runs", 3, "--threads", 1, "--json"),
@@ -66,7 +72,7 @@ def test_runtimes_side_by_side(rtdetr: Callable[..., Any], model: Path, shapes: 
     assert ran.json["front"]
 
 
-def test_a_sweep_writes_its_table_document_and_plot(
+def test_a_sweep_writes_a_table_a_document_and_a_plot(
     rtdetr: Callable[..., Any], model: Path, shapes: Path, tmp_path: Path
 ) -> None:
     ran = rtdetr(
@@ -81,8 +87,8 @@ def test_a_sweep_writes_its_table_document_and_plot(
     assert len(lines) == 2 + 4
     assert len({line.count("|") for line in lines}) == 1
     assert (tmp_path / "b" / "benchmark.png").read_bytes()[:4] == b"\x89PNG"
-    assert "nothing is both quicker and better" in ran.out
-    assert "median / 90th percentile of 2 runs after 0" in ran.out
+    assert "no other row is both faster and more accurate" in ran.out
+    assert "median / 90th percentile of 2 runs after 0 warm-up runs" in ran.out
     parts = [cell.strip() for cell in lines[0].split("|")][6:10]
     assert parts == [f"{part} ms, median / p90" for part in ("pre", "network", "post", "total")]
     times = document["rows"][0]["times"]
@@ -92,10 +98,10 @@ def test_a_sweep_writes_its_table_document_and_plot(
         assert cell in ran.out
 
 
-def test_without_a_dataset_there_is_latency_alone(rtdetr: Callable[..., Any], model: Path) -> None:
+def test_without_a_dataset_only_latency_is_measured(rtdetr: Callable[..., Any], model: Path) -> None:
     ran = rtdetr("benchmark", model, "--backends", "torch", "--warmup", 0, "--runs", 2, "--batch", 2, "--json")
     assert ran.code == 0, ran.err
-    assert "AP not at all" in ran.err
+    assert "AP is not measured" in ran.err
     (row,) = ran.json["rows"]
     assert row["ap"] is None
     assert not row["front"]
@@ -103,41 +109,94 @@ def test_without_a_dataset_there_is_latency_alone(rtdetr: Callable[..., Any], mo
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "message"),
     [
-        (["--backends", "torch,coreml"], 2, "no backend 'coreml'"),
-        (["--backends", ""], 2, "names no backend"),
-        (["--sweep", "depth"], 2, "'depth' is nothing to sweep"),
-        (["--sweep", "layers,layers"], 2, "named twice"),
+        (["--backends", "torch,coreml"], 2, "unknown backend 'coreml'"),
+        (["--backends", ""], 2, "--backends is empty"),
+        (["--sweep", "depth"], 2, "'depth' cannot be swept"),
+        (["--sweep", "layers,layers"], 2, "is given twice"),
         (["--sweep", "layers=4"], 2, "1 to 3 layers"),
-        (["--sweep", "imgsz=100"], 2, "multiples of 32"),
+        (["--sweep", "imgsz=100"], 2, "not a multiple of 32"),
         (["--data", "nowhere"], 3, "does not exist"),
+        (["--backends", "torch,tensorrt", "--threads", "2"], 2, "--threads 2 has no effect on TensorRT"),
+        (["--backends", "tensorrt", "--device", "cpu"], 2, "does not run on --device cpu"),
     ],
 )
-def test_words_that_cannot_be_meant(
-    rtdetr: Callable[..., Any], model: Path, words: list[str], code: int, said: str
-) -> None:
+def test_refusals(rtdetr: Callable[..., Any], model: Path, words: list[str], code: int, message: str) -> None:
     ran = rtdetr("benchmark", model, *words)
     assert ran.code == code
-    assert said in ran.err
+    assert message in ran.err
 
 
-def test_a_runtime_that_is_not_installed(
+def test_a_backend_that_is_not_installed(
     rtdetr: Callable[..., Any], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rtdetr_cli.workflows import benchmark
-
+    """Exit with code 7 where it was requested; otherwise it is skipped with the reason."""
     monkeypatch.setitem(benchmark.PACKAGES, "tensorrt", "no_such_package")
     ran = rtdetr("benchmark", model, "--backends", "tensorrt")
     assert ran.code == 7
     assert "pip install no_such_package" in ran.err
-    named, skipped = benchmark.choose_backends(None)
-    assert "tensorrt" not in named
-    assert skipped[-1].reason == "no_such_package is not installed"
+    skipped = benchmark.plan_benchmark([model]).skipped
+    assert skipped["tensorrt"] == "the package no_such_package is not installed"
 
 
-def test_an_export_cannot_be_swept(rtdetr: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "reason"), [({"threads": 2}, "--threads 2 has no effect"), ({"device": "cpu"}, "--device cpu")]
+)
+def test_tensorrt_is_skipped_where_options_exclude_it(model: Path, options: dict[str, Any], reason: str) -> None:
+    plan = benchmark.plan_benchmark([model], **options)
+    assert reason in plan.skipped["tensorrt"]
+    assert "tensorrt" not in {point.backend for point in plan.points}
+
+
+def test_tensorrt_without_a_gpu_is_refused_before_any_work(
+    rtdetr: Callable[..., Any], model: Path, standin: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = standin.make("11.4.0")
+    package.__spec__ = ModuleSpec("tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt", package)
+    monkeypatch.setattr("rtdetr_cli.export.tensorrt.engine_device", lambda: None)
+    monkeypatch.setattr(benchmark, "measure", lambda *args, **options: pytest.fail("something was measured"))
+    ran = rtdetr("benchmark", model, "--backends", "torch,tensorrt")
+    assert ran.code == 7
+    assert "no CUDA device" in ran.err
+
+
+def test_tensorrt_measures_the_engine_of_the_float16_graph(
+    rtdetr: Callable[..., Any],
+    model: Path,
+    shapes: Path,
+    standin: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a stand-in for TensorRT, on the CPU. The graph stays float32 for speed."""
+    package = standin.make("11.4.0")
+    package.__spec__ = ModuleSpec("tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt", package)
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("rtdetr_cli.export.tensorrt.engine_device", lambda: cpu)
+    monkeypatch.setattr("rtdetr_cli.export.tensorrt.refuse_single", lambda layers: None)
+    monkeypatch.setattr("rtdetr_cli.export.fp16.half_program", lambda graph, *args, **options: graph)
+    monkeypatch.setattr("rtdetr_cli.export.fp16.HalfTwin", lambda *args, **options: None)
+    monkeypatch.setattr(benchmark, "open_backend", lambda path, **options: TensorrtBackend(path, device=cpu))
+    ran = rtdetr(
+        *("benchmark", model, "--data", shapes, "--backends", "tensorrt", "--warmup", 0, "--runs", 1, "--json")
+    )
+    assert ran.code == 0, ran.err
+    (row,) = ran.json["rows"]
+    assert (row["backend"], row["precision"]) == ("tensorrt", "fp16")
+    assert row["ap"] is not None
+
+
+def test_an_exported_model_cannot_be_swept(rtdetr: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"x")
     ran = rtdetr("benchmark", tmp_path / "m.onnx", "--sweep", "layers")
     assert ran.code == 2
-    assert "nothing can be swept" in ran.err
+    assert "cannot be swept" in ran.err
+
+
+def test_an_engine_takes_no_threads(rtdetr: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "m.engine").write_bytes(b"x")
+    ran = rtdetr("benchmark", tmp_path / "m.engine", "--threads", 2)
+    assert ran.code == 2
+    assert "--threads 2 has no effect" in ran.err

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import onnx
@@ -15,9 +13,10 @@ from torch import nn
 from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.export import onnx as onnx_file
-from rtdetr_cli.export.gate import Gate
+from rtdetr_cli.export.artefacts import Artefact
 from rtdetr_cli.export.graph import DeployGraph, ExportOptions
-from rtdetr_cli.export.run import Artefact, export_model
+from rtdetr_cli.export.run import export_model
+from rtdetr_cli.export.verify import Reference
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.weights.header import ModelHeader
@@ -26,9 +25,9 @@ from rtdetr_cli.weights.load import load_model
 
 @pytest.fixture(scope="session")
 def dataset(shapes_data: Path) -> Dataset:
-    found = load_splits(shapes_data, split_single=False).val
-    assert found is not None
-    return found
+    val = load_splits(shapes_data, split_single=False).val
+    assert val is not None
+    return val
 
 
 @pytest.fixture(scope="session")
@@ -37,42 +36,42 @@ def loaded(shapes_model: Path) -> tuple[RTDETR, ModelHeader]:
 
 
 @pytest.fixture(scope="session")
-def gate(loaded: tuple[RTDETR, ModelHeader], dataset: Dataset) -> Gate:
+def reference(loaded: tuple[RTDETR, ModelHeader], dataset: Dataset) -> Reference:
     model, header = loaded
-    return Gate(TorchBackend(model, header, device="cpu"), dataset)
+    return Reference(TorchBackend(model, header, device="cpu"), dataset)
 
 
 @pytest.fixture(scope="session")
 def exported(
     loaded: tuple[RTDETR, ModelHeader], dataset: Dataset, shapes_onnx: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Artefact]:
-    """All formats of a dynamic export, through the gate.
+    """Export a dynamic batch in all formats, and verify each.
 
-    The float32 graph has been traced for `shapes_onnx`, with the same options; tracing takes seconds, so that is kept.
+    The float32 graph is that of `shapes_onnx`, which has the same options, since tracing takes seconds.
     """
     pytest.importorskip("openvino", reason="openvino is not installed")
     model, header = loaded
     out = tmp_path_factory.mktemp("exported")
     formats = ("onnx", "fp16", "openvino")
     options = ExportOptions(formats=formats, dynamic=True)
-    really = onnx_file.trace
+    real_trace = onnx_file.trace
 
-    def trace(module: nn.Module, *args: Any, **facts: Any) -> onnx.ModelProto:
+    def trace(module: nn.Module, *args: Any, **options: Any) -> onnx.ModelProto:
         if not isinstance(module, DeployGraph):
-            return really(module, *args, **facts)
+            return real_trace(module, *args, **options)
         traced = onnx.load(shapes_onnx)
         traced.ClearField("metadata_props")
         return traced
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_file, "trace", trace)
-        made = export_model(model, header, out, options, images=dataset, stem="shapes", device="cpu")
-    return dict(zip(formats, made, strict=True))
+        artefacts = export_model(model, header, out, options, images=dataset, stem="shapes", device="cpu")
+    return dict(zip(formats, artefacts, strict=True))
 
 
 @pytest.fixture
 def edited(exported: dict[str, Artefact], tmp_path: Path) -> Callable[[Callable[[onnx.ModelProto], None]], Path]:
-    """Return a copy of the float32 export with something done to its graph."""
+    """Return a function that writes a changed copy of the float32 export."""
 
     def edit(change: Callable[[onnx.ModelProto], None]) -> Path:
         model = onnx.load(exported["onnx"].path)
@@ -82,15 +81,3 @@ def edited(exported: dict[str, Artefact], tmp_path: Path) -> Callable[[Callable[
         return path
 
     return edit
-
-
-@pytest.fixture(scope="session")
-def standin() -> ModuleType:
-    """The module that makes strict stand-ins for TensorRT."""
-    path = Path(__file__).resolve().parents[2] / "golden/tensorrt_standin.py"
-    spec = importlib.util.spec_from_file_location("tensorrt_standin", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

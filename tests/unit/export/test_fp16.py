@@ -1,4 +1,4 @@
-"""Half precision: which types the graph has, and what the twin shows."""
+"""Float16: the types in the graph, and the twin in torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
+from rtdetr_cli.export.artefacts import Artefact
 from rtdetr_cli.export.fp16 import ISLANDS, Accumulating, half_program, island_of
-from rtdetr_cli.export.run import Artefact
 
 
 def types_of(model: onnx.ModelProto) -> dict[str, int]:
@@ -23,7 +23,7 @@ def types_of(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def test_types_of_the_graph(exported: dict[str, Artefact]) -> None:
-    """Convolutions and most products are half, weights are stored so, and the islands are float32."""
+    """Convolutions and most products are float16 and so are their weights; the islands are float32."""
     model = onnx.load(exported["fp16"].path)
     types = types_of(model)
     by_operator: dict[str, list[int]] = {}
@@ -39,12 +39,12 @@ def test_types_of_the_graph(exported: dict[str, Artefact]) -> None:
     assert exported["fp16"].path.stat().st_size < 0.65 * exported["onnx"].path.stat().st_size
 
 
-def test_softmax_over_points_is_single(exported: dict[str, Artefact]) -> None:
-    """That of the sampling weights; the attention among queries may be half."""
+def test_softmax_over_points_is_float32(exported: dict[str, Artefact]) -> None:
+    """The attention among queries may be float16."""
     model = onnx.load(exported["fp16"].path)
     types = types_of(model)
-    last = [types[n.output[0]] for n in model.graph.node if n.op_type == "Softmax"]
-    assert last.count(TensorProto.FLOAT) >= 2
+    softmax = [types[n.output[0]] for n in model.graph.node if n.op_type == "Softmax"]
+    assert softmax.count(TensorProto.FLOAT) >= 2
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ def test_softmax_over_points_is_single(exported: dict[str, Artefact]) -> None:
     ],
 )
 def test_islands(path: str, op: str, name: str | None) -> None:
-    found = island_of(path, op)
-    assert (found.name if found else None) == name
+    island = island_of(path, op)
+    assert (island.name if island else None) == name
 
 
 def test_every_island_has_a_reason() -> None:
@@ -84,22 +84,22 @@ class Small(nn.Module):
 
 
 def test_rewritten_program() -> None:
-    """Same inputs and outputs, half inside; all float32 when everything stays single."""
+    """Inputs and outputs stay float32, and everything does where the rule says so."""
     module = Small().eval()
     x = torch.randn(3, 8)
     expected = module(x)[0]
     half = half_program(module, (x,))
-    found = Accumulating(half).run(x)[0]
-    assert found.dtype == torch.float32
-    assert 0 < (found - expected).abs().max() < 2e-2
-    single = half_program(module, (x,), single=lambda path, op: True)
-    torch.testing.assert_close(Accumulating(single).run(x)[0], expected, rtol=0, atol=0)
+    actual = Accumulating(half).run(x)[0]
+    assert actual.dtype == torch.float32
+    assert 0 < (actual - expected).abs().max() < 2e-2
+    unchanged = half_program(module, (x,), float32=lambda path, op: True)
+    torch.testing.assert_close(Accumulating(unchanged).run(x)[0], expected, rtol=0, atol=0)
     names = {n for n, _ in half.named_buffers()}
     assert names == {"half_first_weight", "half_first_bias", "half_second_weight", "half_second_bias"}
 
 
-def test_overflow_comes_out_as_one() -> None:
-    """65504 is the end of half precision; float32 accumulation on the CPU must not hide it."""
+def test_overflow() -> None:
+    """Accumulating in float32 on the CPU does not hide values above 65504."""
     module = Small().eval()
     with torch.no_grad():
         module.first.weight *= 1e5
@@ -111,10 +111,9 @@ def test_overflow_comes_out_as_one() -> None:
 
 @pytest.mark.gpu
 def test_twin_on_a_gpu() -> None:
-    """Every operator as it is, on the device."""
     module = Small().eval()
     x = torch.randn(3, 8)
     expected = module(x)[0]
     program = half_program(module, (x,)).cuda()
-    found = Accumulating(program).run(x.cuda())[0].cpu()
-    assert 0 < (found - expected).abs().max() < 2e-2
+    actual = Accumulating(program).run(x.cuda())[0].cpu()
+    assert 0 < (actual - expected).abs().max() < 2e-2

@@ -1,4 +1,4 @@
-"""The graph: its contract, what it must not hold, and its metadata."""
+"""The ONNX graph: its inputs and outputs, the operators it must not have, and its metadata."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import ExportError, UsageError
 from rtdetr_cli.export import onnx as onnx_file
-from rtdetr_cli.export.gate import LIMITS, judge_agreement
+from rtdetr_cli.export.artefacts import Artefact
+from rtdetr_cli.export.compare import LIMITS, compare_detections
 from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs
-from rtdetr_cli.export.run import Artefact, export_model
+from rtdetr_cli.export.run import export_model
 from rtdetr_cli.images.decode import read_image, stretch
 from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.onnx_backend import OnnxBackend
@@ -31,8 +32,8 @@ Edit = Callable[[Callable[[onnx.ModelProto], None]], Path]
 
 
 @pytest.mark.parametrize("name", ["onnx", "fp16"])
-def test_published_contract(exported: dict[str, Artefact], name: str) -> None:
-    interface = onnx_file.describe(exported[name].path)
+def test_inputs_and_outputs(exported: dict[str, Artefact], name: str) -> None:
+    interface = onnx_file.describe(onnx.load(exported[name].path))
     assert [(t.name, t.dtype, t.shape) for t in interface.inputs] == [
         ("images", "float32", (None, 3, 96, 128)),
         ("orig_target_sizes", "int64", (None, 2)),
@@ -53,14 +54,14 @@ def test_made_for_deployment(exported: dict[str, Artefact], loaded: Loaded, name
     norms = sum(isinstance(m, torch.nn.LayerNorm) for m in loaded[0].modules())
     assert counts["LayerNormalization"] == norms
     assert {o.domain: o.version for o in model.opset_import} == {"": 18}
-    assert all(onnx_file.finite(t) for t in onnx_file.tensors(model))
+    assert all(onnx_file.is_finite(t) for t in onnx_file.tensors(model))
     assert not list(path.parent.glob("*.data"))
-    # Re-parameterised: no convolution without its bias, none twice.
+    # Re-parameterized: every convolution has a bias.
     assert all(len(n.input) == 3 for n in model.graph.node if n.op_type == "Conv")
     assert "/" not in "".join(p.value for n in model.graph.node for p in n.metadata_props)  # no paths of this machine
 
 
-def test_truly_dynamic(exported: dict[str, Artefact]) -> None:
+def test_dynamic_batch(exported: dict[str, Artefact]) -> None:
     session = onnxruntime.InferenceSession(exported["onnx"].path, providers=["CPUExecutionProvider"])
     for batch in (1, 3, 7):
         images = np.random.default_rng(0).random((batch, 3, 96, 128), np.float32)
@@ -90,20 +91,20 @@ def test_metadata(exported: dict[str, Artefact], loaded: Loaded, shapes_model: P
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (ExportOptions(opset=16), "LayerNormalization"),
         (ExportOptions(opset=21), "not supported"),
         (ExportOptions(batch=0), "less than one"),
-        (ExportOptions(formats=("tflite",)), "no export format"),
+        (ExportOptions(formats=("tflite",)), "unknown export format"),
         (ExportOptions(preprocess=True, opset=17), "cannot antialias"),
         (ExportOptions(preprocess=True, raw=True), "exclude"),
         (ExportOptions(preprocess=True, dynamic=True), "one image at a time"),
         (ExportOptions(preprocess=True, formats=("fp16", "trt-fp16")), "does not antialias"),
     ],
 )
-def test_clashes_are_refused_first(options: ExportOptions, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_clashing_options(options: ExportOptions, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         options.check()
 
 
@@ -114,7 +115,7 @@ def graph_with(*nodes: onnx.NodeProto, constants: tuple[onnx.TensorProto, ...] =
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         (graph_with(helper.make_node("NonZero", ["x"], ["y"])), "1 NonZero"),
         (graph_with(helper.make_node("GridSample", ["x", "x"], ["y"])), "GridSample"),
@@ -136,32 +137,32 @@ def graph_with(*nodes: onnx.NodeProto, constants: tuple[onnx.TensorProto, ...] =
         ),
     ],
 )
-def test_audit(model: onnx.ModelProto, said: str) -> None:
-    with pytest.raises(ExportError, match=said):
+def test_audit(model: onnx.ModelProto, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
         onnx_file.audit(model, norms=1)
 
 
-def test_invalid_graph_is_not_written(tmp_path: Path) -> None:
+def test_an_invalid_graph_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="not valid"):
         onnx_file.save(graph_with(helper.make_node("Nonsense", ["x"], ["y"])), tmp_path / "x.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("sampling", ["bilinear", "discrete"])
-def test_gather_is_grid_sample(loaded: Loaded, sampling: str) -> None:
-    """What is exported computes what is trained, to 1e-5; discrete sampling is a gather either way."""
+def test_gather_equals_grid_sample(loaded: Loaded, sampling: str) -> None:
+    """Discrete sampling is a gather either way."""
     model, header = loaded
     images, sizes = example_inputs(ExportOptions(), header.imgsz, batch=2)
     one, two = deployable(model), deployable(model, gridsample=True)
     for copy in (one, two):
         copy.set_sampling(sampling)  # type: ignore[arg-type]
     with torch.no_grad():
-        ours, theirs = DeployGraph(one, raw=True)(images, sizes), DeployGraph(two, raw=True)(images, sizes)
-    for a, b in zip(ours, theirs, strict=True):
+        first, second = DeployGraph(one, raw=True)(images, sizes), DeployGraph(two, raw=True)(images, sizes)
+    for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
-def test_model_is_left_alone(loaded: Loaded) -> None:
+def test_the_model_is_not_changed(loaded: Loaded) -> None:
     model, _ = loaded
     before = {k: v.clone() for k, v in model.state_dict().items()}
     copy = deployable(model)
@@ -172,8 +173,8 @@ def test_model_is_left_alone(loaded: Loaded) -> None:
     assert model.decoder.decoder.layers[0].cross_attn.operator == "grid_sample"  # type: ignore[union-attr]
 
 
-def test_norms_are_counted_where_they_run(loaded: Loaded) -> None:
-    """A decoder that is left early uses fewer norms than it has."""
+def test_only_norms_that_run_are_counted(loaded: Loaded) -> None:
+    """Fewer decoder layers use fewer norms."""
     model, header = loaded
     inputs = example_inputs(ExportOptions(), header.imgsz, batch=1)
     early = deployable(model)
@@ -183,8 +184,8 @@ def test_norms_are_counted_where_they_run(loaded: Loaded) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(192, 256), (77, 301), (40, 33), (96, 128)])
 @pytest.mark.parametrize("kind", ["noise", "smooth"])
-def test_resize_in_the_graph_is_ours(edited: Edit, height: int, width: int, kind: str) -> None:
-    """One grey level at most, and that in few samples: where a half is rounded, which small ratios make often."""
+def test_resize_in_the_graph(edited: Edit, height: int, width: int, kind: str) -> None:
+    """It differs from ours by at most one grey level, in few samples: where a half is rounded."""
 
     def only_resize(model: onnx.ModelProto) -> None:
         for value in model.graph.input:
@@ -198,10 +199,10 @@ def test_resize_in_the_graph_is_ours(edited: Edit, height: int, width: int, kind
         image = stretch(rng.integers(0, 256, (5, 4, 3), np.uint8), (height, width))
     session = onnxruntime.InferenceSession(edited(only_resize), providers=["CPUExecutionProvider"])
     feeds = {"images": image[None], "orig_target_sizes": np.array([[width, height]])}
-    found = session.run(["images_float"], feeds)[0][0].transpose(1, 2, 0) * 255
+    resized = session.run(["images_float"], feeds)[0][0].transpose(1, 2, 0) * 255
     expected = stretch(image, (96, 128)).astype(np.float64)
-    assert np.abs(found - expected).max() < 1.01
-    assert (np.abs(found - expected) > 0.01).mean() < 0.03
+    assert np.abs(resized - expected).max() < 1.01
+    assert (np.abs(resized - expected) > 0.01).mean() < 0.03
 
 
 @pytest.mark.slow
@@ -216,7 +217,7 @@ def test_resize_in_the_graph_is_ours(edited: Edit, height: int, width: int, kind
     ],
     ids=["opset17-batch3", "raw", "preprocess", "gridsample", "imgsz"],
 )
-def test_variants_pass_the_gate(loaded: Loaded, dataset: Dataset, tmp_path: Path, options: ExportOptions) -> None:
+def test_variants_pass_verification(loaded: Loaded, dataset: Dataset, tmp_path: Path, options: ExportOptions) -> None:
     model, header = loaded
     for artefact in export_model(model, header, tmp_path, options, images=dataset, device="cpu"):
         assert artefact.verdict is not None
@@ -226,25 +227,25 @@ def test_variants_pass_the_gate(loaded: Loaded, dataset: Dataset, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["published", "nearest"])
 def test_discrete_export(loaded: Loaded, shapes_model: Path, dataset: Dataset, tmp_path: Path, rounding: str) -> None:
-    """No GridSample, fewer operators than bilinear, and the choice travels in the file."""
+    """It has no GridSample, and its header states the rounding."""
     from rtdetr_cli.weights.load import load_model
 
     model, header = load_model(shapes_model, sampling="discrete")
     model.set_sampling("discrete", rounding)  # type: ignore[arg-type]
-    made = export_model(model, replace(header, rounding=rounding), tmp_path, images=dataset, device="cpu")[0]
-    assert made.passed, made.verdict and made.verdict.summary
-    assert "GridSample" not in made.operators
-    found = OnnxBackend(made.path).header
-    assert (found.sampling, found.rounding) == ("discrete", rounding)
+    (artefact,) = export_model(model, replace(header, rounding=rounding), tmp_path, images=dataset, device="cpu")
+    assert artefact.passed, artefact.verdict and artefact.verdict.summary
+    assert "GridSample" not in artefact.operators
+    header = OnnxBackend(artefact.path).header
+    assert (header.sampling, header.rounding) == ("discrete", rounding)
 
 
-def test_any_size_goes_in(edited: Edit, loaded: Loaded, dataset: Dataset) -> None:
-    """`--preprocess-in-graph`: uint8 images as they are, boxes in their pixels."""
+def test_images_of_any_size(edited: Edit, loaded: Loaded, dataset: Dataset) -> None:
+    """`--preprocess-in-graph` takes uint8 images of any size and gives boxes in their pixels."""
     backend = OnnxBackend(edited(lambda model: onnx_file.prepend_preprocessing(model, (96, 128))))
     reference = TorchBackend(*loaded, device="cpu")
     for index in range(4):
         image = read_image(dataset.path(index))
         size = np.array([[image.shape[1], image.shape[0]]])
-        found = backend.run(image[None], size)
+        actual = backend.run(image[None], size)
         expected = reference.run(stretch(image, (96, 128))[None], size)
-        assert judge_agreement(expected, found, LIMITS["resized"]).passed
+        assert compare_detections(expected, actual, LIMITS["resized"]).passed

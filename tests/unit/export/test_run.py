@@ -1,57 +1,73 @@
-"""From a model to named files: nothing unverified carries the final name."""
+"""Exporting a model: only verified files get the final name, and `parity.json` records the verdicts."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import EnvironmentProblem, ModelError, RtdetrError, UsageError
-from rtdetr_cli.export import run
-from rtdetr_cli.export.gate import Gate, Limits, Part, Verdict
+from rtdetr_cli.export import formats, run
+from rtdetr_cli.export.artefacts import Artefact, artefact_files, mark_name
+from rtdetr_cli.export.compare import Interface, Limits, Part, TensorSpec
+from rtdetr_cli.export.events import Notice
+from rtdetr_cli.export.formats import Draft, DraftEvents, ExportContext
 from rtdetr_cli.export.graph import ExportOptions
-from rtdetr_cli.export.run import Artefact, Draft, Work, export_model, files_of, gate_rounds, marked
+from rtdetr_cli.export.run import count_image_runs, export_events, export_model
+from rtdetr_cli.export.verify import Verdict
 from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.weights.header import ModelHeader
 
 Loaded = tuple[RTDETR, ModelHeader]
+BOTH = ExportOptions(formats=("onnx", "openvino"))
 
 
 @pytest.fixture
-def ready(exported: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the tracing: a draft is a copy of what has been exported already."""
+def copied_drafts(exported: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copy drafts from finished exports instead of tracing, which takes seconds."""
 
-    def draft(work: Work, name: str) -> Draft:
-        source = exported[name].path
-        final = work.out / f"{work.stem}{source.suffix}"
-        path = marked(final, "unverified")
-        for old, new in zip(files_of(source), files_of(path), strict=True):
+    def copy_draft(context: ExportContext, name: str) -> DraftEvents:
+        yield from ()
+        source = exported[name]
+        final = context.final_path(name)
+        path = mark_name(final, "unverified")
+        for old, new in zip(artefact_files(source.path), artefact_files(path), strict=True):
             new.write_bytes(old.read_bytes())
-        return Draft(path, final, exported[name].format, exported[name].precision, lambda path, verdict: None)
+        header = context.header_for(source.format, source.precision)
+        return Draft(path, final, header, lambda path, header: None, context.interface, {})
 
     for name in ("onnx", "openvino"):
-        monkeypatch.setitem(run.DRAFTS, name, lambda work, name=name: draft(work, name))
+        monkeypatch.setitem(formats.WRITERS, name, lambda context, name=name: copy_draft(context, name))
+
+
+@pytest.fixture
+def set_verdict(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that sets whether verification passes."""
+
+    def decide(passed: bool) -> None:
+        part = Part(passed, () if passed else ("planted",))
+        verdict = Verdict("fp32", Limits(1, 1, 0, 0, 0), 1, part, Part(True), Part(None))
+        monkeypatch.setattr(run, "verify", lambda *args, **options: iter([verdict]))
+
+    return decide
 
 
 def names_in(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def entries(folder: Path) -> dict[str, bool | None]:
-    """Return what parity.json says of each file."""
+def recorded(folder: Path) -> dict[str, bool | None]:
+    """Return the verdict of each file in parity.json."""
     document = json.loads((folder / "parity.json").read_text())
-    told = {Path(a["path"]).name: a["gate"] and a["gate"]["passed"] for a in document["artefacts"]}
-    assert len(told) == len(document["artefacts"])
-    return told
-
-
-def verdict(passed: bool) -> Verdict:
-    part = Part(passed, () if passed else ("planted",))
-    return Verdict("fp32", Limits(1, 1, 0, 0, 0), 1, part, Part(True), Part(None))
+    verdicts = {Path(a["path"]).name: a["gate"] and a["gate"]["passed"] for a in document["artefacts"]}
+    assert len(verdicts) == len(document["artefacts"])
+    return verdicts
 
 
 def test_names_and_parity_file(exported: dict[str, Artefact]) -> None:
@@ -71,82 +87,79 @@ def test_names_and_parity_file(exported: dict[str, Artefact]) -> None:
     assert {"contract", "agreement", "ap", "limits"} <= set(first["gate"])
 
 
-@pytest.mark.usefixtures("ready")
-def test_failed_export_is_marked(
-    loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ExportOptions(formats=("onnx", "openvino"))
-    monkeypatch.setattr(Gate, "judge", lambda self, candidate, **facts: verdict(False))
-    failed = export_model(*loaded, tmp_path, options, images=dataset, stem="m")
+@pytest.mark.usefixtures("copied_drafts")
+def test_a_failed_export_is_marked(loaded: Loaded, dataset: Dataset, tmp_path: Path, set_verdict: Any) -> None:
+    set_verdict(False)
+    failed = export_model(*loaded, tmp_path, BOTH, images=dataset, stem="m")
     assert names_in(tmp_path) == ["m.failed.bin", "m.failed.onnx", "m.failed.xml", "parity.json"]
     assert [a.passed for a in failed] == [False, False]
-    monkeypatch.setattr(Gate, "judge", lambda self, candidate, **facts: verdict(True))
-    export_model(*loaded, tmp_path, options, images=dataset, stem="m")
+    set_verdict(True)
+    export_model(*loaded, tmp_path, BOTH, images=dataset, stem="m")
     assert names_in(tmp_path) == ["m.bin", "m.onnx", "m.xml", "parity.json"]  # the old failures are gone
     assert open_backend(tmp_path / "m.xml").header.names == loaded[1].names
 
 
-@pytest.mark.usefixtures("ready")
-def test_older_file_gives_up_its_name(
-    loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("copied_drafts")
+def test_a_failed_export_renames_the_earlier_file(
+    loaded: Loaded, dataset: Dataset, tmp_path: Path, set_verdict: Any
 ) -> None:
-    """Nobody finds, under the name to deploy, a file that the last export did not pass."""
-    options = ExportOptions(formats=("onnx", "openvino"))
-    monkeypatch.setattr(Gate, "judge", lambda self, candidate, **facts: verdict(True))
-    export_model(*loaded, tmp_path, options, images=dataset, stem="m")
+    """The final name is never that of a file from before the failure."""
+    set_verdict(True)
+    export_model(*loaded, tmp_path, BOTH, images=dataset, stem="m")
     older = (tmp_path / "m.onnx").read_bytes()
-    monkeypatch.setattr(Gate, "judge", lambda self, candidate, **facts: verdict(False))
-    told: list[str] = []
-    export_model(*loaded, tmp_path, options, images=dataset, stem="m", tell=told.append)
+    set_verdict(False)
+    events = list(export_events(*loaded, tmp_path, BOTH, images=dataset, stem="m"))
     failed = ["m.failed.bin", "m.failed.onnx", "m.failed.xml"]
-    aside = ["m.previous.bin", "m.previous.onnx", "m.previous.xml"]
-    assert names_in(tmp_path) == [*failed, *aside, "parity.json"]
+    previous = ["m.previous.bin", "m.previous.onnx", "m.previous.xml"]
+    assert names_in(tmp_path) == [*failed, *previous, "parity.json"]
     assert (tmp_path / "m.previous.onnx").read_bytes() == older
-    assert "m.onnx of an earlier export is now m.previous.onnx" in "\n".join(told)
+    notices = [event.message for event in events if isinstance(event, Notice)]
+    assert any(n.startswith("renamed m.onnx of an earlier export to m.previous.onnx") for n in notices)
     assert open_backend(tmp_path / "m.previous.xml").header.names == loaded[1].names
-    assert entries(tmp_path) == {
+    assert recorded(tmp_path) == {
         "m.failed.onnx": False,
         "m.failed.xml": False,
         "m.previous.onnx": True,
         "m.previous.xml": True,
     }
-    monkeypatch.setattr(Gate, "judge", lambda self, candidate, **facts: verdict(True))
-    export_model(*loaded, tmp_path, options, images=dataset, stem="m")
+    set_verdict(True)
+    export_model(*loaded, tmp_path, BOTH, images=dataset, stem="m")
     assert names_in(tmp_path) == ["m.bin", "m.onnx", "m.xml", "parity.json"]
 
 
-@pytest.mark.usefixtures("ready")
-def test_older_file_after_an_export_that_breaks_off(
-    loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("copied_drafts")
+def test_an_error_renames_the_earlier_files_of_later_formats(
+    loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_verdict: Any
 ) -> None:
-    """One format is made, the next cannot be: what was made is told, and its older file gives up its name too."""
-    options = ExportOptions(formats=("onnx", "openvino"))
-    monkeypatch.setattr(Gate, "judge", lambda self, candidate, **facts: verdict(True))
-    export_model(*loaded, tmp_path, options, images=dataset, stem="m")
+    """The formats before the error are still reported."""
+    set_verdict(True)
+    export_model(*loaded, tmp_path, BOTH, images=dataset, stem="m")
 
-    def missing(work: Work) -> Draft:
+    def missing(context: ExportContext) -> Iterator[Notice]:
+        yield Notice("openvino")
         raise EnvironmentProblem("planted")
 
-    monkeypatch.setitem(run.DRAFTS, "openvino", missing)
-    made: list[Artefact] = []
+    monkeypatch.setitem(formats.WRITERS, "openvino", missing)
+    artefacts: list[Artefact] = []
+    events = export_events(*loaded, tmp_path, BOTH, images=dataset, stem="m")
     with pytest.raises(EnvironmentProblem):
-        export_model(*loaded, tmp_path, options, images=dataset, stem="m", finished=made.append)
-    assert [a.path.name for a in made] == ["m.onnx"]
+        artefacts.extend(event for event in events if isinstance(event, Artefact))
+    assert [a.path.name for a in artefacts] == ["m.onnx"]
     assert names_in(tmp_path) == ["m.onnx", "m.previous.bin", "m.previous.xml", "parity.json"]
-    assert entries(tmp_path) == {"m.onnx": True, "m.previous.xml": True}
+    assert recorded(tmp_path) == {"m.onnx": True, "m.previous.xml": True}
 
 
-@pytest.mark.usefixtures("ready")
-def test_parity_file_keeps_what_still_holds(
-    loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("copied_drafts")
+def test_parity_file_keeps_valid_verdicts_of_earlier_exports(
+    loaded: Loaded, dataset: Dataset, tmp_path: Path, set_verdict: Any
 ) -> None:
-    """The verdicts of another format, of the same model, as long as its file is there."""
+    """They are valid for the same model, as long as the file exists."""
     model, header = loaded
-    monkeypatch.setattr(Gate, "judge", lambda self, candidate, **facts: verdict(True))
+    set_verdict(True)
 
     def export(name: str, header: ModelHeader = header) -> dict[str, bool | None]:
         export_model(model, header, tmp_path, ExportOptions(formats=(name,)), images=dataset, stem="m")
-        return entries(tmp_path)
+        return recorded(tmp_path)
 
     assert header.identity
     assert export("onnx") == {"m.onnx": True}
@@ -159,45 +172,58 @@ def test_parity_file_keeps_what_still_holds(
     assert export("onnx") == {"m.onnx": True}
 
 
-@pytest.mark.usefixtures("ready")
-def test_what_breaks_leaves_nothing(
+@pytest.mark.usefixtures("copied_drafts")
+def test_an_error_during_verification_leaves_no_file(
     loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Gate, candidate: object, **facts: object) -> Verdict:
+    def broken(*args: object, **options: object) -> Iterator[Verdict]:
         raise ModelError("planted")
 
-    monkeypatch.setattr(Gate, "judge", broken)
+    monkeypatch.setattr(run, "verify", broken)
     with pytest.raises(ModelError):
         export_model(*loaded, tmp_path, ExportOptions(formats=("openvino",)), images=dataset)
     assert names_in(tmp_path) == []
 
 
-@pytest.mark.usefixtures("ready")
-def test_without_the_gate(loaded: Loaded, tmp_path: Path) -> None:
-    made = export_model(*loaded, tmp_path, stem="m")
-    assert made[0].verdict is None
-    assert made[0].passed
+@pytest.mark.usefixtures("copied_drafts")
+def test_an_unexpected_interface_fails(
+    loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "expected_interface", lambda options, header: Interface((), ()))
+    write = formats.WRITERS["onnx"]
+
+    def copied(context: ExportContext) -> DraftEvents:
+        draft = yield from write(context)
+        draft.interface = Interface((TensorSpec("images", "float32", (1, 3, 96, 128)),), ())
+        return draft
+
+    monkeypatch.setitem(formats.WRITERS, "onnx", copied)
+    (artefact,) = export_model(*loaded, tmp_path, images=dataset, stem="m", device="cpu")
+    assert artefact.verdict is not None
+    assert artefact.verdict.failed_parts == ("contract",)
+
+
+@pytest.mark.usefixtures("copied_drafts")
+def test_without_verification(loaded: Loaded, tmp_path: Path) -> None:
+    (artefact,) = export_model(*loaded, tmp_path, stem="m")
+    assert artefact.verdict is None
+    assert artefact.passed
     assert json.loads((tmp_path / "parity.json").read_text())["artefacts"][0]["gate"] is None
 
 
-def test_folder_that_cannot_be_written(loaded: Loaded, tmp_path: Path) -> None:
-    taken = tmp_path / "taken"
-    taken.write_text("a file")
+def test_a_folder_that_cannot_be_written(loaded: Loaded, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
     with pytest.raises(RtdetrError, match="cannot be written"):
-        export_model(*loaded, taken)
+        export_model(*loaded, tmp_path / "file")
 
 
-def test_engine_needs_its_graph(loaded: Loaded, tmp_path: Path) -> None:
+def test_an_engine_needs_its_graph(loaded: Loaded, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="fp16"):
         export_model(*loaded, tmp_path, ExportOptions(formats=("trt-fp16",)))
 
 
-def test_rounds_of_the_gate() -> None:
-    assert gate_rounds(("onnx",)) == 2
-    assert gate_rounds(("onnx", "fp16", "openvino")) == 5
-
-
-def test_summary_says_what_failed() -> None:
-    assert "planted" in verdict(False).summary
-    assert verdict(False).failed_parts == ("contract",)
-    assert replace(verdict(False), half=Part(False, ("infinite",))).failed_parts == ("contract", "half")
+def test_image_runs() -> None:
+    """The model and each format are run, and float16 also in torch."""
+    images = [Path("a.jpg")] * 3
+    assert count_image_runs(("onnx",), images) == 2 * 3
+    assert count_image_runs(("onnx", "fp16", "openvino"), images * 100) == 5 * 200

@@ -1,4 +1,4 @@
-"""The TensorRT path, walked whole against a strict stand-in of versions 10 and 11; no real engine is built here."""
+"""Building engines, with a strict stand-in for TensorRT 10 and 11."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ import torch
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import EnvironmentProblem, ExportError
-from rtdetr_cli.export import gate, run, tensorrt
-from rtdetr_cli.export.gate import Interface, TensorSpec
+from rtdetr_cli.export import compare, formats, tensorrt
+from rtdetr_cli.export.artefacts import Artefact, artefact_files, mark_name
+from rtdetr_cli.export.compare import Interface, TensorSpec
+from rtdetr_cli.export.events import BuildProgress, Notice
+from rtdetr_cli.export.formats import Draft, DraftEvents, ExportContext
 from rtdetr_cli.export.graph import ExportOptions
-from rtdetr_cli.export.run import Artefact, Draft, Work, export_model, files_of, marked
+from rtdetr_cli.export.run import ExportEvent, export_events, export_model
 from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend, header_path, read_engine_header
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.weights.header import ModelHeader
@@ -32,60 +35,60 @@ DYNAMIC = Interface(
 
 @pytest.fixture
 def use(standin: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Put a stand-in where the package would be, and the CPU where the GPU would be."""
+    """Return a function that replaces the package by a stand-in, and the GPU by the CPU."""
 
-    def put(version: str, **facts: Any) -> ModuleType:
-        module: ModuleType = standin.make(version, **facts)
+    def replace_package(version: str, **options: Any) -> ModuleType:
+        module: ModuleType = standin.make(version, **options)
         monkeypatch.setitem(sys.modules, "tensorrt", module)
-        monkeypatch.setattr(run, "engine_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(tensorrt, "engine_device", lambda: torch.device("cpu"))
         return module
 
-    return put
+    return replace_package
 
 
 @pytest.fixture
-def ready(exported: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -> Artefact:
-    """Take the typed graph that has been exported already."""
+def half_graph(exported: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -> Artefact:
+    """Copy the float16 graph from a finished export."""
     source = exported["fp16"]
 
-    def draft(work: Work) -> Draft:
-        final = work.out / f"{work.stem}-fp16.onnx"
-        path = marked(final, "unverified")
+    def copy_draft(context: ExportContext) -> DraftEvents:
+        yield from ()
+        final = context.final_path("fp16")
+        path = mark_name(final, "unverified")
         path.write_bytes(source.path.read_bytes())
-        return Draft(path, final, "onnx", "fp16", lambda path, verdict: None, operators=source.operators)
+        header = context.header_for("onnx", "fp16")
+        return Draft(path, final, header, lambda path, header: None, context.interface, source.operators)
 
-    monkeypatch.setitem(run.DRAFTS, "fp16", draft)
+    monkeypatch.setitem(formats.WRITERS, "fp16", copy_draft)
     return source
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_engine_through_the_gate(
-    version: str, use: Any, ready: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path
+def test_a_verified_engine(
+    version: str, use: Any, half_graph: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path
 ) -> None:
-    """Built strongly typed from the typed graph, inspected, judged at batch 1 and N, and named."""
+    """It is strongly typed, with the profile, the timing cache and the header that it needs."""
     module = use(version)
-    told: list[tuple[str, int, int]] = []
+    events: list[ExportEvent] = []
     options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True, batch=4)
-
-    def progress(phase: str, done: int, steps: int) -> None:
-        told.append((phase, done, steps))
-
     for _ in range(2):
         module.log.clear()
-        made = export_model(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu", build_progress=progress)
-        engine = made[1]
+        events = list(export_events(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu"))
+        engine = events[-1]
+        assert isinstance(engine, Artefact)
         assert engine.verdict is not None
         assert engine.verdict.passed, engine.verdict.summary
     assert (engine.format, engine.precision, engine.path.name) == ("tensorrt", "fp16", "m.engine")
     flags = dict(module.log)["network flags"]
-    strong = 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    assert flags == (0 if version.startswith("11") else strong)
+    strongly_typed = 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    assert flags == (0 if version.startswith("11") else strongly_typed)
     built = dict(module.log)["built"]
     assert built["typed"]
     assert built["shapes"]["images"] == ((1, 3, 96, 128), (8, 3, 96, 128), (8, 3, 96, 128))
-    assert built["shapes"]["orig_target_sizes"] == ((1, 2), (8, 2), (8, 2))  # the input that others forget
+    assert built["shapes"]["orig_target_sizes"] == ((1, 2), (8, 2), (8, 2))
     assert dict(module.log)["timing cache"] == b"+1"  # of the first build
-    assert told == [("Building engine", 1, 2), ("Building engine", 2, 2)] * 2
+    steps = [event for event in events if isinstance(event, BuildProgress)]
+    assert steps == [BuildProgress("Building engine", 1, 2), BuildProgress("Building engine", 2, 2)]
     assert engine.operators["half"] > engine.operators["float"] > 0
     header = TensorrtBackend(engine.path, device=torch.device("cpu")).header
     assert header.names == loaded[1].names
@@ -101,10 +104,10 @@ def test_engine_through_the_gate(
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_engine_that_is_not_half(
-    version: str, use: Any, ready: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path
+def test_an_engine_that_is_not_half_precision(
+    version: str, use: Any, half_graph: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path
 ) -> None:
-    """A builder that ignores the types, as tools of this family did: refused, the graph stays, nothing else."""
+    """A builder that ignores the types of the graph."""
     use(version, precision="single")
     options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
     with pytest.raises(ExportError, match="not half precision: 0 of"):
@@ -115,20 +118,21 @@ def test_engine_that_is_not_half(
 
 
 @pytest.mark.parametrize(
-    ("facts", "said"),
-    [({"refuse": "no importer for Foo"}, "no importer for Foo"), ({"plan": False}, "could not build")],
+    ("options", "message"),
+    [({"refuse": "no importer for Foo"}, "no importer for Foo"), ({"plan": False}, "cannot build the engine")],
 )
 @pytest.mark.parametrize("version", VERSIONS)
-def test_builder_that_refuses(
-    version: str, facts: dict[str, Any], said: str, use: Any, exported: dict[str, Artefact], tmp_path: Path
+def test_a_graph_that_cannot_be_built(
+    version: str, options: dict[str, Any], message: str, use: Any, exported: dict[str, Artefact], tmp_path: Path
 ) -> None:
-    use(version, **facts)
-    with pytest.raises(ExportError, match=said):
-        tensorrt.build_engine(exported["fp16"].path, tmp_path / "m.engine", interface=DYNAMIC, operators={}, most=4)
+    use(version, **options)
+    engine = tmp_path / "m.engine"
+    with pytest.raises(ExportError, match=message):
+        tensorrt.build_engine(exported["fp16"].path, engine, interface=DYNAMIC, operators={}, max_batch=4)
 
 
-def test_without_tensorrt(ready: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path) -> None:
-    """Exit 7, the verified graph left ready, and the exact command for the machine that has it."""
+def test_without_tensorrt(half_graph: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path) -> None:
+    """The verified graph stays, and the hint has the command for another machine."""
     options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
     with pytest.raises(EnvironmentProblem) as caught:
         export_model(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu")
@@ -150,46 +154,46 @@ def test_without_tensorrt(ready: Artefact, loaded: Loaded, dataset: Dataset, tmp
     assert header is not None
     assert (header.names, header.category_ids) == (loaded[1].names, loaded[1].category_ids)
     assert header.thresholds == loaded[1].thresholds
-    assert header.extra["gate"] == {"passed": None}  # nobody has seen that engine
+    assert header.extra["gate"] == {"passed": None}
     assert header.extra["format"] == "tensorrt"
     assert json.loads((tmp_path / "parity.json").read_text())["artefacts"][0]["gate"]["passed"]
 
 
-def test_older_engine_does_not_get_the_new_header(
-    ready: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path
+def test_an_earlier_engine_keeps_its_header(
+    half_graph: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path
 ) -> None:
     engine = tmp_path / "m.engine"
-    engine.write_bytes(b"older")
-    header_path(engine).write_text("older header")
+    engine.write_bytes(b"earlier")
+    header_path(engine).write_text("earlier header")
     options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
     with pytest.raises(EnvironmentProblem):
         export_model(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu")
     assert not engine.exists()
-    assert (tmp_path / "m.previous.engine").read_bytes() == b"older"
-    assert header_path(tmp_path / "m.previous.engine").read_text() == "older header"
+    assert (tmp_path / "m.previous.engine").read_bytes() == b"earlier"
+    assert header_path(tmp_path / "m.previous.engine").read_text() == "earlier header"
 
 
-def test_no_engine_of_a_graph_that_failed(
-    use: Any, ready: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_no_engine_of_a_graph_that_failed_verification(
+    use: Any, half_graph: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither a new one, nor an older one under its name."""
     use("11.4.0")
-    (tmp_path / "m.engine").write_bytes(b"older")
-    monkeypatch.setitem(gate.LIMITS, "fp16", replace(gate.LIMITS["fp16"], matched=1.5))
-    told: list[str] = []
+    (tmp_path / "m.engine").write_bytes(b"earlier")
+    monkeypatch.setitem(compare.LIMITS, "fp16", replace(compare.LIMITS["fp16"], matched=1.5))
     options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
-    made = export_model(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu", tell=told.append)
-    assert [a.passed for a in made] == [False]
+    events = list(export_events(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu"))
+    assert [event.passed for event in events if isinstance(event, Artefact)] == [False]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m-fp16.failed.onnx", "m.previous.engine", "parity.json"]
-    assert "m.engine of an earlier export is now m.previous.engine" in "\n".join(told)
+    notices = [event.message for event in events if isinstance(event, Notice)]
+    assert any("skipped" in notice for notice in notices)
+    assert any(n.startswith("renamed m.engine of an earlier export to m.previous.engine") for n in notices)
 
 
-def test_fault_of_a_version_is_no_reason_to_build_elsewhere(
-    use: Any, ready: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_known_fault_of_a_version(
+    use: Any, half_graph: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hint leads to a graph that the version computes rightly, not to trtexec with the same graph."""
+    """The hint is another graph, not trtexec with the same graph."""
     use("11.4.0")
-    monkeypatch.setitem(ready.operators, "GridSample", 3)
+    monkeypatch.setitem(half_graph.operators, "GridSample", 3)
     options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
     with pytest.raises(EnvironmentProblem, match="GridSample") as caught:
         export_model(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu")
@@ -199,7 +203,7 @@ def test_fault_of_a_version_is_no_reason_to_build_elsewhere(
     assert not header_path(tmp_path / "m.engine").exists()
 
 
-def test_example_without_the_header(tmp_path: Path) -> None:
+def test_the_example_needs_the_header(tmp_path: Path) -> None:
     engine, image = tmp_path / "m.engine", tmp_path / "a.png"
     engine.touch()
     image.touch()
@@ -210,10 +214,10 @@ def test_example_without_the_header(tmp_path: Path) -> None:
 
 
 def test_without_a_gpu(
-    use: Any, ready: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    use: Any, half_graph: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use("11.4.0")
-    monkeypatch.setattr(run, "engine_device", lambda: None)
+    monkeypatch.setattr(tensorrt, "engine_device", lambda: None)
     options = ExportOptions(formats=("fp16", "trt-fp16"))
     with pytest.raises(EnvironmentProblem, match="no CUDA device") as caught:
         export_model(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu")
@@ -221,7 +225,7 @@ def test_without_a_gpu(
 
 
 def test_old_version_and_known_faults() -> None:
-    """Refused for what is in this graph, and for nothing else."""
+    """A version is refused only for an operator that the graph has."""
 
     def package(version: str) -> Any:
         module = ModuleType("tensorrt")
@@ -265,7 +269,7 @@ def test_old_version_and_known_faults() -> None:
             },
             {"half": 1, "float": 1, "other": 0},
         ),
-        (  # an open batch: only the weights tell
+        (  # a dynamic batch: only the weights have a type
             {
                 "Layers": [
                     {
@@ -277,7 +281,7 @@ def test_old_version_and_known_faults() -> None:
             },
             {"half": 2, "float": 1, "other": 0},
         ),
-        (  # computed in float32, and given away as half
+        (  # computed in float32, with float16 outputs
             {
                 "Layers": [
                     {
@@ -295,18 +299,18 @@ def test_old_version_and_known_faults() -> None:
         ({"Layers": ["names only", "no types"]}, {"half": 0, "float": 0, "other": 2}),
     ],
 )
-def test_types_of_an_engine(information: dict[str, Any], counts: dict[str, int]) -> None:
+def test_count_types(information: dict[str, Any], counts: dict[str, int]) -> None:
     assert tensorrt.count_types(json.dumps(information)) == counts
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"Layers": 3}'])
-def test_engine_that_says_nothing(text: str) -> None:
+def test_an_engine_without_types(text: str) -> None:
     with pytest.raises(ExportError):
         tensorrt.refuse_single(tensorrt.count_types(text))
 
 
-def test_standin_is_strict(standin: ModuleType) -> None:
-    """What version 11 has lost is not there, and what nobody ever had either."""
+def test_the_standin_is_strict(standin: ModuleType) -> None:
+    """It lacks what version 11 has removed, and what never existed."""
     ten, eleven = standin.make("10.16.1"), standin.make("11.4.0")
     assert hasattr(ten.BuilderFlag, "FP16")
     assert not hasattr(eleven.BuilderFlag, "FP16")
@@ -321,13 +325,12 @@ def test_standin_is_strict(standin: ModuleType) -> None:
 
 
 def test_files_of_an_engine(tmp_path: Path) -> None:
-    assert files_of(tmp_path / "m.engine") == [header_path(tmp_path / "m.engine"), tmp_path / "m.engine"]
+    assert artefact_files(tmp_path / "m.engine") == [header_path(tmp_path / "m.engine"), tmp_path / "m.engine"]
 
 
 @pytest.mark.gpu
 def test_real_tensorrt(loaded: Loaded, dataset: Dataset, tmp_path: Path) -> None:
-    """The whole path on a GPU, where TensorRT is installed."""
     pytest.importorskip("tensorrt", reason="TensorRT is not installed")
     options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True, batch=4)
-    made = export_model(*loaded, tmp_path, options, images=dataset)
-    assert all(a.passed for a in made), [a.verdict and a.verdict.summary for a in made]
+    artefacts = export_model(*loaded, tmp_path, options, images=dataset)
+    assert all(a.passed for a in artefacts), [a.verdict and a.verdict.summary for a in artefacts]

@@ -1,3 +1,5 @@
+"""Settings of a sweep, rows of the table, the Pareto front and AP differences."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -5,72 +7,64 @@ from pathlib import Path
 
 import pytest
 
-from rtdetr_cli.workflows.benchmark import (
-    Row,
-    Setting,
-    Spread,
-    benchmark,
-    mark_front,
-    narrowed,
-    parse_sweep,
-    plan,
-    sweep_settings,
-    table_rows,
-)
+from rtdetr_cli.workflows.benchmark import benchmark, plan_benchmark
+from rtdetr_cli.workflows.benchmark_report import Row, drop_constant_columns, mark_front, table_rows
+from rtdetr_cli.workflows.sweep import Setting, parse_sweep, sweep_settings
+from rtdetr_cli.workflows.timing import PARTS, Spread
 
 
 def row(milliseconds: float, ap: float | None) -> Row:
-    times = {part: Spread(milliseconds, milliseconds) for part in ("preprocess", "network", "postprocess", "total")}
+    times = {part: Spread(milliseconds, milliseconds) for part in PARTS}
     return Row("m", "torch", "fp32", "cpu", (640, 640), 3, 300, 1, times, ap)
 
 
-def test_the_front_is_what_nothing_beats() -> None:
+def test_the_pareto_front() -> None:
     rows = [row(10, 0.5), row(8, 0.5), row(8, 0.4), row(5, 0.3), row(4, 0.35), row(4, 0.35), row(1, None)]
     assert [r.front for r in mark_front(rows)] == [False, True, False, False, True, True, False]
 
 
-def test_settings_begin_with_the_models_own() -> None:
+def test_the_first_setting_is_the_models_own() -> None:
     own = {"layers": 3, "queries": 300, "imgsz": (640, 480)}
-    found = sweep_settings(parse_sweep("layers,queries,imgsz"), **own)
-    assert found[0] == Setting(3, 300, (640, 480))
-    assert len(found) == len(set(found)) == 3 * 4 * 3
-    assert {s.imgsz for s in found} == {(640, 480), (480, 352), (320, 256)}
-    assert {s.queries for s in found} == {300, 200, 100, 50}
-    found = sweep_settings(parse_sweep("imgsz=320x640/256"), **own)
-    assert [s.imgsz for s in found] == [(640, 480), (320, 640), (256, 256)]
-    assert {(s.layers, s.queries) for s in found} == {(3, 300)}
+    settings = sweep_settings(parse_sweep("layers,queries,imgsz"), **own)
+    assert settings[0] == Setting(3, 300, (640, 480))
+    assert len(settings) == len(set(settings)) == 3 * 4 * 3
+    assert {s.imgsz for s in settings} == {(640, 480), (480, 352), (320, 256)}
+    assert {s.queries for s in settings} == {300, 200, 100, 50}
+    settings = sweep_settings(parse_sweep("imgsz=320x640/256"), **own)
+    assert [s.imgsz for s in settings] == [(640, 480), (320, 640), (256, 256)]
+    assert {(s.layers, s.queries) for s in settings} == {(3, 300)}
 
 
-@pytest.mark.parametrize(("height", "width", "shown"), [(640, 640, "640"), (480, 640, "480x640")])
-def test_cells(height: int, width: int, shown: str) -> None:
+@pytest.mark.parametrize(("height", "width", "size"), [(640, 640, "640"), (480, 640, "480x640")])
+def test_table_rows(height: int, width: int, size: str) -> None:
     one = replace(row(2, 0.25), imgsz=(height, width), front=True)
     columns, cells = table_rows([one, replace(row(4, None), batch=1)])
-    assert cells[0][columns.index("size")] == shown
+    assert cells[0][columns.index("size")] == size
     assert cells[0][columns.index("best")] == "*"
     assert "model" not in columns
     parts = [c for c in columns if c.endswith("\nmedian / p90")]
     assert [c.split()[0] for c in parts] == ["pre", "network", "post", "total"]
-    shown = replace(one, times={part: Spread(n + 2, n + 3.25) for n, part in enumerate(one.times)})
-    cells = table_rows([shown])[1][0]
+    spread = replace(one, times={part: Spread(n + 2, n + 3.25) for n, part in enumerate(one.times)})
+    cells = table_rows([spread])[1][0]
     assert [cells[columns.index(c)] for c in parts] == ["2.0 / 3.2", "3.0 / 4.2", "4.0 / 5.2", "5.0 / 6.2"]
     assert "model" in table_rows([one, replace(one, model="other")])[0]
 
 
-def test_settings_that_are_the_same_in_all_rows_are_said_once() -> None:
+def test_settings_equal_in_all_rows_are_no_columns() -> None:
     one = row(2, 0.25)
-    columns, cells, said = narrowed(*table_rows([one, replace(one, layers=1)]))
-    assert said == "type fp32, size 640, queries 300"
+    columns, cells, text = drop_constant_columns(*table_rows([one, replace(one, layers=1)]))
+    assert text == "type fp32, size 640, queries 300"
     assert columns[:3] == ["backend", "layers", "pre ms\nmedian / p90"]
     assert [cell[:2] for cell in cells] == [["torch", 3], ["torch", 1]]
     foreign = [replace(one, layers=None, queries=None), replace(one, layers=None, queries=None, precision="fp16")]
-    columns, _, said = narrowed(*table_rows(foreign))
-    assert said == "size 640"
+    columns, _, text = drop_constant_columns(*table_rows(foreign))
+    assert text == "size 640"
     assert columns[:2] == ["backend", "type"]
     assert "layers" not in columns
 
 
-def test_every_difference_is_to_the_first_row(shapes_model: Path, shapes_data: Path, tmp_path: Path) -> None:
-    """Of another model too, on the same images; another model's own first row is no base."""
+def test_differences_are_to_the_first_row(shapes_model: Path, shapes_data: Path, tmp_path: Path) -> None:
+    """Also those of another model, on the same images."""
     from rtdetr_cli.checks.load import load_splits
     from rtdetr_cli.weights.load import load_model, save_model
 
@@ -79,8 +73,8 @@ def test_every_difference_is_to_the_first_row(shapes_model: Path, shapes_data: P
     save_model(worse, model.state_dict(), replace(header, queries=3))
     dataset = load_splits(shapes_data).val
     assert dataset is not None
-    what = plan([shapes_model, worse], backends=["torch"], warmup=0, runs=1, device="cpu")
-    first, second = benchmark(what, dataset, resamples=20)
+    plan = plan_benchmark([shapes_model, worse], backends=["torch"], warmup=0, runs=1, device="cpu")
+    first, second = benchmark(plan, dataset, resamples=20)
     assert first.difference is None
     assert second.difference is not None
     assert first.ap is not None

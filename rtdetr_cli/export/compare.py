@@ -1,0 +1,231 @@
+"""Compare an export with its model: tensors, headers and detections. Nothing in here runs a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from rtdetr_cli.boxes import iou
+from rtdetr_cli.infer.detections import Detections
+from rtdetr_cli.weights.header import ModelHeader
+
+SCORE_FLOOR = 0.1  # detections below are background, whose ranking depends on rounding
+DETECTIONS_PER_IMAGE = 5  # wanted above the floor, on average; a weak model gets a lower floor
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How far an export may differ from its model.
+
+    Attributes:
+        matched: minimum share of the detections of both sides that are matched.
+        iou: minimum IoU of a matched pair.
+        score_step: maximum score difference of a matched pair.
+        score_error: maximum mean score difference of the matched pairs.
+        box_error: maximum mean of 1 - IoU of the matched pairs.
+        tol_ap: maximum AP difference, 0 to 1.
+    """
+
+    matched: float
+    iou: float
+    score_step: float
+    score_error: float
+    box_error: float
+    tol_ap: float = 0.002
+
+
+# float32: gather instead of grid_sample, folded norms and another summation order move scores by about 1e-5; the
+# margin is for the few queries whose selection depends on such a difference. float16 has 11 bits: measured errors
+# are a tenth of these limits (tests/bench/bench_half_islands.py).
+LIMITS = {
+    "fp32": Limits(matched=0.99, iou=0.95, score_step=0.02, score_error=0.002, box_error=0.005),
+    # The graph's own resize may round a half to the other side, which moves a few samples by one grey level.
+    "resized": Limits(matched=0.98, iou=0.9, score_step=0.05, score_error=0.005, box_error=0.01),
+    "fp16": Limits(matched=0.95, iou=0.85, score_step=0.10, score_error=0.01, box_error=0.02),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output; a dimension is None where it is dynamic."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """The inputs and outputs of a graph."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a verdict: `passed` is None where it could not be checked; `findings` say why it failed."""
+
+    passed: bool | None
+    findings: tuple[str, ...] = ()
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"passed": self.passed, "findings": list(self.findings), **self.figures}
+
+
+def compare_interfaces(actual: Interface, expected: Interface) -> list[str]:
+    """Return the differences in names, types and shapes."""
+    findings = []
+    for kind, ours, theirs in (
+        ("input", actual.inputs, expected.inputs),
+        ("output", actual.outputs, expected.outputs),
+    ):
+        names, expected_names = [t.name for t in ours], [t.name for t in theirs]
+        if names != expected_names:
+            findings.append(f"{kind}s are {', '.join(names)}, not {', '.join(expected_names)}")
+            continue
+        for a, b in zip(ours, theirs, strict=True):
+            if a.dtype != b.dtype:
+                findings.append(f"{kind} {a.name} is {a.dtype}, not {b.dtype}")
+            if a.shape != b.shape:
+                findings.append(f"{kind} {a.name} has shape {show_shape(a.shape)}, not {show_shape(b.shape)}")
+    return findings
+
+
+def show_shape(shape: tuple[int | None, ...]) -> str:
+    """Return a shape such as `?x3x640x640`, where `?` is a dynamic dimension."""
+    return "x".join("?" if d is None else str(d) for d in shape)
+
+
+def compare_headers(actual: ModelHeader, expected: ModelHeader) -> list[str]:
+    """Return what an export's header states differently from its model's."""
+    findings = []
+    if len(actual.names) != len(expected.names):
+        findings.append(
+            f"the class list has {len(actual.names)} names ({', '.join(actual.names[:4])}, ...), "
+            f"the model's {len(expected.names)} ({', '.join(expected.names[:4])}, ...)"
+        )
+    elif actual.names != expected.names:
+        different = [f"{a} for {b}" for a, b in zip(actual.names, expected.names, strict=True) if a != b]
+        findings.append(f"the class list differs: {', '.join(different)}")
+    if actual.category_ids != expected.category_ids:
+        findings.append("the category ids differ")
+    for key in sorted({*actual.preprocessing, *expected.preprocessing}):
+        ours, theirs = actual.preprocessing.get(key), expected.preprocessing.get(key)
+        if ours != theirs:
+            findings.append(f"preprocessing {key} is {ours}, not {theirs}")
+    for key in ("imgsz", "sampling", "rounding", "layers", "queries", "thresholds"):
+        ours, theirs = getattr(actual, key), getattr(expected, key)
+        if ours != theirs:
+            findings.append(f"{key} is {ours}, not {theirs}")
+    return findings
+
+
+@dataclass(frozen=True, slots=True)
+class ImageMatch:
+    """How two sets of detections agree on one image.
+
+    Attributes:
+        rows: detections of both sides that count.
+        matched: how many of them belong to a pair.
+        score_errors: score difference of each pair.
+        box_errors: 1 - IoU of each pair.
+    """
+
+    rows: int
+    matched: int
+    score_errors: NDArray[np.float64]
+    box_errors: NDArray[np.float64]
+
+
+def match_detections(reference: Detections, candidate: Detections, *, floor: float, limits: Limits) -> ImageMatch:
+    """Match the detections of one image as sets, since queries with almost equal scores may swap places.
+
+    A pair has the same label, enough overlap and almost the same score. A detection counts when its score reaches
+    `floor`; its partner may be below by the score difference that is allowed.
+    """
+    lowest = floor - limits.score_step
+    reference, candidate = reference.keep(reference.scores >= lowest), candidate.keep(candidate.scores >= lowest)
+    count_reference, count_candidate = reference.scores >= floor, candidate.scores >= floor
+    rows = int(count_reference.sum() + count_candidate.sum())
+    if not len(reference) or not len(candidate):
+        return ImageMatch(rows, 0, np.zeros(0), np.zeros(0))
+    ious = iou(reference.boxes_xyxy_px[:, None], candidate.boxes_xyxy_px[None])
+    steps = np.abs(reference.scores[:, None].astype(np.float64) - candidate.scores[None, :])
+    same_label = reference.labels[:, None] == candidate.labels[None, :]
+    allowed = same_label & (ious >= limits.iou) & (steps <= limits.score_step)
+    left, right = linear_sum_assignment(np.where(allowed, (1 - ious) + steps, 1e3))
+    pairs = allowed[left, right]
+    left, right = left[pairs], right[pairs]
+    matched = int(count_reference[left].sum() + count_candidate[right].sum())
+    return ImageMatch(rows, matched, steps[left, right], 1 - ious[left, right])
+
+
+def choose_score_floor(detections: Sequence[Detections]) -> float:
+    """Return the score from which detections count: `SCORE_FLOOR`, or less for a model with few scores above it."""
+    scores = np.sort(np.concatenate([d.scores for d in detections] or [np.zeros(0, np.float32)]))[::-1]
+    wanted = min(DETECTIONS_PER_IMAGE * len(detections), len(scores))
+    return float(min(SCORE_FLOOR, scores[wanted - 1])) if wanted else SCORE_FLOOR
+
+
+def match_images(
+    reference: Sequence[Detections], candidate: Sequence[Detections], limits: Limits
+) -> tuple[float, list[ImageMatch]]:
+    """Match two sides image by image; return the score floor and the matches."""
+    floor = choose_score_floor(reference)
+    pairs = zip(reference, candidate, strict=True)
+    return floor, [match_detections(finite_rows(r), finite_rows(c), floor=floor, limits=limits) for r, c in pairs]
+
+
+def matched_share(matches: Sequence[ImageMatch]) -> float | None:
+    """Return the share of detections that are matched, or None where there is no detection."""
+    rows = sum(m.rows for m in matches)
+    return sum(m.matched for m in matches) / rows if rows else None
+
+
+def compare_detections(reference: Sequence[Detections], candidate: Sequence[Detections], limits: Limits) -> Part:
+    """Compare the detections of a model and its export, image by image."""
+    not_finite = sum(len(finite_rows(c)) < len(c) for c in candidate)
+    floor, matches = match_images(reference, candidate, limits)
+    share = matched_share(matches) or 0.0
+    best_score = float(max((d.scores.max() for d in reference if len(d)), default=0.0))
+    errors = {
+        "score": np.concatenate([m.score_errors for m in matches] or [np.zeros(0)]),
+        "box": np.concatenate([m.box_errors for m in matches] or [np.zeros(0)]),
+    }
+    figures: dict[str, Any] = {
+        "matched": share,
+        "detections": sum(m.rows for m in matches) // 2,
+        "score_floor": floor,
+        "best_score": best_score,
+    }
+    for name, values in errors.items():
+        figures[f"{name}_error"] = float(values.mean()) if len(values) else None
+        figures[f"{name}_error_max"] = float(values.max()) if len(values) else None
+    figures["not_finite"] = not_finite
+
+    findings = []
+    if not_finite:
+        findings.append(f"{not_finite} of {len(candidate)} images give NaN or infinite scores or boxes")
+    if share < limits.matched:
+        note = ""
+        if best_score < SCORE_FLOOR:
+            note = f"; the model's best score is {best_score:.3f}: it is not trained enough to be compared"
+        findings.append(f"{share:.3f} matched (limit {limits.matched:g}){note}")
+    if (figures["score_error"] or 0) > limits.score_error:
+        findings.append(f"the mean score difference is {figures['score_error']:.4f} (limit {limits.score_error:g})")
+    if (figures["box_error"] or 0) > limits.box_error:
+        findings.append(f"the mean 1 - IoU of the boxes is {figures['box_error']:.4f} (limit {limits.box_error:g})")
+    return Part(not findings, tuple(findings), figures)
+
+
+def finite_rows(detections: Detections) -> Detections:
+    """Drop detections with NaN or infinite values."""
+    return detections.keep(np.isfinite(detections.scores) & np.isfinite(detections.boxes_xyxy_px).all(axis=1))

@@ -1,0 +1,358 @@
+"""Verify an export: run it and its model on the same images, and compare what they detect.
+
+A verdict has three parts. The contract: names, types and shapes of the tensors, class list, preprocessing, and
+images of a batch that do not influence each other. The agreement: matched detections of the model and of the export.
+The AP of both on the same images, where there are labels. Nothing in here knows a file format: it sees two backends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtdetr_cli.datasets.records import Dataset
+from rtdetr_cli.errors import DataError
+from rtdetr_cli.export.compare import (
+    LIMITS,
+    SCORE_FLOOR,
+    Limits,
+    Part,
+    compare_detections,
+    compare_headers,
+    match_images,
+    matched_share,
+)
+from rtdetr_cli.export.events import ImagesRun
+from rtdetr_cli.images.decode import read_image, stretch
+from rtdetr_cli.infer.backend import Backend
+from rtdetr_cli.infer.detections import Detections
+from rtdetr_cli.infer.graph import first_line
+from rtdetr_cli.infer.prefetch import prefetch
+from rtdetr_cli.weights.header import ModelHeader
+
+MAX_IMAGES = 200
+MIN_BATCH = 4  # images in a batch whose independence is checked
+MAX_SINGLE_IMAGES = 8  # images that are also run alone: each costs a whole batch where the batch is fixed
+BATCH_SHARE = 0.95  # of detections that must stay the same when only the other images of a batch change
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The result of verifying one export; `half` is the agreement of its float16 twin (see `export.fp16`)."""
+
+    precision: str
+    limits: Limits
+    images: int
+    contract: Part
+    agreement: Part
+    ap: Part
+    half: Part | None = None
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The parts by name."""
+        parts = {"contract": self.contract, "agreement": self.agreement, "half": self.half, "ap": self.ap}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def passed(self) -> bool:
+        """True when no part failed."""
+        return not self.failed_parts
+
+    @property
+    def failed_parts(self) -> tuple[str, ...]:
+        """Names of the parts that failed."""
+        return tuple(name for name, part in self.parts.items() if part.passed is False)
+
+    @property
+    def summary(self) -> str:
+        """One line: the main figures of a pass, or every finding."""
+        if not self.passed:
+            return "; ".join(f"{name}: {finding}" for name, part in self.parts.items() for finding in part.findings)
+        figures = self.agreement.figures
+        text = f"{figures.get('matched', 0):.3f} matched ({figures.get('detections', 0)} detections)"
+        if self.ap.passed is not None:
+            text += f", AP {self.ap.figures['ap_model']:.3f} -> {self.ap.figures['ap_export']:.3f}"
+        return text + f" on {self.images} images"
+
+    @property
+    def weakness(self) -> str:
+        """Why a pass proves little, where the model detects hardly anything; else empty."""
+        best = self.agreement.figures.get("best_score", 1.0)
+        if best >= SCORE_FLOOR:
+            return ""
+        return f"the model's best score is {best:.3f}: it detects hardly anything, so a matching export proves little"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values: the main figures, then the parts."""
+        return {
+            "passed": self.passed,
+            "matched": self.agreement.figures.get("matched"),
+            "ap_model": self.ap.figures.get("ap_model"),
+            "ap_export": self.ap.figures.get("ap_export"),
+            "precision": self.precision,
+            "pictures": self.images,
+            "limits": asdict(self.limits),
+            **{name: part.to_json() for name, part in self.parts.items()},
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What one backend detects in the verification images.
+
+    Attributes:
+        detections: of each readable image.
+        indices: positions of these images among the verification images.
+    """
+
+    detections: list[Detections]
+    indices: list[int]
+
+
+class Reference:
+    """A model and the images that its exports are verified on. The model is run once, however many exports follow."""
+
+    def __init__(self, backend: Backend, images: Dataset | Sequence[Path], *, max_images: int = MAX_IMAGES) -> None:
+        """Choose the images: all, or `max_images` at even distances.
+
+        Args:
+            backend: the model, not folded, cast or otherwise changed for deployment.
+            images: a split with labels, or paths of images without.
+            max_images: how many to use at most.
+
+        Raises:
+            DataError: there is no image.
+        """
+        if not len(images):
+            raise DataError("there is no image to verify the export on", code="no-images")
+        chosen = np.unique(np.linspace(0, len(images) - 1, min(max_images, len(images))).round().astype(np.int64))
+        self.backend = backend
+        self.dataset: Dataset | None = None
+        if isinstance(images, Dataset):
+            self.dataset = images.subset(chosen)
+            self.paths = [self.dataset.path(i) for i in range(len(self.dataset))]
+        else:
+            self.paths = [images[int(i)] for i in chosen]
+        self._predictions: Predictions | None = None
+
+    def predictions(self) -> Generator[ImagesRun, None, Predictions]:
+        """Return the model's predictions, computed on the first call."""
+        if self._predictions is None:
+            self._predictions = yield from predict(self.backend, self.paths)
+        return self._predictions
+
+
+def verify(
+    candidate: Backend,
+    reference: Reference,
+    *,
+    precision: str | None = None,
+    limits: Limits | None = None,
+    tol_ap: float | None = None,
+    problems: Sequence[str] = (),
+    half_twin: Backend | None = None,
+) -> Iterator[ImagesRun | Verdict]:
+    """Run the whole check of one export against its model. The verdict is the last event.
+
+    Args:
+        candidate: the export, opened from its file. One that resizes in the graph is given whole images.
+        reference: the model and the images.
+        precision: `fp32` or `fp16`, which chooses the limits; by default what the export's header states.
+        limits: instead of those of the precision.
+        tol_ap: maximum AP difference, instead of the limits' own.
+        problems: violations of the contract that the caller knows already, such as of `compare_interfaces`.
+        half_twin: for float16, a backend that really computes in float16 (see `export.fp16`).
+    """
+    any_size = bool(candidate.header.extra.get("preprocess_in_graph"))
+    precision = precision or str(candidate.header.extra.get("precision", "fp32"))
+    limits = limits or LIMITS["resized" if any_size and precision == "fp32" else precision]
+    if tol_ap is not None:
+        limits = replace(limits, tol_ap=tol_ap)
+    expected = yield from reference.predictions()
+    images = [reference.paths[i] for i in expected.indices]
+    contract = check_contract(candidate, reference.backend.header, images, limits, problems)
+    try:
+        if any_size:
+            predictions = yield from predict_whole_images(candidate, images, expected.indices)
+        else:
+            predictions = yield from predict(candidate, reference.paths)
+    except Exception as error:
+        failed = Part(False, (f"the export does not run: {first_line(error)}",))
+        yield Verdict(precision, limits, len(images), contract, failed, Part(None))
+        return
+    agreement = compare_detections(expected.detections, predictions.detections, limits)
+    half = None
+    if half_twin is not None:
+        twin = yield from predict(half_twin, reference.paths)
+        half = compare_detections(expected.detections, twin.detections, limits)
+    ap = compare_ap(reference, expected, predictions, candidate.header, limits)
+    yield Verdict(precision, limits, len(images), contract, agreement, ap, half)
+
+
+def predict(backend: Backend, paths: Sequence[Path]) -> Generator[ImagesRun, None, Predictions]:
+    """Run a backend on images, in full batches.
+
+    Raises:
+        DataError: no image can be read.
+    """
+    batch = images_per_run(backend)
+    predictions = Predictions([], [])
+    waiting: list[tuple[int, NDArray[np.uint8], tuple[int, int]]] = []
+    unreadable: list[str] = []
+
+    def run() -> ImagesRun:
+        images = np.stack([image for _, image, _ in waiting])
+        sizes = np.array([size for _, _, size in waiting], np.int64)
+        predictions.detections.extend(backend.run(images, sizes))
+        predictions.indices.extend(index for index, _, _ in waiting)
+        count = len(waiting)
+        waiting.clear()
+        return ImagesRun(count)
+
+    for index, image, size, error, _ in prefetch(paths, backend.imgsz):
+        if image is None or size is None:
+            unreadable.append(str(error))
+            continue
+        waiting.append((index, image, size))
+        if len(waiting) == batch:
+            yield run()
+    if waiting:
+        yield run()
+    if not predictions.indices:
+        raise DataError(f"none of the {len(paths)} verification images can be read: {unreadable[0]}")
+    return predictions
+
+
+def predict_whole_images(
+    backend: Backend, paths: Sequence[Path], indices: Sequence[int]
+) -> Generator[ImagesRun, None, Predictions]:
+    """Run a graph that resizes by itself on images of any size, one by one."""
+    predictions = Predictions([], list(indices))
+    for path in paths:
+        image = read_image(path)
+        size = np.array([[image.shape[1], image.shape[0]]], np.int64)
+        predictions.detections.extend(backend.run(image[None], size))
+        yield ImagesRun(1)
+    return predictions
+
+
+def images_per_run(backend: Backend) -> int:
+    """Return how many images to pass at once: at least `MIN_BATCH`, in full batches, so that every position is tested.
+
+    A graph for one, two or three images gets several runs: an image's detections must not depend on the run before.
+    """
+    batch = backend.fixed_batch or getattr(backend, "largest_batch", None) or MIN_BATCH
+    return int(batch * math.ceil(MIN_BATCH / batch))
+
+
+def check_contract(
+    candidate: Backend, header: ModelHeader, paths: Sequence[Path], limits: Limits, problems: Sequence[str]
+) -> Part:
+    """Check an export's header, tensors and batches.
+
+    Args:
+        candidate: the export.
+        header: the model's.
+        paths: readable images; repeated where they don't fill a batch.
+        limits: for the detections of a batch.
+        problems: what the caller has found.
+    """
+    count = images_per_run(candidate)
+    decoded = [read_image(path) for path in paths[:count]]
+    rows = np.arange(count) % len(decoded)
+    images = np.stack([stretch(image, candidate.imgsz) for image in decoded])[rows]
+    sizes = np.array([(image.shape[1], image.shape[0]) for image in decoded], np.int64)[rows]
+    findings = [*compare_headers(candidate.header, header), *problems, *check_batches(candidate, images, sizes, limits)]
+    batch = "dynamic" if candidate.fixed_batch is None else candidate.fixed_batch
+    return Part(not findings, tuple(findings), {"batch": batch, "probed": count})
+
+
+def check_batches(
+    candidate: Backend, images: NDArray[np.uint8], sizes_wh: NDArray[np.int64], limits: Limits
+) -> list[str]:
+    """Return what changes with the other images of a batch: alone, in another order, and one image repeated."""
+    findings: list[str] = []
+    count = len(images)
+
+    def run(rows: NDArray[np.int64], what: str) -> list[Detections]:
+        try:
+            return candidate.run(images[rows], sizes_wh[rows])
+        except Exception as error:  # each runtime raises its own kind
+            findings.append(f"{what} does not run: {first_line(error)}")
+            return []
+
+    def compare(first: Sequence[Detections], second: Sequence[Detections], what: str) -> bool:
+        share = matched_share(match_images(first, second, limits)[1]) if first and second else None
+        if share is not None and share < BATCH_SHARE:
+            findings.append(f"{what}: only {share:.3f} of the detections stay the same")
+            return False
+        return True
+
+    order = np.arange(count)
+    single_rows = np.unique(np.linspace(0, count - 1, min(MAX_SINGLE_IMAGES, count)).round().astype(np.int64))
+    single: list[Detections] = []
+    for row in single_rows:
+        detections = run(np.array([row]), "a batch of 1")
+        single += detections
+        if not detections:
+            break
+    together = run(order, f"a batch of {count}")
+    backwards = run(order[::-1], f"a batch of {count}")[::-1]
+    if together and len(single) == len(single_rows):
+        compare(
+            single,
+            [together[row] for row in single_rows],
+            f"images of a batch are not independent (one alone, and in a batch of {count})",
+        )
+    compare(together, backwards, "images of a batch are not independent (another order)")
+    repeated = run(np.zeros(count, np.int64), f"one image {count} times")
+    for other in repeated[1:]:
+        if not compare(repeated[:1], [other], f"one image repeated {count} times gives different detections"):
+            break
+    return findings
+
+
+def compare_ap(
+    reference: Reference, expected: Predictions, predictions: Predictions, header: ModelHeader, limits: Limits
+) -> Part:
+    """Compare the AP of a model and its export, where the images have labels."""
+    dataset = reference.dataset
+    if dataset is None:
+        return Part(None, (), {"why_not": "the images have no labels"})
+    if not len(dataset.labels):
+        return Part(None, (), {"why_not": "none of the images has a labelled object"})
+    try:
+        before = average_precision(dataset, expected, reference.backend.header)
+        after = average_precision(dataset, predictions, header)
+    except DataError as error:  # labelled with other classes than the model's
+        return Part(None, (), {"why_not": error.message})
+    if before is None or after is None:
+        return Part(None, (), {"why_not": "AP is undefined on these images"})
+    findings = []
+    if abs(after - before) > limits.tol_ap:
+        findings.append(f"AP changes from {before:.4f} to {after:.4f}, more than the tolerance {limits.tol_ap:g}")
+    return Part(not findings, tuple(findings), {"ap_model": before, "ap_export": after, "ap_delta": after - before})
+
+
+def average_precision(dataset: Dataset, predictions: Predictions, header: ModelHeader) -> float | None:
+    """Return the AP of predictions, or None where it is undefined.
+
+    Raises:
+        DataError: the dataset has none of the model's classes.
+    """
+    from rtdetr_cli.evaluate.classes import map_classes
+    from rtdetr_cli.evaluate.coco import coco_metrics
+    from rtdetr_cli.evaluate.table import TableBuilder
+
+    dataset = dataset.subset(predictions.indices)
+    builder = TableBuilder(map_classes(header.names, dataset).labels)
+    for index, detections in enumerate(predictions.detections):
+        builder.add(index, detections)
+    return coco_metrics(dataset, builder.build(), evaluator="hotcoco").metrics["AP"]

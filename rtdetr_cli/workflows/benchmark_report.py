@@ -1,0 +1,226 @@
+"""The rows of a benchmark as a table, a JSON document and a plot of AP over latency."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rtdetr_cli.evaluate.bootstrap import Interval
+from rtdetr_cli.workflows.timing import PARTS, Spread
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        model: file.
+        backend: `torch`, `onnx`, `openvino` or `tensorrt`.
+        precision: of the network: `fp32` or `fp16`.
+        device: what it ran on.
+        imgsz: (height, width).
+        layers, queries: that were used; None for a foreign graph, which does not state them.
+        batch: images per run.
+        times: `PARTS` to their spread.
+        ap: AP of the split; None without a dataset.
+        metrics: the twelve COCO metrics.
+        difference: AP minus that of the first row, with its paired interval; None for the first row.
+        front: True where no other row is both faster and more accurate.
+    """
+
+    model: str
+    backend: str
+    precision: str
+    device: str
+    imgsz: tuple[int, int]
+    layers: int | None
+    queries: int | None
+    batch: int
+    times: dict[str, Spread]
+    ap: float | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    difference: Interval | None = None
+    front: bool = False
+
+    @property
+    def latency(self) -> float:
+        """Median of the total, in milliseconds."""
+        return self.times["total"].median
+
+    @property
+    def images_per_second(self) -> float:
+        """Throughput at the median latency."""
+        return 1000 * self.batch / self.latency
+
+    @property
+    def size(self) -> str:
+        """The input size as `640` or `480x640`."""
+        height, width = self.imgsz
+        return str(height) if height == width else f"{height}x{width}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            **asdict(self),
+            "imgsz": list(self.imgsz),
+            "difference": None if self.difference is None else self.difference.to_json(),
+            "pictures_per_second": self.images_per_second,
+        }
+
+
+def mark_front(rows: Sequence[Row]) -> list[Row]:
+    """Mark the Pareto front: rows that no other row equals or beats in both AP and latency, and beats in one."""
+
+    def beaten(row: Row, ap: float) -> bool:
+        return any(
+            other.ap is not None
+            and other.ap >= ap
+            and other.latency <= row.latency
+            and (other.ap > ap or other.latency < row.latency)
+            for other in rows
+        )
+
+    return [replace(row, front=row.ap is not None and not beaten(row, row.ap)) for row in rows]
+
+
+def table_rows(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
+    """Return the columns and cells of the table."""
+    several_models = len({row.model for row in rows}) > 1
+    batched = bool(rows) and rows[0].batch > 1
+    columns = [
+        *(["model"] if several_models else []),
+        "backend",
+        "type",
+        "size",
+        "layers",
+        "queries",
+        *(f"{part} ms\nmedian / p90" for part in ("pre", "network", "post", "total")),
+        *(["images/s"] if batched else []),
+        "AP",
+        "AP - first (95 %)",
+        "best",
+    ]
+    cells: list[list[object]] = [
+        [
+            *([row.model] if several_models else []),
+            row.backend,
+            row.precision,
+            row.size,
+            row.layers,
+            row.queries,
+            *(f"{row.times[part].median:.1f} / {row.times[part].p90:.1f}" for part in PARTS),
+            *([f"{row.images_per_second:.1f}"] if batched else []),
+            row.ap,
+            None if row.difference is None else f"{row.difference.value:+.3f} ± {row.difference.half:.3f}",
+            "*" if row.front else "",
+        ]
+        for row in rows
+    ]
+    return columns, cells
+
+
+def drop_constant_columns(columns: list[str], cells: list[list[object]]) -> tuple[list[str], list[list[object]], str]:
+    """Remove settings that are equal in all rows, so that the table fits a terminal; return them as text."""
+    constant = [
+        position
+        for position, name in enumerate(columns)
+        if name in ("type", "size", "layers", "queries") and len({row[position] for row in cells}) == 1
+    ]
+    text = ", ".join(f"{columns[p]} {cells[0][p]}" for p in constant if cells[0][p] is not None)
+    others = [p for p in range(len(columns)) if p not in constant]
+    return [columns[p] for p in others], [[row[p] for p in others] for row in cells], text
+
+
+def write_files(folder: Path, rows: Sequence[Row], document: dict[str, Any]) -> dict[str, Path]:
+    """Write the table (Markdown), the document (JSON) and, where AP is known, the plot (PNG).
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {"table": folder / "benchmark.md", "json": folder / "benchmark.json"}
+    paths["table"].write_text(_markdown(rows), encoding="utf-8")
+    paths["json"].write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if any(row.ap is not None for row in rows):
+        paths["plot"] = folder / "benchmark.png"
+        draw_plot(paths["plot"], rows)
+    return paths
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    columns, cells = table_rows(rows)
+
+    def cell(value: object) -> str:
+        text = "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+        return text.replace("|", "\\|")
+
+    lines = [" | ".join(column.replace("\n", ", ") for column in columns), " | ".join("---" for _ in columns)]
+    lines += [" | ".join(cell(v) for v in row) for row in cells]
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def draw_plot(path: Path, rows: Sequence[Row]) -> None:
+    """Draw AP over latency: a colour per model and backend, the Pareto front connected and labelled."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    points = [(row, row.latency, row.ap) for row in rows if row.ap is not None]
+    front = sorted((point for point in points if point[0].front), key=lambda point: point[1])
+    batch = points[0][0].batch
+    several_models = len({row.model for row, _, _ in points}) > 1
+    figure = Figure(figsize=(9, 5.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for row, latency, ap in points:
+        name = f"{row.backend} {row.precision}" + (f", {Path(row.model).name}" if several_models else "")
+        groups.setdefault(name, []).append((latency, ap))
+    for name, group in groups.items():
+        axes.scatter([x for x, _ in group], [y for _, y in group], s=34, label=name, zorder=3)
+    axes.plot(
+        [latency for _, latency, _ in front],
+        [ap for _, _, ap in front],
+        color="0.35",
+        linewidth=1,
+        linestyle="--",
+        drawstyle="steps-post",
+        label="no other is faster and more accurate",
+        zorder=2,
+    )
+    _label_points(axes, front, points)
+    axes.set_xlabel(f"milliseconds for {'an image' if batch == 1 else f'{batch} images'}, file to boxes (median)")
+    axes.set_ylabel("AP")
+    axes.margins(x=0.12, y=0.12)
+    axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png")
+
+
+def _label_points(axes: Any, front: list[tuple[Row, float, float]], points: list[tuple[Row, float, float]]) -> None:
+    """Label points of the front, the most accurate first, and leave out labels that would overlap."""
+    latencies, aps = [p[1] for p in points], [p[2] for p in points]
+    fastest, width = min(latencies), max(latencies) - min(latencies) or 1.0
+    height = max(aps) - min(aps) or 1.0
+    labelled: list[tuple[float, float]] = []
+    for row, latency, ap in reversed(front):
+        if any(abs(latency - x) < 0.42 * width and abs(ap - y) < 0.045 * height for x, y in labelled):
+            continue
+        labelled.append((latency, ap))
+        text = [row.size]
+        text += [f"{row.layers} layer{'s' * (row.layers > 1)}"] if row.layers else []
+        text += [f"{row.queries} quer{'ies' if row.queries > 1 else 'y'}"] if row.queries else []
+        at_edge = latency > fastest + 0.8 * width
+        axes.annotate(
+            ", ".join(text),
+            (latency, ap),
+            xytext=(-6 if at_edge else 6, -11),
+            textcoords="offset points",
+            horizontalalignment="right" if at_edge else "left",
+            fontsize=7.5,
+            color="0.25",
+        )

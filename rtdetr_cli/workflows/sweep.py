@@ -1,0 +1,87 @@
+"""The settings of a model that trade accuracy for speed: decoder layers, queries and input size."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from rtdetr_cli.config.image_size import STRIDE, parse_image_size
+from rtdetr_cli.errors import UsageError
+
+SWEEPS = ("layers", "queries", "imgsz")
+QUERY_SHARES = (1.0, 2 / 3, 1 / 3, 1 / 6)
+SIZE_SHARES = (1.0, 0.75, 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One combination; None is the model's own value."""
+
+    layers: int | None = None
+    queries: int | None = None
+    imgsz: tuple[int, int] | None = None
+
+
+def parse_sweep(text: str) -> dict[str, list[str]]:
+    """Read `layers,queries,imgsz`, each alone or with values: `layers=1/3,imgsz=320/480x640`.
+
+    Raises:
+        UsageError: an unknown or repeated name.
+    """
+    sweep: dict[str, list[str]] = {}
+    for word in text.split(","):
+        name, _, values = word.strip().partition("=")
+        if name not in SWEEPS or name in sweep:
+            problem = "is given twice" if name in sweep else "cannot be swept"
+            raise UsageError(
+                f"--sweep {text}: {name!r} {problem}",
+                hint="--sweep layers,queries,imgsz, or with values: layers=1/2/3",
+                code="sweep",
+            )
+        sweep[name] = [v for v in values.split("/") if v]
+    return sweep
+
+
+def sweep_settings(sweep: dict[str, list[str]], *, layers: int, queries: int, imgsz: tuple[int, int]) -> list[Setting]:
+    """Return every combination, the model's own first.
+
+    Args:
+        sweep: from `parse_sweep`; a name without values gets some below the model's own.
+        layers: the model's own number, which is the maximum.
+        queries: likewise.
+        imgsz: the model's own (height, width); other sizes may be larger.
+
+    Raises:
+        UsageError: a value that the model cannot use.
+    """
+    sizes = [imgsz]
+    if "imgsz" in sweep:
+        default = [(_round_to_stride(imgsz[0] * s), _round_to_stride(imgsz[1] * s)) for s in SIZE_SHARES]
+        sizes = [_size(v) for v in sweep["imgsz"]] or default
+    combinations = itertools.product(
+        _counts("layers", sweep, layers, list(range(layers, 0, -1))),
+        _counts("queries", sweep, queries, [max(1, round(queries * share)) for share in QUERY_SHARES]),
+        sizes,
+    )
+    return list(dict.fromkeys([Setting(layers, queries, imgsz), *(Setting(*values) for values in combinations)]))
+
+
+def _counts(name: str, sweep: dict[str, list[str]], maximum: int, default: list[int]) -> list[int]:
+    if name not in sweep:
+        return [maximum]
+    values = sweep[name]
+    for value in values:
+        if not value.isdecimal() or not 1 <= int(value) <= maximum:
+            raise UsageError(f"--sweep {name}={value}: this model has 1 to {maximum} {name}", code="sweep")
+    return [int(v) for v in values] or default
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        return parse_image_size(text)
+    except ValueError as error:
+        raise UsageError(f"--sweep imgsz={text}: {error}", code="size") from None
+
+
+def _round_to_stride(side: float) -> int:
+    return max(STRIDE, round(side / STRIDE) * STRIDE)

@@ -1,0 +1,411 @@
+"""Verification: exports that pass, and planted faults that fail in the right part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+from PIL import Image
+from torch import Tensor
+
+from rtdetr_cli.datasets.records import Dataset
+from rtdetr_cli.errors import DataError
+from rtdetr_cli.export import onnx as onnx_file
+from rtdetr_cli.export.artefacts import Artefact
+from rtdetr_cli.export.compare import LIMITS, Limits, Part
+from rtdetr_cli.export.events import ImagesRun
+from rtdetr_cli.export.fp16 import HalfTwin, half_program
+from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs
+from rtdetr_cli.export.run import export_model
+from rtdetr_cli.export.verify import Reference, Verdict, images_per_run, verify
+from rtdetr_cli.infer.backend import Backend, open_backend
+from rtdetr_cli.infer.detections import Detections
+from rtdetr_cli.infer.torch_backend import TorchBackend
+from rtdetr_cli.model.detector import RTDETR, Outputs, Prediction
+from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
+
+Edit = Callable[[Callable[[onnx.ModelProto], None]], Path]
+Loaded = tuple[RTDETR, ModelHeader]
+
+
+class FaultyBackend:
+    """A backend whose images or boxes are changed."""
+
+    def __init__(
+        self,
+        inner: Backend,
+        *,
+        images: Callable[[NDArray[np.uint8], NDArray[np.int64]], NDArray[np.uint8]] | None = None,
+        boxes: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None,
+    ) -> None:
+        self.header, self.kind, self.imgsz, self.fixed_batch = inner.header, inner.kind, inner.imgsz, inner.fixed_batch
+        self.largest_batch: int | None = None
+        self.inner, self.images, self.boxes = inner, images, boxes
+
+    def run(self, images: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> list[Detections]:
+        if self.images is not None:
+            images = self.images(images, sizes_wh)
+        detections = self.inner.run(images, sizes_wh)
+        if self.boxes is not None:
+            detections = [replace(d, boxes_xyxy_px=self.boxes(d.boxes_xyxy_px)) for d in detections]
+        return detections
+
+
+@pytest.fixture
+def candidate(exported: dict[str, Artefact]) -> Backend:
+    """The float32 export."""
+    return open_backend(exported["onnx"].path, device="cpu")
+
+
+def verdict_of(candidate: Backend, reference: Reference, **options: Any) -> Verdict:
+    """Verify, and return the last event."""
+    *progress, verdict = verify(candidate, reference, **options)
+    assert all(isinstance(event, ImagesRun) for event in progress)
+    assert isinstance(verdict, Verdict)
+    return verdict
+
+
+def failure_of(candidate: Backend, reference: Reference) -> Verdict:
+    verdict = verdict_of(candidate, reference)
+    assert not verdict.passed
+    return verdict
+
+
+# ------------------------------------------------------------------------------------------------- images
+
+
+def test_at_most_two_hundred_images(loaded: Loaded, dataset: Dataset) -> None:
+    backend = TorchBackend(*loaded, device="cpu")
+    paths = [dataset.path(i % len(dataset)) for i in range(1000)]
+    chosen = Reference(backend, paths).paths
+    assert len(chosen) == 200
+    assert (chosen[0], chosen[-1]) == (paths[0], paths[-1])
+    assert len(Reference(backend, dataset, max_images=3).paths) == 3
+    with pytest.raises(DataError):
+        Reference(backend, [])
+
+
+def test_unreadable_images_are_left_out(loaded: Loaded, dataset: Dataset, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    backend = TorchBackend(*loaded, device="cpu")
+    verdict = verdict_of(backend, Reference(backend, [broken, dataset.path(0), dataset.path(1)]))
+    assert verdict.passed
+    assert verdict.images == 2
+    with pytest.raises(DataError, match="none of the 1 verification images"):
+        verdict_of(backend, Reference(backend, [broken]))
+
+
+def test_the_model_is_run_once_for_all_exports(loaded: Loaded, dataset: Dataset, candidate: Backend) -> None:
+    reference = Reference(TorchBackend(*loaded, device="cpu"), dataset, max_images=4)
+    counts = [sum(e.count for e in verify(candidate, reference) if isinstance(e, ImagesRun)) for _ in range(2)]
+    assert counts == [8, 4]
+
+
+# ------------------------------------------------------------------------------------------- what passes
+
+
+@pytest.mark.parametrize("name", ["onnx", "fp16", "openvino"])
+def test_exports_pass(exported: dict[str, Artefact], name: str) -> None:
+    verdict = exported[name].verdict
+    assert verdict is not None
+    assert verdict.passed, verdict.summary
+    assert verdict.ap.figures["ap_model"] > 0.8  # a model without detections would prove nothing
+    assert verdict.agreement.figures["detections"] > 80
+    assert verdict.agreement.figures["matched"] == 1
+    assert (verdict.half is not None) == (name == "fp16")
+    assert verdict.summary.startswith("1.000 matched")
+
+
+def test_images_without_labels_are_compared_without_ap(reference: Reference, candidate: Backend) -> None:
+    verdict = verdict_of(candidate, Reference(reference.backend, reference.paths[:6]))
+    assert verdict.passed
+    assert verdict.ap.passed is None
+    assert "no labels" in verdict.ap.figures["why_not"]
+
+
+def test_labels_of_other_classes_are_compared_without_ap(
+    reference: Reference, dataset: Dataset, candidate: Backend
+) -> None:
+    other = replace(dataset, categories=tuple(replace(c, name=f"other {c.id}") for c in dataset.categories))
+    verdict = verdict_of(candidate, Reference(reference.backend, other, max_images=4))
+    assert verdict.passed
+    assert verdict.ap.passed is None
+    assert "no class in common" in verdict.ap.figures["why_not"]
+
+
+@pytest.mark.parametrize(("score", "weak"), [(0.02, True), (0.8, False)])
+def test_a_pass_of_a_weak_model_proves_little(score: float, weak: bool) -> None:
+    agreement = Part(True, (), {"best_score": score})
+    verdict = Verdict("fp32", LIMITS["fp32"], 1, Part(True), agreement, Part(None))
+    assert verdict.passed
+    assert ("proves little" in verdict.weakness) == weak
+
+
+def test_summary_of_a_failure() -> None:
+    verdict = Verdict("fp32", LIMITS["fp32"], 1, Part(False, ("planted",)), Part(True), Part(None))
+    assert verdict.summary == "contract: planted"
+    assert verdict.failed_parts == ("contract",)
+    assert replace(verdict, half=Part(False, ("infinite",))).failed_parts == ("contract", "half")
+
+
+def test_tol_ap_decides_where_only_ap_differs(reference: Reference, candidate: Backend) -> None:
+    loose = Limits(matched=0, iou=0.5, score_step=1, score_error=1, box_error=1)
+    faulty = FaultyBackend(candidate, boxes=lambda box: box * 0.97)
+    assert verdict_of(faulty, reference, limits=loose).failed_parts == ("ap",)
+    assert verdict_of(faulty, reference, limits=loose, tol_ap=1.0).passed
+
+
+# ----------------------------------------------------------------------------------------- planted faults
+
+
+def initializer(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
+    return next(t for t in model.graph.initializer if t.name == name)
+
+
+def test_swapped_norms(reference: Reference, edited: Edit) -> None:
+    """Two layer norms of the decoder have each other's weights."""
+
+    def swap(model: onnx.ModelProto) -> None:
+        norms = [n for n in model.graph.node if n.op_type == "LayerNormalization"]
+        first, second = norms[-1], norms[-2]
+        for position in (1, 2):
+            first.input[position], second.input[position] = second.input[position], first.input[position]
+
+    assert "agreement" in failure_of(open_backend(edited(swap), device="cpu"), reference).failed_parts
+
+
+def test_channel_order(reference: Reference, edited: Edit) -> None:
+    """BGR instead of RGB inside the graph, which only the detections show."""
+
+    def flip(model: onnx.ModelProto) -> None:
+        first = next(n for n in model.graph.node if n.op_type == "Conv")
+        weight = initializer(model, first.input[1])
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight)[:, ::-1].copy(), weight.name))
+
+    verdict = failure_of(open_backend(edited(flip), device="cpu"), reference)
+    assert verdict.contract.passed
+    assert verdict.failed_parts == ("agreement", "ap")
+
+
+def test_mean_and_std_added(reference: Reference, edited: Edit) -> None:
+    def normalise(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            for position, name in enumerate(node.input):
+                if name == "images":
+                    node.input[position] = "normalised"
+        mean = np.array([0.485, 0.456, 0.406], np.float32).reshape(1, 3, 1, 1)
+        std = np.array([0.229, 0.224, 0.225], np.float32).reshape(1, 3, 1, 1)
+        model.graph.initializer.extend([numpy_helper.from_array(mean, "mean"), numpy_helper.from_array(std, "std")])
+        model.graph.node.insert(0, helper.make_node("Sub", ["images", "mean"], ["centred"]))
+        model.graph.node.insert(1, helper.make_node("Div", ["centred", "std"], ["normalised"]))
+
+    verdict = failure_of(open_backend(edited(normalise), device="cpu"), reference)
+    assert "agreement" in verdict.failed_parts
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"names": ("leaf", "tomato", "plum")}, "leaf for tomato"),
+        ({"preprocessing": {"colour": "BGR"}}, "preprocessing colour"),
+    ],
+)
+def test_false_header(reference: Reference, edited: Edit, change: dict[str, Any], message: str) -> None:
+    """A program that believes this header would feed other images, or name other classes."""
+
+    def rewrite(model: onnx.ModelProto) -> None:
+        header = ModelHeader.from_json(next(p.value for p in model.metadata_props if p.key == METADATA_KEY))
+        onnx_file.embed(model, replace(header, **change))
+
+    verdict = failure_of(open_backend(edited(rewrite), device="cpu"), reference)
+    assert "contract" in verdict.failed_parts
+    assert message in verdict.contract.findings[0]
+
+
+def test_problems_found_by_the_caller_fail_the_contract(reference: Reference, candidate: Backend) -> None:
+    verdict = verdict_of(candidate, reference, problems=["input images has shape 1x3x96x128, not ?x3x96x128"])
+    assert verdict.failed_parts == ("contract",)
+
+
+def test_letterbox_instead_of_stretch(reference: Reference, candidate: Backend) -> None:
+    def letterbox(images: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> NDArray[np.uint8]:
+        framed = np.full_like(images, 114)
+        height, width = images.shape[1:3]
+        for target, image, (w, h) in zip(framed, images, sizes_wh, strict=True):
+            scale = min(width / w, height / h)
+            size = (max(1, round(w * scale)), max(1, round(h * scale)))
+            top, left = (height - size[1]) // 2, (width - size[0]) // 2
+            small = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
+            target[top : top + size[1], left : left + size[0]] = np.asarray(small)
+        return framed
+
+    verdict = failure_of(FaultyBackend(candidate, images=letterbox), reference)
+    assert "agreement" in verdict.failed_parts
+
+
+def test_top_k_over_queries(loaded: Loaded, dataset: Dataset) -> None:
+    """The best class of each query, instead of the best pairs of query and class."""
+    model, header = loaded
+
+    class BestClassOnly(torch.nn.Module):
+        def __init__(self, inner: RTDETR) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, images: Tensor) -> Outputs:
+            main = self.inner(images).main
+            best = main.logits.max(-1, keepdim=True).values
+            return Outputs(Prediction(torch.where(main.logits < best, -20.0, main.logits), main.boxes_cxcywh))
+
+    # Raise all scores, so that several classes of a query are among the best pairs.
+    unsure = deployable(model)
+    with torch.no_grad():
+        for head in unsure.decoder.dec_score_head:
+            head.bias += torch.tensor([3.0, 3.0, 3.0])  # type: ignore[operator]
+    reference = Reference(TorchBackend(unsure, header, device="cpu"), dataset)
+    assert verdict_of(TorchBackend(unsure, header, device="cpu"), reference).passed
+    verdict = failure_of(TorchBackend(BestClassOnly(unsure), header, device="cpu"), reference)  # type: ignore[arg-type]
+    assert "agreement" in verdict.failed_parts
+
+
+def test_dynamic_inputs_of_a_graph_with_a_constant_batch(reference: Reference, edited: Edit) -> None:
+    """Exports of D-FINE and DEIM had this fault."""
+
+    def freeze(model: onnx.ModelProto) -> None:
+        shapes = [
+            n for n in model.graph.node if n.op_type == "Shape" and {"start", "end"} <= {a.name for a in n.attribute}
+        ]
+        assert shapes
+        for node in shapes:
+            constant = numpy_helper.from_array(np.array([2], np.int64))
+            node.CopyFrom(helper.make_node("Constant", [], list(node.output), value=constant))
+
+    verdict = failure_of(open_backend(edited(freeze), device="cpu"), reference)
+    assert "contract" in verdict.failed_parts
+    assert any("does not run" in finding for finding in verdict.contract.findings)
+
+
+def test_images_of_a_batch_that_influence_each_other(reference: Reference, candidate: Backend) -> None:
+    """TensorRT did this to batched engines of this family: only the first image was right."""
+
+    def blend(images: NDArray[np.uint8], _: NDArray[np.int64]) -> NDArray[np.uint8]:
+        mixed = images.copy()
+        mixed[1:] = images[1:] // 2 + images[:1] // 2
+        return mixed
+
+    verdict = failure_of(FaultyBackend(candidate, images=blend), reference)
+    assert any("not independent" in finding for finding in verdict.contract.findings)
+
+
+def test_a_repeated_image_with_different_detections(reference: Reference, candidate: Backend) -> None:
+    def fade(images: NDArray[np.uint8], _: NDArray[np.int64]) -> NDArray[np.uint8]:
+        weights = np.linspace(1, 0.2, len(images)).reshape(-1, 1, 1, 1)
+        return (images * weights).astype(np.uint8)
+
+    verdict = failure_of(FaultyBackend(candidate, images=fade), reference)
+    assert any("repeated 4 times" in finding for finding in verdict.contract.findings)
+
+
+def test_later_positions_of_a_fixed_batch(reference: Reference, edited: Edit) -> None:
+    """An export with a batch of eight that detects nothing from the fifth image on fails every part."""
+
+    def empty(model: onnx.ModelProto) -> None:
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_value = 8
+        last = next(n for n in model.graph.node if "scores" in n.output)
+        last.output[list(last.output).index("scores")] = "all_scores"
+        mask = np.array([1] * 4 + [0] * 4, np.float32).reshape(8, 1)
+        model.graph.initializer.append(numpy_helper.from_array(mask, "mask"))
+        model.graph.node.append(helper.make_node("Mul", ["all_scores", "mask"], ["scores"]))
+
+    candidate = open_backend(edited(empty), device="cpu")
+    assert candidate.fixed_batch == 8
+    verdict = failure_of(candidate, reference)
+    assert verdict.failed_parts == ("contract", "agreement", "ap")
+    assert any("in a batch of 8" in finding for finding in verdict.contract.findings)
+    assert any("repeated 8 times" in finding for finding in verdict.contract.findings)
+    few = failure_of(candidate, Reference(reference.backend, reference.paths[:3]))  # the images are repeated
+    assert any("in a batch of 8" in finding for finding in few.contract.findings)
+
+
+def test_later_positions_of_an_engine(reference: Reference, candidate: Backend) -> None:
+    """The same with a dynamic batch of up to eight, as in the profile of an engine."""
+
+    def blank(images: NDArray[np.uint8], _: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return np.concatenate([images[:4], np.zeros_like(images[4:])])
+
+    faulty = FaultyBackend(candidate, images=blank)
+    assert verdict_of(faulty, reference).passed  # its largest batch is not known, so four images are enough
+    faulty.largest_batch = 8
+    assert failure_of(faulty, reference).failed_parts == ("contract", "agreement", "ap")
+
+
+@pytest.mark.parametrize(
+    ("fixed", "largest", "images"), [(None, None, 4), (1, 1, 4), (3, 3, 6), (8, 8, 8), (None, 16, 16)]
+)
+def test_images_per_run(candidate: Backend, fixed: int | None, largest: int | None, images: int) -> None:
+    """Full batches, and at least four images."""
+    backend = FaultyBackend(candidate)
+    backend.fixed_batch, backend.largest_batch = fixed, largest
+    assert images_per_run(backend) == images
+
+
+def test_gridsample_with_aligned_corners(reference: Reference, loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault in torch; the slow test below plants it in a graph."""
+    grid_sample = torch.nn.functional.grid_sample
+    list(reference.predictions())
+
+    def other(*args: object, align_corners: bool) -> Tensor:
+        return grid_sample(*args, align_corners=not align_corners)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("rtdetr_cli.model.attention.functional.grid_sample", other)
+    assert "agreement" in failure_of(TorchBackend(*loaded, device="cpu"), reference).failed_parts
+
+
+@pytest.mark.slow
+def test_gridsample_with_aligned_corners_in_a_graph(reference: Reference, loaded: Loaded, tmp_path: Path) -> None:
+    model, header = loaded
+    path = export_model(model, header, tmp_path, ExportOptions(gridsample=True, dynamic=True))[0].path
+    assert verdict_of(open_backend(path, device="cpu"), reference).passed
+    graph = onnx.load(path)
+    for node in graph.graph.node:
+        if node.op_type == "GridSample":
+            next(a for a in node.attribute if a.name == "align_corners").i = 1
+    onnx.save(graph, path)
+    assert "agreement" in failure_of(open_backend(path, device="cpu"), reference).failed_parts
+
+
+def test_half_precision_overflow(loaded: Loaded, dataset: Dataset) -> None:
+    """A feed-forward layer scaled by 2^17 and back is the same in float32 and overflows in float16.
+
+    The twin shows it. ONNX Runtime's CPU kernels compute in float32 and may not.
+    """
+    original, header = loaded
+    model = original.fuse()
+    model.deployed = True
+    with torch.no_grad():
+        layer = model.decoder.decoder.layers[0]
+        layer.linear1.weight *= 2.0**17  # type: ignore[operator, union-attr]
+        layer.linear1.bias *= 2.0**17  # type: ignore[operator, union-attr]
+        layer.linear2.weight *= 2.0**-17  # type: ignore[operator, union-attr]
+    reference = Reference(TorchBackend(model, header, device="cpu"), dataset)
+    assert verdict_of(TorchBackend(original, header, device="cpu"), reference).passed
+    options = ExportOptions(dynamic=True)
+    graph = DeployGraph(deployable(model)).eval()
+    count_norms(graph, example_inputs(options, header.imgsz, batch=1))
+    program = half_program(graph, example_inputs(options, header.imgsz, batch=2), dynamic=True)
+    twin = HalfTwin(program, header, fixed_batch=None)
+    candidate = TorchBackend(original, header, device="cpu")
+    verdict = verdict_of(candidate, reference, precision="fp16", half_twin=twin)
+    assert verdict.failed_parts == ("half",)
+    assert verdict.half is not None
+    assert "NaN or infinite" in verdict.half.findings[0]
