@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from xml.etree.ElementTree import Element, SubElement
+from xml.etree.ElementTree import SubElement, tostring
 
 import numpy as np
 
@@ -22,25 +20,50 @@ from rtdetr_cli.checks.repair.plan import (
     plan_label_files,
     read_label,
 )
-from rtdetr_cli.datasets.findings import Spot
 from rtdetr_cli.datasets.raw import RawSplit
-from rtdetr_cli.datasets.records import Finding
 from rtdetr_cli.datasets.voc import CLASS_LISTS, SIDES, format_xml, label_xml, listed_name, parse_keeping_comments
 
-Edit = Callable[[Element], None]
 
+class _LabelFile:
+    """One label file, parsed once something in it has to change."""
 
-@dataclass(slots=True)
-class _FileEdits:
-    """The edits of one label file; objects are dropped last, since edits name them by index.
+    def __init__(self, plan: Plan, path: Path) -> None:
+        self.plan, self.target = plan, plan.destination(path)
+        text = read_label(path)
+        self.has_declaration = text.lstrip().startswith("<?xml")
+        self.root = parse_keeping_comments(text)
+        self.objects = self.root.findall("object")
+        self.dropped: set[int] = set()
 
-    Attributes:
-        edits: code, reason, edit.
-        dropped: object -> code and reason.
-    """
+    def set(self, code: str, why: str, **texts: str) -> None:
+        """Set the texts of elements; the path of `size__width` is `size/width`."""
+        old = {}
+        for name, text in texts.items():
+            element = self.root
+            for tag in name.split("__"):
+                child = element.find(tag)
+                element = child if child is not None else SubElement(element, tag)
+            old[name.replace("__", "/")], element.text = element.text, text
+        new = {name.replace("__", "/"): text for name, text in texts.items()}
+        self.plan.record("edit", code, self.target, why, old=old, new=new)
 
-    edits: list[tuple[str, str, Edit]]
-    dropped: dict[int, tuple[str, str]]
+    def clip(self, entry: int, corners: list[float], code: str, why: str) -> None:
+        """Write the corners that differ."""
+        old, new = {}, {}
+        for side, value in zip(SIDES, corners, strict=True):
+            element = self.objects[entry].find(f"bndbox/{side}")
+            if element is not None and abs(float(element.text or "nan") - value) > 1e-9:
+                old[side], new[side] = element.text, f"{value:.10g}"
+                element.text = new[side]
+        self.plan.record("edit", code, self.target, why, object=entry + 1, old=old, new=new)
+
+    def drop(self, entry: int, code: str, why: str) -> None:
+        """Remove an object."""
+        if entry not in self.dropped:
+            self.dropped.add(entry)
+            self.root.remove(self.objects[entry])
+            old = tostring(self.objects[entry], "unicode").strip()
+            self.plan.record("drop", code, self.target, why, object=entry + 1, old=old)
 
 
 def plan_voc(plan: Plan) -> None:
@@ -48,96 +71,53 @@ def plan_voc(plan: Plan) -> None:
     raw = plan.report.raw
     copied = plan_label_files(plan) & files_of_one_image(raw)
     _plan_lists(plan)
-    files: dict[str, _FileEdits] = defaultdict(lambda: _FileEdits([], {}))
+    files: dict[str, _LabelFile] = {}
+
+    def opened(file: str) -> _LabelFile:
+        if file not in files:
+            files[file] = _LabelFile(plan, raw.label_paths[file])
+        return files[file]
+
     dropped: dict[tuple[str, int], set[int]] = defaultdict(set)
     for i, finding, spot in plan.findings():
-        if finding.code == "label-missing":
-            _create(plan, raw.splits[spot.split], spot.image, finding.message)
-        elif finding.code == "image-size-undeclared":
+        code, why = finding.code, finding.message
+        if code == "label-missing":
+            _create(plan, raw.splits[spot.split], spot.image, why)
+        elif code == "image-size-undeclared":
             split = raw.splits[spot.split]
             for image in np.flatnonzero(split.usable & ~split.declared).tolist():
                 if split.label_file(image) in copied:
-                    edit = _set_size(*split.sizes_wh[image].tolist())
-                    files[split.label_file(image)].edits.append((finding.code, "has no size", edit))
-        elif finding.file not in copied:
+                    opened(split.label_file(image)).set(code, "has no size", **_size(split, image))
+        elif finding.file not in copied or spot.image < 0:
             continue
-        elif spot.entry >= 0 and finding.code in DROPPED_BOXES:
-            files[finding.file].dropped[spot.entry] = (finding.code, finding.message)
+        elif code in DROPPED_BOXES and spot.entry >= 0:
+            opened(finding.file).drop(spot.entry, code, why)
             dropped[spot.split, spot.image].add(spot.entry)
-        elif (edit_ := _edit_of(plan, finding, spot)) is not None:
-            files[finding.file].edits.append((finding.code, finding.message, edit_))
+        elif code in CLIPPED_BOXES and (corners := box_of(raw.splits[spot.split], spot.image, spot.entry)):
+            opened(finding.file).clip(spot.entry, corners, code, why)
+        elif code == "image-size":
+            opened(finding.file).set(code, why, **_size(raw.splits[spot.split], spot.image))
+        elif code == "voc-filename" and (name := _file_name(raw.splits[spot.split], spot.image)).isprintable():
+            opened(finding.file).set(code, why, filename=name)
         else:
             continue
         plan.repaired.add(i)
     for (name, image), new in plan.renamed.items():
-        if (file := raw.splits[name].label_file(image)) in copied:
-            edit = _set_text("filename", Path(new).name)
-            files[file].edits.append(("image-extension", f"its image is renamed to {new}", edit))
-    for file, edits in files.items():
-        _rewrite(plan, raw.label_paths[file], edits)
+        if (label := raw.splits[name].label_file(image)) in copied:
+            opened(label).set("image-extension", "the image is renamed", filename=Path(new).name)
+    for file in files.values():
+        plan.texts[file.target] = format_xml(file.root, declaration=file.has_declaration)
     plan_ids(plan, dropped)
 
 
-def _edit_of(plan: Plan, finding: Finding, spot: Spot) -> Edit | None:
-    """Return the edit that repairs a finding, other than dropping an object."""
-    split = plan.report.raw.splits[spot.split] if spot.split else None
-    if split is None or spot.image < 0:
-        return None
-    if finding.code in CLIPPED_BOXES and (corners := box_of(split, spot.image, spot.entry)) is not None:
-        return _clip(spot.entry, corners)
-    if finding.code == "image-size":
-        return _set_size(*split.sizes_wh[spot.image].tolist())
-    if finding.code == "voc-filename":
-        name = Path(split.label_names.get(spot.image, split.file_names[spot.image])).name
-        return _set_text("filename", name) if name.isprintable() else None
-    return None
+def _size(split: RawSplit, image: int) -> dict[str, str]:
+    width, height = split.sizes_wh[image].tolist()
+    return {"size__width": str(width), "size__height": str(height)}
 
 
-def _clip(entry: int, corners: list[float]) -> Edit:
-    def edit(root: Element) -> None:
-        for side, value in zip(SIDES, corners, strict=True):
-            element = root.findall("object")[entry].find(f"bndbox/{side}")
-            if element is not None and abs(float(element.text or "nan") - value) > 1e-9:
-                element.text = f"{value:.10g}"
-
-    return edit
-
-
-def _set_size(width: int, height: int) -> Edit:
-    def edit(root: Element) -> None:
-        size = _child(root, "size")
-        _child(size, "width").text = str(width)
-        _child(size, "height").text = str(height)
-
-    return edit
-
-
-def _set_text(tag: str, text: str) -> Edit:
-    def edit(root: Element) -> None:
-        _child(root, tag).text = text
-
-    return edit
-
-
-def _child(element: Element, tag: str) -> Element:
-    child = element.find(tag)
-    return child if child is not None else SubElement(element, tag)
-
-
-def _rewrite(plan: Plan, path: Path, edits: _FileEdits) -> None:
-    """Edit the parsed document and write it with the format's writer."""
-    target = plan.destination(path)
-    text = read_label(path)
-    root = parse_keeping_comments(text)
-    objects = root.findall("object")
-    before = [format_xml(element) for element in objects]
-    for code, why, edit in edits.edits:
-        edit(root)
-        plan.record("edit", code, target, why)
-    for entry, (code, why) in sorted(edits.dropped.items()):
-        root.remove(objects[entry])
-        plan.record("drop", code, target, why, old=before[entry])
-    plan.texts[target] = format_xml(root, declaration=text.lstrip().startswith("<?xml"))
+def _file_name(split: RawSplit, image: int) -> str:
+    """Return the file name in the copy, which is the one in the labels where the disk has another case."""
+    return Path(split.label_names.get(image, split.file_names[image])).name
 
 
 def _create(plan: Plan, split: RawSplit, image: int, why: str) -> None:

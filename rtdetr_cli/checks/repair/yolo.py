@@ -28,44 +28,37 @@ def plan_yolo(plan: Plan) -> None:
     raw = plan.report.raw
     copied = plan_label_files(plan)
     lines: dict[str, list[str]] = {}
-    edits: dict[str, dict[int, tuple[str | None, str, str]]] = defaultdict(dict)
+    changed: dict[str, dict[int, str | None]] = defaultdict(dict)  # label file -> line -> its new text, None if dropped
     dropped: dict[tuple[str, int], set[int]] = defaultdict(set)
-    for i, finding, spot in plan.findings():
-        code, file, why = finding.code, finding.file, finding.message
+    # Boxes are dropped first: one that is dropped needs no clipping.
+    for i, finding, spot in sorted(plan.findings(), key=lambda item: item[1].code in CLIPPED_BOXES):
+        code, file, entry = finding.code, finding.file, spot.entry
         if code == "label-missing":
             target = plan.destination(label_path(raw.splits[spot.split].path(spot.image)))
             plan.texts[target] = ""
-            plan.record("create", code, target, why)
-        elif file in copied and spot.entry >= 0 and code in DROPPED_BOXES | CLIPPED_BOXES:
+            plan.record("create", code, target, finding.message)
+        elif file in copied and entry >= 0 and code in DROPPED_BOXES | CLIPPED_BOXES:
             if file not in lines:
                 lines[file] = read_label(raw.label_paths[file]).split("\n")
-            if code in DROPPED_BOXES:
-                edits[file][spot.entry] = (None, code, why)
-                dropped[spot.split, spot.image].add(spot.entry)
-            elif spot.entry not in edits[file]:
-                new = _clip_line(lines[file][spot.entry], raw.splits[spot.split], spot.image, spot.entry)
-                edits[file][spot.entry] = (new, code, why)
+            if entry not in changed[file]:
+                old, new = lines[file][entry], None
+                if code in CLIPPED_BOXES:
+                    new = _clip_line(old, raw.splits[spot.split], spot.image, entry)
+                else:
+                    dropped[spot.split, spot.image].add(sum(1 for line in lines[file][:entry] if line.strip()))
+                changed[file][entry] = new
+                target = plan.destination(raw.label_paths[file])
+                op = "edit" if new else "drop"
+                plan.record(op, code, target, finding.message, line=entry + 1, old=old, new=new)
         else:
             continue
         plan.repaired.add(i)
-    for file, changes in edits.items():
-        target = plan.destination(raw.label_paths[file])
-        for number, (text, code, why) in sorted(changes.items()):
-            op = "drop" if text is None else "edit"
-            plan.record(op, code, target, why, line=number + 1, old=lines[file][number], new=text)
-        kept = [changes[n][0] if n in changes else line for n, line in enumerate(lines[file])]
-        plan.texts[target] = "\n".join(line for line in kept if line is not None)
+    for file, changes in changed.items():
+        kept = [changes.get(number, line) for number, line in enumerate(lines[file])]
+        plan.texts[plan.destination(raw.label_paths[file])] = "\n".join(line for line in kept if line is not None)
     _plan_yaml(plan)
     _plan_lists(plan)
-    plan_ids(plan, {image: _row_numbers(lines, raw.splits, image, gone) for image, gone in dropped.items()})
-
-
-def _row_numbers(
-    lines: dict[str, list[str]], splits: dict[str, RawSplit], image: tuple[str, int], gone: set[int]
-) -> set[int]:
-    """Return the positions of lines among those that are not blank."""
-    filled = [n for n, line in enumerate(lines[splits[image[0]].label_file(image[1])]) if line.strip()]
-    return {filled.index(n) for n in gone}
+    plan_ids(plan, dropped)
 
 
 def _clip_line(line: str, split: RawSplit, image: int, entry: int) -> str:
