@@ -1,1 +1,1 @@
-"""RT-DETRv2, and the files that hold it."""
+"""The network: RT-DETRv2."""

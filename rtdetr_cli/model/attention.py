@@ -1,15 +1,17 @@
 """Self-attention, and the deformable cross-attention of RT-DETRv2 (arXiv 2407.17140, section 3.1).
 
-The deformable attention reads each level at its own number of points, either between pixels (`bilinear`, what
-`grid_sample` does) or at one pixel (`discrete`, which every runtime can do). Three forms of the same arithmetic:
+The deformable attention samples each level at its own number of points: between pixels (`bilinear`, as in
+`grid_sample`), or at one pixel (`discrete`, which every runtime supports). There are three implementations:
 
-* `grid_sample`: one call a level; the fastest to train.
-* `gather`: bilinear as one flat gather of four corners over all levels; equal to the former within rounding, for
-  graphs without GridSample and for training that must repeat itself on CUDA.
-* discrete: one flat gather.
+* `grid_sample`: one call per level; the fastest in training.
+* `gather`: bilinear sampling as one gather of four corners over all levels. It equals `grid_sample` within rounding,
+  and serves graphs without GridSample and deterministic training on CUDA.
+* discrete: one gather.
 
-Departures from the official code: discrete coordinates are clamped by width and height each (it clamps both by the
-height), and `nearest` rounding is offered beside its own, which lies half a pixel further than the nearest pixel.
+Departures from the official code: discrete coordinates are clamped by width and height (the official code clamps both
+by the height), and there is `nearest` rounding besides the official one, which is half a pixel off.
+
+Shapes: B batch, Q queries, N tokens, C channels, H heads, D channels of a head (C / H), P points of all levels.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ Operator = Literal["grid_sample", "gather"]
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with positions added to queries and keys; parameters named as torch names them."""
+    """Multi-head self-attention with positions added to queries and keys; parameters are named as in torch."""
 
     def __init__(self, *, dim: int, heads: int) -> None:
         super().__init__()
@@ -40,54 +42,57 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, positions: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Attend.
+    def forward(self, x: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Attend; returns (B, N, C).
 
         Args:
             x: (B, N, C).
-            positions: (B or 1, N, C), added for queries and keys, not for values.
-            hidden: (N, N) bool; True where a row must not see a column.
+            positions: (B or 1, N, C), added to queries and keys, not to values.
+            attention_mask: (N, N) bool, True where a row must not attend to a column.
         """
         batch, tokens, dim = x.shape
         weight_qk, weight_v = self.in_proj_weight[: 2 * dim], self.in_proj_weight[2 * dim :]
         qk = functional.linear(x + positions, weight_qk, self.in_proj_bias[: 2 * dim])
         v = functional.linear(x, weight_v, self.in_proj_bias[2 * dim :])
         q, k = qk[..., :dim], qk[..., dim:]
-        q, k, v = (t.reshape(batch, tokens, self.heads, dim // self.heads).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (
+            t.reshape(batch, tokens, self.heads, dim // self.heads).transpose(1, 2) for t in (q, k, v)
+        )  # B H N D
         if q.dtype is torch.bfloat16 and q.device.type == "cpu":
-            out = _attend_in_products(q, k, v, hidden)
+            out = attend_with_products(q, k, v, attention_mask)
         else:
-            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=None if hidden is None else ~hidden)
+            visible = None if attention_mask is None else ~attention_mask
+            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         projected: Tensor = self.out_proj(out.transpose(1, 2).reshape(batch, tokens, dim))
         return projected
 
 
-def _attend_in_products(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
-    """Attend with plain batched products, (B, H, N, c) each.
+def attend_with_products(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Attend with batched matrix products; all tensors are (B, H, N, D).
 
-    On a CPU in bfloat16 the backward pass of torch's fused attention takes four times as long as this at the sizes of
-    a decoder (37 against 9 ms for 16 images, 4 heads, 170 queries, on one core with AVX512-BF16).
+    In bfloat16 on a CPU, the backward pass of torch's fused attention takes four times as long at the sizes of a
+    decoder (37 ms instead of 9 ms for 16 images, 4 heads and 170 queries, on one core with AVX512-BF16).
     """
     batch, heads, tokens, channels = q.shape
     q, k, v = (t.reshape(batch * heads, tokens, channels) for t in (q, k, v))
     bias = q.new_zeros((tokens, tokens))
-    if hidden is not None:
-        bias = bias.masked_fill(hidden, float("-inf"))
+    if attention_mask is not None:
+        bias = bias.masked_fill(attention_mask, float("-inf"))
     scores = torch.baddbmm(bias.expand(batch * heads, -1, -1), q, k.transpose(1, 2), alpha=channels**-0.5)
-    shares = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-    return torch.bmm(shares, v).reshape(batch, heads, tokens, channels)
+    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return torch.bmm(weights, v).reshape(batch, heads, tokens, channels)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Levels:
-    """The sizes of the feature maps that the decoder reads, and per-point constants made of them.
+    """The sizes of the feature maps that the decoder samples, and constants of each sampling point's level.
 
     Attributes:
         shapes: (height, width) of each level, finest first.
-        sizes_wh: (P, 2) float32, width and height of the level that each sampling point reads.
-        limits_wh: (P, 2) int64, the last column and row of that level.
-        widths: (P,) int64.
-        starts: (P,) int64, where that level begins among the tokens.
+        sizes_wh: (P, 2) float32, width and height of the level.
+        limits_wh: (P, 2) int64, last column and row of the level.
+        widths: (P,) int64, width of the level.
+        starts: (P,) int64, index of the level's first token.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -97,8 +102,8 @@ class Levels:
     starts: Tensor
 
     @classmethod
-    def of(cls, shapes: Sequence[tuple[int, int]], num_points: Sequence[int], device: torch.device) -> Levels:
-        """Make the constants of levels of these shapes on `device`."""
+    def from_shapes(cls, shapes: Sequence[tuple[int, int]], num_points: Sequence[int], device: torch.device) -> Levels:
+        """Make the constants for levels of these (height, width), on `device`."""
         sizes, starts, start = [], [], 0
         for (height, width), points in zip(shapes, num_points, strict=True):
             sizes += [[width, height]] * points
@@ -115,12 +120,12 @@ class Levels:
 
 
 class DeformableAttention(nn.Module):
-    """Each query reads a few points of every level around its reference box.
+    """Deformable cross-attention: each query samples a few points of every level around its reference box.
 
     Args:
-        dim: channels of queries and values.
-        heads: attention heads.
-        num_points: sampling points of each level, such as (4, 4, 4) or (2, 4, 6).
+        dim: channels C of queries and values.
+        heads: number of attention heads.
+        num_points: number of sampling points of each level, such as (4, 4, 4) or (2, 4, 6).
     """
 
     num_points_scale: Tensor
@@ -140,13 +145,13 @@ class DeformableAttention(nn.Module):
         self.attention_weights = nn.Linear(dim, heads * total)
         self.value_proj = nn.Linear(dim, dim)
         self.output_proj = nn.Linear(dim, dim)
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
-        """Point the heads in different directions, one step further for each point (Deformable DETR)."""
+    def _initialize(self) -> None:
+        """Point the heads in different directions, each point one step further (Deformable DETR)."""
         angles = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
         directions = torch.stack([angles.cos(), angles.sin()], -1)
-        directions = directions / directions.abs().amax(-1, keepdim=True)  # (heads, 2)
+        directions = directions / directions.abs().amax(-1, keepdim=True)  # H 2
         steps = torch.cat([torch.arange(1, n + 1) for n in self.num_points]).float()
         nn.init.zeros_(self.sampling_offsets.weight)
         with torch.no_grad():
@@ -160,117 +165,107 @@ class DeformableAttention(nn.Module):
     def set_sampling(
         self, method: Sampling, rounding: Rounding = "published", operator: Operator | None = None
     ) -> None:
-        """Choose how maps are read; discrete sampling passes no gradient to its offsets, so they are frozen."""
+        """Choose the sampling. Discrete sampling has no gradient for the offsets, so it freezes them."""
         self.sampling, self.rounding = method, rounding
         self.operator = operator or self.operator
         for parameter in self.sampling_offsets.parameters():
             parameter.requires_grad_(method == "bilinear")
 
     def forward(self, query: Tensor, reference_cxcywh: Tensor, memory: Tensor, levels: Levels) -> Tensor:
-        """Read the memory.
+        """Sample the memory; returns (B, Q, C).
 
         Args:
             query: (B, Q, C), positions already added.
             reference_cxcywh: (B, Q, 4), 0 to 1.
             memory: (B, N, C), the tokens of all levels.
-            levels: their sizes.
-
-        Returns:
-            (B, Q, C).
+            levels: the sizes of the levels.
         """
         batch, queries, _ = query.shape
         tokens = memory.shape[1]
         total = sum(self.num_points)
-        value = self.value_proj(memory).reshape(batch, tokens, self.heads, self.dim // self.heads)
+        value = self.value_proj(memory).reshape(batch, tokens, self.heads, self.dim // self.heads)  # B N H D
         offsets = self.sampling_offsets(query).reshape(batch, queries, self.heads, total, 2)
         weights = self.attention_weights(query).reshape(batch, queries, self.heads, total).softmax(-1)
 
-        reference = reference_cxcywh[:, :, None, None]  # (B, Q, 1, 1, 4)
+        reference = reference_cxcywh[:, :, None, None]  # B Q 1 1 4
         scale = self.num_points_scale.to(offsets.dtype)[:, None]
-        locations = reference[..., :2] + offsets * scale * reference[..., 2:] * self.offset_scale  # (B, Q, H, P, 2)
+        locations = reference[..., :2] + offsets * scale * reference[..., 2:] * self.offset_scale  # B Q H P 2
 
         if self.sampling == "discrete":
-            read = read_discrete(value, locations, weights, levels, rounding=self.rounding)
+            sampled = sample_discrete(value, locations, weights, levels, rounding=self.rounding)
         elif self.operator == "gather":
-            read = read_bilinear_gather(value, locations, weights, levels)
+            sampled = sample_bilinear_gather(value, locations, weights, levels)
         else:
-            read = read_bilinear(value, locations, weights, levels, self.num_points)
-        projected: Tensor = self.output_proj(read)
+            sampled = sample_bilinear(value, locations, weights, levels, self.num_points)
+        projected: Tensor = self.output_proj(sampled)
         return projected
 
 
-def read_bilinear(
+def sample_bilinear(
     value: Tensor, locations: Tensor, weights: Tensor, levels: Levels, num_points: Sequence[int]
 ) -> Tensor:
-    """Read between pixels with `grid_sample`; what lies outside a map is zero.
+    """Sample between pixels with `grid_sample`, with zeros outside a map; returns (B, Q, C).
 
     Args:
-        value: (B, N, H, c), tokens of all levels by head.
+        value: (B, N, H, D), tokens of all levels by head.
         locations: (B, Q, H, P, 2) as (x, y), 0 to 1.
         weights: (B, Q, H, P).
         levels: sizes of the maps.
-        num_points: points of each level, sum P.
-
-    Returns:
-        (B, Q, H * c).
+        num_points: number of points of each level, P together.
     """
     batch, _, heads, channels = value.shape
     queries = locations.shape[1]
-    dtype = torch.promote_types(value.dtype, locations.dtype)  # half values are read at full-precision places
-    maps = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)  # (B*H, c, N)
-    grid = (2 * locations - 1).to(dtype).transpose(1, 2).flatten(0, 1)  # (B*H, Q, P, 2)
-    by_head = weights.transpose(1, 2).flatten(0, 1)[:, None]  # (B*H, 1, Q, P)
+    dtype = torch.promote_types(value.dtype, locations.dtype)  # float16 values, float32 locations
+    maps = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)  # B*H D N
+    grid = (2 * locations - 1).to(dtype).transpose(1, 2).flatten(0, 1)  # B*H Q P 2
+    by_head = weights.transpose(1, 2).flatten(0, 1)[:, None]  # B*H 1 Q P
     parts, start, point = [], 0, 0
     for (height, width), points in zip(levels.shapes, num_points, strict=True):
         level = maps[:, :, start : start + height * width].reshape(-1, channels, height, width)
         these = slice(point, point + points)
         sampled = functional.grid_sample(level, grid[:, :, these], "bilinear", "zeros", align_corners=False)
-        # Summed level by level: what all levels give at once would be the largest tensor of the decoder.
-        parts.append((sampled * by_head[..., these]).sum(-1))  # (B*H, c, Q)
+        # Summed level by level, since the samples of all levels would be the largest tensor of the decoder.
+        parts.append((sampled * by_head[..., these]).sum(-1))  # B*H D Q
         start, point = start + height * width, point + points
-    read = torch.stack(parts).sum(0)
-    return read.reshape(batch, heads * channels, queries).transpose(1, 2).to(value.dtype)
+    total = torch.stack(parts).sum(0)
+    return total.reshape(batch, heads * channels, queries).transpose(1, 2).to(value.dtype)
 
 
-def read_bilinear_gather(value: Tensor, locations: Tensor, weights: Tensor, levels: Levels) -> Tensor:
-    """Do what `read_bilinear` does as one gather of the four pixels around each point; same arguments."""
-    pixels = locations * levels.sizes_wh.to(locations.dtype) - 0.5  # (B, Q, H, P, 2)
+def sample_bilinear_gather(value: Tensor, locations: Tensor, weights: Tensor, levels: Levels) -> Tensor:
+    """Sample as `sample_bilinear`, with one gather of the four pixels around each point."""
+    pixels = locations * levels.sizes_wh.to(locations.dtype) - 0.5  # B Q H P 2
     corner = pixels.floor()
     share = pixels - corner
     low = corner.to(torch.int64)
-    x, y = _both(low[..., 0]), _both(low[..., 1])  # (B, Q, H, P, 2): this pixel and the next
+    low_x, low_y = low[..., 0], low[..., 1]
+    x, y = torch.stack([low_x, low_x + 1], -1), torch.stack([low_y, low_y + 1], -1)  # B Q H P 2: two pixels each
     limit_x, limit_y = levels.limits_wh[:, 0, None], levels.limits_wh[:, 1, None]
     inside_x, inside_y = (x >= 0) & (x <= limit_x), (y >= 0) & (y <= limit_y)
     share_x = torch.stack([1 - share[..., 0], share[..., 0]], -1) * inside_x
     share_y = torch.stack([1 - share[..., 1], share[..., 1]], -1) * inside_y
     x, y = torch.minimum(x.clamp(min=0), limit_x), torch.minimum(y.clamp(min=0), limit_y)
     index = (y * levels.widths[:, None])[..., None] + x[..., None, :] + levels.starts[:, None, None]
-    by_corner = (share_y[..., None] * share_x[..., None, :]) * weights[..., None, None]  # (B, Q, H, P, 2, 2)
+    by_corner = (share_y[..., None] * share_x[..., None, :]) * weights[..., None, None]  # B Q H P 2 2
     return _gather(value, index.flatten(3), by_corner.flatten(3))
 
 
-def read_discrete(
+def sample_discrete(
     value: Tensor, locations: Tensor, weights: Tensor, levels: Levels, *, rounding: Rounding = "published"
 ) -> Tensor:
-    """Read one pixel for each point; what lies outside takes the border's. Arguments as `read_bilinear`.
+    """Sample one pixel for each point, the nearest one for a point outside the map; see `sample_bilinear`.
 
-    `published` truncates location * size + 0.5, which the released discrete weights were trained with; `nearest`
-    takes the pixel that the location lies in.
+    `published` truncates location * size + 0.5, as the published discrete weights were trained with; `nearest` takes
+    the pixel that contains the location.
     """
     shift = 0.5 if rounding == "published" else 0.0
     pixels = (locations * levels.sizes_wh.to(locations.dtype) + shift).to(torch.int64)
-    pixels = torch.minimum(pixels.clamp(min=0), levels.limits_wh)  # truncation and floor agree from 0 on
+    pixels = torch.minimum(pixels.clamp(min=0), levels.limits_wh)  # truncation equals floor from 0 on
     index = pixels[..., 1] * levels.widths + pixels[..., 0] + levels.starts
     return _gather(value, index, weights)
 
 
-def _both(low: Tensor) -> Tensor:
-    """Return each index and the one after it in a new last axis."""
-    return torch.stack([low, low + 1], -1)
-
-
 def _gather(value: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Sum the rows of `value` (B, N, H, c) named by `index` (B, Q, H, S), weighted by `weights` (B, Q, H, S)."""
+    """Sum the rows `index` (B, Q, H, S) of `value` (B, N, H, D) with `weights` (B, Q, H, S); returns (B, Q, C)."""
     batch, tokens, heads, channels = value.shape
     queries, samples = index.shape[1], index.shape[3]
     by_head = value.transpose(1, 2).reshape(batch * heads * tokens, channels)

@@ -1,8 +1,10 @@
-"""ResNet-vd, the backbone of the published RT-DETRv2 (He et al. 2018, "Bag of Tricks", variant D).
+"""ResNet-vd, the backbone of RT-DETRv2 (He et al. 2018, "Bag of Tricks", arXiv 1812.01187, variant D).
 
-Three 3x3 convolutions in the stem, the stride of a bottleneck in its 3x3, and an average pool before the 1x1 of a
-shortcut that shrinks. `width` scales every stage, and `depth` 10 has one basic block a stage: both are ours, for the
-`tiny` preset. Frozen stages keep their batch norms' statistics too, where the official code lets them drift.
+The stem has three 3x3 convolutions, the stride of a bottleneck is in its 3x3 convolution, and a strided shortcut has
+an average pool before its 1x1 convolution.
+
+Departures from the official code: `width` scales every stage, and `depth` 10 has one basic block per stage, for the
+`tiny` preset; the batch norms of frozen stages keep their statistics, which the official code updates.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut (depth below 50)."""
+    """Two 3x3 convolutions and a shortcut (depths below 50)."""
 
     expansion = 1
 
@@ -46,7 +48,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions around a shortcut (depth 50 and more)."""
+    """1x1, 3x3 and 1x1 convolutions and a shortcut (depths from 50)."""
 
     expansion = 4
 
@@ -65,42 +67,41 @@ class Bottleneck(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution; the first one may shrink and projects its shortcut."""
+    """Blocks at one resolution; the first has the stride, and a projection in its shortcut."""
 
     def __init__(
         self, *, block: type[BasicBlock | Bottleneck], in_channels: int, channels: int, count: int, stride: int
     ) -> None:
         super().__init__()
-        blocks: list[nn.Module] = []
-        for i in range(count):
-            blocks.append(
-                block(
-                    in_channels=in_channels if i == 0 else channels * block.expansion,
-                    channels=channels,
-                    stride=stride if i == 0 else 1,
-                    project=i == 0,
-                )
+        out_channels = channels * block.expansion
+        self.blocks = nn.ModuleList(
+            block(
+                in_channels=in_channels if i == 0 else out_channels,
+                channels=channels,
+                stride=stride if i == 0 else 1,
+                project=i == 0,
             )
-        self.blocks = nn.ModuleList(blocks)
+            for i in range(count)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the blocks."""
+        """Map (B, C, H, W) to (B, C', H / stride, W / stride)."""
         for block in self.blocks:
             x = block(x)
         return x
 
 
 class ResNet(nn.Module):
-    """Images in, maps of strides 8, 16 and 32 out.
+    """The backbone; its outputs are the maps of strides 8, 16 and 32.
 
     Args:
         depth: 10, 18, 34, 50 or 101.
-        width: channels of the first stage; the stem's scale with it.
-        freeze_at: -1 trains all, 0 freezes the stem, n the stem and n stages.
-        freeze_norm: every batch norm becomes a constant.
+        width: channels of the first stage; the other stages and the stem scale with it.
+        freeze_at: -1 freezes nothing, 0 the stem, n the stem and n stages.
+        freeze_norm: make every batch norm constant.
 
     Attributes:
-        out_channels: of the three maps.
+        out_channels: channels of the three maps.
     """
 
     def __init__(self, *, depth: int, width: int = 64, freeze_at: int = -1, freeze_norm: bool = False) -> None:
@@ -139,7 +140,7 @@ class ResNet(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> ResNet:
-        """Set the mode; norms of frozen parts stay as they are."""
+        """Set the mode; frozen parts stay in eval mode."""
         super().train(mode)
         for part in [self.conv1, *self.res_layers][: self._frozen_parts]:
             part.eval()
@@ -158,7 +159,7 @@ class ResNet(nn.Module):
 
 
 def freeze_norms(module: nn.Module) -> None:
-    """Replace every batch norm below `module` by a constant one of the same values."""
+    """Replace every batch norm in `module` with a constant one of the same values."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(channels=child.num_features, eps=child.eps)

@@ -1,4 +1,4 @@
-"""From a `ModelSpec` to a detector: the one file of the model that knows the configuration."""
+"""Build a detector from a `ModelSpec`; no other module of the network depends on the configuration."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def build_detector(
     sampling: Sampling = "bilinear",
     rounding: Rounding = "published",
 ) -> RTDETR:
-    """Build a detector with the published initialisation; torch's global generator draws it, nothing is fetched.
+    """Build a detector with the published initialization, drawn from torch's global generator.
 
     Args:
-        spec: the sizes.
+        spec: the architecture.
         num_classes: K.
-        sampling: how the decoder reads the maps; `discrete` freezes the sampling offsets.
-        rounding: of discrete sampling.
+        sampling: how the decoder samples the maps; `discrete` freezes the sampling offsets.
+        rounding: rounding of discrete sampling.
     """
     backbone = ResNet(depth=spec.depth, width=spec.width, freeze_at=spec.freeze_at, freeze_norm=spec.freeze_norm)
     encoder = HybridEncoder(

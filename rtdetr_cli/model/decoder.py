@@ -1,12 +1,14 @@
 """Query selection and the decoder of RT-DETRv2 (arXiv 2407.17140; arXiv 2304.08069, section 4.3).
 
 The tokens of three maps are scored, the best become queries, and each decoder layer refines their boxes. In training
-every layer's output is judged, and a layer's box also passes a gradient to the layer before it (look forward twice);
-at inference any layer can be the last, and fewer queries can be asked for, without retraining.
+every layer has a loss, and the loss of a layer's boxes also reaches the layer before it (look forward twice, DINO,
+arXiv 2203.03605). At inference any layer can be the last, and any number of queries can be used, without retraining.
 
-Departures from the official code: anchors are finite (an invalid one is a large logit, whose sigmoid is exactly 1
-as well), are made on the device for whatever size comes, and boxes are predicted for the selected tokens only, as
-nothing else is used; fewer tokens than queries work; float16 is kept from overflowing as in the official v1.
+Departures from the official code: invalid anchors are large logits instead of infinite ones (the sigmoid of both is
+exactly 1), and anchors are computed for any input size; boxes are predicted only for the selected tokens, since no
+other is used; an input can have fewer tokens than queries; sums in float16 cannot overflow, as in the official v1.
+
+Shapes: B batch, Q queries, N tokens of all maps, C channels, K classes.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ from torch.nn import functional
 
 from rtdetr_cli.model.attention import DeformableAttention, Levels, Operator, Rounding, Sampling, SelfAttention
 from rtdetr_cli.model.denoising import DenoisingGroup
-from rtdetr_cli.model.layers import MLP, ConvNorm, Tables, add_bounded, inverse_sigmoid
+from rtdetr_cli.model.layers import MLP, ConstantCache, ConvNorm, add_bounded, inverse_sigmoid
 
 INVALID_ANCHOR = 50.0
-"""Logit of anchors too near the border; its sigmoid is exactly 1 in float32 and float64, like the published inf."""
+"""Logit of anchors too close to the border; its sigmoid is exactly 1 in float32 and float64, as that of infinity."""
 
 
 class Anchors(NamedTuple):
-    """One starting box for each token: logits (1, N, 4) of cxcywh, and which of them count (1, N, 1) bool."""
+    """The initial box of each token: logits (1, N, 4) of cxcywh, and a mask (1, N, 1) of the valid ones."""
 
     logits: Tensor
     valid: Tensor
@@ -41,7 +43,7 @@ def anchor_table(
     dtype: torch.dtype = torch.float32,
     margin: float = 1e-2,
 ) -> Anchors:
-    """Return the anchors of maps of these (height, width); half precision would be too coarse for them."""
+    """Return the anchors of maps of these (height, width). Half precision would be too coarse for them."""
     levels = []
     for i, (height, width) in enumerate(shapes):
         y = (torch.arange(height, dtype=dtype, device=device) + 0.5) / height
@@ -56,7 +58,7 @@ def anchor_table(
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention among queries, deformable attention to the maps, feed-forward; post-norm."""
+    """Self-attention among queries, deformable attention to the maps, and a feed-forward network; post-norm."""
 
     def __init__(self, *, dim: int, heads: int, ffn: int, num_points: Sequence[int]) -> None:
         super().__init__()
@@ -77,16 +79,16 @@ class DecoderLayer(nn.Module):
         reference_cxcywh: Tensor,
         memory: Tensor,
         levels: Levels,
-        hidden: Tensor | None,
+        attention_mask: Tensor | None,
     ) -> Tensor:
-        """Refine queries (B, Q, C) with their positions (B, Q, C) and boxes (B, Q, 4)."""
-        x = self.norm1(add_bounded(x, self.self_attn(x, positions, hidden)))
+        """Refine queries `x` (B, Q, C) with their positions (B, Q, C) and boxes (B, Q, 4)."""
+        x = self.norm1(add_bounded(x, self.self_attn(x, positions, attention_mask)))
         x = self.norm2(add_bounded(x, self.cross_attn(x + positions, reference_cxcywh, memory, levels)))
         return cast(Tensor, self.norm3(add_bounded(x, self.linear2(functional.relu(self.linear1(x))))))
 
 
 class DecoderStack(nn.Module):
-    """The layers, under the published name."""
+    """The list of layers; a module of its own only for the published parameter names."""
 
     def __init__(self, *, layers: int, dim: int, heads: int, ffn: int, num_points: Sequence[int]) -> None:
         super().__init__()
@@ -96,7 +98,7 @@ class DecoderStack(nn.Module):
 
 
 class TokenProjection(nn.Module):
-    """Linear and layer norm of the tokens, before they are scored."""
+    """The linear layer and layer norm before tokens are scored."""
 
     def __init__(self, *, dim: int) -> None:
         super().__init__()
@@ -109,26 +111,26 @@ class TokenProjection(nn.Module):
 
 
 class LayerOutput(NamedTuple):
-    """What one layer says of every query: logits (B, Q, K) and boxes (B, Q, 4) cxcywh, 0 to 1."""
+    """The output of one layer: logits (B, Q, K) and boxes_cxcywh (B, Q, 4), 0 to 1."""
 
     logits: Tensor
     boxes_cxcywh: Tensor
 
 
 class Decoder(nn.Module):
-    """Three maps in, predictions of one or all layers out.
+    """Query selection and decoder layers: three maps to the predictions of one or of all layers.
 
     Args:
         num_classes: K.
         feature_dim: channels of the maps.
-        dim, heads, ffn: of the decoder.
-        layers: that are trained.
-        eval_layers: used at inference.
-        num_points: sampling points of each map.
-        queries: Q.
+        dim, heads, ffn: channels C, attention heads, and inner channels of the feed-forward network.
+        layers: number of layers in training.
+        eval_layers: number of layers at inference.
+        num_points: number of sampling points of each map.
+        queries: number of queries Q.
 
     Attributes:
-        eval_layers, eval_queries: what inference uses; change them with `RTDETR.set_inference`.
+        eval_layers, eval_queries: layers and queries at inference; `RTDETR.set_inference` changes them.
     """
 
     def __init__(
@@ -152,7 +154,7 @@ class Decoder(nn.Module):
         self.eval_layers = eval_layers
         self.num_queries = queries
         self.eval_queries = queries
-        self._tables = Tables()
+        self._constants = ConstantCache()
         self._published_anchors: dict[tuple[tuple[int, int], ...], Anchors] = {}
         self.input_proj = nn.ModuleList(ConvNorm(in_channels=feature_dim, out_channels=dim) for _ in num_points)
         self.decoder = DecoderStack(layers=layers, dim=dim, heads=heads, ffn=ffn, num_points=num_points)
@@ -163,10 +165,10 @@ class Decoder(nn.Module):
         self.enc_bbox_head = MLP(in_dim=dim, hidden_dim=dim, out_dim=4, layers=3)
         self.dec_score_head = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(layers))
         self.dec_bbox_head = nn.ModuleList(MLP(in_dim=dim, hidden_dim=dim, out_dim=4, layers=3) for _ in range(layers))
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
-        """Start from a prior of 1 % for every class and from boxes that are their anchors."""
+    def _initialize(self) -> None:
+        """Start with a score of 1 % for every class, and with boxes that equal their anchors."""
         for score_head in [self.enc_score_head, *self.dec_score_head]:
             nn.init.constant_(cast(nn.Linear, score_head).bias, -math.log(99))
         for bbox_head in [self.enc_bbox_head, *self.dec_bbox_head]:
@@ -180,25 +182,21 @@ class Decoder(nn.Module):
             nn.init.xavier_uniform_(cast(ConvNorm, proj).conv.weight)
         nn.init.normal_(self.denoising_class_embed.weight[:-1])
 
-    # ---- what can be changed after building ----
-
     def set_sampling(
         self, method: Sampling, rounding: Rounding = "published", operator: Operator | None = None
     ) -> None:
-        """Choose how every layer reads the maps; see `DeformableAttention.set_sampling`."""
+        """Choose the sampling of every layer; see `DeformableAttention.set_sampling`."""
         for layer in self.decoder.layers:
             cast(DecoderLayer, layer).cross_attn.set_sampling(method, rounding, operator)
 
     def use_published_anchors(self, shapes: Sequence[tuple[int, int]], logits: Tensor, valid: Tensor) -> None:
         """Use a published file's own anchors for maps of these shapes, at inference only.
 
-        An exponential average kept by multiplying and adding has drifted off the analytic anchors by up to 2e-4, and
-        the weights were evaluated with it. Training makes anchors anew, as the official code does.
+        The exponential moving average of the weights includes the anchors, and by rounding has moved them by up to
+        2e-4; the published weights were evaluated with these. Training computes anchors, as the official code does.
         """
         finite = torch.where(torch.isfinite(logits), logits, INVALID_ANCHOR)
         self._published_anchors[tuple(shapes)] = Anchors(finite.detach().float(), valid.detach().bool())
-
-    # ---- forward ----
 
     def forward(
         self, maps: Sequence[Tensor], group: DenoisingGroup | None = None
@@ -210,60 +208,66 @@ class Decoder(nn.Module):
             group: denoising queries; training only.
 
         Returns:
-            The outputs of all layers in training, each over the D denoising queries and then the Q selected ones,
-            and that of the query selection; at inference the last layer's only, and None.
+            In training, the outputs of all layers, each for the D denoising queries and then for the Q selected ones,
+            and the output of the query selection. At inference, the output of the last layer, and None.
         """
         memory, levels = self._tokens(maps)
         queries = self.num_queries if self.training else self.eval_queries
         content, unactivated, encoder_output = self._select(memory, levels, queries)
-        hidden = None
+        attention_mask = None
         if self.training:
-            content, unactivated, hidden = self._join(content, unactivated, group)
-        outputs = self._refine(content, torch.sigmoid(unactivated), memory, levels, hidden)
+            content, unactivated, attention_mask = self._add_denoising(content, unactivated, group)
+        outputs = self._refine(content, torch.sigmoid(unactivated), memory, levels, attention_mask)
         return outputs, encoder_output
 
     def _tokens(self, maps: Sequence[Tensor]) -> tuple[Tensor, Levels]:
-        """Project and flatten the maps to memory (B, N, C)."""
+        """Project and flatten the maps to memory (B, N, C), and return it with the sizes of the levels."""
         projected: list[Tensor] = [proj(x) for proj, x in zip(self.input_proj, maps, strict=True)]
         shapes = tuple((int(x.shape[2]), int(x.shape[3])) for x in projected)
         device = projected[0].device
-        levels = self._tables.get(("levels", shapes, device), lambda: Levels.of(shapes, self.num_points, device))
+        levels = self._constants.get(
+            ("levels", shapes, device), lambda: Levels.from_shapes(shapes, self.num_points, device)
+        )
         return torch.cat([x.flatten(2).transpose(1, 2) for x in projected], 1), levels
 
     def _anchors(self, levels: Levels, like: Tensor) -> Anchors:
-        """Return the anchors of these levels on the device of `like`, in its type but at least float32."""
+        """Return the anchors of these levels on the device of `like`, in its type or in float32 for half precision."""
         device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
         if not self.training and levels.shapes in self._published_anchors:
             published = self._published_anchors[levels.shapes]
-            return self._tables.get(
+            return self._constants.get(
                 ("published", levels.shapes, device, dtype),
                 lambda: Anchors(published.logits.to(device, dtype), published.valid.to(device)),
             )
-        return self._tables.get(
+        return self._constants.get(
             ("anchors", levels.shapes, device, dtype), lambda: anchor_table(levels.shapes, device, dtype=dtype)
         )
 
     def _select(self, memory: Tensor, levels: Levels, queries: int) -> tuple[Tensor, Tensor, LayerOutput | None]:
-        """Return content (B, Q, C), boxes (B, Q, 4) as logits, both detached, and what the encoder loss judges."""
+        """Select the best tokens as queries.
+
+        Returns:
+            Contents (B, Q, C) and logits of boxes (B, Q, 4), both detached; and the output for the encoder's loss.
+        """
         anchors = self._anchors(levels, memory)
-        tokens = self.enc_output(anchors.valid.to(memory.dtype) * memory)  # (B, N, C)
-        logits = self.enc_score_head(tokens)  # (B, N, K)
-        best = logits.max(-1).values.topk(min(queries, logits.shape[1]), dim=1).indices  # (B, Q)
+        tokens = self.enc_output(anchors.valid.to(memory.dtype) * memory)  # B N C
+        logits = self.enc_score_head(tokens)  # B N K
+        best = logits.max(-1).values.topk(min(queries, logits.shape[1]), dim=1).indices  # B Q
 
-        content = _take(tokens, best)
-        starts = _take(anchors.logits.expand(memory.shape[0], -1, -1), best)
-        unactivated = self.enc_bbox_head(content) + starts  # (B, Q, 4), float32 or more
-        judged = LayerOutput(_take(logits, best), torch.sigmoid(unactivated)) if self.training else None
-        return content.detach(), unactivated.detach(), judged
+        content = _select_rows(tokens, best)
+        initial = _select_rows(anchors.logits.expand(memory.shape[0], -1, -1), best)
+        unactivated = self.enc_bbox_head(content) + initial  # B Q 4, at least float32
+        output = LayerOutput(_select_rows(logits, best), torch.sigmoid(unactivated)) if self.training else None
+        return content.detach(), unactivated.detach(), output
 
-    def _join(
+    def _add_denoising(
         self, content: Tensor, unactivated: Tensor, group: DenoisingGroup | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Put the denoising queries before the selected ones."""
+        """Put the denoising queries before the selected ones, and return the attention mask of both."""
         if group is None:
-            # Every parameter gets a gradient in every step, so that data-parallel ranks and micro-batches agree.
+            # Every parameter must get a gradient in every step, so that processes and micro-batches agree.
             return content + 0.0 * self.denoising_class_embed.weight.sum().to(content.dtype), unactivated, None
-        total = group.size + content.shape[1]  # fewer when there are fewer tokens than queries
+        total = group.size + content.shape[1]  # less than the mask's size when there are fewer tokens than queries
         embedded = self.denoising_class_embed(group.class_ids).to(content.dtype)
         return (
             torch.cat([embedded, content], 1),
@@ -272,26 +276,26 @@ class Decoder(nn.Module):
         )
 
     def _refine(
-        self, x: Tensor, reference: Tensor, memory: Tensor, levels: Levels, hidden: Tensor | None
+        self, x: Tensor, reference: Tensor, memory: Tensor, levels: Levels, attention_mask: Tensor | None
     ) -> list[LayerOutput]:
-        """Run the layers on queries x (B, Q, C) with boxes `reference` (B, Q, 4)."""
+        """Run the layers on queries `x` (B, Q, C) with boxes `reference` (B, Q, 4)."""
         outputs: list[LayerOutput] = []
-        looked: Tensor | None = None  # the boxes before, with their gradient
+        previous: Tensor | None = None  # the boxes of the layer before, with their gradient
         last = self.num_layers if self.training else self.eval_layers
         for i in range(last):
             positions = self.query_pos_head(reference.to(x.dtype))
-            x = self.decoder.layers[i](x, positions, reference, memory, levels, hidden)
+            x = self.decoder.layers[i](x, positions, reference, memory, levels, attention_mask)
             if not self.training and i < last - 1:
                 reference = torch.sigmoid(self.dec_bbox_head[i](x) + inverse_sigmoid(reference))
                 continue
             delta = self.dec_bbox_head[i](x)
             refined = torch.sigmoid(delta + inverse_sigmoid(reference))
-            boxes = refined if looked is None else torch.sigmoid(delta + inverse_sigmoid(looked))
+            boxes = refined if previous is None else torch.sigmoid(delta + inverse_sigmoid(previous))
             outputs.append(LayerOutput(self.dec_score_head[i](x), boxes))
-            looked, reference = refined, refined.detach()
+            previous, reference = refined, refined.detach()
         return outputs
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Return rows `index` (B, Q) of x (B, N, C)."""
+def _select_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Return the rows `index` (B, Q) of `x` (B, N, C) as (B, Q, C)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -1,12 +1,14 @@
-"""Contrastive denoising (DINO, arXiv 2203.03605, section 3.3; RT-DETR's settings).
+"""Contrastive denoising (DINO, arXiv 2203.03605, section 3.3, with the settings of RT-DETR).
 
-Noisy copies of the annotated boxes go through the decoder beside the selected queries, in groups that cannot see
-each other: near copies must find back to their box, far copies must learn to be nothing. Their targets are known,
-so no matching is needed.
+Noisy copies of the annotated boxes go through the decoder together with the selected queries, in groups that cannot
+attend to each other. A copy with little noise must recover its box, one with much noise must be classified as
+background. Their targets are known, so no matching is needed.
 
-Departures from the official code: drawn once for the whole effective batch from a CPU generator, so the draw does
-not depend on the device or on how the batch is cut; bounded, where 350 boxes in an image used to mean 700 queries
-and out of memory; a batch without boxes has no group, and the graph stays symmetric all the same (see the decoder).
+Departures from the official code: the noise is drawn once for the effective batch from a CPU generator, so it does
+not depend on the device or the micro-batches; the number of queries is bounded (in the official code, 350 boxes in an
+image make 700 queries and can run out of memory); a batch without boxes has no group (see `Decoder`).
+
+Shapes: B batch, D denoising queries, Q selected queries.
 """
 
 from __future__ import annotations
@@ -21,21 +23,21 @@ from torch.nn.utils.rnn import pad_sequence
 from rtdetr_cli.model.layers import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 
 MAX_TOTAL = 400
-"""Most denoising queries in an image; up to 100 boxes the published rule stays at or below 200."""
+"""Maximum number of denoising queries per image. With up to 100 boxes the published rule needs at most 200."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DenoisingGroup:
-    """The denoising queries of a batch of B images; D in each, before the Q selected ones.
+    """The denoising queries of a batch: D per image, before the Q selected ones.
 
     Attributes:
-        class_ids: (B, D) int64, possibly flipped; the number of classes where there is no box.
+        class_ids: (B, D) int64, some of them changed; the number of classes in padding.
         boxes_unactivated: (B, D, 4) float32, logits of noisy cxcywh.
-        attention_mask: (D + Q, D + Q) bool, True where a row must not see a column.
-        positives: for each image the query indices that must find a box, group after group.
-        targets: for each image the box that each of `positives` must find.
-        num_groups: copies of every box that are positives.
-        share: of the batch's boxes that are in here; below 1 only when the bound was met.
+        attention_mask: (D + Q, D + Q) bool, True where a row must not attend to a column.
+        positives: for each image the indices of the queries with a box as target, group by group.
+        targets: for each image the index of the box of each of `positives`.
+        num_groups: number of positive copies of every box.
+        share: fraction of the batch's boxes in the group; below 1 only where an image has too many boxes.
     """
 
     class_ids: Tensor
@@ -48,11 +50,11 @@ class DenoisingGroup:
 
     @property
     def size(self) -> int:
-        """D, the number of denoising queries in an image."""
+        """The number of denoising queries per image, D."""
         return self.class_ids.shape[1]
 
     def rows(self, images: slice) -> DenoisingGroup:
-        """Return the group of some images of the batch, for a micro-batch."""
+        """Return the part of a micro-batch."""
         return replace(
             self,
             class_ids=self.class_ids[images],
@@ -62,7 +64,7 @@ class DenoisingGroup:
         )
 
     def to(self, device: torch.device | str) -> DenoisingGroup:
-        """Return the group with the decoder's inputs on `device`; the indices of the loss stay on the CPU."""
+        """Return the group with the decoder's inputs on `device`; the indices for the loss stay on the CPU."""
         return replace(
             self,
             class_ids=self.class_ids.to(device, non_blocking=True),
@@ -72,12 +74,15 @@ class DenoisingGroup:
 
 
 def attention_mask(*, size: int, num_groups: int, queries: int) -> Tensor:
-    """Return (D + Q, D + Q) bool, True = hidden: selected queries see no copies, groups do not see each other."""
+    """Return a mask (D + Q, D + Q), True where a row must not attend to a column.
+
+    Selected queries do not attend to denoising queries, and groups do not attend to each other.
+    """
     group = torch.arange(size) // max(size // max(num_groups, 1), 1)
-    hidden = torch.zeros(size + queries, size + queries, dtype=torch.bool)
-    hidden[size:, :size] = True
-    hidden[:size, :size] = group[:, None] != group[None]
-    return hidden
+    mask = torch.zeros(size + queries, size + queries, dtype=torch.bool)
+    mask[size:, :size] = True
+    mask[:size, :size] = group[:, None] != group[None]
+    return mask
 
 
 def draw_denoising(
@@ -86,7 +91,7 @@ def draw_denoising(
     *,
     num_classes: int,
     queries: int,
-    wanted: int = 100,
+    num_positives: int = 100,
     label_noise: float = 0.5,
     box_noise: float = 1.0,
     generator: torch.Generator,
@@ -97,19 +102,20 @@ def draw_denoising(
     Args:
         boxes_cxcywh: for each image (N, 4), 0 to 1, on the CPU.
         labels: for each image (N,) int64.
-        num_classes: K; also the id of "no box".
-        queries: Q, the selected queries that follow in the decoder.
-        wanted: denoising positives wanted in an image; 0 for none.
-        label_noise: share of labels that may be changed; half of them are.
-        box_noise: noise of a side in half sides; positives within one, negatives between one and two.
-        generator: on the CPU; the only source of randomness.
-        max_total: most queries in an image. Of images with more than half as many boxes a random part is taken.
+        num_classes: K; also the class id of padding.
+        queries: number of selected queries Q.
+        num_positives: target number of positive queries per image; 0 for no denoising.
+        label_noise: twice the share of labels that get a random class.
+        box_noise: noise of a corner in half sides of the box: up to one for positives, one to two for negatives.
+        generator: a CPU generator, the only source of randomness.
+        max_total: maximum number of queries per image. An image with more than half as many boxes gives a random part
+            of them.
 
     Returns:
-        The group, or None when nothing was wanted or no image has a box.
+        The group, or None when `num_positives` is 0 or no image has a box.
     """
     counts = [len(b) for b in boxes_cxcywh]
-    if wanted <= 0 or max(counts, default=0) == 0:
+    if num_positives <= 0 or max(counts, default=0) == 0:
         return None
     most = min(max(counts), max(max_total // 2, 1))
     chosen = [
@@ -118,10 +124,10 @@ def draw_denoising(
     boxes = pad_sequence([b[c] for b, c in zip(boxes_cxcywh, chosen, strict=True)], batch_first=True).float()
     known_labels = pad_sequence(
         [one[c] for one, c in zip(labels, chosen, strict=True)], batch_first=True, padding_value=num_classes
-    )  # (B, M)
-    num_groups = max(1, min(wanted, max_total // 2) // most)
+    )  # B M
+    num_groups = max(1, min(num_positives, max_total // 2) // most)
     copies = 2 * num_groups
-    class_ids = known_labels.repeat(1, copies)  # (B, D), D = M * copies
+    class_ids = known_labels.repeat(1, copies)  # B D, with D = M * copies
     noisy = boxes.repeat(1, copies, 1)
     real = class_ids != num_classes
     far = (torch.arange(copies * most) // most % 2 == 1)[None, :, None]  # the second half of each group

@@ -1,4 +1,4 @@
-"""The whole detector: backbone, encoder, decoder, and what can be asked of it."""
+"""The detector: backbone, encoder and decoder, and the settings of inference."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rtdetr_cli.config.image_size import STRIDE
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.model.attention import Operator, Rounding, Sampling
 from rtdetr_cli.model.backbone import ResNet
@@ -22,14 +23,14 @@ Prediction = LayerOutput
 
 @dataclass(slots=True)
 class Outputs:
-    """Everything a forward pass says.
+    """The outputs of a forward pass.
 
     Attributes:
-        main: the last layer.
-        aux: the layers before it; training only.
-        encoder: the selected tokens themselves; training only.
-        denoising: every layer's answer to the denoising queries; empty without a group.
-        group: the denoising group that went in.
+        main: predictions of the last layer.
+        aux: predictions of the layers before it; training only.
+        encoder: predictions of the query selection; training only.
+        denoising: every layer's predictions for the denoising queries; empty without a group.
+        group: the denoising group of the input.
     """
 
     main: Prediction
@@ -40,12 +41,12 @@ class Outputs:
 
 
 class RTDETR(nn.Module):
-    """RT-DETRv2.
+    """RT-DETRv2 (arXiv 2407.17140).
 
     Attributes:
         backbone, encoder, decoder: its parts, named as published.
         num_classes: K.
-        deployed: True for the result of `fuse`, which must not be trained.
+        deployed: whether it is the result of `fuse`, which cannot be trained.
     """
 
     def __init__(self, *, backbone: ResNet, encoder: HybridEncoder, decoder: Decoder) -> None:
@@ -61,7 +62,7 @@ class RTDETR(nn.Module):
         return self.decoder.num_classes
 
     def forward(self, images: Tensor, group: DenoisingGroup | None = None) -> Outputs:
-        """Detect.
+        """Predict.
 
         Args:
             images: (B, 3, H, W), RGB, 0 to 1; H and W multiples of 32.
@@ -71,59 +72,60 @@ class RTDETR(nn.Module):
             In training mode all of `Outputs`, in eval mode `main` only.
 
         Raises:
-            UsageError: a side is no multiple of 32.
+            UsageError: H or W is not a multiple of 32.
         """
         height, width = images.shape[-2:]
-        if height % 32 or width % 32:
+        if height % STRIDE or width % STRIDE:
+            nearest = [max(STRIDE, round(side / STRIDE) * STRIDE) for side in (height, width)]
             raise UsageError(
-                f"an input of {height}x{width} pixels does not fit: both sides must be multiples of 32",
-                hint=f"use {max(32, round(height / 32) * 32)}x{max(32, round(width / 32) * 32)}",
+                f"the input is {height}x{width} pixels, but both sides must be multiples of {STRIDE}",
+                hint=f"use {nearest[0]}x{nearest[1]}",
             )
         layers, encoder = self.decoder(self.encoder(self.backbone(images)), group if self.training else None)
         if not self.training:
             return Outputs(layers[-1])
         denoising: tuple[Prediction, ...] = ()
         if group is not None:
-            copies = group.size
-            denoising = tuple(Prediction(o.logits[:, :copies], o.boxes_cxcywh[:, :copies]) for o in layers)
-            layers = [Prediction(o.logits[:, copies:], o.boxes_cxcywh[:, copies:]) for o in layers]
+            size = group.size
+            denoising = tuple(Prediction(o.logits[:, :size], o.boxes_cxcywh[:, :size]) for o in layers)
+            layers = [Prediction(o.logits[:, size:], o.boxes_cxcywh[:, size:]) for o in layers]
         return Outputs(layers[-1], tuple(layers[:-1]), encoder, denoising, group)
 
     def train(self, mode: bool = True) -> RTDETR:
-        """Set the mode; a deployed model has no training mode."""
+        """Set the mode; a fused model has no training mode."""
         if mode and self.deployed:
-            raise RuntimeError("a fused model cannot be trained; train the model that it was made of")
+            raise RuntimeError("a fused model cannot be trained; train the model that it was made from")
         super().train(mode)
         return self
 
     @property
     def layers(self) -> int:
-        """Decoder layers that inference uses."""
+        """Number of decoder layers at inference."""
         return self.decoder.eval_layers
 
     @property
     def queries(self) -> int:
-        """Queries that inference uses."""
+        """Number of queries at inference."""
         return self.decoder.eval_queries
 
     def set_inference(self, *, layers: int | None = None, queries: int | None = None) -> None:
-        """Choose where inference leaves the decoder and how many queries it takes; None keeps what is set.
+        """Set the number of decoder layers and of queries at inference; None leaves a setting as it is.
 
         Raises:
-            UsageError: more layers than there are, more queries than were trained, or fewer than one.
+            UsageError: more layers or queries than were trained, or fewer than one.
         """
         decoder = self.decoder
         if layers is not None:
             if not 1 <= layers <= decoder.num_layers:
                 raise UsageError(
-                    f"this model has {decoder.num_layers} decoder layers, so it cannot use {layers}",
+                    f"the model has {decoder.num_layers} decoder layers, so it cannot use {layers}",
                     hint=f"--layers 1 to {decoder.num_layers}",
                 )
             decoder.eval_layers = layers
         if queries is not None:
             if not 1 <= queries <= decoder.num_queries:
                 raise UsageError(
-                    f"this model was trained with {decoder.num_queries} queries, so it cannot use {queries}",
+                    f"the model was trained with {decoder.num_queries} queries, so it cannot use {queries}",
                     hint=f"--queries 1 to {decoder.num_queries}",
                 )
             decoder.eval_queries = queries
@@ -131,25 +133,25 @@ class RTDETR(nn.Module):
     def set_sampling(
         self, method: Sampling, rounding: Rounding = "published", operator: Operator | None = None
     ) -> None:
-        """Choose how the decoder reads the maps.
+        """Choose how the decoder samples the maps.
 
         Args:
-            method: `bilinear`, or `discrete`: one pixel a point, whose offsets are frozen.
-            rounding: of discrete sampling.
-            operator: of bilinear sampling: `grid_sample` or `gather`; None keeps what is set.
+            method: `bilinear`; or `discrete`, one pixel per point, which freezes the offsets.
+            rounding: rounding of discrete sampling.
+            operator: operator of bilinear sampling: `grid_sample` or `gather`; None leaves it as it is.
         """
         self.decoder.set_sampling(method, rounding, operator)
 
     @property
     def sampling(self) -> tuple[Sampling, Rounding]:
-        """The method and rounding in use."""
+        """The sampling method and rounding in use."""
         attention = self.decoder.decoder.layers[0].cross_attn
         return attention.sampling, attention.rounding  # type: ignore[union-attr, return-value]
 
     def fuse(self) -> RTDETR:
-        """Return a deployed copy: re-parameterised blocks and norms folded into convolutions, eval mode, frozen.
+        """Return a copy for inference, with re-parameterized blocks and norms folded into convolutions.
 
-        The copy computes the same (within rounding), keeps every method of the original, and cannot be trained.
+        The copy gives the same outputs within rounding, and cannot be trained.
         """
         deployed = copy.deepcopy(self).eval()
         for module in list(deployed.modules()):
@@ -165,7 +167,7 @@ class RTDETR(nn.Module):
 
     @torch.no_grad()
     def prepare(self, height: int, width: int) -> None:
-        """Make the tables of one input size, so that a trace of the model holds them as constants."""
+        """Compute the constants of an input size, so that a traced graph contains them."""
         mode = self.training
         parameter = next(self.parameters())
         self.eval()

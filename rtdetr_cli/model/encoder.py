@@ -1,10 +1,10 @@
-"""The hybrid encoder of RT-DETR (arXiv 2304.08069, section 4.2): attention inside the coarsest map, then fusion.
+"""The hybrid encoder of RT-DETR (arXiv 2304.08069, section 4.2): attention within the coarsest map, then fusion.
 
-AIFI attends within the stride-32 map only; cross-scale fusion goes down and up again through blocks of
-re-parameterised convolutions, which `fuse` turns into plain 3x3 convolutions that compute the same.
+Self-attention (AIFI) is applied to the stride-32 map only. Cross-scale fusion goes from coarse to fine and back
+through blocks of re-parameterized convolutions, which `RepBlock.fuse` turns into equivalent 3x3 convolutions.
 
-Departure from the official code: the position table is "rows in the first half, columns in the second, row by row".
-On square maps that is the official table bit for bit; on rectangles the official one is scrambled.
+Departure from the official code: the position table encodes the row in the first half of the channels and the column
+in the second. On square maps this equals the official table bit for bit; on rectangles the official one is scrambled.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rtdetr_cli.model.attention import SelfAttention
-from rtdetr_cli.model.layers import ConvNorm, Tables, add_bounded, convolution
+from rtdetr_cli.model.layers import ConstantCache, ConvNorm, add_bounded, convolution
 
 
 def position_table(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
     """Return sine and cosine positions (1, height * width, dim) in float32.
 
-    A quarter of the channels each: sine of the row, cosine of the row, sine and cosine of the column.
+    Sine of the row, cosine of the row, sine and cosine of the column have a quarter of the channels each.
     """
     quarter = dim // 4
     omega = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
-    rows = torch.arange(height, dtype=torch.float32, device=device)[:, None] * omega  # (height, D/4)
-    columns = torch.arange(width, dtype=torch.float32, device=device)[:, None] * omega
+    rows = torch.arange(height, dtype=torch.float32, device=device)[:, None] * omega  # H C/4
+    columns = torch.arange(width, dtype=torch.float32, device=device)[:, None] * omega  # W C/4
     by_row = torch.cat([rows.sin(), rows.cos()], -1)[:, None].expand(height, width, 2 * quarter)
     by_column = torch.cat([columns.sin(), columns.cos()], -1)[None].expand(height, width, 2 * quarter)
     return torch.cat([by_row, by_column], -1).reshape(1, height * width, dim)
 
 
 class EncoderLayer(nn.Module):
-    """A post-norm transformer layer with an exact GELU."""
+    """A transformer layer with post-norm and exact GELU."""
 
     def __init__(self, *, dim: int, heads: int, ffn: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class EncoderLayer(nn.Module):
 
 
 class EncoderStack(nn.Module):
-    """The attention layers of one map."""
+    """The transformer layers of one map."""
 
     def __init__(self, *, dim: int, heads: int, ffn: int, layers: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class EncoderStack(nn.Module):
 
 
 class RepBlock(nn.Module):
-    """A 3x3 and a 1x1 convolution side by side, summed, SiLU; one 3x3 after `fuse`."""
+    """The sum of a 3x3 and a 1x1 convolution, and SiLU (RepVGG, arXiv 2101.03697); `fuse` merges the two."""
 
     def __init__(self, *, channels: int) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class RepBlock(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> None:
-        """Become one convolution, in place; the branches are deleted."""
+        """Replace the two branches with one convolution, in place."""
         if self.conv is not None:
             return
         dtype = self.conv1.conv.weight.dtype
@@ -91,7 +91,7 @@ class RepBlock(nn.Module):
 
 
 class FusionBlock(nn.Module):
-    """A cross-stage-partial block: half of the way through re-parameterised blocks, half past them."""
+    """A cross-stage-partial block: one branch has re-parameterized blocks, the other bypasses them."""
 
     def __init__(self, *, in_channels: int, out_channels: int, expansion: float, depth: int) -> None:
         super().__init__()
@@ -111,14 +111,14 @@ class FusionBlock(nn.Module):
 
 
 class HybridEncoder(nn.Module):
-    """Three backbone maps in, three fused maps of `hidden_dim` channels out.
+    """The encoder: three maps of the backbone to three fused maps of `hidden_dim` channels.
 
     Args:
-        in_channels: of the maps of strides 8, 16 and 32.
+        in_channels: channels of the maps of strides 8, 16 and 32.
         hidden_dim: channels of every output.
-        heads, ffn, layers: of the attention on the stride-32 map.
-        expansion: hidden share of the fusion blocks.
-        depth_mult: times three re-parameterised blocks in each.
+        heads, ffn, layers: of the attention within the stride-32 map.
+        expansion: ratio of a fusion block's inner channels to `hidden_dim`.
+        depth_mult: a third of the number of re-parameterized blocks in a fusion block.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class HybridEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.hidden_dim = hidden_dim
-        self._tables = Tables()
+        self._constants = ConstantCache()
         self.input_proj = nn.ModuleList(ConvNorm(in_channels=c, out_channels=hidden_dim) for c in in_channels)
         self.encoder = nn.ModuleList([EncoderStack(dim=hidden_dim, heads=heads, ffn=ffn, layers=layers)])
         depth = round(3 * depth_mult)
@@ -160,23 +160,23 @@ class HybridEncoder(nn.Module):
         projected: list[Tensor] = [proj(x) for proj, x in zip(self.input_proj, maps, strict=True)]
         projected[-1] = self._attend(projected[-1])
 
-        fused = [projected[-1]]  # from the coarsest to the finest
+        fused = [projected[-1]]  # coarsest first
         for lateral, block, low in zip(self.lateral_convs, self.fpn_blocks, projected[-2::-1], strict=True):
             fused[-1] = lateral(fused[-1])
             up = functional.interpolate(fused[-1], scale_factor=2.0, mode="nearest")
             fused.append(block(torch.cat([up, low], 1)))
 
-        outs = [fused[-1]]  # from the finest to the coarsest
+        outs = [fused[-1]]  # finest first
         for down, block, high in zip(self.downsample_convs, self.pan_blocks, fused[-2::-1], strict=True):
             outs.append(block(torch.cat([down(outs[-1]), high], 1)))
         return outs
 
     def _attend(self, x: Tensor) -> Tensor:
-        """Attend within one map (B, C, H, W)."""
+        """Apply self-attention within one map (B, C, H, W)."""
         _, channels, height, width = x.shape
-        positions = self._tables.get(
+        positions = self._constants.get(
             (height, width, x.device), lambda: position_table(height, width, channels, x.device)
         )
-        tokens = x.flatten(2).transpose(1, 2)
+        tokens = x.flatten(2).transpose(1, 2)  # B H*W C
         tokens = cast(Tensor, self.encoder[0](tokens, positions.to(x.dtype)))
         return tokens.transpose(1, 2).reshape(-1, channels, height, width)

@@ -1,6 +1,6 @@
-"""The smallest pieces that several parts of the detector share: convolution with norm, frozen norm, MLP, boxes.
+"""Layers and functions that several parts of the detector share.
 
-Names of parameters follow the published state dict (`conv`, `norm`, `layers.N`), so its files load without a map.
+Parameters are named as in the published state dict (`conv`, `norm`, `layers.N`), so published files load directly.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Value = TypeVar("Value")
-_TABLES_KEPT = 48
+_CACHE_SIZE = 48
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """A batch norm whose four vectors are constants.
+    """A constant batch norm.
 
-    They are buffers, so the optimiser never sees them; `num_batches_tracked` of a file is dropped on load.
+    Its four vectors are buffers, so no optimizer changes them; `num_batches_tracked` of a file is ignored.
     """
 
     weight: Tensor
@@ -50,7 +50,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, batch norm, activation (or none)."""
+    """A convolution without bias, a batch norm, and an optional activation."""
 
     def __init__(
         self,
@@ -72,18 +72,15 @@ class ConvNorm(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Return the weight and bias of the one convolution that equals this one's convolution and norm.
-
-        The arithmetic is float64, so the fold itself adds no error beyond the last rounding.
-        """
-        norm = cast(nn.BatchNorm2d, self.norm)  # or a FrozenBatchNorm2d: the same four vectors
+        """Return the float64 weight and bias of a single convolution that equals this convolution and its norm."""
+        norm = cast(nn.BatchNorm2d, self.norm)  # or a FrozenBatchNorm2d, which has the same attributes
         mean, variance = cast(Tensor, norm.running_mean).double(), cast(Tensor, norm.running_var).double()
         scale = norm.weight.double() / (variance + norm.eps).sqrt()
         return self.conv.weight.double() * scale[:, None, None, None], norm.bias.double() - mean * scale
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Fold the norm into the convolution, in place; afterwards it must not be trained."""
+        """Fold the norm into the convolution, in place; the result cannot be trained."""
         if isinstance(self.norm, nn.Identity):
             return
         weight, bias = self.folded()
@@ -93,7 +90,7 @@ class ConvNorm(nn.Module):
 
 
 def convolution(weight: Tensor, bias: Tensor, *, stride: int = 1) -> nn.Conv2d:
-    """Make a `same`-padded convolution of the given weight (C', C, k, k) and bias (C',)."""
+    """Make a convolution with `same` padding from a weight (C', C, k, k) and a bias (C',)."""
     out_channels, in_channels, kernel, _ = weight.shape
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=(kernel - 1) // 2).to(weight)
     conv.weight.data = weight
@@ -116,47 +113,46 @@ class MLP(nn.Module):
         return cast(Tensor, self.layers[-1](x))
 
 
-class Tables:
-    """A small memory of tensors that depend on the input's size only: positions, anchors, level sizes.
+class ConstantCache:
+    """A cache of constants that depend only on the input's size: positions, anchors, level sizes.
 
-    They are computed on the device that needs them and are no part of the state dict, so a model file never limits
-    the sizes that a model can take. Nothing is remembered while a graph is being traced; a table that was made
-    before the trace (one forward pass does it) becomes a constant of the exported graph.
+    They are not part of the state dict, so a model takes any input size. Nothing is added to the cache while a graph
+    is traced, but what a forward pass has added before becomes a constant of the exported graph.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, object] = {}
+        self._values: dict[Hashable, object] = {}
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """Return the table of `key`, making it if needed."""
+        """Return the constant of `key`, and make it if needed."""
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            return make()  # the compiler fuses it; reading a dict would put a guard on every entry
-        if key in self._kept:
-            return cast(Value, self._kept[key])
+            return make()  # the compiler would put a guard on every entry of a dict
+        if key in self._values:
+            return cast(Value, self._values[key])
         if torch.compiler.is_exporting():
             return make()
-        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used in training later
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor cannot be used in training
             value = make()
-        while len(self._kept) >= _TABLES_KEPT:
-            self._kept.pop(next(iter(self._kept)))
-        self._kept[key] = value
+        while len(self._values) >= _CACHE_SIZE:
+            self._values.pop(next(iter(self._values)))
+        self._values[key] = value
         return value
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Tables:
-        return Tables()
+    def __deepcopy__(self, memo: dict[int, object]) -> ConstantCache:
+        return ConstantCache()
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Return the logit of x, clipped to [0, 1] and kept `eps` away from both ends."""
+    """Return the logit of x, which is clipped to [0, 1] and kept `eps` away from both ends."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
 def add_bounded(residual: Tensor, update: Tensor) -> Tensor:
-    """Add, and where the update is float16 keep the sum within float16's range.
+    """Add, and clamp the sum to float16's range where the update is float16.
 
-    The published v1 code clamps before the decoder's last norm, since activations beyond 65504 became infinite and
-    then NaN in long float16 training; its v2 code lost that. Here float32 and bfloat16 are never touched.
+    In long float16 training, activations beyond 65504 became infinite and then NaN. The official v1 code clamps before
+    the decoder's last norm; the v2 code does not.
     """
     total = residual + update
     if update.dtype == torch.float16:
@@ -166,12 +162,12 @@ def add_bounded(residual: Tensor, update: Tensor) -> Tensor:
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Turn (..., 4) boxes from centre and size to corners, in the same unit."""
+    """Convert boxes (..., 4) from centre and size to corners, in the same unit."""
     centre, half = boxes[..., :2], boxes[..., 2:] * 0.5
     return torch.cat([centre - half, centre + half], -1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Turn (..., 4) boxes from corners to centre and size, in the same unit."""
+    """Convert boxes (..., 4) from corners to centre and size, in the same unit."""
     low, high = boxes[..., :2], boxes[..., 2:]
     return torch.cat([(low + high) * 0.5, high - low], -1)

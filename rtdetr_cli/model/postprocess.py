@@ -1,4 +1,4 @@
-"""From predictions to detections, as published: the best pairs of query and class, nothing suppressed or cut."""
+"""Post-process predictions as published: the best pairs of query and class, without NMS and clipping."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from rtdetr_cli.model.layers import cxcywh_to_xyxy
 def select_detections(
     logits: Tensor, boxes_cxcywh: Tensor, sizes_wh: Tensor, top_k: int = 300
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Take the `top_k` best of all pairs of query and class.
+    """Select the `top_k` best of all pairs of query and class.
 
-    One query may give several classes. Boxes are not cut at the image's border.
+    A query can give several classes. Boxes are not clipped to the image.
 
     Args:
         logits: (B, Q, K).
         boxes_cxcywh: (B, Q, 4), 0 to 1.
         sizes_wh: (B, 2), width and height of the original images in pixels.
-        top_k: detections of an image; fewer when there are fewer pairs.
+        top_k: maximum number N of detections per image.
 
     Returns:
         labels (B, N) int64, boxes_xyxy_px (B, N, 4) and scores (B, N), best first.

@@ -110,7 +110,7 @@ def draw_group(learner: Learner, batch: Batch | GlobalBatch, *, step: int, seed:
         batch.labels,
         num_classes=learner.model.num_classes,
         queries=spec.queries,
-        wanted=spec.denoising,
+        num_positives=spec.denoising,
         label_noise=spec.label_noise,
         box_noise=spec.box_noise,
         generator=generator,

@@ -136,7 +136,7 @@ def train(steps: int, *, seed: int = 0, batch: int = 8) -> None:
             labels,
             num_classes=len(NAMES),
             queries=spec.queries,
-            wanted=spec.denoising,
+            num_positives=spec.denoising,
             label_noise=0.5,
             box_noise=1.0,
             generator=generator,

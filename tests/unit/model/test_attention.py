@@ -10,9 +10,9 @@ from rtdetr_cli.model.attention import (
     DeformableAttention,
     Levels,
     SelfAttention,
-    read_bilinear,
-    read_bilinear_gather,
-    read_discrete,
+    sample_bilinear,
+    sample_bilinear_gather,
+    sample_discrete,
 )
 
 SHAPES = ((4, 6), (2, 3), (1, 2))  # not square, on purpose
@@ -56,20 +56,20 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Levels]:
     value = torch.randn(2, tokens, 3, 5, generator=generator, dtype=torch.float64)
     locations = torch.rand(2, 4, 3, points, 2, generator=generator, dtype=torch.float64) * 1.6 - 0.3  # some outside
     weights = torch.rand(2, 4, 3, points, generator=generator, dtype=torch.float64)
-    return value, locations, weights, Levels.of(SHAPES, POINTS, torch.device("cpu"))
+    return value, locations, weights, Levels.from_shapes(SHAPES, POINTS, torch.device("cpu"))
 
 
 def test_bilinear_is_the_naive_loop(inputs: tuple[Tensor, Tensor, Tensor, Levels]) -> None:
     value, locations, weights, levels = inputs
     expected = naive(value, locations, weights, "bilinear")
-    assert torch.allclose(read_bilinear(value, locations, weights, levels, POINTS), expected, atol=1e-12)
-    assert torch.allclose(read_bilinear_gather(value, locations, weights, levels), expected, atol=1e-12)
+    assert torch.allclose(sample_bilinear(value, locations, weights, levels, POINTS), expected, atol=1e-12)
+    assert torch.allclose(sample_bilinear_gather(value, locations, weights, levels), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("rounding", ["published", "nearest"])
 def test_discrete_is_the_naive_loop(inputs: tuple[Tensor, Tensor, Tensor, Levels], rounding: str) -> None:
     value, locations, weights, levels = inputs
-    got = read_discrete(value, locations, weights, levels, rounding=rounding)
+    got = sample_discrete(value, locations, weights, levels, rounding=rounding)
     assert torch.allclose(got, naive(value, locations, weights, rounding), atol=1e-12)
 
 
@@ -78,16 +78,16 @@ def test_discrete_is_the_naive_loop(inputs: tuple[Tensor, Tensor, Tensor, Levels
                                                        ("published", -0.3, 0), ("nearest", -0.3, 0),
                                                        ("nearest", 7.0, 3), ("published", 7.0, 3)])  # fmt: skip
 def test_rounding_of_a_four_wide_map(rounding: str, x: float, column: int) -> None:
-    levels = Levels.of([(1, 4)], [1], torch.device("cpu"))
+    levels = Levels.from_shapes([(1, 4)], [1], torch.device("cpu"))
     value = torch.arange(4.0).reshape(1, 4, 1, 1)
-    got = read_discrete(value, torch.tensor([[[[[x, 0.5]]]]]), torch.ones(1, 1, 1, 1), levels, rounding=rounding)
+    got = sample_discrete(value, torch.tensor([[[[[x, 0.5]]]]]), torch.ones(1, 1, 1, 1), levels, rounding=rounding)
     assert got.item() == column
 
 
 def test_discrete_reaches_the_last_column_of_a_wide_map() -> None:
-    levels = Levels.of([(2, 6)], [1], torch.device("cpu"))
+    levels = Levels.from_shapes([(2, 6)], [1], torch.device("cpu"))
     value = torch.arange(12.0).reshape(1, 12, 1, 1)
-    got = read_discrete(value, torch.tensor([[[[[0.99, 0.99]]]]]), torch.ones(1, 1, 1, 1), levels)
+    got = sample_discrete(value, torch.tensor([[[[[0.99, 0.99]]]]]), torch.ones(1, 1, 1, 1), levels)
     assert got.item() == 11
 
 
@@ -95,8 +95,8 @@ def test_locations_that_are_no_number_do_not_crash(inputs: tuple[Tensor, Tensor,
     value, locations, weights, levels = inputs
     locations = locations.clone()
     locations[0, 0, 0, 0] = float("nan")
-    read_discrete(value, locations, weights, levels)
-    read_bilinear_gather(value, locations, weights, levels)
+    sample_discrete(value, locations, weights, levels)
+    sample_bilinear_gather(value, locations, weights, levels)
 
 
 def attention(seed: int = 0) -> DeformableAttention:
@@ -110,7 +110,7 @@ def attention(seed: int = 0) -> DeformableAttention:
 @pytest.mark.parametrize("operator", ["grid_sample", "gather"])
 def test_operators_agree_in_value_and_gradient(operator: str) -> None:
     module = attention()
-    levels = Levels.of(SHAPES, POINTS, torch.device("cpu"))
+    levels = Levels.from_shapes(SHAPES, POINTS, torch.device("cpu"))
     query = torch.randn(2, 4, 16, requires_grad=True)
     memory = torch.randn(2, sum(h * w for h, w in SHAPES), 16, requires_grad=True)
     reference = (torch.rand(2, 4, 4) * 0.8 + 0.1).requires_grad_()
@@ -159,7 +159,7 @@ def test_self_attention_is_torchs() -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_products_attend_as_the_fused_operator_does(masked: bool) -> None:
     """The form that bfloat16 takes on a CPU, here in float64: values and gradients."""
-    from rtdetr_cli.model.attention import _attend_in_products
+    from rtdetr_cli.model.attention import attend_with_products
 
     generator = torch.Generator().manual_seed(0)
     hidden = torch.rand((9, 9), generator=generator) < 0.4 if masked else None
@@ -174,7 +174,7 @@ def test_products_attend_as_the_fused_operator_does(masked: bool) -> None:
                 q, k, v, attn_mask=None if hidden is None else ~hidden
             )
         else:
-            out = _attend_in_products(q, k, v, hidden)
+            out = attend_with_products(q, k, v, hidden)
         out.square().sum().backward()
         results.append([out.detach(), q.grad, k.grad, v.grad])
     for fused, products in zip(*results, strict=True):

@@ -40,15 +40,15 @@ def test_images_with_very_many_boxes_stay_bounded() -> None:
     assert group.share == pytest.approx(203 / 1003)
 
 
-@pytest.mark.parametrize(("counts", "wanted"), [([], 100), ([0, 0], 100), ([3, 1], 0)])
-def test_nothing_to_draw(counts: list[int], wanted: int) -> None:
-    assert drawn(counts, wanted=wanted) is None
+@pytest.mark.parametrize(("counts", "num_positives"), [([], 100), ([0, 0], 100), ([3, 1], 0)])
+def test_nothing_to_draw(counts: list[int], num_positives: int) -> None:
+    assert drawn(counts, num_positives=num_positives) is None
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=5), st.integers(1, 60), st.integers(2, 80))
-def test_positives_name_their_boxes(counts: list[int], wanted: int, max_total: int) -> None:
-    group = drawn(counts, wanted=wanted, max_total=max_total, label_noise=0.0, box_noise=0.0)
+def test_positives_name_their_boxes(counts: list[int], num_positives: int, max_total: int) -> None:
+    group = drawn(counts, num_positives=num_positives, max_total=max_total, label_noise=0.0, box_noise=0.0)
     if group is None:
         assert max(counts) == 0
         return
@@ -88,7 +88,7 @@ def test_a_quarter_of_the_labels_is_redrawn() -> None:
 
 
 def test_mask_hides_what_it_must() -> None:
-    group = drawn([2, 1], wanted=6)  # three groups of 2 positives and 2 negatives
+    group = drawn([2, 1], num_positives=6)  # three groups of 2 positives and 2 negatives
     assert (group.num_groups, group.size) == (3, 12)
     for row in range(group.size + Q):
         for column in range(group.size + Q):

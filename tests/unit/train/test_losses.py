@@ -25,7 +25,7 @@ def case(counts: list[int], *, seed: int = 0) -> tuple[Outputs, list[Tensor], li
     generator = torch.Generator().manual_seed(seed)
     boxes = [torch.rand(n, 4, generator=generator, dtype=torch.float64) * 0.3 + 0.3 for n in counts]
     labels = [torch.randint(K, (n,), generator=generator) for n in counts]
-    group = draw_denoising(boxes, labels, num_classes=K, queries=Q, wanted=8, generator=generator)
+    group = draw_denoising(boxes, labels, num_classes=K, queries=Q, num_positives=8, generator=generator)
     batch = len(counts)
     copies = () if group is None else tuple(prediction(batch, group.size, generator) for _ in range(3))
     return (
@@ -150,7 +150,7 @@ def test_a_bounded_group_is_normalised_by_the_boxes_that_it_has() -> None:
     generator = torch.Generator().manual_seed(0)
     boxes = [torch.rand(50, 4, generator=generator, dtype=torch.float64) * 0.3 + 0.3]
     labels = [torch.randint(K, (50,), generator=generator)]
-    group = draw_denoising(boxes, labels, num_classes=K, queries=Q, wanted=8, generator=generator, max_total=20)
+    group = draw_denoising(boxes, labels, num_classes=K, queries=Q, num_positives=8, generator=generator, max_total=20)
     assert isinstance(group, DenoisingGroup)
     assert group.share == 0.2
     p = prediction(1, group.size, generator)
