@@ -85,7 +85,7 @@ def finetune_discrete(
     if as_json:
         terminal.emit_json(outcome.to_json())
     else:
-        _show(outcome)
+        show_outcome(outcome)
     if not outcome.passed:
         _fail(outcome, as_json)
 
@@ -110,7 +110,9 @@ def _train(stage: FinetuneDiscrete, stop: StopFlag) -> None:
         raise typer.Exit(code)
 
 
-def _show(outcome: Outcome) -> None:
+def show_outcome(outcome: Outcome) -> None:
+    """Print the metrics before and after, the exports, and the recommendation."""
+    """Print the tables of a second stage, its files and the recommendation."""
     from rtdetr_cli.runs import DISCRETE_RESULT
 
     terminal.table(

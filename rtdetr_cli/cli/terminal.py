@@ -136,19 +136,14 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def say_folded(text: str, *, indent: int, first: int = 0) -> None:
-    """Write a line for people, folded between words in a terminal and whole in a pipe.
+def fold(text: str, *, indent: int, first: int = 0) -> str:
+    """Fold a line between words for a terminal; return it whole for a pipe.
 
     Args:
         text: the line.
         indent: columns in front of each line after the first.
         first: columns of the first line that are taken already.
     """
-    say(fold(text, indent=indent, first=first))
-
-
-def fold(text: str, *, indent: int, first: int = 0) -> str:
-    """Return a line as `say_folded` writes it."""
     if not is_terminal():
         return text
     width = max(40, shutil.get_terminal_size().columns)

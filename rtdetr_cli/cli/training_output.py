@@ -92,6 +92,10 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
 # ---- start ------------------------------------------------------------------------------------------------------
 
 
+def _say(text: str, indent: int = 6) -> None:
+    terminal.say(terminal.fold(text, indent=indent))
+
+
 def _show_start(event: RunStarted) -> None:
     from importlib.metadata import version
 
@@ -110,22 +114,21 @@ def _show_start(event: RunStarted) -> None:
         f" data {splits.name}: {_image_counts(event)}, {counted(len(splits.categories), 'class')}"
         + (f", {counted(warnings, 'warning')} (rtdetr validate)" if warnings else ""),
     ]
-    terminal.say_folded("  ".join(parts), indent=6)
+    _say("  ".join(parts))
     if splits.split_made and event.resumed is None and not settings.overfit:
         total = event.train_images + event.val_images
-        terminal.say_folded(
+        _say(
             f"split  the dataset has no val split: {event.val_images} of {total} images were drawn for it "
             f"(seed {settings.seed})",
-            indent=6,
         )
     _show_weights(event)
-    terminal.say_folded(plan_line(event.plan, event.micro_batch, event.processes), indent=6)
+    _say(plan_line(event.plan, event.micro_batch, event.processes))
     given = event.config.given("batch") and settings.batch != "auto"
     choices = [(choice.name, choice.value, choice.reason) for choice in event.choices]
     choices.append(("micro-batch", str(event.micro_batch), event.config.source("batch") if given else "fits in memory"))
     choices.append(("precision", event.precision, event.precision_reason))
     for name, value, reason in choices:
-        terminal.say_folded(f"  {name:<20} {value:<34} {reason}", indent=23)
+        _say(f"  {name:<20} {value:<34} {reason}", indent=23)
     if event.folder is not None:
         terminal.say(f"run  {event.folder}")
     if event.restarted:
@@ -147,10 +150,10 @@ def _image_counts(event: RunStarted) -> str:
 
 def _show_weights(event: RunStarted) -> None:
     if event.transfer is None:
-        terminal.say_folded(f"start  {event.start}" if event.resumed is None else "start  its own checkpoint", indent=6)
+        _say(f"start  {event.start}" if event.resumed is None else "start  its own checkpoint")
         return
     table: TransferTable = event.transfer
-    terminal.say_folded(f"start  {event.start}: {table.tensors_loaded} of {table.tensors_total} tensors", indent=6)
+    _say(f"start  {event.start}: {table.tensors_loaded} of {table.tensors_total} tensors")
     if not table.by_class:
         return
     transferred = [
@@ -160,10 +163,10 @@ def _show_weights(event: RunStarted) -> None:
     ]
     new = [row.name for row in table.classes if row.source_name is None]
     if transferred:
-        terminal.say_folded(f"  transferred by class name  {terminal.some(transferred)}", indent=29)
+        _say(f"  transferred by class name  {terminal.some(transferred)}", indent=29)
     if new:
-        terminal.say_folded(f"  reinitialized              {terminal.some(new)}", indent=29)
-    terminal.say_folded(f"  in  {terminal.some(table.by_class, 3)}", indent=6)
+        _say(f"  reinitialized              {terminal.some(new)}", indent=29)
+    _say(f"  in  {terminal.some(table.by_class, 3)}")
 
 
 # ---- progress ---------------------------------------------------------------------------------------------------

@@ -5,14 +5,17 @@ validation, `config.toml` and `--set` are made from (`cli/setting_flags.py`, `co
 written twice. The module imports the standard library only: `rtdetr train --help` must not load pydantic. A dataclass
 was chosen over a generated pydantic model so that a type checker knows the type of `config.settings.epochs`.
 """
+# ruff: noqa: RUF009  (the calls in the class body return `dataclasses.field`)
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from rtdetr_cli.config.image_size import parse_image_size
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,13 @@ class Bounds:
         return handler(source) | {name: bound for name, bound in bounds.items() if bound is not None}
 
 
+Count = Annotated[int, Bounds(ge=0)]
+Positive = Annotated[int, Bounds(gt=0)]
+Rate = Annotated[float, Bounds(gt=0, lt=1)]
+Fraction = Annotated[float, Bounds(ge=0, le=1)]
+Share = Annotated[float, Bounds(ge=0, le=0.9)]
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """What people read and write about a setting.
@@ -45,12 +55,22 @@ class Setting:
     """
 
     help: str
-    flag: bool = True
+    flag: bool
     short: str = ""
     metavar: str | None = None
     unset: str = ""
     is_path: bool = False
     parse: Callable[[Any], Any] | None = None
+
+
+def _flag(default: T, help_text: str, **details: Any) -> T:
+    """Declare a setting with a flag."""
+    return field(default=default, metadata={"setting": Setting(help_text, flag=True, **details)})
+
+
+def _key(default: T, help_text: str) -> T:
+    """Declare a setting without a flag, which only `--set` and files of settings give."""
+    return field(default=default, metadata={"setting": Setting(help_text, flag=False)})
 
 
 def _parse_size(value: Any) -> tuple[int, int] | None:
@@ -61,137 +81,77 @@ def _parse_words(value: Any) -> Any:
     return tuple(word for word in value.split(",") if word) if isinstance(value, str) else value
 
 
-Count = Annotated[int, Bounds(ge=0)]
-Positive = Annotated[int, Bounds(gt=0)]
-Rate = Annotated[float, Bounds(gt=0, lt=1)]
-Fraction = Annotated[float, Bounds(ge=0, le=1)]
-Share = Annotated[float, Bounds(ge=0, le=0.9)]
-
-
 @dataclass(frozen=True)
 class RunSettings:
     """Every setting of a training run, in the order of the help and of `config.toml`."""
 
-    data: Annotated[
-        str | None,
-        Setting("Dataset: COCO JSON, Roboflow folder, YOLO data.yaml or VOC folder.", short="-d", is_path=True),
-    ] = None
-    images: Annotated[
-        str | None,
-        Setting("Folder of the images, if they are not next to the annotations.", is_path=True),
-    ] = None
-    preset: Annotated[
-        str, Setting("Preset: tiny, r18, r34, r50m, r50, r101, or the path of a preset file.", short="-p")
-    ] = "r18"
-    weights: Annotated[
-        str, Setting("Weights to start from: coco, imagenet, none, or a run or model file.", short="-w")
-    ] = "coco"
-    epochs: Annotated[Positive, Setting("Passes over the training images.", short="-e")] = 50
-    batch: Annotated[
-        Positive | Literal["auto"],
-        Setting("Images per forward pass, or auto.", short="-b"),
-    ] = "auto"
-    effective_batch: Annotated[Positive, Setting("Images per optimizer step (accumulated when they don't fit).")] = 16
-    imgsz: Annotated[
-        tuple[int, int] | None,
-        Setting("Input size in pixels: 640, or height first 480x640.", unset="the preset's", parse=_parse_size),
-    ] = None
-    lr: Annotated[Rate | None, Setting("Learning rate.", unset="the preset's, scaled to the effective batch")] = None
-    lr_backbone: Annotated[
-        Rate | None, Setting("Learning rate of the backbone.", unset="the preset's share of --lr")
-    ] = None
-    aug: Annotated[
-        str,
-        Setting(
-            "Augmentation: recipe, light, none, an Albumentations file, or auto (light in short runs, else recipe)."
-        ),
-    ] = "auto"
-    freeze: Annotated[
-        Literal["preset", "none", "stem", "backbone", "encoder"],
-        Setting("Part of the network to freeze: none, stem, backbone, encoder, or preset (as the preset says)."),
-    ] = "preset"
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"], Setting("Floating-point precision: auto, fp32, bf16 or fp16.")
-    ] = "auto"
-    compile: Annotated[bool, Setting("Compile the backbone and the encoder.")] = False
-    workers: Annotated[Count | Literal["auto"], Setting("Processes that load images, or auto.")] = "auto"
-    cache: Annotated[
-        Literal["none", "ram", "disk"],
-        Setting("Cache decoded images: none, ram or disk (--set cache_gb=4 limits the size)."),
-    ] = "none"
-    cache_gb: Annotated[
-        Annotated[float, Bounds(ge=0)], Setting("Largest cache in GB; 0 uses half of the free space.", flag=False)
-    ] = 0.0
-    device: Annotated[str, Setting("Device: auto, cpu, a GPU such as 0, or several: 0,1.")] = "auto"
-    seed: Annotated[Count, Setting("Random seed.")] = 0
-    deterministic: Annotated[bool, Setting("Use gather sampling and deterministic kernels on CUDA.")] = False
-    patience: Annotated[
-        Count, Setting("Stop after this many evaluations without a better AP; 0 never stops early.")
-    ] = 0
-    overfit: Annotated[Count, Setting("Overfit the first N images (sanity check); 0 trains on all.", metavar="N")] = 0
-    out: Annotated[str, Setting("Folder that holds the runs.", is_path=True)] = "runs"
-    name: Annotated[str, Setting("Name of the run's folder, which must not exist yet.", unset="PRESET-DATASET-NN")] = ""
-    log: Annotated[
-        tuple[Literal["tensorboard", "wandb", "mlflow"], ...],
-        Setting("Extra loggers: tensorboard, wandb, mlflow.", unset="metrics.csv only", parse=_parse_words),
-    ] = ()
+    data: str | None = _flag(
+        None, "Dataset: COCO JSON, Roboflow folder, YOLO data.yaml or VOC folder.", short="-d", is_path=True
+    )
+    images: str | None = _flag(None, "Folder of the images, if they are not next to the annotations.", is_path=True)
+    preset: str = _flag("r18", "Preset: tiny, r18, r34, r50m, r50, r101, or the path of a preset file.", short="-p")
+    weights: str = _flag("coco", "Weights to start from: coco, imagenet, none, or a run or model file.", short="-w")
+    epochs: Positive = _flag(50, "Passes over the training images.", short="-e")
+    batch: Positive | Literal["auto"] = _flag("auto", "Images per forward pass, or auto.", short="-b")
+    effective_batch: Positive = _flag(16, "Images per optimizer step (accumulated when they don't fit).")
+    imgsz: tuple[int, int] | None = _flag(
+        None, "Input size in pixels: 640, or height first 480x640.", unset="the preset's", parse=_parse_size
+    )
+    lr: Rate | None = _flag(None, "Learning rate.", unset="the preset's, scaled to the effective batch")
+    lr_backbone: Rate | None = _flag(None, "Learning rate of the backbone.", unset="the preset's share of --lr")
+    aug: str = _flag(
+        "auto", "Augmentation: recipe, light, none, an Albumentations file, or auto (light in short runs, else recipe)."
+    )
+    freeze: Literal["preset", "none", "stem", "backbone", "encoder"] = _flag(
+        "preset", "Part of the network to freeze: none, stem, backbone, encoder, or preset (as the preset says)."
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag(
+        "auto", "Floating-point precision: auto, fp32, bf16 or fp16."
+    )
+    compile: bool = _flag(False, "Compile the backbone and the encoder.")
+    workers: Count | Literal["auto"] = _flag("auto", "Processes that load images, or auto.")
+    cache: Literal["none", "ram", "disk"] = _flag(
+        "none", "Cache decoded images: none, ram or disk (--set cache_gb=4 limits the size)."
+    )
+    cache_gb: Annotated[float, Bounds(ge=0)] = _key(0.0, "Largest cache in GB; 0 uses half of the free space.")
+    device: str = _flag("auto", "Device: auto, cpu, a GPU such as 0, or several: 0,1.")
+    seed: Count = _flag(0, "Random seed.")
+    deterministic: bool = _flag(False, "Use gather sampling and deterministic kernels on CUDA.")
+    patience: Count = _flag(0, "Stop after this many evaluations without a better AP; 0 never stops early.")
+    overfit: Count = _flag(0, "Overfit the first N images (sanity check); 0 trains on all.", metavar="N")
+    out: str = _flag("runs", "Folder that holds the runs.", is_path=True)
+    name: str = _flag("", "Name of the run's folder, which must not exist yet.", unset="PRESET-DATASET-NN")
+    log: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = _flag(
+        (), "Extra loggers: tensorboard, wandb, mlflow.", unset="metrics.csv only", parse=_parse_words
+    )
 
-    sampling: Annotated[
-        Literal["bilinear", "discrete"],
-        Setting("Sampling in the decoder: bilinear, or discrete (freezes the sampling offsets).", flag=False),
-    ] = "bilinear"
-    rounding: Annotated[
-        Literal["published", "nearest"],
-        Setting("Rounding of discrete sampling: published or nearest.", flag=False),
-    ] = "published"
-    schedule: Annotated[
-        Literal["scaled", "official"],
-        Setting("Schedule: scaled to the length of the run, or the official one in steps and epochs.", flag=False),
-    ] = "scaled"
-    warmup: Annotated[Share, Setting("Fraction of the steps used for warmup.", flag=False)] = 0.05
-    flat: Annotated[
-        Fraction, Setting("Fraction of the steps after which the learning rate starts to decay.", flag=False)
-    ] = 0.8
-    final_rate: Annotated[Fraction, Setting("Fraction of the learning rate left at the end.", flag=False)] = 0.05
-    ema_age: Annotated[
-        Annotated[float, Bounds(gt=0, le=0.5)],
-        Setting("Mean age of the weights in the moving average, as a fraction of the run.", flag=False),
-    ] = 0.03
-    ema_ramp: Annotated[
-        Rate,
-        Setting("The same mean age early in a run, as a fraction of the steps done so far.", flag=False),
-    ] = 0.15
-    calm: Annotated[
-        Share,
-        Setting("Fraction of the epochs, at the end, without strong augmentation and multi-scale.", flag=False),
-    ] = 0.1
-    eval_every: Annotated[
-        Positive, Setting("Epochs between evaluations; the last epoch is always evaluated.", flag=False)
-    ] = 1
-    val_fraction: Annotated[
-        Rate,
-        Setting("Fraction of the images drawn for validation if the dataset has no val split.", flag=False),
-    ] = 0.2
-    checkpoint_minutes: Annotated[
-        Annotated[float, Bounds(gt=0)], Setting("Minutes between checkpoints within an epoch.", flag=False)
-    ] = 5.0
-    plots: Annotated[bool, Setting("Draw plots and write report.html.", flag=False)] = True
-    checkpoint_steps: Annotated[
-        Count, Setting("Steps between checkpoints within an epoch; 0 saves by time only.", flag=False)
-    ] = 0
+    sampling: Literal["bilinear", "discrete"] = _key(
+        "bilinear", "Sampling in the decoder: bilinear, or discrete (freezes the sampling offsets)."
+    )
+    rounding: Literal["published", "nearest"] = _key(
+        "published", "Rounding of discrete sampling: published or nearest."
+    )
+    schedule: Literal["scaled", "official"] = _key(
+        "scaled", "Schedule: scaled to the length of the run, or the official one in steps and epochs."
+    )
+    warmup: Share = _key(0.05, "Fraction of the steps used for warmup.")
+    flat: Fraction = _key(0.8, "Fraction of the steps after which the learning rate starts to decay.")
+    final_rate: Fraction = _key(0.05, "Fraction of the learning rate left at the end.")
+    ema_age: Annotated[float, Bounds(gt=0, le=0.5)] = _key(
+        0.03, "Mean age of the weights in the moving average, as a fraction of the run."
+    )
+    ema_ramp: Rate = _key(0.15, "The same mean age early in a run, as a fraction of the steps done so far.")
+    calm: Share = _key(0.1, "Fraction of the epochs, at the end, without strong augmentation and multi-scale.")
+    eval_every: Positive = _key(1, "Epochs between evaluations; the last epoch is always evaluated.")
+    val_fraction: Rate = _key(0.2, "Fraction of the images drawn for validation if the dataset has no val split.")
+    checkpoint_minutes: Annotated[float, Bounds(gt=0)] = _key(5.0, "Minutes between checkpoints within an epoch.")
+    plots: bool = _key(True, "Draw plots and write report.html.")
+    checkpoint_steps: Count = _key(0, "Steps between checkpoints within an epoch; 0 saves by time only.")
 
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """One field of `RunSettings`, with its annotation resolved.
-
-    Attributes:
-        name: key of the setting.
-        annotation: type with bounds and `Setting`, as `typing.Annotated`.
-        kind: the type without bounds and `Setting`.
-        default: value where nobody gives one.
-        setting: help text and flag.
-    """
+    """One field of `RunSettings`: its type with bounds (`annotation`) and without them (`kind`), default and texts."""
 
     name: str
     annotation: Any
@@ -203,9 +163,7 @@ class Declaration:
 def declarations() -> dict[str, Declaration]:
     """Return the declaration of every setting, in order."""
     annotations, kinds = get_type_hints(RunSettings, include_extras=True), get_type_hints(RunSettings)
-    declared = {}
-    for field in fields(RunSettings):
-        annotation = annotations[field.name]
-        setting = next(item for item in annotation.__metadata__ if isinstance(item, Setting))
-        declared[field.name] = Declaration(field.name, annotation, kinds[field.name], field.default, setting)
-    return declared
+    return {
+        f.name: Declaration(f.name, annotations[f.name], kinds[f.name], f.default, f.metadata["setting"])
+        for f in fields(RunSettings)
+    }

@@ -1,4 +1,4 @@
-"""`rtdetr train`: what a person sees and finds, what is refused when a run goes on, what is left behind."""
+"""`rtdetr train`: its output, its run folder, its refusals, and resuming."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rtdetr_cli.cli.train import dry_warnings
+from rtdetr_cli.cli.training_output import dry_run_warnings
 from rtdetr_cli.weights.header import read_header
 from rtdetr_cli.workflows.dry_run import DryRunResult
 
@@ -26,7 +26,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the shapes, with one box that leaves its image: a warning."""
+    """A generated dataset with one box that leaves its image, which is a warning."""
     from rtdetr_cli.datasets.generate import generate_dataset
 
     folder = generate_dataset(tmp_path_factory.mktemp("data") / "shapes", train=20, val=6, imgsz=64)
@@ -49,14 +49,20 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the run as it was after its first epoch: the checkpoint before the last."""
+    """A copy of the run as it was after its first epoch."""
     path = tmp_path / "runs" / "mine"
     shutil.copytree(finished, path)
     (path / ".last.ckpt.previous").replace(path / "last.ckpt")
+    mark_unfinished(path)
     return path
 
 
-def test_what_lies_in_the_folder(finished: Path) -> None:
+def mark_unfinished(run: Path) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps({**manifest, "finished": ""}))
+
+
+def test_files_of_a_run_folder(finished: Path) -> None:
     found = {p.name for p in finished.iterdir() if not p.name.startswith(".")}
     assert found >= {"config.toml", "manifest.json", "metrics.csv", "train.log", "best.safetensors", "last.ckpt"}
     weights = [p.name for p in finished.rglob("*") if p.suffix in (".safetensors", ".ckpt", ".pth", ".pt")]
@@ -73,7 +79,7 @@ def test_what_lies_in_the_folder(finished: Path) -> None:
     assert sum(float(rows[0][t]) for t in terms) == pytest.approx(float(rows[0]["loss"]))
 
 
-def test_the_model_says_all_that_prediction_needs(finished: Path, data: Path) -> None:
+def test_the_model_file_holds_everything_that_prediction_needs(finished: Path, data: Path) -> None:
     header = read_header(finished / "best.safetensors")
     categories = json.loads((data / "train.json").read_text())["categories"]
     assert header.names == tuple(c["name"] for c in categories)
@@ -88,8 +94,8 @@ def test_the_model_says_all_that_prediction_needs(finished: Path, data: Path) ->
     assert header.metrics["AP"] >= 0
 
 
-def test_eval_gives_the_same_figures(finished: Path, data: Path, rtdetr) -> None:
-    """The moving average is judged in float32 while training: what `eval` finds for the file it was written to."""
+def test_eval_gives_the_metrics_of_training(finished: Path, data: Path, rtdetr) -> None:
+    """Training evaluates the moving average in float32, as `eval` does with the file."""
     ran = rtdetr("eval", finished, "--data", data, "--json", "--device", "cpu")
     assert ran.code == 0, ran.err
     stored = read_header(finished / "best.safetensors").metrics
@@ -97,7 +103,7 @@ def test_eval_gives_the_same_figures(finished: Path, data: Path, rtdetr) -> None
         assert ran.json["metrics"][name] == pytest.approx(value, abs=1e-6), name
 
 
-def test_what_a_person_sees(data: Path, rtdetr, tmp_path: Path) -> None:
+def test_output_in_a_pipe(data: Path, rtdetr, tmp_path: Path) -> None:
     ran = rtdetr("train", *SMALL, "--data", data, "--epochs", 2, "--out", tmp_path)
     assert ran.code == 0, ran.err
     lines = ran.err.splitlines()
@@ -107,7 +113,7 @@ def test_what_a_person_sees(data: Path, rtdetr, tmp_path: Path) -> None:
     assert lines[0].endswith("1 warning (rtdetr validate)")
     plan = next(line for line in lines if line.startswith("plan  "))
     assert "2 epochs x 3 steps" in plan
-    assert "effective batch 8 = 2x4" in plan
+    assert "effective batch 8 (2 x 4)" in plan
     assert any(line.startswith("warning: ") and "too few to learn" in line for line in lines)
     epochs = [line for line in lines if line.startswith("epoch ")]
     assert len(epochs) == 2, "one line an epoch in a pipe"
@@ -119,7 +125,7 @@ def test_what_a_person_sees(data: Path, rtdetr, tmp_path: Path) -> None:
     assert "\033" not in ran.err + ran.out
 
 
-def test_json_is_one_document(data: Path, rtdetr, tmp_path: Path) -> None:
+def test_json_output_is_one_document(data: Path, rtdetr, tmp_path: Path) -> None:
     ran = rtdetr("train", *SMALL, "--data", data, "--epochs", 1, "--out", tmp_path, "--name", "x", "--json")
     assert ran.code == 0, ran.err
     assert ran.json["schema_version"] == 1
@@ -130,7 +136,7 @@ def test_json_is_one_document(data: Path, rtdetr, tmp_path: Path) -> None:
 # ---- refusals ---------------------------------------------------------------------------------------------------
 
 
-def test_a_run_of_that_name_exists(finished: Path, data: Path, rtdetr) -> None:
+def test_the_name_of_an_existing_run_is_refused(finished: Path, data: Path, rtdetr) -> None:
     before = sorted(p.name for p in finished.parent.rglob("*"))
     ran = rtdetr("train", *SMALL, "--data", data, "--out", finished.parent, "--name", finished.name)
     assert ran.code == 2
@@ -140,7 +146,7 @@ def test_a_run_of_that_name_exists(finished: Path, data: Path, rtdetr) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "said"),
+    ("flags", "code", "message"),
     [
         ([], 2, "--data is required"),
         (["--data", "gone.json"], 3, "gone.json does not exist"),
@@ -150,42 +156,44 @@ def test_a_run_of_that_name_exists(finished: Path, data: Path, rtdetr) -> None:
         (["--data", "DATA", "--device", "fast"], 2, "fast"),
         (["--data", "DATA", "--precision", "fp16"], 7, "fp16"),
         (["--data", "DATA", "--batch", "9"], 2, "--effective-batch 8"),
-        (["--data", "DATA", "--out", "FILE/runs"], 1, "cannot be written"),
+        (["--data", "DATA", "--out", "FILE/runs"], 1, "cannot write to the output folder"),
         (["--data", "DATA", "--resume", "gone"], 2, "gone does not exist"),
         (["--resume", "DATA"], 2, "is not a run"),
         (["--resume", "gone", "--dry-run"], 2, "--dry-run"),
         (["--data", "DATA", "--set", "schedule"], 2, "key=value"),
     ],
 )
-def test_refusals(flags: list[str], code: int, said: str, data: Path, rtdetr, tmp_path: Path, monkeypatch) -> None:
+def test_refusals(flags: list[str], code: int, message: str, data: Path, rtdetr, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").touch()
     words = [str(data) if f == "DATA" else f for f in flags]
     settings = [] if "--resume" in flags else SMALL
     ran = rtdetr("train", *settings, *words)
     assert ran.code == code, ran.err
-    assert said in ran.err
+    assert message in ran.err
     assert ran.err.count("error: ") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["FILE"], "nothing is left behind"
 
 
-# ---- going on ---------------------------------------------------------------------------------------------------
+# ---- resuming ---------------------------------------------------------------------------------------------------
 
 
-def test_resume_needs_no_other_flag_and_ends_the_same(copy: Path, finished: Path, rtdetr, monkeypatch) -> None:
+def test_a_resumed_run_needs_no_other_flag_and_gives_the_same_result(
+    copy: Path, finished: Path, rtdetr, monkeypatch
+) -> None:
     monkeypatch.chdir("/")
     ran = rtdetr("train", "--resume", copy)
     assert ran.code == 0, ran.err
     assert "resumed at epoch 2, step 3" in ran.err
     assert "epoch 2/2" in ran.err
-    assert ran.err.splitlines()[0].endswith("20/6 images, 5 classes"), "the dataset was looked at when the run began"
+    assert ran.err.splitlines()[0].endswith("20/6 images, 5 classes"), "the dataset was checked when the run began"
     for name in ("metrics.csv", "best.safetensors"):
         assert (copy / name).read_bytes() == (finished / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("resolved", [False, True])
-def test_the_same_flags_again_are_no_change(copy: Path, data: Path, rtdetr, resolved: bool) -> None:
-    """As they were given, or as the values that the run found for what was not given."""
+def test_resume_accepts_the_same_flags(copy: Path, data: Path, rtdetr, resolved: bool) -> None:
+    """The flags may be those of the first command, or the values that the run chose for the others."""
     lr = json.loads((copy / "manifest.json").read_text())["plan"]["lr"]
     found = ["--lr", lr, "--aug", "light", "--weights", "none", "--out", copy.parent, "--name", copy.name]
     ran = rtdetr("train", "--resume", copy, *SMALL, "--data", data, "--epochs", 2, *(found if resolved else []))
@@ -193,7 +201,7 @@ def test_the_same_flags_again_are_no_change(copy: Path, data: Path, rtdetr, reso
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--epochs", "9"], "epochs is 2 in this run, not 9"),
         (["--lr", "1e-5"], "lr is"),
@@ -209,15 +217,15 @@ def test_the_same_flags_again_are_no_change(copy: Path, data: Path, rtdetr, reso
         (["--preset", "other.toml"], "other.toml does not exist"),
     ],
 )
-def test_a_changed_flag_is_refused_by_name(flags: list[str], said: str, copy: Path, rtdetr) -> None:
+def test_resume_refuses_a_changed_flag_by_name(flags: list[str], message: str, copy: Path, rtdetr) -> None:
     before = {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()}
     ran = rtdetr("train", "--resume", copy, *flags)
     assert ran.code == 2
-    assert said in ran.err
+    assert message in ran.err
     assert {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()} == before
 
 
-def test_an_edited_config_is_refused_by_name(copy: Path, rtdetr) -> None:
+def test_resume_refuses_an_edited_config_by_name(copy: Path, rtdetr) -> None:
     text = (copy / "config.toml").read_text()
     (copy / "config.toml").write_text(text.replace("ema_age = ", "ema_age = 0.1 # "))
     ran = rtdetr("train", "--resume", copy)
@@ -229,7 +237,7 @@ def test_an_edited_config_is_refused_by_name(copy: Path, rtdetr) -> None:
 def changed(document: dict[str, Any], what: str) -> None:
     if what == "box":
         document["annotations"][0]["bbox"][0] += 1
-    elif what == "picture":
+    elif what == "image":
         gone = document["images"].pop()["id"]
         document["annotations"] = [a for a in document["annotations"] if a["image_id"] != gone]
     else:
@@ -237,15 +245,16 @@ def changed(document: dict[str, Any], what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("what", "message"),
     [("box", "boxes"), ("image", "training images 20 then, 19 now"), ("class", "classes")],
 )
-def test_a_changed_dataset_is_refused(what: str, said: str, data: Path, rtdetr, tmp_path: Path) -> None:
+def test_resume_refuses_a_changed_dataset(what: str, message: str, data: Path, rtdetr, tmp_path: Path) -> None:
     own = tmp_path / "shapes"
     shutil.copytree(data, own)
     words = ["train", *SMALL, "--data", own, "--epochs", 2, "--out", tmp_path, "--name", "x"]
     assert rtdetr(*words).code == 0
     (tmp_path / "x" / ".last.ckpt.previous").replace(tmp_path / "x" / "last.ckpt")
+    mark_unfinished(tmp_path / "x")
     for name in ("train.json", "val.json") if what == "class" else ("train.json",):
         document = json.loads((own / name).read_text())
         changed(document, what)
@@ -253,53 +262,58 @@ def test_a_changed_dataset_is_refused(what: str, said: str, data: Path, rtdetr, 
     ran = rtdetr("train", "--resume", tmp_path / "x")
     assert ran.code == 3, ran.err
     assert "the dataset has changed" in ran.err
-    assert said in ran.err
+    assert message in ran.err
 
 
-def test_a_finished_run_is_finished(finished: Path, rtdetr) -> None:
-    ran = rtdetr("train", "--resume", finished)
-    assert ran.code == 2
-    assert "is finished (2 of 2 epochs)" in ran.err
-    assert f"--weights {finished / 'best.safetensors'}" in ran.err
+def test_resuming_a_finished_run_does_nothing(finished: Path, rtdetr) -> None:
+    before = {p.name: p.read_bytes() for p in finished.iterdir() if p.is_file()}
+    ran = rtdetr("train", "--resume", finished, "--json")
+    assert ran.code == 0
+    assert "nothing left to do" in ran.err
+    assert ran.json["best"] == str(finished / "best.safetensors")
+    assert {p.name: p.read_bytes() for p in finished.iterdir() if p.is_file()} == before
 
 
-def test_damaged_checkpoints(copy: Path, finished: Path, rtdetr) -> None:
+def test_resume_with_damaged_checkpoints(copy: Path, finished: Path, rtdetr) -> None:
     good = (copy / "last.ckpt").read_bytes()
     (copy / ".last.ckpt.previous").write_bytes(good)
     (copy / "last.ckpt").write_bytes(good[:-100])
     ran = rtdetr("train", "--resume", copy)
     assert ran.code == 0, ran.err
-    assert "cut short: going on from the checkpoint before it" in ran.err
+    assert "truncated: continuing from the checkpoint before it" in ran.err
     assert (copy / "metrics.csv").read_bytes() == (finished / "metrics.csv").read_bytes()
     for name in ("last.ckpt", ".last.ckpt.previous"):
         (copy / name).write_bytes(b"rubbish")
+    mark_unfinished(copy)
     ran = rtdetr("train", "--resume", copy)
     assert ran.code == 4
     assert "is not a checkpoint" in ran.err
 
 
-# ---- other ways -------------------------------------------------------------------------------------------------
+# ---- dry runs, splits, weights, overfitting -----------------------------------------------------------------------
 
 
-def test_a_dry_run_measures_and_leaves_nothing(data: Path, rtdetr, tmp_path: Path) -> None:
+def test_a_dry_run_measures_and_writes_nothing(data: Path, rtdetr, tmp_path: Path) -> None:
     words = ["train", *SMALL, "--data", data, "--out", tmp_path / "runs", "--dry-run"]
     ran = rtdetr(*words)
     assert ran.code == 0, ran.err
-    for row in ("worst step", "evaluation", "whole run", "memory", "disk"):
+    for row in ("largest step", "evaluation", "whole run", "memory", "disk"):
         assert row in ran.out
     assert not list(tmp_path.iterdir())
     ran = rtdetr(*words, "--json")
     assert ran.json["seconds"]["total"] > 0
     assert ran.json["memory_bytes"] > 0
     assert ran.json["disk_bytes"] > 0
-    assert {c["name"] for c in ran.json["plan"]} >= {"lr", "warm-up", "EMA"}
+    assert {c["name"] for c in ran.json["plan"]} >= {"lr", "warmup", "EMA"}
 
 
 @pytest.mark.parametrize(
     ("disk_free", "memory_total", "words"),
-    [(10**12, 10**10, []), (10**6, 10**10, ["0.00 GB are free"]), (10**12, 2 * 10**9, ["2.0 of 2.0 GB"])],
+    [(10**12, 10**10, []), (10**6, 10**10, ["only 0.00 GB are free"]), (10**12, 2 * 10**9, ["2.0 of 2.0 GB"])],
 )
-def test_a_dry_run_says_what_has_no_room(disk_free: int, memory_total: int, words: list[str]) -> None:
+def test_a_dry_run_warns_about_too_little_memory_or_disk_space(
+    disk_free: int, memory_total: int, words: list[str]
+) -> None:
     report = DryRunResult(
         **dict.fromkeys(("step_seconds", "worst_seconds", "evaluation_seconds", "export_seconds"), 1.0),
         total_seconds=9.0,
@@ -311,38 +325,38 @@ def test_a_dry_run_says_what_has_no_room(disk_free: int, memory_total: int, word
         disk_free=disk_free,
         metrics={},
     )
-    found = dry_warnings(report)
-    assert len(found) == len(words)
-    assert all(word in warning for word, warning in zip(words, found, strict=True))
+    warnings = dry_run_warnings(report)
+    assert len(warnings) == len(words)
+    assert all(word in warning for word, warning in zip(words, warnings, strict=True))
 
 
-def test_a_single_image_that_does_not_fit_is_one_sentence(data: Path, rtdetr, tmp_path: Path, monkeypatch) -> None:
+def test_running_out_of_memory_is_one_sentence(data: Path, rtdetr, tmp_path: Path, monkeypatch) -> None:
     from rtdetr_cli.workflows import prepare
 
-    def full(*_: object) -> object:
+    def fail(*_: object) -> object:
         raise torch.OutOfMemoryError("CUDA out of memory (injected)")
 
-    monkeypatch.setattr(prepare, "worst_forward", full)
+    monkeypatch.setattr(prepare, "forward_largest", fail)
     ran = rtdetr("train", *SMALL, "--data", data, "--out", tmp_path, "--batch", "auto")
     assert (ran.code, "one image does not fit into the memory of cpu" in ran.err) == (1, True)
-    monkeypatch.setattr(prepare, "make_learner", full)
+    monkeypatch.setattr(prepare, "make_learner", fail)
     ran = rtdetr("train", *SMALL, "--data", data, "--out", tmp_path)
     assert ran.code == 1
-    assert "error: memory ran out: CUDA out of memory" in ran.err
+    assert "error: out of memory: CUDA out of memory" in ran.err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_split_that_was_drawn_is_said(data: Path, rtdetr, tmp_path: Path) -> None:
+def test_a_drawn_val_split_is_reported(data: Path, rtdetr, tmp_path: Path) -> None:
     single = tmp_path / "single.json"
     shutil.copy(data / "train.json", single)
     ran = rtdetr("train", *SMALL, "--data", single, "--images", data, "--out", tmp_path, "--epochs", 1)
     assert ran.code == 0, ran.err
-    assert "no val split in the dataset: " in ran.err
+    assert "the dataset has no val split: " in ran.err
     assert "(seed 0)" in ran.err
 
 
-def test_training_goes_on_from_a_model_by_class_name(finished: Path, data: Path, rtdetr, tmp_path: Path) -> None:
-    """Names are matched, one has changed; the table says which came from where."""
+def test_class_rows_are_transferred_by_class_name(finished: Path, data: Path, rtdetr, tmp_path: Path) -> None:
+    """One class name differs, so that class is reinitialized; the output says so."""
     own = tmp_path / "shapes"
     shutil.copytree(data, own)
     for name in ("train.json", "val.json"):
@@ -351,32 +365,32 @@ def test_training_goes_on_from_a_model_by_class_name(finished: Path, data: Path,
         (own / name).write_text(json.dumps(document))
     ran = rtdetr("train", *SMALL, "--data", own, "--epochs", 1, "--out", tmp_path, "--weights", finished)
     assert ran.code == 0, ran.err
-    carried = next(line for line in ran.err.splitlines() if "carried over by name" in line)
-    anew = next(line for line in ran.err.splitlines() if "made anew" in line)
-    assert "disc" in carried
-    assert "doughnut" in anew
-    assert "doughnut" not in carried
+    transferred = next(line for line in ran.err.splitlines() if "transferred by class name" in line)
+    new = next(line for line in ran.err.splitlines() if "reinitialized" in line)
+    assert "disc" in transferred
+    assert "doughnut" in new
+    assert "doughnut" not in transferred
     manifest = json.loads((tmp_path / "tiny-shapes-01" / "manifest.json").read_text())
     assert [row["source_name"] for row in manifest["transfer"]["classes"]].count(None) == 1
 
 
-def test_weights_of_another_architecture(finished: Path, data: Path, rtdetr, tmp_path: Path) -> None:
+def test_weights_of_another_architecture_are_refused(finished: Path, data: Path, rtdetr, tmp_path: Path) -> None:
     ran = rtdetr("train", *SMALL, "--set", "model.width=16", "--data", data, "--out", tmp_path, "--weights", finished)
     assert ran.code == 4
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_a_few_images_are_learned_by_heart(data: Path, rtdetr, tmp_path: Path) -> None:
+def test_a_few_images_can_be_overfitted(data: Path, rtdetr, tmp_path: Path) -> None:
     words = ["train", "--preset", "tiny", "--imgsz", 96, "--workers", 0, "--data", data, "--overfit", 4, "--epochs", 30]
     ran = rtdetr(*words, "--effective-batch", 8, "--out", tmp_path, "--json")
     assert ran.code == 0, ran.err
     assert ran.json["metrics"]["AP"] > 0.9
 
 
-def test_images_that_were_not_learned_by_heart_are_explained(data: Path, rtdetr, tmp_path: Path) -> None:
+def test_a_failed_overfit_is_explained(data: Path, rtdetr, tmp_path: Path) -> None:
     ran = rtdetr("train", *SMALL, "--data", data, "--overfit", 3, "--epochs", 1, "--out", tmp_path)
     assert ran.code == 0, ran.err
-    assert "data shapes: 3 images, 54 times an epoch, measured on the same, 5 classes" in ran.err
-    assert "were not learned by heart" in ran.err
+    assert "data shapes: 3 images, 54 times per epoch, for training and validation, 5 classes" in ran.err
+    assert "were not overfitted" in ran.err
     assert "steps are few" in ran.err
