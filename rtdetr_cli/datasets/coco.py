@@ -110,9 +110,9 @@ def read_coco(dataset: RawDataset, files: dict[str, tuple[Path, Path]]) -> None:
     oddities = Oddities()
     documents: dict[str, tuple[_Document, str]] = {}
     for split, (path, _) in files.items():
-        shown = dataset.show(path)
-        dataset.label_paths[shown] = path
-        result = _read_document(path, shown, split, dataset.findings, oddities)
+        file = dataset.show(path)
+        dataset.label_paths[file] = path
+        result = _read_document(path, file, split, dataset.findings, oddities)
         if result is not None:
             documents[split] = result
     oddities.report(dataset.findings)
@@ -138,12 +138,12 @@ def read_coco(dataset: RawDataset, files: dict[str, tuple[Path, Path]]) -> None:
 
 
 def _read_document(
-    path: Path, shown: str, split: str, findings: Findings, oddities: Oddities
+    path: Path, file: str, split: str, findings: Findings, oddities: Oddities
 ) -> tuple[_Document, str] | None:
-    text = read_text(path, shown, findings, oddities, limit=MAX_BYTES)
+    text = read_text(path, file, findings, oddities, limit=MAX_BYTES)
     if text is None:
         return None
-    document = _Document(findings, shown, split)
+    document = _Document(findings, file, split)
     try:
         keys = walk_object(
             text,
@@ -156,11 +156,11 @@ def _read_document(
     except JSONFault as fault:
         message, position, truncated = explain_fault(text, fault)
         hint = TRUNCATED_HINT if truncated else ""
-        findings.add(fault.code, message, file=shown, line=line_of(text, position), hint=hint)
+        findings.add(fault.code, message, file=file, line=line_of(text, position), hint=hint)
         return None
     absent = [key for key in ("images", "categories") if key not in keys]
     if absent:
-        findings.add("file-malformed", f"has no {' and no '.join(absent)}: it is not a COCO file", file=shown, line=1)
+        findings.add("file-malformed", f"has no {' and no '.join(absent)}: it is not a COCO file", file=file, line=1)
         return None
     return document, text
 

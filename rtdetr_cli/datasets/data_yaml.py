@@ -17,7 +17,7 @@ from rtdetr_cli.datasets.label_text import Oddities, is_valid_name, read_text
 from rtdetr_cli.datasets.raw import RawDataset
 from rtdetr_cli.text import counted
 
-SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+_SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 _MAX_YAML_BYTES = 1 << 20
 _MAX_BRACKETS = 100
 _BRACKET = re.compile(r"[\[\]{}]")
@@ -28,7 +28,7 @@ class _RepeatedKey(yaml.MarkedYAMLError):
     """A key that appears twice in one mapping."""
 
 
-class PlainLoader(yaml.BaseLoader):
+class _PlainLoader(yaml.BaseLoader):
     """Builds only text, lists and mappings, and refuses a key that appears twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -73,41 +73,21 @@ class DataYaml:
         return (columns, "") if polygon else (0, "5, or a class and at least three points")
 
 
-def read_yaml(dataset: RawDataset, path: Path, shown: str, images: Path | None, oddities: Oddities) -> DataYaml | None:
+def read_yaml(dataset: RawDataset, path: Path, file: str, images: Path | None, oddities: Oddities) -> DataYaml | None:
     """Read a `data.yaml`; None with a finding if that is not possible."""
     findings = dataset.findings
-    text = read_text(path, shown, findings, oddities, limit=_MAX_YAML_BYTES)
+    text = read_text(path, file, findings, oddities, limit=_MAX_YAML_BYTES)
     if text is None:
         return None
-    if _brackets(text) > _MAX_BRACKETS:
-        findings.add("file-bounds", "is nested too deeply", file=shown, line=1)
+    document = _parse(text, file, findings)
+    if document is None:
         return None
-    try:
-        document = yaml.load(text, PlainLoader)
-    except _RepeatedKey as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        findings.add("file-repeated-key", str(error.problem), file=shown, line=line)
-        return None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or "a character that YAML does not allow"
-        findings.add("file-malformed", f"is not valid YAML: {problem}", file=shown, line=mark.line + 1 if mark else 1)
-        return None
-    except RecursionError:
-        findings.add("file-bounds", "is nested too deeply", file=shown, line=1)
-        return None
-    except (ValueError, TypeError, AttributeError) as error:  # PyYAML on odd input, such as a mapping as a key
-        findings.add("file-malformed", f"is not valid YAML: {error}", file=shown, line=1)
-        return None
-    if not isinstance(document, dict):
-        findings.add("file-malformed", "contains no keys: it is not a data.yaml", file=shown, line=1)
-        return None
-    classes = _class_names(document, shown, text, findings)
+    classes = _class_names(document, file, text, findings)
     if classes is None:
         return None
-    base = _base(dataset, document, path, shown, text, images)
+    base = _base(dataset, document, path, file, text, images)
     splits: dict[str, list[str]] = {}
-    for split, keys in SPLIT_KEYS.items():
+    for split, keys in _SPLIT_KEYS.items():
         for key in keys:
             value = document.get(key)
             if value in (None, "", "null", "~"):
@@ -117,12 +97,34 @@ def read_yaml(dataset: RawDataset, path: Path, shown: str, images: Path | None, 
                 findings.add(
                     "file-malformed",
                     f"has {key}: {str(value)[:60]}, which is neither a path nor a list of paths",
-                    file=shown,
+                    file=file,
                     line=_line(text, key),
                 )
             else:
                 splits.setdefault(split, entries)
     return DataYaml(base, classes, _category_ids(document, classes), splits, _keypoints(document))
+
+
+def _parse(text: str, file: str, findings: Findings) -> dict[Any, Any] | None:
+    mark: yaml.Mark | None = None
+    try:
+        if _brackets(text) > _MAX_BRACKETS:
+            raise RecursionError
+        document = yaml.load(text, _PlainLoader)
+        if isinstance(document, dict):
+            return document
+        code, message = "file-malformed", "contains no keys: it is not a data.yaml"
+    except RecursionError:
+        code, message = "file-bounds", "is nested too deeply"
+    except _RepeatedKey as error:
+        code, message, mark = "file-repeated-key", str(error.problem), error.problem_mark
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or "a character that YAML does not allow"
+        code, message, mark = "file-malformed", f"is not valid YAML: {problem}", getattr(error, "problem_mark", None)
+    except (ValueError, TypeError, AttributeError) as error:  # PyYAML on odd input, such as a mapping as a key
+        code, message = "file-malformed", f"is not valid YAML: {error}"
+    findings.add(code, message, file=file, line=mark.line + 1 if mark else 1)
+    return None
 
 
 def _brackets(text: str) -> int:
@@ -134,7 +136,7 @@ def _brackets(text: str) -> int:
     return deepest
 
 
-def _class_names(document: dict[Any, Any], shown: str, text: str, findings: Findings) -> dict[int, str] | None:
+def _class_names(document: dict[Any, Any], file: str, text: str, findings: Findings) -> dict[int, str] | None:
     names, line = document.get("names"), _line(text, "names")
     count = _count(document.get("nc"))
     classes: dict[int, str] = {}
@@ -145,18 +147,18 @@ def _class_names(document: dict[Any, Any], shown: str, text: str, findings: Find
     elif names is None and count is not None and 0 < count <= 100_000:
         return {number: f"class_{number}" for number in range(count)}
     else:
-        findings.add("category-none", "has no list of names", file=shown, line=line)
+        findings.add("category-none", "has no list of names", file=file, line=line)
         return None
     valid = True
     for key, name in pairs:
         number = _count(key)
         if number is None or number < 0 or not isinstance(name, str) or not is_valid_name(name.strip()):
             findings.add(
-                "category-malformed", f"has the class {str(key)[:40]}: {str(name)[:40]!r}", file=shown, line=line
+                "category-malformed", f"has the class {str(key)[:40]}: {str(name)[:40]!r}", file=file, line=line
             )
             valid = False
         elif number in classes:
-            findings.add("category-conflict", f"has class {number} twice", file=shown, line=line)
+            findings.add("category-conflict", f"has class {number} twice", file=file, line=line)
             valid = False
         else:
             classes[number] = name.strip()
@@ -164,11 +166,11 @@ def _class_names(document: dict[Any, Any], shown: str, text: str, findings: Find
         findings.add(
             "category-count",
             f"has nc: {count}, but names has {counted(len(pairs), 'class')}",
-            file=shown,
+            file=file,
             line=_line(text, "nc"),
         )
     if not classes and valid:
-        findings.add("category-none", "has no names", file=shown, line=line)
+        findings.add("category-none", "has no names", file=file, line=line)
     return classes if valid else None
 
 
@@ -191,9 +193,7 @@ def _keypoints(document: dict[Any, Any]) -> int | None:
     return None
 
 
-def _base(
-    dataset: RawDataset, document: dict[Any, Any], path: Path, shown: str, text: str, images: Path | None
-) -> Path:
+def _base(dataset: RawDataset, document: dict[Any, Any], path: Path, file: str, text: str, images: Path | None) -> Path:
     """Return the folder that the paths of splits are relative to; it becomes one of the dataset's roots."""
     home = path.parent
     if images is not None:
@@ -209,7 +209,7 @@ def _base(
     dataset.findings.add(
         "yolo-path",
         f"has path: {value[:200]}, which does not exist; the folder of the file is used",
-        file=shown,
+        file=file,
         line=_line(text, "path"),
     )
     return home

@@ -67,15 +67,15 @@ def read_ids(dataset: RawDataset, folder: Path, oddities: Oddities) -> IdsFile:
     path = folder / IDS_FILE
     if not path.is_file():
         return IdsFile()
-    shown = dataset.show(path)
-    text = read_text(path, shown, dataset.findings, oddities, limit=MAX_BYTES)
+    file = dataset.show(path)
+    text = read_text(path, file, dataset.findings, oddities, limit=MAX_BYTES)
     if text is None:
         return IdsFile()
-    dataset.label_paths[shown] = path
+    dataset.label_paths[file] = path
     try:
         document, _ = scan_value(text, len(text) - len(text.lstrip(" \t\r\n")))
     except JSONFault as fault:
-        dataset.findings.add(fault.code, fault.message, file=shown, line=line_of(text, fault.position))
+        dataset.findings.add(fault.code, fault.message, file=file, line=line_of(text, fault.position))
         return IdsFile()
     if not isinstance(document, dict):
         return IdsFile()

@@ -53,7 +53,7 @@ class _LabelFile:
     """The label file of one image: its path for people, its text, and its root; all empty if there is no such file."""
 
     name: str
-    shown: str = ""
+    file: str = ""
     text: str = ""
     root: Element | None = None
 
@@ -70,11 +70,11 @@ def read_voc(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
             if listing is not None and f"{Path(name).name}.xml" not in listing and not path.is_file():
                 files[split].append(_LabelFile(name))
                 continue
-            shown = dataset.show(path)
-            dataset.label_paths[shown] = path
-            text = read_text(path, shown, dataset.findings, oddities)
-            root = _parse(text, shown, dataset.findings) if text is not None else None
-            files[split].append(_LabelFile(name, shown, text or "", root))
+            file = dataset.show(path)
+            dataset.label_paths[file] = path
+            text = read_text(path, file, dataset.findings, oddities)
+            root = _parse(text, file, dataset.findings) if text is not None else None
+            files[split].append(_LabelFile(name, file, text or "", root))
     names = _used_classes(files)
     listed = _class_list(dataset, oddities)
     ids = read_ids(dataset, dataset.folder, oddities)
@@ -131,29 +131,26 @@ def _listing(folder: Path) -> set[str] | None:
         return None
 
 
-def _parse(text: str, shown: str, findings: Findings) -> Element | None:
-    if text.count("<") > _MAX_TAGS:
-        findings.add("file-bounds", "has more than four million tags", file=shown)
-        return None
+def _parse(text: str, file: str, findings: Findings) -> Element | None:
+    code, line = "file-malformed", 0
     try:
-        root: Element = ElementTree.fromstring(text)
+        root: Element | None = ElementTree.fromstring(text) if text.count("<") <= _MAX_TAGS else None
+        if root is None:
+            code, message = "file-bounds", "has more than four million tags"
+        elif _too_deep(root):
+            code, message = "file-bounds", "is nested too deeply"
+        elif root.tag != "annotation":
+            message, line = f"contains <{root.tag}> instead of <annotation>", 1
+        else:
+            return root
     except ParseError as error:
-        message = f"is not valid XML: {str(error).split(':')[0]}"
-        findings.add("file-malformed", message, file=shown, line=error.position[0])
-        return None
+        message, line = f"is not valid XML: {str(error).split(':')[0]}", error.position[0]
     except DefusedXmlException as error:
-        findings.add("file-malformed", f"contains XML that is not allowed ({type(error).__name__})", file=shown)
-        return None
+        message = f"contains XML that is not allowed ({type(error).__name__})"
     except (ValueError, RecursionError, LookupError) as error:
-        findings.add("file-malformed", f"is not valid XML: {error}", file=shown, line=1)
-        return None
-    if _too_deep(root):
-        findings.add("file-bounds", "is nested too deeply", file=shown)
-        return None
-    if root.tag != "annotation":
-        findings.add("file-malformed", f"contains <{root.tag}> instead of <annotation>", file=shown, line=1)
-        return None
-    return root
+        message, line = f"is not valid XML: {error}", 1
+    findings.add(code, message, file=file, line=line)
+    return None
 
 
 def _too_deep(root: Element) -> bool:
@@ -170,9 +167,9 @@ def _class_list(dataset: RawDataset, oddities: Oddities) -> list[str] | None:
     for file in CLASS_LISTS:
         path = dataset.folder / file
         if path.is_file():
-            shown = dataset.show(path)
-            text = read_text(path, shown, dataset.findings, oddities)
-            dataset.label_paths[shown] = path
+            file = dataset.show(path)
+            text = read_text(path, file, dataset.findings, oddities)
+            dataset.label_paths[file] = path
             names = [line.strip() for line in (text or "").splitlines() if line.strip()]
             if names:
                 return list(dict.fromkeys(names))
@@ -183,9 +180,9 @@ def _used_classes(files: dict[str, list[_LabelFile]]) -> list[str]:
     names = {
         _text(element, "name")
         for entries in files.values()
-        for file in entries
-        if file.root is not None
-        for element in file.root.iterfind("object")
+        for label in entries
+        if label.root is not None
+        for element in label.root.iterfind("object")
     }
     return sorted(name for name in names if is_valid_name(name))
 
@@ -214,11 +211,12 @@ class _SplitReader:
         self.folders: dict[str, list[tuple[str, int]]] = {}
         self.difficult: list[str] = []
 
-    def read(self, files: list[_LabelFile]) -> Rows:
-        for position, file in enumerate(files):
-            self._image(position, file)
+    def read(self, labels: list[_LabelFile]) -> Rows:
+        """Return the rows of all images."""
+        for position, label in enumerate(labels):
+            self._image(position, label)
         if len(set(self.rows.image_ids)) != len(self.rows.image_ids):
-            self.rows.image_ids = list(range(self.first_id, self.first_id + len(files)))
+            self.rows.image_ids = list(range(self.first_id, self.first_id + len(labels)))
         for folder, places in self.folders.items():
             others = len(places) - 1
             more = f" (and {others:,} more)" if others else ""
@@ -234,8 +232,8 @@ class _SplitReader:
             self.findings.add("box-difficult", message, file=self.difficult[0])
         return self.rows
 
-    def _image(self, position: int, file: _LabelFile) -> None:
-        name, root, spot = file.name, file.root, Spot(self.split, position)
+    def _image(self, position: int, label: _LabelFile) -> None:
+        name, root, spot = label.name, label.root, Spot(self.split, position)
         declared = _text(root, "filename") if root is not None else ""
         file_name = self.image_of_stem.get(name)
         if file_name is None:
@@ -243,8 +241,8 @@ class _SplitReader:
             file_name = declared if usable else f"{name}.jpg"
         elif declared and declared != file_name and Path(declared).name != file_name:
             message = f"has <filename>{declared}</filename>, but its image is {file_name}"
-            line = _line(file.text, "<filename")
-            self.findings.add("voc-filename", message, file=file.shown, line=line, spot=spot)
+            line = _line(label.text, "<filename")
+            self.findings.add("voc-filename", message, file=label.file, line=line, spot=spot)
         size = (0, 0)
         if root is not None:
             size = (_integer(root, "size/width") or 0, _integer(root, "size/height") or 0)
@@ -252,8 +250,8 @@ class _SplitReader:
                 size = (0, 0)
             folder = _text(root, "folder")
             if folder and Path(folder).name != self.on_disk.images_folder.name:
-                self.folders.setdefault(folder, []).append((file.shown, position))
-        elif not file.shown:
+                self.folders.setdefault(folder, []).append((label.file, position))
+        elif not label.file:
             self.findings.add(
                 "label-missing",
                 f"{file_name} has no XML file ({self.dataset.show(self.on_disk.xml_folder / name)}.xml)",
@@ -266,22 +264,22 @@ class _SplitReader:
             file_name,
             image_id=self.first_id + position if image_id is None else image_id,
             size_wh=size,
-            label_file=file.shown,
+            label_file=label.file,
         )
         objects = root.findall("object") if root is not None else []
-        lines = _object_lines(file.text)
+        lines = _object_lines(label.text)
         for entry, element in enumerate(objects):
             line = lines[entry] if len(lines) == len(objects) else 0
             own = facts[entry] if len(facts) == len(objects) else BoxFacts()
-            self._object(image, element, entry, line, own, file.shown)
+            self._object(image, element, entry, line, own, label.file)
             if _text(element, "difficult") == "1":
-                self.difficult.append(file.shown)
+                self.difficult.append(label.file)
 
-    def _object(self, image: int, element: Element, entry: int, line: int, facts: BoxFacts, shown: str) -> None:
+    def _object(self, image: int, element: Element, entry: int, line: int, facts: BoxFacts, file: str) -> None:
         def report(code: str, message: str) -> None:
             spot, image_id = Spot(self.split, image, entry), self.rows.image_ids[image]
             message = f"object {entry + 1} {message}"
-            self.findings.add(code, message, file=shown, line=line, image_id=image_id, spot=spot)
+            self.findings.add(code, message, file=file, line=line, image_id=image_id, spot=spot)
 
         box = element.find("bndbox")
         if box is None:

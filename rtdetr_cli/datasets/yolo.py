@@ -42,9 +42,9 @@ _CLASS_FILES = frozenset({"classes.txt", "labels.txt", "obj.names"})
 def read_yolo(dataset: RawDataset, path: Path, images: Path | None) -> None:
     """Read a `data.yaml` and everything it names into `dataset`."""
     oddities = Oddities()
-    shown = dataset.show(path)
-    dataset.label_paths[shown] = path
-    config = read_yaml(dataset, path, shown, images, oddities)
+    file = dataset.show(path)
+    dataset.label_paths[file] = path
+    config = read_yaml(dataset, path, file, images, oddities)
     if config is None:
         return
     numbers = sorted(config.classes, key=lambda n: config.category_ids[n])
@@ -53,11 +53,11 @@ def read_yolo(dataset: RawDataset, path: Path, images: Path | None) -> None:
     ids = read_ids(dataset, config.base, oddities)
     listed: dict[str, list[Path]] = {}
     for split, entries in config.splits.items():
-        paths = _images(dataset, config, split, entries, shown, oddities)
+        paths = _images(dataset, config, split, entries, file, oddities)
         if paths is not None:
             listed[split] = paths
     if config.keypoints is None:
-        _guess_keypoints(dataset, config, [path for paths in listed.values() for path in paths], shown)
+        _guess_keypoints(dataset, config, [path for paths in listed.values() for path in paths], file)
     first_id = 1
     for split, paths in listed.items():
         rows = _read_split(dataset, config, split, paths, labels, ids, first_id, oddities)
@@ -72,7 +72,7 @@ def read_yolo(dataset: RawDataset, path: Path, images: Path | None) -> None:
 
 
 def _images(
-    dataset: RawDataset, config: DataYaml, split: str, entries: list[str], shown: str, oddities: Oddities
+    dataset: RawDataset, config: DataYaml, split: str, entries: list[str], file: str, oddities: Oddities
 ) -> list[Path] | None:
     """Return the images of a split, or None with a finding."""
     paths: list[Path] = []
@@ -82,7 +82,7 @@ def _images(
             dataset.findings.add(
                 "split-missing",
                 f"names {split}: {entry}, which is neither a folder nor a list in {config.base}",
-                file=shown,
+                file=file,
                 spot=Spot(split),
             )
             return None
@@ -91,7 +91,7 @@ def _images(
                 dataset.findings.add(
                     "image-outside",
                     f"names {split}: {entry}, which lies outside the dataset's folder",
-                    file=shown,
+                    file=file,
                     spot=Spot(split),
                     hint="set path: to the folder that holds every split",
                 )
@@ -135,9 +135,9 @@ def _images_below(folder: Path) -> list[Path]:
 
 
 def _listed(dataset: RawDataset, config: DataYaml, path: Path, oddities: Oddities) -> list[Path]:
-    shown = dataset.show(path)
-    dataset.label_paths[shown] = path
-    text = read_text(path, shown, dataset.findings, oddities)
+    file = dataset.show(path)
+    dataset.label_paths[file] = path
+    text = read_text(path, file, dataset.findings, oddities)
     if text is None:
         return []
     lines = [line.strip() for line in text.split("\n")]
@@ -204,17 +204,17 @@ def _read_split(
                 spot=Spot(split, position),
             )
             continue
-        shown = dataset.show(label)
-        dataset.label_paths[shown] = label
-        image = rows.add_image(name, image_id=image_id, size_wh=(0, 0), label_file=shown)
-        text = read_text(label, shown, dataset.findings, oddities)
+        file = dataset.show(label)
+        dataset.label_paths[file] = label
+        image = rows.add_image(name, image_id=image_id, size_wh=(0, 0), label_file=file)
+        text = read_text(label, file, dataset.findings, oddities)
         if text is None:
             continue
         lines = [(number, line) for number, line in enumerate(text.split("\n")) if line.strip()]
         if len(facts) != len(lines):
             facts = [BoxFacts()] * len(lines)
         for (number, line), own in zip(lines, facts, strict=True):
-            _read_line(context, rows, image, line, own, Spot(split, image, number), shown)
+            _read_line(context, rows, image, line, own, Spot(split, image, number), file)
     if len(set(rows.image_ids)) != len(rows.image_ids):
         rows.image_ids = list(range(first_id, first_id + len(rows.image_ids)))
     return rows
@@ -228,20 +228,21 @@ def _listing(folder: Path) -> set[str]:
 
 
 def _read_line(
-    context: _LabelContext, rows: Rows, image: int, line: str, facts: BoxFacts, spot: Spot, shown: str
+    context: _LabelContext, rows: Rows, image: int, line: str, facts: BoxFacts, spot: Spot, file: str
 ) -> None:
     """Read one line of a label file into `rows`, or report what is wrong with it."""
 
     def report(code: str, message: str) -> None:
-        context.findings.add(code, message, file=shown, line=spot.entry + 1, image_id=rows.image_ids[image], spot=spot)
+        context.findings.add(code, message, file=file, line=spot.entry + 1, image_id=rows.image_ids[image], spot=spot)
 
     words = line.split()
-    try:
-        values = [float(word) for word in words]
-    except ValueError:
-        wrong = next(word for word in words if not _is_number(word))
-        report("box-not-number", f"has {wrong[:40]!r}, which is not a number")
-        return
+    values = []
+    for word in words:
+        try:
+            values.append(float(word))
+        except ValueError:
+            report("box-not-number", f"has {word[:40]!r}, which is not a number")
+            return
     columns, wanted = context.config.box_columns(len(values))
     if not columns:
         report("label-columns", f"has {counted(len(values), 'column')} instead of {wanted}")
@@ -286,18 +287,10 @@ def _read_line(
     )
 
 
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
 # ---- keypoints that data.yaml does not declare
 
 
-def _guess_keypoints(dataset: RawDataset, config: DataYaml, images: list[Path], shown: str) -> None:
+def _guess_keypoints(dataset: RawDataset, config: DataYaml, images: list[Path], file: str) -> None:
     """Find out from the labels whether boxes are followed by keypoints, and report it."""
     sample = images[:: max(1, len(images) // _MAX_SAMPLED_FILES)]
     rows = [values for path in sample for values in _numbers(label_path(path))]
@@ -316,9 +309,9 @@ def _guess_keypoints(dataset: RawDataset, config: DataYaml, images: list[Path], 
         "yolo-pose",
         f"has no kpt_shape, but label lines of {columns} columns: they are read as a class, a box and "
         f"{counted((columns - 5) // each, 'keypoint')}, which are ignored",
-        file=shown,
+        file=file,
         line=1,
-        hint=f"write {shape} into {shown}; or kpt_shape: [0, 2] if the lines are polygons",
+        hint=f"write {shape} into {file}; or kpt_shape: [0, 2] if the lines are polygons",
     )
 
 

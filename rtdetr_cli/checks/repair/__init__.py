@@ -101,14 +101,10 @@ def repair(report: Report, out: Path) -> Repaired:
             hint=f"rtdetr validate {raw.source}",
             code=code,
         )
-    plan_images(plan, report, reset)
+    plan_images(plan, reset)
     _PLANNERS[raw.format](plan)
     plan.normalize_text()
     _plan_notes(plan)
-    try:
-        _write(plan)
-    except OSError as error:
-        raise RtdetrError(f"{out} cannot be written: {error.strerror or error}", code="output") from error
     left = plan.not_repaired()
     repaired = Counter(upright.findings[i].code for i in sorted(plan.repaired))
     repaired.update({code: count for code, count in plan.repaired_before.items() if count})
@@ -120,8 +116,13 @@ def repair(report: Report, out: Path) -> Repaired:
         "changes": plan.changes,
         "not_repaired": [{"code": f.code, "file": f.file, "line": f.line, "message": f.message} for f in left],
     }
-    changes_file = out / CHANGES_FILE
-    changes_file.write_text(json.dumps(document, indent=1), "utf-8")
+    # A dataset may have a file of that name itself.
+    changes_file = out / (CHANGES_FILE if CHANGES_FILE not in plan.files else f"rtdetr-{CHANGES_FILE}")
+    try:
+        _write(plan)
+        changes_file.write_text(json.dumps(document, indent=1), "utf-8")
+    except OSError as error:
+        raise RtdetrError(f"{out} cannot be written: {error.strerror or error}", code="output") from error
     data = out / plan.destination(raw.source) if raw.source.is_file() else out
     return Repaired(data, changes_file, dict(repaired), dict(Counter(f.code for f in left)))
 

@@ -127,9 +127,8 @@ def choose_left_out(plan: Plan, before: Report, reset: Mapping[Path, Tag]) -> No
         gone = (spot.split, spot.image) in plan.left_out and finding.code not in _OF_MANY
         if gone or finding.file in broken_files:
             plan.repaired.add(i)
-    if plan.report is not before:
-        for code in ("image-exif-swapped", "image-exif-ambiguous"):
-            plan.repaired_before[code] = len(_images_with(before, code))
+    for code in ("image-exif-swapped", "image-exif-ambiguous"):
+        plan.repaired_before[code] = len(_images_with(before, code)) - len(_images_with(plan.report, code))
 
 
 def _leave_out_unknown_frames(plan: Plan) -> None:
@@ -186,7 +185,7 @@ def _leave_out_shared_ids(plan: Plan) -> None:
 # ---- images that are copied
 
 
-def plan_images(plan: Plan, before: Report, reset: Mapping[Path, Tag]) -> None:
+def plan_images(plan: Plan, reset: Mapping[Path, Tag]) -> None:
     """Plan under which name and with which orientation each image is copied."""
     raw = plan.report.raw
     positions: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
