@@ -11,6 +11,8 @@ from rtdetr_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from rtdetr_cli.cli.evaluation import EvaluatedModel
+    from rtdetr_cli.evaluate.bootstrap import Resamples
+    from rtdetr_cli.evaluate.run import Evaluation
 
 
 def compare(
@@ -58,19 +60,6 @@ def compare(
     comparison, (resamples_a, resamples_b) = compare_tables(
         dataset, (first.table, second.table), (ap_a, ap_b), resamples=ci
     )
-    per_class = []
-    for label, (row_a, row_b) in enumerate(zip(first.per_class, second.per_class, strict=True)):
-        difference = None if row_a["AP"] is None else row_b["AP"] - row_a["AP"]
-        interval = None if difference is None else resamples_b.class_gap(resamples_a, difference, label)
-        per_class.append(
-            {
-                **{key: row_a[key] for key in ("name", "category_id", "boxes")},
-                "a": row_a["AP"],
-                "b": row_b["AP"],
-                "difference": difference,
-                "interval": None if interval is None else interval.to_json(),
-            }
-        )
     document: dict[str, Any] = {
         "a": {"name": name_a, "metrics": first.metrics, "interval": comparison.a.to_json()},
         "b": {"name": name_b, "metrics": second.metrics, "interval": comparison.b.to_json()},
@@ -80,7 +69,7 @@ def compare(
         "sentence": comparison.sentence(),
         "pictures": len(dataset),
         "resamples": ci,
-        "per_class": per_class,
+        "per_class": _class_rows(first, second, resamples_a, resamples_b),
     }
     if as_json:
         terminal.emit_json(document)
@@ -106,6 +95,23 @@ def _evaluate(
     file = model_file(path)
     model = evaluate_model(file, data=data, images=images, split=split, batch=batch, device=device)
     return str(file.parent if file.name == BEST else file), model
+
+
+def _class_rows(a: Evaluation, b: Evaluation, resamples_a: Resamples, resamples_b: Resamples) -> list[dict[str, Any]]:
+    rows = []
+    for label, (row_a, row_b) in enumerate(zip(a.per_class, b.per_class, strict=True)):
+        difference = None if row_a["AP"] is None else row_b["AP"] - row_a["AP"]
+        interval = None if difference is None else resamples_b.class_gap(resamples_a, difference, label)
+        rows.append(
+            {
+                **{key: row_a[key] for key in ("name", "category_id", "boxes")},
+                "a": row_a["AP"],
+                "b": row_b["AP"],
+                "difference": difference,
+                "interval": None if interval is None else interval.to_json(),
+            }
+        )
+    return rows
 
 
 def _print_tables(document: dict[str, Any]) -> None:

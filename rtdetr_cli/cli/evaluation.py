@@ -84,21 +84,7 @@ def evaluate_model(
     queries: int | None = None,
     sampling: str | None = None,
 ) -> EvaluatedModel:
-    """Evaluate a model file on a split.
-
-    Args:
-        path: the model file.
-        data: the dataset, or None for the one that the model was trained with.
-        images: folder of the images.
-        split: `train`, `val` or `test`.
-        batch: images per forward pass, or `auto`.
-        device: see `open_backend`, as for imgsz, layers, queries and sampling.
-        evaluator: `hotcoco` or `pycocotools`.
-        imgsz: (height, width) of the input.
-        layers: decoder layers to use.
-        queries: queries to use.
-        sampling: of a published file.
-    """
+    """Evaluate a model file on a split; see `choose_split`, `open_backend` and `coco_metrics` for the options."""
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.run import evaluate
     from rtdetr_cli.evaluate.source import choose_split

@@ -66,7 +66,7 @@ class Resamples:
     """AP under each of B resamples of the images.
 
     Attributes:
-        ap: (B, K, 3) AP, AP50 and AP75 of each class; NaN where the resample has no box of it.
+        ap: (B, K) AP of each class; NaN where the resample has no box of it.
         images: N.
         images_with_class: (K,) images that have a box of each class.
     """
@@ -75,22 +75,17 @@ class Resamples:
     images: int
     images_with_class: NDArray[np.int64]
 
-    def overall(self, metric: str = "AP") -> NDArray[np.float64]:
-        """Return (B,) the mean over classes of `AP`, `AP50` or `AP75`, without resamples that have no box at all."""
-        values = self.ap[:, :, ("AP", "AP50", "AP75").index(metric)]
-        defined = ~np.isnan(values)
-        with_boxes = defined.any(axis=1)
-        total = np.where(defined, values, 0).sum(axis=1)
-        mean: NDArray[np.float64] = total[with_boxes] / defined.sum(axis=1)[with_boxes]
-        return mean
+    def overall(self) -> NDArray[np.float64]:
+        """Return (B,) the mean AP over classes, without resamples that have no box at all."""
+        return np.asarray(np.nanmean(self.ap[~np.isnan(self.ap).all(axis=1)], axis=1))
 
-    def interval(self, value: float, metric: str = "AP") -> Interval:
-        """Return the interval of a number over all classes."""
-        return _interval(value, self.overall(metric), self.images)
+    def interval(self, value: float) -> Interval:
+        """Return the interval of AP over all classes."""
+        return _interval(value, self.overall(), self.images)
 
     def class_interval(self, value: float, label: int) -> Interval | None:
         """Return the interval of one class's AP; None where too few images have the class."""
-        return self._of_class(value, label, self.ap[:, label, 0])
+        return self._of_class(value, label, self.ap[:, label])
 
     def gap(self, other: Resamples, value: float) -> Interval:
         """Return the interval of this model's AP minus another's on the same resamples."""
@@ -98,7 +93,7 @@ class Resamples:
 
     def class_gap(self, other: Resamples, value: float, label: int) -> Interval | None:
         """Return the interval of this model's AP of a class minus another's, or None as in `class_interval`."""
-        return self._of_class(value, label, self.ap[:, label, 0] - other.ap[:, label, 0])
+        return self._of_class(value, label, self.ap[:, label] - other.ap[:, label])
 
     def _of_class(self, value: float, label: int, values: NDArray[np.float64]) -> Interval | None:
         images = int(self.images_with_class[label])
@@ -117,23 +112,17 @@ def _interval(value: float, resampled: NDArray[np.float64], images: int) -> Inte
     return Interval(value, 2 * value - float(upper), 2 * value - float(lower), images)
 
 
-def draw_weights(images: int, resamples: int, *, seed: int = 0) -> NDArray[np.float32]:
-    """Return (N, B): how often each image is in each resample."""
-    random = np.random.default_rng(seed)
+def draw_weights(images: int, resamples: int) -> NDArray[np.float32]:
+    """Return (N, B): how often each image is in each resample, the same at every call, so that models can be paired."""
+    random = np.random.default_rng(0)
     weights = np.empty((images, resamples), np.float32)
     for column in range(resamples):
         weights[:, column] = np.bincount(random.integers(0, images, images), minlength=images)
     return weights
 
 
-def resample(dataset: Dataset, table: DetectionTable, *, resamples: int = 1000, seed: int = 0) -> Resamples:
-    """Compute AP under resamples of the images; equal seeds draw equal images, so that two models can be paired.
-
-    Args:
-        dataset: N images with boxes in K classes.
-        table: D detections.
-        resamples: B.
-        seed: random seed of the draw.
+def resample(dataset: Dataset, table: DetectionTable, *, resamples: int = 1000) -> Resamples:
+    """Compute AP under resamples of the images.
 
     Raises:
         DataError: there are no images or no boxes.
@@ -152,8 +141,8 @@ def resample(dataset: Dataset, table: DetectionTable, *, resamples: int = 1000, 
     boxes_in = np.zeros((len(dataset), classes), np.float32)
     np.add.at(boxes_in, (box_images(dataset)[counted], dataset.labels[counted]), 1)
     images_with_class = np.count_nonzero(boxes_in, axis=0)
-    ap = np.full((resamples, classes, 3), np.nan)
-    weights = draw_weights(len(dataset), resamples, seed=seed)
+    ap = np.full((resamples, classes), np.nan)
+    weights = draw_weights(len(dataset), resamples)
     for start in range(0, resamples, RESAMPLES_AT_ONCE):
         chunk = slice(start, start + RESAMPLES_AT_ONCE)
         chunk_weights = np.ascontiguousarray(weights[:, chunk])
@@ -161,8 +150,7 @@ def resample(dataset: Dataset, table: DetectionTable, *, resamples: int = 1000, 
             boxes = boxes_in[:, label] @ chunk_weights  # (b,)
             rows = order[class_offsets[label] : class_offsets[label + 1]]
             per_iou = _weighted_ap(table.image_index[rows], outcomes[:, rows], boxes, chunk_weights)
-            ap[chunk, label] = np.stack([per_iou.mean(axis=0), per_iou[0], per_iou[5]], axis=1)
-            ap[chunk, label][boxes == 0] = np.nan
+            ap[chunk, label] = np.where(boxes > 0, per_iou.mean(axis=0), np.nan)
     return Resamples(ap, len(dataset), images_with_class)
 
 
@@ -286,19 +274,10 @@ def compare(
     values: tuple[float, float],
     *,
     resamples: int = 1000,
-    seed: int = 0,
 ) -> tuple[Comparison, tuple[Resamples, Resamples]]:
-    """Compare two models' detections on the same resamples of the images.
-
-    Args:
-        dataset: the images of both.
-        tables: detections of A and B.
-        values: AP of A and B.
-        resamples: how many.
-        seed: random seed of the draw.
-    """
-    a = resample(dataset, tables[0], resamples=resamples, seed=seed)
-    b = resample(dataset, tables[1], resamples=resamples, seed=seed)
+    """Compare the detections of A and B, whose APs are `values`, on the same resamples of the images."""
+    a = resample(dataset, tables[0], resamples=resamples)
+    b = resample(dataset, tables[1], resamples=resamples)
     difference = b.gap(a, values[1] - values[0])
     verdict = "b" if difference.lower > 0 else "a" if difference.upper < 0 else "undecided"
     b_better = float((b.overall() > a.overall()).mean())

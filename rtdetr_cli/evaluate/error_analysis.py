@@ -191,6 +191,15 @@ class ErrorAnalysis:
             "more likely to be wrong than they are"
         )
 
+    def _suspect(self, kind: str, image: int, box_xyxy: Any, label: int, score: float | None, box: int) -> Suspect:
+        """Return a suspect with the id and class of its annotation `box`, -1 for none."""
+        x1, y1, x2, y2 = (round(float(v), 2) for v in box_xyxy)
+        annotation_id = annotated = None
+        if box >= 0:
+            dataset = self.evaluation.dataset
+            annotation_id, annotated = int(dataset.annotation_ids[box]), int(dataset.labels[box])
+        return Suspect(kind, int(image), (x1, y1, x2, y2), int(label), score, annotation_id, annotated)
+
     def _confident_errors(self) -> list[Suspect]:
         """Return detections on background or on another class with at least the median score of correct ones."""
         dataset, table = self.evaluation.dataset, self.evaluation.table
@@ -203,17 +212,9 @@ class ErrorAnalysis:
         suspects = []
         for row in rows[np.argsort(-table.scores[rows], kind="stable")][:MAX_SUSPECTS].tolist():
             box = int(self.related_box[row]) if self.kinds[row] == CLASSIFICATION else -1
-            suspects.append(
-                Suspect(
-                    "other-class" if box >= 0 else "no-box",
-                    int(table.image_index[row]),
-                    _rounded(table.boxes_xyxy_px[row]),
-                    int(table.labels[row]),
-                    float(table.scores[row]),
-                    int(dataset.annotation_ids[box]) if box >= 0 else None,
-                    int(dataset.labels[box]) if box >= 0 else None,
-                )
-            )
+            kind, score = "other-class" if box >= 0 else "no-box", float(table.scores[row])
+            image, box_xyxy, label = table.image_index[row], table.boxes_xyxy_px[row], table.labels[row]
+            suspects.append(self._suspect(kind, image, box_xyxy, label, score, box))
         return suspects
 
     def _never_detected(self) -> list[Suspect]:
@@ -225,15 +226,7 @@ class ErrorAnalysis:
         boxes = np.flatnonzero(never)
         images = box_images(dataset)
         return [
-            Suspect(
-                "never-found",
-                int(images[box]),
-                _rounded(dataset.boxes_xyxy_px[box]),
-                int(dataset.labels[box]),
-                None,
-                int(dataset.annotation_ids[box]),
-                int(dataset.labels[box]),
-            )
+            self._suspect("never-found", images[box], dataset.boxes_xyxy_px[box], dataset.labels[box], None, box)
             for box in boxes[np.argsort(-dataset.areas[boxes], kind="stable")][:MAX_SUSPECTS].tolist()
         ]
 
@@ -278,11 +271,6 @@ class ErrorAnalysis:
         if self.confusion is not None:
             document["confusion"] = {"names": [*names, "nothing"], "matrix": self.confusion.tolist()}
         return document
-
-
-def _rounded(box: NDArray[np.float64]) -> tuple[float, float, float, float]:
-    x1, y1, x2, y2 = (round(float(v), 2) for v in box)
-    return x1, y1, x2, y2
 
 
 def analyze_errors(

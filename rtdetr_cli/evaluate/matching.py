@@ -118,13 +118,7 @@ def _coco_iou(
 
 
 def match(dataset: Dataset, table: DetectionTable, *, iou: float = 0.5) -> Matches:
-    """Match detections to boxes by COCO's rules.
-
-    Args:
-        dataset: N images with G boxes.
-        table: D detections in the dataset's labels.
-        iou: the least overlap of a match.
-    """
+    """Match detections in the dataset's labels to its boxes by COCO's rules; `iou` is the least overlap of a match."""
     rank = _ranks(dataset, table)
     pairs = _countable_pairs(dataset, table, rank, iou)
     detection_area = np.prod(table.boxes_xyxy_px[:, 2:] - table.boxes_xyxy_px[:, :2], axis=1)

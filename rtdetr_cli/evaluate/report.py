@@ -26,6 +26,7 @@ from rtdetr_cli.files import atomic_write
 from rtdetr_cli.images.decode import ImageError, read_image
 from rtdetr_cli.images.draw import class_color
 from rtdetr_cli.page import image_uri, render_page
+from rtdetr_cli.text import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,22 +75,13 @@ def page_context(
     interval: Interval | None = None,
     calibration: Calibration | None = None,
 ) -> dict[str, Any]:
-    """Return everything that the template shows, as plain values.
-
-    Args:
-        evaluation: the metrics.
-        analysis: the errors.
-        model: what was evaluated, in words.
-        interval: of AP.
-        calibration: thresholds calibrated in this run.
-    """
+    """Return everything that the template shows; `model` is a description, `calibration` is new in this run."""
     dataset = evaluation.dataset
     images, images_unreadable = _images(analysis)
-    gains = analysis.gains
-    largest_gain = max(gains.values(), default=0) if gains else 0
     classes_with_boxes = sum(row["AP"] is not None for row in evaluation.per_class)
     return {
-        "title": f"{dataset.name} {dataset.split}: evaluation",
+        "counted": counted,
+        "title": f"Evaluation on {dataset.name} {dataset.split}",
         "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         "model": model,
         "dataset": dataset,
@@ -101,10 +93,8 @@ def page_context(
         "metric_names": METRICS,
         "metrics": evaluation.metrics,
         "interval": interval,
-        "classes": [
-            {**row, "colour": css_colour(label), "bar": round(100 * (row["AP"] or 0), 1)}
-            for label, row in enumerate(evaluation.per_class)
-        ],
+        "classes": [{**row, "colour": css_colour(label)} for label, row in enumerate(evaluation.per_class)],
+        "classes_without_boxes": [row["name"] for row in evaluation.per_class if not row["boxes"]],
         "sizes": evaluation.by_size,
         "best": evaluation.best,
         "at_thresholds": _at_thresholds(evaluation, calibration),
@@ -112,17 +102,9 @@ def page_context(
         "named_curves": NAMED_CURVES,
         "unnamed_curves": max(0, classes_with_boxes - NAMED_CURVES),
         "origin": analysis.origin,
-        "kinds": [
-            {
-                "kind": kind,
-                "meaning": meaning,
-                "count": analysis.counts[kind],
-                "gain": None if gains is None else gains[kind],
-                "bar": round(100 * gains[kind] / largest_gain, 1) if gains and largest_gain > 0 else 0,
-            }
-            for kind, meaning in KINDS.items()
-        ],
-        "gains_known": gains is not None,
+        "kinds": KINDS,
+        "counts": analysis.counts,
+        "gains": analysis.gains,
         "confusion": _confusion_rows(analysis),
         "confused": _most_confused(analysis),
         "empty": analysis.empty,

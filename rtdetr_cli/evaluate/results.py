@@ -62,6 +62,15 @@ def read_results(path: Path, dataset: Dataset) -> DetectionTable:
         bbox, score = entries[n]["bbox"], entries[n]["score"]
         malformed.append(f"entry {n + 1} has bbox {bbox} and score {score}, which is not a valid detection")
 
+    if malformed or unknown_images or unknown_categories:
+        raise _invalid(path, dataset, malformed, unknown_images, unknown_categories)
+    boxes[:, 2:] += boxes[:, :2]
+    return DetectionTable.join([DetectionTable(image_index, labels, scores, boxes)])
+
+
+def _invalid(
+    path: Path, dataset: Dataset, malformed: list[str], unknown_images: list[Any], unknown_categories: list[Any]
+) -> DataError:
     problems, hint = [], ""
     if malformed:
         problems.append(malformed[0] + (f" (and {len(malformed) - 1} more entries)" if len(malformed) > 1 else ""))
@@ -77,10 +86,7 @@ def read_results(path: Path, dataset: Dataset) -> DetectionTable:
             f"{_listed(unknown_images)}"
         )
         hint = hint or "choose the split they were made on with --split, or another dataset with --data"
-    if problems:
-        raise DataError(f"{path}: " + "; ".join(problems), hint=hint, code="results-unknown")
-    boxes[:, 2:] += boxes[:, :2]
-    return DetectionTable.join([DetectionTable(image_index, labels, scores, boxes)])
+    return DataError(f"{path}: " + "; ".join(problems), hint=hint, code="results-unknown")
 
 
 def _load(path: Path) -> list[dict[str, Any]]:

@@ -216,7 +216,6 @@ def detect(
     dataset: Dataset,
     *,
     batch: int = 8,
-    threads: int | None = None,
     progress: Callable[[int], None] | None = None,
     label_map: NDArray[np.int64] | None = None,
 ) -> SplitDetections:
@@ -224,9 +223,8 @@ def detect(
 
     Args:
         backend: the model.
-        dataset: N images.
+        dataset: the split.
         batch: images per forward pass.
-        threads: decoding threads; None chooses.
         progress: called with the number of images done since the last call.
         label_map: (model classes,) the dataset's labels, -1 for none; None keeps the model's.
     """
@@ -235,7 +233,7 @@ def detect(
     builder = TableBuilder(label_map)
     unreadable: list[tuple[int, str]] = []
     network_seconds = 0.0
-    images = prefetch([dataset.path(i) for i in range(len(dataset))], backend.imgsz, threads=threads)
+    images = prefetch([dataset.path(i) for i in range(len(dataset))], backend.imgsz)
     while group := list(islice(images, batch)):
         readable = [(i, image, size_wh) for i, image, size_wh, *_ in group if image is not None]
         unreadable.extend((i, str(error)) for i, image, _, error, _ in group if image is None)
@@ -259,7 +257,6 @@ def evaluate(
     dataset: Dataset,
     *,
     batch: int = 8,
-    threads: int | None = None,
     progress: Callable[[int], None] | None = None,
     evaluator: str = "hotcoco",
 ) -> Evaluation:
@@ -273,7 +270,7 @@ def evaluate(
     require_images(dataset)
     classes = map_classes(backend.header.names, dataset)
     start = time.perf_counter()
-    detections = detect(backend, dataset, batch=batch, threads=threads, progress=progress, label_map=classes.labels)
+    detections = detect(backend, dataset, batch=batch, progress=progress, label_map=classes.labels)
     seconds = time.perf_counter() - start
     return evaluate_detections(
         dataset, detections, classes, seconds=seconds, thresholds=backend.header.thresholds, evaluator=evaluator
@@ -291,13 +288,7 @@ def evaluate_detections(
 ) -> Evaluation:
     """Evaluate a model's detections in a whole split, from one process or joined from several.
 
-    Args:
-        dataset: the split.
-        detections: in all its images.
-        classes: of the model and the dataset.
-        seconds: that detecting took.
-        thresholds: stored in the model.
-        evaluator: `hotcoco` or `pycocotools`.
+    `thresholds` are those stored in the model, and `seconds` is the time that detecting took.
 
     Raises:
         DataError: no image could be read.

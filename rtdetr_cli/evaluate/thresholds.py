@@ -127,14 +127,7 @@ def score_curve(
 def points_at(
     dataset: Dataset, table: DetectionTable, matches: Matches, thresholds: NDArray[np.float64]
 ) -> tuple[OperatingPoint, list[OperatingPoint]]:
-    """Return the points at given thresholds: over all classes together, and of each class.
-
-    Args:
-        dataset: K classes.
-        table: D detections.
-        matches: their outcomes.
-        thresholds: (K,) one for each class.
-    """
+    """Return the points at given thresholds, (K,) one for each class: over all classes together, and of each class."""
     classes = len(dataset.categories)
     kept = table.scores >= thresholds[table.labels] if len(table) else np.zeros(0, bool)
     outcomes = matches.outcomes[0]

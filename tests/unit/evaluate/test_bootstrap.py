@@ -31,14 +31,13 @@ def copy_images(dataset: Dataset, table: DetectionTable, images: list[int]) -> t
 def test_a_resample_equals_evaluating_copies_of_the_images(make: Any) -> None:
     dataset, table = make.random(seed=5, images=25, detections=130, classes=2, crowds=0.2)
     table = without_equal_scores(table)
-    resamples = resample(dataset, table, resamples=12, seed=3)
-    weights = draw_weights(len(dataset), 12, seed=3)
+    resamples = resample(dataset, table, resamples=12)
+    weights = draw_weights(len(dataset), 12)
     for draw in range(12):
         images = np.repeat(np.arange(len(dataset)), weights[:, draw].astype(int)).tolist()
-        reference = coco_metrics(*copy_images(dataset, table, images)).metrics
+        reference = coco_metrics(*copy_images(dataset, table, images)).metrics["AP"]
         # A recall that equals one of the 101 points in exact arithmetic may miss it by rounding in the reference.
-        for metric in ("AP", "AP50", "AP75"):
-            assert resamples.overall(metric)[draw] == pytest.approx(reference[metric], abs=5e-5)
+        assert resamples.overall()[draw] == pytest.approx(reference, abs=5e-5)
 
 
 def test_four_times_as_many_images_halve_the_interval(make: Any) -> None:
@@ -58,8 +57,8 @@ def test_a_class_without_boxes_in_a_resample_is_left_out_of_the_mean(make: Any) 
     table = make.table([0, 1], [0, 0], [[0, 0, 40, 40]] * 2, [0.9, 0.8])
     resamples = resample(dataset, table, resamples=200)
     has_rare = draw_weights(3, 200)[2] > 0
-    assert np.isnan(resamples.ap[~has_rare, 1, 0]).all()
-    assert (resamples.ap[has_rare, 1, 0] == 0).all()
+    assert np.isnan(resamples.ap[~has_rare, 1]).all()
+    assert (resamples.ap[has_rare, 1] == 0).all()
     np.testing.assert_allclose(resamples.overall()[~has_rare], 1)
 
 
