@@ -22,16 +22,16 @@ from rtdetr_cli.errors import DataError
 Plant = Callable[[Any], object]
 
 
-def found(report: Report) -> set[str]:
+def codes_of(report: Report) -> set[str]:
     return {f.code for f in report.findings}
 
 
-def test_sound_datasets_have_nothing_to_find(coco: Any, yolo: Any, voc: Any) -> None:
+def test_valid_datasets_have_no_findings(coco: Any, yolo: Any, voc: Any) -> None:
     for builder in (coco, yolo, voc):
         folder = builder.write()
         # The three images of YOLO and VOC have nine boxes of each class in train; ten count as enough.
         few = set() if builder is coco else {"category-few"}
-        assert found(examine(folder)) == few
+        assert codes_of(examine(folder)) == few
         assert {f.code for f in load_splits(folder).findings} == few
 
 
@@ -44,11 +44,11 @@ def _exif(value: int) -> bytes:
     return exif.tobytes()
 
 
-def _turned(c: Any, orientation: int, *, declared_unturned: bool) -> None:
+def _set_orientation(c: Any, orientation: int, *, declares_stored_size: bool) -> None:
     image = Image.open(c.image)
     image.load()
     image.save(c.image, exif=_exif(orientation))
-    if not declared_unturned and orientation >= 5:
+    if not declares_stored_size and orientation >= 5:
         c.train["images"][0] |= {"width": 64, "height": 96}
         for annotation in c.train["annotations"]:
             if annotation["image_id"] == 1:
@@ -57,7 +57,7 @@ def _turned(c: Any, orientation: int, *, declared_unturned: bool) -> None:
 
 def _ambiguous(c: Any) -> None:
     """The labels of the second image ignore its orientation; those of the first may."""
-    _turned(c, 3, declared_unturned=True)
+    _set_orientation(c, 3, declares_stored_size=True)
     second = c.folder / "images/train_1.jpg"
     with Image.open(second) as image:
         image.load()
@@ -165,9 +165,9 @@ IMAGES: dict[str, Plant] = {
     "image-extension": lambda c: _loaded(c).save(c.image, "PNG"),
     "image-size": lambda c: c.train["images"][0].update(width=100),
     "image-size-undeclared": lambda c: c.train["images"][0].pop("width"),
-    "image-exif-orientation": lambda c: _turned(c, 6, declared_unturned=False),
-    "image-exif-swapped": lambda c: _turned(c, 6, declared_unturned=True),
-    "image-exif-invalid": lambda c: _turned(c, 9, declared_unturned=True),
+    "image-exif-orientation": lambda c: _set_orientation(c, 6, declares_stored_size=False),
+    "image-exif-swapped": lambda c: _set_orientation(c, 6, declares_stored_size=True),
+    "image-exif-invalid": lambda c: _set_orientation(c, 9, declares_stored_size=True),
     "image-exif-ambiguous": _ambiguous,
     "image-16bit": _sixteen,
     "image-palette": lambda c: _saved(c, _loaded(c).quantize(16), ".png"),
@@ -188,10 +188,10 @@ IMAGES: dict[str, Plant] = {
 
 
 @pytest.mark.parametrize("code", IMAGES)
-def test_fault_of_a_image(coco: Any, code: str) -> None:
+def test_image_fault(coco: Any, code: str) -> None:
     IMAGES[code](coco)
     report = examine(coco.write())
-    assert code in found(report), [f.code for f in report.findings]
+    assert code in codes_of(report), [f.code for f in report.findings]
     finding = next(f for f in report.findings if f.code == code)
     assert finding.severity == CODES[code].severity
     assert finding.hint
@@ -202,22 +202,22 @@ def test_fault_of_a_image(coco: Any, code: str) -> None:
 
 
 @pytest.mark.parametrize("plant", [_outside_link, _outside_absolute, _outside_dots], ids=["link", "absolute", "dots"])
-def test_image_outside_the_folder_is_refused_however_it_got_there(coco: Any, plant: Plant) -> None:
+def test_image_outside_the_folder_is_refused(coco: Any, plant: Plant) -> None:
     plant(coco)
     folder = coco.write()
-    assert "image-outside" in found(examine(folder))
+    assert "image-outside" in codes_of(examine(folder))
     with pytest.raises(DataError) as refused:
         load_splits(folder)
     assert refused.value.code == "image-outside"
 
 
-def test_folder_behind_a_link_is_outside_too(coco: Any) -> None:
+def test_linked_image_folder_is_outside(coco: Any) -> None:
     shutil.move(coco.folder / "images", coco.folder.parent / "kept")
     (coco.folder / "images").symlink_to(coco.folder.parent / "kept")
     folder = coco.write()
-    assert "image-outside" in found(examine(folder, decode=False))
+    assert "image-outside" in codes_of(examine(folder, decode=False))
     # Named by the user, the same folder is fine.
-    assert found(examine(folder, images=coco.folder.parent / "kept")) == set()
+    assert codes_of(examine(folder, images=coco.folder.parent / "kept")) == set()
 
 
 def _listed_outside(y: Any, name: str) -> None:
@@ -227,20 +227,20 @@ def _listed_outside(y: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["link", "absolute", "dots"])
-def test_image_of_yolo_outside_the_folder(yolo: Any, how: str) -> None:
+def test_yolo_image_outside_the_folder(yolo: Any, how: str) -> None:
     elsewhere = yolo.folder.parent / "elsewhere.jpg"
     _listed_outside(yolo, str(elsewhere) if how == "absolute" else "../elsewhere.jpg")
     if how == "link":
         (yolo.folder / "images/train/train_0.jpg").symlink_to(elsewhere)
         yolo.yaml = yolo.yaml.replace("train.txt", "images/train")
     folder = yolo.write()
-    assert "image-outside" in found(examine(folder))
+    assert "image-outside" in codes_of(examine(folder))
     with pytest.raises(DataError):
         load_splits(folder)
 
 
 @pytest.mark.parametrize("how", ["link", "absolute", "dots"])
-def test_image_of_voc_outside_the_folder(voc: Any, how: str) -> None:
+def test_voc_image_outside_the_folder(voc: Any, how: str) -> None:
     elsewhere = voc.folder.parent / "train_0.jpg"
     image = voc.folder / "JPEGImages/train_0.jpg"
     shutil.move(image, elsewhere)
@@ -249,21 +249,21 @@ def test_image_of_voc_outside_the_folder(voc: Any, how: str) -> None:
     else:
         _swap(voc, "train_0.jpg", str(elsewhere) if how == "absolute" else "../../train_0.jpg")
     folder = voc.write()
-    assert "image-outside" in found(examine(folder))
+    assert "image-outside" in codes_of(examine(folder))
     with pytest.raises(DataError):
         load_splits(folder)
 
 
 @pytest.mark.parametrize("decode", [True, False], ids=["full", "fast"])
-def test_link_to_nothing_is_a_missing_image(coco: Any, decode: bool) -> None:
+def test_broken_link_is_a_missing_image(coco: Any, decode: bool) -> None:
     coco.image.unlink()
     coco.image.symlink_to(coco.folder / "images/gone.jpg")
-    assert "image-missing" in found(examine(coco.write(), decode=decode))
+    assert "image-missing" in codes_of(examine(coco.write(), decode=decode))
 
 
 @pytest.mark.parametrize("decode", [True, False], ids=["full", "fast"])
 @pytest.mark.parametrize("what", ["pipe", "folder", "link to a pipe"])
-def test_what_is_no_file_is_unreadable_and_never_waited_for(coco: Any, what: str, decode: bool) -> None:
+def test_pipes_and_folders_are_unreadable_and_do_not_block(coco: Any, what: str, decode: bool) -> None:
     coco.image.unlink()
     if what == "folder":
         coco.image.mkdir()
@@ -273,50 +273,50 @@ def test_what_is_no_file_is_unreadable_and_never_waited_for(coco: Any, what: str
         os.mkfifo(coco.folder / "pipe")
         coco.image.symlink_to(coco.folder / "pipe")
     folder = coco.write()
-    assert "image-unreadable" in found(examine(folder, decode=decode))
+    assert "image-unreadable" in codes_of(examine(folder, decode=decode))
     with pytest.raises(DataError):
         load_splits(folder)
 
 
-def test_label_file_that_is_a_pipe_is_not_waited_for(yolo: Any) -> None:
+def test_label_file_that_is_a_pipe_does_not_block(yolo: Any) -> None:
     yolo.labels["train/train_0"] = None
     folder = yolo.write()
     os.mkfifo(folder / "labels/train/train_0.txt")
-    assert "file-missing" in found(examine(folder, decode=False))
+    assert "file-missing" in codes_of(examine(folder, decode=False))
 
 
-def test_sixteen_bits_are_seen_beside_alpha(coco: Any) -> None:
+def test_16_bits_with_alpha_are_reported(coco: Any) -> None:
     _sixteen_with_alpha(coco)
-    assert {"image-16bit", "image-alpha"} <= found(examine(coco.write()))
+    assert {"image-16bit", "image-alpha"} <= codes_of(examine(coco.write()))
 
 
 @pytest.mark.parametrize("form", ["TIFF", "PNG", "WEBP"])
-@pytest.mark.parametrize("declared_unturned", [True, False])
-def test_orientation_is_seen_in_every_format(coco: Any, form: str, declared_unturned: bool) -> None:
+@pytest.mark.parametrize("declares_stored_size", [True, False])
+def test_orientation_is_found_in_every_format(coco: Any, form: str, declares_stored_size: bool) -> None:
     image = _loaded(coco)
     exif = Image.Exif()
     exif[0x0112] = 6
     _saved(coco, image, f".{form.lower()}", exif=exif)
-    if not declared_unturned:
+    if not declares_stored_size:
         coco.train["images"][0] |= {"width": 64, "height": 96}
         coco.train["annotations"] = [a for a in coco.train["annotations"] if a["image_id"] != 1]
-    codes = found(examine(coco.write()))
-    assert ("image-exif-swapped" in codes) == declared_unturned
+    codes = codes_of(examine(coco.write()))
+    assert ("image-exif-swapped" in codes) == declares_stored_size
     assert "image-exif-orientation" in codes
     assert "image-size" not in codes
 
 
-def test_exif_that_agrees_with_the_labels_turns_boxes_nowhere(coco: Any) -> None:
-    _turned(coco, 6, declared_unturned=False)
+def test_boxes_stay_if_labels_agree_with_the_orientation(coco: Any) -> None:
+    _set_orientation(coco, 6, declares_stored_size=False)
     splits = load_splits(coco.write())
     assert splits.train is not None
     assert splits.train.sizes_wh[0].tolist() == [64, 96]
 
 
-def test_missing_among_two_names_of_other_case_is_an_error(coco: Any) -> None:
+def test_two_names_that_differ_in_case_are_ambiguous(coco: Any) -> None:
     coco.image.rename(coco.image.with_name("TRAIN_0.jpg"))
     (coco.folder / "images/Train_0.jpg").write_bytes((coco.folder / "images/train_1.jpg").read_bytes())
-    assert "image-missing" in found(examine(coco.write()))
+    assert "image-missing" in codes_of(examine(coco.write()))
 
 
 # ---- COCO: boxes, ids, categories
@@ -454,11 +454,11 @@ BOXES: dict[str, list[Plant]] = {
 @pytest.mark.parametrize(
     ("code", "plant"), [pytest.param(c, p, id=f"{c}-{n}") for c, ps in BOXES.items() for n, p in enumerate(ps)]
 )
-def test_fault_of_a_label(coco: Any, code: str, plant: Plant) -> None:
+def test_label_fault(coco: Any, code: str, plant: Plant) -> None:
     plant(coco)
     folder = coco.write()
     report = examine(folder, decode=False)
-    assert code in found(report), [(f.code, f.message) for f in report.findings]
+    assert code in codes_of(report), [(f.code, f.message) for f in report.findings]
     finding = next(f for f in report.findings if f.code == code)
     assert finding.severity == CODES[code].severity
     if code.startswith("box-") and code not in ("box-over-queries", "box-no-area"):
@@ -475,7 +475,7 @@ def test_fault_of_a_label(coco: Any, code: str, plant: Plant) -> None:
         load_splits(folder)
 
 
-def test_line_is_that_of_the_entry(coco: Any) -> None:
+def test_finding_has_the_line_of_its_entry(coco: Any) -> None:
     coco.box["bbox"] = [20, 20, 0, 10]
     folder = coco.write()
     finding = next(f for f in examine(folder, decode=False).findings if f.code == "box-zero-size")
@@ -483,7 +483,7 @@ def test_line_is_that_of_the_entry(coco: Any) -> None:
     assert f'"id": {coco.box["id"]}' in "".join(lines[finding.line - 1 : finding.line + 2])
 
 
-def test_crowds_may_be_written_as_words(coco: Any) -> None:
+def test_crowd_flags_may_be_strings(coco: Any) -> None:
     for annotation, word in zip(coco.train["annotations"], ("0", "1", False, True, 0, 1), strict=False):
         annotation["iscrowd"] = word
     train = load_splits(coco.write()).train
@@ -491,26 +491,26 @@ def test_crowds_may_be_written_as_words(coco: Any) -> None:
     assert train.crowd[:6].tolist() == [False, True] * 3
 
 
-def test_truth_values_are_no_coordinates(coco: Any) -> None:
+def test_booleans_are_not_coordinates(coco: Any) -> None:
     coco.box["bbox"] = [20, 20, True, 10]
-    assert "box-not-number" in found(examine(coco.write(), decode=False))
+    assert "box-not-number" in codes_of(examine(coco.write(), decode=False))
 
 
-def test_val_equal_to_train_is_seen_in_copies_too(coco: Any) -> None:
+def test_val_with_copies_of_train_is_found(coco: Any) -> None:
     for i in range(4):
         shutil.copy(coco.folder / f"images/train_{i}.jpg", coco.folder / f"images/val_{i}.jpg")
     coco.val["annotations"][0]["bbox"] = [40, 2, 9, 9]
     folder = coco.write()
     report = examine(folder)
-    assert "split-equal" in found(report)
-    assert "image-leak" not in found(report), "said once for the split, not for each image"
+    assert "split-equal" in codes_of(report)
+    assert "image-leak" not in codes_of(report), "reported once for the split, not for every image"
     assert [f.image_id for f in report.findings if f.code == "image-other-boxes"] == [11]
 
 
-def test_same_category_listed_twice_is_no_conflict(coco: Any) -> None:
+def test_category_listed_twice_is_not_a_conflict(coco: Any) -> None:
     coco.train["categories"].append(dict(coco.train["categories"][0]))
     report = examine(coco.write())
-    assert found(report) == {"category-duplicate-name"}
+    assert codes_of(report) == {"category-duplicate-name"}
 
 
 def test_names_that_differ_on_purpose_are_not_similar(coco: Any) -> None:
@@ -518,7 +518,7 @@ def test_names_that_differ_on_purpose_are_not_similar(coco: Any) -> None:
         document["categories"] += [
             {"id": 3 + i, "name": n} for i, n in enumerate(("car", "cat", "type 1", "type 2", "cup", "cap"))
         ]
-    assert "category-similar-names" not in found(examine(coco.write(), decode=False))
+    assert "category-similar-names" not in codes_of(examine(coco.write(), decode=False))
 
 
 def test_dropped_and_clipped_boxes_do_not_reach_training(coco: Any) -> None:
@@ -550,7 +550,7 @@ def _lettered(c: Any, ids: dict[int, Any]) -> None:
             annotation["category_id"] = ids[annotation["category_id"]]
 
 
-def test_category_ids_that_are_words_are_numbered_and_the_numbers_said(coco: Any) -> None:
+def test_category_ids_that_are_words_are_numbered_and_reported(coco: Any) -> None:
     before = load_splits(coco.write())
     _lettered(coco, {1: "c1", 2: "c2"})
     splits = load_splits(coco.write())
@@ -576,7 +576,7 @@ def test_category_ids_of_words_and_numbers_do_not_collide(coco: Any) -> None:
         for category in coco.train["categories"]:
             if category["name"] == "nut":
                 category["id"] = value
-        assert "category-malformed" in found(examine(coco.write(), decode=False)), value
+        assert "category-malformed" in codes_of(examine(coco.write(), decode=False)), value
 
 
 def test_category_ids_that_are_numbers_in_quotes_keep_their_value(coco: Any) -> None:
@@ -611,13 +611,13 @@ FILES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 
 
 @pytest.mark.parametrize("fault", FILES)
-def test_fault_of_a_json_file(coco: Any, fault: str) -> None:
+def test_json_file_fault(coco: Any, fault: str) -> None:
     code, spoil = FILES[fault]
     folder = coco.write()
     path = folder / "train.json"
     path.write_bytes(spoil(path.read_bytes()))
     report = examine(folder / "train.json", decode=False)
-    assert code in found(report), [(f.code, f.message) for f in report.findings]
+    assert code in codes_of(report), [(f.code, f.message) for f in report.findings]
     finding = next(f for f in report.findings if f.code == code)
     assert finding.file == "train.json"
     if CODES[code].severity == "error":
@@ -718,11 +718,11 @@ YOLO: dict[str, list[Plant]] = {
 @pytest.mark.parametrize(
     ("code", "plant"), [pytest.param(c, p, id=f"{c}-{n}") for c, ps in YOLO.items() for n, p in enumerate(ps)]
 )
-def test_fault_of_yolo(yolo: Any, code: str, plant: Plant) -> None:
+def test_yolo_fault(yolo: Any, code: str, plant: Plant) -> None:
     plant(yolo)
     folder = yolo.write()
     report = examine(folder / "data.yaml", decode=False)
-    assert code in found(report), [(f.code, f.message) for f in report.findings]
+    assert code in codes_of(report), [(f.code, f.message) for f in report.findings]
     finding = next(f for f in report.findings if f.code == code)
     assert finding.severity == CODES[code].severity
     if code.startswith(("box-", "label-columns", "label-pixels", "label-beyond")):
@@ -734,7 +734,7 @@ def test_fault_of_yolo(yolo: Any, code: str, plant: Plant) -> None:
         load_splits(folder / "data.yaml")
 
 
-def test_boxes_are_taken_where_keypoints_are_not_announced(yolo: Any) -> None:
+def test_undeclared_keypoints_are_ignored(yolo: Any) -> None:
     _pose(yolo, _triplets)
     yolo.labels["train/train_0"] += "1 0.5 0.5 0.2 0.2\n"
     folder = yolo.write()
@@ -750,10 +750,10 @@ def test_boxes_are_taken_where_keypoints_are_not_announced(yolo: Any) -> None:
     assert "yolo-pose" not in {f.code for f in load_splits(folder).findings}
 
 
-def test_polygons_are_no_keypoints(yolo: Any) -> None:
+def test_polygons_are_not_keypoints(yolo: Any) -> None:
     _polygons(yolo)
     folder = yolo.write()
-    assert "yolo-pose" not in found(examine(folder, decode=False))
+    assert "yolo-pose" not in codes_of(examine(folder, decode=False))
     _pose(yolo, _pairs)
     yolo.yaml += "kpt_shape: [0, 2]\n"
     splits = load_splits(yolo.write())
@@ -819,11 +819,11 @@ VOC: dict[str, list[Plant]] = {
 @pytest.mark.parametrize(
     ("code", "plant"), [pytest.param(c, p, id=f"{c}-{n}") for c, ps in VOC.items() for n, p in enumerate(ps)]
 )
-def test_fault_of_voc(voc: Any, code: str, plant: Plant) -> None:
+def test_voc_fault(voc: Any, code: str, plant: Plant) -> None:
     plant(voc)
     folder = voc.write()
     report = examine(folder)
-    assert code in found(report), [(f.code, f.message) for f in report.findings]
+    assert code in codes_of(report), [(f.code, f.message) for f in report.findings]
     finding = next(f for f in report.findings if f.code == code)
     assert finding.severity == CODES[code].severity
     if code.startswith("box-") and code != "box-difficult":
@@ -840,7 +840,7 @@ def test_fault_of_voc(voc: Any, code: str, plant: Plant) -> None:
 
 
 @pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
-def test_dataset_without_train_can_be_measured_on_but_not_trained_on(form: str, request: Any) -> None:
+def test_dataset_without_train_is_for_evaluation_only(form: str, request: Any) -> None:
     builder = request.getfixturevalue(form)
     if form == "coco":
         export = builder.folder / "valid"
@@ -864,7 +864,7 @@ def test_dataset_without_train_can_be_measured_on_but_not_trained_on(form: str, 
 
 
 @pytest.mark.parametrize("crowds", [False, True])
-def test_train_without_objects_is_an_error_to_the_doctor_but_can_be_read(coco: Any, crowds: bool) -> None:
+def test_train_without_objects_is_an_error_but_can_be_loaded(coco: Any, crowds: bool) -> None:
     for document in coco.documents.values():
         document["annotations"] = [{**a, "iscrowd": 1} for a in document["annotations"]] if crowds else []
     folder = coco.write()
@@ -877,13 +877,13 @@ def test_train_without_objects_is_an_error_to_the_doctor_but_can_be_read(coco: A
     assert read == ([] if crowds else ["warning", "warning"])
 
 
-def test_dataset_without_val_is_drawn_and_said(coco: Any) -> None:
+def test_drawn_val_split_is_reported(coco: Any) -> None:
     del coco.documents["val"]
     folder = coco.write()
     splits = load_splits(folder)
     assert splits.split_made
     assert [f.code for f in splits.findings] == ["split-made"]
-    assert "split-made" in found(examine(folder))
+    assert "split-made" in codes_of(examine(folder))
 
 
 def test_every_code_is_planted_somewhere() -> None:

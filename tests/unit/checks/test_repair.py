@@ -1,4 +1,4 @@
-"""A repair leaves the original alone, mends the copy, says each change, and can be undone to the byte."""
+"""A repair leaves the original alone, fixes the copy, and lists every change."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def repaired(folder: Path, code: str) -> None:
-    """Repair a dataset and check all that must hold of every repair."""
+    """Repair a dataset and check everything that must be true of every repair."""
     before = hashes(folder)
     report = examine(folder)
     assert repairable(report) == any(f.severity != "info" and CODES[f.code].repair for f in report.findings)
@@ -75,13 +75,13 @@ IN_COCO = {
         for n, plant in enumerate(plants)
     ],
 )
-def test_coco(coco: Any, code: str, plant: Plant) -> None:
+def test_coco_repair(coco: Any, code: str, plant: Plant) -> None:
     plant(coco)
     repaired(coco.write(), code)
 
 
 @pytest.mark.parametrize("code", ["file-bom", "file-crlf"])
-def test_marks_and_line_ends_of_json(coco: Any, code: str) -> None:
+def test_byte_order_mark_and_line_endings_of_json(coco: Any, code: str) -> None:
     coco.box["bbox"] = [1, 1, 0, 0]
     folder = coco.write()
     spoil = next(spoil for c, spoil in FILES.values() if c == code)
@@ -100,7 +100,7 @@ def test_marks_and_line_ends_of_json(coco: Any, code: str) -> None:
         if not (code == "file-malformed" and n > 0) and code != "file-bounds"  # those are of the data.yaml
     ],
 )
-def test_yolo(yolo: Any, code: str, plant: Plant) -> None:
+def test_yolo_repair(yolo: Any, code: str, plant: Plant) -> None:
     plant(yolo)
     repaired(yolo.write(), code)
 
@@ -114,14 +114,14 @@ def test_yolo(yolo: Any, code: str, plant: Plant) -> None:
         for n, plant in enumerate(plants)
     ],
 )
-def test_voc(voc: Any, code: str, plant: Plant) -> None:
+def test_voc_repair(voc: Any, code: str, plant: Plant) -> None:
     plant(voc)
     repaired(voc.write(), code)
 
 
 @pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
-def test_what_repair_cannot_mend_is_not_called_repairable(form: str, request: pytest.FixtureRequest) -> None:
-    """Nothing is promised for a file that is everybody's; a file of one image is left out with it."""
+def test_damaged_file_of_the_whole_dataset_is_not_repairable(form: str, request: pytest.FixtureRequest) -> None:
+    """A damaged file that belongs to one image is left out with it."""
     folder = request.getfixturevalue(form).write()
     assert not repairable(examine(folder))
     broken, mended = {
@@ -135,7 +135,7 @@ def test_what_repair_cannot_mend_is_not_called_repairable(form: str, request: py
     assert repairable(report) == mended
 
 
-def test_lists_of_yolo_lose_images_that_cannot_be_used(yolo: Any) -> None:
+def test_unusable_images_are_removed_from_yolo_lists(yolo: Any) -> None:
     yolo.yaml = "train: train.txt\nval: images/val\nnames: [nut, washer]\n"
     (yolo.folder / "train.txt").write_text("".join(f"images/train/train_{i}.jpg\n" for i in range(3)))
     (yolo.folder / "images/train/train_1.jpg").write_bytes(b"")
@@ -147,8 +147,8 @@ NOTES = {"LICENSE": "CC0", "README.md": "# nuts\r\n", "README.dataset.txt": "fro
 
 
 @pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
-def test_licence_and_readme_come_along_and_go_back(form: str, request: pytest.FixtureRequest) -> None:
-    """A licence asks to stay with the images."""
+def test_license_and_readme_are_copied(form: str, request: pytest.FixtureRequest) -> None:
+    """A license has to stay with the images."""
     folder = request.getfixturevalue(form).write()
     for name, text in NOTES.items():
         (folder / name).write_bytes(text.encode())
@@ -163,8 +163,8 @@ def test_licence_and_readme_come_along_and_go_back(form: str, request: pytest.Fi
         assert (folder.parent / "out" / name).read_bytes() == text.encode()
 
 
-def test_every_list_of_voc_comes_along_without_the_images_left_out(voc: Any) -> None:
-    """Those that no split is read from too: `trainval`, and the lists of one class with their second column."""
+def test_every_voc_list_is_copied_without_the_images_left_out(voc: Any) -> None:
+    """Also lists that no split is read from: `trainval`, and those of one class, which have a second column."""
     folder = voc.write()
     lists = folder / "ImageSets"
     (lists / "Layout").mkdir()
@@ -179,10 +179,10 @@ def test_every_list_of_voc_comes_along_without_the_images_left_out(voc: Any) -> 
     assert (out / "Main/trainval.txt").read_text().split() == [n for n in names if n != "train_1"]
     assert (out / "Main/nut_train.txt").read_text() == "train_0 -1\ntrain_2  1\n"
     assert (out / "Layout/val.txt").read_text() == "\n".join(names[3:])
-    assert (out / "Main/odd.txt").read_bytes() == b"train_0\n\xff\n", "what is no text is left as it is"
+    assert (out / "Main/odd.txt").read_bytes() == b"train_0\n\xff\n", "a list that is not UTF-8 is copied as it is"
 
 
-def test_what_is_not_of_the_dataset_stays_behind_and_the_patch_says_so(coco: Any) -> None:
+def test_other_files_are_not_copied(coco: Any) -> None:
     coco.box["bbox"] = [1, 1, 0, 0]
     folder = coco.write()
     (folder / "diary.txt").write_text("mine")
@@ -196,7 +196,7 @@ def test_what_is_not_of_the_dataset_stays_behind_and_the_patch_says_so(coco: Any
     assert "not copied" in changes["holds"]
 
 
-def test_all_faults_of_a_dataset_at_once(coco: Any) -> None:
+def test_all_faults_at_once(coco: Any) -> None:
     for code, plants in BOXES.items():
         if code in REPAIRABLE and code.startswith("box-"):
             annotation = dict(coco.train["annotations"][1], id=90_000 + len(coco.train["annotations"]))
@@ -214,7 +214,7 @@ class _Second:
         self.train, self.box = builder.train, box
 
 
-def test_keys_that_nobody_knows_survive(coco: Any) -> None:
+def test_unknown_keys_survive(coco: Any) -> None:
     coco.box.update(bbox=[90.0, 20.0, 20.0, 10.0], area=200.0, attributes={"occluded": True}, note="ä")
     folder = coco.write()
     done = repair(examine(folder), folder.parent / "out")
@@ -223,7 +223,7 @@ def test_keys_that_nobody_knows_survive(coco: Any) -> None:
     assert document["annotations"][2:] == coco.train["annotations"][2:]
 
 
-def test_what_cannot_be_repaired_is_said(coco: Any) -> None:
+def test_unrepaired_findings_are_listed(coco: Any) -> None:
     coco.train["images"][1]["id"] = 1
     folder = coco.write()
     done = repair(examine(folder), folder.parent / "out")
@@ -253,7 +253,7 @@ def test_bccd(bccd: Path, tmp_path: Path) -> None:
         assert (path.read_bytes() == (bccd / name).read_bytes()) == (name not in changed)
 
 
-def _spoil_a_image(path: Path, code: str) -> None:
+def _damage_image(path: Path, code: str) -> None:
     with Image.open(path) as image:
         image.load()
         plain = image.copy()
@@ -291,19 +291,19 @@ IMAGE_FAULTS = (
         if form != "yolo" or code not in ("image-missing", "image-name-case")
     ],
 )
-def test_image_of_every_format(form: str, code: str, request: Any) -> None:
+def test_image_repair(form: str, code: str, request: Any) -> None:
     form, _, listed = form.partition(" ")
     builder = request.getfixturevalue(form)
     if listed:
         builder.yaml = builder.yaml.replace("train: images/train", "train: train.txt")
         builder.make("train.txt").write_text("".join(f"images/train/train_{i}.jpg\n" for i in range(3)))
     folder = {"coco": "images", "yolo": "images/train", "voc": "JPEGImages"}[form]
-    _spoil_a_image(builder.folder / folder / "train_1.jpg", code)
+    _damage_image(builder.folder / folder / "train_1.jpg", code)
     repaired(builder.write(), code)
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP", "JPEG"])
-def test_image_whose_orientation_stays_is_left_out(coco: Any, form: str) -> None:
+def test_image_is_left_out_if_its_orientation_cannot_be_reset(coco: Any, form: str) -> None:
     with Image.open(coco.image) as image:
         image.load()
         plain = image.copy()
@@ -319,8 +319,8 @@ def test_image_whose_orientation_stays_is_left_out(coco: Any, form: str) -> None
 
 @pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b""])
 @pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
-def test_marks_line_ends_and_edits_together(form: str, mark: bytes, request: Any) -> None:
-    """Every label file has a mark and Windows line ends, and some have boxes to drop and to clip."""
+def test_byte_order_marks_line_endings_and_edits_together(form: str, mark: bytes, request: Any) -> None:
+    """Every label file has a byte order mark and Windows line endings, and some have boxes to drop and to clip."""
     builder = request.getfixturevalue(form)
     if form == "coco":
         for document in builder.documents.values():
@@ -348,7 +348,7 @@ def test_marks_line_ends_and_edits_together(form: str, mark: bytes, request: Any
             assert not path.read_bytes().startswith(b"\xef")
 
 
-def test_line_ends_of_a_large_file(coco: Any) -> None:
+def test_line_endings_of_a_large_file(coco: Any) -> None:
     coco.train["info"] = {"description": ["x" * 60] * 40_000}
     folder = coco.write()
     path = folder / "train.json"

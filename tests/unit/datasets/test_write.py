@@ -73,7 +73,7 @@ def test_round_trip_of_any_box_and_name(
     same(start, load_splits(where))
 
 
-def test_gaps_in_ids_survive(coco: Any, tmp_path: Path) -> None:
+def test_category_ids_with_gaps_survive(coco: Any, tmp_path: Path) -> None:
     for document in coco.documents.values():
         for category in document["categories"]:
             category["id"] *= 40
@@ -84,7 +84,7 @@ def test_gaps_in_ids_survive(coco: Any, tmp_path: Path) -> None:
         same(start, load_splits(write_dataset(parts(start), form, tmp_path / form)))
 
 
-def test_images_of_one_name_in_two_splits(coco: Any, tmp_path: Path) -> None:
+def test_two_splits_may_have_images_of_the_same_name(coco: Any, tmp_path: Path) -> None:
     for split, document in coco.documents.items():
         for i, image in enumerate(document["images"]):
             source = coco.folder / "images" / image["file_name"]
@@ -110,7 +110,7 @@ def test_name_that_a_format_cannot_hold_is_refused(coco: Any, tmp_path: Path, na
     same(start, load_splits(write_dataset(parts(start), "coco", tmp_path / "coco")))
 
 
-def test_odd_ids_survive(coco: Any, tmp_path: Path) -> None:
+def test_extreme_ids_survive(coco: Any, tmp_path: Path) -> None:
     """Ids from 0, negative ones and those near the ends of 64 bits; the two splits use the same ones."""
     new = {1: -7, 2: 2**62 + 5}
     for document in coco.documents.values():
@@ -139,7 +139,7 @@ def test_odd_ids_survive(coco: Any, tmp_path: Path) -> None:
     "name", ["Schraube ä", "ねじ", "👩‍🔧", "a\u00a0b", "a: b # c", "no", "0101", "<b>&amp;", "- x", "'\""]
 )
 @pytest.mark.parametrize("form", FORMS)
-def test_class_names_of_any_kind_survive(coco: Any, tmp_path: Path, form: str, name: str) -> None:
+def test_unusual_class_names_survive(coco: Any, tmp_path: Path, form: str, name: str) -> None:
     for document in coco.documents.values():
         document["categories"][0]["name"] = name
     start = load_splits(coco.write())
@@ -164,7 +164,7 @@ FILE_NAMES = {
 
 @pytest.mark.parametrize("names", FILE_NAMES)
 @pytest.mark.parametrize("form", FORMS)
-def test_images_of_any_name_come_along(coco: Any, tmp_path: Path, form: str, names: str) -> None:
+def test_images_with_unusual_names_are_copied(coco: Any, tmp_path: Path, form: str, names: str) -> None:
     for place, raw in enumerate(FILE_NAMES[names]):
         name = os.fsdecode(raw)
         image = coco.train["images"][place]
@@ -198,7 +198,7 @@ def test_images_without_objects_and_crowds_survive(coco: Any, tmp_path: Path, fo
     assert end.train.crowd.sum() == 1
 
 
-def test_class_list_of_voc_counts_where_nothing_is_labelled(voc: Any) -> None:
+def test_voc_class_list_is_used_if_there_are_no_objects(voc: Any) -> None:
     voc.make("classes.txt").write_text("nut\nwasher\n")
     for stem, text in voc.xml.items():
         voc.xml[stem] = text[: text.index("\t<object>")] + "</annotation>\n"
