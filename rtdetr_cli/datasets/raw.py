@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,27 +108,34 @@ class RawSplit:
 
     def keep_boxes(self, keep: NDArray[np.bool_]) -> None:
         """Drop the boxes where `keep` is False."""
-        for name in _BOX_ROWS:
+        for name in _BOX_ARRAYS:
             setattr(self, name, getattr(self, name)[keep])
+
+    def select_images(self, images: NDArray[np.bool_], name: str) -> RawSplit:
+        """Return the images where the mask is True, with their boxes, as the split `name`."""
+        new_index = np.cumsum(images) - 1
+        part = copy(self)
+        part.split = name
+        part.file_names = [f for f, selected in zip(self.file_names, images, strict=True) if selected]
+        for array in _IMAGE_ARRAYS:
+            setattr(part, array, getattr(self, array)[images])
+        part.keep_boxes(images[self.box_images])
+        part.box_images = new_index[part.box_images]
+        part.label_names = {int(new_index[i]): label for i, label in self.label_names.items() if images[i]}
+        return part
 
     def sort_boxes(self) -> None:
         """Sort the boxes by image; those of one image keep their order."""
         if len(self.box_images) and (np.diff(self.box_images) < 0).any():
             order = np.argsort(self.box_images, kind="stable")
-            for name in _BOX_ROWS:
+            for name in _BOX_ARRAYS:
                 setattr(self, name, getattr(self, name)[order])
 
 
-_BOX_ROWS = (
-    "box_images",
-    "boxes_xyxy_px",
-    "labels",
-    "areas",
-    "crowd",
-    "annotation_ids",
-    "box_lines",
-    "box_entries",
-    "reported_outside",
+_IMAGE_ARRAYS = ("image_ids", "sizes_wh", "image_labels", "image_lines", "image_entries", "declared", "usable")
+_BOX_ARRAYS = (
+    *("box_images", "boxes_xyxy_px", "labels", "areas", "crowd", "annotation_ids"),
+    *("box_lines", "box_entries", "reported_outside"),
 )
 
 
@@ -174,6 +183,18 @@ class RawDataset:
         return central[0] if central and self.format != "voc" else str(self.source)
 
 
+class _Box(NamedTuple):
+    image: int
+    box_xyxy_px: tuple[float, float, float, float]
+    label: int
+    line: int
+    entry: int
+    area: float
+    crowd: bool
+    annotation_id: int | None
+    beyond: bool
+
+
 @dataclass(slots=True)
 class Rows:
     """Collects images and boxes one by one, for the formats with one label file per image."""
@@ -183,15 +204,7 @@ class Rows:
     image_ids: list[int] = field(default_factory=list)
     sizes_wh: list[tuple[int, int]] = field(default_factory=list)
     image_labels: list[int] = field(default_factory=list)
-    box_images: list[int] = field(default_factory=list)
-    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    areas: list[float] = field(default_factory=list)
-    crowd: list[bool] = field(default_factory=list)
-    annotation_ids: list[int | None] = field(default_factory=list)
-    box_lines: list[int] = field(default_factory=list)
-    box_entries: list[int] = field(default_factory=list)
-    reported_outside: list[int] = field(default_factory=list)
+    boxes: list[_Box] = field(default_factory=list)
 
     def add_image(self, file_name: str, *, image_id: int, size_wh: tuple[int, int], label_file: str) -> int:
         """Add an image and return its index; an empty `label_file` means none."""
@@ -217,23 +230,14 @@ class Rows:
         beyond: bool = False,
     ) -> None:
         """Add a box; `beyond` means that it was already reported to extend beyond the image."""
-        if beyond:
-            self.reported_outside.append(len(self.boxes))
-        self.box_images.append(image)
-        self.boxes.append(box_xyxy_px)
-        self.labels.append(label)
-        self.areas.append(area)
-        self.crowd.append(crowd)
-        self.annotation_ids.append(annotation_id)
-        self.box_lines.append(line)
-        self.box_entries.append(entry)
+        self.boxes.append(_Box(image, box_xyxy_px, label, line, entry, area, crowd, annotation_id, beyond))
 
     def split(self, name: str, root: Path) -> RawSplit:
         """Return everything as flat arrays; boxes are numbered unless all have unique ids."""
         count = len(self.file_names)
-        ids = [i for i in self.annotation_ids if i is not None]
-        if len(set(ids)) != len(self.annotation_ids):
-            ids = list(range(1, len(self.annotation_ids) + 1))
+        annotation_ids = [box.annotation_id for box in self.boxes]
+        if None in annotation_ids or len(set(annotation_ids)) != len(annotation_ids):
+            annotation_ids = list(range(1, len(annotation_ids) + 1))
         split = RawSplit(
             split=name,
             root=root,
@@ -244,14 +248,14 @@ class Rows:
             image_labels=np.asarray(self.image_labels, np.int32),
             image_lines=np.zeros(count, np.int32),
             image_entries=np.full(count, -1, np.int32),
-            box_images=np.asarray(self.box_images, np.int64),
-            boxes_xyxy_px=np.asarray(self.boxes, np.float64).reshape(-1, 4),
-            labels=np.asarray(self.labels, np.int64),
-            areas=np.asarray(self.areas, np.float64),
-            crowd=np.asarray(self.crowd, np.bool_),
-            annotation_ids=np.asarray(ids, np.int64),
-            box_lines=np.asarray(self.box_lines, np.int32),
-            box_entries=np.asarray(self.box_entries, np.int32),
+            box_images=np.asarray([box.image for box in self.boxes], np.int64),
+            boxes_xyxy_px=np.asarray([box.box_xyxy_px for box in self.boxes], np.float64).reshape(-1, 4),
+            labels=np.asarray([box.label for box in self.boxes], np.int64),
+            areas=np.asarray([box.area for box in self.boxes], np.float64),
+            crowd=np.asarray([box.crowd for box in self.boxes], np.bool_),
+            annotation_ids=np.asarray(annotation_ids, np.int64),
+            box_lines=np.asarray([box.line for box in self.boxes], np.int32),
+            box_entries=np.asarray([box.entry for box in self.boxes], np.int32),
         )
-        split.reported_outside[self.reported_outside] = True
+        split.reported_outside = np.asarray([box.beyond for box in self.boxes], np.bool_)
         return split

@@ -61,38 +61,10 @@ def draw_val(raw: RawDataset, val_fraction: float, seed: int) -> None:
     order = np.argsort(np.asarray(train.file_names, object), kind="stable")
     drawn = np.zeros(len(train), np.bool_)
     drawn[order[np.random.default_rng(seed).permutation(len(train))[:count]]] = True
-    raw.splits = {"train": select_images(train, ~drawn, "train"), "val": select_images(train, drawn, "val")}
+    raw.splits = {"train": train.select_images(~drawn, "train"), "val": train.select_images(drawn, "val")}
     raw.split_made = True
     raw.findings.add(
         "split-made",
         f"there is no val split: {count} of {len(train)} images were drawn for it (seed {seed})",
         file=raw.main_file(),
     )
-
-
-def select_images(split: RawSplit, images: np.typing.NDArray[np.bool_], name: str) -> RawSplit:
-    """Return the images of a split where the mask is True, with their boxes."""
-    new_index = np.cumsum(images) - 1
-    boxes = images[split.box_images]
-    part = RawSplit(
-        split=name,
-        root=split.root,
-        label_files=split.label_files,
-        file_names=[f for f, chosen in zip(split.file_names, images, strict=True) if chosen],
-        image_ids=split.image_ids[images],
-        sizes_wh=split.sizes_wh[images],
-        image_labels=split.image_labels[images],
-        image_lines=split.image_lines[images],
-        image_entries=split.image_entries[images],
-        box_images=new_index[split.box_images[boxes]],
-        boxes_xyxy_px=split.boxes_xyxy_px[boxes],
-        labels=split.labels[boxes],
-        areas=split.areas[boxes],
-        crowd=split.crowd[boxes],
-        annotation_ids=split.annotation_ids[boxes],
-        box_lines=split.box_lines[boxes],
-        box_entries=split.box_entries[boxes],
-    )
-    part.normalized, part.reported_outside = split.normalized, split.reported_outside[boxes]
-    part.declared, part.usable = split.declared[images], split.usable[images]
-    return part

@@ -268,3 +268,20 @@ def test_a_faulty_file_is_told_from_one_that_breaks_off(coco: Any) -> None:
     path.write_bytes(whole.encode()[:50] + b"\xc3")
     (finding,) = (f for f in read_raw(path).findings if f.severity == "error")
     assert finding.message == "ends in the middle of a character: the file is truncated"
+
+
+def test_a_drawn_val_split_has_the_boxes_of_its_images(yolo: Any) -> None:
+    yolo.yaml = "train: images/train\nnc: 2\nnames: [nut, washer]\n"
+    for i in range(3):
+        yolo.labels[f"train/train_{i}"] = f"{i % 2} 0.5 0.5 0.25 {0.1 * (i + 1):.1f}\n"
+    splits = load_splits(yolo.write())
+    assert splits.train is not None
+    assert splits.val is not None
+    heights = {
+        name: box[3] - box[1]
+        for part in (splits.train, splits.val)
+        for name, box in zip(part.file_names, part.boxes_xyxy_px.tolist(), strict=True)
+    }
+    assert len(heights) == 3
+    for name, height in heights.items():
+        assert height == pytest.approx(6.4 * (int(name[-5]) + 1))
