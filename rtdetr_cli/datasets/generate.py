@@ -18,6 +18,8 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
+from rtdetr_cli.boxes import intersection
+
 NAMES = ("disc", "ring", "square", "triangle", "cross")
 SMALLEST_PX = 16
 """Longer side of the smallest object; the largest one fills half of the image's shorter side."""
@@ -120,12 +122,8 @@ def _write_split(folder: Path, split: str, count: int, hw: tuple[int, int], seed
 
 
 def _covered(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
-    """Return the intersection of two boxes as a share of the smaller one."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    return width * height / min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
+    """Return the intersection of two boxes as a fraction of the smaller one."""
+    return float(intersection(a, b)) / min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
 
 
 def _box(outline: NDArray[np.float64], hw: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -161,11 +159,11 @@ def _outline(rng: Generator, label: int, side: float) -> NDArray[np.float64]:
     else:
         arm = 0.36
         quarter = np.array([[arm, -1], [arm, -arm], [1, -arm]])
-        turns = [np.array([[c, -s], [s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
-        corners = np.concatenate([quarter @ turn.T for turn in turns])
+        rotations = [np.array([[c, -s], [s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
+        corners = np.concatenate([quarter @ rotation.T for rotation in rotations])
     corners = corners * ((aspect, 1) if rng.random() < 0.5 else (1, aspect))
-    turn = rng.uniform(-0.35, 0.35)
-    cosine, sine = math.cos(turn), math.sin(turn)
+    angle = rng.uniform(-0.35, 0.35)
+    cosine, sine = math.cos(angle), math.sin(angle)
     corners = corners @ np.array([[cosine, sine], [-sine, cosine]])
     scaled: NDArray[np.float64] = corners * (side / np.ptp(corners, axis=0).max())
     return scaled
@@ -229,8 +227,8 @@ def _paint(rng: Generator, canvas: NDArray[np.float32], outline: NDArray[np.floa
     corners = (outline - (x0, y0)) * _SUPERSAMPLING
     cv2.fillPoly(fine, [np.round(corners).astype(np.int32)], 255)
     if hole:
-        centre = (corners.min(0) + corners.max(0)) / 2
-        cv2.fillPoly(fine, [np.round(centre + (corners - centre) * _RING_HOLE).astype(np.int32)], 0)
+        center = (corners.min(0) + corners.max(0)) / 2
+        cv2.fillPoly(fine, [np.round(center + (corners - center) * _RING_HOLE).astype(np.int32)], 0)
     mask = np.asarray(cv2.resize(fine, (hw[1], hw[0]), interpolation=cv2.INTER_AREA), np.float32) / 255
 
     inside = (slice(max(y0, 0), min(y1, height)), slice(max(x0, 0), min(x1, width)))

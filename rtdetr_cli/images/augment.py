@@ -29,6 +29,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
+from rtdetr_cli.boxes import intersection
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.images.custom import load_pipeline, run_pipeline
 from rtdetr_cli.images.decode import stretch
@@ -305,10 +306,9 @@ def _iou_crop(size_wh: tuple[int, int], boxes: Boxes, rng: Generator) -> Window 
         draws, sides = draws[fits], sides[fits]
         low = np.floor(((width, height) - sides) * draws[:, 2:])
         high = low + sides
-        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-        inside = ((low[:, None] < centres) & (centres < high[:, None])).all(2)  # (crops, boxes)
-        overlap = np.minimum(high[:, None], boxes[:, 2:]) - np.maximum(low[:, None], boxes[:, :2])
-        common = np.clip(overlap, 0, None).prod(2)
+        centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+        inside = ((low[:, None] < centers) & (centers < high[:, None])).all(2)  # (crops, boxes)
+        common = intersection(np.concatenate([low, high], 1)[:, None], boxes)
         union = sides.prod(1)[:, None] + (boxes[:, 2:] - boxes[:, :2]).prod(1) - common
         good = (inside & (common >= wanted * union)).any(1)
         if good.any():
@@ -318,8 +318,8 @@ def _iou_crop(size_wh: tuple[int, int], boxes: Boxes, rng: Generator) -> Window 
 
 def _crop_boxes(boxes: Boxes, labels: Labels, crop: Window) -> tuple[Boxes, Labels]:
     """Return the boxes whose center lies in the crop, in its coordinates and clipped to it."""
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    keep = ((centres > (crop.left, crop.top)) & (centres < (crop.right, crop.bottom))).all(1)
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+    keep = ((centers > (crop.left, crop.top)) & (centers < (crop.right, crop.bottom))).all(1)
     return sanitize(boxes[keep] - np.tile((crop.left, crop.top), 2), labels[keep], crop.wh)
 
 
@@ -408,8 +408,8 @@ def _stretch_plan(low: int, high: int, length: int, target: int, divisor: int, d
     box = (max(0.0, left - first), min(right, last) - first)
     mask = np.zeros((1, last - first), np.uint8)
     mask[0, max(0, -first) : max(0, decoded - first)] = 255
-    shares = Image.fromarray(mask).resize((end - begin, 1), Image.Resampling.BILINEAR, box=(box[0], 0, box[1], 1))
-    weights = np.asarray(shares, np.float32)[0] / 255
+    coverage = Image.fromarray(mask).resize((end - begin, 1), Image.Resampling.BILINEAR, box=(box[0], 0, box[1], 1))
+    weights = np.asarray(coverage, np.float32)[0] / 255
     return _StretchPlan((first, last), box, (begin, end), weights)
 
 
@@ -426,8 +426,8 @@ def _fade(pixels: NDArray[np.uint8], across: _StretchPlan, down: _StretchPlan, *
         if not len(partial):
             continue
         at: tuple[Any, ...] = (slice(None), partial) if axis == 1 else (partial,)
-        share = plan.weights[partial][(None, slice(None), None) if axis == 1 else (slice(None), None, None)]
-        factor = 1 / np.maximum(share, 1 / 255) if up else share
+        weight = plan.weights[partial][(None, slice(None), None) if axis == 1 else (slice(None), None, None)]
+        factor = 1 / np.maximum(weight, 1 / 255) if up else weight
         pixels[at] = np.clip(np.rint(pixels[at] * factor), 0, 255)
 
 
@@ -472,8 +472,8 @@ def _affine(pixels: NDArray[np.uint8], mix: NDArray[np.float32], offset: float =
     return np.asarray(cv2.transform(pixels, matrix), np.uint8)
 
 
-def _contrast(pixels: NDArray[np.uint8], factor: float, whole: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    pivot = int(cv2.cvtColor(whole, cv2.COLOR_RGB2GRAY).mean() + 0.5)
+def _contrast(pixels: NDArray[np.uint8], factor: float, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    pivot = int(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).mean() + 0.5)
     return _affine(pixels, np.eye(3, dtype=np.float32) * factor, (1 - factor) * pivot)
 
 
