@@ -138,9 +138,7 @@ def examine(
     check_files(raw)
     report = Report(raw=raw, decoded=decode, imgsz=imgsz)
     if decode:
-        report.image_info = check_images(
-            raw, workers=workers, processes=processes, progress=progress, known=known
-        )
+        report.image_info = check_images(raw, workers=workers, processes=processes, progress=progress, known=known)
     else:
         measure_images(raw, all_images=False)
     check_boxes(raw, imgsz=imgsz, queries=queries)

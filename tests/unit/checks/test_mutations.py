@@ -1,4 +1,4 @@
-"""Thousands of damaged label files: whatever is in them, the answer is a report, and never a traceback or a hang."""
+"""Thousands of damaged label files: every one ends in a report, never in a traceback or a hang."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def no_hang() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def judge(rtdetr: Callable[..., Any], source: Path, *flags: object) -> None:
+def check_outcome(rtdetr: Callable[..., Any], source: Path, *flags: object) -> None:
     with no_hang():
         ran = rtdetr("validate", source, "--fast", "--json", *flags)
     assert ran.code in (0, 3), ran.err
@@ -121,7 +121,7 @@ def coco_case(coco: Any, rtdetr: Callable[..., Any], data: st.DataObject) -> Non
     else:
         text = spoil_bytes(json.dumps(document, indent=1).encode(), data.draw)
     (coco.folder / "one.json").write_bytes(text)
-    judge(rtdetr, coco.folder / "one.json")
+    check_outcome(rtdetr, coco.folder / "one.json")
 
 
 def yolo_case(yolo: Any, rtdetr: Callable[..., Any], data: st.DataObject) -> None:
@@ -129,7 +129,7 @@ def yolo_case(yolo: Any, rtdetr: Callable[..., Any], data: st.DataObject) -> Non
     name = data.draw(st.sampled_from(["data.yaml", "labels/train/train_0.txt"]))
     path = folder / name
     path.write_bytes(spoil_bytes(path.read_bytes(), data.draw))
-    judge(rtdetr, folder / "data.yaml")
+    check_outcome(rtdetr, folder / "data.yaml")
 
 
 def voc_case(voc: Any, rtdetr: Callable[..., Any], data: st.DataObject) -> None:
@@ -137,7 +137,7 @@ def voc_case(voc: Any, rtdetr: Callable[..., Any], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["Annotations/train_0.xml", "Annotations/val_1.xml", "ImageSets/Main/train.txt"]))
     path = folder / name
     path.write_bytes(spoil_bytes(path.read_bytes(), data.draw))
-    judge(rtdetr, folder)
+    check_outcome(rtdetr, folder)
 
 
 def repair_case(coco: Any, rtdetr: Callable[..., Any], folder: Path, data: st.DataObject) -> None:
