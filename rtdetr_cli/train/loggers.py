@@ -1,10 +1,10 @@
-"""TensorBoard, Weights & Biases and MLflow, fed by the loop's reports; `metrics.csv` is always written besides.
+"""TensorBoard, Weights & Biases and MLflow, fed by the training loop's events; `metrics.csv` is written in any case.
 
-None may hurt a run. Packages are looked for before it starts; nothing needs a network; a logger that fails later is
-left out with a warning, and the run goes on.
+None of them may end a run. Packages are looked for before it starts; nothing needs a network; a logger that fails
+later is dropped with a warning.
 
-A resumed run makes some steps again. What has been logged is written down in `events/logged.json` each time it has
-been handed on, and is not logged twice: the run goes on in the same TensorBoard folder, W&B run and MLflow run.
+A resumed run trains some steps again. `events/logged.json` records what every logger has received, so that nothing is
+logged twice: the run continues in the same TensorBoard folder, W&B run and MLflow run.
 """
 
 from __future__ import annotations
@@ -14,32 +14,34 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from rtdetr_cli.errors import EnvironmentProblem
+from rtdetr_cli.errors import EnvironmentProblem, RtdetrError
+from rtdetr_cli.files import atomic_write
+from rtdetr_cli.runs import EVENTS, PLOTS
 from rtdetr_cli.train.events import CheckpointSaved, EpochDone, StepDone, TrainingEvent
 
-FOLDER = "events"
 LOGGED = "logged.json"
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}
 FLUSH_SECONDS = 2.0
 PROJECT = "rtdetr"
+LAST_LAYER_LOSSES = ("loss_vfl", "loss_bbox", "loss_giou")
 
 
-class Sink(Protocol):
-    """Where points go."""
+class Logger(Protocol):
+    """One of the loggers."""
 
     def add(self, values: Mapping[str, float], step: int) -> None:
-        """Take values at a step; they may be kept until `flush`."""
+        """Add values at a step; they may be buffered until `flush`."""
 
     def flush(self) -> None:
-        """Hand on everything taken so far."""
+        """Send or write everything that was added."""
 
     def finish(self, metrics: Mapping[str, float], images: Sequence[Path]) -> None:
-        """Take the metrics of the best epoch and the images of the run, and close."""
+        """Add the metrics of the best epoch and the images of the run, and close."""
 
 
 def require_loggers(names: Sequence[str]) -> None:
@@ -60,127 +62,119 @@ def require_loggers(names: Sequence[str]) -> None:
 
 def _installed(name: str) -> bool:
     try:
-        found = find_spec(name)
+        spec = find_spec(name)
     except (ImportError, ValueError):
         return False
-    # A folder called wandb, which wandb leaves behind where it ran, looks like a package without a file.
-    return found is not None and found.origin is not None
+    # The folder `wandb`, which wandb leaves in the working folder, looks like a package without a file.
+    return spec is not None and spec.origin is not None
 
 
 class Loggers:
     """All loggers of a run.
 
     Args:
-        names: of `PACKAGES`.
+        names: keys of `PACKAGES`.
         folder: of the run.
-        settings: shown beside the curves: plain values by dotted name.
+        settings: of the run, as plain values by dotted name.
     """
 
     def __init__(self, names: Sequence[str], folder: Path, *, settings: Mapping[str, Any]) -> None:
-        self._state = folder / FOLDER / LOGGED
-        self._sinks: dict[str, Sink] = {}
+        self._state = folder / EVENTS / LOGGED
+        self._loggers: dict[str, Logger] = {}
         self._flushed = time.monotonic()
         self.notices: list[str] = []
         if not names:
             return
         self._state.parent.mkdir(parents=True, exist_ok=True)
-        known = json.loads(self._state.read_text(encoding="utf-8")) if self._state.is_file() else {}
-        self._ids: dict[str, str] = dict(known.get("ids", {}))
-        # Steps and epochs that every logger has been given, both counted from 0.
-        self._step, self._epoch = int(known.get("step", 0)), int(known.get("epoch", 0))
-        self._next_step, self._next_epoch = self._step, self._epoch
+        state = json.loads(self._state.read_text(encoding="utf-8")) if self._state.is_file() else {}
+        self._ids: dict[str, str] = dict(state.get("ids", {}))
+        # Number of steps and epochs that every logger has received.
+        self._steps, self._epochs = int(state.get("step", 0)), int(state.get("epoch", 0))
         for name in names:
-            self._sinks[name] = self._open(name, folder, settings)
+            self._loggers[name] = self._open(name, folder, settings)
         self._write_state()
 
-    def _open(self, name: str, folder: Path, settings: Mapping[str, Any]) -> Sink:
+    def _open(self, name: str, folder: Path, settings: Mapping[str, Any]) -> Logger:
         if name == "tensorboard":
-            return TensorBoard(folder, settings, first_step=self._step)
-        if name == "wandb":
-            wandb = WeightsAndBiases(folder, settings, identity=self._ids.get(name))
-            self._ids[name] = wandb.identity
-            if wandb.notice:
-                self.notices.append(wandb.notice)
-            return wandb
-        mlflow = MLflow(folder, settings, identity=self._ids.get(name))
-        self._ids[name] = mlflow.identity
-        self.notices.append(f"mlflow writes to {mlflow.where}")
-        return mlflow
+            return TensorBoard(folder, settings, first_step=self._steps)
+        kind = WeightsAndBiases if name == "wandb" else MLflow
+        logger = kind(folder, settings, identity=self._ids.get(name))
+        self._ids[name] = logger.identity
+        if logger.notice:
+            self.notices.append(logger.notice)
+        return logger
 
-    def write(self, report: TrainingEvent) -> None:
-        """Log a report; what went wrong is in `notices`."""
-        if not self._sinks:
+    def write(self, event: TrainingEvent) -> None:
+        """Log an event; problems are added to `notices`."""
+        if not self._loggers:
             return
-        if isinstance(report, StepDone) and report.step >= self._next_step:
-            self._add(_step_values(report), report.step)
-            self._next_step = report.step + 1
-        elif isinstance(report, EpochDone) and report.epoch >= self._next_epoch:
-            # On the axis of steps, at the last one of the epoch.
-            self._add(_epoch_values(report), max(0, report.step - 1))
-            self._next_epoch = report.epoch + 1
+        if isinstance(event, StepDone) and event.step >= self._steps:
+            self._add(_step_values(event), event.step)
+            self._steps = event.step + 1
+        elif isinstance(event, EpochDone) and event.epoch >= self._epochs:
+            # On the axis of steps, at the last step of the epoch.
+            self._add(_epoch_values(event), max(0, event.step - 1))
+            self._epochs = event.epoch + 1
         due = time.monotonic() - self._flushed > FLUSH_SECONDS
-        if due or isinstance(report, (EpochDone, CheckpointSaved)):
-            self._flush()
+        if due or isinstance(event, (EpochDone, CheckpointSaved)):
+            self.flush()
 
-    def finish(self, metrics: Mapping[str, float | None], images: Sequence[Path] = ()) -> None:
-        """Close all, with the metrics of the best epoch and the images of the run."""
-        if not self._sinks:
-            return
-        self._flush()
-        known = {k: float(v) for k, v in metrics.items() if v is not None and math.isfinite(v)}
-        there = [p for p in images if p.is_file()]
-        self._each(lambda sink: sink.finish(known, there))
-        self._sinks = {}
-
-    def _add(self, values: Mapping[str, float], step: int) -> None:
-        finite = {key: value for key, value in values.items() if math.isfinite(value)}
-        self._each(lambda sink: sink.add(finite, step))
-
-    def _flush(self) -> None:
-        self._each(lambda sink: sink.flush())
-        self._step, self._epoch = self._next_step, self._next_epoch
+    def flush(self) -> None:
+        """Have every logger send or write what it has, and record that."""
+        self._for_each(lambda logger: logger.flush())
         self._flushed = time.monotonic()
         self._write_state()
 
-    def _each(self, what: Any) -> None:
-        for name, sink in list(self._sinks.items()):
+    def finish(self, metrics: Mapping[str, float | None], images: Sequence[Path] = ()) -> None:
+        """Close all loggers, with the metrics of the best epoch and the images of the run."""
+        if not self._loggers:
+            return
+        self.flush()
+        known = {k: float(v) for k, v in metrics.items() if v is not None and math.isfinite(v)}
+        existing = [path for path in images if path.is_file()]
+        self._for_each(lambda logger: logger.finish(known, existing))
+        self._loggers = {}
+
+    def _add(self, values: Mapping[str, float], step: int) -> None:
+        finite = {key: value for key, value in values.items() if math.isfinite(value)}
+        self._for_each(lambda logger: logger.add(finite, step))
+
+    def _for_each(self, work: Callable[[Logger], None]) -> None:
+        for name, logger in list(self._loggers.items()):
             try:
-                what(sink)
-            except Exception as error:  # foreign code and, behind it, a network: no reason to lose a run
-                del self._sinks[name]
-                self.notices.append(f"logging to {name} has stopped, the run goes on: {error}")
+                work(logger)
+            except Exception as error:  # foreign code, often with a network behind it
+                del self._loggers[name]
+                self.notices.append(f"logging to {name} has stopped, training continues: {error}")
 
     def _write_state(self) -> None:
-        partial = self._state.with_suffix(".partial")
+        state = {"ids": self._ids, "step": self._steps, "epoch": self._epochs}
         try:
-            partial.write_text(
-                json.dumps({"ids": self._ids, "step": self._step, "epoch": self._epoch}), encoding="utf-8"
-            )
-            os.replace(partial, self._state)
-        except OSError as error:
-            self.notices.append(f"{self._state} cannot be written, a resumed run may log steps twice: {error}")
+            with atomic_write(self._state) as partial:
+                partial.write_text(json.dumps(state), encoding="utf-8")
+        except RtdetrError as error:
+            self.notices.append(f"{error}; a resumed run may log some steps twice")
 
 
-def _step_values(report: StepDone) -> dict[str, float]:
+def _step_values(event: StepDone) -> dict[str, float]:
     values = {
-        "train/loss": report.loss,
-        "train/lr": report.lr,
-        "train/gradient_norm": report.gradient_norm,
-        "speed/step_seconds": report.seconds,
-        "speed/waited_seconds": report.loader_seconds,
-        "speed/memory_gb": report.memory_bytes / 1e9,
+        "train/loss": event.loss,
+        "train/lr": event.lr,
+        "train/gradient_norm": event.gradient_norm,
+        "speed/step_seconds": event.seconds,
+        "speed/waited_seconds": event.loader_seconds,
+        "speed/memory_gb": event.memory_bytes / 1e9,
     }
-    last_layer = ("loss_vfl", "loss_bbox", "loss_giou")
-    return values | {f"train/{name}": report.terms[name] for name in last_layer if name in report.terms}
+    return values | {f"train/{name}": event.terms[name] for name in LAST_LAYER_LOSSES if name in event.terms}
 
 
-def _epoch_values(report: EpochDone) -> dict[str, float]:
-    values = {"epoch/number": report.epoch + 1.0, "epoch/loss": report.loss, "epoch/seconds": report.seconds}
-    measured = {f"val/{name}": float(v) for name, v in (report.metrics or {}).items() if v is not None}
-    return values | {f"epoch/{name}": value for name, value in report.terms.items()} | measured
+def _epoch_values(event: EpochDone) -> dict[str, float]:
+    values = {"epoch/number": event.epoch + 1.0, "epoch/loss": event.loss, "epoch/seconds": event.seconds}
+    metrics = {f"val/{name}": float(v) for name, v in (event.metrics or {}).items() if v is not None}
+    return values | {f"epoch/{name}": value for name, value in event.terms.items()} | metrics
 
 
-# ---- the three --------------------------------------------------------------------------------------------------
+# ---- the loggers ------------------------------------------------------------------------------------------------
 
 
 class TensorBoard:
@@ -189,39 +183,38 @@ class TensorBoard:
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Whatever a killed process wrote after its last flush is taken back, and comes again.
-        purge = first_step or None
-        self._writer: Any = SummaryWriter(str(folder / FOLDER), purge_step=purge)
+        # What a killed process wrote after its last flush is purged, and logged again.
+        self._writer: Any = SummaryWriter(str(folder / EVENTS), purge_step=first_step or None)
         if not first_step:
             rows = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
             self._writer.add_text("settings", f"| setting | value |\n| --- | --- |\n{rows}", 0)
 
     def add(self, values: Mapping[str, float], step: int) -> None:
-        """See `Sink`."""
+        """See `Logger`."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """See `Sink`."""
+        """See `Logger`."""
         self._writer.flush()
 
     def finish(self, metrics: Mapping[str, float], images: Sequence[Path]) -> None:
-        """See `Sink`."""
+        """See `Logger`."""
         import numpy as np
         from PIL import Image
 
         for path in images:
             with Image.open(path) as image:
-                shown = image.convert("RGB")
-                shown.thumbnail((1200, 1200))  # it is stored as PNG
-                self._writer.add_image(path.stem, np.asarray(shown), 0, dataformats="HWC")
+                thumbnail = image.convert("RGB")
+                thumbnail.thumbnail((1200, 1200))  # stored as PNG
+                self._writer.add_image(path.stem, np.asarray(thumbnail), 0, dataformats="HWC")
         for name, value in metrics.items():
             self._writer.add_scalar(f"best/{name}", value, 0)
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A W&B run; without a key it is kept offline in the run's folder, to be sent with `wandb sync`."""
+    """A W&B run; without an API key it stays offline in the run's folder, to be sent with `wandb sync`."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, identity: str | None) -> None:
         import wandb
@@ -229,17 +222,16 @@ class WeightsAndBiases:
         self._wandb = wandb
         self.notice = ""
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-        place = folder / FOLDER
-        place.mkdir(exist_ok=True)
+        events = folder / EVENTS
         arguments: dict[str, Any] = {
             "project": os.environ.get("WANDB_PROJECT", PROJECT),
             "name": folder.name,
             "id": identity or secrets.token_hex(4),
-            "dir": str(place),
+            "dir": str(events),
             "config": dict(settings),
             "resume": "allow",
         }
-        # Its console capture would tear the progress bar.
+        # Capturing the console would garble the progress bar.
         quiet = {"console": "off", "silent": True, "init_timeout": 30}
         try:
             self._run = wandb.init(mode=mode, settings=wandb.Settings(**quiet), **arguments)
@@ -247,21 +239,21 @@ class WeightsAndBiases:
             if mode != "online":
                 raise
             mode = "offline"
-            self.notice = f"wandb cannot be reached ({error}): "
+            self.notice = f"cannot reach wandb ({error}): "
             self._run = wandb.init(mode=mode, settings=wandb.Settings(**quiet), **arguments)
         self.identity = str(self._run.id)
         if mode == "offline" and identity is None:
-            self.notice += f"wandb keeps this run offline: wandb sync {place / 'wandb'}/offline-run-* sends it"
+            self.notice += f"wandb keeps this run offline; send it with wandb sync {events / 'wandb'}/offline-run-*"
 
     def add(self, values: Mapping[str, float], step: int) -> None:
-        """See `Sink`."""
+        """See `Logger`."""
         self._run.log(dict(values), step=step)
 
     def flush(self) -> None:
-        """See `Sink`; wandb's own process does it at once."""
+        """Do nothing: wandb's own process sends points at once."""
 
     def finish(self, metrics: Mapping[str, float], images: Sequence[Path]) -> None:
-        """See `Sink`."""
+        """See `Logger`."""
         for name, value in metrics.items():
             self._run.summary[f"best/{name}"] = value
         if images:
@@ -270,7 +262,7 @@ class WeightsAndBiases:
 
 
 def _has_wandb_key() -> bool:
-    """Tell whether wandb has been told who the user is, without asking it: it would ask the user."""
+    """Tell whether wandb has an API key, without calling wandb, which would ask the user for one."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     import netrc
@@ -284,19 +276,19 @@ def _has_wandb_key() -> bool:
 
 
 class MLflow:
-    """An MLflow run: on the server of MLFLOW_TRACKING_URI, else in files beside the runs."""
+    """An MLflow run, on the server of MLFLOW_TRACKING_URI or else in a file next to the run folders."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, identity: str | None) -> None:
-        self.where = os.environ.get("MLFLOW_TRACKING_URI", "")
-        if not self.where:
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if not uri:
             runs = folder.absolute().parent
             if all(find_spec(name) for name in ("sqlalchemy", "alembic")):
-                self.where = f"sqlite:///{runs / 'mlflow.db'}"
+                uri = f"sqlite:///{runs / 'mlflow.db'}"
             else:
-                # The slim package has files only, and wants to be told that this is meant.
+                # The slim package can only write files, and refuses to without this.
                 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-                self.where = (runs / "mlruns").as_uri()
-        # Its own patience with a server that does not answer is ten minutes.
+                uri = (runs / "mlruns").as_uri()
+        # By default it waits ten minutes for a server that does not answer.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
         from mlflow.entities import Metric, Param
@@ -304,9 +296,9 @@ class MLflow:
         from mlflow.tracking import MlflowClient
 
         self._metric = Metric
-        self._waiting: list[Any] = []
+        self._buffer: list[Any] = []
         try:
-            self._client = MlflowClient(tracking_uri=self.where)
+            self._client = MlflowClient(tracking_uri=uri)
             if identity is None:
                 name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
                 experiment = self._client.get_experiment_by_name(name)
@@ -320,27 +312,28 @@ class MLflow:
                 self._client.set_terminated(identity, status="RUNNING")
         except (MlflowException, OSError) as error:
             raise EnvironmentProblem(
-                f"mlflow at {self.where} does not answer: {str(error).splitlines()[0][:200]}",
-                hint="unset MLFLOW_TRACKING_URI writes to files beside the runs",
+                f"mlflow at {uri} does not answer: {str(error).splitlines()[0][:200]}",
+                hint="unset MLFLOW_TRACKING_URI to write to a file next to the runs",
                 code="mlflow",
             ) from error
         self.identity = identity
+        self.notice = f"mlflow writes to {uri}"
 
     def add(self, values: Mapping[str, float], step: int) -> None:
-        """See `Sink`."""
+        """See `Logger`."""
         now = int(time.time() * 1000)
-        self._waiting += [self._metric(name, value, now, step) for name, value in values.items()]
+        self._buffer += [self._metric(name, value, now, step) for name, value in values.items()]
 
     def flush(self) -> None:
-        """See `Sink`."""
-        for start in range(0, len(self._waiting), 1000):  # the most that one call takes
-            self._client.log_batch(self.identity, metrics=self._waiting[start : start + 1000])
-        self._waiting = []
+        """See `Logger`."""
+        for start in range(0, len(self._buffer), 1000):  # the most that one call takes
+            self._client.log_batch(self.identity, metrics=self._buffer[start : start + 1000])
+        self._buffer = []
 
     def finish(self, metrics: Mapping[str, float], images: Sequence[Path]) -> None:
-        """See `Sink`."""
+        """See `Logger`."""
         self.add({f"best/{name}": value for name, value in metrics.items()}, 0)
         self.flush()
         for path in images:
-            self._client.log_artifact(self.identity, str(path), "plots")
+            self._client.log_artifact(self.identity, str(path), PLOTS)
         self._client.set_terminated(self.identity)

@@ -1,4 +1,4 @@
-"""Measuring a model while it trains, on one process or several."""
+"""Evaluating a model while it trains, in one process or several."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.evaluate.classes import ClassMap, map_classes
-from rtdetr_cli.evaluate.run import Detected, Evaluation, conclude, detect
+from rtdetr_cli.evaluate.run import Evaluation, SplitDetections, detect, evaluate_detections
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.train import memory
@@ -18,93 +18,94 @@ from rtdetr_cli.train.state import Progress
 from rtdetr_cli.train.stop import EvaluationStopped, StopFlag
 from rtdetr_cli.workflows.prepare import Prepared
 
-MOST_AT_ONCE = 16
+MAX_BATCH = 16
+OVERFIT_AP = 0.9
+FEW_STEPS = 1000
+SMALL_PX = 8
 
 
 class Evaluator:
-    """Measures a model on the val split, in float32: the figures that `rtdetr eval` gives for the same weights.
+    """Evaluates a model on the val split in float32, as `rtdetr eval` does for the same weights.
 
-    Each process looks at its share of the images; the first judges all that was found, once.
+    Each process runs the network on its share of the images; the main process computes the metrics of all.
     """
 
     def __init__(self, prepared: Prepared, progress: Progress, stop: StopFlag) -> None:
         self.prepared = prepared
         self.progress = progress
-        self.most = MOST_AT_ONCE
+        self.max_batch = MAX_BATCH
         self.stop = stop
-        self.last: Evaluation | None = None  # the first process's
 
-    def __call__(self, model: nn.Module) -> dict[str, float | None]:
-        """Return the twelve numbers.
+    def __call__(self, model: nn.Module) -> tuple[dict[str, float | None], Evaluation | None]:
+        """Return the COCO metrics and, in the main process, the evaluation behind them.
 
         Raises:
-            EvaluationStopped: a signal came, to whichever process.
+            EvaluationStopped: one of the processes received a signal.
         """
         assert isinstance(model, RTDETR)
         prepared, processes = self.prepared, self.prepared.processes
         began = time.monotonic()
         classes = map_classes(prepared.header.names, prepared.val_set)
-        mine = np.arange(processes.rank, len(prepared.val_set), processes.size)
+        share = np.arange(processes.rank, len(prepared.val_set), processes.size)
         backend = TorchBackend(model, prepared.header, device=prepared.learner.device)
-        found = self._detect(backend, prepared.val_set.subset(mine), classes)
-        if processes.any(found is None):
+        detected = self._detect(backend, prepared.val_set.subset(share), classes)
+        if processes.any(detected is None):
             raise EvaluationStopped
-        parts = processes.gather((mine, found))
-        metrics: dict[str, float | None] = {}
+        parts = processes.all_gather((share, detected))
+        evaluation: Evaluation | None = None
         if processes.is_main:
-            took = time.monotonic() - began
-            self.last = conclude(prepared.val_set, Detected.join(parts), classes, seconds=took)
-            metrics = dict(self.last.metrics)
-        told: dict[str, float | None] = processes.broadcast(metrics)
-        return told
+            seconds = time.monotonic() - began
+            evaluation = evaluate_detections(prepared.val_set, SplitDetections.join(parts), classes, seconds=seconds)
+        metrics: dict[str, float | None] = processes.broadcast(evaluation.metrics if evaluation is not None else None)
+        return metrics, evaluation
 
-    def _detect(self, backend: TorchBackend, share: Dataset, classes: ClassMap) -> Detected | None:
-        """Return what is found in a share; None when a signal came."""
+    def _detect(self, backend: TorchBackend, share: Dataset, classes: ClassMap) -> SplitDetections | None:
+        """Return the detections in a share of the images; None if a signal came."""
+        device = self.prepared.learner.device
         while True:
-            # Of the run's own place, not of this process: how many there are at once may change the last bits.
-            batch = max(1, min(self.most, self.progress.micro_batch))
+            # The batch size may change the last bits: it comes from the run's progress, not from this process.
+            batch = max(1, min(self.max_batch, self.progress.micro_batch))
             try:
-                return detect(backend, share, batch=batch, progress=self._watch, label_map=classes.labels)
+                return detect(backend, share, batch=batch, progress=self._check_stop, label_map=classes.labels)
             except EvaluationStopped:
                 return None
             except Exception as error:
                 if not memory.is_out_of_memory(error):
                     raise
-            memory.release(self.prepared.learner.device)
-            self.most = memory.halve(batch, where=str(self.prepared.learner.device))
+            memory.release(device)
+            self.max_batch = memory.halve(batch, where=str(device))
 
-    def _watch(self, done: int) -> None:
+    def _check_stop(self, done: int) -> None:
         if self.stop:
             raise EvaluationStopped
 
 
-def explain_overfit(prepared: Prepared, score: float) -> str:
-    """Say why a model could not learn a few images by heart; empty if it could."""
-    if score > 0.9:
+def explain_overfit(prepared: Prepared, ap: float) -> str:
+    """Say why a model could not overfit a few images; empty if it could."""
+    if ap > OVERFIT_AP:
         return ""
-    boxes = prepared.val_set.boxes_xyxy_px
+    config, plan, val_set = prepared.config, prepared.plan, prepared.val_set
     reasons = []
-    counts = np.diff(prepared.val_set.offsets)
-    queries = prepared.config.preset.model.queries
+    counts, queries = np.diff(val_set.offsets), config.preset.model.queries
     if len(counts) and counts.max() > queries:
-        reasons.append(f"an image has {counts.max()} boxes and the model {queries} queries")
-    height, width = prepared.config.imgsz
+        reasons.append(f"an image has {counts.max()} boxes and the model has {queries} queries")
+    height, width = config.imgsz
+    boxes = val_set.boxes_xyxy_px
     if len(boxes):
         images = np.repeat(np.arange(len(counts)), counts)
-        scale = np.array([width, height]) / prepared.val_set.sizes_wh[images]
-        sides = ((boxes[:, 2:] - boxes[:, :2]) * scale).min(1)
-        small = float((sides < 8).mean())
+        scale = np.array([width, height]) / val_set.sizes_wh[images]
+        small = float((((boxes[:, 2:] - boxes[:, :2]) * scale).min(1) < SMALL_PX).mean())
         if small > 0.1:
-            reasons.append(f"{small:.0%} of the boxes are under 8 pixels at {height}x{width}: a larger --imgsz")
-        keys = np.concatenate([images[:, None], boxes.round(1)], 1)
-        unique = len(np.unique(keys, axis=0))
-        if unique < len(boxes):
-            reasons.append(f"{len(boxes) - unique} boxes lie exactly on another one")
-    steps = prepared.plan.total_steps
-    if steps < 1000:
-        reasons.append(
-            f"{steps} steps are few to learn by heart: --epochs {math.ceil(1000 / prepared.plan.steps_per_epoch)}"
-        )
-    if prepared.config.settings.freeze in ("backbone", "encoder"):
-        reasons.append(f"--freeze {prepared.config.settings.freeze} leaves little that can learn")
-    return "; ".join(reasons) or "the rate may not suit these images: try --lr twice as high or half"
+            reasons.append(
+                f"{small:.0%} of the boxes are smaller than {SMALL_PX} pixels at {height}x{width} "
+                "(a larger --imgsz helps)"
+            )
+        distinct = len(np.unique(np.concatenate([images[:, None], boxes.round(1)], 1), axis=0))
+        if distinct < len(boxes):
+            reasons.append(f"{len(boxes) - distinct} boxes are exact copies of another one")
+    if plan.total_steps < FEW_STEPS:
+        epochs = math.ceil(FEW_STEPS / plan.steps_per_epoch)
+        reasons.append(f"{plan.total_steps} steps are few to overfit (try --epochs {epochs})")
+    if config.settings.freeze in ("backbone", "encoder"):
+        reasons.append(f"--freeze {config.settings.freeze} leaves few parameters to train")
+    return "; ".join(reasons) or "the learning rate may not suit these images (try --lr twice as high, or half)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import platform
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rtdetr_cli import machine
 from rtdetr_cli.batches.loader import TrainLoader
 from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.config.run import RunConfig
@@ -25,6 +25,7 @@ from rtdetr_cli.infer.torch_backend import choose_device
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.train import memory
+from rtdetr_cli.train.explain import Choice, explain_plan, plan_warnings
 from rtdetr_cli.train.losses import Criterion
 from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics, parameter_groups
 from rtdetr_cli.train.plan import Plan, frozen_spec, make_plan
@@ -36,19 +37,30 @@ from rtdetr_cli.version import __version__
 from rtdetr_cli.weights.header import ModelHeader
 from rtdetr_cli.weights.hub import ShowProgress
 from rtdetr_cli.weights.transfer import TransferTable
-from rtdetr_cli.workflows.checkup import examine_if_cheap
-from rtdetr_cli.workflows.start import load_start
+from rtdetr_cli.workflows.image_check import check_images_if_cheap
+from rtdetr_cli.workflows.starting_weights import load_starting_weights
+
+OVERFIT_STEPS = 20  # of an epoch with --overfit
 
 
 @dataclass(slots=True)
 class Prepared:
-    """A run that can begin: everything is loaded and on its device."""
+    """A run that can start: everything is loaded and on its device.
+
+    Attributes:
+        choices: the plan with its reasons.
+        header: of the model that the run writes.
+        start: where the weights came from, in words.
+        transfer: what the pretrained weights gave, or None.
+        warnings: what a person should know before the run starts.
+    """
 
     config: RunConfig
     splits: Splits
     train_set: Dataset
     val_set: Dataset
     plan: Plan
+    choices: tuple[Choice, ...]
     learner: Learner
     processes: ProcessGroup
     loader: TrainLoader
@@ -63,7 +75,7 @@ class Prepared:
 
     @property
     def most_boxes(self) -> int:
-        """Boxes of the fullest training image."""
+        """Largest number of boxes in one training image."""
         return int(np.diff(self.train_set.offsets).max(initial=1))
 
 
@@ -80,42 +92,118 @@ def prepare(
         config: the resolved settings.
         processes: the processes of the run.
         pretrained: False when the tensors come from a checkpoint anyway.
-        fetching: shows how far a download of weights has come.
+        fetching: shows the progress of a download of weights.
     """
-    settings, preset = config.settings, config.preset
+    settings = config.settings
     warnings: list[str] = []
     device = choose_device(processes.device if processes.distributed else settings.device)
-    chosen = choose_precision(settings.precision, device)
-    batch_size = images_per_process(settings.effective_batch, processes.size)
+    precision = choose_precision(settings.precision, device)
+    images_per_process(settings.effective_batch, processes.size)  # refuses a batch that cannot be shared
     if settings.aug != "auto":
-        load_augmentation(settings.aug)  # a bad file is refused before anything is read
+        load_augmentation(settings.aug)  # refuses a bad file before anything is read
 
-    # ---- data
-    assert settings.data is not None
-    splits = load_splits(
-        Path(settings.data),
-        images=Path(settings.images) if settings.images else None,
-        val_fraction=settings.val_fraction,
-        seed=settings.seed,
-    )
+    splits = load_data(config)
     train_set, val_set = training_sets(splits, config, warnings)
-    alike = {k: v for k, v in versions(processes).items() if k in ("torch", "rtdetr-cli")}
-    refuse_differences(processes, {"dataset": splits.fingerprint, "precision": chosen.name, **alike})
+    same_everywhere = {k: v for k, v in versions(processes).items() if k in ("torch", "rtdetr-cli")}
+    refuse_differences(processes, {"dataset": splits.fingerprint, "precision": precision.name, **same_everywhere})
 
-    # ---- plan
-    spec = resolve_freezing(config, warnings)
-    boxes = int(np.count_nonzero(~train_set.crowd))
-    if not boxes:
+    spec = frozen_spec(config)
+    if settings.freeze == "preset" and spec != config.preset.model:
+        warnings.append(
+            f"preset {config.preset.name} freezes part of the backbone; with random weights nothing is frozen"
+        )
+    if train_set.crowd.all():
         raise DataError(
-            f"no image to train on has a box ({len(train_set)} images in {settings.data})",
+            f"no training image has a box ({len(train_set)} images in {settings.data})",
             hint=f"rtdetr validate {settings.data}",
             code="split-no-objects",
         )
     plan = make_plan(config, images=len(train_set))
     augmentation = load_augmentation(plan.augmentation)
-    warnings += plan.warnings
+    warnings += plan_warnings(config, plan, images=len(train_set))
 
-    # ---- model
+    _seed(config, device)
+    model, transfer, start = _build_model(
+        config, spec, train_set, device=device, pretrained=pretrained and processes.is_main, fetching=fetching
+    )
+    if pretrained and processes.is_main:  # the images of a resumed run were checked when it started
+        findings = check_images_if_cheap(
+            Path(str(settings.data)),
+            train_set,
+            model,
+            images=Path(settings.images) if settings.images else None,
+            imgsz=config.imgsz,
+            device=device,
+        )
+        if findings is not None:
+            splits = replace(splits, findings=findings)
+    processes.broadcast_tensors(list(model.state_dict().values()))
+    workers = choose_workers(device) if settings.workers == "auto" else settings.workers
+    return Prepared(
+        config=config,
+        splits=splits,
+        train_set=train_set,
+        val_set=val_set,
+        plan=plan,
+        choices=explain_plan(config, plan, images=len(train_set)),
+        learner=make_learner(model, config, spec, plan, device, precision.dtype, processes),
+        processes=processes,
+        loader=_make_loader(config, train_set, augmentation, processes, workers=workers, device=device),
+        header=_make_header(config, spec, splits, train_set, val_set, start),
+        augmentation=augmentation,
+        precision=precision.name,
+        precision_reason=precision.reason,
+        workers=workers,
+        start=start,
+        transfer=transfer,
+        warnings=warnings,
+    )
+
+
+# ---- parts ------------------------------------------------------------------------------------------------------
+
+
+def load_data(config: RunConfig) -> Splits:
+    """Load the dataset of a run, drawing a val split where it has none."""
+    settings = config.settings
+    return load_splits(
+        Path(str(settings.data)),
+        images=Path(settings.images) if settings.images else None,
+        val_fraction=settings.val_fraction,
+        seed=settings.seed,
+    )
+
+
+def training_sets(splits: Splits, config: RunConfig, warnings: list[str]) -> tuple[Dataset, Dataset]:
+    """Return the images to train on and the images to evaluate on.
+
+    Raises:
+        DataError: there are no training images.
+    """
+    settings, train_set = config.settings, splits.train
+    if train_set is None or not len(train_set):
+        raise DataError(
+            f"{splits.source} has no training images", hint=f"rtdetr validate {splits.source}", code="dataset-empty"
+        )
+    if settings.overfit:
+        count = min(settings.overfit, len(train_set))
+        if count < settings.overfit:
+            warnings.append(f"--overfit {settings.overfit}: there are only {count} training images")
+        # Repeated, so that an epoch has enough steps to be worth an evaluation.
+        repeats = max(1, math.ceil(OVERFIT_STEPS * settings.effective_batch / count))
+        few = train_set.subset(range(count))
+        return train_set.subset(list(range(count)) * repeats), replace(few, split="val")
+    if splits.val is not None:
+        return train_set, splits.val
+    if splits.test is not None:
+        warnings.append("the dataset has no val split: the test split is used to choose the best epoch")
+        return train_set, splits.test
+    warnings.append("the only image is used for both training and evaluation")
+    return train_set, replace(train_set, split="val")
+
+
+def _seed(config: RunConfig, device: torch.device) -> None:
+    settings = config.settings
     # Nothing of ours draws from the generators of Python and numpy; a user's augmentation may.
     random.seed(settings.seed)
     np.random.seed(settings.seed % 2**32)
@@ -126,37 +214,79 @@ def prepare(
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def _build_model(
+    config: RunConfig,
+    spec: ModelSpec,
+    train_set: Dataset,
+    *,
+    device: torch.device,
+    pretrained: bool,
+    fetching: ShowProgress | None,
+) -> tuple[RTDETR, TransferTable | None, str]:
+    """Build the model with its starting weights; return what they gave and where they came from as well."""
+    settings = config.settings
     model = build_detector(
         spec, num_classes=len(train_set.categories), sampling=settings.sampling, rounding=settings.rounding
     )
-    table, start = None, f"random weights, seed {settings.seed}"
-    if pretrained and settings.weights != "none" and processes.is_main:
-        table, start = load_start(model, config, train_set, fetching=fetching)
-    freeze(model, settings.freeze)
+    transfer, start = None, f"random weights, seed {settings.seed}"
+    if pretrained and settings.weights != "none":
+        transfer, start = load_starting_weights(model, config, train_set, fetching=fetching)
+    if settings.freeze == "stem":
+        model.backbone.freeze(0)
+    elif settings.freeze in ("backbone", "encoder"):
+        model.backbone.freeze(4)  # its norms keep their statistics
+        model.backbone.requires_grad_(False)
+        if settings.freeze == "encoder":
+            model.encoder.requires_grad_(False)
     if settings.deterministic and device.type == "cuda" and settings.sampling == "bilinear":
         # The backward pass of grid_sample adds in no fixed order; that of a gather can.
         model.set_sampling("bilinear", operator="gather")
-    model = model.to(device).to(memory_format=torch.channels_last)
-    if pretrained and processes.is_main:  # a resumed run has had its look
-        findings = examine_if_cheap(
-            Path(settings.data),
-            train_set,
-            model,
-            images=Path(settings.images) if settings.images else None,
-            imgsz=config.imgsz,
-            device=device,
-        )
-        if findings is not None:
-            splits = replace(splits, findings=findings)
-    processes.broadcast_tensors(list(model.state_dict().values()))
-    learner = make_learner(model, config, spec, plan, device, chosen.dtype)
-    learner.processes = processes
+    return model.to(device).to(memory_format=torch.channels_last), transfer, start
 
-    workers = choose_workers(device) if settings.workers == "auto" else settings.workers
-    loader = TrainLoader(
+
+def make_learner(
+    model: RTDETR,
+    config: RunConfig,
+    spec: ModelSpec,
+    plan: Plan,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    processes: ProcessGroup = SINGLE_PROCESS,
+) -> Learner:
+    """Put optimizer, moving average and losses around a model on its device."""
+    optim = config.preset.optim
+    groups = parameter_groups(model, optim, lr=plan.lr, lr_backbone=plan.lr_backbone)
+    if not groups:
+        raise UsageError(f"--freeze {config.settings.freeze} leaves nothing to train", code="freeze")
+    return Learner(
+        model=model,
+        average=MovingAverage(model),
+        optimizer=FusedAdamW(groups, clip_norm=optim.clip_norm, scaled=autocast == torch.float16),
+        criterion=Criterion(num_classes=model.num_classes),
+        spec=spec,
+        device=device,
+        autocast=autocast,
+        norms=NormStatistics(model),
+        processes=processes,
+    )
+
+
+def _make_loader(
+    config: RunConfig,
+    train_set: Dataset,
+    augmentation: Augmentation,
+    processes: ProcessGroup,
+    *,
+    workers: int,
+    device: torch.device,
+) -> TrainLoader:
+    settings = config.settings
+    return TrainLoader(
         train_set,
         imgsz=config.imgsz,
-        batch_size=batch_size,
+        batch_size=images_per_process(settings.effective_batch, processes.size),
         seed=settings.seed,
         augmentation=augmentation,
         workers=workers,
@@ -166,14 +296,19 @@ def prepare(
         world_size=processes.size,
         pin_memory=device.type == "cuda",
     )
-    header = ModelHeader(
+
+
+def _make_header(
+    config: RunConfig, spec: ModelSpec, splits: Splits, train_set: Dataset, val_set: Dataset, start: str
+) -> ModelHeader:
+    return ModelHeader(
         names=train_set.names,
         category_ids=train_set.category_ids,
         imgsz=config.imgsz,
         architecture=spec.model_dump(mode="json"),
-        preset=preset.name,
-        sampling=settings.sampling,
-        rounding=settings.rounding,
+        preset=config.preset.name,
+        sampling=config.settings.sampling,
+        rounding=config.settings.rounding,
         layers=spec.eval_layers,
         queries=spec.queries,
         dataset={
@@ -185,114 +320,20 @@ def prepare(
         version=__version__,
         extra={"weights": start},
     )
-    return Prepared(
-        config=config,
-        splits=splits,
-        train_set=train_set,
-        val_set=val_set,
-        plan=plan,
-        learner=learner,
-        processes=processes,
-        loader=loader,
-        header=header,
-        augmentation=augmentation,
-        precision=chosen.name,
-        precision_reason=chosen.reason,
-        workers=workers,
-        start=start,
-        transfer=table,
-        warnings=warnings,
-    )
-
-
-def make_learner(
-    model: RTDETR, config: RunConfig, spec: ModelSpec, plan: Plan, device: torch.device, autocast: torch.dtype | None
-) -> Learner:
-    """Put optimizer, moving average and losses around a model on its device."""
-    groups = parameter_groups(model, config.preset.optim, lr=plan.lr, lr_backbone=plan.lr_backbone)
-    if not groups:
-        raise UsageError(f"--freeze {config.settings.freeze} leaves nothing to train", code="freeze")
-    return Learner(
-        model=model,
-        average=MovingAverage(model),
-        optimizer=FusedAdamW(groups, clip_norm=config.preset.optim.clip_norm, scaled=autocast == torch.float16),
-        criterion=Criterion(num_classes=model.num_classes),
-        spec=spec,
-        device=device,
-        autocast=autocast,
-        norms=NormStatistics(model),
-    )
-
-
-def training_sets(splits: Splits, config: RunConfig, warnings: list[str]) -> tuple[Dataset, Dataset]:
-    """Return what is trained on and what is measured on.
-
-    Raises:
-        DataError: there is no training split, or no image in it.
-    """
-    settings = config.settings
-    train_set, val_set = splits.train, splits.val
-    if train_set is None or not len(train_set):
-        raise DataError(
-            f"{splits.source} has no training images", hint=f"rtdetr validate {splits.source}", code="dataset-empty"
-        )
-    if settings.overfit:
-        wanted = min(settings.overfit, len(train_set))
-        if wanted < settings.overfit:
-            warnings.append(f"--overfit {settings.overfit}: there are only {wanted} training images")
-        few = train_set.subset(range(wanted))
-        # Repeated, so that an epoch is worth an evaluation.
-        times = max(1, math.ceil(OVERFIT_STEPS * settings.effective_batch / wanted))
-        return train_set.subset(list(range(wanted)) * times), replace(few, split="val")
-    if val_set is None or not len(val_set):
-        if splits.test is not None and len(splits.test):
-            warnings.append("the dataset has no val split: the test split is used to choose the best epoch")
-            return train_set, splits.test
-        count = max(1, round(settings.val_fraction * len(train_set)))
-        if len(train_set) < 2:
-            warnings.append("the only image is both trained and measured on")
-            return train_set, replace(train_set, split="val")
-        drawn = np.sort(np.random.default_rng(settings.seed).permutation(len(train_set))[:count])
-        rest = np.setdiff1d(np.arange(len(train_set)), drawn)
-        warnings.append(f"the dataset has no val split: {count} of {len(train_set)} images were drawn for it")
-        return train_set.subset(rest), train_set.subset(drawn, split="val")
-    return train_set, val_set
-
-
-OVERFIT_STEPS = 20
-
-
-def resolve_freezing(config: RunConfig, warnings: list[str]) -> ModelSpec:
-    """Return the model's sizes with what `--freeze` and random weights change of them."""
-    spec = frozen_spec(config)
-    if config.settings.freeze == "preset" and spec != config.preset.model:
-        warnings.append(
-            f"preset {config.preset.name} freezes part of the backbone; with random weights nothing is frozen"
-        )
-    return spec
-
-
-def freeze(model: RTDETR, what: str) -> None:
-    """Freeze the stem, the backbone, or backbone and encoder; norms of frozen parts keep their statistics."""
-    if what == "stem":
-        model.backbone.freeze(0)
-    elif what in ("backbone", "encoder"):
-        model.backbone.freeze(4)
-        model.backbone.requires_grad_(False)
-        if what == "encoder":
-            model.encoder.requires_grad_(False)
 
 
 def compile_parts(model: RTDETR) -> None:
-    """Compile backbone and encoder, in place; the decoder's shapes change with every denoising group."""
+    """Compile backbone and encoder in place; the decoder's shapes change with every denoising group."""
     model.backbone.compile()
     model.encoder.compile()
 
 
+# ---- machine ----------------------------------------------------------------------------------------------------
+
+
 def choose_workers(device: torch.device) -> int:
-    """Return how many processes load images: on a CPU they compete with the network for the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Return how many processes load images; on a CPU they compete with the network for the cores."""
+    cores = max(1, machine.cpu_count() // _processes_on_host())
     if device.type == "cuda":
         return max(1, min(8, cores - 1))
     return 1 if cores <= 4 else min(4, cores // 4)
@@ -301,34 +342,34 @@ def choose_workers(device: torch.device) -> int:
 def resolve_micro_batch(prepared: Prepared) -> int:
     """Return how many images go onto the device at once."""
     settings, learner, processes = prepared.config.settings, prepared.learner, prepared.processes
-    own = images_per_process(settings.effective_batch, processes.size)
-    plan = replace(prepared.plan, effective_batch=own)
+    batch = images_per_process(settings.effective_batch, processes.size)
     if isinstance(settings.batch, int):
-        return min(settings.batch, own)
-    most = prepared.most_boxes
+        return min(settings.batch, batch)
+    plan = replace(prepared.plan, effective_batch=batch)
 
-    def attempt(micro: int) -> None:
-        run_largest_step(learner, plan, most_boxes=most, micro_batch=micro, parts=1)
+    def attempt(micro_batch: int) -> None:
+        run_largest_step(learner, plan, most_boxes=prepared.most_boxes, micro_batch=micro_batch, parts=1)
 
-    with memory.one_image(where=str(learner.device)):
-        one = memory.saved_bytes(lambda: worst_forward(prepared))
-    free = memory.free_bytes(learner.device)
-    found = memory.fitting_micro_batch(
-        own,
-        bytes_for_one=one,
+    device = learner.device
+    with memory.one_image(where=str(device)):
+        bytes_for_one = memory.saved_bytes(lambda: forward_largest(prepared))
+    free = memory.free_bytes(device)
+    micro_batch = memory.fitting_micro_batch(
+        batch,
+        bytes_for_one=bytes_for_one,
         # Processes on CPUs share the host's memory.
-        free=free if learner.device.type == "cuda" else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        attempt=attempt if learner.device.type == "cuda" else None,
-        where=str(learner.device),
+        free=free if device.type == "cuda" else free // _processes_on_host(),
+        attempt=attempt if device.type == "cuda" else None,
+        where=str(device),
     )
-    return processes.min(found)
+    return processes.min(micro_batch)
 
 
-def worst_forward(prepared: Prepared) -> object:
-    """Run one image of the largest scale with the most boxes forward, and return what came out."""
+def forward_largest(prepared: Prepared) -> object:
+    """Run a forward pass of one image at the largest scale with the most boxes; return its outputs."""
     learner = prepared.learner
-    one = replace(prepared.plan, effective_batch=1)
-    batch = largest_batch(one, most_boxes=prepared.most_boxes, num_classes=learner.model.num_classes)
+    plan = replace(prepared.plan, effective_batch=1)
+    batch = largest_batch(plan, most_boxes=prepared.most_boxes, num_classes=learner.model.num_classes)
     group = draw_group(learner, batch, step=0, seed=0)
     learner.train_mode()
     learner.norms.save()
@@ -340,43 +381,39 @@ def worst_forward(prepared: Prepared) -> object:
     return outputs
 
 
-def refuse_differences(processes: ProcessGroup, own: Mapping[str, str]) -> None:
-    """Refuse a run whose processes would not do the same.
+def refuse_differences(processes: ProcessGroup, facts: Mapping[str, str]) -> None:
+    """Refuse a run whose processes would not compute the same.
 
     Raises:
-        UsageError: it names what differs, and where.
+        UsageError: it names what differs, and in which process.
     """
-    told = processes.all_gather(dict(own))
-    for key, value in told[0].items():
-        for rank, other in enumerate(told):
+    gathered = processes.all_gather(dict(facts))
+    for key, value in gathered[0].items():
+        for rank, other in enumerate(gathered):
             if other[key] != value:
-                short = "another one" if key == "dataset" else other[key]
+                different = "another one" if key == "dataset" else other[key]
                 raise UsageError(
-                    f"the processes of the run differ: {key} is {value[:12]} in process 0, {short} in process {rank}",
-                    hint="the same dataset, GPUs and versions on every host"
+                    f"the processes of the run differ: {key} is {value[:12]} in process 0 "
+                    f"and {different} in process {rank}",
+                    hint="use the same dataset, GPUs and versions on every host"
                     + (", or --precision fp32" if key == "precision" else ""),
                     code="team-differs",
                 )
 
 
 def versions(processes: ProcessGroup = SINGLE_PROCESS) -> dict[str, str]:
-    """Return what the numbers of a run depend on."""
+    """Return what the numbers of a run depend on besides its settings."""
     return {
         "rtdetr-cli": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "cpu threads": str(torch.get_num_threads()),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        # Another processor may compute other last bits.
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else machine.cpu_name(),
         "processes": str(processes.size),
     }
 
 
-def processor() -> str:
-    """Return the processor's name: another one may give other last bits."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return " ".join(value.split())
-    return platform.processor() or platform.machine() or "cpu"
+def _processes_on_host() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

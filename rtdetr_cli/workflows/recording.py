@@ -1,4 +1,4 @@
-"""What a run leaves for people: images, loggers' points and the page; none of it can end the run."""
+"""What a run leaves for people: plots, loggers' points and the report. A failure in any of it never ends the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rtdetr_cli.config.presets import flatten
 from rtdetr_cli.evaluate.run import Evaluation, evaluate
 from rtdetr_cli.infer.torch_backend import TorchBackend
-from rtdetr_cli.runs import RunFolder
+from rtdetr_cli.runs import PLOTS, RunFolder
 from rtdetr_cli.train import plots
 from rtdetr_cli.train.events import (
     EpochDone,
@@ -27,18 +27,18 @@ from rtdetr_cli.train.events import (
     TrainingEvent,
 )
 from rtdetr_cli.train.loggers import Loggers
-from rtdetr_cli.train.report import RunStory, write_report
+from rtdetr_cli.train.report import RunFacts, write_report
 from rtdetr_cli.weights.load import load_model
 
 if TYPE_CHECKING:
     from rtdetr_cli.workflows.evaluator import Evaluator
     from rtdetr_cli.workflows.prepare import Prepared
 
-LOADER_BOUND = 0.3  # of the time spent waiting for images
-MOST_WARNINGS = 20
-# Curves are drawn again while the run goes on, but never for more than this share of its time.
-SHARE_OF_TIME = 0.02
-FIRST_SECONDS = 20.0
+SLOW_LOADER_SHARE = 0.3  # of the time, spent waiting for images
+MAX_WARNINGS = 20
+# Curves are redrawn while the run goes on, but for no more than this share of its time.
+DRAWING_SHARE = 0.02
+FIRST_DRAWING_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,100 +49,99 @@ class Notice:
 
 
 class Recorder:
-    """Listens to the first process of a run.
+    """Writes plots, loggers' points and the report in the main process of a run.
 
     Args:
         prepared: the run.
         folder: where everything goes.
-        evaluator: gives the evaluation of the model that was kept.
+        evaluator: gives the evaluation of the best model.
     """
 
     def __init__(self, prepared: Prepared, folder: RunFolder, evaluator: Evaluator) -> None:
+        settings = prepared.config.settings
         self.prepared = prepared
-        # An --overfit trains on its few images many times over, and measures on them once.
-        overfit = prepared.config.settings.overfit
-        self.train_set = replace(prepared.val_set, split="train") if overfit else prepared.train_set
+        # With --overfit the training set repeats a few images, which the val set has once.
+        self.train_set = replace(prepared.val_set, split="train") if settings.overfit else prepared.train_set
         self.folder = folder
         self.evaluator = evaluator
         self.best: Evaluation | None = None
         self.warnings: list[str] = list(prepared.warnings)
-        self._plots = prepared.config.settings.plots
-        self._told_loader_bound = False
+        self._plots = settings.plots
+        self._slow_loader_reported = False
         self._seconds: list[float] = []
-        self._waited: list[float] = []
+        self._loader_shares: list[float] = []
         self._memory = 0
         self._drawn_at = time.monotonic()
-        self._drawing_took = 0.0
-        self._loggers = Loggers(prepared.config.settings.log, folder.path, settings=_settings(prepared))
+        self._drawing_seconds = 0.0
+        shown = {key: value for key, value in flatten(settings).items() if value is not None}
+        self._loggers = Loggers(settings.log, folder.path, settings=shown)
 
     def begin(self) -> Iterator[Notice]:
-        """Draw what the run learns from."""
-        if self._plots and not (self._path(plots.LABELS)).is_file():
-            yield from self._drawing(
-                plots.LABELS,
-                lambda: plots.save(
-                    plots.labels_figure(self.train_set, self.prepared.config.imgsz), self._path(plots.LABELS)
-                ),
-            )
+        """Draw the training annotations."""
+        if self._plots and not self._path(plots.LABELS).is_file():
+            yield from self._draw(plots.LABELS, self._draw_labels)
         yield from self._notices()
 
-    def take(self, report: TrainingEvent) -> Iterator[Notice]:
-        """Record one report of the loop."""
-        self._loggers.write(report)
-        match report:
-            case FirstBatch():
-                if self._plots:
-                    yield from self._drawing(plots.BATCH, lambda: self._draw_batch(report))
+    def record(self, event: TrainingEvent) -> Iterator[Notice]:
+        """Record one event of the training loop."""
+        self._loggers.write(event)
+        match event:
+            case FirstBatch() if self._plots:
+                yield from self._draw(plots.BATCH, lambda: self._draw_batch(event))
             case StepDone():
-                self._memory = max(self._memory, report.memory_bytes)
+                self._memory = max(self._memory, event.memory_bytes)
             case EpochDone():
-                yield from self._epoch(report)
-            case StepSkipped() if not report.skipped.scale_only:
-                self._warn(f"step {report.step + 1} was skipped: {report.skipped.term} was not finite")
+                yield from self._record_epoch(event)
+            case StepSkipped() if not event.skipped.scale_only:
+                self._warn(f"step {event.step + 1} was skipped: {event.skipped.term} was not finite")
             case MicroBatchReduced():
                 self._warn(
-                    f"out of memory at step {report.step + 1}: the micro-batch went from {report.micro_batch_before} "
-                    f"to {report.micro_batch}"
+                    f"out of memory at step {event.step + 1}: micro-batch {event.micro_batch_before} -> "
+                    f"{event.micro_batch}"
                 )
             case RolledBack():
                 self._warn(
-                    f"went back from step {report.step} to {report.to_step}, with {report.rate_scale:.3g} of the rate"
+                    f"rolled back from step {event.step} to {event.to_step}, learning rate x {event.rate_scale:.3g}"
                 )
             case _:
                 pass
         yield from self._notices()
 
-    def finish(self, report: TrainingDone, explanation: str) -> Iterator[Notice]:
-        """Draw the last images, write the page, and close the loggers."""
+    def finish(self, event: TrainingDone, explanation: str) -> Iterator[Notice]:
+        """Draw the last plots, write the report, and close the loggers."""
         images = [self._path(name) for name in (plots.LABELS, plots.BATCH, plots.CURVES, plots.PREDICTIONS)]
         if self._plots:
-            yield from self._drawing(plots.CURVES, lambda: self._draw_curves(report.best_epoch))
-            yield from self._drawing("the report", lambda: self._write_page(report, explanation))
+            yield from self._draw(plots.CURVES, lambda: self._draw_curves(event.best_epoch))
+            yield from self._draw("the report", lambda: self._write_report(event, explanation))
         self._loggers.finish(self.best.metrics if self.best is not None else {}, images)
         yield from self._notices()
 
     # ---- parts --------------------------------------------------------------------------------------------------
 
-    def _epoch(self, report: EpochDone) -> Iterator[Notice]:
-        self._seconds.append(report.seconds)
-        self._waited.append(report.loader_share)
-        if report.improved:
-            self.best = self.evaluator.last
+    def _record_epoch(self, event: EpochDone) -> Iterator[Notice]:
+        self._seconds.append(event.seconds)
+        self._loader_shares.append(event.loader_share)
+        if event.improved:
+            self.best = event.evaluation
         # The first epoch of a process waits for the loader to start.
-        if report.loader_share > LOADER_BOUND and len(self._seconds) > 1 and not self._told_loader_bound:
-            self._told_loader_bound = True
-            text = loader_bound(self.prepared, report.loader_share)
+        slow = event.loader_share > SLOW_LOADER_SHARE and len(self._seconds) > 1
+        if slow and not self._slow_loader_reported:
+            self._slow_loader_reported = True
+            text = slow_loader_warning(self.prepared, event.loader_share)
             self._warn(text)
             yield Notice(text)
-        due = max(FIRST_SECONDS, self._drawing_took / SHARE_OF_TIME)
+        due = max(FIRST_DRAWING_SECONDS, self._drawing_seconds / DRAWING_SHARE)
         if self._plots and time.monotonic() - self._drawn_at > due:
             began = time.monotonic()
-            yield from self._drawing(plots.CURVES, lambda: self._draw_curves(report.best_epoch))
+            yield from self._draw(plots.CURVES, lambda: self._draw_curves(event.best_epoch))
             self._drawn_at = time.monotonic()
-            self._drawing_took = self._drawn_at - began
+            self._drawing_seconds = self._drawn_at - began
 
-    def _draw_batch(self, report: FirstBatch) -> None:
-        batch = report.batch
+    def _draw_labels(self) -> None:
+        plots.save(plots.labels_figure(self.train_set, self.prepared.config.imgsz), self._path(plots.LABELS))
+
+    def _draw_batch(self, event: FirstBatch) -> None:
+        batch = event.batch
         image = plots.batch_image(
             batch.images.numpy(),
             [boxes.numpy() for boxes in batch.boxes_cxcywh],
@@ -155,10 +154,10 @@ class Recorder:
         figure = plots.curves_figure(self.folder.metrics(), best_epoch=best_epoch + 1)
         plots.save(figure, self._path(plots.CURVES))
 
-    def _write_page(self, report: TrainingDone, explanation: str) -> None:
+    def _write_report(self, event: TrainingDone, explanation: str) -> None:
         prepared = self.prepared
         if self.best is None and self.folder.best.is_file():
-            # The best epoch was another process's, before the run was interrupted.
+            # The best epoch was trained by an earlier process, before the run was interrupted.
             model, header = load_model(self.folder.best)
             self.best = evaluate(TorchBackend(model, header, device=prepared.learner.device), prepared.val_set)
         predictions: NDArray[np.uint8] | None = None
@@ -168,12 +167,12 @@ class Recorder:
                 self.best.dataset, self.best.table, threshold=0.5 if threshold is None else threshold
             )
             plots.save(predictions, self._path(plots.PREDICTIONS))
-        story = RunStory(
-            folder=self.folder.path,
+        facts = RunFacts(
+            folder=self.folder,
             config=prepared.config,
-            plan=prepared.plan,
-            rows=self.folder.metrics(),
-            best_epoch=report.best_epoch + 1,
+            epochs=prepared.plan.epochs,
+            choices=prepared.choices,
+            best_epoch=event.best_epoch + 1,
             evaluation=self.best,
             data={
                 "name": prepared.splits.name,
@@ -184,11 +183,11 @@ class Recorder:
             start=prepared.start,
             machine=self._machine(),
             warnings=self.warnings,
-            ended=report.reason,
+            reason=event.reason,
             explanation=explanation,
         )
         write_report(
-            story,
+            facts,
             labels=plots.labels_figure(self.train_set, prepared.config.imgsz),
             batch=plots.read(self._path(plots.BATCH)),
             predictions=predictions,
@@ -197,30 +196,29 @@ class Recorder:
     def _machine(self) -> dict[str, str]:
         from rtdetr_cli.workflows.prepare import versions
 
-        prepared = self.prepared
+        prepared, processes = self.prepared, self.prepared.processes
         facts = {
-            "device": f"{prepared.learner.device}"
-            + (f" x {prepared.processes.size}" if prepared.processes.distributed else ""),
+            "device": f"{prepared.learner.device}" + (f" x {processes.size}" if processes.distributed else ""),
             "precision": f"{prepared.precision} ({prepared.precision_reason})",
             "parameters": f"{sum(p.numel() for p in prepared.learner.model.parameters()):,}",
-            "memory, peak": f"{self._memory / 1e9:.1f} GB",
+            "peak memory": f"{self._memory / 1e9:.1f} GB",
             "loader processes": str(prepared.workers),
         }
         if self._seconds:
-            facts["seconds an epoch"] = f"{float(np.median(self._seconds)):.1f}"
-            facts["waited for images"] = f"{float(np.median(self._waited)):.0%} of the time"
-        named = {"device": "processor"}
-        return facts | {named.get(key, key): value for key, value in versions(prepared.processes).items()}
+            facts["seconds per epoch"] = f"{float(np.median(self._seconds)):.1f}"
+            facts["waiting for images"] = f"{float(np.median(self._loader_shares)):.0%} of the time"
+        version_facts = versions(processes)
+        return facts | {"processor": version_facts.pop("device")} | version_facts
 
-    def _drawing(self, what: str, draw: Callable[[], object]) -> Iterator[Notice]:
-        """Draw, and say so when it does not work: an image is no reason to lose a run."""
+    def _draw(self, name: str, draw: Callable[[], object]) -> Iterator[Notice]:
+        """Draw, and give a notice if that fails: a plot is no reason to lose a run."""
         try:
             draw()
         except Exception as error:
-            yield Notice(f"{what} could not be drawn: {type(error).__name__}: {error}")
+            yield Notice(f"could not draw {name}: {type(error).__name__}: {error}")
 
     def _warn(self, text: str) -> None:
-        if len(self.warnings) < MOST_WARNINGS:
+        if len(self.warnings) < MAX_WARNINGS:
             self.warnings.append(text)
 
     def _notices(self) -> Iterator[Notice]:
@@ -228,19 +226,14 @@ class Recorder:
             yield Notice(self._loggers.notices.pop(0))
 
     def _path(self, name: str) -> Path:
-        return self.folder.path / plots.FOLDER / name
+        return self.folder.path / PLOTS / name
 
 
-def loader_bound(prepared: Prepared, share: float) -> str:
-    """Say that the network waits for images, and what helps here."""
+def slow_loader_warning(prepared: Prepared, share: float) -> str:
+    """Say that the network waits for images, and what helps."""
     cached = prepared.config.settings.cache != "none"
-    cores = prepared.workers
     remedies = [] if cached else ["--cache ram"]
-    remedies.append(f"more --workers than {cores}")
-    if prepared.plan.augmentation == "recipe" and cached:
+    remedies.append(f"more --workers than {prepared.workers}")
+    if cached and prepared.plan.augmentation == "recipe":
         remedies.append("--aug light")
-    return f"{share:.0%} of the time goes into waiting for images: {' or '.join(remedies)}"
-
-
-def _settings(prepared: Prepared) -> dict[str, object]:
-    return {key: value for key, value in flatten(prepared.config.settings).items() if value is not None}
+    return f"training waits for images {share:.0%} of the time; try {' or '.join(remedies)}"

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -56,7 +57,7 @@ def run(arm: str, sets: Sequence[str], seed: int, args: argparse.Namespace, data
     words = [*sets, *args.set, "plots=false", f"eval_every={epochs}"]
     # The plan stands for the defaults of the day: a result is never taken for that of others.
     plan = schedule(args.preset, words, epochs=epochs, images=args.images or train_images(args.data))
-    facts = {**plan.to_dict(), "choices": (), "warnings": ()}
+    facts = asdict(plan)
     key = json.dumps([args.preset, args.images, args.imgsz, seed, sorted(words), args.precision, facts])
     results = args.out / "results.jsonl"
     if results.exists():

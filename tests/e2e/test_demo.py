@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rtdetr_cli.errors import GateError
-from rtdetr_cli.workflows.demo import WANTED_AP50, judge
+from rtdetr_cli.workflows.demo import REQUIRED_AP50, check_accuracy
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(rtdetr, tmp_path: Path) -> None:
@@ -20,11 +20,11 @@ def test_a_folder_with_something_else_in_it_is_left_alone(rtdetr, tmp_path: Path
 
 
 def test_too_low_an_ap_fails_the_demo() -> None:
-    judge({"AP50": WANTED_AP50})
+    check_accuracy({"AP50": REQUIRED_AP50})
     with pytest.raises(GateError):
-        judge({"AP50": WANTED_AP50 - 0.001})
+        check_accuracy({"AP50": REQUIRED_AP50 - 0.001})
     with pytest.raises(GateError):
-        judge({"AP50": None})
+        check_accuracy({"AP50": None})
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Points arrive once, in order, whatever happens to the process; a logger cannot hurt a run."""
+"""Every point arrives once and in order, even after a kill; a failing logger never ends a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rtdetr_cli.errors import EnvironmentProblem
+from rtdetr_cli.runs import EVENTS
 from rtdetr_cli.train import loggers
 from rtdetr_cli.train.events import CheckpointSaved, EpochDone, StepDone, TrainingEvent
 from rtdetr_cli.train.loggers import Loggers, require_loggers
@@ -45,12 +46,12 @@ def reports(first: int, last: int) -> list[TrainingEvent]:
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    read = EventAccumulator(str(folder / loggers.FOLDER), size_guidance={"scalars": 0})
+    read = EventAccumulator(str(folder / EVENTS), size_guidance={"scalars": 0})
     read.Reload()
     return {tag: [(e.step, round(e.value, 5)) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
 
 
-def test_a_missing_package_is_told_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_an_error_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
     with pytest.raises(EnvironmentProblem) as caught:
         require_loggers(["wandb", "mlflow"])
@@ -59,7 +60,7 @@ def test_a_missing_package_is_told_with_its_install_line(monkeypatch: pytest.Mon
     assert caught.value.hint == 'pip install "rtdetr-cli[wandb,mlflow]"'
 
 
-def test_the_folder_that_wandb_leaves_behind_is_no_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_folder_that_wandb_leaves_behind_is_not_a_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if (found := find_spec("wandb")) is not None and found.origin is not None:
         pytest.skip("wandb is installed")
     (tmp_path / "wandb").mkdir()
@@ -86,9 +87,9 @@ def test_tensorboard_has_every_step_once_after_a_kill(tmp_path: Path, killed_aft
     for report in reports(5, killed_after):
         first.write(report)
     if flushed:
-        first._flush()
+        first.flush()
     else:
-        first._sinks["tensorboard"].flush()  # on disk, but not written down: what a kill between the two leaves
+        first._loggers["tensorboard"].flush()  # written but not recorded: a kill between the two leaves this
 
     second = Loggers(("tensorboard",), tmp_path, settings=SETTINGS)
     for report in reports(5, 12):  # the checkpoint was made after step 4
@@ -103,7 +104,7 @@ def test_tensorboard_has_every_step_once_after_a_kill(tmp_path: Path, killed_aft
     assert "val/AP50" not in found
 
 
-def test_images_of_the_run_go_along(tmp_path: Path) -> None:
+def test_images_of_the_run_are_logged(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
     import numpy as np
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -111,9 +112,9 @@ def test_images_of_the_run_go_along(tmp_path: Path) -> None:
     from rtdetr_cli.train.plots import save
 
     image = save(np.zeros((8, 8, 3), np.uint8), tmp_path / "plots" / "curves.png")
-    told = Loggers(("tensorboard",), tmp_path, settings=SETTINGS)
-    told.finish({}, [image, tmp_path / "missing.png"])
-    read = EventAccumulator(str(tmp_path / loggers.FOLDER))
+    logged = Loggers(("tensorboard",), tmp_path, settings=SETTINGS)
+    logged.finish({}, [image, tmp_path / "missing.png"])
+    read = EventAccumulator(str(tmp_path / EVENTS))
     read.Reload()
     assert read.Tags()["images"] == ["curves"]
 
@@ -143,7 +144,7 @@ def test_mlflow_has_every_step_once_after_a_kill(tmp_path: Path, monkeypatch: py
     assert found.info.status == "FINISHED"
 
 
-def test_an_mlflow_server_that_is_down_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_mlflow_server_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow", reason="the mlflow extra is not installed")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -165,11 +166,11 @@ def test_wandb_stays_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.M
     assert "wandb sync" in first.notices[0]
     assert not second.notices
     assert first._ids == second._ids
-    assert len(list((tmp_path / loggers.FOLDER / "wandb").glob("offline-run-*"))) >= 1
+    assert len(list((tmp_path / EVENTS / "wandb").glob("offline-run-*"))) >= 1
 
 
 class Failing:
-    """A sink whose server has gone."""
+    """A logger whose server is gone."""
 
     def add(self, values: object, step: int) -> None:
         raise OSError("no route to host")
@@ -181,12 +182,12 @@ class Failing:
         pass
 
 
-def test_a_logger_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_failing_logger_is_dropped(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
-    told = Loggers(("tensorboard",), tmp_path, settings=SETTINGS)
-    told._sinks["wandb"] = Failing()
+    logged = Loggers(("tensorboard",), tmp_path, settings=SETTINGS)
+    logged._loggers["wandb"] = Failing()
     for report in reports(0, 3):
-        told.write(report)
-    told.finish({})
-    assert told.notices == ["logging to wandb has stopped, the run goes on: no route to host"]
+        logged.write(report)
+    logged.finish({})
+    assert logged.notices == ["logging to wandb has stopped, training continues: no route to host"]
     assert len(scalars(tmp_path)["train/loss"]) == 3

@@ -1,4 +1,4 @@
-"""The images of a run: right numbers in them, no state left, whole files or none."""
+"""The plots of a run: the numbers in them, no global state, and atomic files."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def texts(figure: object) -> list[str]:
     return [t.get_text() for t in figure.findobj(Text) if t.get_text()]  # type: ignore[attr-defined]
 
 
-def test_labels_say_what_there_is(small: Dataset, tmp_path: Path) -> None:
+def test_labels_figure_counts_images_and_boxes(small: Dataset, tmp_path: Path) -> None:
     figure = plots.labels_figure(small, (320, 640))
-    said = texts(figure)
-    assert "made, val: 3 images, 3 boxes, 1 images without a box" in said
-    assert "1 (33.3%) with a side under 8 px" not in said  # 4 px of 200 are 12.8 of 640, 4 of 100 are 12.8 of 320
+    found = texts(figure)
+    assert "made, val: 3 images, 3 boxes, 1 image without boxes" in found
+    assert "1 (33.3%) with a side under 8 px" not in found  # 4 px of 200 are 12.8 of 640, 4 of 100 are 12.8 of 320
     assert "1 (33.3%) with a side under 8 px" in texts(plots.labels_figure(small, (160, 320)))
     path = plots.save(figure, tmp_path / "plots" / "labels.png")
     with Image.open(path) as image:
@@ -64,17 +64,17 @@ def test_labels_say_what_there_is(small: Dataset, tmp_path: Path) -> None:
         assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 20
 
 
-def test_sizes_are_those_of_the_stretched_image(small: Dataset) -> None:
-    boxes = plots._stretched(small, (320, 640))
+def test_box_sizes_are_those_at_the_network_input(small: Dataset) -> None:
+    boxes = plots.resized_boxes(small, (320, 640))
     np.testing.assert_allclose(boxes[0], [32, 32, 160, 192])
 
 
-def test_crowds_are_left_out_as_in_training(small: Dataset) -> None:
+def test_crowd_boxes_are_left_out(small: Dataset) -> None:
     small.crowd[2] = True
-    assert "made, val: 3 images, 2 boxes, 2 images without a box" in texts(plots.labels_figure(small, (320, 640)))
+    assert "made, val: 3 images, 2 boxes, 2 images without boxes" in texts(plots.labels_figure(small, (320, 640)))
 
 
-def test_nothing_at_all_is_drawn_too(tmp_path: Path) -> None:
+def test_empty_input_can_be_drawn(tmp_path: Path) -> None:
     empty = make_dataset(tmp_path, [[], []], [[], []], ["a"])
     plots.save(plots.labels_figure(empty, (64, 64)), tmp_path / "labels.png")
     plots.save(plots.curves_figure([]), tmp_path / "curves.png")
@@ -83,11 +83,11 @@ def test_nothing_at_all_is_drawn_too(tmp_path: Path) -> None:
     assert nothing.shape[2] == 3
 
 
-def test_many_classes_are_cut_and_told(tmp_path: Path) -> None:
+def test_too_many_classes_are_summarized(tmp_path: Path) -> None:
     names = [f"class {i}" for i in range(40)]
     boxes = [[[i, 0, i + 9, 9] for i in range(40)]]
-    said = texts(plots.labels_figure(make_dataset(tmp_path, boxes, [list(range(40))], names), (64, 64)))
-    assert "boxes in each class (the first 24 of 40; the others have 16)" in said
+    figure = plots.labels_figure(make_dataset(tmp_path, boxes, [list(range(40))], names), (64, 64))
+    assert "boxes per class (24 of 40 classes; the others have 16)" in texts(figure)
 
 
 def rows(count: int) -> list[dict[str, float | None]]:
@@ -99,7 +99,7 @@ def rows(count: int) -> list[dict[str, float | None]]:
 
 def test_curves_mark_the_best_epoch(tmp_path: Path) -> None:
     figure = plots.curves_figure(rows(6), best_epoch=5)
-    assert "accuracy on the val images: best AP 0.400 at epoch 5" in texts(figure)
+    assert "AP on the val images: best 0.400 at epoch 5" in texts(figure)
     loss, score, rate = figure.axes
     ap = next(line for line in score.lines if line.get_label() == "AP")
     assert list(ap.get_xdata()) == [1, 3, 5]  # epochs without an evaluation are bridged
@@ -109,15 +109,15 @@ def test_curves_mark_the_best_epoch(tmp_path: Path) -> None:
     plots.save(figure, tmp_path / "curves.png")
 
 
-def test_a_loss_that_is_not_a_number_leaves_a_gap(tmp_path: Path) -> None:
+def test_a_nan_loss_leaves_a_gap(tmp_path: Path) -> None:
     broken = rows(4)
     broken[1]["loss"] = math.nan
     plots.save(plots.curves_figure(broken, best_epoch=0), tmp_path / "curves.png")
 
 
-@pytest.mark.parametrize(("value", "said"), [(1e-4, "1e-4"), (8.5e-5, "8.5e-5"), (0.0, "0"), (0.01, "0.01")])
-def test_rates_are_written_as_people_write_them(value: float, said: str) -> None:
-    assert plots._rate(value) == said
+@pytest.mark.parametrize(("value", "text"), [(1e-4, "1e-4"), (8.5e-5, "8.5e-5"), (0.0, "0"), (0.01, "0.01")])
+def test_learning_rates_are_written_as_people_write_them(value: float, text: str) -> None:
+    assert plots.format_rate(value) == text
 
 
 def test_the_batch_shows_each_image_with_its_boxes() -> None:
@@ -135,7 +135,7 @@ def test_the_batch_shows_each_image_with_its_boxes() -> None:
     assert not second.any()
 
 
-def test_predictions_stand_beside_the_truth(small: Dataset) -> None:
+def test_detections_are_drawn_next_to_the_annotations(small: Dataset) -> None:
     table = DetectionTable(
         np.array([0, 0, 2]), np.array([0, 1, 1]), np.array([0.9, 0.1, 0.8]), small.boxes_xyxy_px.copy()
     )
@@ -156,7 +156,7 @@ def test_unreadable_images_are_left_out(small: Dataset) -> None:
     assert np.array_equal(sheet, alone)
 
 
-def test_images_are_chosen_evenly_and_empty_ones_last(small: Dataset) -> None:
+def test_images_are_chosen_evenly_and_those_without_boxes_last(small: Dataset) -> None:
     assert plots.choose_images(small, 2) == [0, 2]
     assert plots.choose_images(small, 8) == [0, 1, 2]
     assert plots.choose_images(small, 1) == [0]
@@ -171,7 +171,7 @@ def test_pyplot_is_never_loaded(small: Dataset, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "c.png")], check=True)
 
 
-def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "curves.png"
     plots.save(np.zeros((4, 4, 3), np.uint8), path)
     before = path.read_bytes()

@@ -69,7 +69,7 @@ def test_everything_is_on_the_page(written: tuple[Path, RunFacts]) -> None:
     assert facts.evaluation is not None
     assert f"AP {facts.evaluation.metrics['AP']:.3f}" in text
     assert "at epoch 3 of 3" in text
-    for text_on_page in (
+    for expected in (
         "39 steps are too few",
         "random weights, seed 0",
         "1.4 GB",
@@ -77,7 +77,7 @@ def test_everything_is_on_the_page(written: tuple[Path, RunFacts]) -> None:
         "optim.clip_norm",
         "--set",
     ):
-        assert text_on_page in text, text_on_page
+        assert expected in text, expected
     assert text.count("data:image/jpeg;base64,") == 2
     assert text.count("<svg") == 2
 

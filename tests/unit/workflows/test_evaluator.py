@@ -1,4 +1,4 @@
-"""Measuring while training: shares of the images give the whole's figures, and memory that runs out is no end."""
+"""Evaluation during training: shares of the images give the same metrics, and running out of memory is handled."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def loaded(shapes_model: Path) -> tuple[RTDETR, ModelHeader]:
 
 
 @pytest.mark.parametrize("size", [2, 3, 100])
-def test_shares_together_are_the_whole(val: Dataset, loaded: tuple[RTDETR, ModelHeader], size: int) -> None:
+def test_shares_of_the_images_give_equal_metrics(val: Dataset, loaded: tuple[RTDETR, ModelHeader], size: int) -> None:
     """Also where some processes have no image at all."""
     model, header = loaded
     classes = map_classes(header.names, val)
@@ -55,7 +55,7 @@ def test_shares_together_are_the_whole(val: Dataset, loaded: tuple[RTDETR, Model
     assert joined.per_class == whole.per_class
 
 
-def test_an_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(
+def test_out_of_memory_halves_the_evaluation_batch(
     val: Dataset, loaded: tuple[RTDETR, ModelHeader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, header = loaded
@@ -77,4 +77,4 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_smaller_batches(
     assert measure(model)[0] == pytest.approx(expected)
     assert seen == [8, 4, 2]
     measure(model)
-    assert seen == [8, 4, 2, 2], "what fits is remembered"
+    assert seen == [8, 4, 2, 2], "the batch that fits is remembered"

@@ -1,7 +1,8 @@
-"""A run from settings to its end: what is freed when it fails, what ends it early, what resuming looks at."""
+"""A run from settings to its end: what is freed when it fails, how signals stop it, and how it resumes."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -17,12 +18,13 @@ from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.config.run import RunConfig, resolve_run
 from rtdetr_cli.datasets.generate import generate_dataset
 from rtdetr_cli.errors import DataError, EnvironmentProblem, ModelError, RtdetrError, UsageError
+from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.train import loggers, memory
 from rtdetr_cli.train.checkpoint import load_checkpoint, read_checkpoint
 from rtdetr_cli.train.events import EpochDone, StepDone
+from rtdetr_cli.workflows import dry_run
 from rtdetr_cli.workflows import finetune as workflow
-from rtdetr_cli.workflows import rehearse
-from rtdetr_cli.workflows.finetune import BeginReport, EndReport, finetune, resume, stop_on_signals
+from rtdetr_cli.workflows.finetune import RunFinished, RunStarted, finetune, resume, stop_on_signals
 from rtdetr_cli.workflows.identity import refuse_changes
 from rtdetr_cli.workflows.prepare import prepare, resolve_micro_batch
 
@@ -48,17 +50,17 @@ def settings(shapes: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 
 
 def interrupted(config: RunConfig) -> Path:
-    """Run one epoch, then ask for an end; return the folder."""
+    """Train one epoch, then stop as on a signal; return the folder."""
     stop = workflow.StopFlag()
     folder = Path(config.settings.out) / config.settings.name
 
-    def heed() -> None:
+    def train_one_epoch() -> None:
         for event in finetune(config, stop=stop):
             if isinstance(event, EpochDone):
                 stop.signal = signal.SIGTERM
 
     with pytest.raises(workflow.Interrupted):
-        heed()
+        train_one_epoch()
     return folder
 
 
@@ -67,26 +69,26 @@ def interrupted(config: RunConfig) -> Path:
 
 @pytest.fixture
 def closed(monkeypatch: pytest.MonkeyPatch) -> list[TrainLoader]:
-    """The loaders that were closed by name, not by the collector."""
+    """Return the loaders that were closed explicitly, not by the garbage collector."""
     seen: list[TrainLoader] = []
     real = TrainLoader.close
     monkeypatch.setattr(TrainLoader, "close", lambda self: (seen.append(self), real(self))[1])
     return seen
 
 
-def test_the_loader_ends_with_the_run(settings: Callable[..., RunConfig], closed: list[TrainLoader]) -> None:
+def test_the_loader_is_closed_after_a_run(settings: Callable[..., RunConfig], closed: list[TrainLoader]) -> None:
     list(finetune(settings(epochs=1)))
     assert len(closed) == 1
 
 
-def test_the_cache_has_the_budget_that_was_asked_for(settings: Callable[..., RunConfig]) -> None:
+def test_the_cache_has_the_given_budget(settings: Callable[..., RunConfig]) -> None:
     prepared = prepare(settings(cache="ram", cache_gb=0.5))
     with prepared.loader as loader:
         assert loader.cache is not None
         assert loader.cache.budget == 500_000_000
 
 
-def test_the_loader_ends_where_no_micro_batch_fits(
+def test_the_loader_is_closed_when_no_micro_batch_fits(
     settings: Callable[..., RunConfig], closed: list[TrainLoader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> int:
@@ -98,7 +100,7 @@ def test_the_loader_ends_where_no_micro_batch_fits(
     assert len(closed) == 1
 
 
-def test_the_loader_ends_where_a_run_cannot_go_on(
+def test_the_loader_is_closed_when_a_run_cannot_resume(
     settings: Callable[..., RunConfig], closed: list[TrainLoader]
 ) -> None:
     folder = interrupted(settings())
@@ -110,18 +112,18 @@ def test_the_loader_ends_where_a_run_cannot_go_on(
     assert len(closed) == 1
 
 
-def test_the_loader_ends_with_the_words(
+def test_the_loader_is_closed_when_output_fails(
     settings: Callable[..., RunConfig], closed: list[TrainLoader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What fails is the telling, in the middle of a run; its frames are still held by the error."""
-    from rtdetr_cli.cli import train as words
+    """Rendering fails in the middle of a run, and the error keeps its frames alive."""
+    from rtdetr_cli.cli import training_output
 
     def fail(*_: object) -> str:
         raise OSError("the terminal is gone")
 
-    monkeypatch.setattr(words, "epoch_line", fail)
+    monkeypatch.setattr(training_output, "epoch_line", fail)
     with pytest.raises(OSError, match="the terminal is gone") as caught:
-        words.render(finetune(settings()))
+        training_output.render(finetune(settings()))
     assert caught.tb is not None
     assert len(closed) == 1
 
@@ -135,7 +137,7 @@ def raised(number: int) -> BaseException:
     return caught.value
 
 
-def test_before_there_is_a_run_a_signal_ends_at_once() -> None:
+def test_a_signal_before_the_run_ends_at_once() -> None:
     with stop_on_signals() as stop:
         assert isinstance(raised(signal.SIGINT), KeyboardInterrupt)
     with stop_on_signals():
@@ -145,10 +147,10 @@ def test_before_there_is_a_run_a_signal_ends_at_once() -> None:
     assert not stop
 
 
-def test_a_run_heeds_signals_from_its_folder_on(settings: Callable[..., RunConfig]) -> None:
+def test_a_run_handles_signals_once_its_folder_exists(settings: Callable[..., RunConfig]) -> None:
     with stop_on_signals() as stop:
         events = finetune(settings(), stop=stop)
-        assert isinstance(next(events), BeginReport)
+        assert isinstance(next(events), RunStarted)
         signal.raise_signal(signal.SIGINT)
         assert stop.signal == signal.SIGINT
         with pytest.raises(workflow.Interrupted) as caught:
@@ -156,10 +158,10 @@ def test_a_run_heeds_signals_from_its_folder_on(settings: Callable[..., RunConfi
     assert caught.value.exit_code == 130
 
 
-def test_a_dry_run_halves_what_does_not_fit(
+def test_a_dry_run_halves_a_micro_batch_that_does_not_fit(
     settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, tried = rehearse.run_largest_step, []
+    real, tried = dry_run.run_largest_step, []
 
     def full(*words: Any, micro_batch: int, **others: Any) -> None:
         tried.append(micro_batch)
@@ -167,14 +169,14 @@ def test_a_dry_run_halves_what_does_not_fit(
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
         real(*words, micro_batch=micro_batch, **others)
 
-    monkeypatch.setattr(rehearse, "run_largest_step", full)
+    monkeypatch.setattr(dry_run, "run_largest_step", full)
     events = list(finetune(settings(), dry_run=True))
-    assert isinstance(events[-1], rehearse.DryReport)
+    assert isinstance(events[-1], dry_run.DryRunResult)
     assert events[-1].micro_batch == 1
     assert tried == [4, 2, 1, 1]
 
 
-def test_a_dry_run_has_nothing_to_save(settings: Callable[..., RunConfig]) -> None:
+def test_a_dry_run_stops_at_once(settings: Callable[..., RunConfig]) -> None:
     with stop_on_signals() as stop:
         events = finetune(settings(), stop=stop, dry_run=True)
         next(events)
@@ -182,10 +184,10 @@ def test_a_dry_run_has_nothing_to_save(settings: Callable[..., RunConfig]) -> No
         events.close()  # type: ignore[attr-defined]
 
 
-# ---- going on ---------------------------------------------------------------------------------------------------
+# ---- resuming ----------------------------------------------------------------------------------------------------
 
 
-def test_a_changed_augmentation_file_is_refused_by_name(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_a_changed_augmentation_file_is_refused(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
     import albumentations
 
     file = tmp_path / "aug.json"
@@ -198,9 +200,9 @@ def test_a_changed_augmentation_file_is_refused_by_name(settings: Callable[..., 
     write(0.6)
     with pytest.raises(UsageError, match=r"the content of the --aug file was .* and is .* now") as caught:
         list(resume(folder))
-    assert "put the file back" in caught.value.hint
+    assert "restore the file" in caught.value.hint
     write(0.5)
-    assert isinstance(list(resume(folder))[-1], EndReport)
+    assert isinstance(list(resume(folder))[-1], RunFinished)
 
 
 PRESET = """
@@ -219,22 +221,22 @@ strong_augmentation_until = 9
 """
 
 
-def test_a_run_goes_on_without_the_file_of_its_preset(
+def test_a_run_resumes_without_its_preset_file(
     settings: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the words that named it, and the size that it gave, are no change."""
+    """Naming the preset again, or the size that it gave, is no change."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.toml").write_text(PRESET)
     folder = interrupted(settings(preset="mine.toml", imgsz=None))
     (tmp_path / "mine.toml").rename(tmp_path / "moved.toml")
     events = list(resume(folder, flags={"preset": "mine.toml", "imgsz": (64, 64)}, sets=SETS))
-    begun = next(e for e in events if isinstance(e, BeginReport))
+    begun = next(e for e in events if isinstance(e, RunStarted))
     assert begun.config.preset.name == "mine"
     assert begun.config.preset.official.epochs == 11
-    assert isinstance(events[-1], EndReport)
+    assert isinstance(events[-1], RunFinished)
 
 
-def test_what_names_the_same_is_no_change(
+def test_another_spelling_of_the_same_value_is_no_change(
     settings: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -256,10 +258,8 @@ def test_what_names_the_same_is_no_change(
 # ---- images ---------------------------------------------------------------------------------------------------
 
 
-def test_another_image_in_the_place_of_one_is_refused_by_name(
-    settings: Callable[..., RunConfig], shapes: Path, tmp_path: Path
-) -> None:
-    """Of the same size in pixels; times are no sign of a change, a copy of the dataset elsewhere has others."""
+def test_a_replaced_image_is_refused_by_name(settings: Callable[..., RunConfig], shapes: Path, tmp_path: Path) -> None:
+    """Even of the same size in pixels. File times are ignored: a copy of the dataset has other ones."""
     own = tmp_path / "own"
     shutil.copytree(shapes, own)
     folder = interrupted(settings(data=str(own)))
@@ -274,27 +274,77 @@ def test_another_image_in_the_place_of_one_is_refused_by_name(
             image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
 
     overwrite(images[2])
-    with pytest.raises(DataError, match=f"the image .*{images[2].name} is another file"):
+    with pytest.raises(DataError, match=f"the image file .*{images[2].name} is different"):
         list(resume(folder))
     overwrite(images[5])
-    with pytest.raises(DataError, match=f"2 images are other files, the first .*{images[2].name}"):
+    with pytest.raises(DataError, match=f"2 image files are different, the first is .*{images[2].name}"):
         list(resume(folder))
     (folder / ".images").unlink()
-    with pytest.raises(DataError, match="images are not the files that they were"):
+    with pytest.raises(DataError, match="some image files are different"):
         list(resume(folder))
     for path, content in good.items():
         path.write_bytes(content)
-    assert isinstance(list(resume(folder))[-1], EndReport)
+    assert isinstance(list(resume(folder))[-1], RunFinished)
+
+
+# ---- finished and locked runs -----------------------------------------------------------------------------------
+
+
+def test_a_finished_run_has_nothing_left_to_do(
+    settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (end,) = [e for e in finetune(settings()) if isinstance(e, RunFinished)]
+    manifest = RunFolder(end.folder).manifest()
+    assert manifest["finished"] == "done"
+    assert manifest["ended"] >= manifest["started"]
+    before = results(end.folder)
+    monkeypatch.setattr(workflow, "prepare", None)  # nothing is loaded
+    (again,) = list(resume(end.folder))
+    assert isinstance(again, RunFinished)
+    assert again.already_finished
+    assert not end.already_finished
+    for name in ("best", "metrics", "best_epoch", "epochs", "reason"):
+        assert getattr(again, name) == getattr(end, name), name
+    assert results(end.folder) == before
+    with pytest.raises(UsageError, match="epochs is 2 in this run, not 3"):
+        list(resume(end.folder, flags={"epochs": 3}))
+
+
+def test_a_run_killed_before_it_was_marked_as_finished_is_completed(settings: Callable[..., RunConfig]) -> None:
+    """All epochs are done and saved, but the end of the run is not recorded."""
+    end = list(finetune(settings()))[-1]
+    assert isinstance(end, RunFinished)
+    folder = RunFolder(end.folder)
+    folder.write_manifest({**folder.manifest(), "finished": None})
+    before = results(end.folder)
+    events = list(resume(end.folder))
+    assert not [e for e in events if isinstance(e, StepDone)]
+    assert isinstance(events[-1], RunFinished)
+    assert not events[-1].already_finished
+    assert folder.finished == "done"
+    assert results(end.folder) == before
+
+
+def test_a_run_is_locked_while_it_trains(settings: Callable[..., RunConfig]) -> None:
+    events = finetune(settings())
+    started = next(events)
+    assert isinstance(started, RunStarted)
+    assert started.folder is not None
+    with pytest.raises(UsageError, match=f"is being trained by process {os.getpid()} on ") as refused:
+        next(resume(started.folder))
+    assert refused.value.exit_code == 2
+    events.close()  # type: ignore[attr-defined]
+    assert isinstance(list(resume(started.folder))[-1], RunFinished)
 
 
 # ---- nothing saved yet ------------------------------------------------------------------------------------------
 
 
-def left(folder: Path) -> tuple[bytes, bytes]:
+def results(folder: Path) -> tuple[bytes, bytes]:
     return (folder / "best.safetensors").read_bytes(), (folder / "metrics.csv").read_bytes()
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_as_it_had_begun(
+def test_a_run_killed_before_its_first_checkpoint_starts_again(
     settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     list(finetune(settings(name="alone")))
@@ -303,33 +353,33 @@ def test_a_run_killed_before_its_first_checkpoint_begins_as_it_had_begun(
     other = settings(name="other", weights=str(runs / "alone"))
     list(finetune(other))
     events = finetune(first)
-    assert isinstance(next(events), BeginReport)
+    assert isinstance(next(events), RunStarted)
     events.close()  # type: ignore[attr-defined]
     assert not (runs / "killed" / "last.ckpt").exists()
 
-    monkeypatch.setattr(workflow, "resolve_micro_batch", None)  # it is the one that was found
+    monkeypatch.setattr(workflow, "resolve_micro_batch", None)  # the recorded one is used
     with pytest.raises(UsageError, match="epochs is 2 in this run, not 3"):
         next(resume(runs / "killed", flags={"epochs": 3}))
     events = resume(runs / "killed")
-    begun = next(e for e in events if isinstance(e, BeginReport))
-    assert begun.begun_again
+    begun = next(e for e in events if isinstance(e, RunStarted))
+    assert begun.restarted
     assert begun.resumed is None
     assert begun.transfer is not None
-    assert isinstance(list(events)[-1], EndReport)
-    assert left(runs / "killed") == left(runs / "other")
+    assert isinstance(list(events)[-1], RunFinished)
+    assert results(runs / "killed") == results(runs / "other")
 
 
-def test_a_run_that_lost_its_checkpoint_later_is_not_begun_again(settings: Callable[..., RunConfig]) -> None:
+def test_a_run_that_lost_its_checkpoint_does_not_start_again(settings: Callable[..., RunConfig]) -> None:
     folder = interrupted(settings())
     for name in ("last.ckpt", ".last.ckpt.previous"):
         (folder / name).unlink()
-    before = left(folder)
+    before = results(folder)
     with pytest.raises(ModelError, match=r"last\.ckpt does not exist"):
         list(resume(folder))
-    assert left(folder) == before
+    assert results(folder) == before
 
 
-def test_a_run_that_begins_again_begins_with_the_same_dataset(
+def test_a_run_that_starts_again_needs_the_same_dataset(
     settings: Callable[..., RunConfig], shapes: Path, tmp_path: Path
 ) -> None:
     own = tmp_path / "own"
@@ -345,29 +395,29 @@ def test_a_run_that_begins_again_begins_with_the_same_dataset(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-def test_a_log_on_a_full_disk_does_not_end_a_run(settings: Callable[..., RunConfig]) -> None:
+def test_a_full_disk_for_the_log_does_not_end_a_run(settings: Callable[..., RunConfig]) -> None:
     config = settings()
     events = finetune(config)
-    begun = next(e for e in events if isinstance(e, BeginReport))
+    begun = next(e for e in events if isinstance(e, RunStarted))
     assert begun.folder is not None
     (begun.folder / "train.log").symlink_to("/dev/full")
     rest = list(events)
-    told = [e.text for e in rest if isinstance(e, workflow.Notice)]
-    assert len([t for t in told if "train.log cannot be written: No space left on device" in t]) == 1
-    assert isinstance(rest[-1], EndReport)
+    notices = [e.text for e in rest if isinstance(e, workflow.Notice)]
+    assert sum("train.log: No space left on device" in text for text in notices) == 1
+    assert isinstance(rest[-1], RunFinished)
 
 
-def test_another_machine_is_told(settings: Callable[..., RunConfig]) -> None:
+def test_resuming_on_another_machine_warns(settings: Callable[..., RunConfig]) -> None:
     folder = interrupted(settings())
-    manifest = workflow.RunFolder(folder).manifest()
+    manifest = RunFolder(folder).manifest()
     manifest["precision"], manifest["versions"]["device"] = "bf16", "Another Processor"
-    workflow.RunFolder(folder).write_manifest(manifest)
-    begun = next(e for e in resume(folder) if isinstance(e, BeginReport))
+    RunFolder(folder).write_manifest(manifest)
+    begun = next(e for e in resume(folder) if isinstance(e, RunStarted))
     assert any("precision was bf16 and is fp32 now" in w for w in begun.warnings)
     assert any("device was Another Processor and is " in w for w in begun.warnings)
 
 
-def test_a_logger_that_is_gone_is_told_before_anything_is_loaded(
+def test_a_missing_logger_is_an_error_before_anything_is_loaded(
     settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
@@ -378,13 +428,15 @@ def test_a_logger_that_is_gone_is_told_before_anything_is_loaded(
         next(resume(folder))
 
 
-def test_a_kill_after_going_on_from_the_one_before_leaves_something_good(settings: Callable[..., RunConfig]) -> None:
-    """The newest is damaged. At no moment of the first save of the resumed run may both be."""
+def test_resuming_from_the_previous_checkpoint_keeps_a_good_one(
+    settings: Callable[..., RunConfig],
+) -> None:
+    """The newest checkpoint is damaged. During the first save of the resumed run one of the two must be good."""
     folder = interrupted(settings())
     good = (folder / ".last.ckpt.previous").read_bytes()
     (folder / "last.ckpt").write_bytes(b"rubbish")
     events = resume(folder)
-    next(e for e in events if isinstance(e, BeginReport))
+    next(e for e in events if isinstance(e, RunStarted))
     assert (folder / "last.ckpt").read_bytes() == good
     list(events)
     for name in ("last.ckpt", ".last.ckpt.previous"):
@@ -401,7 +453,7 @@ def losses(events: Iterator[Any]) -> list[float]:
 def test_batch_auto_finds_what_fits_on_a_cpu(
     settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From what one image of the worst case keeps for its backward pass, and from what is free."""
+    """From the memory that the worst-case image keeps for its backward pass, and the free memory."""
     prepared = prepare(settings(batch="auto", effective_batch=8))
     with prepared.loader:
         assert resolve_micro_batch(prepared) == 8
@@ -421,27 +473,27 @@ def test_batch_auto_finds_what_fits_on_a_cpu(
         assert resolve_micro_batch(prepared) == 4
 
 
-def test_the_micro_batch_that_was_found_is_in_the_checkpoint(
+def test_the_micro_batch_is_in_the_checkpoint(
     settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workflow, "resolve_micro_batch", lambda prepared: 2)
     folder = interrupted(settings(batch="auto"))
-    monkeypatch.setattr(workflow, "resolve_micro_batch", None)  # a resumed run does not look again
-    begun = next(e for e in resume(folder) if isinstance(e, BeginReport))
+    monkeypatch.setattr(workflow, "resolve_micro_batch", None)  # a resumed run does not search again
+    begun = next(e for e in resume(folder) if isinstance(e, RunStarted))
     assert begun.micro_batch == 2
     assert load_checkpoint(folder)[0]["place"]["micro_batch"] == 2
 
 
 @pytest.mark.slow
-# The compiler itself looks at the gradient of what the encoder is given, to see whether there is one.
+# The compiler checks whether the encoder's input has a gradient.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
-def test_a_compiled_run_learns_the_same(settings: Callable[..., RunConfig]) -> None:
+def test_a_compiled_run_has_the_same_losses(settings: Callable[..., RunConfig]) -> None:
     plain = losses(finetune(settings(epochs=1, name="plain")))
     compiled = losses(finetune(settings(epochs=1, name="compiled", compile=True)))
     assert compiled == pytest.approx(plain, rel=1e-3)
 
 
-def test_a_deterministic_run_on_a_cpu_is_the_same_run(settings: Callable[..., RunConfig]) -> None:
+def test_a_deterministic_run_on_a_cpu_has_the_same_losses(settings: Callable[..., RunConfig]) -> None:
     import torch
 
     try:

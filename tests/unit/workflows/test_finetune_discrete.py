@@ -1,4 +1,4 @@
-"""The second stage: what it plans, what it recommends, and (slow) that it runs whole."""
+"""The second stage: its plan, its recommendation, and (slow) a complete stage."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from rtdetr_cli.config.presets import load_preset, preset_folder
 from rtdetr_cli.config.run import resolve_run
 from rtdetr_cli.errors import ModelError, UsageError
 from rtdetr_cli.evaluate.bootstrap import Interval
-from rtdetr_cli.export.gate import Limits, Part, Verdict
-from rtdetr_cli.export.run import Artefact
+from rtdetr_cli.export.artefacts import Artefact
+from rtdetr_cli.export.compare import Limits, Part
+from rtdetr_cli.export.verify import Verdict
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.train.events import EpochDone
 from rtdetr_cli.train.stop import Interrupted, StopFlag
@@ -26,9 +27,9 @@ from rtdetr_cli.workflows.finetune_discrete import (
     FinetuneDiscrete,
     Outcome,
     Row,
-    begun_stage,
     epochs_of,
     model_sets,
+    open_stage,
     plan_discrete,
     preset_for,
     recommend,
@@ -110,7 +111,7 @@ def test_plan_of_a_run_whose_preset_file_is_gone(
     assert config.settings.name.startswith("mine-")
 
 
-def test_names_are_never_reused(shapes_model: Path, header: ModelHeader, shapes_data: Path, tmp_path: Path) -> None:
+def test_run_names_are_never_reused(shapes_model: Path, header: ModelHeader, shapes_data: Path, tmp_path: Path) -> None:
     flags = {"data": str(shapes_data), "out": str(tmp_path)}
     (tmp_path / "tiny-shapes-discrete-01").mkdir()
     assert plan_discrete(shapes_model, header, flags).settings.name == "tiny-shapes-discrete-02"
@@ -118,24 +119,29 @@ def test_names_are_never_reused(shapes_model: Path, header: ModelHeader, shapes_
 
 
 @pytest.mark.parametrize(
-    ("change", "flags", "sets", "said"),
+    ("change", "flags", "sets", "text"),
     [
-        ({"sampling": "discrete"}, {"data": "x"}, [], "discretely already"),
-        ({}, {}, [], "no dataset is named"),
+        ({"sampling": "discrete"}, {"data": "x"}, [], "uses discrete sampling already"),
+        ({}, {}, [], "no dataset given"),
         ({}, {"data": "x"}, ["sampling=bilinear"], "sampling cannot change"),
         ({"architecture": {"depth": 152}}, {"data": "x"}, [], "no preset has the backbone"),
     ],
 )
 def test_refusals(
-    shapes_model: Path, header: ModelHeader, change: dict[str, Any], flags: dict[str, Any], sets: list[str], said: str
+    shapes_model: Path,
+    header: ModelHeader,
+    change: dict[str, Any],
+    flags: dict[str, Any],
+    sets: list[str],
+    text: str,
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=text):
         plan_discrete(shapes_model, replace(header, **change), flags, sets=sets)
 
 
 @pytest.mark.parametrize("name", ["tiny", "r18", "r34", "r50m", "r50", "r101"])
 def test_preset_of_a_foreign_file(header: ModelHeader, name: str) -> None:
-    """A published file names no preset: the nearest sizes tell, r50m from r50 too."""
+    """A published file names no preset: the one with the most similar sizes is taken, r50m and r50 apart."""
     spec = load_preset(name).model.model_dump(mode="json")
     assert preset_for(replace(header, preset="", architecture=spec)) == name
 
@@ -172,35 +178,41 @@ def outcome(
     ("facts", "begins"),
     [
         ({"after": 0.48, "times": (10.0, 5.0)}, "keep the original: discrete sampling costs more than 0.01 AP"),
-        ({"after": 0.55, "times": (10.0, 10.0)}, "deploy the discrete model: it is the better one"),
-        ({"after": 0.498, "times": (10.0, 8.0)}, "deploy the discrete model where speed counts"),
-        ({"after": 0.495, "spread": 0.001, "times": (10.0, 8.0)}, "deploy the discrete model where speed counts"),
+        ({"after": 0.55, "times": (10.0, 10.0)}, "deploy the discrete model: its AP is higher"),
+        ({"after": 0.498, "times": (10.0, 8.0)}, "deploy the discrete model where speed matters"),
+        ({"after": 0.495, "spread": 0.001, "times": (10.0, 8.0)}, "deploy the discrete model where speed matters"),
         ({"after": 0.502, "times": (10.0, 9.8)}, "keep the original: it is as fast"),
-        ({"after": 0.502, "times": (10.0, 10.5)}, "keep the original: it is as fast (10.0 ms against 10.5 ms"),
-        ({"after": 0.502, "times": (10.0, 10.6)}, "keep the original: it is faster (10.0 ms against 10.6 ms"),
-        ({"after": 0.55, "times": (10.0, 5.0), "passed": False}, "deploy neither yet"),
+        (
+            {"after": 0.502, "times": (10.0, 10.5)},
+            "keep the original: it is as fast (10.0 ms, the discrete",
+        ),
+        (
+            {"after": 0.502, "times": (10.0, 10.6)},
+            "keep the original: it is faster (10.0 ms, the discrete",
+        ),
+        ({"after": 0.55, "times": (10.0, 5.0), "passed": False}, "deploy neither model yet"),
     ],
 )
 def test_recommendation(facts: dict[str, Any], begins: str) -> None:
     assert recommend(*outcome(**facts), max_drop=0.01).startswith(begins)
 
 
-def test_gain_may_be_the_longer_training() -> None:
-    """A better discrete model has also been trained for longer, and the words say so."""
+def test_a_gain_may_come_from_the_longer_training() -> None:
+    """A better discrete model was also trained for longer, and the recommendation says so."""
     assert "trained for longer" in recommend(*outcome(after=0.55, times=(10.0, 10.0)), max_drop=0.01)
 
 
 @pytest.mark.parametrize(
     ("milliseconds", "word"), [(5.0, "faster"), (9.6, "as fast"), (10.4, "as fast"), (20.0, "slower")]
 )
-def test_speed_of_the_better_model_is_told_as_it_is(milliseconds: float, word: str) -> None:
-    told = recommend(*outcome(after=0.55, times=(10.0, milliseconds)), max_drop=0.01)
-    assert f"it is {word} ({milliseconds:.1f} ms against 10.0 ms of the original" in told
+def test_the_speed_of_a_better_model(milliseconds: float, word: str) -> None:
+    text = recommend(*outcome(after=0.55, times=(10.0, milliseconds)), max_drop=0.01)
+    assert f"it is {word} ({milliseconds:.1f} ms, the original 10.0 ms" in text
 
 
-def test_real_loss_is_called_one() -> None:
-    told = recommend(*outcome(after=0.495, spread=0.001, times=(10.0, 8.0)), max_drop=0.01)
-    assert "a real loss" in told
+def test_a_significant_loss_is_named() -> None:
+    text = recommend(*outcome(after=0.495, spread=0.001, times=(10.0, 8.0)), max_drop=0.01)
+    assert "a real loss" in text
 
 
 @pytest.mark.parametrize(("after", "max_drop", "passed"), [(0.48, 0.01, False), (0.48, 0.05, True), (0.6, 0.0, True)])
@@ -214,7 +226,7 @@ def test_passing(after: float, max_drop: float, passed: bool) -> None:
 # ------------------------------------------------------------------------------------------------- command line
 
 
-def test_command_refuses_first(rtdetr: Callable[..., Any], shapes_model: Path, shapes_onnx: Path) -> None:
+def test_the_command_refuses_before_it_works(rtdetr: Callable[..., Any], shapes_model: Path, shapes_onnx: Path) -> None:
     for words, code in (
         ([shapes_model], 2),  # no dataset
         ([shapes_onnx], 2),
@@ -234,7 +246,7 @@ def test_paths_stay_whole_on_a_narrow_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.cli.finetune_discrete import _report
+    from rtdetr_cli.cli.finetune_discrete import show_outcome
 
     monkeypatch.setattr(terminal, "is_terminal", lambda stream=None: True)
     monkeypatch.setenv("COLUMNS", "50")
@@ -242,7 +254,7 @@ def test_paths_stay_whole_on_a_narrow_terminal(
     folder = Path("runs/tiny-a-dataset-with-a-long-name-discrete-01")
     paths = [folder / "export-original" / "best.onnx", folder / "export" / "best.onnx"]
     exports = [replace(e, artefact=replace(e.artefact, path=p)) for e, p in zip(exports, paths, strict=True)]
-    _report(Outcome(folder, folder / "best.safetensors", rows, tuple(exports), "keep it", 0.0, 0.01), False)
+    show_outcome(Outcome(folder, folder / "best.safetensors", rows, tuple(exports), "keep it", 0.0, 0.01))
     said = capsys.readouterr().out
     for path in (*paths, folder / "best.safetensors"):
         assert any(line.endswith(str(path)) for line in said.splitlines()), said
@@ -251,7 +263,7 @@ def test_paths_stay_whole_on_a_narrow_terminal(
 @pytest.mark.parametrize("kinds", [3, 60])
 def test_operators_of_both_exports_are_listed(capsys: pytest.CaptureFixture[str], kinds: int) -> None:
     """Most frequent first, in one line that fits; the whole list is in the document."""
-    from rtdetr_cli.cli.finetune_discrete import _report
+    from rtdetr_cli.cli.finetune_discrete import show_outcome
 
     rows, exports = outcome(after=0.5, times=(1.0, 1.0))
     operators = {f"Kind{n:02d}": n + 1 for n in range(kinds)}
@@ -259,7 +271,7 @@ def test_operators_of_both_exports_are_listed(capsys: pytest.CaptureFixture[str]
         replace(e, artefact=replace(e.artefact, operators={**operators, "Conv": 500 + n}))
         for n, e in enumerate(exports)
     ]
-    _report(Outcome(Path("run"), Path("b"), rows, tuple(exports), "keep it", 0.0, 0.01), False)
+    show_outcome(Outcome(Path("run"), Path("b"), rows, tuple(exports), "keep it", 0.0, 0.01))
     lines = capsys.readouterr().out.splitlines()
     for n, name in enumerate(("original", "discrete")):
         (line,) = [line for line in lines if line.startswith(f"operators of the {name} model")]
@@ -279,7 +291,7 @@ def test_operators_of_both_exports_are_listed(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("max_drop", "code"), [(1.0, 0), (0.0, 6)])
-def test_whole_stage(
+def test_complete_stage(
     rtdetr: Callable[..., Any], shapes_model: Path, shapes_data: Path, tmp_path: Path, max_drop: float, code: int
 ) -> None:
     """Three rows with intervals, two exports without GridSample, a recommendation; files kept either way."""
@@ -306,29 +318,29 @@ def test_whole_stage(
     }
 
 
-def test_only_a_second_stage_is_resumed_as_one(shapes_model: Path, shapes_data: Path, tmp_path: Path) -> None:
+def test_only_a_second_stage_is_opened_as_one(shapes_model: Path, shapes_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs/first"
     run.mkdir(parents=True)
-    (run / "manifest.json").write_text("{}")
+    (run / "manifest.json").write_text('{"finished": null}')
     flags = {"data": str(shapes_data), "preset": "tiny"}
     (run / "config.toml").write_text(resolve_run(flags).to_toml())
     with pytest.raises(UsageError, match=r"is not a run of finetune-discrete"):
-        begun_stage(run)
+        open_stage(run)
     gone = {**flags, "weights": str(tmp_path / "gone.safetensors"), "sampling": "discrete"}
     (run / "config.toml").write_text(resolve_run(gone).to_toml())
-    with pytest.raises(ModelError, match=r"gone\.safetensors, which .* is compared with, is not there any more"):
-        begun_stage(run)
+    with pytest.raises(ModelError, match=r"gone\.safetensors, which .* is compared with, no longer exists"):
+        open_stage(run)
     (run / "config.toml").write_text(resolve_run({**gone, "weights": str(shapes_model)}).to_toml())
-    model, config = begun_stage(run)
+    model, config = open_stage(run)
     assert model == shapes_model
     assert Path(config.settings.out) / config.settings.name == run
 
 
 @pytest.mark.slow
-def test_a_stage_that_was_interrupted_goes_on_to_its_table(
+def test_an_interrupted_stage_resumes_to_its_table(
     rtdetr: Callable[..., Any], shapes_model: Path, shapes_data: Path, tmp_path: Path
 ) -> None:
-    """Once in the training, and once after it."""
+    """Interrupted during the training, and again during the comparison."""
     where = {"data": str(shapes_data), "out": str(tmp_path), "name": "d", "workers": 0, "aug": "none", "lr": 1e-9}
     config = plan_discrete(shapes_model, load_model(shapes_model)[1], {**where, "epochs": 2})
     stage, stop = FinetuneDiscrete(shapes_model, config), StopFlag()
@@ -340,7 +352,7 @@ def test_a_stage_that_was_interrupted_goes_on_to_its_table(
 
     with pytest.raises(Interrupted):
         until_the_first_epoch()
-    for _ in range(2):  # the second time all that is left is the judgement
+    for _ in range(2):  # the second time only the comparison is left
         ran = rtdetr("finetune-discrete", "--resume", tmp_path / "d", "--max-drop", 1, "--json")
         assert ran.code == 0, ran.err
         assert len(ran.json["table"]) == 3

@@ -1,8 +1,8 @@
-"""Before a run: every image is decoded and judged, where that is cheap beside the run itself.
+"""Before a run: check every image file, where that is cheap compared with the run itself.
 
-The checks of labels cost nothing and always run, in `load_splits`. A truncated image, a copy of it in val, or a
-turned one is only seen by decoding, which on a GPU with a fast disk may cost as much as an epoch. So both are
-measured on a few images, and the doctor looks at all of them if that takes less than a tenth of one epoch.
+The checks of annotations cost nothing and always run, in `load_splits`. A truncated image, a rotated one or a copy in
+val can be found by decoding only, which may cost as much as an epoch on a GPU. So decoding and a forward pass are
+timed on a few images, and all images are checked if that takes less than a tenth of an epoch.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from rtdetr_cli.datasets.records import Dataset, Finding
 from rtdetr_cli.images.decode import ImageError, read_image
 from rtdetr_cli.model.detector import RTDETR
 
-WORTH = 0.1
-SAMPLED = 8
-# A step is a forward pass, and a backward pass of about twice its cost.
-STEP_PER_FORWARD = 3.0
+MAX_SHARE_OF_EPOCH = 0.1
+SAMPLES = 8
+STEP_PER_FORWARD = 3.0  # a backward pass costs about twice a forward pass
 
 
-def examine_if_cheap(
+def check_images_if_cheap(
     source: Path,
     train_set: Dataset,
     model: RTDETR,
@@ -35,7 +34,7 @@ def examine_if_cheap(
     device: torch.device,
     seconds_of: Callable[[Callable[[], None]], float] | None = None,
 ) -> tuple[Finding, ...] | None:
-    """Have the doctor look at every image, if that costs under a tenth of an epoch.
+    """Check every image, if that costs less than a tenth of an epoch.
 
     Args:
         source: the dataset as the user named it.
@@ -44,27 +43,27 @@ def examine_if_cheap(
         images: folder of the images, where the annotations do not say it.
         imgsz: height and width of the network's input.
         device: of the training.
-        seconds_of: how long a call takes; a clock by default.
+        seconds_of: measures a call; a clock by default.
 
     Returns:
-        Every finding, or None where the look was too costly.
+        Every finding, or None where the check would have cost too much.
 
     Raises:
         DataError: a finding is an error.
     """
     clock = seconds_of or _seconds
     total = len(train_set)
-    some = list(range(0, total, max(1, total // SAMPLED)))[:SAMPLED]
+    samples = list(range(0, total, max(1, total // SAMPLES)))[:SAMPLES]
 
     def decode() -> None:
-        for index in some:
+        for index in samples:
             try:
                 read_image(train_set.path(index))
-            except ImageError:  # the doctor will say it, with all others of its kind
+            except ImageError:  # the check will report it
                 continue
 
-    def step() -> None:
-        batch = torch.zeros(len(some), 3, *imgsz, device=device).contiguous(memory_format=torch.channels_last)
+    def forward() -> None:
+        batch = torch.zeros(len(samples), 3, *imgsz, device=device).contiguous(memory_format=torch.channels_last)
         training = model.training
         model.eval()
         with torch.no_grad():
@@ -73,8 +72,8 @@ def examine_if_cheap(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    step()  # the first one also loads kernels
-    if clock(decode) > WORTH * STEP_PER_FORWARD * clock(step):
+    forward()  # the first one also loads kernels
+    if clock(decode) > MAX_SHARE_OF_EPOCH * STEP_PER_FORWARD * clock(forward):
         return None
     report = examine(source, images=images, imgsz=imgsz, queries=model.queries)
     refuse_errors(report.raw)

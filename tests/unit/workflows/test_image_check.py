@@ -1,4 +1,4 @@
-"""Training has every image looked at first, where that is cheap."""
+"""Before training every image is checked, if that is cheap."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rtdetr_cli.config.presets import load_preset
 from rtdetr_cli.datasets.generate import generate_dataset
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.model.build import build_detector
-from rtdetr_cli.workflows.checkup import examine_if_cheap
+from rtdetr_cli.workflows.image_check import check_images_if_cheap
 
 
 @pytest.fixture
@@ -20,41 +20,41 @@ def data(tmp_path: Path) -> Path:
     return generate_dataset(tmp_path / "data", train=6, val=2, imgsz=64)
 
 
-def look(data: Path, costs: list[float] | None = None):
+def check(data: Path, costs: list[float] | None = None):
     train = load_splits(data).train
     assert train is not None
     model = build_detector(load_preset("tiny").model, num_classes=5)
     clock = None if costs is None else lambda work: costs.pop(0)
-    return examine_if_cheap(
+    return check_images_if_cheap(
         data, train, model, images=None, imgsz=(64, 64), device=torch.device("cpu"), seconds_of=clock
     )
 
 
-def cut(data: Path) -> None:
+def truncate(data: Path) -> None:
     image = sorted((data / "images").rglob("train*"))[0]
     content = image.read_bytes()
     image.write_bytes(content[: len(content) // 2])
 
 
 def test_a_truncated_image_is_refused_before_training(data: Path) -> None:
-    cut(data)
+    truncate(data)
     with pytest.raises(DataError, match="train"):
-        look(data, [0.0, 1.0])
+        check(data, [0.0, 1.0])
 
 
-def test_a_costly_look_is_left_to_the_user(data: Path) -> None:
-    cut(data)
-    assert look(data, [0.31, 1.0]) is None
+def test_an_expensive_check_is_skipped(data: Path) -> None:
+    truncate(data)
+    assert check(data, [0.31, 1.0]) is None
 
 
 def test_the_limit_is_a_tenth_of_an_epoch(data: Path) -> None:
-    found = look(data, [0.29, 1.0])
+    found = check(data, [0.29, 1.0])
     assert found is not None
     assert all(f.severity != "error" for f in found)
 
 
-def test_train_refuses_it(data: Path, rtdetr, tmp_path: Path) -> None:
-    cut(data)
+def test_train_refuses_a_truncated_image(data: Path, rtdetr, tmp_path: Path) -> None:
+    truncate(data)
     ran = rtdetr("train", "--preset", "tiny", "--data", data, "--out", tmp_path / "runs", "--imgsz", 320)
     assert ran.code == 3
     assert "rtdetr validate" in ran.err

@@ -1,4 +1,4 @@
-"""What a file of weights asks for, and what a training that starts from it takes."""
+"""The settings that a weights file implies, and what a training that starts from it loads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.weights import hub
 from rtdetr_cli.weights.header import ModelHeader
 from rtdetr_cli.weights.load import save_model
-from rtdetr_cli.workflows.start import load_start, settings_of
+from rtdetr_cli.workflows.starting_weights import load_starting_weights, settings_from_weights
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +33,14 @@ def train_set(shapes_data: Path) -> Dataset:
 
 def write_model(path: Path, spec: ModelSpec, **header: Any) -> Path:
     model = build_detector(spec, num_classes=1)
-    said = ModelHeader(
+    content = ModelHeader(
         names=("disc",),
         category_ids=(1,),
         architecture=spec.model_dump(mode="json"),
         queries=spec.queries,
         **{"imgsz": (192, 192), **header},
     )
-    save_model(path, model.state_dict(), said)
+    save_model(path, model.state_dict(), content)
     return path
 
 
@@ -54,36 +54,36 @@ def built(config: RunConfig) -> RTDETR:
     return build_detector(config.preset.model, num_classes=3)
 
 
-def test_a_plain_preset_asks_for_no_more_than_its_name(tiny: Path) -> None:
-    assert settings_of(str(tiny)) == (tiny, {"preset": "tiny"})
-    assert settings_of(str(tiny.parent)) == (tiny, {"preset": "tiny"})  # a run stands for its best model
+def test_a_plain_preset_implies_only_its_name(tiny: Path) -> None:
+    assert settings_from_weights(str(tiny)) == (tiny, {"preset": "tiny"})
+    assert settings_from_weights(str(tiny.parent)) == (tiny, {"preset": "tiny"})  # a run stands for its best model
 
 
 @pytest.mark.parametrize("word", ["coco", "imagenet", "none", "gone.safetensors"])
-def test_no_file_asks_for_nothing(word: str) -> None:
-    assert settings_of(word) is None
+def test_words_and_missing_files_imply_nothing(word: str) -> None:
+    assert settings_from_weights(word) is None
 
 
-def test_sizes_and_input_come_along_and_what_is_frozen_does_not(tmp_path: Path) -> None:
+def test_sizes_and_input_size_are_implied_but_not_freezing(tmp_path: Path) -> None:
     spec = load_preset("tiny").model.model_copy(update={"queries": 50, "width": 16, "freeze_at": 0})
     path = write_model(tmp_path / "m.safetensors", spec, preset="tiny", imgsz=(96, 128))
     expected = {"preset": "tiny", "imgsz": (96, 128), "model.width": 16, "model.queries": 50}
-    assert settings_of(str(path)) == (path, expected)
+    assert settings_from_weights(str(path)) == (path, expected)
 
 
-def test_a_file_of_no_known_preset_takes_the_nearest(shapes_model: Path, train_set: Dataset) -> None:
-    found = settings_of(str(shapes_model))
+def test_a_file_of_no_known_preset_implies_the_nearest(shapes_model: Path, train_set: Dataset) -> None:
+    found = settings_from_weights(str(shapes_model))
     assert found is not None
     assert found[1]["preset"] == "tiny"
     config = resolve_run({"weights": str(shapes_model)}, inherited=(str(shapes_model), found[1]))
     assert config.imgsz == (96, 128)
     assert config.source("imgsz") == config.source("model.width") == str(shapes_model)
-    table, start = load_start(built(config), config, train_set)
+    table, start = load_starting_weights(built(config), config, train_set)
     assert (table.tensors_loaded, table.matched) == (table.tensors_total, 3)
     assert start == shapes_model.name
 
 
-def test_what_is_written_goes_before_what_is_inherited(tiny: Path, tmp_path: Path) -> None:
+def test_given_settings_override_implied_ones(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("epochs = 3\n")
     inherited = (str(tiny), {"preset": "tiny", "imgsz": (64, 64), "model.queries": 20})
     config = resolve_run(
@@ -96,7 +96,7 @@ def test_what_is_written_goes_before_what_is_inherited(tiny: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["r18", "r50m", "r101"])
-def test_a_published_file_says_its_preset(tmp_path: Path, name: str) -> None:
+def test_a_published_file_implies_its_preset(tmp_path: Path, name: str) -> None:
     spec = load_preset(name).model
     with torch.device("meta"):
         state = build_detector(spec, num_classes=80).state_dict()
@@ -105,50 +105,50 @@ def test_a_published_file_says_its_preset(tmp_path: Path, name: str) -> None:
     for i in range(spec.decoder_layers):
         small[f"decoder.decoder.layers.{i}.cross_attn.num_points_scale"] = torch.full((12,), 0.25)
     torch.save({"ema": {"module": small}}, tmp_path / "x.pth")
-    assert settings_of(str(tmp_path / "x.pth")) == (tmp_path / "x.pth", {"preset": name})
+    assert settings_from_weights(str(tmp_path / "x.pth")) == (tmp_path / "x.pth", {"preset": name})
 
 
 def test_weights_of_another_preset_name_it(tiny: Path, train_set: Dataset) -> None:
     config = resolve_run({"preset": "r18", "weights": str(tiny)})
-    with pytest.raises(ModelError, match="holds weights of preset tiny; r18 was asked") as caught:
-        load_start(built(config), config, train_set)
+    with pytest.raises(ModelError, match="holds weights of preset tiny, not of r18") as caught:
+        load_starting_weights(built(config), config, train_set)
     assert caught.value.hint.startswith("--preset tiny,")
     assert caught.value.exit_code == 4
 
 
 def test_weights_of_other_sizes_name_them(tiny: Path, train_set: Dataset) -> None:
     config = resolve_run({"preset": "tiny", "weights": str(tiny)}, sets=["model.width=16"])
-    with pytest.raises(ModelError, match="of other sizes than asked: width 24 and not 16") as caught:
-        load_start(built(config), config, train_set)
+    with pytest.raises(ModelError, match="of other sizes: width 24, not 16") as caught:
+        load_starting_weights(built(config), config, train_set)
     assert "--preset" in caught.value.hint
 
 
-def test_other_sampling_points_queries_and_noise_do_not_hinder(tiny: Path, train_set: Dataset) -> None:
+def test_sampling_points_queries_and_noise_may_differ(tiny: Path, train_set: Dataset) -> None:
     sets = ["model.num_points=[2,4,6]", "model.queries=30", "model.denoising=0", "model.eval_layers=2"]
     config = resolve_run({"preset": "tiny", "weights": str(tiny)}, sets=sets)
-    table, _ = load_start(built(config), config, train_set)
-    assert table.fresh
-    assert all("cross_attn" in name for name in table.fresh)
+    table, _ = load_starting_weights(built(config), config, train_set)
+    assert table.reinitialized
+    assert all("cross_attn" in name for name in table.reinitialized)
 
 
 def test_a_backbone_is_loaded_as_one(tmp_path: Path, train_set: Dataset) -> None:
     given = ResNet(depth=10, width=24).state_dict()
     torch.save(given, tmp_path / "backbone.pth")
-    assert settings_of(str(tmp_path / "backbone.pth")) is None
+    assert settings_from_weights(str(tmp_path / "backbone.pth")) is None
     config = resolve_run({"preset": "tiny", "weights": str(tmp_path / "backbone.pth")})
     model = built(config)
-    table, start = load_start(model, config, train_set)
+    table, start = load_starting_weights(model, config, train_set)
     assert start == "backbone backbone.pth"
     assert table.tensors_loaded == len(given)
     assert all(torch.equal(t, given[n]) for n, t in model.backbone.state_dict().items())
     config = resolve_run({"preset": "r18", "weights": str(tmp_path / "backbone.pth")})
     with pytest.raises(ModelError, match="the backbone of another model") as caught:
-        load_start(built(config), config, train_set)
+        load_starting_weights(built(config), config, train_set)
     assert caught.value.hint == "--preset tiny"
 
 
 @pytest.mark.parametrize("word", ["coco", "imagenet"])
-def test_no_network_names_all_ways(
+def test_without_a_network_the_hint_names_all_alternatives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_set: Dataset, make_tiny: Callable[[], RTDETR], word: str
 ) -> None:
     monkeypatch.setenv(hub.HOME_VARIABLE, str(tmp_path))
@@ -157,7 +157,7 @@ def test_no_network_names_all_ways(
     file = config.preset.weights if word == "coco" else config.preset.imagenet
     assert file is not None
     with pytest.raises(ModelError, match="no connection") as caught:
-        load_start(make_tiny(), config, train_set)
+        load_starting_weights(make_tiny(), config, train_set)
     assert caught.value.exit_code == 4
     for way in (
         f"http://127.0.0.1:9/{file}",
@@ -173,7 +173,7 @@ def make_tiny() -> Callable[[], RTDETR]:
     return lambda: build_detector(load_preset("tiny").model, num_classes=3)
 
 
-def test_a_model_of_discrete_sampling_goes_on_with_it(tmp_path: Path) -> None:
+def test_a_discrete_model_implies_discrete_sampling(tmp_path: Path) -> None:
     model = load_preset("tiny").model
     path = write_model(tmp_path / "d.safetensors", model, preset="tiny", sampling="discrete", rounding="nearest")
-    assert settings_of(str(path)) == (path, {"preset": "tiny", "sampling": "discrete", "rounding": "nearest"})
+    assert settings_from_weights(str(path)) == (path, {"preset": "tiny", "sampling": "discrete", "rounding": "nearest"})

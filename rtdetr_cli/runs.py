@@ -1,0 +1,395 @@
+"""The run folder: the names of its files, what they record, and which of several runs is the newest.
+
+No other module names a file of a run. Nothing here needs torch, so that a command can find its model first.
+
+A run records its facts in `manifest.json`: what was asked for, of which dataset, on which machine, and in the end why
+it finished. Runs of version 0.1 say that they finished in `train.log` only; they are read here as well.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rtdetr_cli.errors import RtdetrError, UsageError
+from rtdetr_cli.files import atomic_write
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+BEST = "best.safetensors"
+CHECKPOINT = "last.ckpt"
+PREVIOUS_CHECKPOINT = ".last.ckpt.previous"
+PARTIAL_CHECKPOINT = ".last.ckpt.partial"
+CONFIG = "config.toml"
+MANIFEST = "manifest.json"
+METRICS = "metrics.csv"
+LOG = "train.log"
+LOCK = ".lock"
+IMAGE_DIGESTS = ".images"
+REPORT = "report.html"
+PLOTS = "plots"
+EVENTS = "events"
+EXPORT = "export"
+DISCRETE_RESULT = "discrete.json"
+
+PROBE = ".probe"
+FINISHED_IN_LOG = re.compile(r"  finished \((\w+)\)")  # of version 0.1
+
+
+class RunFolder:
+    """One run on disk.
+
+    `metrics.csv` holds nothing that depends on the clock, so that two runs of the same settings write the same bytes;
+    times and memory go to `train.log`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._log_failed = False
+
+    @classmethod
+    def create(cls, out: Path, *, name: str, stem: str) -> RunFolder:
+        """Make a new folder: `out/name`, or `out/stem-NN` with the next free number.
+
+        Raises:
+            UsageError: a run of that name exists.
+            RtdetrError: the folder cannot be made or written.
+        """
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if name:
+                path = out / name
+                refuse_existing(out, name)
+                path.mkdir(parents=True)
+            else:
+                path = _make_numbered(out, re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "run")
+            probe = path / PROBE
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise RtdetrError(
+                f"cannot write to the output folder {out}: {error.strerror or error}",
+                hint="choose another folder with --out DIR",
+                code="not-writable",
+            ) from error
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open the folder of a run that was started.
+
+        Raises:
+            UsageError: the folder is not a run.
+        """
+        if not path.is_dir():
+            raise UsageError(
+                f"the run {path} does not exist", hint="--resume takes a folder under runs/", code="run-missing"
+            )
+        if (path / CONFIG).is_file() and not (path / MANIFEST).is_file():
+            raise UsageError(
+                f"the run {path} was killed before it started: it has a {CONFIG} but no {MANIFEST}",
+                hint=f"rtdetr train --config {path / CONFIG} --name {path.name}-again starts it again",
+                code="run-missing",
+            )
+        if all(p.name in (PROBE, LOCK) or p.name.startswith(f".{CONFIG}.") for p in path.iterdir()):
+            raise UsageError(
+                f"{path} is empty: the run was killed before it started",
+                hint=f"rm -r {path}, then repeat the first command: rtdetr train --data DATA ...",
+                code="run-missing",
+            )
+        if not (path / CONFIG).is_file():
+            raise UsageError(
+                f"{path} is not a run of rtdetr train: it has no {CONFIG}",
+                hint="rtdetr train --weights FILE starts a new run from a model file",
+                code="run-missing",
+            )
+        return cls(path)
+
+    # ---- files --------------------------------------------------------------------------------------------------
+
+    @property
+    def best(self) -> Path:
+        """The model to deploy."""
+        return self.path / BEST
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file to resume from."""
+        return self.path / CHECKPOINT
+
+    @property
+    def config(self) -> Path:
+        """The resolved settings, as TOML."""
+        return self.path / CONFIG
+
+    @property
+    def report(self) -> Path:
+        """The HTML report."""
+        return self.path / REPORT
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a small text file atomically."""
+        with atomic_write(self.path / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+        return self.path / name
+
+    # ---- manifest.json ------------------------------------------------------------------------------------------
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Write `manifest.json`."""
+        self.write(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, default=str) + "\n")
+
+    def manifest(self) -> dict[str, Any]:
+        """Read `manifest.json`; empty where there is none, or where it is damaged."""
+        return _read_json(self.path / MANIFEST)
+
+    def mark_finished(self, reason: str) -> None:
+        """Record that the run is over; `reason` is `done` or `patience`."""
+        self.write_manifest({**self.manifest(), "finished": reason, "ended": timestamp()})
+
+    # ---- state --------------------------------------------------------------------------------------------------
+
+    @property
+    def started(self) -> bool:
+        """True once there is something to resume."""
+        return (self.path / MANIFEST).is_file() or self.checkpoint.is_file()
+
+    @property
+    def untrained(self) -> bool:
+        """True for a run that was killed before its first checkpoint."""
+        return not any((self.path / name).exists() for name in (CHECKPOINT, PREVIOUS_CHECKPOINT, METRICS, BEST))
+
+    @property
+    def finished(self) -> str:
+        """Why the run ended, `done` or `patience`; empty if it has not."""
+        manifest = self.manifest()
+        if "finished" in manifest:
+            return str(manifest["finished"] or "")
+        match = FINISHED_IN_LOG.search(_read_text(self.path / LOG))
+        return match[1] if match else ""
+
+    def refuse_old(self) -> None:
+        """Refuse to resume an interrupted run of version 0.1, whose checkpoints identify the dataset differently.
+
+        Raises:
+            UsageError: it is one.
+        """
+        manifest = self.manifest()
+        if "finished" not in manifest and not self.finished:
+            version = manifest.get("versions", {}).get("rtdetr-cli", "0.1")
+            raise UsageError(
+                f"the run {self.path} was started by rtdetr-cli {version}, and this version cannot resume it",
+                hint=f"rtdetr train --weights {self.path} --data DATA starts a new run from its best model",
+                code="run-version",
+            )
+
+    def caveat(self) -> str:
+        """Say why this run's model should not be picked without a word; empty if nothing speaks against it."""
+        recorded = (self.path / LOG).is_file() or "finished" in self.manifest()
+        if recorded and not self.finished:
+            return f"unfinished{self._epochs_reached()}"
+        result = _read_json(self.path / DISCRETE_RESULT)
+        if result.get("passed", True):
+            return ""
+        drop, limit = result.get("drop"), result.get("max_drop")
+        if isinstance(drop, (int, float)) and isinstance(limit, (int, float)) and drop > limit:
+            return f"its discrete sampling lost {drop:.3f} AP, more than --max-drop {limit:g}"
+        return "an export of finetune-discrete did not pass its check"
+
+    def _epochs_reached(self) -> str:
+        done = len(_read_text(self.path / METRICS).splitlines()) - 1  # without the heading
+        if done < 1:
+            return ""
+        plan = self.manifest().get("plan")
+        epochs = plan.get("epochs") if isinstance(plan, dict) else None
+        return f", epoch {done}" + (f" of {epochs}" if isinstance(epochs, int) else "")
+
+    @property
+    def age(self) -> tuple[float, int]:
+        """When the run started, in seconds, and when its model was written, in nanoseconds.
+
+        The time of the model file alone is no answer: storing calibrated thresholds rewrites the file.
+        """
+        written = self.best.stat().st_mtime_ns
+        try:
+            return datetime.fromisoformat(str(self.manifest().get("started"))).timestamp(), written
+        except ValueError:
+            return written / 1e9, written
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from training this run until the block ends or this process dies.
+
+        Raises:
+            UsageError: another process is training the run.
+        """
+        from filelock import FileLock, Timeout
+
+        path = self.path / LOCK
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            holder = _read_text(path).strip() or "another process"
+            raise UsageError(
+                f"the run {self.path} is being trained by {holder}",
+                hint="wait for that process to end, or stop it",
+                code="run-locked",
+            ) from None
+        try:
+            with suppress(OSError):
+                path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+            yield
+        finally:
+            lock.release()
+
+    # ---- image digests ------------------------------------------------------------------------------------------
+
+    def write_digests(self, digests: NDArray[np.uint64]) -> None:
+        """Store a digest of each image, by which a changed one can be named; a run can do without them."""
+        with suppress(OSError):
+            (self.path / IMAGE_DIGESTS).write_bytes(digests.astype("<u8").tobytes())
+
+    def digests(self) -> NDArray[np.uint64] | None:
+        """Read what `write_digests` stored; None where the file is missing or incomplete."""
+        import numpy as np
+
+        try:
+            content = (self.path / IMAGE_DIGESTS).read_bytes()
+        except OSError:
+            return None
+        return np.frombuffer(content, "<u8").astype(np.uint64) if len(content) % 8 == 0 else None
+
+    # ---- metrics.csv --------------------------------------------------------------------------------------------
+
+    def metrics_offset(self) -> int:
+        """Return the length of `metrics.csv` in bytes."""
+        path = self.path / METRICS
+        return path.stat().st_size if path.exists() else 0
+
+    def truncate_metrics(self, offset: int) -> None:
+        """Remove every row after `offset`: the epochs that are going to be trained again."""
+        path = self.path / METRICS
+        if path.exists() and path.stat().st_size > offset:
+            with path.open("r+b") as file:
+                file.truncate(offset)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def add_metrics(self, row: Mapping[str, float | int | None]) -> None:
+        """Append one epoch; the keys of the first row are the heading."""
+        heading = _read_text(self.path / METRICS).partition("\n")[0]
+        columns = heading.split(",") if heading else list(row)
+        with (self.path / METRICS).open("a", encoding="utf-8", newline="") as file:
+            if not heading:
+                file.write(",".join(columns) + "\n")
+            values = [row.get(column) for column in columns]
+            file.write(",".join("" if value is None else repr(value) for value in values) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def metrics(self) -> list[dict[str, float | None]]:
+        """Read `metrics.csv`: one row per epoch, None where there is no value."""
+        rows = csv.DictReader(_read_text(self.path / METRICS).splitlines())
+        return [{key: float(value) if value else None for key, value in row.items()} for row in rows]
+
+    # ---- train.log ----------------------------------------------------------------------------------------------
+
+    def log(self, line: str) -> str:
+        """Append a line, with the time, to `train.log`.
+
+        Returns:
+            A warning the first time that this fails, else "". A failed line doesn't end a run: the checkpoint, which
+            a run cannot do without, has its own error.
+        """
+        path = self.path / LOG
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+        except OSError as error:
+            if self._log_failed:
+                return ""
+            self._log_failed = True
+            return f"cannot write {path}: {error.strerror or error}; training continues without it"
+        return ""
+
+
+def find_runs(folder: Path) -> list[RunFolder]:
+    """Return the runs in a folder that hold a model to deploy, newest last."""
+    runs = [RunFolder(best.parent) for best in folder.glob(f"*/{BEST}")] if folder.is_dir() else []
+    return sorted(runs, key=lambda run: (*run.age, run.path.name))
+
+
+def settings_file(model: Path) -> Path | None:
+    """Return the settings of the run that a model file belongs to, also from its `export/` folder."""
+    return next((f / CONFIG for f in (model.parent, model.parent.parent) if (f / CONFIG).is_file()), None)
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return a path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def refuse_existing(out: Path, name: str) -> None:
+    """Refuse a name that is taken or is not a folder name.
+
+    Raises:
+        UsageError: the name cannot be used.
+    """
+    if Path(name).name != name or name in (".", ".."):
+        raise UsageError(f"--name {name} is not a folder name", hint="--out DIR sets the folder that holds the runs")
+    if (out / name).exists():
+        raise UsageError(
+            f"the run {out / name} exists",
+            hint=f"choose another --name, or rtdetr train --resume {out / name}",
+            code="run-exists",
+        )
+
+
+def timestamp() -> str:
+    """Return the local time as ISO 8601, in whole seconds."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def next_name(out: Path, stem: str) -> str:
+    """Return `stem-NN` with a number above those in use."""
+    names = [path.name for path in out.iterdir()] if out.is_dir() else []
+    taken = [int(m[1]) for name in names if (m := re.fullmatch(rf"{re.escape(stem)}-(\d+)", name))]
+    return f"{stem}-{max(taken, default=0) + 1:02d}"
+
+
+def _make_numbered(out: Path, stem: str) -> Path:
+    while True:
+        path = out / next_name(out, stem)
+        with suppress(FileExistsError):  # another process took the name just now
+            path.mkdir()
+            return path
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(_read_text(path))
+    except ValueError:
+        return {}
+    return document if isinstance(document, dict) else {}

@@ -1,0 +1,219 @@
+"""The plan of a run in words: every value with the reason for it, and what is likely to go wrong."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rtdetr_cli.config.run import RunConfig
+from rtdetr_cli.text import counted
+from rtdetr_cli.train.plan import (
+    LARGEST_RATE_FACTOR,
+    RECIPE_STEPS,
+    Plan,
+    calm_epochs,
+    frozen_spec,
+    keeps_published,
+    rate_factor,
+)
+
+# Steps below which a run from such weights learns little. Measured for random weights, with `tiny`: 260 steps reach
+# AP 0.5 on blood cells (tests/bench/bench_schedules.py). The others are shares of that, not measured.
+FEW_STEPS = {"coco": 100, "imagenet": 200, "none": 250}
+START = {"coco": "pretrained weights", "imagenet": "an ImageNet backbone", "none": "random weights"}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One value of a plan, as people read it, and the reason for it."""
+
+    name: str
+    value: str
+    reason: str
+
+
+def plan_line(plan: Plan, micro_batch: int, processes: int = 1) -> str:
+    """Return the plan on one line."""
+    images = math.ceil(plan.effective_batch / processes)
+    factors = [math.ceil(images / micro_batch), min(micro_batch, images)] + [processes] * (processes > 1)
+    parts = [
+        f"{counted(plan.epochs, 'epoch')} x {counted(plan.steps_per_epoch, 'step')}",
+        f"effective batch {plan.effective_batch} ({' x '.join(map(str, factors))})",
+        f"lr {plan.lr:.3g}",
+        f"warmup {counted(plan.warmup_steps, 'step')}",
+        f"{plan.augmentation} augmentation" if plan.augmentation != "none" else "no augmentation",
+    ]
+    return f"plan  {', '.join(parts)}"
+
+
+def explain_plan(config: RunConfig, plan: Plan, *, images: int) -> tuple[Choice, ...]:
+    """Give the reason for every value of a plan.
+
+    Args:
+        config: the settings that it was made from.
+        plan: of `make_plan`.
+        images: training images.
+    """
+    return (
+        *_explain_model(config),
+        *_explain_length(config, plan, images),
+        *_explain_rate(config, plan),
+        _explain_average(config, plan),
+        *_explain_augmentation(config, plan),
+        *_explain_cache(config),
+    )
+
+
+def plan_warnings(config: RunConfig, plan: Plan, *, images: int) -> tuple[str, ...]:
+    """Say what in a plan is likely to go wrong."""
+    warnings = []
+    total, warmup, batch = plan.total_steps, plan.warmup_steps, plan.effective_batch
+    weights = config.settings.weights if config.settings.weights in FEW_STEPS else "coco"
+    if total < FEW_STEPS[weights]:
+        epochs = math.ceil(FEW_STEPS[weights] / plan.steps_per_epoch)
+        warnings.append(
+            f"{counted(total, 'step')}: too few to learn much from {START[weights]} "
+            f"(use about {FEW_STEPS[weights]}: --epochs {epochs} or more)"
+        )
+    if warmup >= total:
+        warnings.append(
+            f"the warmup of {counted(warmup, 'step')} is longer than the run: "
+            f"the learning rate never passes {total / warmup:.0%} of its value"
+        )
+    published_batch = config.preset.optim.batch
+    if plan.schedule == "official" and batch != published_batch:
+        warnings.append(
+            f"the published learning rates were tuned for an effective batch of {published_batch}, not {batch}"
+        )
+    if batch > images:
+        warnings.append(f"the effective batch of {batch} is larger than the {counted(images, 'image')}: images repeat")
+    return tuple(warnings)
+
+
+def _explain_model(config: RunConfig) -> list[Choice]:
+    settings, spec = config.settings, frozen_spec(config)
+    preset = f"preset {config.preset.name}"
+    parts = []
+    if settings.freeze in ("backbone", "encoder"):
+        parts.append("backbone" if settings.freeze == "backbone" else "backbone and encoder")
+    elif settings.freeze == "stem" or spec.freeze_at == 0:
+        parts.append("stem")
+    elif spec.freeze_at > 0:
+        parts.append(f"stem and {counted(spec.freeze_at, 'stage')}")
+    if spec.freeze_norm:
+        parts.append("norms of the backbone")
+    if config.given("freeze"):
+        reason = config.source("freeze")
+    else:
+        reason = preset if spec == config.preset.model else "random weights"
+    height, width = config.imgsz
+    return [
+        Choice("input size", f"{height}x{width}", config.source("imgsz") if settings.imgsz else preset),
+        Choice("frozen", ", ".join(parts) or "nothing", reason),
+    ]
+
+
+def _explain_length(config: RunConfig, plan: Plan, images: int) -> list[Choice]:
+    published = keeps_published(config, "epochs")
+    return [
+        Choice("effective batch", str(plan.effective_batch), config.source("effective_batch")),
+        Choice("epochs", str(plan.epochs), "published" if published else config.source("epochs")),
+        Choice(
+            "steps",
+            str(plan.total_steps),
+            f"{counted(plan.epochs, 'epoch')} x {plan.steps_per_epoch} ({images} images / {plan.effective_batch})",
+        ),
+    ]
+
+
+def _explain_rate(config: RunConfig, plan: Plan) -> list[Choice]:
+    settings, published, total = config.settings, config.preset.official, plan.total_steps
+    choices = [Choice("lr", f"{plan.lr:.3g}", _lr_reason(config))]
+    if plan.lr_backbone != plan.lr:
+        share = f"{plan.lr_backbone / plan.lr:.3g} x lr, as in the preset"
+        reason = config.source("lr_backbone") if settings.lr_backbone is not None else share
+        choices.append(Choice("backbone lr", f"{plan.lr_backbone:.3g}", reason))
+
+    share = f"{settings.warmup:.0%} of {counted(total, 'step')}"
+    if keeps_published(config, "warmup"):
+        share = "published"
+    elif plan.warmup_steps == published.warmup_steps < settings.warmup * total:
+        share = f"the published maximum, less than {share}"
+    choices.append(Choice("warmup", counted(plan.warmup_steps, "step"), share))
+
+    if keeps_published(config, "flat", "final_rate"):
+        choices.append(Choice("decay", "none", "published: a constant learning rate"))
+    else:
+        value = f"from step {plan.flat_steps} to {plan.final_rate:.0%}"
+        choices.append(Choice("decay", value, f"half a cosine over the last {1 - plan.flat_steps / total:.0%}"))
+    return choices
+
+
+def _lr_reason(config: RunConfig) -> str:
+    settings, optim = config.settings, config.preset.optim
+    if settings.lr is not None:
+        return config.source("lr")
+    if settings.schedule == "official":
+        return "published"
+    factor = rate_factor(config)
+    if factor == 1:
+        return "preset"
+    if factor == LARGEST_RATE_FACTOR and settings.effective_batch > factor**2 * optim.batch:
+        return f"preset {optim.lr:.3g} x {factor:.3g}, the maximum"
+    return f"preset {optim.lr:.3g} x {factor:.3g}, the square root of {settings.effective_batch}/{optim.batch}"
+
+
+def _explain_average(config: RunConfig, plan: Plan) -> Choice:
+    settings, published = config.settings, config.preset.official
+    if keeps_published(config, "ema_age", "ema_ramp"):
+        return Choice("EMA", f"decay {published.ema_decay}, ramp {published.ema_warmup} steps", "published")
+    share = f"{settings.ema_age:.1%} of the run"
+    if settings.ema_age * plan.total_steps < 1:
+        share = f"at least one step, more than {share}"
+    return Choice(
+        "EMA",
+        f"mean age {counted(round(plan.ema_age), 'step')} (decay {plan.ema_age / (plan.ema_age + 1):.5g})",
+        f"{share}; {plan.ema_ramp:.0%} of the steps so far until step {math.ceil(plan.ema_age / plan.ema_ramp)}",
+    )
+
+
+def _explain_augmentation(config: RunConfig, plan: Plan) -> list[Choice]:
+    settings = config.settings
+    if settings.aug != "auto":
+        reason = config.source("aug")
+    elif settings.overfit and not config.given("aug"):
+        reason = "--overfit"
+    elif settings.schedule == "official":
+        reason = "published"
+    elif plan.augmentation == "light":
+        reason = f"fewer than {RECIPE_STEPS:,} steps: strong crops lower AP in short runs"
+    else:
+        reason = f"published; used from {RECIPE_STEPS:,} steps on"
+    choices = [Choice("augmentation", plan.augmentation, reason)]
+
+    if plan.augmentation != "none":
+        if plan.strong_until > plan.epochs - calm_epochs(config, plan.epochs):
+            reason = "a run this short keeps it for at least half of the epochs"
+        elif keeps_published(config, "calm"):
+            reason = "published"
+        else:
+            reason = f"off for the last {settings.calm:.0%} of the epochs, at least two"
+        choices.append(Choice("strong augmentation", f"until epoch {plan.strong_until}", reason))
+
+    if plan.multi_scale_until:
+        smallest, largest = (f"{height}x{width}" for height, width in (plan.scales[0], plan.scales[-1]))
+        value = f"{smallest} to {largest} until epoch {plan.multi_scale_until}"
+        choices.append(Choice("multi-scale", value, "published shares of the input size"))
+    elif config.preset.official.multi_scale_until:
+        choices.append(Choice("multi-scale", "none", "no augmentation"))
+    else:
+        choices.append(Choice("multi-scale", "none", f"preset {config.preset.name} is trained at one size"))
+    return choices
+
+
+def _explain_cache(config: RunConfig) -> list[Choice]:
+    settings = config.settings
+    if settings.cache == "none":
+        return []
+    budget = f"{settings.cache_gb:g} GB" if settings.cache_gb else "half of the free space"
+    return [Choice("cache", f"{settings.cache}, {budget}", config.source("cache"))]

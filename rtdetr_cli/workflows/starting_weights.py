@@ -1,0 +1,161 @@
+"""The weights that training starts from (published, a model file, a backbone), and the settings that they imply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rtdetr_cli.config.presets import load_preset, preset_names
+from rtdetr_cli.config.run import RunConfig
+from rtdetr_cli.config.schema import ModelSpec, Preset
+from rtdetr_cli.datasets.records import Dataset
+from rtdetr_cli.errors import ModelError
+from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.runs import RunFolder
+from rtdetr_cli.weights.header import ModelHeader, read_header
+from rtdetr_cli.weights.hub import ShowProgress, fetch
+from rtdetr_cli.weights.load import load_model
+from rtdetr_cli.weights.published import is_safetensors, read_published
+from rtdetr_cli.weights.transfer import TransferTable, load_backbone, transfer_weights
+
+WORDS = ("coco", "imagenet", "none")
+# Sizes that weights need not share: these give no tensor its shape, or `transfer_weights` reinitializes what differs.
+FREE_SIZES = frozenset({
+    "freeze_at", "freeze_norm", "num_points", "eval_layers", "queries", "denoising", "label_noise", "box_noise",
+})  # fmt: skip
+
+
+def weights_file(word: str) -> Path:
+    """Return the file that `--weights` names; a run folder stands for its best model."""
+    path = Path(word)
+    return RunFolder(path).best if path.is_dir() else path
+
+
+def settings_from_weights(weights: str) -> tuple[Path, dict[str, Any]] | None:
+    """Return the settings that a weights file implies: its preset, its input size, and its own sizes.
+
+    Args:
+        weights: value of `--weights`.
+
+    Returns:
+        The file and its settings; None where it is not a detector's file, or is missing, which is an error later on.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    path = weights_file(weights)
+    if weights in WORDS or not path.is_file():
+        return None
+    size: tuple[int, int] | None = None
+    settings: dict[str, Any] = {}
+    if is_safetensors(path):
+        header = read_header(path)
+        spec, name, size = header_spec(header.architecture), header.preset, header.imgsz
+        if header.sampling == "discrete":
+            settings = {"sampling": header.sampling, "rounding": header.rounding}
+    else:
+        spec, name = read_published(path).spec, ""
+    if spec is None:
+        return None
+    preset = nearest_preset(spec, name)
+    settings["preset"] = preset.name
+    if size is not None and size != preset.imgsz:
+        settings["imgsz"] = size
+    preset_sizes = preset.model.model_dump()
+    for key, value in spec.model_dump().items():
+        # Freezing is decided by the preset and `--freeze`: a run from random weights froze nothing.
+        if key not in ("freeze_at", "freeze_norm") and value != preset_sizes[key]:
+            settings[f"model.{key}"] = value
+    return path, settings
+
+
+def nearest_preset(spec: ModelSpec, name: str = "") -> Preset:
+    """Return the preset of that name, or else the one with the most similar sizes."""
+    presets = [load_preset(known) for known in preset_names()]
+    for preset in presets:
+        if preset.name == name:
+            return preset
+    return min(presets, key=lambda p: (p.model.depth != spec.depth, len(size_differences(p.model, spec))))
+
+
+def size_differences(one: ModelSpec, other: ModelSpec) -> dict[str, tuple[Any, Any]]:
+    """Return the sizes in which two architectures differ, without those that weights need not share."""
+    first, second = one.model_dump(), other.model_dump()
+    return {k: (first[k], second[k]) for k in first if k not in FREE_SIZES and first[k] != second[k]}
+
+
+def header_spec(architecture: Mapping[str, Any]) -> ModelSpec | None:
+    """Return the sizes in a header; None where they cannot be read, which is an error when the file is loaded."""
+    known = {key: value for key, value in architecture.items() if key in ModelSpec.model_fields}
+    try:
+        return ModelSpec(**known) if "depth" in known else None
+    except ValueError:
+        return None
+
+
+def load_starting_weights(
+    model: RTDETR, config: RunConfig, train_set: Dataset, *, fetching: ShowProgress | None = None
+) -> tuple[TransferTable, str]:
+    """Fill a model from `--weights`.
+
+    Args:
+        model: initialized.
+        config: of the run.
+        train_set: what it is trained on; its classes are matched by name.
+        fetching: shows the progress of a download.
+
+    Returns:
+        Which tensors came from where, and the start in words.
+
+    Raises:
+        ModelError: the weights cannot be fetched or read, or do not fit.
+    """
+    weights, preset = config.settings.weights, config.preset
+    if weights == "imagenet":
+        assert preset.imagenet is not None
+        path = _fetch(preset.imagenet, fetching)
+        return load_backbone(model, path), f"ImageNet backbone {path.name}"
+    if weights == "coco":
+        assert preset.weights is not None
+        path = _fetch(preset.weights, fetching)
+    else:
+        path = weights_file(weights)
+        if path.is_file() and not is_safetensors(path) and read_published(path).spec is None:
+            return load_backbone(model, path), f"backbone {path.name}"
+    source, header = load_model(path)
+    _refuse_other_sizes(path, header, preset)
+    transfer = transfer_weights(
+        model, source.state_dict(), source_names=header.names, target_names=train_set.names, source=str(path)
+    )
+    return transfer, path.name
+
+
+def _fetch(file: str, fetching: ShowProgress | None) -> Path:
+    try:
+        return fetch(file, progress=fetching)
+    except ModelError as error:
+        hint = f"{error.hint}; or train without pretrained weights: --weights none"
+        raise ModelError(error.message, hint=hint, code=error.code) from error
+
+
+def _refuse_other_sizes(path: Path, header: ModelHeader, requested: Preset) -> None:
+    """Refuse weights of another architecture, and say which one.
+
+    Raises:
+        ModelError: their sizes are not those of the requested preset.
+    """
+    spec = header_spec(header.architecture)
+    differences = size_differences(requested.model, spec) if spec is not None else {}
+    if spec is None or not differences:
+        return
+    nearest = nearest_preset(spec, header.preset)
+    hint = "leave out --preset and --set model.*: they are then taken from the file"
+    if nearest.name != requested.name:
+        message = f"{path} holds weights of preset {nearest.name}, not of {requested.name}"
+        if not size_differences(nearest.model, spec):
+            hint = f"--preset {nearest.name}, or {hint}"
+    else:
+        sizes = ", ".join(f"{key} {theirs}, not {ours}" for key, (ours, theirs) in list(differences.items())[:3])
+        message = f"{path} holds weights of other sizes: {sizes}"
+    raise ModelError(message, hint=hint, code="model-misfit")

@@ -1,0 +1,120 @@
+"""The plan in words: a reason for every value, and warnings of what is likely to go wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rtdetr_cli.config.run import resolve_run
+from rtdetr_cli.train.explain import Choice, explain_plan, plan_line, plan_warnings
+from rtdetr_cli.train.plan import make_plan
+
+IMAGES = 160
+
+
+def explain(*sets: str, steps: int = 100, **flags: Any) -> dict[str, Choice]:
+    """Explain the plan of a run with 10 steps per epoch."""
+    config = resolve_run({"preset": "r18", "epochs": steps // 10, "effective_batch": 16, **flags}, sets=sets)
+    choices = explain_plan(config, make_plan(config, images=IMAGES), images=IMAGES)
+    return {choice.name: choice for choice in choices}
+
+
+@pytest.mark.parametrize(
+    ("flags", "sets", "images", "text"),
+    [
+        ({"preset": "tiny", "epochs": 2}, [], 50, "8 steps: too few to learn much from random weights (use about 250"),
+        ({"preset": "r18", "epochs": 10}, ["schedule=official"], 500, "never passes 16%"),
+        ({"preset": "r18", "effective_batch": 8}, ["schedule=official"], 90_000, "effective batch of 16, not 8"),
+        ({"preset": "r18", "effective_batch": 64, "epochs": 500}, [], 10, "is larger than the 10 images"),
+    ],
+)
+def test_warnings(flags: dict[str, Any], sets: list[str], images: int, text: str) -> None:
+    config = resolve_run(flags, sets=sets)
+    warnings = plan_warnings(config, make_plan(config, images=images), images=images)
+    assert any(text in warning for warning in warnings), warnings
+
+
+def test_a_long_run_has_no_warnings() -> None:
+    config = resolve_run({"preset": "r18", "epochs": 2000})
+    assert not plan_warnings(config, make_plan(config, images=IMAGES), images=IMAGES)
+
+
+@pytest.mark.parametrize("sets", [[], ["schedule=official"]])
+@pytest.mark.parametrize("preset", ["r18", "r50", "tiny"])
+def test_every_value_has_a_reason(preset: str, sets: list[str]) -> None:
+    choices = explain(*sets, preset=preset)
+    assert {"input size", "frozen", "effective batch", "epochs", "steps", "lr", "warmup", "decay", "EMA"} <= set(
+        choices
+    )
+    assert {"augmentation", "strong augmentation", "multi-scale"} <= set(choices)
+    assert all(choice.value and choice.reason for choice in choices.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "sets", "reason"),
+    [
+        ({}, [], "preset"),
+        ({"lr": 3e-4}, [], "--lr"),
+        ({}, ["lr=3e-4"], "--set"),
+        ({"effective_batch": 8}, [], "preset 0.0001 x 0.707, the square root of 8/16"),
+        ({"effective_batch": 256}, [], "preset 0.0001 x 2, the maximum"),
+        ({}, ["schedule=official"], "published"),
+    ],
+)
+def test_the_reason_for_the_learning_rate(flags: dict[str, Any], sets: list[str], reason: str) -> None:
+    assert explain(*sets, **flags)["lr"].reason == reason
+
+
+@pytest.mark.parametrize(
+    ("flags", "value", "reason"),
+    [
+        ({}, "light", "fewer than 2,000 steps: strong crops lower AP in short runs"),
+        ({"steps": 2000}, "recipe", "published; used from 2,000 steps on"),
+        ({"overfit": 4}, "none", "--overfit"),
+        ({"overfit": 4, "aug": "recipe"}, "recipe", "--aug"),
+        ({"overfit": 4, "aug": "auto"}, "light", "fewer than 2,000 steps: strong crops lower AP in short runs"),
+    ],
+)
+def test_the_reason_for_the_augmentation(flags: dict[str, Any], value: str, reason: str) -> None:
+    choices = explain(**flags)
+    assert (choices["augmentation"].value, choices["augmentation"].reason) == (value, reason)
+    assert ("strong augmentation" in choices) == (value != "none")
+
+
+def test_a_run_of_one_epoch() -> None:
+    choices = explain(steps=10, aug="light")
+    assert choices["strong augmentation"].value == "until epoch 1"
+    assert choices["strong augmentation"].reason == "a run this short keeps it for at least half of the epochs"
+    assert choices["EMA"].reason.startswith("at least one step")
+
+
+@pytest.mark.parametrize(
+    ("flags", "value", "reason"),
+    [
+        ({"preset": "r50", "weights": "coco"}, "stem, norms of the backbone", "preset r50"),
+        ({"preset": "r50", "weights": "none"}, "nothing", "random weights"),
+        (
+            {"preset": "r50", "weights": "coco", "freeze": "encoder"},
+            "backbone and encoder, norms of the backbone",
+            "--freeze",
+        ),
+        ({"preset": "r18", "weights": "coco", "freeze": "none"}, "nothing", "--freeze"),
+    ],
+)
+def test_what_is_frozen(flags: dict[str, Any], value: str, reason: str) -> None:
+    frozen = explain(**flags)["frozen"]
+    assert (frozen.value, frozen.reason) == (value, reason)
+
+
+def test_the_cache_and_its_budget() -> None:
+    assert "cache" not in explain()
+    assert explain(cache="ram")["cache"].value == "ram, half of the free space"
+    assert explain("cache_gb=2.5", cache="disk")["cache"].value == "disk, 2.5 GB"
+
+
+def test_the_plan_on_one_line() -> None:
+    plan = make_plan(resolve_run({"preset": "r18", "epochs": 50}), images=IMAGES)
+    expected = "plan  50 epochs x 10 steps, effective batch 16 (4 x 4), lr 0.0001, warmup 25 steps, light augmentation"
+    assert plan_line(plan, 4) == expected
+    assert "effective batch 16 (2 x 4 x 2)" in plan_line(plan, 4, processes=2)
