@@ -19,6 +19,7 @@ from typing import Protocol
 
 from rtdetr_cli.errors import ModelError, RtdetrError
 from rtdetr_cli.files import atomic_write
+from rtdetr_cli.text import suggest
 
 HOME_VARIABLE = "RTDETR_CLI_HOME"
 MIRROR_VARIABLE = "RTDETR_CLI_MIRROR"
@@ -107,13 +108,8 @@ def find_published(file: str) -> Published:
         ModelError: no such file was published.
     """
     if file not in PUBLISHED:
-        import difflib
-
-        close = difflib.get_close_matches(file, PUBLISHED, n=1)
-        suggestion = f" (did you mean {close[0]}?)" if close else ""
-        raise ModelError(
-            f"there is no published file {file}{suggestion}", hint="rtdetr weights list", code="weights-unknown"
-        )
+        message = f"there is no published file {file}{suggest(file, PUBLISHED)}"
+        raise ModelError(message, hint="rtdetr weights list", code="weights-unknown")
     return PUBLISHED[file]
 
 
@@ -135,12 +131,8 @@ def verify(file: str, path: Path) -> str:
     Raises:
         ModelError: the hash differs, or there is none and the content is not what the name says.
     """
-    entry, expected = find_published(file), expected_sha256(file)
     hint = f"rtdetr weights fetch {file} --force"
-    sha256 = _checked_sha256(entry, path, expected, source=str(path), hint=hint, mismatch_hint=hint)
-    if not expected:
-        _record_hash(file, sha256)
-    return sha256
+    return _check(find_published(file), path, source=str(path), hint=hint, mismatch_hint=hint)
 
 
 def fetch(file: str, *, force: bool = False, progress: ShowProgress | None = None) -> Path:
@@ -163,18 +155,18 @@ def fetch(file: str, *, force: bool = False, progress: ShowProgress | None = Non
     if path.is_file() and not force:
         verify(file, path)
         return path
-    expected = entry.sha256 if force else expected_sha256(file)
-    otherwise = manual_download_hint(entry)
-    hint = f"nothing was kept; {otherwise}"
-    if entry.sha256:
-        mismatch_hint = hint
-    else:
-        mismatch_hint = f"nothing was kept; rtdetr weights fetch {file} --force accepts the new file; or {otherwise}"
+    by_hand = manual_download_hint(entry)
+    accept = f"rtdetr weights fetch {file} --force accepts the new file; or {by_hand}"
     with _write_to_cache(path) as temporary:
         _download(entry, temporary, progress)
-        sha256 = _checked_sha256(entry, temporary, expected, source=entry.url, hint=hint, mismatch_hint=mismatch_hint)
-    if not expected:
-        _record_hash(file, sha256)
+        _check(
+            entry,
+            temporary,
+            source=entry.url,
+            hint=f"nothing was kept; {by_hand}",
+            mismatch_hint=f"nothing was kept; {by_hand if entry.sha256 else accept}",
+            force=force,
+        )
     return path
 
 
@@ -192,18 +184,14 @@ def import_file(source: Path, *, force: bool = False) -> Path:
     if not source.is_file():
         raise ModelError(f"{source} does not exist", code="weights-missing")
     entry = find_published(source.name)
-    expected = entry.sha256 if force else expected_sha256(entry.file)
     hint = f"rtdetr weights fetch {entry.file} --force"
     accept = f"rtdetr weights import {source} --force accepts it in place of the recorded one"
-    sha256 = _checked_sha256(
-        entry, source, expected, source=str(source), hint=hint, mismatch_hint=hint if entry.sha256 else accept
-    )
+    mismatch_hint = hint if entry.sha256 else accept
+    _check(entry, source, source=str(source), hint=hint, mismatch_hint=mismatch_hint, force=force)
     path = weights_folder() / entry.file
     if not (path.exists() and path.samefile(source)):
         with _write_to_cache(path) as temporary:
             shutil.copyfile(source, temporary)
-    if not expected:
-        _record_hash(entry.file, sha256)
     return path
 
 
@@ -215,20 +203,21 @@ def manual_download_hint(entry: Published) -> str:
     )
 
 
-def _checked_sha256(entry: Published, path: Path, expected: str, *, source: str, hint: str, mismatch_hint: str) -> str:
-    """Return a file's hash if it is the expected one, or if none is known and the file loads as such weights.
+def _check(entry: Published, path: Path, *, source: str, hint: str, mismatch_hint: str, force: bool = False) -> str:
+    """Return a file's hash if it is the expected one; where none is expected, record it if the file loads.
 
     Args:
         entry: the published file that `path` should be.
         path: the file to check.
-        expected: its hash, or "".
         source: where the file came from, for messages: a path or an address.
         hint: hint of the error.
         mismatch_hint: hint of the error when only the hash differs.
+        force: expect no recorded hash, only a public one.
 
     Raises:
         ModelError: the file is another one.
     """
+    expected = entry.sha256 if force else expected_sha256(entry.file)
     sha256, problem, code = file_sha256(path), "", "weights-foreign"
     with path.open("rb") as file:
         is_web_page = file.read(512).lstrip()[:1] == b"<"
@@ -241,6 +230,8 @@ def _checked_sha256(entry: Published, path: Path, expected: str, *, source: str,
         code, hint = "weights-hash", mismatch_hint
     if problem:
         raise ModelError(f"{source} is not the published {entry.file}: {problem}", hint=hint, code=code)
+    if not expected:
+        _record_hash(entry.file, sha256)
     return sha256
 
 
