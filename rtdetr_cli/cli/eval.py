@@ -56,6 +56,7 @@ def evaluate_command(
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.cli.evaluation import evaluate_model, evaluate_predictions, parse_batch
     from rtdetr_cli.cli.select import output_file, parse_size, resolve_model
+    from rtdetr_cli.evaluate.bootstrap import small_split_warning
     from rtdetr_cli.evaluate.coco import PYCOCOTOOLS_LACKS
     from rtdetr_cli.evaluate.stored_thresholds import check_can_store
 
@@ -98,8 +99,8 @@ def evaluate_command(
         terminal.emit_json(document)
     else:
         _print_report(report)
-    if report.small_split:
-        terminal.warn(report.small_split)
+    if report.interval is not None and (warning := small_split_warning(report.interval)):
+        terminal.warn(warning)
     if fail_under is not None and not report.passes(fail_under):
         _fail(report.ap, fail_under, as_json=as_json)
 
@@ -173,13 +174,6 @@ class _Report:
     @property
     def ap(self) -> float | None:
         return self.evaluation.metrics["AP"]
-
-    @property
-    def small_split(self) -> str:
-        """A warning when the split is too small for a useful AP; empty without an interval."""
-        from rtdetr_cli.evaluate.bootstrap import small_split_warning
-
-        return "" if self.interval is None else small_split_warning(self.interval)
 
     def passes(self, fail_under: float) -> bool:
         return self.ap is not None and self.ap >= fail_under

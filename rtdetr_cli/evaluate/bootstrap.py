@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError
@@ -168,6 +167,8 @@ def _weighted_ap(
         boxes: (b,) weighted number of boxes.
         weights: (N, b) of the images.
     """
+    from scipy.sparse import csr_matrix
+
     ious, width = outcomes.shape[0], weights.shape[1]
     result = np.zeros((ious, width))
     correct = outcomes == TRUE_POSITIVE

@@ -211,20 +211,12 @@ def _style_axes(axes: Axes, x: str, y: str) -> None:
 # -------------------------------------------------------------------------------------------------- confusion
 
 
-def _confusion_rows(analysis: ErrorAnalysis) -> list[dict[str, Any]] | None:
-    """Return the matrix's rows with a shade for each cell, or None: without hotcoco, or with too many classes."""
+def _confusion_rows(analysis: ErrorAnalysis) -> list[tuple[str, list[int]]] | None:
+    """Return the name and counts of each row of the matrix, or None: without hotcoco, or with too many classes."""
     names = [*analysis.evaluation.dataset.names, "nothing"]
     if analysis.confusion is None or len(names) > MATRIX_CLASSES + 1:
         return None
-    rows = []
-    for label, (name, counts) in enumerate(zip(names, analysis.confusion.tolist(), strict=True)):
-        total = max(sum(counts), 1)
-        cells = [
-            {"count": count, "share": round(count / total, 3), "correct": column == label < len(names) - 1}
-            for column, count in enumerate(counts)
-        ]
-        rows.append({"name": name, "cells": cells})
-    return rows
+    return list(zip(names, analysis.confusion.tolist(), strict=True))
 
 
 def _most_confused(analysis: ErrorAnalysis, limit: int = 12) -> list[tuple[str, str, int]]:
