@@ -167,8 +167,8 @@ def _read_document(
 
 def _category_ids(keys: Collection[int | str]) -> dict[int | str, int]:
     """Return the id of each category: itself, or for a word the lowest free number from 1, in their order."""
-    taken = {key for key in keys if isinstance(key, int)}
-    free = (number for number in count(1) if number not in taken)
+    used = {key for key in keys if isinstance(key, int)}
+    free = (number for number in count(1) if number not in used)
     return {key: key if isinstance(key, int) else next(free) for key in keys}
 
 
@@ -400,10 +400,10 @@ def _annotation_ids(boxes: _Boxes) -> NDArray[np.int64]:
     if free + len(ids) >= _INT64:
         free = 1
     ids = ids.copy()
-    taken = set(unique.tolist()) if free == 1 else set()
+    used = set(unique.tolist()) if free == 1 else set()
     for row in np.flatnonzero(later).tolist():
         boxes.report("annotation-id-duplicate", row, "appears more than once")
-        while free in taken:
+        while free in used:
             free += 1
         ids[row] = free
         free += 1
@@ -417,7 +417,7 @@ def write_coco(parts: dict[str, Dataset], to: Path) -> Path:
     """Write every split as `annotations/instances_SPLIT.json` with its images in a folder; return what to train on."""
     (to / "annotations").mkdir(exist_ok=True)
     for split, dataset in parts.items():
-        names = image_names(dataset, flat=False, stems=False, taken=set())
+        names = image_names(dataset, flat=False, stems=False, used=set())
         for index, name in enumerate(names):
             copy_image(dataset, index, to / split / name)
         document = {

@@ -14,7 +14,7 @@ CONTROL = frozenset(("Cc", "Cs", "Zl", "Zp"))
 """Unicode categories that neither a line of text nor XML can hold."""
 
 
-def image_names(dataset: Dataset, *, flat: bool, stems: bool, taken: set[str]) -> list[str]:
+def image_names(dataset: Dataset, *, flat: bool, stems: bool, used: set[str]) -> list[str]:
     """Return a name below the split's folder for each image.
 
     Args:
@@ -22,7 +22,7 @@ def image_names(dataset: Dataset, *, flat: bool, stems: bool, taken: set[str]) -
         flat: no subfolders, and nothing that a line of text cannot hold.
         stems: two images may not differ in their suffix alone, since they would share a label file; and each must have
             a known suffix, since other files in a folder don't count as images.
-        taken: names (or stems) that exist already; gets the new ones.
+        used: names (or stems) that exist already; gets the new ones.
     """
     files = [PurePosixPath(dataset.file_names[i]) for i in range(len(dataset))]
     mixed = len({file.is_absolute() for file in files}) > 1
@@ -39,9 +39,9 @@ def image_names(dataset: Dataset, *, flat: bool, stems: bool, taken: set[str]) -
         if flat:
             stem = _one_line(stem)
         unique, number = stem, 2
-        while (unique if stems else unique + suffix).lower() in taken:
+        while (unique if stems else unique + suffix).lower() in used:
             unique, number = f"{stem}_{number}", number + 1
-        taken.add((unique if stems else unique + suffix).lower())
+        used.add((unique if stems else unique + suffix).lower())
         result.append(unique + suffix)
     return result
 

@@ -270,8 +270,8 @@ class _SplitReader:
         lines = _object_lines(label.text)
         for entry, element in enumerate(objects):
             line = lines[entry] if len(lines) == len(objects) else 0
-            own = facts[entry] if len(facts) == len(objects) else BoxFacts()
-            self._object(image, element, entry, line, own, label.file)
+            box_facts = facts[entry] if len(facts) == len(objects) else BoxFacts()
+            self._object(image, element, entry, line, box_facts, label.file)
             if _text(element, "difficult") == "1":
                 self.difficult.append(label.file)
 
@@ -337,7 +337,7 @@ def _object_lines(text: str) -> list[int]:
 
 def write_voc(parts: dict[str, Dataset], to: Path) -> Path:
     """Write every split as images, label files and a list; return what to train on."""
-    taken: set[str] = set()
+    used: set[str] = set()
     lists = to / "ImageSets" / "Main"
     for folder in (to / "Annotations", to / "JPEGImages", lists):
         folder.mkdir(parents=True, exist_ok=True)
@@ -345,7 +345,7 @@ def write_voc(parts: dict[str, Dataset], to: Path) -> Path:
     dataset = next(iter(parts.values()))
     for split, dataset in parts.items():
         facts[split] = {}
-        for index, name in enumerate(image_names(dataset, flat=True, stems=True, taken=taken)):
+        for index, name in enumerate(image_names(dataset, flat=True, stems=True, used=used)):
             stem = name[: len(name) - len(PurePosixPath(name).suffix)]
             copy_image(dataset, index, to / "JPEGImages" / name)
             rows = dataset.annotations(index)

@@ -213,8 +213,8 @@ def _read_split(
         lines = [(number, line) for number, line in enumerate(text.split("\n")) if line.strip()]
         if len(facts) != len(lines):
             facts = [BoxFacts()] * len(lines)
-        for (number, line), own in zip(lines, facts, strict=True):
-            _read_line(context, rows, image, line, own, Spot(split, image, number), file)
+        for (number, line), box_facts in zip(lines, facts, strict=True):
+            _read_line(context, rows, image, line, box_facts, Spot(split, image, number), file)
     if len(set(rows.image_ids)) != len(rows.image_ids):
         rows.image_ids = list(range(first_id, first_id + len(rows.image_ids)))
     return rows
@@ -399,7 +399,7 @@ def write_yolo(parts: dict[str, Dataset], to: Path) -> Path:
     facts: dict[str, dict[str, Any]] = {}
     for split, dataset in parts.items():
         facts[split] = {}
-        for index, name in enumerate(image_names(dataset, flat=False, stems=True, taken=set())):
+        for index, name in enumerate(image_names(dataset, flat=False, stems=True, used=set())):
             image = to / "images" / split / name
             copy_image(dataset, index, image)
             label = label_path(image)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rtdetr_cli.checks.repair.plan import CLIPPED_BOXES, DROPPED_BOXES, Plan, box_of, read_label
+from rtdetr_cli.checks.repair.plan import CLIPPED_BOXES, DROPPED_BOXES, Plan, box_of, box_row, read_label
 from rtdetr_cli.datasets.coco import format_document, id_key
 from rtdetr_cli.datasets.findings import Spot
 from rtdetr_cli.datasets.raw import RawSplit
@@ -24,7 +24,7 @@ def plan_coco(plan: Plan) -> None:
         plan.files[plan.destination(path)] = path
     files = {name: _CocoFile(plan, split) for name, split in raw.splits.items()}
     for i, finding, spot in plan.findings():
-        if spot.split and _repair(files[spot.split], finding, spot):
+        if spot.split in files and _repair(files[spot.split], finding, spot):
             plan.repaired.add(i)
     for name, split in raw.splits.items():
         file = files[name]
@@ -110,9 +110,8 @@ def _repair(file: _CocoFile, finding: Finding, spot: Spot) -> bool:
         if _area_is_of_box(file.document["annotations"][entry]):
             values["area"] = round(values["bbox"][2] * values["bbox"][3], 6)
         file.change("annotations", entry, code, why, **values)
-    elif code == "annotation-id-duplicate" and entry in split.box_entries:
-        new_id = int(split.annotation_ids[split.box_entries == entry][0])
-        file.change("annotations", entry, code, why, id=new_id)
+    elif code == "annotation-id-duplicate" and (box := box_row(split, spot.image, entry)) is not None:
+        file.change("annotations", entry, code, why, id=int(split.annotation_ids[box]))
     else:
         return False
     return True

@@ -132,7 +132,7 @@ def choose_left_out(plan: Plan, before: Report, reset: Mapping[Path, Tag]) -> No
 
 
 def _leave_out_unknown_frames(plan: Plan) -> None:
-    """Leave out images of which nobody can tell what their boxes refer to: clipping could damage correct boxes.
+    """Leave out images if it is unknown what their boxes refer to: clipping could damage correct boxes.
 
     That is the case if boxes reach over the border of an image whose size is not the declared one (it may have been
     resized after it was annotated), or if the declared size fits neither the stored nor the upright image.

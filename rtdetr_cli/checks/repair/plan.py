@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from os.path import normpath
 from pathlib import Path
@@ -128,12 +128,17 @@ def files_of_one_image(raw: RawDataset) -> set[str]:
     return {split.label_file(image) for split in raw.splits.values() for image in range(len(split))} - {""}
 
 
+def box_row(split: RawSplit, image: int, entry: int) -> int | None:
+    """Return the row of a box, or None if the checks dropped it."""
+    start, stop = np.searchsorted(split.box_images, [image, image + 1]).tolist()
+    rows = np.flatnonzero(split.box_entries[start:stop] == entry)
+    return start + int(rows[0]) if len(rows) else None
+
+
 def box_of(split: RawSplit, image: int, entry: int) -> list[float] | None:
     """Return the clipped corners of one box in pixels, or None if the checks dropped it."""
-    start, stop = np.searchsorted(split.box_images, [image, image + 1])
-    rows = np.flatnonzero(split.box_entries[start:stop] == entry)
-    corners: list[float] | None = split.boxes_xyxy_px[start + rows[0]].tolist() if len(rows) else None
-    return corners
+    row = box_row(split, image, entry)
+    return None if row is None else [float(v) for v in split.boxes_xyxy_px[row]]
 
 
 def plan_label_files(plan: Plan) -> set[str]:
@@ -159,6 +164,21 @@ def plan_label_files(plan: Plan) -> set[str]:
             plan.leave_out(raw.folder / finding.file, finding.code, finding.message)
             plan.repaired.add(i)
     return copied
+
+
+LineEdits = dict[int, tuple[str | None, str, str]]
+"""Index of a line -> its new text (None to drop it), code and reason."""
+
+
+def edit_lines(plan: Plan, path: Path, lines: Sequence[str], edits: LineEdits) -> None:
+    """Plan the new text of a file of lines."""
+    target = plan.destination(path)
+    for number, (new, code, why) in sorted(edits.items()):
+        op = "drop" if new is None else "edit"
+        plan.record(op, code, target, why, line=number + 1, old=lines[number], new=new)
+    if edits:
+        new_lines = (edits[number][0] if number in edits else line for number, line in enumerate(lines))
+        plan.texts[target] = "\n".join(line for line in new_lines if line is not None)
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -13,8 +13,10 @@ from rtdetr_cli.checks.repair.ids import plan_ids
 from rtdetr_cli.checks.repair.plan import (
     CLIPPED_BOXES,
     DROPPED_BOXES,
+    LineEdits,
     Plan,
     box_of,
+    edit_lines,
     files_in,
     files_of_one_image,
     plan_label_files,
@@ -133,30 +135,23 @@ def _create(plan: Plan, split: RawSplit, image: int, why: str) -> None:
 def _plan_lists(plan: Plan) -> None:
     """Copy every list below `ImageSets/`, also those of no split, without the images that are left out."""
     raw = plan.report.raw
-    own = files_of_one_image(raw)
+    label_files = files_of_one_image(raw)
     left_out: dict[str, bool] = {}  # whether an image is left out of every split
     for name, split in raw.splits.items():
         for image, file_name in enumerate(split.file_names):
             stem = str(Path(split.label_names.get(image, file_name)).with_suffix(""))
             left_out[stem] = (name, image) in plan.left_out and left_out.get(stem, True)
-    lists = {path for file, path in raw.label_paths.items() if path.suffix == ".txt" and file not in own}
+    lists = {path for file, path in raw.label_paths.items() if path.suffix == ".txt" and file not in label_files}
     for folder, _, _ in os.walk(raw.folder / "ImageSets"):
         lists.update(path for path in files_in(Path(folder)) if path.suffix == ".txt")
     for path in sorted(lists - {raw.folder / name for name in CLASS_LISTS}):
-        target = plan.destination(path)
-        plan.files.setdefault(target, path)
-        if not any(left_out.values()):
-            continue
+        plan.files.setdefault(plan.destination(path), path)
         try:
-            lines = read_label(path).split("\n")
+            lines = read_label(path).split("\n") if any(left_out.values()) else []
         except UnicodeDecodeError:
             continue
-        kept = []
-        for number, line in enumerate(lines, 1):
-            name = listed_name(line, left_out)
-            if left_out.get(name):
-                plan.record("drop", "image", target, f"{name} is left out", line=number, old=line)
-            else:
-                kept.append(line)
-        if len(kept) < len(lines):
-            plan.texts[target] = "\n".join(kept)
+        names = [listed_name(line, left_out) for line in lines]
+        edits: LineEdits = {
+            n: (None, "image", f"{name} is left out") for n, name in enumerate(names) if left_out.get(name)
+        }
+        edit_lines(plan, path, lines, edits)

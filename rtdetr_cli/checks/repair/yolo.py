@@ -13,8 +13,10 @@ from rtdetr_cli.checks.repair.ids import plan_ids
 from rtdetr_cli.checks.repair.plan import (
     CLIPPED_BOXES,
     DROPPED_BOXES,
+    LineEdits,
     Plan,
     box_of,
+    edit_lines,
     files_of_one_image,
     plan_label_files,
     read_label,
@@ -28,7 +30,7 @@ def plan_yolo(plan: Plan) -> None:
     raw = plan.report.raw
     copied = plan_label_files(plan)
     lines: dict[str, list[str]] = {}
-    changed: dict[str, dict[int, str | None]] = defaultdict(dict)  # label file -> line -> its new text, None if dropped
+    edits: dict[str, LineEdits] = defaultdict(dict)
     dropped: dict[tuple[str, int], set[int]] = defaultdict(set)
     # Boxes are dropped first: one that is dropped needs no clipping.
     for i, finding, spot in sorted(plan.findings(), key=lambda item: item[1].code in CLIPPED_BOXES):
@@ -40,22 +42,18 @@ def plan_yolo(plan: Plan) -> None:
         elif file in copied and entry >= 0 and code in DROPPED_BOXES | CLIPPED_BOXES:
             if file not in lines:
                 lines[file] = read_label(raw.label_paths[file]).split("\n")
-            if entry not in changed[file]:
-                old, new = lines[file][entry], None
+            if entry not in edits[file]:
+                new = None
                 if code in CLIPPED_BOXES:
-                    new = _clip_line(old, raw.splits[spot.split], spot.image, entry)
+                    new = _clip_line(lines[file][entry], raw.splits[spot.split], spot.image, entry)
                 else:
                     dropped[spot.split, spot.image].add(sum(1 for line in lines[file][:entry] if line.strip()))
-                changed[file][entry] = new
-                target = plan.destination(raw.label_paths[file])
-                op = "edit" if new else "drop"
-                plan.record(op, code, target, finding.message, line=entry + 1, old=old, new=new)
+                edits[file][entry] = (new, code, finding.message)
         else:
             continue
         plan.repaired.add(i)
-    for file, changes in changed.items():
-        kept = [changes.get(number, line) for number, line in enumerate(lines[file])]
-        plan.texts[plan.destination(raw.label_paths[file])] = "\n".join(line for line in kept if line is not None)
+    for file, file_edits in edits.items():
+        edit_lines(plan, raw.label_paths[file], lines[file], file_edits)
     _plan_yaml(plan)
     _plan_lists(plan)
     plan_ids(plan, dropped)
@@ -127,7 +125,7 @@ def _plan_lists(plan: Plan) -> None:
     raw = plan.report.raw
     left_out = {normpath(raw.splits[n].path(i)): code for (n, i), (code, _) in plan.left_out.items()}
     new_names = {normpath(raw.splits[n].path(i)): Path(new).name for (n, i), new in plan.renamed.items()}
-    own = files_of_one_image(raw)
+    label_files = files_of_one_image(raw)
     root = next(iter(raw.splits.values())).root
     # As the labels name them, which matters where the disk has the name in another case.
     for split in raw.splits.values():
@@ -137,32 +135,22 @@ def _plan_lists(plan: Plan) -> None:
                 if on_disk in table:
                     table[listed] = table[on_disk]
     for file, path in raw.label_paths.items():
-        target = plan.destination(path)
-        if path.suffix != ".txt" or file in own or target not in plan.files:
+        if path.suffix != ".txt" or file in label_files or plan.destination(path) not in plan.files:
             continue
         bases = {path.parent, *(s.root for s in raw.splits.values())}
-        lines, changed = [], False
-        for number, line in enumerate(read_label(path).split("\n"), 1):
-            name, facts = line.strip(), {"line": number, "old": line}
+        lines, edits = read_label(path).split("\n"), LineEdits()
+        for number, line in enumerate(lines):
+            name = line.strip()
             paths = {normpath(base / name) for base in bases} if name else set()
-            new: str | None = line
+            new = _relative(name, root)
             if gone := paths & left_out.keys():
-                new = None
-                plan.record("drop", left_out[min(gone)], target, f"{name} is left out", **facts)
-            elif name:
-                relative = _relative(name, root)
-                renamed = [str(Path(relative).with_name(new_names[p])) for p in paths & new_names.keys()]
-                new_name = renamed[0] if renamed else relative
-                if new_name != name:
-                    new = new_name
-                    code = "image-extension" if renamed else "image-outside"
-                    why = "its image is renamed" if renamed else "an absolute path would lead back to the original"
-                    plan.record("edit", code, target, why, **facts, new=new)
-            changed |= new != line
-            if new is not None:
-                lines.append(new)
-        if changed:
-            plan.texts[target] = "\n".join(lines)
+                edits[number] = (None, left_out[min(gone)], f"{name} is left out")
+            elif renamed := paths & new_names.keys():
+                new = str(Path(new).with_name(new_names[min(renamed)]))
+                edits[number] = (new, "image-extension", "the image is renamed")
+            elif new != name:
+                edits[number] = (new, "image-outside", "an absolute path would lead back to the original")
+        edit_lines(plan, path, lines, edits)
 
 
 def _relative(name: str, root: Path) -> str:
