@@ -1,7 +1,7 @@
-"""A run that is killed and resumed ends as the run that was left alone, bit for bit.
+"""A run that is killed and resumed ends like an uninterrupted one, bit for bit.
 
-Runs are real processes of the command line, forked off a server that has torch loaded, so that twenty of them fit
-into a test. They are killed with SIGKILL by the clock, or by themselves at a chosen call within a save.
+Runs are processes of the command line, forked from a server that has torch loaded, so that twenty of them fit into a
+test. They are killed with SIGKILL at random moments, or kill themselves at a chosen call within a save.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ SETTINGS = (
     "model.queries=12",
     "model.denoising=8",
     "plots=false",
-    # Often, so that most kills fall within an epoch or within a save.
+    # Frequent, so that most kills fall within an epoch or a save.
     "checkpoint_steps=2",
 )
 
 
-def train(arguments: list[str], log: Path, deadly: tuple[str, int] | None) -> None:
-    """Be `rtdetr ARGUMENTS`, in a process of its own; `deadly` names a call that is its last one."""
+def train(arguments: list[str], log: Path, kill_at: tuple[str, int] | None) -> None:
+    """Run `rtdetr ARGUMENTS` in this process; `kill_at` names a call of `os` that kills it, and at which count."""
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    if deadly is not None:
-        name, count = deadly
+    if kill_at is not None:
+        name, count = kill_at
         real = getattr(os, name)
         left = [count]
 
@@ -62,7 +62,7 @@ def train(arguments: list[str], log: Path, deadly: tuple[str, int] | None) -> No
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ForkServerContext]:
-    """Processes that start with torch loaded, on one thread."""
+    """Return a server of processes that start with torch loaded, on one thread."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
@@ -81,54 +81,56 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return generate_dataset(tmp_path_factory.mktemp("data") / "shapes", train=40, val=6, imgsz=64)
 
 
-class Lab:
-    """Starts, kills and resumes runs."""
+class Runs:
+    """Starts and resumes runs."""
 
     def __init__(self, server: ForkServerContext, data: Path, folder: Path, workers: int = 0) -> None:
         self.server, self.data, self.folder, self.workers = server, data, folder, workers
 
-    def start(self, name: str, *, deadly: tuple[str, int] | None = None) -> Any:
+    def start(self, name: str, *, kill_at: tuple[str, int] | None = None) -> Any:
         words = ["train", "--preset", "tiny", "--data", self.data, "--imgsz", 64, "--effective-batch", 8, "--batch", 8]
         words += ["--epochs", 4, "--workers", self.workers, "--device", "cpu", "--out", self.folder, "--name", name]
         for setting in SETTINGS:
             words += ["--set", setting]
-        return self._process([str(w) for w in words], name, deadly)
+        return self._process([str(w) for w in words], name, kill_at)
 
-    def resume(self, name: str, *, deadly: tuple[str, int] | None = None) -> Any:
-        return self._process(["train", "--resume", str(self.folder / name)], name, deadly)
+    def resume(self, name: str, *, kill_at: tuple[str, int] | None = None) -> Any:
+        return self._process(["train", "--resume", str(self.folder / name)], name, kill_at)
 
-    def go_on(self, name: str) -> Any:
-        """Resume; a run that was killed before it had written its settings is started again."""
+    def resume_or_restart(self, name: str) -> Any:
+        """Resume a run, or start it again if it was killed before it had written its settings."""
         if (self.folder / name / "manifest.json").exists():
             return self.resume(name)
         shutil.rmtree(self.folder / name, ignore_errors=True)
         return self.start(name)
 
-    def _process(self, words: list[str], name: str, deadly: tuple[str, int] | None) -> Any:
-        process = self.server.Process(target=train, args=(words, self.folder / f"{name}.log", deadly))
+    def _process(self, words: list[str], name: str, kill_at: tuple[str, int] | None) -> Any:
+        process = self.server.Process(target=train, args=(words, self.folder / f"{name}.log", kill_at))
         process.start()
         return process
 
     def finish(self, name: str) -> None:
-        """Go on until the end."""
-        process = self.go_on(name)
+        """Resume until the end."""
+        process = self.resume_or_restart(name)
         process.join()
-        log = (self.folder / f"{name}.log").read_text()
-        finished = "is finished" in log
-        assert process.exitcode == 0 or (process.exitcode == 2 and finished), log
+        assert process.exitcode == 0, (self.folder / f"{name}.log").read_text()
 
-    def tell(self, name: str) -> bool:
-        """Say where a run was killed, for `pytest -s`; return whether it was during a save."""
+    def report_kill(self, name: str) -> bool:
+        """Print where a run was killed, for `pytest -s`; return whether it was during a save."""
         run = self.folder / name
         partial = (run / ".last.ckpt.partial").exists()
-        where = f"last checkpoint at step {self.state(name)['place']['step']}" if self.begun(name) else "no checkpoint"
+        where = (
+            f"last checkpoint at step {self.state(name)['place']['step']}"
+            if self.has_checkpoint(name)
+            else "no checkpoint"
+        )
         print(f"{name}: killed, {where}{', during a save' if partial else ''}")
         return partial
 
-    def begun(self, name: str) -> bool:
+    def has_checkpoint(self, name: str) -> bool:
         return (self.folder / name / "last.ckpt").exists()
 
-    def left(self, name: str) -> tuple[bytes, bytes]:
+    def outputs(self, name: str) -> tuple[bytes, bytes]:
         run = self.folder / name
         return (run / "best.safetensors").read_bytes(), (run / "metrics.csv").read_bytes()
 
@@ -139,19 +141,19 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(server: ForkServerContext, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    lab = Lab(server, data, tmp_path_factory.mktemp("runs"))
-    process = lab.start("alone")
+def runs(server: ForkServerContext, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    runs = Runs(server, data, tmp_path_factory.mktemp("runs"))
+    process = runs.start("alone")
     process.join()
-    assert process.exitcode == 0, (lab.folder / "alone.log").read_text()
-    return lab
+    assert process.exitcode == 0, (runs.folder / "alone.log").read_text()
+    return runs
 
 
-def assert_equal_runs(lab: Lab, name: str) -> None:
+def assert_equal_runs(runs: Runs, name: str) -> None:
 
-    assert lab.left(name)[0] == lab.left("alone")[0], "best.safetensors"
-    assert lab.left(name)[1] == lab.left("alone")[1], "metrics.csv"
-    ours, expected = lab.state(name), lab.state("alone")
+    assert runs.outputs(name)[0] == runs.outputs("alone")[0], "best.safetensors"
+    assert runs.outputs(name)[1] == runs.outputs("alone")[1], "metrics.csv"
+    ours, expected = runs.state(name), runs.state("alone")
     for part in ("learner", "place", "generators", "metrics_offset", "identity"):
         assert equal(ours[part], expected[part]), part
 
@@ -168,9 +170,9 @@ def equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def wait_for_saves(lab: Lab, name: str, process: Any, count: int) -> None:
-    """Wait until a process has written so many checkpoints, or is over."""
-    path, seen = lab.folder / name / "last.ckpt", set()
+def wait_for_saves(runs: Runs, name: str, process: Any, count: int) -> None:
+    """Wait until a process has written so many checkpoints, or has ended."""
+    path, seen = runs.folder / name / "last.ckpt", set()
     before = path.stat().st_mtime_ns if path.exists() else None
     while len(seen) < count and process.is_alive():
         with suppress(FileNotFoundError):
@@ -179,103 +181,127 @@ def wait_for_saves(lab: Lab, name: str, process: Any, count: int) -> None:
         time.sleep(0.002)
 
 
-def kill_by_the_clock(lab: Lab, name: str, seed: int) -> list[bool]:
-    """Kill a run once or twice at random moments, then let it end; return for each kill if it was during a save."""
+def kill_at_random(runs: Runs, name: str, seed: int) -> list[bool]:
+    """Kill a run once or twice at random moments, then let it end; return which kills were during a save."""
     clock = random.Random(seed)
-    lives, told = clock.choice((1, 2)), []
-    while len(told) < lives:
-        process = lab.go_on(name)
-        # Some saves on, not some seconds: a busy machine would be killed at its first step each time.
-        wait_for_saves(lab, name, process, clock.randint(0, 8))
+    lives, during_save = clock.choice((1, 2)), []
+    while len(during_save) < lives:
+        process = runs.resume_or_restart(name)
+        # Count saves and not seconds: on a busy machine, every run would be killed at its first step.
+        wait_for_saves(runs, name, process, clock.randint(0, 8))
         time.sleep(clock.uniform(0, 0.3))
         process.kill()
         process.join()
         if process.exitcode == -signal.SIGKILL:
-            told.append(lab.tell(name))
-        # It was over first. A second life has little left to it; a run that was never killed is no test.
-        elif told:
+            during_save.append(runs.report_kill(name))
+        # It ended first. A run that was never killed tests nothing.
+        elif during_save:
             break
         else:
-            shutil.rmtree(lab.folder / name)
-    lab.finish(name)
-    assert_equal_runs(lab, name)
-    return told
+            shutil.rmtree(runs.folder / name)
+    runs.finish(name)
+    assert_equal_runs(runs, name)
+    return during_save
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_killed_by_the_clock(lab: Lab, seed: int) -> None:
-    assert kill_by_the_clock(lab, f"clock-{seed}", seed)
+def test_killed_at_random(runs: Runs, seed: int) -> None:
+    assert kill_at_random(runs, f"clock-{seed}", seed)
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments(lab: Lab) -> None:
-    """Weights, moments, place, generators and metrics are those of the run left alone, after each."""
-    told: list[bool] = []
+def test_killed_at_twenty_random_moments(runs: Runs) -> None:
+    """Weights, moments, progress, generators and metrics equal those of an uninterrupted run."""
+    during_save: list[bool] = []
     for seed in range(3, 40):
-        told += kill_by_the_clock(lab, f"clock-{seed}", seed)
-        if len(told) >= 20 and any(told):
+        during_save += kill_at_random(runs, f"clock-{seed}", seed)
+        if len(during_save) >= 20 and any(during_save):
             break
-    print(f"{len(told)} kills, {sum(told)} of them during a save")
-    assert len(told) >= 20
-    assert any(told)
+    print(f"{len(during_save)} kills, {sum(during_save)} of them during a save")
+    assert len(during_save) >= 20
+    assert any(during_save)
 
 
-# The calls of the files that a run writes: settings, manifest, then a checkpoint each two steps, the best model and
-# the row of metrics at the end of an epoch.
+# Calls while writing the files of a run: settings, manifest, a checkpoint every two steps, and the best model and a row
+# of metrics at the end of an epoch.
 SAVES = [
     *(("fsync", 5), ("replace", 1), ("replace", 2), ("replace", 3), ("link", 2)),
     *(("fsync", 8), ("replace", 7), ("fsync", 15), ("replace", 9)),
 ]
 
 
-@pytest.mark.parametrize("deadly", SAVES[:1])
-def test_killed_during_a_save(lab: Lab, deadly: tuple[str, int]) -> None:
-    name = "save-{}-{}".format(*deadly)
-    process = lab.start(name, deadly=deadly)
+@pytest.mark.parametrize("kill_at", SAVES[:1])
+def test_killed_during_a_save(runs: Runs, kill_at: tuple[str, int]) -> None:
+    name = "save-{}-{}".format(*kill_at)
+    process = runs.start(name, kill_at=kill_at)
     process.join()
-    assert process.exitcode == -signal.SIGKILL, (lab.folder / f"{name}.log").read_text()
-    lab.finish(name)
-    assert_equal_runs(lab, name)
+    assert process.exitcode == -signal.SIGKILL, (runs.folder / f"{name}.log").read_text()
+    runs.finish(name)
+    assert_equal_runs(runs, name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deadly", SAVES[1:])
-def test_killed_during_many_saves(lab: Lab, deadly: tuple[str, int]) -> None:
-    name = "save-{}-{}".format(*deadly)
-    process = lab.start(name, deadly=deadly)
+@pytest.mark.parametrize("kill_at", SAVES[1:])
+def test_killed_during_many_saves(runs: Runs, kill_at: tuple[str, int]) -> None:
+    name = "save-{}-{}".format(*kill_at)
+    process = runs.start(name, kill_at=kill_at)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    if (lab.folder / name / "last.ckpt").exists():
-        # And once more, in the middle of the first save of its second life.
-        process = lab.resume(name, deadly=("replace", 1))
+    if (runs.folder / name / "last.ckpt").exists():
+        # And once more during the first save after resuming.
+        process = runs.resume(name, kill_at=("replace", 1))
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    lab.finish(name)
-    assert_equal_runs(lab, name)
+    runs.finish(name)
+    assert_equal_runs(runs, name)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(lab: Lab, number: int, code: int) -> None:
+def test_a_signal_saves_and_prints_how_to_resume(runs: Runs, number: int, code: int) -> None:
     name = f"signal-{int(number)}"
-    process = lab.start(name)
-    wait_for_saves(lab, name, process, 3)
+    process = runs.start(name)
+    wait_for_saves(runs, name, process, 3)
     os.kill(process.pid, number)
     process.join()
-    log = (lab.folder / f"{name}.log").read_text()
+    log = (runs.folder / f"{name}.log").read_text()
     assert process.exitcode == code, log
-    assert f"rtdetr train --resume {lab.folder / name}" in log
+    assert f"rtdetr train --resume {runs.folder / name}" in log
     assert "Traceback" not in log
-    lab.finish(name)
-    assert_equal_runs(lab, name)
+    runs.finish(name)
+    assert_equal_runs(runs, name)
+
+
+def test_resuming_a_finished_run_does_nothing(runs: Runs) -> None:
+    before, state = runs.outputs("alone"), runs.state("alone")
+    process = runs.resume("alone")
+    process.join()
+    log = (runs.folder / "alone.log").read_text()
+    assert process.exitcode == 0, log
+    assert "has already finished: there is nothing left to do" in log
+    assert runs.outputs("alone") == before
+    assert equal(runs.state("alone"), state)
+
+
+def test_a_run_that_is_being_trained_is_locked(runs: Runs) -> None:
+    process = runs.start("locked")
+    wait_for_saves(runs, "locked", process, 1)
+    second = runs.resume("locked")
+    second.join()
+    log = (runs.folder / "locked.log").read_text()
+    assert second.exitcode == 2, log
+    assert f"is being trained by process {process.pid} on " in log
+    process.join()
+    assert process.exitcode == 0, log
+    assert_equal_runs(runs, "locked")
 
 
 @pytest.mark.slow
-def test_loader_processes_change_nothing(server: ForkServerContext, data: Path, lab: Lab) -> None:
-    """Killed with two loader processes, and equal to the run that loaded in its own process."""
-    other = Lab(server, data, lab.folder, workers=2)
+def test_a_run_with_loader_processes_resumes_exactly(server: ForkServerContext, data: Path, runs: Runs) -> None:
+    """Killed with two loader processes, it equals a run without any."""
+    other = Runs(server, data, runs.folder, workers=2)
     process = other.start("workers")
-    wait_for_saves(lab, "workers", process, 4)
+    wait_for_saves(runs, "workers", process, 4)
     process.kill()
     process.join()
     other.finish("workers")
-    assert_equal_runs(lab, "workers")
+    assert_equal_runs(runs, "workers")
