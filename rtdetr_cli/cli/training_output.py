@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from rtdetr_cli.train.events import EpochDone, StepDone, StepSkipped
-    from rtdetr_cli.weights.transfer import TransferTable
     from rtdetr_cli.workflows.finetune import DryRunResult, Event, RunFinished, RunStarted
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
@@ -102,26 +101,18 @@ def _show_start(event: RunStarted) -> None:
     from rtdetr_cli import __version__
     from rtdetr_cli.train.explain import plan_line
 
-    preset, splits, settings = event.config.preset, event.splits, event.config.settings
-    # A resumed run was fully checked when it began, so the few findings of reading its labels again say nothing new.
-    warnings = 0 if event.resumed else sum(f.severity == "warning" for f in splits.findings)
+    settings = event.config.settings
     device = event.device if event.processes == 1 else f"{event.device.partition(':')[0]} x {event.processes}"
     torch_version = ".".join(version("torch").split(".")[:2])
-    parts = [
-        f"rtdetr {__version__}",
-        f"torch {torch_version} {device} {event.precision}",
-        f" preset {preset.name} ({event.parameters / 1e6:.1f}M)",
-        f" data {splits.name}: {_image_counts(event)}, {counted(len(splits.categories), 'class')}"
-        + (f", {counted(warnings, 'warning')} (rtdetr validate)" if warnings else ""),
-    ]
-    _say("  ".join(parts))
-    if splits.split_made and event.resumed is None and not settings.overfit:
+    _say(f"rtdetr {__version__}  torch {torch_version}  {device} {event.precision}")
+    _show_model(event)
+    _say(f"data  {_describe_data(event)}")
+    if event.splits.split_made and event.resumed is None and not settings.overfit:
         total = event.train_images + event.val_images
         _say(
             f"split  the dataset has no val split: {event.val_images} of {total} images were drawn for it "
-            f"(seed {settings.seed})",
+            f"(seed {settings.seed})"
         )
-    _show_weights(event)
     _say(plan_line(event.plan, event.micro_batch, event.processes))
     given = event.config.given("batch") and settings.batch != "auto"
     choices = [(choice.name, choice.value, choice.reason) for choice in event.choices]
@@ -139,22 +130,28 @@ def _show_start(event: RunStarted) -> None:
         terminal.warn(terminal.fold(warning, indent=9, first=9))
 
 
-def _image_counts(event: RunStarted) -> str:
-    """Return how many images are trained and measured on; with `--overfit` they are the same ones, repeated."""
-    if event.config.settings.overfit:
+def _describe_data(event: RunStarted) -> str:
+    splits = event.splits
+    if event.config.settings.overfit:  # the same images, repeated, for training and validation
         times = event.train_images // event.val_images
         repeats = "once" if times == 1 else f"{times} times"
-        return f"{counted(event.val_images, 'image')}, {repeats} per epoch, for training and validation"
-    return f"{event.train_images}/{event.val_images} images"
+        images = f"{counted(event.val_images, 'image')}, {repeats} per epoch, for training and validation"
+    else:
+        images = f"{event.train_images:,} train / {event.val_images:,} val images"
+    parts = [f"{splits.name}: {images}", counted(len(splits.categories), "class")]
+    # A resumed run was fully checked when it began, so the few findings of reading its labels again say nothing new.
+    warnings = 0 if event.resumed else sum(f.severity == "warning" for f in splits.findings)
+    if warnings:
+        parts.append(f"{counted(warnings, 'warning')} (rtdetr validate)")
+    return ", ".join(parts)
 
 
-def _show_weights(event: RunStarted) -> None:
-    if event.transfer is None:
-        _say(f"start  {event.start}" if event.resumed is None else "start  its own checkpoint")
-        return
-    table: TransferTable = event.transfer
-    _say(f"start  {event.start}: {table.tensors_loaded} of {table.tensors_total} tensors")
-    if not table.by_class:
+def _show_model(event: RunStarted) -> None:
+    table = event.transfer
+    start = event.start if event.resumed is None else "its own checkpoint"
+    tensors = f": {table.tensors_loaded} of {table.tensors_total} tensors" if table is not None else ""
+    _say(f"model  {event.config.preset.name}, {event.parameters / 1e6:.1f}M parameters, from {start}{tensors}")
+    if table is None or not table.by_class:
         return
     transferred = [
         row.name if row.name == row.source_name else f"{row.name} <- {row.source_name}"

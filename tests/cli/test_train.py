@@ -108,9 +108,8 @@ def test_output_in_a_pipe(data: Path, rtdetr, tmp_path: Path) -> None:
     assert ran.code == 0, ran.err
     lines = ran.err.splitlines()
     assert lines[0].startswith("rtdetr 0.")
-    assert "preset tiny (" in lines[0]
-    assert "data shapes: 20/6 images, 5 classes" in lines[0]
-    assert lines[0].endswith("1 warning (rtdetr validate)")
+    assert lines[1].startswith("model  tiny, 0.1M parameters, from random weights")
+    assert lines[2] == "data  shapes: 20 train / 6 val images, 5 classes, 1 warning (rtdetr validate)"
     plan = next(line for line in lines if line.startswith("plan  "))
     assert "2 epochs x 3 steps" in plan
     assert "effective batch 8 (2 x 4)" in plan
@@ -186,7 +185,8 @@ def test_a_resumed_run_needs_no_other_flag_and_gives_the_same_result(
     assert ran.code == 0, ran.err
     assert "resumed at epoch 2, step 3" in ran.err
     assert "epoch 2/2" in ran.err
-    assert ran.err.splitlines()[0].endswith("20/6 images, 5 classes"), "the dataset was checked when the run began"
+    data_line = next(line for line in ran.err.splitlines() if line.startswith("data  "))
+    assert data_line.endswith("6 val images, 5 classes"), "the dataset was checked when the run began"
     for name in ("metrics.csv", "best.safetensors"):
         assert (copy / name).read_bytes() == (finished / name).read_bytes(), name
 
@@ -391,6 +391,6 @@ def test_a_few_images_can_be_overfitted(data: Path, rtdetr, tmp_path: Path) -> N
 def test_a_failed_overfit_is_explained(data: Path, rtdetr, tmp_path: Path) -> None:
     ran = rtdetr("train", *SMALL, "--data", data, "--overfit", 3, "--epochs", 1, "--out", tmp_path)
     assert ran.code == 0, ran.err
-    assert "data shapes: 3 images, 54 times per epoch, for training and validation, 5 classes" in ran.err
+    assert "data  shapes: 3 images, 54 times per epoch, for training and validation, 5 classes" in ran.err
     assert "were not overfitted" in ran.err
     assert "steps are few" in ran.err
