@@ -15,11 +15,9 @@ from rtdetr_cli.checks.doctor import Report, examine
 from rtdetr_cli.checks.repair.plan import BROKEN_FILE, Plan, files_of_one_image
 from rtdetr_cli.images.decode import EXIF_SIDEWAYS, EXIF_TAG, FORMATS, SUFFIXES, ImageError, image_size
 
-UNUSABLE = frozenset(
-    {
-        *("image-missing", "image-empty", "image-unreadable", "image-truncated"),
-        *("image-bomb", "image-samples", "image-outside"),
-    }
+_UNUSABLE = (
+    *("image-missing", "image-empty", "image-unreadable", "image-truncated"),
+    *("image-bomb", "image-samples", "image-outside"),
 )
 _OF_MANY = frozenset({"image-size-undeclared", "box-no-area"})
 """Findings that stand for several images, but name only the first."""
@@ -58,12 +56,12 @@ def reset_orientations(report: Report) -> tuple[Report, dict[Path, Tag]]:
     return again, reset
 
 
-def _images_with(report: Report, code: str) -> dict[tuple[str, int], str]:
-    """Return the images that a code was found for, with the message."""
+def _images_with(report: Report, *codes: str) -> dict[tuple[str, int], tuple[str, str]]:
+    """Return the images that one of the codes was found for, with code and message."""
     return {
-        (spot.split, spot.image): finding.message
+        (spot.split, spot.image): (finding.code, finding.message)
         for finding, spot in zip(report.findings, report.spots, strict=True)
-        if finding.code == code and spot.image >= 0
+        if finding.code in codes and spot.image >= 0
     }
 
 
@@ -104,16 +102,12 @@ def choose_left_out(plan: Plan, before: Report, reset: Mapping[Path, Tag]) -> No
         reset: paths whose orientation is reset.
     """
     raw = plan.report.raw
-    own_files = files_of_one_image(raw)
-    broken_files = {f.file: f.message for f in raw.findings if f.code in BROKEN_FILE and f.file in own_files}
-    for code in UNUSABLE:
-        for member, message in _images_with(plan.report, code).items():
-            plan.left_out[member] = (code, message)
-    for member, message in _images_with(before, "image-exif-ambiguous").items():
-        plan.left_out.setdefault(member, ("image-exif-ambiguous", message))
-    for (name, image), message in _images_with(before, "image-exif-swapped").items():
+    label_files = files_of_one_image(raw)
+    broken_files = {f.file: f.message for f in raw.findings if f.code in BROKEN_FILE and f.file in label_files}
+    plan.left_out |= _images_with(plan.report, *_UNUSABLE)
+    for (name, image), reason in _images_with(before, "image-exif-swapped", "image-exif-ambiguous").items():
         if raw.splits[name].path(image) not in reset:
-            plan.left_out.setdefault((name, image), ("image-exif-swapped", message))
+            plan.left_out.setdefault((name, image), reason)
     for name, split in raw.splits.items():
         for image in np.flatnonzero(~split.usable).tolist():
             plan.left_out.setdefault((name, image), ("image-unreadable", "cannot be used"))
@@ -138,8 +132,8 @@ def _leave_out_unknown_frames(plan: Plan) -> None:
     resized after it was annotated), or if the declared size fits neither the stored nor the upright image.
     """
     resized = _images_with(plan.report, "image-size")
-    outside = _images_with(plan.report, "box-outside") | _images_with(plan.report, "box-partly-outside")
-    for name, image in resized.keys() | outside.keys():
+    outside = _images_with(plan.report, "box-outside", "box-partly-outside")
+    for name, image in sorted(resized | outside):
         split = plan.report.raw.splits[name]
         path = split.path(image)
         if (name, image) in plan.left_out:
