@@ -1,1 +1,1 @@
-"""The only home of pydantic: what a preset and a run are."""
+"""Settings of a training run and presets: their declaration, validation and sources."""

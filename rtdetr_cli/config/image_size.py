@@ -1,9 +1,9 @@
-"""The network's input size: `640`, or height first `480x640`."""
+"""The input size of the network: `640`, or height first `480x640`."""
 
 from __future__ import annotations
 
 STRIDE = 32
-"""The coarsest feature map's stride: both sides of the input are multiples of it."""
+"""Stride of the coarsest feature map; both sides of the input are multiples of it."""
 LARGEST = 4096
 
 
@@ -11,7 +11,7 @@ def parse_image_size(value: object) -> tuple[int, int]:
     """Read `640`, `"480x640"` or `[480, 640]` as (height, width) in pixels.
 
     Raises:
-        ValueError: it is not a size, or a side is not a multiple of 32 from 32 to 4096; the message says so.
+        ValueError: the value is not a size, or a side is not a multiple of 32 from 32 to 4096.
     """
     sides: object = value
     if isinstance(value, str):

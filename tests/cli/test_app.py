@@ -155,7 +155,7 @@ def test_presets_diff_shows_the_differences_and_the_reasons(rtdetr) -> None:
     ran = rtdetr("presets", "diff", "r18", "r50")
     assert "optim.lr_backbone" in ran.out
     assert "1e-05" in ran.out
-    assert "a tenth of the head's rate" in ran.out
+    assert "a tenth of the head's learning rate" in ran.out
     assert "model.heads" not in ran.out
 
 
