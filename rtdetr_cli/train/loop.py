@@ -27,7 +27,7 @@ from rtdetr_cli.evaluate.run import Evaluation
 from rtdetr_cli.runs import METRICS as METRICS_FILE
 from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.train import memory
-from rtdetr_cli.train.checkpoint import explain_write_failure
+from rtdetr_cli.train.checkpoint import explain_write_failure, require_room, run_bytes
 from rtdetr_cli.train.events import (
     EpochDone,
     EvaluationStarted,
@@ -105,7 +105,7 @@ class Trainer:
         """
         progress, plan, is_main = self.progress, self.plan, self.learner.processes.is_main
         if is_main and not self.folder.checkpoint.exists():
-            self._checkpoints.require_room()
+            require_room(self.folder.path, run_bytes(self.learner.state_dict()))
             yield self._checkpoints.save("start")  # so that there always is a state to go back to
         while progress.epoch < plan.epochs and not progress.finished:
             epoch_complete = yield from self._run_steps()

@@ -18,7 +18,7 @@ from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.model.denoising import DenoisingGroup
 from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.train import memory
-from rtdetr_cli.train.checkpoint import load_rollback_checkpoint, require_room, run_bytes, save_checkpoint
+from rtdetr_cli.train.checkpoint import load_rollback_checkpoint, save_checkpoint
 from rtdetr_cli.train.events import CheckpointSaved, MicroBatchReduced, RolledBack
 from rtdetr_cli.train.guard import EVIDENCE_FOLDER
 from rtdetr_cli.train.state import Learner, Progress, restore, snapshot
@@ -95,14 +95,6 @@ class Checkpoints:
         self.saved_at = time.monotonic()
         # A checkpoint written after a skipped step is no state to go back to: the next save replaces it.
         self._saved_after_skipped_step = progress.in_a_row > 0
-
-    def require_room(self) -> None:
-        """Refuse to start a run that the disk cannot hold.
-
-        Raises:
-            RtdetrError: code `disk-full`.
-        """
-        require_room(self.folder.path, run_bytes(self.learner.state_dict()))
 
     def save(self, reason: str) -> CheckpointSaved:
         """Write `last.ckpt`, and keep the checkpoint before it.

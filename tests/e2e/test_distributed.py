@@ -1,4 +1,4 @@
-"""One run in several processes, started as people start it: same result, one voice, one end. On CPUs, with gloo."""
+"""Training in several processes from the command line, on CPUs: results, output, signals, crashes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMALL = [
     *("--set", "model.decoder_dim=16", "--set", "model.decoder_ffn=16", "--set", "model.queries=20"),
     *("--set", "model.heads=2", "--set", "plots=false"),
 ]
-PATIENCE = 240
+TIMEOUT = 240
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -41,7 +41,7 @@ def call(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
         env=environment(**more),
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         check=False,
     )
 
@@ -51,19 +51,19 @@ def metrics(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def ours(parent: int) -> list[psutil.Process]:
+def children_of(parent: int) -> list[psutil.Process]:
     """Return the processes of a run, by rank."""
     return sorted(psutil.Process(parent).children(), key=lambda child: int(child.environ()["RANK"]))
 
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """7 images to train on, one to measure on: shares are uneven, and one is empty."""
+    """A dataset of 7 training images and 1 val image, so that the shares are uneven and one is empty."""
     return generate_dataset(tmp_path_factory.mktemp("uneven"), train=7, val=1, imgsz=64)
 
 
 def start(data: Path, run: Path, *, epochs: int) -> subprocess.Popen[str]:
-    """Start a run of two processes and return when it has made its first epoch."""
+    """Start a run of two processes and return after its first epoch."""
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "rtdetr_cli", "train", "--data", str(data), *SMALL, "--device", "cpu,cpu"),
@@ -74,7 +74,7 @@ def start(data: Path, run: Path, *, epochs: int) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + TIMEOUT
     while not (run / "metrics.csv").is_file() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
     return process
@@ -89,14 +89,14 @@ def end(process: subprocess.Popen[str]) -> None:
 
 @pytest.fixture
 def long_run(uneven: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A run of two processes that would take long."""
+    """A run of two processes that takes long."""
     process = start(uneven, tmp_path / "runs" / "long", epochs=5000)
     yield process, tmp_path / "runs" / "long"
     end(process)
 
 
 def test_two_processes_from_the_command_line(uneven: Path, tmp_path: Path) -> None:
-    """Uneven shares, an empty one in the evaluation, one voice, one folder."""
+    """With uneven shares; only one process prints, and there is one run folder."""
     run = tmp_path / "runs" / "two"
     done = call(
         *("train", "--data", uneven, *SMALL, "--device", "cpu:2", "--epochs", 2, "--out", run.parent, "--name", "two"),
@@ -106,7 +106,7 @@ def test_two_processes_from_the_command_line(uneven: Path, tmp_path: Path) -> No
     result = json.loads(done.stdout)
     assert result["run"] == str(run)
     assert "cpu x 2" in done.stderr
-    assert "effective batch 4 = 1x2x2" in done.stderr
+    assert "effective batch 4 (1 x 2 x 2)" in done.stderr
     assert len(re.findall("^epoch 2/2 ", done.stderr, re.MULTILINE)) == 1
     assert [p.name for p in run.parent.iterdir()] == ["two"]
     assert [row["epoch"] for row in metrics(run)] == ["1", "2"]
@@ -114,7 +114,7 @@ def test_two_processes_from_the_command_line(uneven: Path, tmp_path: Path) -> No
     assert json.loads((run / "manifest.json").read_text(encoding="utf-8"))["versions"]["processes"] == "2"
 
 
-def test_a_batch_that_cannot_be_shared_is_refused_before_anything_starts(
+def test_an_indivisible_batch_is_refused_before_anything_starts(
     uneven: Path, tmp_path: Path, rtdetr: Callable[..., Any]
 ) -> None:
     done = rtdetr("train", "--data", uneven, *SMALL, "--device", "cpu:3", "--out", tmp_path)
@@ -126,7 +126,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_before_anything_starts(
 
 
 @pytest.mark.slow
-def test_the_result_is_that_of_one_process(tmp_path: Path) -> None:
+def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     data = generate_dataset(tmp_path / "data", train=20, val=9, imgsz=64)
     runs = []
     for name, device in (("one", "cpu"), ("two", "cpu:2")):
@@ -134,7 +134,7 @@ def test_the_result_is_that_of_one_process(tmp_path: Path) -> None:
         done = call("train", "--data", data, *SMALL, *flags)
         assert done.returncode == 0, done.stderr
         runs.append(metrics(tmp_path / "runs" / name))
-    # The sums are made in another order: the steps carry the rounding on, so that only the beginning is close.
+    # Sums are computed in another order and the steps amplify the rounding, so only the first epoch is close.
     one, two = ({k: float(v) for k, v in rows[0].items() if k.startswith("loss")} for rows in runs)
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
     assert two == pytest.approx(one, rel=1e-2)
@@ -143,17 +143,15 @@ def test_the_result_is_that_of_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_all_and_the_run_goes_on_as_if_it_had_not(
-    uneven: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_run_stopped_by_a_signal_resumes_exactly(uneven: Path, tmp_path: Path, number: signal.Signals) -> None:
     epochs = 12
     left_alone, stopped = tmp_path / "runs" / "alone", tmp_path / "runs" / "stopped"
     process = start(uneven, stopped, epochs=epochs)
     try:
-        children = ours(process.pid)
+        children = children_of(process.pid)
         assert len(children) == 2
         process.send_signal(number)
-        _, err = process.communicate(timeout=PATIENCE)
+        _, err = process.communicate(timeout=TIMEOUT)
     finally:
         end(process)
     assert process.returncode == 128 + number, err
@@ -173,11 +171,11 @@ def test_a_signal_stops_all_and_the_run_goes_on_as_if_it_had_not(
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_takes_all_with_it(long_run: tuple[subprocess.Popen[str], Path]) -> None:
+def test_a_killed_process_ends_the_run(long_run: tuple[subprocess.Popen[str], Path]) -> None:
     process, _ = long_run
-    children = ours(process.pid)
+    children = children_of(process.pid)
     children[1].kill()
-    _, err = process.communicate(timeout=PATIENCE)
+    _, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 1
     assert "error: process 1 (cpu) was ended by SIGKILL" in err
     assert "Traceback" not in err
@@ -185,9 +183,9 @@ def test_a_process_that_is_killed_takes_all_with_it(long_run: tuple[subprocess.P
 
 
 @pytest.mark.slow
-def test_processes_do_not_outlive_the_one_that_started_them(long_run: tuple[subprocess.Popen[str], Path]) -> None:
+def test_processes_end_with_their_parent(long_run: tuple[subprocess.Popen[str], Path]) -> None:
     process, run = long_run
-    children = ours(process.pid)
+    children = children_of(process.pid)
     process.kill()
     process.communicate()
     _, alive = psutil.wait_procs(children, timeout=60)
@@ -196,8 +194,8 @@ def test_processes_do_not_outlive_the_one_that_started_them(long_run: tuple[subp
 
 
 @pytest.mark.slow
-def test_what_one_process_says_is_what_is_said(uneven: Path, tmp_path: Path) -> None:
-    """The second process fails by itself at its third step; the others only lose it."""
+def test_the_error_of_one_process_is_that_of_the_run(uneven: Path, tmp_path: Path) -> None:
+    """The second process fails at its third step; the other one only loses its peer."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys, importlib.abc, importlib.util\n"
         "class Late(importlib.abc.MetaPathFinder):\n"
@@ -227,9 +225,9 @@ def test_what_one_process_says_is_what_is_said(uneven: Path, tmp_path: Path) -> 
 def test_two_hosts_over_the_loopback(uneven: Path, tmp_path: Path) -> None:
     if shutil.which("torchrun") is None and not Path(sys.executable).with_name("torchrun").exists():
         pytest.skip("torchrun is not installed")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     done = subprocess.run(
         [
@@ -239,7 +237,7 @@ def test_two_hosts_over_the_loopback(uneven: Path, tmp_path: Path) -> None:
         env=environment(PORT=port, PROCESSES="2", PATH=path),
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -250,7 +248,7 @@ def test_two_hosts_over_the_loopback(uneven: Path, tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_two_processes_on_one_gpu(tmp_path: Path) -> None:
-    """NCCL refuses to share a GPU, so gloo carries the sums; norms are synchronised on the device all the same."""
+    """NCCL refuses to share a GPU, so gradients and norms are reduced with gloo."""
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
@@ -266,7 +264,7 @@ def test_two_processes_on_one_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_each_process_has_a_gpu_of_its_own(uneven: Path, tmp_path: Path) -> None:
+def test_two_processes_on_two_gpus(uneven: Path, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.device_count() < 2:
         pytest.skip("there are not two CUDA devices")

@@ -1,6 +1,6 @@
-"""One process of a processes, for `test_processes.py`: makes steps and leaves what came of them in files.
+"""One of the processes of `test_processes.py`: takes steps and saves their results.
 
-The first process makes each step alone as well, for comparison.
+The main process also takes each step alone, for comparison.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def whole_batch(boxes_in: tuple[int, ...]) -> Batch:
 
 
 def step(
-    processes: ProcessGroup, norms: str, boxes_in: tuple[int, ...], full_at: int, full_rank: int
+    processes: ProcessGroup, norms: str, boxes_in: tuple[int, ...], fail_at: int, fail_rank: int
 ) -> dict[str, Any]:
-    """Make one step of a fresh model; the memory of one process may end at one layer."""
+    """Take one step with a new model; one process may run out of memory at one layer."""
     torch.manual_seed(0)
-    # Float64, so that a wrong normaliser cannot hide in rounding.
+    # Float64, so that a wrong normalizer cannot hide in rounding.
     model = build_detector(SPEC, num_classes=CLASSES).double().to(memory_format=torch.channels_last)
     model.register_forward_pre_hook(lambda module, given: (given[0].double(), *given[1:]))
     if norms == "frozen":
@@ -98,7 +98,7 @@ def step(
     def run_out_of_memory(*_: object) -> None:
         nonlocal calls
         calls += 1
-        if calls == full_at and processes.rank == full_rank:
+        if calls == fail_at and processes.rank == fail_rank:
             raise MemoryError("injected")
 
     def watch(module: nn.Module, given: object, output: torch.Tensor) -> None:
@@ -136,7 +136,7 @@ def main(out: Path, scenarios: list[dict[str, Any]]) -> None:
     for number, scenario in enumerate(scenarios):
         left = {"together": step(processes, **scenario)}
         if processes.is_main:
-            left["alone"] = step(SINGLE_PROCESS, **{**scenario, "full_at": 0})
+            left["alone"] = step(SINGLE_PROCESS, **{**scenario, "fail_at": 0})
         torch.save(left, out / f"{number}-{processes.rank}.pt")
     processes.close()
 

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there: kills, damage, full disks."""
+"""Checkpoints: kills during a save, damage, full disks."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def saved(folder: Path, *numbers: int) -> None:
         save_checkpoint(folder, state_of(number))
 
 
-def test_what_goes_in_comes_out(tmp_path: Path) -> None:
+def test_a_saved_state_is_loaded_unchanged(tmp_path: Path) -> None:
     state = state_of(3) | {"generator": torch.get_rng_state(), "bf16": torch.ones(2, dtype=torch.bfloat16)}
     save_checkpoint(tmp_path, state)
-    found, warning = load_checkpoint(tmp_path)
+    loaded, warning = load_checkpoint(tmp_path)
     assert not warning
-    assert found["nested"] == state["nested"]
+    assert loaded["nested"] == state["nested"]
     for key in ("tensor", "generator", "bf16"):
-        assert torch.equal(found[key], state[key])
+        assert torch.equal(loaded[key], state[key])
 
 
-def test_the_memory_format_is_kept(tmp_path: Path) -> None:
+def test_the_memory_format_is_preserved(tmp_path: Path) -> None:
     weight = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
     save_checkpoint(tmp_path, {"weight": weight})
     assert load_checkpoint(tmp_path)[0]["weight"].stride() == weight.stride()
 
 
-def test_the_one_before_is_kept(tmp_path: Path) -> None:
+def test_the_previous_checkpoint_is_kept(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2, 3)
     assert checkpoint.read_checkpoint(tmp_path / PREVIOUS_CHECKPOINT)["number"] == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == [PREVIOUS_CHECKPOINT, CHECKPOINT]
@@ -56,39 +56,39 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
-def test_a_newest_that_is_no_good_gives_way_to_the_next(tmp_path: Path) -> None:
+def test_keep_previous_replaces_the_newest_checkpoint(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2)
     save_checkpoint(tmp_path, state_of(3), keep_previous=True)
     assert checkpoint.read_checkpoint(tmp_path / PREVIOUS_CHECKPOINT)["number"] == 1
     assert load_checkpoint(tmp_path)[0]["number"] == 3
 
 
-def test_with_none_before_it_the_newest_is_kept(tmp_path: Path) -> None:
+def test_keep_previous_without_a_previous_checkpoint(tmp_path: Path) -> None:
     saved(tmp_path, 1)
     save_checkpoint(tmp_path, state_of(2), keep_previous=True)
     assert checkpoint.read_checkpoint(tmp_path / PREVIOUS_CHECKPOINT)["number"] == 1
 
 
 @pytest.mark.parametrize("at", [-1, 2000, 200, 30])
-def test_damage_is_noticed_and_the_one_before_is_taken(tmp_path: Path, at: int) -> None:
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path: Path, at: int) -> None:
     saved(tmp_path, 1, 2)
     flip(tmp_path / CHECKPOINT, at)
-    found, warning = load_checkpoint(tmp_path)
-    assert found["number"] == 1
+    loaded, warning = load_checkpoint(tmp_path)
+    assert loaded["number"] == 1
     assert "damaged" in warning or "truncated" in warning
 
 
 @pytest.mark.parametrize("keep", [0, 10, 60, 5000])
-def test_a_file_cut_short_is_noticed(tmp_path: Path, keep: int) -> None:
+def test_a_truncated_checkpoint_falls_back_to_the_previous_one(tmp_path: Path, keep: int) -> None:
     saved(tmp_path, 1, 2)
     path = tmp_path / CHECKPOINT
     path.write_bytes(path.read_bytes()[:keep])
-    found, warning = load_checkpoint(tmp_path)
-    assert found["number"] == 1
+    loaded, warning = load_checkpoint(tmp_path)
+    assert loaded["number"] == 1
     assert warning
 
 
-def test_both_damaged_is_an_error_with_one_sentence(tmp_path: Path) -> None:
+def test_two_damaged_checkpoints_are_an_error(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2)
     flip(tmp_path / CHECKPOINT, -9)
     flip(tmp_path / PREVIOUS_CHECKPOINT, -9)
@@ -96,14 +96,14 @@ def test_both_damaged_is_an_error_with_one_sentence(tmp_path: Path) -> None:
         load_checkpoint(tmp_path)
 
 
-def test_none_at_all(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does not exist") as caught:
         load_checkpoint(tmp_path)
     assert caught.value.exit_code == 4
     assert caught.value.message.count("does not exist") == 1
 
 
-def test_a_foreign_file(tmp_path: Path) -> None:
+def test_a_foreign_file_is_an_error(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / CHECKPOINT)
     with pytest.raises(ModelError, match="not a checkpoint of rtdetr train"):
         load_checkpoint(tmp_path)
@@ -114,8 +114,8 @@ class _Evil:
         return (os.system, ("touch owned",))
 
 
-def test_a_pickle_with_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checksum can be forged; what is inside is read as tensors only."""
+def test_code_in_a_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checksum can be forged, so the content is loaded as tensors only."""
     monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path, {"x": _Evil()})
     with pytest.raises(ModelError):
@@ -123,7 +123,7 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_full_disk_leaves_the_last_good_one_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, 1)
     real = os.fsync
 
@@ -140,7 +140,7 @@ def test_a_full_disk_leaves_the_last_good_one_and_says_so(tmp_path: Path, monkey
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-def test_a_write_that_fails_half_way_says_so_too(tmp_path: Path) -> None:
+def test_a_write_that_fails_half_way_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     saved(tmp_path, 1)
     (tmp_path / PARTIAL_CHECKPOINT).symlink_to("/dev/full")
     with pytest.raises(RtdetrError, match="the disk is full"):
@@ -158,7 +158,7 @@ def test_free_space_is_checked_before_anything_is_written(tmp_path: Path, monkey
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(RtdetrError, match="could not be written"):
         saved(tmp_path, 1)
@@ -171,7 +171,7 @@ import torch
 from rtdetr_cli.train.checkpoint import save_checkpoint
 folder, moment = Path(sys.argv[1]), int(sys.argv[2])
 calls = 0
-def deadly(real):
+def fatal(real):
     def call(*a, **k):
         global calls
         calls += 1
@@ -181,18 +181,18 @@ def deadly(real):
     return call
 save_checkpoint(folder, {"number": 1, "tensor": torch.ones(1000)})
 save_checkpoint(folder, {"number": 2, "tensor": torch.ones(1000)})
-os.fsync, os.link, os.replace, Path.unlink = deadly(os.fsync), deadly(os.link), deadly(os.replace), deadly(Path.unlink)
+os.fsync, os.link, os.replace, Path.unlink = fatal(os.fsync), fatal(os.link), fatal(os.replace), fatal(Path.unlink)
 save_checkpoint(folder, {"number": 3, "tensor": torch.ones(1000)})
 """
 
 
 @pytest.mark.parametrize("moment", [1, 3, 5])
-def test_a_kill_during_a_save_leaves_a_whole_file(tmp_path: Path, moment: int) -> None:
-    """The moments are the calls of a save in their order: sync, unlink, link, rename, sync of the folder."""
+def test_a_kill_during_a_save_leaves_a_complete_checkpoint(tmp_path: Path, moment: int) -> None:
+    """The moments are the system calls of a save in order: fsync, unlink, link, replace, fsync of the folder."""
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(moment)], check=False)
     assert done.returncode == -signal.SIGKILL
-    found, warning = load_checkpoint(tmp_path)
-    assert found["number"] == (3 if moment == 5 else 2)
+    loaded, warning = load_checkpoint(tmp_path)
+    assert loaded["number"] == (3 if moment == 5 else 2)
     assert not warning
     save_checkpoint(tmp_path, state_of(4))
     assert load_checkpoint(tmp_path)[0]["number"] == 4

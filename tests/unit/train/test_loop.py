@@ -1,4 +1,4 @@
-"""The loop: gradients that do not depend on how a batch is cut, errors of memory and numbers, stops, exact resume."""
+"""The training loop: micro-batches, out of memory, non-finite steps, signals, full disks, exact resume."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.images.decode import stretch
 from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.train import checkpoint as checkpointing
-from rtdetr_cli.train import events, memory
+from rtdetr_cli.train import memory
 from rtdetr_cli.train import step as step_module
 from rtdetr_cli.train.checkpoint import load_checkpoint
+from rtdetr_cli.train.events import CheckpointSaved, EpochDone, MicroBatchReduced, RolledBack, StepDone, StepSkipped
 from rtdetr_cli.train.guard import MAX_SKIPPED_IN_A_ROW
 from rtdetr_cli.train.recovery import MAX_ROLLBACKS
 from rtdetr_cli.train.state import Learner
@@ -42,7 +43,7 @@ Make = Callable[..., RunConfig]
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Bit for bit means the same number of threads; one is the quickest for nets this small."""
+    """Use one thread: exact comparisons need a fixed number, and one is fastest for such small networks."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -59,7 +60,7 @@ def batch_of(boxes_in: tuple[int, ...], *, side: int = 64, classes: int = 5) -> 
 
 
 def float64(learner: Learner) -> Learner:
-    """Make a learner's network double, so that a wrong normaliser cannot hide in rounding."""
+    """Make a learner's network float64, so that a wrong normalizer cannot hide in rounding."""
     learner.model.double()
     learner.model.register_forward_pre_hook(lambda module, given: (given[0].double(), *given[1:]))
     return learner
@@ -77,17 +78,17 @@ def gradients(learner: Learner, batch: Batch, micro: int) -> tuple[dict[str, Ten
     rows = memory.micro_batches(len(batch.labels), micro)
     num_boxes = float(max(1, sum(len(one) for one in batch.labels)))
     _, terms = accumulate_gradients(learner, batch, rows=rows, size=(64, 64), group=group, num_boxes=num_boxes)
-    found = {n: p.grad.clone() for n, p in learner.model.named_parameters() if p.grad is not None}
+    by_name = {n: p.grad.clone() for n, p in learner.model.named_parameters() if p.grad is not None}
     learner.optimizer.zero_grad()
-    return found, terms.sum(0)
+    return by_name, terms.sum(0)
 
 
 # ---- the effective batch ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("boxes_in", [(3, 1, 0, 6, 2, 0, 0, 4), (0,) * 8, (0, 0, 0, 0, 0, 0, 0, 260)])
-def test_gradients_do_not_depend_on_how_the_batch_is_cut(small_run: Make, boxes_in: tuple[int, ...]) -> None:
-    """1x8, 2x4, 4x2 and 8x1 with frozen norms; images without boxes, none at all, more boxes than queries."""
+def test_gradients_do_not_depend_on_the_micro_batch(small_run: Make, boxes_in: tuple[int, ...]) -> None:
+    """With frozen norms, for images without boxes, a batch without boxes, and more boxes than queries."""
     learner = float64(prepare(small_run()).learner)
     freeze_norms(learner)
     batch = batch_of(boxes_in)
@@ -101,8 +102,8 @@ def test_gradients_do_not_depend_on_how_the_batch_is_cut(small_run: Make, boxes_
             torch.testing.assert_close(cut[name], expected, rtol=1e-7, atol=1e-10, msg=name)
 
 
-def test_live_norms_see_the_micro_batch(small_run: Make) -> None:
-    """The documents say so; were it not so, the test above could freeze nothing."""
+def test_trained_norms_depend_on_the_micro_batch(small_run: Make) -> None:
+    """As documented; it is also why the test above freezes the norms."""
     learner = float64(prepare(small_run()).learner)
     batch = batch_of((3, 1, 0, 6, 2, 0, 0, 4))
     whole, _ = gradients(learner, batch, 8)
@@ -110,8 +111,8 @@ def test_live_norms_see_the_micro_batch(small_run: Make) -> None:
     assert any(not torch.allclose(cut[n], whole[n], rtol=1e-3) for n in whole)
 
 
-class Script:
-    """Raises, or poisons, at chosen calls of a module in training."""
+class Fault:
+    """Raises an error, or makes the output NaN, at chosen calls of a module in training."""
 
     def __init__(self, module: nn.Module, *, at: set[int], what: str, error: Exception | None = None) -> None:
         self.calls, self.at, self.what = 0, at, what
@@ -145,8 +146,8 @@ def norm_layer(prepared: Prepared) -> nn.Module:
 def run(
     config: RunConfig, tamper: Callable[[Prepared], object] | None = None, stop: StopFlag | None = None
 ) -> tuple[list[Any], dict[str, Tensor], Path]:
-    """Run the whole workflow, with something done to what was prepared; return reports, weights and folder."""
-    reports = []
+    """Run the whole workflow, after `tamper` has changed what was prepared; return events, weights and folder."""
+    events = []
     prepared_: list[Prepared] = []
     real = workflow.prepare
 
@@ -159,13 +160,13 @@ def run(
 
     workflow.prepare = watched
     try:
-        for report in workflow.finetune(config, stop=stop):
-            reports.append(report)
+        for event in workflow.finetune(config, stop=stop):
+            events.append(event)
     finally:
         workflow.prepare = real
-    folder = next(r.folder for r in reports if isinstance(r, workflow.RunStarted))
+    folder = next(r.folder for r in events if isinstance(r, workflow.RunStarted))
     assert folder is not None
-    return reports, tensors(prepared_[0].learner), folder
+    return events, tensors(prepared_[0].learner), folder
 
 
 def tensors(learner: Learner) -> dict[str, Tensor]:
@@ -177,41 +178,42 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
-def of(kind: type, reports: list[Any]) -> list[Any]:
-    return [r for r in reports if isinstance(r, kind)]
+def of(kind: type, events: list[Any]) -> list[Any]:
+    return [r for r in events if isinstance(r, kind)]
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["forward", "backward"])
-def test_an_error_of_memory_cuts_the_batch_and_runs_the_same_step_again(small_run: Make, what: str) -> None:
-    """In the first step, after half of its passes: what follows is bit for bit a run that began with the halves."""
+def test_out_of_memory_halves_the_micro_batch_and_retries_the_same_step(small_run: Make, what: str) -> None:
+    """The result equals, bit for bit, that of a run that started with the smaller micro-batch."""
     _, expected, _ = run(small_run(batch=4, name="halves"))
-    reports, found, _ = run(small_run(batch=8, name="whole"), lambda p: Script(norm_layer(p), at={1}, what=what))
-    cuts = of(events.MicroBatchReduced, reports)
+    events, weights, folder = run(small_run(batch=8, name="whole"), lambda p: Fault(norm_layer(p), at={1}, what=what))
+    cuts = of(MicroBatchReduced, events)
     assert [(c.step, c.micro_batch_before, c.micro_batch) for c in cuts] == [(0, 8, 4)]
-    assert same(found, expected)
-    assert [r.step for r in of(events.StepDone, reports)] == list(range(6)), "no step is lost, none is made twice"
+    assert same(weights, expected)
+    assert [r.step for r in of(StepDone, events)] == list(range(6)), "no step is lost or repeated"
+    assert load_checkpoint(folder)[0]["place"]["micro_batch"] == 4
 
 
-def test_several_errors_at_several_points(small_run: Make) -> None:
-    """8 -> 4 in the second step; 4 -> 2 and 2 -> 1 within the fourth. With frozen norms the losses are the same."""
+def test_out_of_memory_in_several_steps(small_run: Make) -> None:
+    """8 -> 4 in the second step; 4 -> 2 -> 1 in the fourth. With frozen norms the losses stay the same."""
 
     def tamper(prepared: Prepared) -> None:
         freeze_norms(prepared.learner)
         # Passes: step 0: 1; step 1: 2 fails, 3 4; step 2: 5 6; step 3: 7 8 fails, 9 10 11 fails, 12 to 19.
-        Script(prepared.learner.model.encoder, at={2, 8, 11}, what="forward")
+        Fault(prepared.learner.model.encoder, at={2, 8, 11}, what="forward")
 
     undisturbed, _, _ = run(small_run(name="a"), lambda p: freeze_norms(p.learner))
-    reports, _, _ = run(small_run(name="b"), tamper)
-    assert [(c.step, c.micro_batch) for c in of(events.MicroBatchReduced, reports)] == [(1, 4), (3, 2), (3, 1)]
-    expected = [r.loss for r in of(events.StepDone, undisturbed)]
-    assert [r.loss for r in of(events.StepDone, reports)] == pytest.approx(expected, rel=1e-3)
+    events, _, _ = run(small_run(name="b"), tamper)
+    assert [(c.step, c.micro_batch) for c in of(MicroBatchReduced, events)] == [(1, 4), (3, 2), (3, 1)]
+    expected = [r.loss for r in of(StepDone, undisturbed)]
+    assert [r.loss for r in of(StepDone, events)] == pytest.approx(expected, rel=1e-3)
 
 
-def test_statistics_of_failed_passes_are_taken_back(small_run: Make) -> None:
-    """Otherwise running means would count some images twice."""
+def test_norm_statistics_of_failed_passes_are_undone(small_run: Make) -> None:
+    """Otherwise the running means would count some images twice."""
     prepared: list[Prepared] = []
     _, _, _ = run(small_run(epochs=1, name="a"), prepared.append)
     alone = {k: v.clone() for k, v in prepared[0].learner.model.state_dict().items() if "num_batches" in k}
@@ -219,7 +221,7 @@ def test_statistics_of_failed_passes_are_taken_back(small_run: Make) -> None:
     def tamper(p: Prepared) -> None:
         prepared.append(p)
         # The last norm: every other one has seen the batch by then.
-        Script(norm_layer(p), at={3}, what="forward")
+        Fault(norm_layer(p), at={3}, what="forward")
 
     run(small_run(epochs=1, name="b"), tamper)
     counted = prepared[1].learner.model.state_dict()
@@ -229,34 +231,29 @@ def test_statistics_of_failed_passes_are_taken_back(small_run: Make) -> None:
         assert int(counted[key]) == 4, key
 
 
-def test_one_image_that_does_not_fit_ends_the_run(small_run: Make) -> None:
+def test_a_single_image_that_does_not_fit_is_an_error(small_run: Make) -> None:
     with pytest.raises(RtdetrError, match="one image does not fit") as caught:
-        run(small_run(), lambda p: Script(norm_layer(p), at=set(range(1, 100)), what="forward"))
+        run(small_run(), lambda p: Fault(norm_layer(p), at=set(range(1, 100)), what="forward"))
     assert caught.value.exit_code == 1
 
 
-def test_other_errors_are_not_taken_for_memory(small_run: Make) -> None:
+def test_other_errors_are_not_retried(small_run: Make) -> None:
     with pytest.raises(RuntimeError, match="a bug"):
-        run(small_run(), lambda p: Script(norm_layer(p), at={2}, what="forward", error=RuntimeError("a bug")))
-
-
-def test_the_cut_is_kept_for_the_rest_and_in_the_checkpoint(small_run: Make) -> None:
-    _, _, folder = run(small_run(), lambda p: Script(norm_layer(p), at={1}, what="forward"))
-    assert load_checkpoint(folder)[0]["place"]["micro_batch"] == 4
+        run(small_run(), lambda p: Fault(norm_layer(p), at={2}, what="forward", error=RuntimeError("a bug")))
 
 
 # ---- numbers ----------------------------------------------------------------------------------------------------
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_told_with_its_images(small_run: Make) -> None:
-    """The third step in two passes, of which the second is poisoned."""
+def test_a_non_finite_step_is_skipped_and_reported_with_its_images(small_run: Make) -> None:
+    """The third step has two micro-batches, and the output of the second becomes NaN."""
     prepared: list[Prepared] = []
     before: dict[str, Tensor] = {}
     after: dict[str, Tensor] = {}
 
     def tamper(p: Prepared) -> None:
         prepared.append(p)
-        Script(p.learner.model.backbone.conv1, at={6}, what="nan")
+        Fault(p.learner.model.backbone.conv1, at={6}, what="nan")
         make = p.learner.norms.save
         calls = [0]
 
@@ -270,22 +267,22 @@ def test_a_step_that_is_not_finite_is_skipped_and_told_with_its_images(small_run
 
         p.learner.norms.save = keep  # type: ignore[method-assign]
 
-    reports, found, folder = run(small_run(batch=4), tamper)
-    skipped = of(events.StepSkipped, reports)
+    events, weights, folder = run(small_run(batch=4), tamper)
+    skipped = of(StepSkipped, events)
     assert [s.step for s in skipped] == [2]
     facts = skipped[0].skipped
     assert facts.in_a_row == 1
-    assert len(facts.images) == 4, "only the poisoned micro-batch's"
+    assert len(facts.images) == 4, "only those of the NaN micro-batch"
     assert facts.term.startswith("loss_")
-    # Nothing of the step is left: weights, running statistics (but for what a moving average of equals moves).
+    # Nothing of the step is left in weights and running statistics.
     assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("model.") and "num_batches" not in k)
-    assert all(torch.isfinite(v).all() for k, v in found.items() if "anchors" not in k)
-    assert len(of(events.StepDone, reports)) == 5
+    assert all(torch.isfinite(v).all() for k, v in weights.items() if "anchors" not in k)
+    assert len(of(StepDone, events)) == 5
     evidence = np.load(facts.evidence)
-    told = json.loads(str(evidence["facts"]))
-    assert told["pictures"] == list(facts.images)
-    assert told["term"] == facts.term
-    assert told["files"] == list(facts.files)
+    saved = json.loads(str(evidence["facts"]))
+    assert saved["pictures"] == list(facts.images)
+    assert saved["term"] == facts.term
+    assert saved["files"] == list(facts.files)
     assert list(facts.files) == [prepared[0].train_set.file_names[i] for i in facts.images]
     assert all(name in (folder / "train.log").read_text() for name in facts.files)
     assert evidence["images"].shape == (8, 3, 64, 64)
@@ -293,77 +290,73 @@ def test_a_step_that_is_not_finite_is_skipped_and_told_with_its_images(small_run
     assert folder in facts.evidence.parents
 
 
-def test_it_is_told_one_step_later_and_before_the_epoch_ends(small_run: Make) -> None:
+def test_skipped_steps_are_reported_one_step_later_and_before_the_epoch_ends(small_run: Make) -> None:
     def tamper(p: Prepared) -> None:
-        Script(p.learner.model.backbone.conv1, at={1, 6}, what="nan")
+        Fault(p.learner.model.backbone.conv1, at={1, 6}, what="nan")
 
-    reports, _, _ = run(small_run(), tamper)
-    kinds = [(type(r).__name__, getattr(r, "step", None)) for r in reports]
+    events, _, _ = run(small_run(), tamper)
+    kinds = [(type(r).__name__, getattr(r, "step", None)) for r in events]
     assert kinds.index(("StepSkipped", 0)) < kinds.index(("StepDone", 1))
-    assert kinds.index(("StepSkipped", 5)) < kinds.index(("EpochDone", 6)), "the last step's figures are waited for"
+    assert kinds.index(("StepSkipped", 5)) < kinds.index(("EpochDone", 6))
 
 
-def test_the_loss_of_an_epoch_leaves_skipped_steps_out(small_run: Make) -> None:
-    reports, _, _ = run(small_run(), lambda p: Script(p.learner.model.backbone.conv1, at={2}, what="nan"))
-    epoch = of(events.EpochDone, reports)[0]
-    steps = [r.loss for r in of(events.StepDone, reports) if r.epoch == 0]
+def test_the_loss_of_an_epoch_excludes_skipped_steps(small_run: Make) -> None:
+    events, _, _ = run(small_run(), lambda p: Fault(p.learner.model.backbone.conv1, at={2}, what="nan"))
+    epoch = of(EpochDone, events)[0]
+    steps = [r.loss for r in of(StepDone, events) if r.epoch == 0]
     assert len(steps) == 2
     assert epoch.loss == pytest.approx(sum(steps) / 2)
 
 
-def test_weights_that_are_at_fault_go_back_to_a_good_state_at_a_lower_rate(small_run: Make) -> None:
-    """Five poisoned steps in a row, then no more: the run goes back to the last epoch's end and through."""
+def test_skipped_steps_in_a_row_roll_back_to_a_good_state_with_a_lower_rate(small_run: Make) -> None:
+    """After five NaN steps in a row, the run goes back to the end of an epoch and then completes."""
     first = 4
-    reports, found, folder = run(
+    events, weights, folder = run(
         small_run(epochs=4),
-        lambda p: Script(
-            p.learner.model.backbone.conv1, at=set(range(first, first + MAX_SKIPPED_IN_A_ROW)), what="nan"
-        ),
+        lambda p: Fault(p.learner.model.backbone.conv1, at=set(range(first, first + MAX_SKIPPED_IN_A_ROW)), what="nan"),
     )
-    back = of(events.RolledBack, reports)
-    # The last of the five is told after the ninth step has been made: epoch 3 has begun, and the
-    # checkpoint at the end of epoch 2 was written amid skipped steps.
+    back = of(RolledBack, events)
+    # The fifth is known after the ninth step has been queued. By then epoch 3 has begun, and the checkpoint at the end
+    # of epoch 2 was written between skipped steps.
     assert [(b.step, b.to_step, b.rate_scale) for b in back] == [(9, 3, 0.5)]
-    last = of(events.StepDone, reports)[-1]
+    last = of(StepDone, events)[-1]
     assert last.step == 11
-    assert all(torch.isfinite(v).all() for k, v in found.items() if "anchors" not in k)
+    assert all(torch.isfinite(v).all() for k, v in weights.items() if "anchors" not in k)
     rows = (folder / "metrics.csv").read_text().splitlines()
     assert [r.split(",")[0] for r in rows[1:]] == ["1", "2", "3", "4"]
 
 
-def test_saves_amid_skipped_steps_keep_the_last_good_state(small_run: Make) -> None:
-    """A save after each step: two in a row without a good step must not push the good one out."""
+def test_checkpoints_saved_between_skipped_steps_keep_the_last_good_one(small_run: Make) -> None:
+    """With a save after each step, two saves in a row must not push the good checkpoint out."""
     first = 5
-    reports, _, _ = run(
+    events, _, _ = run(
         small_run("checkpoint_steps=1", epochs=4),
-        lambda p: Script(
-            p.learner.model.backbone.conv1, at=set(range(first, first + MAX_SKIPPED_IN_A_ROW)), what="nan"
-        ),
+        lambda p: Fault(p.learner.model.backbone.conv1, at=set(range(first, first + MAX_SKIPPED_IN_A_ROW)), what="nan"),
     )
-    back = of(events.RolledBack, reports)
+    back = of(RolledBack, events)
     assert [b.to_step for b in back] == [4]
-    assert of(events.StepDone, reports)[-1].step == 11
+    assert of(StepDone, events)[-1].step == 11
 
 
-def test_a_run_that_cannot_be_mended_ends_with_exit_1(small_run: Make) -> None:
-    told: list[Any] = []
+def test_a_diverging_run_exits_with_code_1(small_run: Make) -> None:
+    events: list[Any] = []
     with pytest.raises(RtdetrError, match="diverged") as caught:
-        told.extend(poisoned(small_run(epochs=9)))
+        events.extend(diverging(small_run(epochs=9)))
     assert caught.value.exit_code == 1
     assert "evidence" in caught.value.hint
-    assert [b.rate_scale for b in of(events.RolledBack, told)] == [0.5**n for n in range(1, MAX_ROLLBACKS + 1)]
-    folder = of(workflow.RunStarted, told)[0].folder
+    assert [b.rate_scale for b in of(RolledBack, events)] == [0.5**n for n in range(1, MAX_ROLLBACKS + 1)]
+    folder = of(workflow.RunStarted, events)[0].folder
     assert 1 <= len(list((folder / "evidence").glob("*.npz"))) <= 5
     state, _ = load_checkpoint(folder)
     assert all(torch.isfinite(v).all() for k, v in state["learner"]["model"].items() if "anchors" not in k)
 
 
-def poisoned(config: RunConfig) -> Iterator[Any]:
+def diverging(config: RunConfig) -> Iterator[Any]:
     real = workflow.prepare
 
     def watched(*args: Any, **more: Any) -> Prepared:
         prepared = real(*args, **more)
-        Script(prepared.learner.model.backbone.conv1, at=set(range(5, 1000)), what="nan")
+        Fault(prepared.learner.model.backbone.conv1, at=set(range(5, 1000)), what="nan")
         return prepared
 
     workflow.prepare = watched
@@ -377,29 +370,29 @@ def poisoned(config: RunConfig) -> Iterator[Any]:
 
 
 def interrupt_after(config: RunConfig, steps: int, number: int = signal.SIGTERM) -> Path:
-    """Run until so many steps were told, then ask for an end as a signal would; return the folder."""
+    """Request a stop, as a signal does, after so many steps; return the folder."""
     stop = StopFlag()
     folders: list[Path] = []
 
-    def heed() -> None:
-        for report in workflow.finetune(config, stop=stop):
-            if isinstance(report, workflow.RunStarted) and report.folder is not None:
-                folders.append(report.folder)
-            if isinstance(report, events.StepDone) and report.step + 1 >= steps:
+    def run_until_stopped() -> None:
+        for event in workflow.finetune(config, stop=stop):
+            if isinstance(event, workflow.RunStarted) and event.folder is not None:
+                folders.append(event.folder)
+            if isinstance(event, StepDone) and event.step + 1 >= steps:
                 stop.signal = number
 
     with pytest.raises(Interrupted) as caught:
-        heed()
+        run_until_stopped()
     assert caught.value.exit_code == 128 + number
     return folders[0]
 
 
 def finish(folder: Path) -> None:
-    reports = list(workflow.resume(folder))
-    assert isinstance(reports[-1], workflow.RunFinished)
+    events = list(workflow.resume(folder))
+    assert isinstance(events[-1], workflow.RunFinished)
 
 
-def left(folder: Path) -> tuple[bytes, bytes, dict[str, Any]]:
+def outputs(folder: Path) -> tuple[bytes, bytes, dict[str, Any]]:
     state, _ = load_checkpoint(folder)
     return (folder / "best.safetensors").read_bytes(), (folder / "metrics.csv").read_bytes(), state
 
@@ -415,23 +408,23 @@ def equal(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_stopped_run_ends_bit_for_bit_as_the_one_left_alone(small_run: Make, precision: str) -> None:
-    """Stopped within the first epoch, and at the end of the second's steps, before its evaluation."""
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(small_run: Make, precision: str) -> None:
+    """Stopped within the first epoch, and after the steps of the second but before its evaluation."""
     config = {"epochs": 3, "precision": precision}
     _, _, alone = run(small_run(name="alone", **config))
-    expected = left(alone)
+    expected = outputs(alone)
     for steps in (1, 4, 6):
         folder = interrupt_after(small_run(name=f"stopped-{steps}", **config), steps)
         finish(folder)
-        found = left(folder)
-        assert found[0] == expected[0], "best.safetensors"
-        assert found[1] == expected[1], "metrics.csv"
+        resumed = outputs(folder)
+        assert resumed[0] == expected[0], "best.safetensors"
+        assert resumed[1] == expected[1], "metrics.csv"
         for part in ("learner", "place", "generators"):
-            assert equal(found[2][part], expected[2][part]), part
+            assert equal(resumed[2][part], expected[2][part]), part
 
 
-def test_rows_of_epochs_that_are_run_again_are_taken_back(small_run: Make) -> None:
-    """The machine went down after the row was written and before the checkpoint was: no row may come twice."""
+def test_metrics_rows_written_after_the_checkpoint_are_removed(small_run: Make) -> None:
+    """If the machine goes down between writing the row and the checkpoint, no row may appear twice."""
     _, _, alone = run(small_run(name="alone"))
     folder = interrupt_after(small_run(name="other"), 4)
     with (folder / "metrics.csv").open("a") as file:
@@ -460,30 +453,30 @@ def test_a_stop_during_the_evaluation_keeps_the_steps_of_the_epoch(
     state, _ = load_checkpoint(folder)
     assert (state["place"]["epoch"], state["place"]["batch"], state["place"]["step"]) == (0, 3, 3)
     finish(folder)
-    assert left(folder)[:2] == left(alone)[:2]
+    assert outputs(folder)[:2] == outputs(alone)[:2]
 
 
-def test_patience_survives(small_run: Make) -> None:
-    """The best score and the epochs waited are the checkpoint's, not the process's."""
+def test_patience_survives_a_resume(small_run: Make) -> None:
+    """The best score and the epochs since then come from the checkpoint."""
     config = {"epochs": 40, "patience": 2, "lr": 1e-9}
-    reports, _, alone = run(small_run(name="alone", **config))
-    end = reports[-1]
+    events, _, alone = run(small_run(name="alone", **config))
+    end = events[-1]
     assert end.reason == "patience"
     assert end.epochs < 40
     folder = interrupt_after(small_run(name="other", **config), 3 * (end.epochs - 1) + 1)
     finish(folder)
-    assert left(folder)[:2] == left(alone)[:2]
+    assert outputs(folder)[:2] == outputs(alone)[:2]
 
 
 def scores(monkeypatch: pytest.MonkeyPatch, *values: float | None) -> None:
-    """Have each evaluation find another score."""
+    """Make the evaluations return these scores, in turn."""
     real, left = workflow.Evaluator.__call__, list(values)
 
-    def told(self: Any, model: nn.Module) -> Any:
+    def scripted(self: Any, model: nn.Module) -> Any:
         metrics, evaluation = real(self, model)
         return {**metrics, "AP": left.pop(0)}, evaluation
 
-    monkeypatch.setattr(workflow.Evaluator, "__call__", told)
+    monkeypatch.setattr(workflow.Evaluator, "__call__", scripted)
 
 
 @pytest.mark.parametrize(
@@ -492,7 +485,7 @@ def scores(monkeypatch: pytest.MonkeyPatch, *values: float | None) -> None:
         ((0.2, 0.2, 0.2), [True, False, False], 0),
         ((0.0, 0.0, 0.1), [True, False, True], 2),
         ((0.3, 0.1, 0.2), [True, False, False], 0),
-        # Nothing to measure on: then the newest is as good as any, and has learned longest.
+        # Without a score, the newest model counts as the best, because it has learned longest.
         ((None, None, None), [True, True, True], 2),
         ((None, 0.1, None), [True, True, False], 1),
     ],
@@ -505,16 +498,14 @@ def test_only_a_higher_score_is_an_improvement(
     best_epoch: int,
 ) -> None:
     scores(monkeypatch, *values)
-    reports, _, _ = run(small_run(epochs=3))
-    epochs = of(events.EpochDone, reports)
+    events, _, _ = run(small_run(epochs=3))
+    epochs = of(EpochDone, events)
     assert [e.improved for e in epochs] == improved
     assert epochs[-1].best_epoch == best_epoch
 
 
-def test_the_evaluation_does_not_depend_on_when_the_process_began(
-    small_run: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Images at once may change the last bits; a resumed run knows only the micro-batch of the checkpoint."""
+def test_the_batch_size_of_the_evaluation_comes_from_the_run(small_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may change the last bits, and a resumed run knows only the micro-batch of the checkpoint."""
     seen: list[int] = []
     real = evaluating.detect
 
@@ -523,39 +514,34 @@ def test_the_evaluation_does_not_depend_on_when_the_process_began(
         return real(*args, batch=batch, **more)
 
     monkeypatch.setattr(evaluating, "detect", watched)
-    run(small_run(), lambda p: Script(norm_layer(p), at={5}, what="forward"))
+    run(small_run(), lambda p: Fault(norm_layer(p), at={5}, what="forward"))
     assert seen == [8, 4]
 
 
-def test_the_heading_is_whole_though_no_step_of_the_first_epoch_was_taken(small_run: Make) -> None:
-    _, _, folder = run(small_run(), lambda p: Script(p.learner.model.backbone.conv1, at={1, 2, 3}, what="nan"))
+def test_the_header_of_metrics_csv_is_complete_if_all_steps_of_the_first_epoch_are_skipped(small_run: Make) -> None:
+    _, _, folder = run(small_run(), lambda p: Fault(p.learner.model.backbone.conv1, at={1, 2, 3}, what="nan"))
     rows = RunFolder(folder).metrics()
     assert math.isnan(rows[0]["loss"] or 0)
     assert math.isnan(rows[0]["loss_vfl"] or 0)
     assert (rows[1]["loss_vfl"] or 0) > 0
 
 
-def test_there_is_a_checkpoint_before_the_first_step(small_run: Make) -> None:
-    saved = of(events.CheckpointSaved, run(small_run())[0])
-    assert [(s.reason, s.step) for s in saved] == [("start", 0), ("epoch", 3), ("epoch", 6)]
-
-
 def test_saves_within_an_epoch(small_run: Make) -> None:
-    saved = of(events.CheckpointSaved, run(small_run("checkpoint_steps=2"))[0])
+    saved = of(CheckpointSaved, run(small_run("checkpoint_steps=2"))[0])
     assert [(s.reason, s.step) for s in saved] == [
         ("start", 0), ("steps", 2), ("epoch", 3), ("steps", 4), ("steps", 6), ("epoch", 6)
     ]  # fmt: skip
-    saved = of(events.CheckpointSaved, run(small_run("checkpoint_minutes=1e-9"))[0])
+    saved = of(CheckpointSaved, run(small_run("checkpoint_minutes=1e-9"))[0])
     assert [(s.reason, s.step) for s in saved if s.reason == "time"] == [("time", n) for n in range(1, 7)]
 
 
 # ---- the disk ---------------------------------------------------------------------------------------------------
 
 
-def test_a_disk_without_room_for_the_run_is_told_before_the_first_step(
+def test_a_disk_without_room_for_the_run_is_reported_before_the_first_step(
     small_run: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Room for one checkpoint is not room for the run: it keeps two, writes a third, and the model."""
+    """A run needs room for three checkpoints (two are kept, a third is being written) and the model."""
     config = small_run()
     prepared = prepare(config)
     one = checkpointing.bytes_of(prepared.learner.state_dict())
@@ -570,7 +556,7 @@ def test_a_disk_without_room_for_the_run_is_told_before_the_first_step(
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "best.safetensors"])
-def test_a_disk_that_is_full_at_the_end_of_an_epoch_leaves_the_last_good_checkpoint(
+def test_a_full_disk_at_the_end_of_an_epoch_leaves_the_last_good_checkpoint(
     small_run: Make, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     _, _, alone = run(small_run(name="alone"))
@@ -595,14 +581,14 @@ def test_a_disk_that_is_full_at_the_end_of_an_epoch_leaves_the_last_good_checkpo
     assert load_checkpoint(folder)[1] == ""
     monkeypatch.setattr(target, attribute, real[name])
     finish(folder)
-    assert left(folder)[:2] == left(alone)[:2]
+    assert outputs(folder)[:2] == outputs(alone)[:2]
 
 
 # ---- one step ---------------------------------------------------------------------------------------------------
 
 
 class HostReads(TorchDispatchMode):
-    """Counts the operations by which a host waits for a device to tell it a value."""
+    """Counts the operations by which the host waits for a value from the device."""
 
     WORDS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
 
@@ -622,8 +608,8 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_host_waits_for_nothing_but_the_matching(small_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward, losses, backward, clipping, step and average: one transfer to the host, that of the costs."""
+def test_the_host_waits_only_for_the_matching(small_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, losses, backward, clipping, step and average transfer one tensor to the host: the matching costs."""
     learner = prepare(small_run()).learner
     learner.train_mode()
     batch = batch_of((3, 1, 0, 6))
@@ -645,8 +631,8 @@ def test_the_host_waits_for_nothing_but_the_matching(small_run: Make, monkeypatc
     assert transfers == [1]
 
 
-def test_resizing_on_the_device_is_the_one_resize() -> None:
-    """Antialiased bilinear as the loader's own stretch, to rounding of its 8 bits."""
+def test_resizing_on_the_device_equals_the_loader_resize() -> None:
+    """Antialiased bilinear like the loader's, up to the rounding of its 8 bits."""
     image = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
     ours = to_input(torch.from_numpy(image).permute(2, 0, 1)[None], (64, 160))
     assert ours.is_contiguous(memory_format=torch.channels_last)
@@ -656,7 +642,7 @@ def test_resizing_on_the_device_is_the_one_resize() -> None:
     assert difference.mean() < 0.5
 
 
-def test_no_resize_is_exact() -> None:
+def test_images_of_the_right_size_are_not_resized() -> None:
     images = torch.randint(0, 256, (2, 3, 32, 64), dtype=torch.uint8)
     assert torch.equal(to_input(images, (32, 64)), images.float() / 255)
 
@@ -671,7 +657,7 @@ def test_scales_are_drawn_from_seed_and_step(small_run: Make) -> None:
     assert {draw_size(plan, epoch=1, step=s, seed=1) for s in range(50)} == {(640, 640)}
 
 
-def test_denoising_noise_is_the_whole_batch_s(small_run: Make) -> None:
+def test_the_denoising_group_belongs_to_the_whole_batch(small_run: Make) -> None:
     learner = prepare(small_run()).learner
     batch = batch_of((3, 1, 0, 6))
     group, again = (draw_group(learner, batch, step=7, seed=1) for _ in range(2))
@@ -684,7 +670,7 @@ def test_denoising_noise_is_the_whole_batch_s(small_run: Make) -> None:
     assert torch.equal(group.rows(slice(1, 3)).boxes_unactivated, group.boxes_unactivated[1:3])
 
 
-def test_a_worst_step_leaves_nothing(small_run: Make) -> None:
+def test_the_largest_step_changes_nothing(small_run: Make) -> None:
     prepared = prepare(small_run())
     before = tensors(prepared.learner)
     step_module.run_largest_step(prepared.learner, prepared.plan, most_boxes=40, micro_batch=4)
@@ -693,8 +679,8 @@ def test_a_worst_step_leaves_nothing(small_run: Make) -> None:
 
 
 @pytest.mark.parametrize("what", ["stem", "backbone", "encoder"])
-def test_what_is_frozen_stays(small_run: Make, what: str) -> None:
-    """Weights and running statistics alike; everything else moves."""
+def test_frozen_parts_do_not_change(small_run: Make, what: str) -> None:
+    """Neither weights nor running statistics; everything else changes."""
     prepared: list[Prepared] = []
     before: dict[str, Tensor] = {}
 
@@ -713,7 +699,7 @@ def test_what_is_frozen_stays(small_run: Make, what: str) -> None:
     assert not any(k.startswith(frozen) for k in moved)
 
 
-def test_a_rectangle_with_multi_scale_trains(small_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_multi_scale_training_of_a_rectangle(small_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = set()
     real = step_module.to_input
 
@@ -728,6 +714,6 @@ def test_a_rectangle_with_multi_scale_trains(small_run: Make, monkeypatch: pytes
         return replace(real_plan(*args, **more), multi_scale_until=2, scales=((64, 96), (64, 128), (96, 160)))
 
     monkeypatch.setattr(preparing, "make_plan", with_scales)
-    reports, _, _ = run(small_run(imgsz=(64, 128)))
+    events, _, _ = run(small_run(imgsz=(64, 128)))
     assert len(sizes) > 1
-    assert all(np.isfinite(r.loss) for r in of(events.StepDone, reports))
+    assert all(np.isfinite(r.loss) for r in of(StepDone, events))

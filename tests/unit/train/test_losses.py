@@ -41,42 +41,42 @@ def case(counts: list[int], *, seed: int = 0) -> tuple[Outputs, list[Tensor], li
     )
 
 
-def plain(p: Prediction, pairs: list[tuple[int, int, Tensor, int]], normaliser: float) -> list[float]:
-    """The three terms of one layer, query by query. pairs: (image, query, box, label)."""
+def plain(p: Prediction, pairs: list[tuple[int, int, Tensor, int]], normalizer: float) -> list[float]:
+    """Compute the three terms of one layer query by query. pairs: (image, query, box, label)."""
     aim = torch.zeros_like(p.logits)
     weight = 0.75 * p.logits.sigmoid() ** 2
     l1 = giou_loss = 0.0
     for image, query, box, label in pairs:
-        found = p.boxes_cxcywh[image, query]
-        iou, giou = iou_and_giou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(box))
+        predicted = p.boxes_cxcywh[image, query]
+        iou, giou = iou_and_giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(box))
         aim[image, query, label] = iou
         weight[image, query, label] = iou
-        l1 += float((found - box).abs().sum())
+        l1 += float((predicted - box).abs().sum())
         giou_loss += float(1 - giou)
     vfl = functional.binary_cross_entropy_with_logits(p.logits, aim, weight=weight, reduction="sum")
-    return [float(vfl) / normaliser, 5 * l1 / normaliser, 2 * giou_loss / normaliser]
+    return [float(vfl) / normalizer, 5 * l1 / normalizer, 2 * giou_loss / normalizer]
 
 
 @pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0], [1]])
-def test_terms_are_the_plain_ones(counts: list[int]) -> None:
+def test_terms_equal_a_plain_computation(counts: list[int]) -> None:
     outputs, boxes, labels = case(counts)
     terms = Criterion(num_classes=K)(outputs, boxes, labels, num_boxes=sum(counts))
-    normaliser = max(1, sum(counts))
+    normalizer = max(1, sum(counts))
     every_box, every_label = torch.cat(boxes), torch.cat(labels)
     with torch.no_grad():
         for suffix, p in [("", outputs.main), ("_aux_0", outputs.aux[0]), ("_aux_1", outputs.aux[1]),
                           ("_enc_0", outputs.encoder)]:  # fmt: skip
-            found = match([p], boxes, labels)
+            matches = match([p], boxes, labels)
             pairs = [(r // Q, r % Q, every_box[t], int(every_label[t]))
-                     for r, t in zip(found.rows[0].tolist(), found.targets[0].tolist(), strict=True)]  # fmt: skip
+                     for r, t in zip(matches.rows[0].tolist(), matches.targets[0].tolist(), strict=True)]  # fmt: skip
             got = [terms[f"loss_{name}{suffix}"].item() for name in ("vfl", "bbox", "giou")]
-            assert got == pytest.approx(plain(p, pairs, normaliser), rel=1e-9), suffix
+            assert got == pytest.approx(plain(p, pairs, normalizer), rel=1e-9), suffix
         for i, p in enumerate(outputs.denoising):
             group = outputs.group
             pairs = [(b, int(q), boxes[b][t], int(labels[b][t])) for b in range(len(counts))
                      for q, t in zip(group.positives[b], group.targets[b], strict=True)]  # fmt: skip
             got = [terms[f"loss_{name}_dn_{i}"].item() for name in ("vfl", "bbox", "giou")]
-            assert got == pytest.approx(plain(p, pairs, normaliser * group.num_groups), rel=1e-9), i
+            assert got == pytest.approx(plain(p, pairs, normalizer * group.num_groups), rel=1e-9), i
     assert len(terms) == 3 * (4 + len(outputs.denoising))
 
 
@@ -84,7 +84,7 @@ def part(p: Prediction, rows: slice) -> Prediction:
     return Prediction(p.logits[rows], p.boxes_cxcywh[rows])
 
 
-def test_micro_batches_sum_to_the_whole() -> None:
+def test_terms_of_micro_batches_sum_to_those_of_the_batch() -> None:
     outputs, boxes, labels = case([2, 0, 3, 1])
     criterion = Criterion(num_classes=K)
     whole = criterion(outputs, boxes, labels, num_boxes=6)
@@ -102,7 +102,7 @@ def test_micro_batches_sum_to_the_whole() -> None:
     assert total == pytest.approx({name: value.item() for name, value in whole.items()}, rel=1e-9)
 
 
-def test_a_batch_without_objects_reaches_every_prediction() -> None:
+def test_a_batch_without_boxes_gives_every_prediction_a_gradient() -> None:
     outputs, boxes, labels = case([0, 0])
     terms = Criterion(num_classes=K)(outputs, boxes, labels, num_boxes=0)
     torch.stack(list(terms.values())).sum().backward()
@@ -112,7 +112,7 @@ def test_a_batch_without_objects_reaches_every_prediction() -> None:
     assert outputs.denoising == ()
 
 
-def test_values_that_are_no_number_come_out_and_raise_nothing() -> None:
+def test_non_finite_predictions_give_non_finite_terms_and_no_error() -> None:
     outputs, boxes, labels = case([2, 1])
     with torch.no_grad():
         outputs.main.boxes_cxcywh[:] = float("nan")
@@ -122,7 +122,7 @@ def test_values_that_are_no_number_come_out_and_raise_nothing() -> None:
     assert terms["loss_bbox_aux_1"].isfinite()
 
 
-def test_boxes_without_area_give_numbers() -> None:
+def test_boxes_without_area_give_finite_terms() -> None:
     outputs, _, labels = case([2, 1])
     boxes = [torch.full((2, 4), 0.5, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64)]
     boxes[0][:, 2:] = 0
@@ -135,7 +135,7 @@ def test_boxes_without_area_give_numbers() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_predictions_are_judged_in_float32(dtype: torch.dtype) -> None:
+def test_half_precision_predictions_are_compared_in_float32(dtype: torch.dtype) -> None:
     outputs, boxes, labels = case([2, 1])
     half = Outputs(Prediction(outputs.main.logits.detach().to(dtype), outputs.main.boxes_cxcywh.detach().to(dtype)))
     single = Outputs(Prediction(*(t.detach().to(dtype).float() for t in outputs.main)))
@@ -146,7 +146,7 @@ def test_half_predictions_are_judged_in_float32(dtype: torch.dtype) -> None:
     }
 
 
-def test_a_bounded_group_is_normalised_by_the_boxes_that_it_has() -> None:
+def test_a_truncated_denoising_group_is_normalized_by_its_own_boxes() -> None:
     generator = torch.Generator().manual_seed(0)
     boxes = [torch.rand(50, 4, generator=generator, dtype=torch.float64) * 0.3 + 0.3]
     labels = [torch.randint(K, (50,), generator=generator)]
@@ -156,5 +156,5 @@ def test_a_bounded_group_is_normalised_by_the_boxes_that_it_has() -> None:
     p = prediction(1, group.size, generator)
     outputs = Outputs(prediction(1, Q, generator), denoising=(p,), group=group)
     terms = Criterion(num_classes=K)(outputs, boxes, labels, num_boxes=50)
-    found = p.boxes_cxcywh[0][group.positives[0]] - boxes[0][group.targets[0]]
-    assert terms["loss_bbox_dn_0"].item() == pytest.approx(5 * found.abs().sum().item() / 10)
+    difference = p.boxes_cxcywh[0][group.positives[0]] - boxes[0][group.targets[0]]
+    assert terms["loss_bbox_dn_0"].item() == pytest.approx(5 * difference.abs().sum().item() / 10)

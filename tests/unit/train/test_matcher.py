@@ -33,7 +33,7 @@ def targets(counts: list[int], seed: int = 1) -> tuple[list[Tensor], list[Tensor
 
 
 def plain_cost(logits: Tensor, box: Tensor, target: Tensor, label: int) -> float:
-    """One cell of the cost matrix, in plain arithmetic."""
+    """Compute one cell of the cost matrix in plain arithmetic."""
     p = 1 / (1 + np.exp(-float(logits[label])))
     focal = 0.25 * (1 - p) ** 2 * -np.log(p + 1e-8) - 0.75 * p**2 * -np.log(1 - p + 1e-8)
     a, b = box.tolist(), target.tolist()
@@ -46,7 +46,7 @@ def plain_cost(logits: Tensor, box: Tensor, target: Tensor, label: int) -> float
     return 2 * focal + 5 * l1 - 2 * (inter / union - (outer - union) / outer)
 
 
-def test_matching_is_the_cheapest_of_all() -> None:
+def test_the_matching_is_the_cheapest_of_all() -> None:
     layers, queries, counts = 2, 5, [3, 0, 2, 4]
     given = predictions(layers, len(counts), queries)
     boxes, labels = targets(counts)
@@ -70,7 +70,7 @@ def test_matching_is_the_cheapest_of_all() -> None:
             assert sum(cost[q][t] for t, q in enumerate(chosen)) == pytest.approx(best, abs=1e-4)
 
 
-def test_more_boxes_than_queries_match_as_many_as_there_are_queries() -> None:
+def test_more_boxes_than_queries() -> None:
     boxes, labels = targets([7, 2])
     matches = match(predictions(1, 2, 5), boxes, labels)
     assert matches.rows.shape == (1, 7)
@@ -78,14 +78,14 @@ def test_more_boxes_than_queries_match_as_many_as_there_are_queries() -> None:
     assert (matches.targets[0][:5] < 7).all()
 
 
-def test_no_boxes_at_all() -> None:
+def test_a_batch_without_boxes() -> None:
     boxes, labels = targets([0, 0])
     matches = match(predictions(3, 2, 5), boxes, labels)
     assert matches.rows.shape == matches.targets.shape == (3, 0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_predictions_that_are_no_number_match_last_and_raise_nothing(bad: float) -> None:
+def test_non_finite_predictions_match_last_and_raise_no_error(bad: float) -> None:
     given = predictions(1, 1, 6)
     given[0].boxes_cxcywh[0, :3] = bad
     given[0].logits[0, 5] = float("nan")
@@ -96,7 +96,7 @@ def test_predictions_that_are_no_number_match_last_and_raise_nothing(bad: float)
 
 
 def test_one_transfer_to_the_host_for_all_layers_and_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted at the two doors through which a tensor leaves its device here."""
+    """Counted at the two calls by which a tensor leaves its device here."""
     transfers = []
     plain = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: transfers.append(self.shape) or plain(self))
@@ -115,6 +115,6 @@ def test_iou_and_giou() -> None:
     assert giou.tolist() == pytest.approx([1 / 7 - 2 / 9, -1 / 3, 0, 1])
 
 
-def test_costs_have_the_published_weights() -> None:
+def test_costs_have_the_official_weights() -> None:
     costs = MatchingCosts()
     assert (costs.classification, costs.l1, costs.giou, costs.alpha, costs.gamma) == (2, 5, 2, 0.25, 2)

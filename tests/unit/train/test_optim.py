@@ -1,4 +1,4 @@
-"""Parameter groups by rule, the step inside one kernel, the moving average."""
+"""Parameter groups, the optimizer step, the moving average, norm statistics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rtdetr_cli.config.presets import load_preset
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics, parameter_groups
 
-# The published lists, as regular expressions over names with the (rate, decay) they give; the rest is lr and decay.
+# The official lists: regular expressions over names with the (rate, decay) they give; all others have lr and decay.
 PUBLISHED: dict[str, list[tuple[str, str, bool]]] = {
     "r18": [(r"^(?=.*(?:norm|bn)).*$", "lr", False)],
     "r34": [
@@ -33,7 +33,7 @@ PUBLISHED: dict[str, list[tuple[str, str, bool]]] = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_groups_equal_the_published_ones(name: str) -> None:
+def test_parameter_groups_equal_the_official_ones(name: str) -> None:
     preset = load_preset(name)
     optim = preset.optim
     with torch.device("meta"):
@@ -61,7 +61,7 @@ def test_frozen_parameters_are_left_out() -> None:
 
 def small_net() -> nn.Module:
     torch.manual_seed(0)
-    # No bias before the norm: its gradient is nothing but rounding, which Adam blows up to full steps.
+    # No bias before the norm: its gradient is rounding only, which Adam turns into full steps.
     return nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
 
 
@@ -79,12 +79,12 @@ def backward(model: nn.Module, factor: float = 1.0) -> torch.Tensor:
 @pytest.mark.parametrize("factor", [1e-3, 1.0, 50.0])
 def test_the_step_is_adamw_with_clipping_by_the_global_norm(factor: float) -> None:
     ours, reference = small_net(), small_net()
-    stepper = FusedAdamW(groups_of(ours), clip_norm=0.1)
+    optimizer = FusedAdamW(groups_of(ours), clip_norm=0.1)
     adamw = torch.optim.AdamW(reference.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=1e-2)
     for _ in range(4):
         loss = backward(ours, factor)
-        found_inf, norm = stepper.step(loss)
-        stepper.zero_grad()
+        found_inf, norm = optimizer.step(loss)
+        optimizer.zero_grad()
         backward(reference, factor)
         expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
         adamw.step()
@@ -95,7 +95,7 @@ def test_the_step_is_adamw_with_clipping_by_the_global_norm(factor: float) -> No
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
 
 
-def test_a_loss_scale_changes_nothing_but_itself() -> None:
+def test_a_loss_scale_does_not_change_the_step() -> None:
     ours, reference = small_net(), small_net()
     scaled, plain = (
         FusedAdamW(groups_of(ours), clip_norm=0.1, scaled=True),
@@ -112,43 +112,43 @@ def test_a_loss_scale_changes_nothing_but_itself() -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("poison", ["gradient nan", "gradient inf", "loss"])
+@pytest.mark.parametrize("fault", ["gradient nan", "gradient inf", "loss"])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_step_that_is_not_finite_changes_nothing(poison: str, scaled: bool) -> None:
+def test_a_non_finite_step_changes_nothing(fault: str, scaled: bool) -> None:
     model = small_net()
-    stepper = FusedAdamW(groups_of(model), clip_norm=0.1, scaled=scaled)
-    stepper.step(backward(model))
-    stepper.zero_grad()
+    optimizer = FusedAdamW(groups_of(model), clip_norm=0.1, scaled=scaled)
+    optimizer.step(backward(model))
+    optimizer.zero_grad()
     before = copy.deepcopy(model.state_dict())
-    moments = copy.deepcopy(stepper.state_dict())
+    moments = copy.deepcopy(optimizer.state_dict())
     loss = backward(model)
     weight = next(model.parameters())
     assert weight.grad is not None
-    if poison == "loss":
+    if fault == "loss":
         loss = loss * float("nan")
     else:
-        weight.grad[0, 0] = float(poison.split()[1])
-    found_inf, _ = stepper.step(loss)
+        weight.grad[0, 0] = float(fault.split()[1])
+    found_inf, _ = optimizer.step(loss)
     assert found_inf == 1
     for name, _parameter in model.named_parameters():
         assert torch.equal(model.state_dict()[name], before[name])
-    for a, b in zip(stepper.state_dict()["moments"], moments["moments"], strict=True):
+    for a, b in zip(optimizer.state_dict()["moments"], moments["moments"], strict=True):
         assert all(torch.equal(a[k], b[k]) for k in a)
-    assert float(stepper.scale) == float(moments["scale"]) * (0.5 if scaled else 1)
+    assert float(optimizer.scale) == float(moments["scale"]) * (0.5 if scaled else 1)
 
 
-def test_the_scale_grows_after_many_good_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_scale_grows_after_many_finite_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FusedAdamW, "growth_interval", 3)
     model = small_net()
-    stepper = FusedAdamW(groups_of(model), clip_norm=0.1, scaled=True)
-    begun = float(stepper.scale)
+    optimizer = FusedAdamW(groups_of(model), clip_norm=0.1, scaled=True)
+    begun = float(optimizer.scale)
     for _ in range(3):
-        stepper.step(backward(model))
-        stepper.zero_grad()
-    assert float(stepper.scale) == 2 * begun
+        optimizer.step(backward(model))
+        optimizer.zero_grad()
+    assert float(optimizer.scale) == 2 * begun
 
 
-def test_a_stepper_goes_on_where_another_was() -> None:
+def test_a_loaded_optimizer_continues_exactly() -> None:
     ours, reference = small_net(), small_net()
     a, b = FusedAdamW(groups_of(ours), clip_norm=0.1), FusedAdamW(groups_of(reference), clip_norm=0.1)
     for _ in range(2):
@@ -156,25 +156,25 @@ def test_a_stepper_goes_on_where_another_was() -> None:
         b.zero_grad()
     ours.load_state_dict(reference.state_dict())
     a.load_state_dict(copy.deepcopy(b.state_dict()))
-    for stepper, model in ((a, ours), (b, reference)):
-        stepper.step(backward(model))
+    for optimizer, model in ((a, ours), (b, reference)):
+        optimizer.step(backward(model))
     assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), reference.parameters(), strict=True))
 
 
-def test_a_parameter_without_gradient_stays() -> None:
+def test_a_parameter_without_gradient_does_not_change() -> None:
     model = small_net()
-    stepper = FusedAdamW(groups_of(model), clip_norm=0.1)
+    optimizer = FusedAdamW(groups_of(model), clip_norm=0.1)
     loss = backward(model)
     last = list(model.parameters())[-1]
-    kept = last.detach().clone()
+    before = last.detach().clone()
     last.grad = None
-    stepper.step(loss)
-    assert torch.equal(last, kept)
+    optimizer.step(loss)
+    assert torch.equal(last, before)
 
 
 class TestMovingAverage:
-    def test_a_constant_stays_exactly_as_it_is(self) -> None:
-        """The published multiply and add drifts by 1e-4 in 50,000 updates on tensors that nothing moves."""
+    def test_constant_tensors_do_not_drift(self) -> None:
+        """The official multiply and add drifts by 2e-4 in 50,000 updates of constant tensors."""
         model = small_net()
         average = MovingAverage(model)
         for update in range(2000):
@@ -182,7 +182,7 @@ class TestMovingAverage:
         for key, value in model.state_dict().items():
             assert torch.equal(average.module.state_dict()[key], value), key
 
-    def test_weights_and_running_statistics_follow(self) -> None:
+    def test_weights_and_running_statistics_are_averaged(self) -> None:
         model = small_net()
         average = MovingAverage(model)
         old = copy.deepcopy(model.state_dict())
@@ -195,39 +195,39 @@ class TestMovingAverage:
             torch.testing.assert_close(average.module.state_dict()[key], old[key] + 0.25)
         torch.testing.assert_close(average.module.state_dict()["1.running_mean"], old["1.running_mean"] + 0.5)
 
-    def test_infinite_buffers_stay(self) -> None:
+    def test_infinite_buffers_are_left_alone(self) -> None:
         model = small_net()
         model.register_buffer("anchors", torch.tensor([1.0, float("inf")]))
         average = MovingAverage(model)
         average.update(0.5)
         assert torch.equal(average.module.state_dict()["anchors"], model.state_dict()["anchors"])
 
-    def test_it_is_never_trained(self) -> None:
+    def test_the_average_is_never_trained(self) -> None:
         average = MovingAverage(small_net())
         assert not average.module.training
         assert not any(p.requires_grad for p in average.module.parameters())
 
 
 class TestNormStatistics:
-    def test_a_forward_pass_can_be_taken_back(self) -> None:
+    def test_a_forward_pass_is_undone(self) -> None:
         model = small_net().train()
         norms = NormStatistics(model)
         model(torch.randn(5, 6))
-        kept = copy.deepcopy(model.state_dict())
+        before = copy.deepcopy(model.state_dict())
         norms.save()
         model(torch.randn(5, 6))
-        assert not torch.equal(model.state_dict()["1.running_mean"], kept["1.running_mean"])
+        assert not torch.equal(model.state_dict()["1.running_mean"], before["1.running_mean"])
         norms.restore()
-        assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
     @pytest.mark.parametrize("bad", [0.0, 1.0])
-    def test_or_only_where_the_step_was_bad(self, bad: float) -> None:
+    def test_a_forward_pass_is_undone_only_if_the_step_was_skipped(self, bad: float) -> None:
         model = small_net().train()
         norms = NormStatistics(model)
         norms.save()
-        kept = model[1].running_mean.clone()
+        before = model[1].running_mean.clone()
         model(torch.full((5, 6), float("nan") if bad else 1.0))
         now = model[1].running_mean.clone()
         norms.restore_where(torch.tensor(bad))
-        torch.testing.assert_close(model[1].running_mean, kept if bad else now)
+        torch.testing.assert_close(model[1].running_mean, before if bad else now)
         assert torch.isfinite(model[1].running_mean).all()

@@ -1,4 +1,4 @@
-"""The arithmetic that is chosen on each kind of machine."""
+"""The precision that is chosen on each kind of machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
     [
         (GPU, (8, 0), "", "bf16"),  # Ampere and later
         (GPU, (9, 0), "", "bf16"),
-        (GPU, (7, 5), "amx_bf16", "fp16"),  # the GPU's own, whatever the processor has
+        (GPU, (7, 5), "amx_bf16", "fp16"),  # the processor does not matter
         (GPU, (6, 1), "", "fp16"),
         (CPU, (9, 0), "amx_bf16", "bf16"),
         (CPU, (9, 0), "avx512_bf16", "bf16"),
@@ -44,6 +44,6 @@ def test_float16_needs_a_gpu(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
-def test_what_was_asked_is_done(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requested_precision_is_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "cpu_flags", set)
     assert choose_precision(name, CPU) == precision.Precision(name, precision.DTYPES[name], "--precision")

@@ -1,4 +1,4 @@
-"""Several processes make the step of one: same gradients, same weights, no hangs. On CPUs, over the loopback."""
+"""Several processes take the same step as one: same gradients, same weights, no deadlocks. On CPUs."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ SECONDS = 120
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def run(folder: Path, size: int, scenarios: Sequence[Mapping[str, object]]) -> list[list[dict[str, Any]]]:
-    """Run a team of `size` through scenarios; return what each process left of each."""
+    """Run `size` processes through scenarios; return what each process saved for each of them."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -55,8 +55,8 @@ def run(folder: Path, size: int, scenarios: Sequence[Mapping[str, object]]) -> l
     ]
     try:
         for process in processes:
-            _, said = process.communicate(timeout=SECONDS)
-            assert process.returncode == 0, said
+            _, err = process.communicate(timeout=SECONDS)
+            assert process.returncode == 0, err
     finally:
         for process in processes:
             process.kill()
@@ -67,8 +67,8 @@ def run(folder: Path, size: int, scenarios: Sequence[Mapping[str, object]]) -> l
     ]
 
 
-def scenario(norms: str, boxes: Sequence[int], full_at: int = 0, full_rank: int = 0) -> dict[str, object]:
-    return {"norms": norms, "boxes_in": list(boxes), "full_at": full_at, "full_rank": full_rank}
+def scenario(norms: str, boxes: Sequence[int], fail_at: int = 0, fail_rank: int = 0) -> dict[str, object]:
+    return {"norms": norms, "boxes_in": list(boxes), "fail_at": fail_at, "fail_rank": fail_rank}
 
 
 QUICK = {
@@ -77,19 +77,19 @@ QUICK = {
     "a share without boxes": scenario("live", (0, 0, 2, 1)),
     "no boxes": scenario("frozen", (0, 0, 0, 0)),
     "more boxes than queries": scenario("frozen", (0, 0, 0, 300)),
-    "full in the forward pass": scenario("live", (3, 1, 0, 6), 1, 1),
-    "full in the backward pass": scenario("live", (3, 1, 0, 6), 2, 0),
-    "full without common norms": scenario("frozen", (3, 1, 0, 6), 1, 1),
+    "out of memory in the forward pass": scenario("live", (3, 1, 0, 6), 1, 1),
+    "out of memory in the backward pass": scenario("live", (3, 1, 0, 6), 2, 0),
+    "out of memory with frozen norms": scenario("frozen", (3, 1, 0, 6), 1, 1),
 }
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    return dict(zip(QUICK, run(tmp_path_factory.mktemp("team"), 2, list(QUICK.values())), strict=True))
+    return dict(zip(QUICK, run(tmp_path_factory.mktemp("processes"), 2, list(QUICK.values())), strict=True))
 
 
 def assert_same_step(each: Sequence[Mapping[str, Any]], *, tolerance: float = 1e-9) -> None:
-    """Compare the processes with each other, bit for bit, and with one that made the step alone, to rounding."""
+    """Compare the processes with each other, bit for bit, and with a single process, to rounding."""
     alone, first = each[0]["alone"], each[0]["together"]
     for member in (m["together"] for m in each):
         assert member["gradients"].keys() == alone["gradients"].keys()
@@ -102,13 +102,13 @@ def assert_same_step(each: Sequence[Mapping[str, Any]], *, tolerance: float = 1e
         assert all(torch.equal(first["state"][name], tensor) for name, tensor in member["state"].items())
 
 
-@pytest.mark.parametrize("name", [n for n in QUICK if not n.startswith("full")])
-def test_two_processes_make_the_step_of_one(two: dict[str, list[dict[str, Any]]], name: str) -> None:
+@pytest.mark.parametrize("name", [n for n in QUICK if not n.startswith("out of memory")])
+def test_two_processes_take_the_same_step_as_one(two: dict[str, list[dict[str, Any]]], name: str) -> None:
     assert_same_step(two[name])
     assert float(two[name][0]["together"]["gradients"]["decoder.dec_score_head.0.weight"].abs().max()) > 1e-6
 
 
-def test_live_norms_see_the_images_of_both(two: dict[str, list[dict[str, Any]]]) -> None:
+def test_trained_norms_average_over_both_processes(two: dict[str, list[dict[str, Any]]]) -> None:
     alone, together = two["live"][0]["alone"]["state"], two["live"][0]["together"]["state"]
     running = [name for name in alone if "running" in name]
     assert running
@@ -116,15 +116,17 @@ def test_live_norms_see_the_images_of_both(two: dict[str, list[dict[str, Any]]])
         assert float((together[name] - alone[name]).abs().max()) < 1e-9, name
 
 
-@pytest.mark.parametrize("name", ["full in the forward pass", "full in the backward pass"])
-def test_one_out_of_memory_makes_both_run_the_step_again(two: dict[str, list[dict[str, Any]]], name: str) -> None:
+@pytest.mark.parametrize("name", ["out of memory in the forward pass", "out of memory in the backward pass"])
+def test_out_of_memory_in_one_process_makes_both_retry(two: dict[str, list[dict[str, Any]]], name: str) -> None:
     first, second = (member["together"] for member in two[name])
     assert (first["attempts"], second["attempts"]) == (2, 2)
     assert all(torch.equal(first["gradients"][n], second["gradients"][n]) for n in first["gradients"])
 
 
-def test_without_common_norms_each_cuts_its_own_share(two: dict[str, list[dict[str, Any]]]) -> None:
-    each = two["full without common norms"]
+def test_with_frozen_norms_only_the_process_out_of_memory_retries(
+    two: dict[str, list[dict[str, Any]]],
+) -> None:
+    each = two["out of memory with frozen norms"]
     assert [member["together"]["attempts"] for member in each] == [1, 2]
     assert_same_step(each)
 
@@ -151,17 +153,17 @@ def test_four_processes(tmp_path: Path) -> None:
         ("cuda", ("cuda:0",)),
     ],
 )
-def test_devices_are_read(setting: str, devices: tuple[str, ...]) -> None:
+def test_devices_are_parsed(setting: str, devices: tuple[str, ...]) -> None:
     assert parse_devices(setting) == devices
 
 
 @pytest.mark.parametrize("setting", ["", "0,", "gpu", "0,cpu", "cpu:0", "cuda:x", "auto,auto", "-1"])
-def test_what_is_no_device_is_refused(setting: str) -> None:
+def test_invalid_devices_are_refused(setting: str) -> None:
     with pytest.raises(UsageError):
         parse_devices(setting)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused_with_those_that_can() -> None:
+def test_an_indivisible_batch_is_refused_with_divisible_ones_as_a_hint() -> None:
     assert images_per_process(16, 4) == 4
     with pytest.raises(
         UsageError, match=r"--effective-batch 16 is not divisible by the number of processes \(3\)"
@@ -170,7 +172,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_those_that_can() -> None:
     assert caught.value.hint == "--effective-batch 15 or 18"
 
 
-def test_one_process_is_a_team_of_its_own() -> None:
+def test_a_single_process_needs_no_group() -> None:
     assert join_process_group("cpu") is SINGLE_PROCESS
     batch = Batch(torch.zeros(1, 3, 8, 8), (torch.rand(2, 4),), (torch.tensor([0, 1]),), (0,), ())
     whole = SINGLE_PROCESS.exchange_targets(batch, images=1, stop_signal=15, save_due=True)
@@ -189,12 +191,12 @@ def test_one_process_is_a_team_of_its_own() -> None:
     assert ProcessGroup().is_main
 
 
-def test_several_devices_without_their_processes_are_refused() -> None:
+def test_several_devices_need_several_processes() -> None:
     with pytest.raises(UsageError, match="needs one process for each device"):
         join_process_group("cpu,cpu")
 
 
-def test_as_many_devices_as_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_devices_must_be_that_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(UsageError, match="names 3 devices for the 2 processes of this host"):
