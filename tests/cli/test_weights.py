@@ -1,4 +1,4 @@
-"""Weights on the command line: what `train` takes from a file of them, and how a fetch is shown."""
+"""Weights on the command line: the settings that `train` takes from them, and the progress of a download."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUICK = ["--epochs", "1", "--workers", "0", "--device", "cpu", "--effective-batc
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that a server on loopback gives as the mirror, and an empty cache."""
+    """A folder that a server on loopback offers as the mirror, with an empty cache."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args: object) -> None:
@@ -37,7 +37,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         thread.join()
 
 
-def test_the_hint_of_a_finished_run_works_as_it_stands(
+def test_settings_come_from_a_model_file_and_from_a_run(
     rtdetr, shapes_model: Path, shapes_data: Path, tmp_path: Path
 ) -> None:
     words = ["train", "--data", shapes_data, *QUICK, "--out", tmp_path / "runs"]
@@ -47,19 +47,16 @@ def test_the_hint_of_a_finished_run_works_as_it_stands(
     assert len(lines) == 1
     assert "preset tiny, imgsz 96x128, model.width 12" in lines[0]
     run = next((tmp_path / "runs").glob("tiny-*"))
-    finished = rtdetr("train", "--resume", run)
-    hint = finished.err.partition("hint: ")[2].split(" trains further")[0].split()
-    assert hint[:2] == ["rtdetr", "train"]
-    again = rtdetr(*hint[1:], *QUICK, "--out", tmp_path / "runs")
+    again = rtdetr(*words, "--weights", run)
     assert again.code == 0, again.err
     assert f"from {run}" in again.err
 
 
-def test_a_preset_that_the_weights_contradict(rtdetr, shapes_model: Path, shapes_data: Path, tmp_path: Path) -> None:
+def test_a_preset_must_match_the_weights(rtdetr, shapes_model: Path, shapes_data: Path, tmp_path: Path) -> None:
     words = ["train", "--data", shapes_data, *QUICK, "--imgsz", 64, "--out", tmp_path / "runs"]
     ran = rtdetr(*words, "--weights", shapes_model, "--preset", "r18")
     assert ran.code == 4
-    assert "holds weights of preset tiny; r18 was asked" in ran.err
+    assert "holds weights of preset tiny, not of r18" in ran.err
     assert "leave out --preset" in ran.err
     assert not (tmp_path / "runs").exists()
 
@@ -69,10 +66,10 @@ def test_training_starts_from_a_backbone_file(rtdetr, shapes_data: Path, tmp_pat
     words = ["train", "--data", shapes_data, *QUICK, "--imgsz", 64, "--out", tmp_path / "runs", "--preset", "tiny"]
     ran = rtdetr(*words, "--weights", tmp_path / "backbone.pth")
     assert ran.code == 0, ran.err
-    assert "start  backbone backbone.pth: " in ran.err
+    assert "from backbone backbone.pth: " in ran.err
 
 
-def test_train_shows_how_far_its_fetch_is(
+def test_train_shows_the_progress_of_a_download(
     rtdetr, served: Path, shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preset = tmp_path / "mine.toml"
@@ -84,29 +81,31 @@ def test_train_shows_how_far_its_fetch_is(
     ran = rtdetr(*words, "--weights", "imagenet")
     assert ran.code == 0, ran.err
     assert f"fetching {file}  100 %" in ran.err
-    assert f"start  ImageNet backbone {file}" in ran.err
+    assert f"from ImageNet backbone {file}" in ran.err
 
 
 @pytest.mark.parametrize("word", ["coco", "imagenet"])
-def test_train_without_a_network(
+def test_train_without_network(
     rtdetr, shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
 ) -> None:
     monkeypatch.setenv(hub.HOME_VARIABLE, str(tmp_path / "home"))
     monkeypatch.setenv(hub.MIRROR_VARIABLE, "http://127.0.0.1:9")  # nothing listens there
     ran = rtdetr("train", "--data", shapes_data, *QUICK, "--out", tmp_path / "runs", "--weights", word)
     assert ran.code == 4
-    for said in ("no connection", "http://127.0.0.1:9/", str(tmp_path / "home"), "weights import", "--weights none"):
-        assert said in ran.err
+    for text in ("no connection", "http://127.0.0.1:9/", str(tmp_path / "home"), "weights import", "--weights none"):
+        assert text in ran.err
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_settings_file_names_its_preset(rtdetr, shapes_model: Path, shapes_data: Path, tmp_path: Path) -> None:
-    """Every value is in it, those that nobody chose too: weights do not change them."""
+def test_the_preset_of_a_config_file_must_match_the_weights(
+    rtdetr, shapes_model: Path, shapes_data: Path, tmp_path: Path
+) -> None:
+    """A saved config states every value, so weights do not change any of them."""
     from rtdetr_cli.config.run import resolve_run
 
     (tmp_path / "config.toml").write_text(resolve_run({"data": str(shapes_data)}).to_toml())
     words = ["train", "--config", tmp_path / "config.toml", *QUICK, "--imgsz", 64, "--out", tmp_path / "runs"]
     ran = rtdetr(*words, "--weights", shapes_model)
     assert ran.code == 4
-    assert "holds weights of preset tiny; r18 was asked" in ran.err
+    assert "holds weights of preset tiny, not of r18" in ran.err
     assert f"from {shapes_model}" not in ran.err

@@ -44,7 +44,7 @@ def test_round_trip(model_file: Path) -> None:
     assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
 
 
-def test_identity_is_of_the_tensors_alone(tmp_path: Path) -> None:
+def test_identity_covers_only_the_tensors(tmp_path: Path) -> None:
     written = save_model(tmp_path / "one.safetensors", TENSORS, HEADER)
     again = save_model(tmp_path / "two.safetensors", dict(reversed(TENSORS.items())), replace(HEADER, names=("x", "y")))
     assert written.identity == again.identity
@@ -113,7 +113,7 @@ def test_failure_leaves_the_old_file_and_nothing_beside_it(model_file: Path) -> 
     assert [p.name for p in model_file.parent.iterdir()] == ["model.safetensors"]
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RtdetrError) as error:
         save_model(tmp_path / "file" / "m.safetensors", TENSORS, HEADER)

@@ -1,4 +1,4 @@
-"""The weights cache, against a real server on loopback."""
+"""The cache of published weights, with a real server on loopback."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rtdetr_cli.model.backbone import ResNet
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.weights import hub
 
-FILE = "rtdetrv2_r50vd_6x_coco_ema.pth"  # no public hash: the first good download's is recorded
+FILE = "rtdetrv2_r50vd_6x_coco_ema.pth"  # without a public hash: that of the first good download is recorded
 PINNED = "rtdetrv2_r18vd_120e_coco_rerun_48.1.pth"
 BACKBONE = "ResNet50_vd_ssld_v2_pretrained_from_paddle.pth"
 PAGE = b"<!DOCTYPE html><html>Please log in</html>"
@@ -29,7 +29,7 @@ PAGE = b"<!DOCTYPE html><html>Please log in</html>"
 
 class Quiet(SimpleHTTPRequestHandler):
     asked: ClassVar[list[str]] = []
-    cut: ClassVar[int] = 0  # bytes after which the connection ends, although more were promised
+    cut: ClassVar[int] = 0  # the connection ends after this number of bytes
     sized: ClassVar[bool] = True
 
     def log_message(self, *args: object) -> None:
@@ -63,7 +63,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def write(make_small: Callable[..., RTDETR]) -> Callable[..., bytes]:
-    """Write a checkpoint laid out as the published ones are, of other values for another seed."""
+    """Write a checkpoint in the published layout, with values that depend on the seed."""
 
     def to(path: Path, seed: int = 0) -> bytes:
         torch.save({"ema": {"module": make_small(seed=seed).state_dict()}}, path)
@@ -80,7 +80,7 @@ def cached() -> list[str]:
 # ---- what is kept
 
 
-def test_a_file_is_fetched_once_and_its_hash_recorded(server: Path, write: Callable[..., bytes]) -> None:
+def test_a_file_is_downloaded_once_and_its_hash_recorded(server: Path, write: Callable[..., bytes]) -> None:
     content = write(server / FILE)
     path = hub.fetch(FILE)
     assert path.read_bytes() == content
@@ -90,7 +90,7 @@ def test_a_file_is_fetched_once_and_its_hash_recorded(server: Path, write: Calla
     assert cached() == ["hashes.json", FILE]
 
 
-def test_a_later_download_is_held_to_the_first_unless_forced(server: Path, write: Callable[..., bytes]) -> None:
+def test_a_later_download_must_equal_the_first_unless_forced(server: Path, write: Callable[..., bytes]) -> None:
     first = write(server / FILE)
     path = hub.fetch(FILE)
     second = write(server / FILE, seed=1)
@@ -113,7 +113,7 @@ def test_a_pinned_file_with_another_content_is_not_kept(server: Path, write: Cal
         assert cached() == []
 
 
-def test_a_pinned_file_is_held_to_its_hash(
+def test_a_pinned_file_must_have_its_hash(
     server: Path, write: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(server / PINNED)
@@ -137,7 +137,7 @@ def test_a_pinned_file_is_held_to_its_hash(
         (b"PK\x03\x04..", "truncated"),
     ],
 )
-def test_what_is_no_checkpoint_is_not_kept_and_the_true_file_comes_later(
+def test_what_is_not_a_checkpoint_is_not_kept(
     server: Path, write: Callable[..., bytes], content: bytes, message: str
 ) -> None:
     (server / FILE).write_bytes(content)
@@ -147,11 +147,11 @@ def test_what_is_no_checkpoint_is_not_kept_and_the_true_file_comes_later(
     assert str(hub.weights_folder() / ".") not in caught.value.message
     assert cached() == []
     assert hub.expected_sha256(FILE) == ""
-    true = write(server / FILE)
-    assert hub.fetch(FILE).read_bytes() == true
+    content = write(server / FILE)
+    assert hub.fetch(FILE).read_bytes() == content
 
 
-def test_a_page_does_not_replace_what_is_there(server: Path, write: Callable[..., bytes]) -> None:
+def test_a_web_page_does_not_replace_a_cached_file(server: Path, write: Callable[..., bytes]) -> None:
     content = write(server / FILE)
     path = hub.fetch(FILE)
     (server / FILE).write_bytes(PAGE)
@@ -161,7 +161,7 @@ def test_a_page_does_not_replace_what_is_there(server: Path, write: Callable[...
     assert hub.expected_sha256(FILE) == hub.file_sha256(path)
 
 
-def test_a_hash_that_was_recorded_wrongly_is_mended_by_force(server: Path, write: Callable[..., bytes]) -> None:
+def test_force_replaces_a_wrongly_recorded_hash(server: Path, write: Callable[..., bytes]) -> None:
     hub.weights_folder().mkdir(parents=True)
     (hub.weights_folder() / FILE).write_bytes(PAGE)
     (hub.weights_folder() / "hashes.json").write_text(json.dumps({FILE: hub.file_sha256(hub.weights_folder() / FILE)}))
@@ -172,7 +172,7 @@ def test_a_hash_that_was_recorded_wrongly_is_mended_by_force(server: Path, write
     assert hub.fetch(FILE, force=True).read_bytes() == content
 
 
-def test_a_detector_is_no_backbone(server: Path, write: Callable[..., bytes]) -> None:
+def test_a_detector_is_not_accepted_as_a_backbone(server: Path, write: Callable[..., bytes]) -> None:
     write(server / BACKBONE)
     with pytest.raises(ModelError, match="holds a detector"):
         hub.fetch(BACKBONE)
@@ -191,7 +191,7 @@ def test_a_cached_file_that_has_changed_is_not_used(server: Path, write: Callabl
     assert caught.value.hint == f"rtdetr weights fetch {FILE} --force"
 
 
-def test_a_file_put_into_the_cache_by_hand_is_looked_at(server: Path, write: Callable[..., bytes]) -> None:
+def test_a_file_put_into_the_cache_by_hand_is_checked(server: Path, write: Callable[..., bytes]) -> None:
     path = hub.weights_folder() / FILE
     path.parent.mkdir(parents=True)
     path.write_bytes(PAGE)
@@ -208,7 +208,7 @@ def test_a_file_put_into_the_cache_by_hand_is_looked_at(server: Path, write: Cal
 
 
 @pytest.mark.parametrize("sized", [True, False])
-def test_a_connection_that_breaks_off_is_told_with_what_had_come(
+def test_a_lost_connection_is_reported_with_the_received_bytes(
     server: Path, write: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch, sized: bool
 ) -> None:
     content = write(server / FILE)
@@ -219,7 +219,7 @@ def test_a_connection_that_breaks_off_is_told_with_what_had_come(
     if sized:
         assert f"was lost after 70,000 of {len(content):,} bytes" in caught.value.message
         assert caught.value.code == "weights-network"
-    else:  # nobody can know that more was to come; the file says it
+    else:  # the length is unknown, but the file is truncated
         assert "truncated" in caught.value.message
     assert caught.value.exit_code == 4
     assert cached() == []
@@ -227,7 +227,7 @@ def test_a_connection_that_breaks_off_is_told_with_what_had_come(
     assert hub.fetch(FILE).read_bytes() == content
 
 
-def test_no_network_names_the_way_out(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_network_the_hint_says_what_to_do(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(hub.MIRROR_VARIABLE, "http://127.0.0.1:9")
     with pytest.raises(ModelError, match="no connection") as caught:
         hub.fetch(FILE)
@@ -240,24 +240,24 @@ def test_no_network_names_the_way_out(server: Path, monkeypatch: pytest.MonkeyPa
     assert f"https://github.com/lyuwenyu/storage/releases/download/v0.1/{FILE} " in hint
 
 
-def test_a_mirror_that_is_no_address(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mirror_must_be_an_address(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(hub.MIRROR_VARIABLE, "mirror")
     with pytest.raises(ModelError, match=f"mirror/{FILE}: not a valid address"):
         hub.fetch(FILE)
 
 
-def test_a_missing_file_on_the_server_says_what_it_answered(server: Path) -> None:
+def test_a_file_missing_on_the_server(server: Path) -> None:
     with pytest.raises(ModelError, match="the server answered 404"):
         hub.fetch(FILE)
 
 
-def test_a_download_is_told_byte_by_byte(server: Path, write: Callable[..., bytes]) -> None:
+def test_a_download_reports_its_progress(server: Path, write: Callable[..., bytes]) -> None:
     content = write(server / FILE)
-    told: list[int] = []
+    received: list[int] = []
 
     class Sum:
         def advance(self, n: int = 1) -> None:
-            told.append(n)
+            received.append(n)
 
     @contextmanager
     def watch(total: int | None, what: str) -> Iterator[Sum]:
@@ -266,20 +266,20 @@ def test_a_download_is_told_byte_by_byte(server: Path, write: Callable[..., byte
         yield Sum()
 
     hub.fetch(FILE, progress=watch)
-    assert sum(told) == len(content)
-    assert len(told) > 1
-    hub.fetch(FILE, progress=watch)  # here already
-    assert sum(told) == len(content)
+    assert sum(received) == len(content)
+    assert len(received) > 1
+    hub.fetch(FILE, progress=watch)  # in the cache already
+    assert sum(received) == len(content)
 
 
 # ---- import
 
 
-def test_import_holds_a_file_to_its_hash(server: Path, tmp_path: Path, write: Callable[..., bytes]) -> None:
-    mine = tmp_path / PINNED
-    mine.write_bytes(b"not it")
+def test_import_checks_the_hash(server: Path, tmp_path: Path, write: Callable[..., bytes]) -> None:
+    path = tmp_path / PINNED
+    path.write_bytes(b"not it")
     with pytest.raises(ModelError, match="is not the published"):
-        hub.import_file(mine)
+        hub.import_file(path)
     other = tmp_path / FILE
     content = write(other)
     assert hub.import_file(other).read_bytes() == content
@@ -292,14 +292,14 @@ def test_import_holds_a_file_to_its_hash(server: Path, tmp_path: Path, write: Ca
         hub.import_file(other.rename(other.with_name("rtdetrv2_r50vd_6x_coco.pth")))
 
 
-def test_import_records_nothing_of_a_page(server: Path, tmp_path: Path, write: Callable[..., bytes]) -> None:
-    mine = tmp_path / FILE
-    mine.write_bytes(PAGE)
-    with pytest.raises(ModelError, match=f"{mine} is not the published {FILE}: it is a web page"):
-        hub.import_file(mine)
+def test_import_records_no_hash_of_a_web_page(server: Path, tmp_path: Path, write: Callable[..., bytes]) -> None:
+    path = tmp_path / FILE
+    path.write_bytes(PAGE)
+    with pytest.raises(ModelError, match=f"{path} is not the published {FILE}: it is a web page"):
+        hub.import_file(path)
     assert cached() == []
-    content = write(mine)
-    assert hub.import_file(mine).read_bytes() == content
+    content = write(path)
+    assert hub.import_file(path).read_bytes() == content
 
 
 # ---- commands
@@ -320,14 +320,14 @@ def test_commands(server: Path, rtdetr, write: Callable[..., bytes]) -> None:
     assert rtdetr("weights", "fetch", "tiny").code == 2
 
 
-def test_verify_records_no_page(server: Path, rtdetr) -> None:
+def test_verify_records_no_hash_of_a_web_page(server: Path, rtdetr) -> None:
     hub.weights_folder().mkdir(parents=True)
     (hub.weights_folder() / FILE).write_bytes(PAGE)
     assert rtdetr("weights", "verify").code == 4
     assert hub.expected_sha256(FILE) == ""
 
 
-def test_fetch_shows_how_far_it_is_and_what_force_replaced(server: Path, rtdetr, write: Callable[..., bytes]) -> None:
+def test_fetch_shows_progress_and_warns_of_a_changed_file(server: Path, rtdetr, write: Callable[..., bytes]) -> None:
     content = write(server / FILE)
     ran = rtdetr("weights", "fetch", FILE)
     assert ran.code == 0
@@ -343,7 +343,7 @@ def test_fetch_shows_how_far_it_is_and_what_force_replaced(server: Path, rtdetr,
     assert ran.err == ""
 
 
-def test_a_page_is_refused_by_the_command(server: Path, rtdetr) -> None:
+def test_the_command_refuses_a_web_page(server: Path, rtdetr) -> None:
     (server / FILE).write_bytes(PAGE)
     ran = rtdetr("weights", "fetch", "r50")
     assert ran.code == 4
@@ -361,7 +361,7 @@ def test_import_command(server: Path, tmp_path: Path, rtdetr, write: Callable[..
     assert rtdetr("weights", "import", tmp_path / FILE, "--force").code == 0
 
 
-def test_predicts_first_model_shows_its_progress(
+def test_predict_shows_the_progress_of_its_first_download(
     server: Path, tmp_path: Path, rtdetr, shapes, monkeypatch: pytest.MonkeyPatch, write: Callable[..., bytes]
 ) -> None:
     write(server / PINNED)

@@ -44,7 +44,7 @@ def same(one: RTDETR, other: RTDETR) -> bool:
         return torch.equal(one(IMAGES).main.logits, other(IMAGES).main.logits)
 
 
-# ---- ours
+# ---- our own files
 
 
 @pytest.mark.parametrize(("sampling", "rounding"), [("bilinear", "published"), ("discrete", "nearest")])
@@ -70,10 +70,10 @@ def test_our_file_round_trip(
         load_model(path, sampling="nearest")
 
 
-def test_our_file_is_known_whatever_its_first_byte(
+def test_our_file_is_recognized_whatever_its_first_byte(
     tmp_path: Path, make_small: Callable[..., RTDETR], small_spec: ModelSpec
 ) -> None:
-    # The file begins with its header's length: 0x80 there is how a pickle begins, and happened once in 32 files.
+    # The file begins with the length of its header; in one file of 32 its first byte is that of a pickle, 0x80.
     model, path = make_small(), tmp_path / "m.safetensors"
     starts = set()
     for length in range(0, 264, 8):
@@ -83,7 +83,9 @@ def test_our_file_is_known_whatever_its_first_byte(
     assert 0x80 in starts
 
 
-def test_loading_moves_no_generator(tmp_path: Path, make_small: Callable[..., RTDETR], small_spec: ModelSpec) -> None:
+def test_loading_does_not_advance_the_random_generator(
+    tmp_path: Path, make_small: Callable[..., RTDETR], small_spec: ModelSpec
+) -> None:
     save_model(tmp_path / "m.safetensors", make_small().state_dict(), header(small_spec))
     state = torch.get_rng_state()
     load_model(tmp_path / "m.safetensors")
@@ -162,11 +164,11 @@ def test_published_layouts(tmp_path: Path, version: int, layout: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["r18", "r34", "r50m", "r50", "r101"])
-def test_architecture_is_read_off_the_shapes_of_every_published_model(tmp_path: Path, name: str) -> None:
+def test_architecture_is_derived_for_every_published_model(tmp_path: Path, name: str) -> None:
     spec = load_preset(name).model
     with torch.device("meta"):
         state = build_detector(spec, num_classes=80).state_dict()
-    # one value is enough of a tensor to give its shape: the file stays small
+    # Expanded tensors store a single value, so the file stays small.
     small = {n: torch.zeros((), dtype=t.dtype).expand(t.shape) for n, t in state.items()}
     for i in range(spec.decoder_layers):
         small[f"decoder.decoder.layers.{i}.cross_attn.num_points_scale"] = torch.full((12,), 0.25)
@@ -178,7 +180,7 @@ def test_architecture_is_read_off_the_shapes_of_every_published_model(tmp_path: 
 
 
 @pytest.mark.parametrize("points", [(1, 1, 1), (2, 4, 6), (3, 3, 3)])
-def test_sampling_points_are_read(tmp_path: Path, points: tuple[int, int, int]) -> None:
+def test_sampling_points_are_derived(tmp_path: Path, points: tuple[int, int, int]) -> None:
     spec = SMALL_SQUARE.model_copy(update={"num_points": points})
     torch.save(published_state(spec), tmp_path / "x.pth")
     assert read_published(tmp_path / "x.pth").spec == spec
@@ -197,26 +199,26 @@ def test_class_names(tmp_path: Path, classes: int, first: str, ids: tuple[int, i
     assert len(set(OBJECTS365_NAMES)) == 365
 
 
-def test_files_own_anchors_at_its_own_size_only(tmp_path: Path) -> None:
+def test_published_anchors_are_used_at_their_own_size_only(tmp_path: Path) -> None:
     state = published_state(SMALL_SQUARE)
     torch.save(state, tmp_path / "exact.pth")
     state["decoder.anchors"] = state["decoder.anchors"] + 0.05
     torch.save(state, tmp_path / "drifted.pth")
     (exact, _), (drifted, _) = load_model(tmp_path / "exact.pth"), load_model(tmp_path / "drifted.pth")
-    assert same(exact, drifted)  # at 64 pixels both make their own
+    assert same(exact, drifted)  # at 64 pixels both compute anchors
     large = torch.rand(1, 3, 640, 640)
     with torch.no_grad():
         assert not torch.equal(exact(large).main.boxes_cxcywh, drifted(large).main.boxes_cxcywh)
 
 
-def test_foreign_number_of_anchors_is_dropped(tmp_path: Path) -> None:
+def test_anchors_of_another_number_are_ignored(tmp_path: Path) -> None:
     state = published_state(SMALL_SQUARE)
     state["decoder.anchors"], state["decoder.valid_mask"] = torch.zeros(1, 77, 4), torch.ones(1, 77, 1).bool()
     torch.save(state, tmp_path / "x.pth")
     assert load_model(tmp_path / "x.pth")[1].imgsz == (640, 640)
 
 
-# ---- what must not load
+# ---- refused files
 
 
 class Trap:
@@ -276,7 +278,7 @@ def test_foreign_checkpoints(tmp_path: Path, content: Any, message: str) -> None
         load_model(tmp_path / "x.pth")
 
 
-def test_a_web_page_and_nothing_at_all(tmp_path: Path) -> None:
+def test_a_web_page_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     (tmp_path / "page.pth").write_text("<!DOCTYPE html><html>404</html>")
     with pytest.raises(ModelError, match="web page"):
         load_model(tmp_path / "page.pth")
@@ -286,13 +288,13 @@ def test_a_web_page_and_nothing_at_all(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("change", ["missing", "left over", "shape"])
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
 def test_loading_is_strict(tmp_path: Path, change: str) -> None:
     state = published_state(SMALL_SQUARE)
     name = "encoder.pan_blocks.1.conv2.conv.weight"
     if change == "missing":
         del state[name]
-    elif change == "left over":
+    elif change == "unexpected":
         state["decoder.extra"] = torch.zeros(1)
         name = "decoder.extra"
     else:

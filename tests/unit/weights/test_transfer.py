@@ -15,7 +15,7 @@ SOURCE = ("person", "traffic light", "dog", "cat", "dog")
 TARGET = ("wolf", "Dog", "traffic_light")
 
 
-def test_classes_keep_their_rows_by_name(make_small: Callable[..., RTDETR]) -> None:
+def test_classes_are_transferred_by_name(make_small: Callable[..., RTDETR]) -> None:
     source, target = make_small(num_classes=5, seed=1), make_small(num_classes=3, seed=2)
     before = {n: t.clone() for n, t in target.state_dict().items()}
     table = transfer_weights(target, source.state_dict(), source_names=SOURCE, target_names=TARGET)
@@ -37,7 +37,7 @@ def test_classes_keep_their_rows_by_name(make_small: Callable[..., RTDETR]) -> N
             assert torch.equal(tensor[3], before[name][3])  # the padding row
 
 
-def test_the_same_classes_take_everything(make_small: Callable[..., RTDETR]) -> None:
+def test_everything_is_transferred_between_equal_classes(make_small: Callable[..., RTDETR]) -> None:
     source, target = make_small(seed=1), make_small(seed=2)
     names = tuple("abcde")
     table = transfer_weights(target, source.state_dict(), source_names=names, target_names=names)
@@ -46,7 +46,7 @@ def test_the_same_classes_take_everything(make_small: Callable[..., RTDETR]) -> 
     assert all(torch.equal(t, source.state_dict()[n]) for n, t in target.state_dict().items())
 
 
-def test_other_sampling_points_start_anew_and_are_named(make_small: Callable[..., RTDETR]) -> None:
+def test_other_sampling_points_are_reinitialized(make_small: Callable[..., RTDETR]) -> None:
     source, names = make_small(seed=1), tuple("abcde")
     same = make_small(seed=2)
     assert transfer_weights(same, source.state_dict(), source_names=names, target_names=names).reinitialized == ()
