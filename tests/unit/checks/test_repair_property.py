@@ -21,7 +21,7 @@ from rtdetr_cli.errors import DataError
 Box = tuple[float, float, float, float]
 FORMS = ("coco", "yolo", "voc")
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
-FILE_FAULTS = ("truncated", "missing", "empty", "extension", "case", "no labels")
+FILE_FAULTS = ("truncated", "missing", "empty", "extension", "case", "no labels", "absolute")
 BAD_BOXES = ("zero", "inverted", "outside", "nan", "class", "count", "word")
 
 
@@ -140,7 +140,8 @@ def write_coco(folder: Path, splits: dict[str, list[Truth]]) -> Path:
         entries, annotations = [], []
         for number, truth in enumerate(images, 1):
             write_image(folder / "images" / truth.name, truth, min(truth.correct))
-            entry: dict[str, Any] = {"id": number, "file_name": truth.listed, "note": {"kept": number}}
+            listed = str(folder / "images" / truth.listed) if truth.fault == "absolute" else truth.listed
+            entry: dict[str, Any] = {"id": number, "file_name": listed, "note": {"kept": number}}
             if truth.declared:
                 entry |= {"width": truth.declared[0], "height": truth.declared[1]}
             entries.append(entry)
@@ -188,7 +189,8 @@ def write_yolo(folder: Path, splits: dict[str, list[Truth]]) -> Path:
             label.parent.mkdir(parents=True, exist_ok=True)
             if truth.fault != "no labels":
                 label.write_text("".join(lines))
-        text = "".join(f"images/{split}/{truth.listed}\n" for truth in images)
+        bases = [f"{folder}/" if truth.fault == "absolute" else "" for truth in images]
+        text = "".join(f"{base}images/{split}/{t.listed}\n" for base, t in zip(bases, images, strict=True))
         (folder / f"{split}.txt").write_text(text)
     listed = "".join(f"{split}: {split}.txt\n" for split in splits)
     (folder / "data.yaml").write_text(f"# mine\n{listed}names: [nut, bolt]\n")
@@ -246,7 +248,7 @@ def read_coco(folder: Path, frames: dict[str, tuple[int, int]]) -> Labels:
                 (a["id"], (a["bbox"][0], a["bbox"][1], a["bbox"][0] + a["bbox"][2], a["bbox"][1] + a["bbox"][3]))
                 for a in boxes
             ]
-            labels[Path(image["file_name"]).stem] = (f"images/{image['file_name']}", rows)
+            labels[Path(image["file_name"]).stem] = (f"images/{Path(image['file_name']).name}", rows)
     return labels
 
 
@@ -383,7 +385,7 @@ def judge_image(
         )
 
 
-@pytest.mark.parametrize("start", range(0, 300, 30))
+@pytest.mark.parametrize("start", range(0, 240, 30))
 def test_no_correct_box_is_lost_or_moved(tmp_path: Path, start: int) -> None:
     for seed in range(start, start + 30):
         check(seed, tmp_path / str(seed))
