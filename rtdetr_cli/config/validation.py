@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -40,103 +39,71 @@ def validate(
 
 
 def _problems(schema: type[BaseModel], error: ValidationError, written: Mapping[str, str]) -> Iterator[str]:
+    document = schema.model_json_schema()
     for item in error.errors():
-        keys = [str(k) for k in item["loc"]]
-        dotted = ".".join(keys)
-        # pydantic's location also names the item of a list, or the type of a union that was tried.
-        text = next((written[k] for k in (dotted, ".".join(keys[:2]), *keys[:1]) if k in written), "")
+        keys = [str(key) for key in item["loc"]]
+        name, node = _find_field(document, keys)
+        where = written.get(name, "")
         if item["type"] == "extra_forbidden":
-            yield f"unknown key {dotted}{suggest(keys[-1], known_keys(schema, keys[:-1]))}"
+            yield f"unknown key {'.'.join(keys)}{suggest(keys[-1], node['properties'])}"
         elif item["type"] == "missing":
-            yield f"key {dotted} is missing"
+            yield f"key {name} is missing"
         elif item["type"] == "value_error":
-            where = text or dotted
+            where = where or name
             yield f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"])
         else:
-            allowed, words = allowed_values(schema, keys)
-            expected = f"expected {allowed}" if allowed else item["msg"][0].lower() + item["msg"][1:]
-            where = text or f"{_field_name(schema, keys)} = {item['input']!r}"
-            yield f"{where}: {expected}{suggest(str(item['input']), words)}"
+            words, numbers = _allowed_values(node)
+            *first, last = [*words, *numbers] or [item["msg"]]
+            expected = f"{', '.join(first)} or {last}" if first else last
+            where = where or f"{name} = {item['input']!r}"
+            yield f"{where}: expected {expected}{suggest(str(item['input']), words)}"
 
 
-def _field_name(schema: type[BaseModel], keys: list[str]) -> str:
-    """Return the dotted key of a location, without the names of the types that pydantic tried."""
-    path: list[str] = []
+def _find_field(document: Mapping[str, Any], keys: list[str]) -> tuple[str, Mapping[str, Any]]:
+    """Return the dotted name of the field at pydantic's location, and its JSON schema.
+
+    What follows the field in a location is the item of a list, or the type of a union that was tried.
+    """
+    node, path = document, []
     for key in keys:
-        if not key.isdecimal() and key not in known_keys(schema, path):
+        if key not in node.get("properties", ()):
             break
         path.append(key)
-    return ".".join(path)
+        node = node["properties"][key]
+        if "$ref" in node:
+            node = document["$defs"][node["$ref"].rpartition("/")[2]]
+    return ".".join(path), node
 
 
-def known_keys(schema: type[BaseModel], path: Iterable[str]) -> list[str]:
-    """Return the keys of `schema` below a dotted path."""
-    for key in path:
-        field = schema.model_fields.get(key)
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return []
-        schema = inner
-    return list(schema.model_fields)
+def _allowed_values(node: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return the words that a field allows, and its kinds of numbers and text, such as `an integer >= 1`."""
+    words: list[str] = []
+    kinds: list[str] = []
+    for part in node.get("anyOf", [node]):
+        kind = part.get("type")
+        if kind == "array":
+            item_words, item_kinds = _allowed_values(part.get("items") or part["prefixItems"][0])
+            words += item_words
+            length = f"{part['maxItems']} numbers" if "maxItems" in part else "a list"
+            kinds += [f"{length}, each {item}" for item in item_kinds]
+        elif "enum" in part or "const" in part:
+            words += map(str, part.get("enum") or [part["const"]])
+        elif kind == "boolean":
+            words += ["true", "false"]
+        elif kind in ("integer", "number"):
+            kinds.append(_number(part))
+        elif kind == "string":
+            kinds.append("text")
+    return words, kinds
 
 
-def allowed_values(schema: type[BaseModel], keys: Iterable[str]) -> tuple[str, list[str]]:
-    """Return the values that a key allows, such as `auto or an integer >= 1`, and the words among them.
-
-    The text is empty for a type that has no short description.
-    """
-    annotation: Any = schema
-    bounds: Iterable[Any] = ()
-    for key in keys:
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        field = annotation.model_fields.get(key)
-        if field is None:
-            break
-        annotation, bounds = field.annotation, field.metadata
-    words = list(_words(annotation))
-    parts = [*words, *_numbers(annotation, bounds)]
-    return (", ".join(parts[:-1]) + f" or {parts[-1]}" if len(parts) > 1 else "".join(parts)), words
-
-
-def _words(annotation: Any) -> Iterator[str]:
-    origin = get_origin(annotation)
-    if origin is Literal:
-        yield from (str(word) for word in get_args(annotation))
-    elif annotation is bool:
-        yield from ("true", "false")
-    elif origin in (Union, types.UnionType, tuple):
-        for inner in get_args(annotation):
-            yield from _words(inner)
-
-
-def _numbers(annotation: Any, bounds: Iterable[Any]) -> Iterator[str]:
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        inner, *bounds = get_args(annotation)
-        yield from _numbers(inner, bounds)
-    elif origin in (Union, types.UnionType):
-        for inner in get_args(annotation):
-            yield from _numbers(inner, bounds)
-    elif origin is tuple:
-        inner, *more = get_args(annotation)
-        for text in _numbers(inner, bounds):
-            yield f"a list, each {text}" if more == [...] else f"{len(more) + 1} numbers, each {text}"
-    elif annotation in (int, float):
-        yield " and ".join(_bounds(annotation, bounds))
-    elif annotation is str:
-        yield "text"
-
-
-def _bounds(kind: type, bounds: Iterable[Any]) -> Iterator[str]:
-    """Return `an integer >= 1`, or the parts of `a number > 0 and < 1`."""
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    limits = [
-        (sign, limit) for b in bounds for name, sign in signs.items() if (limit := getattr(b, name, None)) is not None
-    ]
-    if kind is int:
-        limits = [(">=", limit + 1) if sign == ">" else (sign, limit) for sign, limit in limits]
-    name = "an integer" if kind is int else "a number"
-    first, *others = [f"{sign} {limit}" for sign, limit in limits] or [""]
-    yield f"{name} {first}".rstrip()
-    yield from others
+def _number(part: Mapping[str, Any]) -> str:
+    """Return a kind of number: `an integer >= 1`, `a number > 0 and < 1`."""
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    bounds = {sign: part[name] for name, sign in signs.items() if name in part}
+    name = "a number"
+    if part["type"] == "integer":
+        name = "an integer"
+        if ">" in bounds:
+            bounds = {">=": bounds.pop(">") + 1, **bounds}
+    return f"{name} {' and '.join(f'{sign} {bound:g}' for sign, bound in bounds.items())}".rstrip()
