@@ -1,8 +1,8 @@
-"""Run an exported engine with TensorRT alone; numpy holds the images, Pillow reads them, libcudart copies them.
+"""Run an exported engine with TensorRT; numpy holds the images, Pillow reads them, libcudart copies them.
 
     python examples/tensorrt_only.py runs/r18-mine-01/export/best.engine image.jpg
 
-Class names, thresholds and the input size come from the header beside the engine: `best.engine.json`.
+Class names, thresholds and the input size are in the file beside the engine: `best.engine.json`.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ def detect(engine, header, path):
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     width, height = image.size
     stretched = np.asarray(image.resize(header["imgsz"][::-1], Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-    copies = max(1, engine.get_tensor_shape("images")[0])  # -1 where the batch is open
+    copies = max(1, engine.get_tensor_shape("images")[0])  # -1 where the batch is dynamic
     images = np.repeat(stretched[None].astype(np.float32) / 255, copies, 0)
     arrays = {"images": images, "orig_target_sizes": np.array([[width, height]] * copies, np.int64)}
     context = engine.create_execution_context()
@@ -33,7 +33,7 @@ def detect(engine, header, path):
     pointers = {name: ctypes.c_void_p() for name in arrays}
     for name, array in arrays.items():
         if cuda.cudaMalloc(ctypes.byref(pointers[name]), ctypes.c_size_t(array.nbytes)):
-            raise MemoryError(f"no device memory for {name}")
+            raise MemoryError(f"not enough device memory for {name}")
         cuda.cudaMemcpy(pointers[name], ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), to_device)
         context.set_tensor_address(name, pointers[name].value)
     if not context.execute_async_v3(0):
@@ -41,16 +41,16 @@ def detect(engine, header, path):
     for name, array in arrays.items():
         cuda.cudaMemcpy(ctypes.c_void_p(array.ctypes.data), pointers[name], ctypes.c_size_t(array.nbytes), to_host)
         cuda.cudaFree(pointers[name])
-    floors = np.array((header["thresholds"] or {"per_class": [0.5] * len(header["names"])})["per_class"], np.float32)
+    minimum = np.array((header["thresholds"] or {"per_class": [0.5] * len(header["names"])})["per_class"], np.float32)
     labels, boxes, scores = arrays["labels"][0], arrays["boxes"][0].clip(0, [width, height] * 2), arrays["scores"][0]
-    for i in np.flatnonzero(scores >= floors[labels])[:100]:
+    for i in np.flatnonzero(scores >= minimum[labels])[:100]:
         yield (header["names"][labels[i]], header["category_ids"][labels[i]], float(scores[i]), *map(float, boxes[i]))
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or not all(map(os.path.isfile, sys.argv[1:])):
         sys.exit("usage: python examples/tensorrt_only.py MODEL.engine IMAGE (with MODEL.engine.json beside it)")
-    os.path.isfile(sys.argv[1] + ".json") or sys.exit(f"{sys.argv[1]}.json is not there: copy it beside the engine")
+    os.path.isfile(sys.argv[1] + ".json") or sys.exit(f"{sys.argv[1]}.json is missing: copy it next to the engine")
     import tensorrt
 
     with open(sys.argv[1], "rb") as plan, open(sys.argv[1] + ".json", encoding="utf-8") as beside:

@@ -115,7 +115,7 @@ def export(
 def _render(events: Iterable[ExportEvent], runs: int | None) -> tuple[list[Artefact], RtdetrError | None]:
     """Show the progress of an export; return what was exported, and the error that stopped it after that."""
     from rtdetr_cli.export.artefacts import Artefact
-    from rtdetr_cli.export.events import ImagesRun, Notice
+    from rtdetr_cli.export.events import ImageRun, Notice
 
     artefacts: list[Artefact] = []
     show_build = _build_progress()
@@ -125,8 +125,8 @@ def _render(events: Iterable[ExportEvent], runs: int | None) -> tuple[list[Artef
                 match event:
                     case Notice():
                         terminal.say(event.message)
-                    case ImagesRun():
-                        bar.advance(event.count)
+                    case ImageRun():
+                        bar.advance()
                     case Artefact():
                         artefacts.append(event)
                     case _:

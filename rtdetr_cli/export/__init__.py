@@ -1,1 +1,1 @@
-"""Graphs made for deployment, and the gate that they pass."""
+"""Export: graphs for deployment, verified against their model."""

@@ -13,10 +13,8 @@ class Notice:
 
 
 @dataclass(frozen=True, slots=True)
-class ImagesRun:
-    """Verification has run a model on some more images."""
-
-    count: int
+class ImageRun:
+    """Verification has run a model on one more image."""
 
 
 @dataclass(frozen=True, slots=True)

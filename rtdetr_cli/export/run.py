@@ -17,7 +17,7 @@ from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.export import tensorrt
 from rtdetr_cli.export.artefacts import Artefact, mark_name, remove_artefact, rename_artefact, write_parity
 from rtdetr_cli.export.compare import compare_interfaces
-from rtdetr_cli.export.events import BuildProgress, ImagesRun, Notice
+from rtdetr_cli.export.events import BuildProgress, ImageRun, Notice
 from rtdetr_cli.export.formats import WRITERS, Draft, ExportContext
 from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs
 from rtdetr_cli.export.verify import MAX_IMAGES, Reference, Verdict, verify
@@ -28,7 +28,7 @@ from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.weights.header import ModelHeader
 
-ExportEvent = Notice | ImagesRun | BuildProgress | Artefact
+ExportEvent = Notice | ImageRun | BuildProgress | Artefact
 
 
 def export_model(

@@ -7,8 +7,9 @@ The AP of both on the same images, where there are labels. Nothing in here knows
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from rtdetr_cli.export.compare import (
     match_images,
     matched_share,
 )
-from rtdetr_cli.export.events import ImagesRun
+from rtdetr_cli.export.events import ImageRun
 from rtdetr_cli.images.decode import read_image, stretch
 from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.infer.detections import Detections
@@ -40,6 +41,9 @@ MAX_IMAGES = 200
 MIN_BATCH = 4  # images in a batch whose independence is checked
 MAX_SINGLE_IMAGES = 8  # images that are also run alone: each costs a whole batch where the batch is fixed
 BATCH_SHARE = 0.95  # of detections that must stay the same when only the other images of a batch change
+
+Predictions = dict[int, Detections]
+"""The detections of every readable image, by its position among the verification images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,19 +107,6 @@ class Verdict:
         }
 
 
-@dataclass(frozen=True, eq=False)
-class Predictions:
-    """What one backend detects in the verification images.
-
-    Attributes:
-        detections: of each readable image.
-        indices: positions of these images among the verification images.
-    """
-
-    detections: list[Detections]
-    indices: list[int]
-
-
 class Reference:
     """A model and the images that its exports are verified on. The model is run once, however many exports follow."""
 
@@ -140,12 +131,17 @@ class Reference:
             self.paths = [self.dataset.path(i) for i in range(len(self.dataset))]
         else:
             self.paths = [images[int(i)] for i in chosen]
-        self._predictions: Predictions | None = None
+        self._predictions: Predictions = {}
 
-    def predictions(self) -> Generator[ImagesRun, None, Predictions]:
-        """Return the model's predictions, computed on the first call."""
-        if self._predictions is None:
-            self._predictions = yield from predict(self.backend, self.paths)
+    def predictions(self) -> Generator[ImageRun, None, Predictions]:
+        """Return the model's predictions, computed on the first call.
+
+        Raises:
+            DataError: no image can be read.
+        """
+        self._predictions = self._predictions or (yield from _collect(predict(self.backend, self.paths)))
+        if not self._predictions:
+            raise DataError(f"none of the {len(self.paths)} verification images can be read, such as {self.paths[0]}")
         return self._predictions
 
 
@@ -158,7 +154,7 @@ def verify(
     tol_ap: float | None = None,
     problems: Sequence[str] = (),
     half_twin: Backend | None = None,
-) -> Iterator[ImagesRun | Verdict]:
+) -> Iterator[ImageRun | Verdict]:
     """Run the whole check of one export against its model. The verdict is the last event.
 
     Args:
@@ -170,77 +166,50 @@ def verify(
         problems: violations of the contract that the caller knows already, such as of `compare_interfaces`.
         half_twin: for float16, a backend that really computes in float16 (see `export.fp16`).
     """
-    any_size = bool(candidate.header.extra.get("preprocess_in_graph"))
     precision = precision or str(candidate.header.extra.get("precision", "fp32"))
-    limits = limits or LIMITS["resized" if any_size and precision == "fp32" else precision]
+    limits = limits or LIMITS["resized" if _takes_whole_images(candidate) and precision == "fp32" else precision]
     if tol_ap is not None:
         limits = replace(limits, tol_ap=tol_ap)
     expected = yield from reference.predictions()
-    images = [reference.paths[i] for i in expected.indices]
+    images = [reference.paths[i] for i in expected]
     contract = check_contract(candidate, reference.backend.header, images, limits, problems)
     try:
-        if any_size:
-            predictions = yield from predict_whole_images(candidate, images, expected.indices)
-        else:
-            predictions = yield from predict(candidate, reference.paths)
-    except Exception as error:
+        predictions = yield from _collect(predict(candidate, reference.paths))
+    except Exception as error:  # each runtime raises its own kind
         failed = Part(False, (f"the export does not run: {first_line(error)}",))
         yield Verdict(precision, limits, len(images), contract, failed, Part(None))
         return
-    agreement = compare_detections(expected.detections, predictions.detections, limits)
+    agreement = compare_detections(list(expected.values()), list(predictions.values()), limits)
     half = None
     if half_twin is not None:
-        twin = yield from predict(half_twin, reference.paths)
-        half = compare_detections(expected.detections, twin.detections, limits)
+        twin = yield from _collect(predict(half_twin, reference.paths))
+        half = compare_detections(list(expected.values()), list(twin.values()), limits)
     ap = compare_ap(reference, expected, predictions, candidate.header, limits)
     yield Verdict(precision, limits, len(images), contract, agreement, ap, half)
 
 
-def predict(backend: Backend, paths: Sequence[Path]) -> Generator[ImagesRun, None, Predictions]:
-    """Run a backend on images, in full batches.
+def predict(backend: Backend, paths: Sequence[Path]) -> Iterator[tuple[int, Detections]]:
+    """Yield the position and the detections of every readable image. Images are run in full batches."""
+    whole = _takes_whole_images(backend)
+    readable = (item for item in prefetch(paths, backend.imgsz, keep=whole) if item.error is None)
+    while items := list(itertools.islice(readable, 1 if whole else images_per_run(backend))):
+        images = [item.original if whole else item.image for item in items]
+        sizes = np.array([item.size_wh for item in items], np.int64)
+        detections = backend.run(np.stack(images), sizes)  # type: ignore[arg-type]
+        yield from zip([item.position for item in items], detections, strict=True)
 
-    Raises:
-        DataError: no image can be read.
-    """
-    batch = images_per_run(backend)
-    predictions = Predictions([], [])
-    waiting: list[tuple[int, NDArray[np.uint8], tuple[int, int]]] = []
-    unreadable: list[str] = []
 
-    def run() -> ImagesRun:
-        images = np.stack([image for _, image, _ in waiting])
-        sizes = np.array([size for _, _, size in waiting], np.int64)
-        predictions.detections.extend(backend.run(images, sizes))
-        predictions.indices.extend(index for index, _, _ in waiting)
-        count = len(waiting)
-        waiting.clear()
-        return ImagesRun(count)
-
-    for index, image, size, error, _ in prefetch(paths, backend.imgsz):
-        if image is None or size is None:
-            unreadable.append(str(error))
-            continue
-        waiting.append((index, image, size))
-        if len(waiting) == batch:
-            yield run()
-    if waiting:
-        yield run()
-    if not predictions.indices:
-        raise DataError(f"none of the {len(paths)} verification images can be read: {unreadable[0]}")
+def _collect(pairs: Iterable[tuple[int, Detections]]) -> Generator[ImageRun, None, Predictions]:
+    predictions = {}
+    for position, detections in pairs:
+        predictions[position] = detections
+        yield ImageRun()
     return predictions
 
 
-def predict_whole_images(
-    backend: Backend, paths: Sequence[Path], indices: Sequence[int]
-) -> Generator[ImagesRun, None, Predictions]:
-    """Run a graph that resizes by itself on images of any size, one by one."""
-    predictions = Predictions([], list(indices))
-    for path in paths:
-        image = read_image(path)
-        size = np.array([[image.shape[1], image.shape[0]]], np.int64)
-        predictions.detections.extend(backend.run(image[None], size))
-        yield ImagesRun(1)
-    return predictions
+def _takes_whole_images(backend: Backend) -> bool:
+    """Return whether a graph resizes by itself, and so takes one image of any size at a time."""
+    return bool(backend.header.extra.get("preprocess_in_graph"))
 
 
 def images_per_run(backend: Backend) -> int:
@@ -284,7 +253,7 @@ def check_batches(
     def run(rows: NDArray[np.int64], what: str) -> list[Detections]:
         try:
             return candidate.run(images[rows], sizes_wh[rows])
-        except Exception as error:  # each runtime raises its own kind
+        except Exception as error:
             findings.append(f"{what} does not run: {first_line(error)}")
             return []
 
@@ -351,8 +320,8 @@ def average_precision(dataset: Dataset, predictions: Predictions, header: ModelH
     from rtdetr_cli.evaluate.coco import coco_metrics
     from rtdetr_cli.evaluate.table import TableBuilder
 
-    dataset = dataset.subset(predictions.indices)
+    dataset = dataset.subset(list(predictions))
     builder = TableBuilder(map_classes(header.names, dataset).labels)
-    for index, detections in enumerate(predictions.detections):
+    for index, detections in enumerate(predictions.values()):
         builder.add(index, detections)
     return coco_metrics(dataset, builder.build(), evaluator="hotcoco").metrics["AP"]

@@ -1,4 +1,4 @@
-"""The programs under examples/ that run an export without us: short, alone, and right."""
+"""The programs in examples/ that run an export without rtdetr: they are short, and give the same detections."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def load(name: str) -> ModuleType:
         ("tensorrt_only", {"numpy", "tensorrt", "PIL"}),
     ],
 )
-def test_alone_and_short(name: str, packages: set[str]) -> None:
+def test_examples_are_short_and_import_only_what_they_name(name: str, packages: set[str]) -> None:
     path = EXAMPLES / f"{name}.py"
     assert imported(path) == packages
     assert len(path.read_text().splitlines()) < 60
@@ -81,7 +81,7 @@ def test_onnxruntime_example(rtdetr: Callable[..., Any], shapes_onnx: Path, shap
 
 
 @pytest.mark.parametrize("name", ["onnxruntime_numpy.py", "tensorrt_only.py"])
-def test_wrong_arguments_are_told_in_one_line(name: str, tmp_path: Path) -> None:
+def test_wrong_arguments_give_a_one_line_message(name: str, tmp_path: Path) -> None:
     for words, said in (
         ([], f"usage: python examples/{name} MODEL"),
         (["a"], "usage:"),
@@ -94,7 +94,7 @@ def test_wrong_arguments_are_told_in_one_line(name: str, tmp_path: Path) -> None
         assert len(ran.stderr.splitlines()) == 1
 
 
-def test_onnxruntime_example_says_what_a_raw_export_is(shapes_onnx: Path, shapes_data: Path, tmp_path: Path) -> None:
+def test_onnxruntime_example_refuses_a_raw_export(shapes_onnx: Path, shapes_data: Path, tmp_path: Path) -> None:
     """Its outputs are called what a raw export calls them; and a graph without our header is no traceback either."""
     model = onnx.load(shapes_onnx)
     renamed = {"labels": "logits", "boxes": "boxes_cxcywh"}
@@ -150,18 +150,14 @@ def test_onnxruntime_example_on_variants(
 @pytest.mark.parametrize("version", ["10.16.1", "11.4.0"])
 def test_tensorrt_example(
     version: str,
+    standin: ModuleType,
     rtdetr: Callable[..., Any],
     shapes_onnx: Path,
     shapes_data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Against the strict stand-in, with a libcudart that only knows malloc, memcpy and free; not on a real GPU."""
-    spec = importlib.util.spec_from_file_location("standin", ROOT / "tests/golden/tensorrt_standin.py")
-    assert spec is not None
-    assert spec.loader is not None
-    standin = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(standin)
+    """With stand-ins for TensorRT and libcudart, without a GPU."""
     module = standin.make(version)
     monkeypatch.setitem(sys.modules, "tensorrt", module)
 
@@ -188,9 +184,9 @@ def test_tensorrt_example(
 
     example = load("tensorrt_only")
     header = json.loads(next(p.value for p in onnx.load(shapes_onnx).metadata_props if p.key == "rtdetr"))
-    monkeypatch.setattr("rtdetr_cli.export.tensorrt.refuse_single", lambda layers: None)  # a float32 graph will do here
+    monkeypatch.setattr("rtdetr_cli.export.tensorrt.refuse_single", lambda layers: None)
     built = tmp_path / "shapes.engine"
-    build_engine(shapes_onnx, built, interface=describe(shapes_onnx), operators={}, most=2)
+    build_engine(shapes_onnx, built, interface=describe(onnx.load(shapes_onnx)), operators={}, max_batch=2)
     engine = module.Runtime(module.Logger()).deserialize_cuda_engine(built.read_bytes())
     image = shapes_data.parent / "shapes_02.png"
     found = list(example.detect(engine, header, image))

@@ -210,7 +210,7 @@ def test_the_example_needs_the_header(tmp_path: Path) -> None:
     script = Path(__file__).resolve().parents[3] / "examples/tensorrt_only.py"
     ran = subprocess.run([sys.executable, script, engine, image], capture_output=True, text=True, check=False)
     assert ran.returncode == 1
-    assert ran.stderr.splitlines() == [f"{header_path(engine)} is not there: copy it beside the engine"]
+    assert ran.stderr.splitlines() == [f"{header_path(engine)} is missing: copy it next to the engine"]
 
 
 def test_without_a_gpu(

@@ -21,7 +21,7 @@ from rtdetr_cli.errors import DataError
 from rtdetr_cli.export import onnx as onnx_file
 from rtdetr_cli.export.artefacts import Artefact
 from rtdetr_cli.export.compare import LIMITS, Limits, Part
-from rtdetr_cli.export.events import ImagesRun
+from rtdetr_cli.export.events import ImageRun
 from rtdetr_cli.export.fp16 import HalfTwin, half_program
 from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs
 from rtdetr_cli.export.run import export_model
@@ -68,7 +68,7 @@ def candidate(exported: dict[str, Artefact]) -> Backend:
 def verdict_of(candidate: Backend, reference: Reference, **options: Any) -> Verdict:
     """Verify, and return the last event."""
     *progress, verdict = verify(candidate, reference, **options)
-    assert all(isinstance(event, ImagesRun) for event in progress)
+    assert all(isinstance(event, ImageRun) for event in progress)
     assert isinstance(verdict, Verdict)
     return verdict
 
@@ -106,7 +106,7 @@ def test_unreadable_images_are_left_out(loaded: Loaded, dataset: Dataset, tmp_pa
 
 def test_the_model_is_run_once_for_all_exports(loaded: Loaded, dataset: Dataset, candidate: Backend) -> None:
     reference = Reference(TorchBackend(*loaded, device="cpu"), dataset, max_images=4)
-    counts = [sum(e.count for e in verify(candidate, reference) if isinstance(e, ImagesRun)) for _ in range(2)]
+    counts = [sum(isinstance(event, ImageRun) for event in verify(candidate, reference)) for _ in range(2)]
     assert counts == [8, 4]
 
 
