@@ -1,9 +1,9 @@
-"""Find objects in every image of a folder, and keep the crops of one class.
+"""Detect objects in every image of a folder, and save the crops of one class.
 
     python examples/predict_folder.py best.onnx images/ --class-name person --out crops/
 
-Works with any model file; with an ONNX file torch is never loaded. Images that cannot be read are named and left
-out, and the exit code is then 1.
+Works with any model file; an ONNX file needs no torch. Images that cannot be read are reported and skipped, and the
+exit code is then 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rtdetr_cli.images.decode import ImageError, read_image
 
 
 def main() -> int:
-    """Read the arguments, predict, write the crops; return how many images could not be read."""
+    """Predict and write the crops; return the number of images that could not be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model file, or a run folder")
     parser.add_argument("folder", type=Path)
@@ -40,11 +40,11 @@ def main() -> int:
             print(error, file=sys.stderr)
             unreadable += 1
             continue
-        found = detector.predict(image, classes=[arguments.class_name])
-        for number, (x1, y1, x2, y2) in enumerate(found.boxes_xyxy_px.round().astype(int)):
+        detections = detector.predict(image, classes=[arguments.class_name])
+        for number, (x1, y1, x2, y2) in enumerate(detections.boxes_xyxy_px.round().astype(int)):
             if x2 > x1 and y2 > y1:
                 Image.fromarray(image[y1:y2, x1:x2]).save(arguments.out / f"{path.stem}_{number}.png")
-        print(f"{path.name}: {len(found)} {arguments.class_name}")
+        print(f"{path.name}: {len(detections)} {arguments.class_name}")
     return unreadable
 
 

@@ -36,7 +36,7 @@ def same(a: Detections, b: Detections) -> bool:
     )
 
 
-def test_package_offers_the_api_lazily() -> None:
+def test_package_imports_the_api_on_first_use() -> None:
     assert rtdetr_cli.load is load
     assert rtdetr_cli.Detections is Detections
     assert set(rtdetr_cli.__all__) <= set(dir(rtdetr_cli))
@@ -51,7 +51,7 @@ def test_package_offers_the_api_lazily() -> None:
     assert ran.stdout.split("\n")[:2] == ["[]", "False"]
 
 
-def test_one_image_in_every_form(detector: Detector, images: list[Path]) -> None:
+def test_one_image_of_every_type(detector: Detector, images: list[Path]) -> None:
     found = detector.predict(images[0])
     assert isinstance(found, Detections)
     assert len(found) > 0
@@ -75,7 +75,7 @@ def test_several_images_keep_their_order(detector: Detector, images: list[Path])
     assert detector.predict([]) == []
 
 
-def test_grey_and_turned_images(detector: Detector) -> None:
+def test_grey_and_rotated_images(detector: Detector) -> None:
     grey = np.full((60, 80), 128, np.uint8)
     assert detector.predict(grey, conf=0).size_wh == (80, 60)
     image = Image.fromarray(np.zeros((20, 40, 3), np.uint8))
@@ -104,7 +104,7 @@ def test_stored_thresholds_are_the_default(detector: Detector, images: list[Path
         np.zeros((2, 4, 4, 3), np.uint8),
     ],
 )
-def test_arrays_that_are_no_image(detector: Detector, array: np.ndarray) -> None:
+def test_arrays_that_are_not_images(detector: Detector, array: np.ndarray) -> None:
     with pytest.raises(UsageError, match="is not an image") as raised:
         detector.predict(array)
     assert "BGR" in raised.value.hint
@@ -131,7 +131,7 @@ def test_run_folder_and_other_size(shapes_model: Path, tmp_path: Path, images: l
     assert len(other.predict(images[0], conf=0.01)) > 0
 
 
-def test_onnx_gives_the_same_and_needs_no_torch(detector: Detector, shapes_onnx: Path, images: list[Path]) -> None:
+def test_onnx_gives_the_same_without_torch(detector: Detector, shapes_onnx: Path, images: list[Path]) -> None:
     found, expected = load(shapes_onnx).predict(images), detector.predict(images)
     for a, b in zip(found, expected, strict=True):
         assert a.class_names == b.class_names

@@ -1,4 +1,4 @@
-"""One model through every runtime: the same rows, the same batches, the same refusals."""
+"""One model in every runtime: the same rows, the same batches, the same errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rtdetr_cli.infer.backend import check_model_path, name_classes, open_backen
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.graph import finish_raw
 
-SCORE, PIXELS = 1e-4, 0.05  # float32: another order of summation
+SCORE, PIXELS = 1e-4, 0.05  # differences of float32 summation order
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def reference(shapes_model: Path, images: tuple[NDArray[np.uint8], NDArray[np.in
 
 @pytest.fixture(scope="module")
 def openvino_file(shapes_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The graph as an OpenVINO model with float32 weights, its header in the runtime information."""
+    """The graph as an OpenVINO model with float32 weights, and with its header in the runtime information."""
     openvino = pytest.importorskip("openvino", reason="openvino is not installed")
     model = openvino.Core().read_model(shapes_onnx)
     metadata = {e.key: e.value for e in onnx.load(shapes_onnx).metadata_props}
@@ -48,11 +48,11 @@ def openvino_file(shapes_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -
     return path
 
 
-def unmatched(a: Detections, b: Detections, *, least: float = 0.05) -> int:
-    """Count the rows of `a` above a score without their like in `b`."""
+def unmatched(a: Detections, b: Detections, *, min_score: float = 0.05) -> int:
+    """Count the rows of `a` above a score that have no match in `b`."""
     missing = 0
     for box, score, label in zip(a.boxes_xyxy_px, a.scores, a.labels, strict=True):
-        if score < least:
+        if score < min_score:
             continue
         near = (np.abs(b.boxes_xyxy_px - box).max(axis=1) <= PIXELS) & (np.abs(b.scores - score) <= SCORE)
         missing += not np.any(near & (b.labels == label))
@@ -92,7 +92,7 @@ def test_graph_agrees_with_the_model(
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_fixed_batch_is_cut_and_filled_up(
+def test_images_are_split_and_padded_to_a_fixed_batch(
     batch: int,
     shapes_onnx: Path,
     tmp_path: Path,
@@ -100,7 +100,7 @@ def test_fixed_batch_is_cut_and_filled_up(
     images: tuple[NDArray[np.uint8], NDArray[np.int64]],
 ) -> None:
     model = onnx.load(shapes_onnx)
-    # The graph is open: fixing its inputs makes onnxruntime take no other batch.
+    # The graph is dynamic; with fixed inputs onnxruntime accepts no other batch.
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = batch
     path = tmp_path / "fixed.onnx"
@@ -113,7 +113,7 @@ def test_fixed_batch_is_cut_and_filled_up(
 def foreign_graph(
     path: Path, *, hw: tuple[int | str, int | str] = (64, 96), dtype: int = TensorProto.FLOAT, shuffled: bool = False
 ) -> Path:
-    """A graph of the published contract without metadata: three rows; the mean of the image is the first score."""
+    """Write a graph of the published contract without metadata. It gives three rows; the first score is the mean."""
     boxes = np.array([[[0, 0, 0.5, 0.5], [0.25, 0.25, 1, 1], [0, 0, 1, 1]]], np.float32)
     scores = np.array([[0, 0.25, 0.125]], np.float32)
     constants = {
@@ -163,7 +163,7 @@ def test_foreign_graph_runs_without_names(tmp_path: Path, dtype: int, shuffled: 
     assert backend.header.names == ()
     grey = np.full((1, 64, 96, 3), 51, np.uint8)  # 51 / 255 = 0.2
     (found,) = backend.run(grey, np.array([[200, 100]]))
-    # Sorted although the graph gives 0.2 first: it is the second best.
+    # The graph gives 0.2 first, and the backend sorts.
     assert found.scores == pytest.approx([0.25, 0.2, 0.125], abs=1e-3)
     assert found.labels.tolist() == [2, 7, 7]
     assert found.boxes_xyxy_px.tolist() == [[50, 25, 200, 100], [0, 0, 100, 50], [0, 0, 200, 100]]
@@ -172,14 +172,14 @@ def test_foreign_graph_runs_without_names(tmp_path: Path, dtype: int, shuffled: 
     assert backend.run(grey, np.array([[200, 100]]))[0].class_names == ("c", "class 7", "class 7")
 
 
-def test_foreign_graph_of_open_size_takes_one(tmp_path: Path) -> None:
+def test_foreign_graph_with_dynamic_size(tmp_path: Path) -> None:
     path = foreign_graph(tmp_path / "open.onnx", hw=("H", "W"))
     assert open_backend(path).imgsz == (640, 640)
     assert open_backend(path, imgsz=(320, 352)).imgsz == (320, 352)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"imgsz": (320, 320)}, "fixed size 64x96"),
         ({"layers": 1}, "--layers 1 does not apply"),
@@ -188,13 +188,13 @@ def test_foreign_graph_of_open_size_takes_one(tmp_path: Path) -> None:
         ({"device": "gpu"}, "'gpu' is not a device"),
     ],
 )
-def test_options_that_a_graph_cannot_take(tmp_path: Path, options: dict[str, object], said: str) -> None:
+def test_options_that_do_not_apply_to_a_graph(tmp_path: Path, options: dict[str, object], message: str) -> None:
     path = foreign_graph(tmp_path / "foreign.onnx")
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         open_backend(path, **options)  # type: ignore[arg-type]
 
 
-def test_a_model_of_ours_keeps_its_sampling(tmp_path: Path, shapes_model: Path) -> None:
+def test_sampling_of_our_own_model_cannot_be_changed(tmp_path: Path, shapes_model: Path) -> None:
     from rtdetr_cli.weights.load import load_model, save_model
 
     assert open_backend(shapes_model, sampling="bilinear").header.sampling == "bilinear"
@@ -224,14 +224,14 @@ def test_missing_device_is_named(tmp_path: Path, shapes_model: Path) -> None:
             open_backend(model, device="0")
 
 
-def test_raw_outputs_are_finished_as_the_detector_does() -> None:
+def test_raw_outputs_are_postprocessed_as_in_the_detector() -> None:
     import torch
 
     from rtdetr_cli.model.postprocess import select_detections
 
     random = np.random.default_rng(3)
     logits = random.normal(0, 3, (2, 50, 8)).astype(np.float32)
-    logits[0, 0, 0] = -200  # its exponential is beyond float32
+    logits[0, 0, 0] = -200  # its exponential overflows float32
     boxes = random.uniform(0.1, 0.9, (2, 50, 4)).astype(np.float32)
     sizes = np.array([[640, 480], [33, 77]])
     labels, corners, scores = finish_raw(logits, boxes, sizes)
@@ -272,7 +272,7 @@ def test_half_model_in_torch(
         assert b.scores[0] == pytest.approx(a.scores[0], abs=0.1)
 
 
-def test_torch_backend_gives_the_model_back_in_its_mode(
+def test_torch_backend_restores_the_mode_of_the_model(
     shapes_model: Path, images: tuple[NDArray[np.uint8], NDArray[np.int64]]
 ) -> None:
     from rtdetr_cli.infer.torch_backend import TorchBackend
@@ -280,7 +280,7 @@ def test_torch_backend_gives_the_model_back_in_its_mode(
 
     model, header = load_model(shapes_model)
     model.train()
-    model.backbone.eval()  # as a frozen one is
+    model.backbone.eval()  # as when it is frozen
     backend = TorchBackend(model, header, device="cpu")
     backend.run(images[0][:1], images[1][:1])
     assert model.training
@@ -309,8 +309,8 @@ def write(path: Path, content: bytes) -> Path:
 
 
 def cut(source: Path, path: Path, share: float) -> Path:
-    whole = source.read_bytes()
-    return write(path, whole[: int(len(whole) * share)])
+    content = source.read_bytes()
+    return write(path, content[: int(len(content) * share)])
 
 
 @pytest.mark.parametrize("name", ["gone.onnx", "gone.safetensors", "gone.xml", "gone.engine", "gone.pth"])
@@ -346,7 +346,7 @@ def test_openvino_without_its_weights(tmp_path: Path, openvino_file: Path) -> No
         open_backend(alone)
 
 
-def test_graph_of_another_contract(tmp_path: Path) -> None:
+def test_graph_with_other_inputs_and_outputs(tmp_path: Path) -> None:
     graph = helper.make_graph(
         [helper.make_node("Identity", ["pixel_values"], ["logits"])],
         "other",
@@ -402,7 +402,7 @@ def test_graph_runs_load_no_torch(tmp_path: Path) -> None:
     assert ran.stdout.strip() == "[]"
 
 
-def test_broken_package_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_package_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "openvino.py").write_text("import a_package_that_is_not_there\n")
     monkeypatch.delitem(sys.modules, "openvino", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
@@ -420,8 +420,8 @@ def test_openvino_is_imported_without_its_telemetry() -> None:
     assert ran.stdout.strip() == "[] 1"
 
 
-def test_a_signal_finds_its_stack_after_openvino_was_freed_in_another_thread(openvino_file: Path) -> None:
-    """The CPU plugin changes the signal stack of the thread that loads it; freed elsewhere, it stayed dangling."""
+def test_signals_work_after_openvino_was_freed_in_another_thread(openvino_file: Path) -> None:
+    """The CPU plugin replaces the signal stack of the thread that loads it; see `openvino_core`."""
     code = (
         "import faulthandler, signal, threading; from pathlib import Path; faulthandler.enable();"
         "from rtdetr_cli.infer.backend import open_backend;"

@@ -1,4 +1,4 @@
-"""The examples that use the Python API run as they stand."""
+"""The examples that use the Python API."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def test_predict_folder(shapes_onnx: Path, shapes_data: Path, tmp_path: Path) ->
     assert counted == len(list((tmp_path / "crops").glob("*.png"))) > 0
 
 
-def test_predict_folder_goes_on_after_a_bad_image(shapes_onnx: Path, shapes_data: Path, tmp_path: Path) -> None:
+def test_predict_folder_continues_after_an_unreadable_image(
+    shapes_onnx: Path, shapes_data: Path, tmp_path: Path
+) -> None:
     script = REPOSITORY / "examples/predict_folder.py"
     folder = tmp_path / "in"
     folder.mkdir()
@@ -38,7 +40,7 @@ def test_predict_folder_goes_on_after_a_bad_image(shapes_onnx: Path, shapes_data
     assert ran.returncode == 1
     assert [line.split(":")[0] for line in ran.stdout.splitlines()] == ["a.png", "c.png"]
     assert "b.png" in ran.stderr
-    for words, said in (
+    for words, message in (
         ((shapes_onnx, folder, "--class-name", "leave"), "did you mean leaf"),
         ((tmp_path / "gone.onnx", folder, "--class-name", "leaf"), "does not exist"),
         ((shapes_onnx, tmp_path / "gone", "--class-name", "leaf"), "is not a folder"),
@@ -46,5 +48,5 @@ def test_predict_folder_goes_on_after_a_bad_image(shapes_onnx: Path, shapes_data
     ):
         ran = run(*words)
         assert ran.returncode in (1, 2)
-        assert said in ran.stderr
+        assert message in ran.stderr
         assert "Traceback" not in ran.stderr

@@ -1,4 +1,4 @@
-"""Reading ahead: order, bounds, errors and their place."""
+"""Reading ahead: order, bounds and errors."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def test_order_and_sizes(tmp_path: Path) -> None:
         paths.append(path)
     (tmp_path / "bad.png").write_bytes(b"no image")
     paths.insert(1, tmp_path / "bad.png")
-    found = list(prefetch(paths, (32, 64), threads=3))
-    assert [f.position for f in found] == [0, 1, 2, 3]
-    assert [f.size_wh for f in found] == [(40, 30), None, (64, 64), (10, 90)]
-    assert found[1].image is None
-    assert "bad.png" in str(found[1].error)
-    for entry, red in zip((found[0], found[2], found[3]), (0, 50, 100), strict=True):
+    results = list(prefetch(paths, (32, 64), threads=3))
+    assert [f.position for f in results] == [0, 1, 2, 3]
+    assert [f.size_wh for f in results] == [(40, 30), None, (64, 64), (10, 90)]
+    assert results[1].image is None
+    assert "bad.png" in str(results[1].error)
+    for entry, red in zip((results[0], results[2], results[3]), (0, 50, 100), strict=True):
         assert entry.error is None
         assert entry.image is not None
         assert entry.image.shape == (32, 64, 3)
@@ -34,40 +34,40 @@ def test_order_and_sizes(tmp_path: Path) -> None:
 
 
 def test_orientation_is_applied_before_the_stretch(tmp_path: Path) -> None:
-    lying = np.zeros((20, 40, 3), np.uint8)
-    lying[:, 30:] = 255  # bright on the right
-    path = tmp_path / "turned.png"
+    landscape = np.zeros((20, 40, 3), np.uint8)
+    landscape[:, 30:] = 255  # bright on the right
+    path = tmp_path / "rotated.png"
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise: the right side becomes the bottom
-    Image.fromarray(lying).save(path, exif=exif)
-    (found,) = prefetch([path], (32, 32))
-    assert found.size_wh == (20, 40)
-    assert found.image is not None
-    assert found.image[-1].mean() > 250 > 5 > found.image[0].mean()
+    exif[0x0112] = 6  # rotated clockwise for display: the right side becomes the bottom
+    Image.fromarray(landscape).save(path, exif=exif)
+    (results,) = prefetch([path], (32, 32))
+    assert results.size_wh == (20, 40)
+    assert results.image is not None
+    assert results.image[-1].mean() > 250 > 5 > results.image[0].mean()
 
 
-def test_endless_items_are_taken_as_room_allows() -> None:
-    taken = []
+def test_endless_items_are_read_as_far_as_needed() -> None:
+    started = []
 
     def note(number: int) -> int:
-        taken.append(number)
+        started.append(number)
         return number * 2
 
     results = read_ahead(note, itertools.count(), threads=2, ahead=5)
     assert [next(results) for _ in range(10)] == list(range(0, 20, 2))
-    assert len(taken) <= 10 + 5
+    assert len(started) <= 10 + 5
     results.close()  # type: ignore[attr-defined]
-    done = len(taken)
+    done = len(started)
     assert not [t for t in threading.enumerate() if t.name.startswith("read-ahead")]
-    assert len(taken) == done
+    assert len(started) == done
 
 
 def test_works_in_parallel() -> None:
-    meeting = threading.Barrier(3, timeout=20)  # three must be at work at once, or it breaks
+    meeting = threading.Barrier(3, timeout=20)  # breaks unless three work at the same time
     assert len(list(read_ahead(lambda _: meeting.wait(), range(6), threads=3))) == 6
 
 
-def test_error_is_raised_at_its_place() -> None:
+def test_error_is_raised_when_its_result_is_due() -> None:
     def work(number: int) -> int:
         if number == 2:
             raise ValueError("two")
@@ -80,5 +80,5 @@ def test_error_is_raised_at_its_place() -> None:
         next(results)
 
 
-def test_nothing() -> None:
+def test_no_items() -> None:
     assert list(read_ahead(str, [])) == []

@@ -1,4 +1,4 @@
-"""Thresholds, classes, edges: which rows are shown."""
+"""Which rows are selected: thresholds, classes, clipping."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def header(*, thresholds: Thresholds | None = None, names: tuple[str, ...] = NAM
     return ModelHeader(names, tuple(range(1, len(names) + 1)), (640, 640), thresholds=thresholds)
 
 
-def rows(*given: tuple[float, int], size_wh: tuple[int, int] = (100, 50)) -> Detections:
-    boxes = np.array([[10, 10, 20, 20]] * len(given), np.float32).reshape(-1, 4)
-    scores = np.array([score for score, _ in given], np.float32)
-    return Detections(boxes, scores, np.array([label for _, label in given], np.int64), size_wh, NAMES, (1, 2, 3, 4))
+def rows(*pairs: tuple[float, int], size_wh: tuple[int, int] = (100, 50)) -> Detections:
+    boxes = np.array([[10, 10, 20, 20]] * len(pairs), np.float32).reshape(-1, 4)
+    scores = np.array([score for score, _ in pairs], np.float32)
+    return Detections(boxes, scores, np.array([label for _, label in pairs], np.int64), size_wh, NAMES, (1, 2, 3, 4))
 
 
 @pytest.mark.parametrize(
-    ("conf", "thresholds", "kept"),
+    ("conf", "thresholds", "scores"),
     [
         ("auto", None, [0.9, 0.5]),
         (0.3, None, [0.9, 0.5, 0.3]),
@@ -38,15 +38,15 @@ def rows(*given: tuple[float, int], size_wh: tuple[int, int] = (100, 50)) -> Det
         (0.4, Thresholds("f1", 0.2, (0.95, 0.4, 0.3, 0.05)), [0.9, 0.5]),
     ],
 )
-def test_thresholds(conf: float | str, thresholds: Thresholds | None, kept: list[float]) -> None:
+def test_thresholds(conf: float | str, thresholds: Thresholds | None, scores: list[float]) -> None:
     selection = select_by(header(thresholds=thresholds), conf=conf)
     found = selection.apply(rows((0.9, 0), (0.5, 1), (0.3, 2), (0.1, 3)))
-    assert found.scores.tolist() == pytest.approx(kept)
+    assert found.scores.tolist() == pytest.approx(scores)
     assert selection.description
 
 
 @pytest.mark.parametrize(
-    ("stored", "said"),
+    ("stored", "expected"),
     [
         ({}, None),
         ({"imgsz": (640, 640), "layers": 6, "queries": 300}, None),
@@ -55,28 +55,26 @@ def test_thresholds(conf: float | str, thresholds: Thresholds | None, kept: list
         ({"imgsz": (32, 32), "queries": 1}, ("32x32, 1 query and are", "--imgsz 640x640 --queries 300")),
     ],
 )
-def test_where_thresholds_were_found_is_compared_with_where_they_are_used(
-    stored: dict[str, Any], said: tuple[str, str] | None
-) -> None:
-    """What an older file does not say is not held against it."""
+def test_threshold_mismatch(stored: dict[str, Any], expected: tuple[str, str] | None) -> None:
+    """A setting that an older file does not state is not compared."""
     used = replace(header(thresholds=Thresholds("f1", 0.5, (0.5,) * 4, **stored)), layers=6, queries=300)
     found = threshold_mismatch(ModelHeader.from_json(used.to_json()), (640, 640))
-    if said is None:
+    if expected is None:
         assert found is None
         return
     assert found is not None
-    assert said[0] in found[0]
-    assert found[1] == said[1]
+    assert expected[0] in found[0]
+    assert found[1] == expected[1]
     assert threshold_mismatch(replace(used, thresholds=None), (640, 640)) is None
 
 
-def test_classes_number_and_order() -> None:
+def test_classes_and_maximum_number() -> None:
     found = rows((0.9, 0), (0.8, 1), (0.7, 2), (0.6, 1))
     assert select_by(header(), classes=["dog"]).apply(found).labels.tolist() == [1, 1]
     assert select_by(header(), max_det=3).apply(found).scores.tolist() == pytest.approx([0.9, 0.8, 0.7])
 
 
-def test_boxes_are_clipped_and_those_outside_dropped() -> None:
+def test_boxes_are_clipped_and_boxes_outside_are_dropped() -> None:
     found = Detections(
         np.array([[-5, -5, 200, 20], [101, 0, 120, 9], [5, 5, 5, 9], [0, 0, np.nan, 9], [90, 40, 100, 50]], np.float32),
         np.array([0.9, 0.9, 0.9, 0.9, np.nan], np.float32),
@@ -109,7 +107,7 @@ def test_classes_of_a_model_without_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said", "hint"),
+    ("words", "expected", "hint"),
     [
         (["dgo"], "no class 'dgo'", "did you mean Dog?"),
         (["trafic light", "ca"], "'trafic light', 'ca'", "did you mean traffic light, cat?"),
@@ -118,10 +116,10 @@ def test_classes_of_a_model_without_names() -> None:
         (["0"], "no class '0'", "it has"),
     ],
 )
-def test_unknown_classes(words: list[str], said: str, hint: str) -> None:
+def test_unknown_classes(words: list[str], expected: str, hint: str) -> None:
     with pytest.raises(UsageError) as raised:
         resolve_classes(words, NAMES)
-    assert said in raised.value.message
+    assert expected in raised.value.message
     assert hint in raised.value.hint
 
 

@@ -1,4 +1,4 @@
-"""Words on the command line as images and videos."""
+"""The sources of predict."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ def test_images_are_recognized_as_in_datasets(folder: Path) -> None:
 
 def test_files_patterns_and_lists(folder: Path) -> None:
     assert names(["shots/b.jpg"]) == [("shots/b.jpg", "b", False)]
-    assert names(["shots/notes.txt"])[0][0] == "shots/notes.txt"  # named: its reader will say what it is
+    assert names(["shots/notes.txt"])[0][0] == "shots/notes.txt"  # reading it fails later
     assert [n for n, *_ in names(["shots/*.jpg"])] == ["shots/b.jpg", "shots/odd[1].jpg"]
     assert [n for n, *_ in names(["shots/**/*.png"])] == ["shots/sub/a.png"]
-    assert names(["shots/odd[1].jpg"])[0][0] == "shots/odd[1].jpg"  # a file of that name comes before the pattern
+    assert names(["shots/odd[1].jpg"])[0][0] == "shots/odd[1].jpg"  # an existing file takes precedence over a pattern
     listed = ["shots/b.jpg\n", "\n", "shots/gone.jpg\r\n"]
     assert [n for n, *_ in names(["-"], listed)] == ["shots/b.jpg", "shots/gone.jpg"]
 
 
-def test_each_file_once_and_every_name_its_own(folder: Path) -> None:
+def test_each_file_once_and_with_a_unique_name(folder: Path) -> None:
     assert len(names(["shots", "shots/b.jpg", str(folder / "shots" / "b.jpg")])) == 6
     assert names(["shots/a.PNG", "shots/sub/a.png"]) == [("shots/a.PNG", "a", False), ("shots/sub/a.png", "a_2", False)]
 
 
-def test_missing_file_alone_is_refused_and_among_others_kept(folder: Path) -> None:
+def test_a_single_missing_file_is_refused(folder: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.jpg does not exist") as raised:
         find_sources(["shots/gone.jpg"])
     assert "shots" in raised.value.hint
@@ -66,7 +66,7 @@ def test_missing_file_alone_is_refused_and_among_others_kept(folder: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("words", "said", "hint"),
+    ("words", "message", "hint"),
     [
         (["empty"], "contains no images", "looked for"),
         (["shots/*.bmp"], "matches no file", "shots contains a.PNG, b.jpg, clip.mp4 and 1 more"),
@@ -76,14 +76,14 @@ def test_missing_file_alone_is_refused_and_among_others_kept(folder: Path) -> No
         (["nowhere/x.jpg"], "does not exist", "nowhere"),
     ],
 )
-def test_nothing_there(folder: Path, words: list[str], said: str, hint: str) -> None:
+def test_sources_without_images(folder: Path, words: list[str], message: str, hint: str) -> None:
     (folder / "empty").mkdir()
-    with pytest.raises(DataError, match=said) as raised:
+    with pytest.raises(DataError, match=message) as raised:
         find_sources(words, ["", " "])
     assert raised.value.exit_code == 3
     assert hint in raised.value.hint
 
 
-def test_address(folder: Path) -> None:
+def test_url(folder: Path) -> None:
     with pytest.raises(UsageError, match="is a URL"):
         find_sources(["https://example.org/a.jpg"])

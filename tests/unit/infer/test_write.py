@@ -51,7 +51,7 @@ def test_document() -> None:
         ],
     }
     assert image_document("v.mp4", EMPTY, frame=7)["frame"] == 7
-    assert json.loads(json_line({"image": "caf\udce9.jpg"}))["image"] == "caf?.jpg"  # bytes that are no text
+    assert json.loads(json_line({"image": "caf\udce9.jpg"}))["image"] == "caf?.jpg"  # bytes that are not UTF-8
 
 
 def test_coco_and_yolo() -> None:
@@ -101,7 +101,7 @@ def test_results(tmp_path: Path) -> None:
         ("a.gif", "a.png", "PNG"),
     ],
 )
-def test_annotated_images_keep_their_kind(tmp_path: Path, path: str, name: str, kind: str) -> None:
+def test_annotated_images_keep_their_format(tmp_path: Path, path: str, name: str, kind: str) -> None:
     assert saved_name(source(path)) == name
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     save_image(image, tmp_path / "deep" / name)
