@@ -75,7 +75,7 @@ def compare(
         terminal.emit_json(document)
     else:
         _print_tables(document)
-    if warning := small_split_warning(max(comparison.a, comparison.b, key=lambda interval: interval.half)):
+    if warning := small_split_warning(max(comparison.a, comparison.b, key=lambda interval: interval.half_width)):
         terminal.warn(warning)
 
 

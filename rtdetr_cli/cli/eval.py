@@ -307,6 +307,7 @@ def _print_report(report: _Report) -> None:
 def _print_metrics(report: _Report) -> None:
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.coco import METRICS
+    from rtdetr_cli.text import counted
 
     evaluation = report.evaluation
     dataset = evaluation.dataset
@@ -320,20 +321,24 @@ def _print_metrics(report: _Report) -> None:
     with_interval = report.interval is not None
     rows: list[list[object]] = []
     for label, row in enumerate(evaluation.per_class):
-        interval = report.class_intervals.get(label)
-        rows.append(
-            [
-                *(row[key] for key in ("name", "boxes", "AP")),
-                *([f"± {interval.half:.3f}" if interval else None] if with_interval else []),
-                *(row[key] for key in ("AP50", "precision", "recall", "f1", "threshold", "APs", "APm", "APl")),
-            ]
-        )
+        if row["boxes"]:
+            interval = report.class_intervals.get(label)
+            rows.append(
+                [
+                    *(row[key] for key in ("name", "boxes", "AP")),
+                    *([f"± {interval.half_width:.3f}" if interval else None] if with_interval else []),
+                    *(row[key] for key in ("AP50", "precision", "recall", "f1", "threshold", "APs", "APm", "APl")),
+                ]
+            )
     columns = ["class", "boxes", "AP", *(["95 %"] if with_interval else []), "AP50"]
     terminal.table(
         [*columns, "P", "R", "F1", "threshold", "APs", "APm", "APl"],
         rows,
         title="By class (precision and recall at the threshold with the best F1)",
     )
+    if len(rows) < len(evaluation.per_class):
+        without_boxes = counted(len(evaluation.per_class) - len(rows), "class")
+        terminal.out(f"not listed: {without_boxes} without boxes in this split\n")
     keys = ("AP", "AP50", "precision", "recall", "f1", "threshold")
     terminal.table(
         ("size", "AP", "AP50", "P", "R", "F1", "threshold"),

@@ -41,12 +41,12 @@ class Interval:
     images: int
 
     @property
-    def half(self) -> float:
+    def half_width(self) -> float:
         """Half the interval's width, for `0.412 ± 0.028`."""
         return (self.upper - self.lower) / 2
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} ± {self.half:.3f} ({CONFIDENCE * 100:.0f} %, {self.images} images)"
+        return f"{self.value:.3f} ± {self.half_width:.3f} ({CONFIDENCE * 100:.0f} %, {self.images} images)"
 
     def to_json(self) -> dict[str, float | int]:
         """Return the figures by name."""
@@ -54,7 +54,7 @@ class Interval:
             "value": self.value,
             "lower": self.lower,
             "upper": self.upper,
-            "half": self.half,
+            "half": self.half_width,
             "confidence": CONFIDENCE,
             "pictures": self.images,
         }
@@ -212,10 +212,10 @@ def _weighted_ap(
 
 def small_split_warning(interval: Interval) -> str:
     """Return a sentence when a split is too small for a useful AP, else an empty string."""
-    if interval.images >= FEW_IMAGES and interval.half <= WIDE:
+    if interval.images >= FEW_IMAGES and interval.half_width <= WIDE:
         return ""
     return (
-        f"the split is small: with {interval.images} images AP is known to ± {interval.half:.3f} only; "
+        f"the split is small: with {interval.images} images AP is known to ± {interval.half_width:.3f} only; "
         "four times as many images would halve that"
     )
 
@@ -264,7 +264,7 @@ class Comparison:
         gap = abs(self.difference.value)
         if gap < 0.001 or self.verdict != "undecided":
             return None
-        needed = self.difference.images * (self.difference.half / gap) ** 2
+        needed = self.difference.images * (self.difference.half_width / gap) ** 2
         digits = max(0, int(math.log10(max(needed, 1))) - 1)
         return max(self.difference.images + 1, int(math.ceil(needed / 10**digits) * 10**digits))
 

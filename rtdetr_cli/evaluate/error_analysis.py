@@ -2,7 +2,7 @@
 
 The kinds are those of TIDE (Bolya et al. 2020), with IoU 0.5 for a match and 0.1 for any overlap at all; `KINDS` says
 what each one means. The gains are over all detections, as TIDE defines them; the counts are at a score threshold,
-since nobody sees the errors below it.
+since errors below it are never seen in use.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def table_rows(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
             *(f"{row.times[part].median:.1f} / {row.times[part].p90:.1f}" for part in PARTS),
             *([f"{row.images_per_second:.1f}"] if batched else []),
             row.ap,
-            None if row.difference is None else f"{row.difference.value:+.3f} ± {row.difference.half:.3f}",
+            None if row.difference is None else f"{row.difference.value:+.3f} ± {row.difference.half_width:.3f}",
             "*" if row.front else "",
         ]
         for row in rows

@@ -46,8 +46,8 @@ def test_four_times_as_many_images_halve_the_interval(make: Any) -> None:
     value = coco_metrics(dataset, table).metrics["AP"]
     few, many = resample(dataset, table).interval(value), resample(*four_times).interval(value)
     assert few.lower < value < few.upper
-    assert many.half == pytest.approx(few.half / 2, rel=0.15)
-    assert str(many) == f"{value:.3f} ± {many.half:.3f} (95 %, 120 images)"
+    assert many.half_width == pytest.approx(few.half_width / 2, rel=0.15)
+    assert str(many) == f"{value:.3f} ± {many.half_width:.3f} (95 %, 120 images)"
 
 
 def test_a_class_without_boxes_in_a_resample_is_left_out_of_the_mean(make: Any) -> None:
@@ -96,7 +96,7 @@ def test_pairing_detects_a_difference_that_separate_intervals_miss(make: Any) ->
     values = tuple(coco_metrics(dataset, t).metrics["AP"] for t in (table, both))
     comparison, _ = compare(dataset, (table, both), values)
     assert comparison.verdict == "b"
-    assert comparison.difference.half < (comparison.a.half + comparison.b.half)
+    assert comparison.difference.half_width < (comparison.a.half_width + comparison.b.half_width)
 
 
 def test_a_small_split_gives_a_warning_and_a_split_without_boxes_an_error(make: Any) -> None:
