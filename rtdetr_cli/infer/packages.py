@@ -1,4 +1,4 @@
-"""Optional packages, imported when needed: one that is missing says how to install it, a broken one what it lacks."""
+"""Import optional packages, with an error that says how to install a missing or broken one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from rtdetr_cli.errors import EnvironmentProblem
 
 
 def import_package(module: str, title: str) -> Any:
-    """Import an optional package, named as its extra is.
+    """Import an optional package, which has the name of its extra.
 
     Raises:
-        EnvironmentProblem: it is not installed, or does not import.
+        EnvironmentProblem: it is not installed, or cannot be imported.
     """
     try:
         return import_module(module)

@@ -1,1 +1,1 @@
-"""Model files: our own, published checkpoints, the download cache, transfer between class lists."""
+"""Model files: headers, loading, published checkpoints and their cache, transfer between class lists."""

@@ -1,4 +1,4 @@
-"""Names and ids of the classes that published checkpoints know; such a file holds only their number."""
+"""Class names and category ids of published checkpoints, which store only the number of classes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Baozi, Target, French horn, Spring Rolls, Monkey, Rabbit, Pencil Case, Yak, Red 
 Barbell, Scallop, Noodles, Comb, Dumpling, Oyster, Table Tennis Paddle, Cosmetics Brush/Eyeliner Pencil, Chainsaw,
 Eraser, Lobster, Durian, Okra, Lipstick, Cosmetics Mirror, Curling, Table Tennis
 """)
-"""The 365 classes of Objects365 v2 in the order of its ids 1 to 365, evident misspellings mended."""
+"""The 365 classes of Objects365 v2 in the order of its ids 1 to 365, with obvious misspellings corrected."""
 
 UNUSED = "(unused)"
 
@@ -63,8 +63,8 @@ UNUSED = "(unused)"
 def published_classes(count: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Return names and category ids of a published checkpoint of `count` classes.
 
-    80 are COCO's, 365 Objects365's, 366 the same with Objects365's own ids as labels, so that label 0 is unused. Any
-    other number gets `class N` and its labels as ids.
+    80 classes are those of COCO and 365 those of Objects365; 366 are those of Objects365 with its ids as labels, so
+    that label 0 is unused. Any other number of classes gets the names `class N`, and the labels as ids.
     """
     if count == len(COCO_NAMES):
         return COCO_NAMES, COCO_CATEGORY_IDS

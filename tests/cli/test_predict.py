@@ -73,14 +73,16 @@ def test_folder_in_every_format(rtdetr: Callable[..., Any], here: Path, shapes_o
     assert [json.loads(line) for line in (here / "out/predictions.jsonl").read_text().splitlines()] == found
     rows = json.loads((here / "out/predictions.json").read_text())
     assert len(rows) == sum(len(d["detections"]) for d in found)
-    assert {r["image_id"] for r in rows} <= set(range(1, 17))  # the dataset's own, by file name
+    assert {r["image_id"] for r in rows} <= set(range(1, 17))  # the dataset's ids, by file name
     assert sorted(p.name for p in (here / "out").glob("*.png")) == [f"shapes_{i:02d}.png" for i in range(16)]
     assert len(list((here / "out/labels").glob("shapes_*.txt"))) == 16
     assert (here / "out/labels/classes.txt").read_text() == "tomato\nleaf\nplum\n"
 
 
-def test_finds_what_is_there(rtdetr: Callable[..., Any], here: Path, shapes_model: Path, shapes_data: Path) -> None:
-    """COCO results of predict, judged against the truth, are those of a detector that has learned."""
+def test_detects_annotated_objects(
+    rtdetr: Callable[..., Any], here: Path, shapes_model: Path, shapes_data: Path
+) -> None:
+    """Most annotated objects are detected."""
     truth = json.loads(shapes_data.read_text())
     names = {c["id"]: c["name"] for c in truth["categories"]}
     files = {i["id"]: i["file_name"] for i in truth["images"]}
@@ -126,7 +128,7 @@ def test_same_json_from_every_backend(
             for p, q in zip(a["detections"], b["detections"], strict=True):
                 assert (p["label"], p["category_id"]) == (q["label"], q["category_id"])
                 assert p["score"] == pytest.approx(q["score"], abs=1.1e-4)
-                assert p["box_xyxy"] == pytest.approx(q["box_xyxy"], abs=0.06)  # 0.05 and the rounding
+                assert p["box_xyxy"] == pytest.approx(q["box_xyxy"], abs=0.06)  # 0.05 plus rounding
 
 
 def test_orientation_is_applied_as_in_training(
@@ -144,9 +146,7 @@ def test_orientation_is_applied_as_in_training(
     assert read_image(here / "runs/predict-01/turned.png").shape == (240, 180, 3)  # drawn upright
 
 
-def test_bad_images_do_not_stop_the_rest(
-    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path
-) -> None:
+def test_unreadable_images_are_skipped(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
     good = (images / "shapes_00.png").read_bytes()
     (here / "in").mkdir()
     (here / "in/a.png").write_bytes(good)
@@ -205,7 +205,7 @@ def test_video_is_written_back(rtdetr: Callable[..., Any], here: Path, shapes_on
 
 
 def filmed(path: Path, frames: int, image: Path) -> None:
-    """Write a video of so many frames, in which an image moves."""
+    """Write a video of a moving image."""
     import cv2
 
     frame = read_image(image)
@@ -215,10 +215,8 @@ def filmed(path: Path, frames: int, image: Path) -> None:
     writer.release()
 
 
-def test_a_video_that_is_cut_off_is_not_taken_for_a_whole_one(
-    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path
-) -> None:
-    """What there is of it is done and kept; the exit code says that it is not all."""
+def test_truncated_video(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
+    """The existing frames are processed, and the exit code is 1."""
     filmed(here / "whole.avi", 12, images / "shapes_00.png")
     whole = (here / "whole.avi").read_bytes()
     (here / "cut.avi").write_bytes(whole[: len(whole) // 2])
@@ -259,7 +257,7 @@ def test_classes_conf_and_number(rtdetr: Callable[..., Any], here: Path, shapes_
     assert all(row["score"] >= 0.3 for row in run("--conf", 0.3))
 
 
-def test_nothing_found_at_all_is_explained_once(
+def test_a_hint_when_nothing_is_detected(
     rtdetr: Callable[..., Any],
     here: Path,
     shapes_onnx: Path,
@@ -277,10 +275,10 @@ def test_nothing_found_at_all_is_explained_once(
     assert lower
     assert 0 < float(lower[1]) <= best
     assert any(d["detections"] for d in documents(rtdetr(*given, "--conf", lower[1], "--json")))
-    assert "--calibrate" not in ran.err  # an export takes no thresholds
+    assert "--calibrate" not in ran.err  # thresholds cannot be stored in an export
     ran = rtdetr("predict", images, "-w", shapes_model, "--no-save", "--conf", 0.999, "--json")
     assert "nothing was detected" in ran.err
-    assert "--calibrate" not in ran.err  # it has thresholds, which --conf overrules
+    assert "--calibrate" not in ran.err  # it has thresholds, which --conf overrides
     assert "nothing was detected" not in rtdetr(*given).err
     shutil.copy(shapes_model, "plain.safetensors")
     rewrite_header(here / "plain.safetensors", replace(read_header(shapes_model), thresholds=None))
@@ -296,7 +294,7 @@ def test_nothing_found_at_all_is_explained_once(
     assert "--conf 0" not in ran.err
 
 
-def test_thresholds_of_another_size_are_not_taken_silently(
+def test_warning_about_thresholds_of_another_size(
     rtdetr: Callable[..., Any], here: Path, shapes_model: Path, images: Path
 ) -> None:
     (here / "runs/tiny-01").mkdir(parents=True)
@@ -331,9 +329,7 @@ def test_thresholds_of_another_size_are_not_taken_silently(
     assert "warning" not in rtdetr(*given, "--imgsz", "128x160").err
 
 
-def test_newest_run_is_taken_and_named(
-    rtdetr: Callable[..., Any], here: Path, shapes_model: Path, images: Path
-) -> None:
+def test_newest_run_is_the_default(rtdetr: Callable[..., Any], here: Path, shapes_model: Path, images: Path) -> None:
     for number, name in enumerate(("r18-old-01", "tiny-shapes-01")):
         folder = here / "runs" / name
         folder.mkdir(parents=True)
@@ -357,7 +353,9 @@ def test_no_run_and_no_network(
     assert not (here / "runs").exists()
 
 
-def test_foreign_names_come_from_data(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
+def test_class_names_of_a_foreign_model_come_from_data(
+    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path
+) -> None:
     import onnx
 
     model = onnx.load(shapes_onnx)
@@ -426,7 +424,7 @@ def test_refusals(
         ("http://127.0.0.1/a.jpg", 2, "is a URL"),
     ],
 )
-def test_sources_that_are_none(
+def test_bad_sources(
     rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, source: str, code: int, said: str
 ) -> None:
     (here / "empty").mkdir()
@@ -455,7 +453,7 @@ def test_unwritable_folder(rtdetr: Callable[..., Any], here: Path, shapes_onnx: 
     assert "Traceback" not in ran.err
 
 
-def test_onnx_loads_nothing_heavy(here: Path, shapes_onnx: Path, images: Path) -> None:
+def test_onnx_imports_no_heavy_package(here: Path, shapes_onnx: Path, images: Path) -> None:
     heavy = (
         "torch",
         "torchvision",
@@ -478,7 +476,7 @@ def test_onnx_loads_nothing_heavy(here: Path, shapes_onnx: Path, images: Path) -
     assert (here / "runs/predict-01/shapes_00.png").exists()
 
 
-def test_foreign_words_for_flags(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
+def test_flag_aliases(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
     image = images / "shapes_00.png"
     ran = rtdetr("detect", "--source", image, "--model", shapes_onnx, "--conf_thres=0.3", "--output-dir", "out")
     assert ran.code == 0, ran.err

@@ -16,7 +16,7 @@ from PIL import Image
 
 @pytest.fixture(scope="session")
 def deterministic(parity: Path) -> ModuleType:
-    """The script that makes the reference weights and image again."""
+    """The script that generates the reference weights and image."""
     spec = importlib.util.spec_from_file_location("deterministic", parity / "deterministic.py")
     assert spec is not None
     assert spec.loader is not None
@@ -36,7 +36,7 @@ def checkpoint(
         path: Path = folder / f"{name}.pth"
         if not path.exists():
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ResourceWarning)  # the script leaves closing its file to Python
+                warnings.simplefilter("ignore", ResourceWarning)  # the script does not close its file
                 state = deterministic.state_dict(parity / "keys" / f"{name}.txt")
             torch.save({"date": "2024", "last_epoch": 0, "ema": {"module": state, "updates": 1}}, path)
         return path

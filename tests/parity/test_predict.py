@@ -1,4 +1,4 @@
-"""The whole way of `predict`, from an image on disk, against the official code's detections."""
+"""Compare the output of `predict` for an image file with the detections of the official code."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-SCORE, PIXELS, SHARE = 1e-4, 0.05, 0.98  # as parity/README.md sets them for float32 on a CPU
-ROUNDED = 0.005 + 1e-6  # the document gives hundredths of a pixel
+SCORE, PIXELS, SHARE = 1e-4, 0.05, 0.98  # the limits of parity/README.md for float32 on a CPU
+ROUNDED = 0.005 + 1e-6  # the document has hundredths of a pixel
 
 
 @pytest.mark.slow
@@ -38,7 +38,7 @@ def test_documents_agree_with_the_official_detections(
     boxes = np.array([row["box_xyxy"] for row in found["detections"]])
     scores = np.array([row["score"] for row in found["detections"]])
     category_ids = np.array([row["category_id"] for row in found["detections"]])
-    # The official labels are COCO's ids. Its boxes may leave the image; the document's are clipped to it.
+    # The official labels are COCO's ids, and the official boxes are not clipped to the image.
     clipped = np.clip(expected["det_boxes"].reshape(-1, 4), 0, [width, height, width, height])
     matched = 0
     for box, score, category_id in zip(

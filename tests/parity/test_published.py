@@ -1,4 +1,4 @@
-"""The official code's own numbers, reproduced from weights that are made again from their names."""
+"""Compare with the outputs of the official code, for weights that are generated from their names."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from rtdetr_cli.weights.load import load_model
 
 Stretched = Callable[[int, int, int], torch.Tensor]
 
-# Float32: queries of almost equal score may swap places from one thread count to another, so 98 % must agree.
+# Float32: queries of almost equal score can swap with another number of threads, so 98 % must agree.
 SCORE_TOLERANCE, BOX_TOLERANCE_PX, SHARE = 1e-4, 0.05, 0.98
-# Float64: the official code repeats itself exactly there.
+# Float64: the official code is deterministic.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-9, 1e-7
 
 MODELS = [("r18", "bilinear"), ("r18_discrete", "discrete")]
@@ -46,7 +46,7 @@ def test_detections(loaded: tuple[str, RTDETR, tuple[int, ...]], parity: Path, s
         )
     apart = np.abs(np.sort(main.logits[0].amax(-1).numpy()) - np.sort(wanted["logits"].max(-1)))
     assert np.mean(apart < SCORE_TOLERANCE) >= SHARE
-    ids = np.array(category_ids)[labels[0].numpy()]  # the reference speaks COCO's ids
+    ids = np.array(category_ids)[labels[0].numpy()]  # the reference has COCO's ids
     agreed = 0
     for label, box, score in zip(wanted["det_labels"], wanted["det_boxes"], wanted["det_scores"], strict=True):
         near = np.abs(boxes[0].numpy() - box).max(-1) < BOX_TOLERANCE_PX
@@ -115,7 +115,7 @@ def test_state_dict_has_the_published_names(parity: Path, loaded: tuple[str, RTD
     for line in (parity / "keys" / f"{name}.txt").read_text().splitlines():
         key, shape = line.split("\t")
         published[key] = tuple(int(n) for n in shape.strip("(),").split(",") if n.strip())
-    computed = {"decoder.anchors", "decoder.valid_mask"}  # never needed from a file
+    computed = {"decoder.anchors", "decoder.valid_mask"}  # computed by our code
     assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == {
         k: v for k, v in published.items() if k not in computed
     }

@@ -1,4 +1,4 @@
-"""An independent implementation: RT-DETRv2 of the transformers library, with random weights carried over."""
+"""Compare with an independent implementation, RT-DETRv2 of the transformers library, with random weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPEC = ModelSpec(
     decoder_layers=3, eval_layers=3, num_points=(4, 4, 4), queries=30, denoising=0,
 )  # fmt: skip
 
-# Ours on the right. Applied in turn to a name of transformers.
+# From a name in transformers (left) to ours (right), applied in order.
 NAMES = [
     (r"^model\.backbone\.model\.embedder\.embedder\.(\d)\.", lambda m: f"backbone.conv1.conv1_{int(m[1]) + 1}."),
     (r"^model\.backbone\.model\.encoder\.stages\.(\d)\.layers\.(\d)\.", r"backbone.res_layers.\1.blocks.\2."),
@@ -54,12 +54,12 @@ NAMES = [
 
 
 def carried(theirs: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename, and join the three projections of each self-attention."""
+    """Rename the tensors, and concatenate the three projections of each self-attention."""
     state: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in theirs.items():
         if name.startswith(("class_embed", "bbox_embed")):
-            continue  # the same tensors a second time
+            continue  # duplicates of other tensors
         for pattern, replacement in NAMES:
             name = re.sub(pattern, replacement, name)
         if found := re.fullmatch(r"(.*self_attn\.)([qkv])_proj\.(weight|bias)", name):
@@ -67,7 +67,7 @@ def carried(theirs: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, T
         else:
             state[name] = tensor
     state |= {name: torch.cat([p["q"], p["k"], p["v"]]) for name, p in parts.items()}
-    unused = "decoder.denoising_class_embed.weight"  # they make none where denoising is off
+    unused = "decoder.denoising_class_embed.weight"  # transformers has none without denoising
     state[unused] = wanted[unused]
     assert state.keys() == wanted.keys()
     return state
@@ -111,7 +111,7 @@ def test_forward(height: int, width: int, method: str) -> None:
     with torch.no_grad():
         expected = theirs.eval()(pixel_values=images)
         got = ours.eval()(images).main
-    # Their position table is float32 arithmetic in another order.
+    # transformers computes the float32 position table in another order.
     assert torch.allclose(got.logits, expected.logits, rtol=0, atol=1e-5)
     assert torch.allclose(got.boxes_cxcywh, expected.pred_boxes, rtol=0, atol=1e-5)
 
@@ -127,14 +127,14 @@ def test_losses() -> None:
     targets = [{"class_labels": one, "boxes": box} for one, box in zip(labels, boxes, strict=True)]
     expected = theirs.train()(pixel_values=images, labels=targets)
     terms = Criterion(num_classes=CLASSES)(ours.train()(images), boxes, labels, num_boxes=3.0)
-    # Theirs counts the encoder's output as one more auxiliary layer, as v1 did.
+    # transformers counts the encoder's output as one more auxiliary layer, as v1 did.
     renamed = {name.replace("_enc_0", "_aux_2"): value.item() for name, value in terms.items()}
     assert renamed.keys() == expected.loss_dict.keys()
     for name, value in expected.loss_dict.items():
         assert renamed[name] == pytest.approx(value.item(), rel=1e-5), name
     torch.stack(list(terms.values())).sum().backward()
     expected.loss.backward()
-    # Of layers that no later box looks back to: theirs does not pass a box's gradient to the layer before it.
+    # Only of the last layer: transformers does not pass the gradient of a box to the layer before it.
     gradient = {n: p.grad for n, p in ours.named_parameters()}
     last = theirs.model.decoder.layers[2]
     for name, parameter in [

@@ -20,7 +20,7 @@ POINTS = (2, 4, 6)
 
 
 def naive(value: Tensor, locations: Tensor, weights: Tensor, method: str) -> Tensor:
-    """Read point by point, in plain loops."""
+    """Sample point by point, in loops."""
     batch, _, heads, channels = value.shape
     queries = locations.shape[1]
     out = torch.zeros(batch, queries, heads, channels, dtype=value.dtype)
@@ -59,7 +59,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Levels]:
     return value, locations, weights, Levels.from_shapes(SHAPES, POINTS, torch.device("cpu"))
 
 
-def test_bilinear_is_the_naive_loop(inputs: tuple[Tensor, Tensor, Tensor, Levels]) -> None:
+def test_bilinear_equals_the_naive_loop(inputs: tuple[Tensor, Tensor, Tensor, Levels]) -> None:
     value, locations, weights, levels = inputs
     expected = naive(value, locations, weights, "bilinear")
     assert torch.allclose(sample_bilinear(value, locations, weights, levels, POINTS), expected, atol=1e-12)
@@ -67,7 +67,7 @@ def test_bilinear_is_the_naive_loop(inputs: tuple[Tensor, Tensor, Tensor, Levels
 
 
 @pytest.mark.parametrize("rounding", ["published", "nearest"])
-def test_discrete_is_the_naive_loop(inputs: tuple[Tensor, Tensor, Tensor, Levels], rounding: str) -> None:
+def test_discrete_equals_the_naive_loop(inputs: tuple[Tensor, Tensor, Tensor, Levels], rounding: str) -> None:
     value, locations, weights, levels = inputs
     got = sample_discrete(value, locations, weights, levels, rounding=rounding)
     assert torch.allclose(got, naive(value, locations, weights, rounding), atol=1e-12)
@@ -91,7 +91,7 @@ def test_discrete_reaches_the_last_column_of_a_wide_map() -> None:
     assert got.item() == 11
 
 
-def test_locations_that_are_no_number_do_not_crash(inputs: tuple[Tensor, Tensor, Tensor, Levels]) -> None:
+def test_nan_locations_do_not_crash(inputs: tuple[Tensor, Tensor, Tensor, Levels]) -> None:
     value, locations, weights, levels = inputs
     locations = locations.clone()
     locations[0, 0, 0, 0] = float("nan")
@@ -123,7 +123,7 @@ def test_operators_agree_in_value_and_gradient(operator: str) -> None:
         assert torch.allclose(ours, other, atol=1e-5, rtol=1e-4)
 
 
-def test_discrete_freezes_its_offsets_and_bilinear_frees_them() -> None:
+def test_discrete_freezes_its_offsets_and_bilinear_unfreezes_them() -> None:
     module = attention()
     module.set_sampling("discrete")
     assert [n for n, p in module.named_parameters() if not p.requires_grad] == [
@@ -143,7 +143,7 @@ def test_initial_offsets_point_in_the_heads_directions() -> None:
     assert module.num_points_scale.tolist() == pytest.approx([1, 0.5, 0.5, 1 / 3, 1 / 3, 1 / 3])
 
 
-def test_self_attention_is_torchs() -> None:
+def test_self_attention_equals_torch() -> None:
     torch.manual_seed(0)
     ours = SelfAttention(dim=16, heads=4)
     theirs = nn.MultiheadAttention(16, 4, batch_first=True)
@@ -157,8 +157,8 @@ def test_self_attention_is_torchs() -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_products_attend_as_the_fused_operator_does(masked: bool) -> None:
-    """The form that bfloat16 takes on a CPU, here in float64: values and gradients."""
+def test_products_equal_the_fused_operator(masked: bool) -> None:
+    """Compare values and gradients of the implementation for bfloat16 on a CPU, in float64."""
     from rtdetr_cli.model.attention import attend_with_products
 
     generator = torch.Generator().manual_seed(0)

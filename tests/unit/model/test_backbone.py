@@ -35,7 +35,7 @@ def test_freezing(at: int, stages: int | None) -> None:
     assert not any(n.startswith(still) for n in moved) if still else moved
 
 
-def test_frozen_norms_compute_as_norms_in_eval_mode_and_hold_no_parameters() -> None:
+def test_frozen_norms_equal_norms_in_eval_mode_and_have_no_parameters() -> None:
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(4).eval()
     for tensor in (norm.weight, norm.bias, norm.running_mean):

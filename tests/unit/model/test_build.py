@@ -16,7 +16,7 @@ def test_published_parameter_counts(name: str) -> None:
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == MILLIONS[name]
 
 
-def test_presets_say_their_size() -> None:
+def test_presets_state_their_size() -> None:
     for name in preset_names():
         preset = load_preset(name)
         with torch.device("meta"):
@@ -24,7 +24,7 @@ def test_presets_say_their_size() -> None:
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(preset.params_m, abs=0.06), name
 
 
-def test_published_initialisation() -> None:
+def test_published_initialization() -> None:
     torch.manual_seed(0)
     decoder = build_detector(load_preset("tiny").model, num_classes=4).decoder
     for head in (decoder.enc_score_head, *decoder.dec_score_head):

@@ -28,7 +28,7 @@ def test_anchors_of_rectangles_are_centred_in_their_cells() -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_exit_after_a_layer_is_that_layers_training_output(make_small: Callable[..., RTDETR], layers: int) -> None:
+def test_output_after_a_layer_equals_its_output_in_training(make_small: Callable[..., RTDETR], layers: int) -> None:
     model = make_small().double()
     images = torch.rand(2, 3, 64, 96, dtype=torch.float64)
     model.set_inference(layers=layers)
@@ -57,7 +57,7 @@ def test_fewer_queries_are_the_best_tokens(make_small: Callable[..., RTDETR]) ->
     assert torch.equal(content[0], content[1][:, :7])
 
 
-def test_look_forward_twice_reaches_one_layer_back_and_no_further(make_small: Callable[..., RTDETR]) -> None:
+def test_look_forward_twice_reaches_one_layer_back_only(make_small: Callable[..., RTDETR]) -> None:
     model = make_small().train()
     outputs = model(torch.rand(1, 3, 64, 64))
     outputs.main.boxes_cxcywh.sum().backward()

@@ -32,7 +32,7 @@ def test_published_number_of_groups(counts: list[int], groups: int, size: int) -
     assert (group.num_groups, group.size, group.share) == (groups, size, 1.0)
 
 
-def test_images_with_very_many_boxes_stay_bounded() -> None:
+def test_number_of_queries_is_bounded() -> None:
     group = drawn([1000, 3])
     assert group.size == 400
     assert [len(p) for p in group.positives] == [200, 3]
@@ -41,13 +41,13 @@ def test_images_with_very_many_boxes_stay_bounded() -> None:
 
 
 @pytest.mark.parametrize(("counts", "num_positives"), [([], 100), ([0, 0], 100), ([3, 1], 0)])
-def test_nothing_to_draw(counts: list[int], num_positives: int) -> None:
+def test_no_denoising(counts: list[int], num_positives: int) -> None:
     assert drawn(counts, num_positives=num_positives) is None
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=5), st.integers(1, 60), st.integers(2, 80))
-def test_positives_name_their_boxes(counts: list[int], num_positives: int, max_total: int) -> None:
+def test_targets_of_positives(counts: list[int], num_positives: int, max_total: int) -> None:
     group = drawn(counts, num_positives=num_positives, max_total=max_total, label_noise=0.0, box_noise=0.0)
     if group is None:
         assert max(counts) == 0
@@ -70,7 +70,7 @@ def test_noise_is_within_its_bounds() -> None:
     moved = cxcywh_to_xyxy(torch.sigmoid(group.boxes_unactivated[0]))
     original = cxcywh_to_xyxy(boxes[0]).repeat(2 * group.num_groups, 1)
     half = boxes[0][:, 2:].repeat(2 * group.num_groups, 2) / 2
-    inside = (moved > 0.001).all(-1) & (moved < 0.999).all(-1)  # not cut at the border
+    inside = (moved > 0.001).all(-1) & (moved < 0.999).all(-1)  # not clipped at the border
     distance = ((moved - original).abs() / half)[inside]
     far = torch.ones(group.size, dtype=torch.bool)
     far[group.positives[0]] = False
@@ -87,7 +87,7 @@ def test_a_quarter_of_the_labels_is_redrawn() -> None:
     assert 1 - same.float().mean().item() == pytest.approx(0.25 * (K - 1) / K, abs=0.03)
 
 
-def test_mask_hides_what_it_must() -> None:
+def test_attention_mask() -> None:
     group = drawn([2, 1], num_positives=6)  # three groups of 2 positives and 2 negatives
     assert (group.num_groups, group.size) == (3, 12)
     for row in range(group.size + Q):

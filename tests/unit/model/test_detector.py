@@ -29,7 +29,7 @@ def test_any_multiple_of_32_works_also_with_fewer_tokens_than_queries(
     assert all(o.logits.shape[1] == group.size for o in outputs.denoising)
 
 
-def test_a_side_that_is_no_multiple_of_32_is_refused(make_small: Callable[..., RTDETR]) -> None:
+def test_sides_must_be_multiples_of_32(make_small: Callable[..., RTDETR]) -> None:
     with pytest.raises(UsageError, match="64x100") as error:
         make_small()(torch.rand(1, 3, 64, 100))
     assert "64x96" in error.value.hint
@@ -85,9 +85,7 @@ def test_gather_operator_agrees_with_grid_sample(make_small: Callable[..., RTDET
 
 
 @pytest.mark.parametrize("wrong", [{"layers": 0}, {"layers": 4}, {"queries": 0}, {"queries": 21}])
-def test_inference_settings_that_do_not_exist_are_refused(
-    make_small: Callable[..., RTDETR], wrong: dict[str, int]
-) -> None:
+def test_inference_settings_must_exist(make_small: Callable[..., RTDETR], wrong: dict[str, int]) -> None:
     model = make_small()
     with pytest.raises(UsageError) as caught:
         model.set_inference(**wrong)
@@ -128,7 +126,7 @@ def test_a_model_in_half_precision_runs(make_small: Callable[..., RTDETR], dtype
     assert got.logits.float().amax().item() == pytest.approx(expected.logits.amax().item(), abs=0.5)
 
 
-def test_graph_for_deployment_has_constants_for_tables(make_small: Callable[..., RTDETR]) -> None:
+def test_exported_graph_contains_constants(make_small: Callable[..., RTDETR]) -> None:
     model = make_small().fuse()
     model.set_sampling("discrete")
     model.prepare(64, 96)
@@ -136,14 +134,14 @@ def test_graph_for_deployment_has_constants_for_tables(make_small: Callable[...,
     operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not operators & {"aten.nonzero.default", "aten.sin.default", "aten.grid_sampler_2d.default"}
     assert not any("isnan" in o or "isinf" in o for o in operators)
-    assert sum(str(n.target) == "aten.index_select.default" for n in program.graph.nodes) == 3  # one a layer
+    assert sum(str(n.target) == "aten.index_select.default" for n in program.graph.nodes) == 3  # one per layer
     for constant in program.constants.values():
         if isinstance(constant, torch.Tensor) and constant.is_floating_point():
             assert constant.isfinite().all()
 
 
 class Main(torch.nn.Module):
-    """The tensors of an inference, for tracing."""
+    """A model with tensors as outputs, for tracing."""
 
     def __init__(self, model: RTDETR) -> None:
         super().__init__()

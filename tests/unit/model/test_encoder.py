@@ -25,7 +25,7 @@ def test_position_table_is_rows_first_on_rectangles() -> None:
 
 
 @pytest.mark.parametrize("side", [5, 20])
-def test_position_table_is_the_published_one_on_squares(side: int) -> None:
+def test_position_table_equals_the_published_one_on_squares(side: int) -> None:
     omega = 1.0 / 10000 ** (torch.arange(16, dtype=torch.float32) / 16)
     first, second = torch.meshgrid(torch.arange(side).float(), torch.arange(side).float(), indexing="ij")
     one, two = first.flatten()[:, None] * omega, second.flatten()[:, None] * omega
@@ -64,7 +64,7 @@ def test_folded_norm_computes_the_same(kernel: int, stride: int) -> None:
     assert torch.allclose(layer(x), expected, atol=1e-12)
 
 
-def test_float16_sums_stay_finite_and_float32_is_never_touched() -> None:
+def test_float16_sums_stay_finite_and_float32_sums_are_not_clamped() -> None:
     big = torch.tensor([60000.0, float("inf"), -60000.0])
     half = add_bounded(big.half(), big.half())
     assert half.tolist() == [65504.0, 65504.0, -65504.0]
