@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from rtdetr_cli.train.events import EpochDone, StepDone, StepSkipped
-    from rtdetr_cli.workflows.finetune import DryRunResult, Event, RunFinished, RunStarted
+    from rtdetr_cli.workflows.events import DryRunResult, Event, RunFinished, RunStarted
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
@@ -26,7 +26,7 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
         result_on_stdout: False where the run is part of a larger command that prints a result of its own.
     """
     from rtdetr_cli.train import events as training
-    from rtdetr_cli.workflows import finetune as workflow
+    from rtdetr_cli.workflows import events as workflow
 
     started: workflow.RunStarted | None = None
     bar = _TrainingBar()

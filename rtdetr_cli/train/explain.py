@@ -169,7 +169,7 @@ def _explain_average(config: RunConfig, plan: Plan) -> Choice:
         return Choice("EMA", f"decay {published.ema_decay}, ramp {published.ema_warmup} steps", "published")
     share = f"{settings.ema_age:.1%} of the run"
     if settings.ema_age * plan.total_steps < 1:
-        share = f"at least one step, more than {share}"
+        share = f"one step is the minimum, and {share} is less"
     return Choice(
         "EMA",
         f"mean age {counted(round(plan.ema_age), 'step')} (decay {plan.ema_age / (plan.ema_age + 1):.5g})",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.files import atomic_write
@@ -315,13 +315,8 @@ def predictions_image(
 
 def _fitted(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     """Return an image whose longest side is `side`; boxes are drawn afterwards, so that they stay legible."""
-    height, width = image.shape[:2]
-    scale = side / max(height, width)
-    if scale == 1:
-        return image
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    filtering = Image.Resampling.BILINEAR if scale < 1 else Image.Resampling.BICUBIC
-    return np.array(Image.fromarray(image).resize(size, filtering), np.uint8)
+    smooth = Image.Resampling.BILINEAR if max(image.shape) > side else Image.Resampling.BICUBIC
+    return np.array(ImageOps.contain(Image.fromarray(image), (side, side), smooth), np.uint8)
 
 
 def _titled(image: NDArray[np.uint8], title: str) -> NDArray[np.uint8]:
@@ -335,19 +330,14 @@ def _grid(tiles: Sequence[NDArray[np.uint8]], *, columns: int, gap: int = GAP_PX
     """Lay tiles out in rows on white, each centred in its cell."""
     if not tiles:
         return np.full((64, 64, 3), 255, np.uint8)
-    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
-    widths = [max(row[c].shape[1] for row in rows if c < len(row)) for c in range(min(columns, len(tiles)))]
-    heights = [max(tile.shape[0] for tile in row) for row in rows]
-    shape = (sum(heights) + gap * (len(heights) + 1), sum(widths) + gap * (len(widths) + 1), 3)
-    sheet = np.full(shape, 255, np.uint8)
-    top = gap
-    for row, height in zip(rows, heights, strict=True):
-        left = gap
-        for tile, width in zip(row, widths, strict=False):
-            y, x = top + (height - tile.shape[0]) // 2, left + (width - tile.shape[1]) // 2
-            sheet[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
-            left += width + gap
-        top += height + gap
+    height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
+    columns = min(columns, len(tiles))
+    rows = math.ceil(len(tiles) / columns)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for index, tile in enumerate(tiles):
+        top = gap + index // columns * (height + gap) + (height - tile.shape[0]) // 2
+        left = gap + index % columns * (width + gap) + (width - tile.shape[1]) // 2
+        sheet[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
     return sheet
 
 

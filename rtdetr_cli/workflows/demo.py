@@ -27,7 +27,8 @@ from rtdetr_cli.infer.stream import Predicted, predict_images
 from rtdetr_cli.runs import EXPORT
 from rtdetr_cli.train.stop import StopFlag
 from rtdetr_cli.weights.load import load_model
-from rtdetr_cli.workflows.finetune import Event, RunFinished, finetune
+from rtdetr_cli.workflows.events import Event, RunFinished
+from rtdetr_cli.workflows.finetune import finetune
 
 TRAIN_IMAGES = 800
 VAL_IMAGES = 100

@@ -7,8 +7,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,38 +23,10 @@ from rtdetr_cli.train.state import Progress
 from rtdetr_cli.train.step import accumulate_gradients, draw_group, run_largest_step
 from rtdetr_cli.train.stop import StopFlag
 from rtdetr_cli.workflows.evaluator import Evaluator
+from rtdetr_cli.workflows.events import DryRunResult
 from rtdetr_cli.workflows.prepare import Prepared, compile_parts
 
 REAL_STEPS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class DryRunResult:
-    """What a run would cost, from one worst-case step, some real ones, one evaluation and one export.
-
-    Attributes:
-        micro_batch: images per forward pass, halved until the worst-case step fitted.
-        step_seconds: of a usual step, with the loader; worst_seconds: of one at the largest scale with the most boxes.
-        evaluation_seconds: of one evaluation.
-        export_seconds: of one export to ONNX; export_bytes: of its file.
-        total_seconds: of the whole run, without the export.
-        memory_bytes: peak of the worst-case step; memory_total: of the device.
-        disk_bytes: that the run will keep; disk_free: on the disk of its folder.
-        metrics: of the evaluation before any training.
-    """
-
-    micro_batch: int
-    step_seconds: float
-    worst_seconds: float
-    evaluation_seconds: float
-    export_seconds: float
-    export_bytes: int
-    total_seconds: float
-    memory_bytes: int
-    memory_total: int
-    disk_bytes: int
-    disk_free: int
-    metrics: Mapping[str, float | None]
 
 
 def measure_run(prepared: Prepared, micro_batch: int) -> DryRunResult:

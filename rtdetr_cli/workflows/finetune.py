@@ -11,14 +11,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from rtdetr_cli.config.run import RunConfig, resolve_run
-from rtdetr_cli.datasets.records import Splits
 from rtdetr_cli.errors import DataError, ModelError, RtdetrError, UsageError
 from rtdetr_cli.evaluate.coco import METRICS
 from rtdetr_cli.infer.torch_backend import choose_device
@@ -33,97 +32,21 @@ from rtdetr_cli.train.events import (
     TrainingDone,
     TrainingEvent,
 )
-from rtdetr_cli.train.explain import Choice, plan_warnings
+from rtdetr_cli.train.explain import plan_warnings
 from rtdetr_cli.train.loggers import require_loggers
 from rtdetr_cli.train.loop import Trainer
-from rtdetr_cli.train.plan import Plan
 from rtdetr_cli.train.processes import images_per_process, join_process_group, launched, parse_devices
 from rtdetr_cli.train.state import Progress, restore
-from rtdetr_cli.train.stop import Interrupted, StopFlag, stop_on_signals
+from rtdetr_cli.train.stop import StopFlag
 from rtdetr_cli.weights.header import read_header
 from rtdetr_cli.weights.hub import ShowProgress
 from rtdetr_cli.weights.load import save_model
-from rtdetr_cli.weights.transfer import TransferTable
-from rtdetr_cli.workflows.dry_run import DryRunResult, measure_run
+from rtdetr_cli.workflows.dry_run import measure_run
 from rtdetr_cli.workflows.evaluator import Evaluator, explain_overfit
+from rtdetr_cli.workflows.events import Event, Notice, RunFinished, RunStarted
 from rtdetr_cli.workflows.identity import ImageDigests, check_identity, digest_images, identity, refuse_changes
 from rtdetr_cli.workflows.prepare import Prepared, compile_parts, prepare, resolve_micro_batch, versions
-from rtdetr_cli.workflows.recording import Notice, Recorder
-
-# ---- events -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class RunStarted:
-    """Everything is ready and the first step comes next.
-
-    Attributes:
-        config: the resolved settings.
-        plan, choices: the schedule, and the reasons for it.
-        splits: the dataset.
-        train_images, val_images: used for training and evaluation.
-        folder: of the run; None for a dry run.
-        device, precision, precision_reason, workers, micro_batch, parameters: what it runs on and with.
-        transfer: what the pretrained weights gave, or None.
-        start: where the weights came from, in words.
-        resumed: (epoch, step) that a resumed run continues from, or None.
-        warnings: what a person should know now.
-        processes: that train together.
-        restarted: a resumed run had no checkpoint yet and starts from the beginning.
-    """
-
-    config: RunConfig
-    plan: Plan
-    choices: tuple[Choice, ...]
-    splits: Splits
-    train_images: int
-    val_images: int
-    folder: Path | None
-    device: str
-    precision: str
-    precision_reason: str
-    workers: int
-    micro_batch: int
-    parameters: int
-    transfer: TransferTable | None
-    start: str
-    warnings: tuple[str, ...]
-    processes: int = 1
-    resumed: tuple[int, int] | None = None
-    restarted: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class RunFinished:
-    """The run is complete, and this is what it left.
-
-    Attributes:
-        folder, best: on disk.
-        metrics: of the best epoch; None for those that the dataset cannot give.
-        best_epoch: from 0.
-        epochs: trained in total.
-        reason: `done` or `patience`.
-        seconds: of this process.
-        explanation: with `--overfit`, why AP stayed below 0.9; empty if it did not.
-        page: the HTML report; None where none was written.
-        already_finished: a resumed run had finished before, and nothing was done.
-    """
-
-    folder: Path
-    best: Path
-    metrics: Mapping[str, float | None]
-    best_epoch: int
-    epochs: int
-    reason: str
-    seconds: float
-    explanation: str = ""
-    page: Path | None = None
-    already_finished: bool = False
-
-
-Event = RunStarted | TrainingEvent | Notice | RunFinished | DryRunResult
-
-# ---- workflows --------------------------------------------------------------------------------------------------
+from rtdetr_cli.workflows.recording import Recorder
 
 
 def finetune(
@@ -477,16 +400,3 @@ def _run_finished(folder: RunFolder, reason: str, began: float, **more: Any) -> 
 
 def _position(at: Progress | CheckpointSaved) -> str:
     return f"epoch {at.epoch + 1}, step {at.step}"
-
-
-__all__ = [
-    "DryRunResult",
-    "Interrupted",
-    "Notice",
-    "RunFinished",
-    "RunStarted",
-    "StopFlag",
-    "finetune",
-    "resume",
-    "stop_on_signals",
-]

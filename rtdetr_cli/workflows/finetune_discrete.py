@@ -33,7 +33,8 @@ from rtdetr_cli.runs import DISCRETE_RESULT, EXPORT, RunFolder, next_name, setti
 from rtdetr_cli.train.stop import StopFlag
 from rtdetr_cli.weights.header import ModelHeader
 from rtdetr_cli.weights.load import load_model
-from rtdetr_cli.workflows.finetune import Event, RunFinished, finetune, resume, run_config
+from rtdetr_cli.workflows.events import Event, RunFinished
+from rtdetr_cli.workflows.finetune import finetune, resume, run_config
 from rtdetr_cli.workflows.prepare import load_data, training_sets
 from rtdetr_cli.workflows.starting_weights import WORDS, header_spec, nearest_preset, weights_file
 from rtdetr_cli.workflows.timing import images_to_time, measure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ from rtdetr_cli.train.events import (
 from rtdetr_cli.train.loggers import Loggers
 from rtdetr_cli.train.report import RunFacts, write_report
 from rtdetr_cli.weights.load import load_model
+from rtdetr_cli.workflows.events import Notice
 
 if TYPE_CHECKING:
     from rtdetr_cli.workflows.evaluator import Evaluator
@@ -39,13 +40,6 @@ MAX_WARNINGS = 20
 # Curves are redrawn while the run goes on, but for no more than this share of its time.
 DRAWING_SHARE = 0.02
 FIRST_DRAWING_SECONDS = 20.0
-
-
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """Something that a person should know and that changes nothing."""
-
-    text: str
 
 
 class Recorder:

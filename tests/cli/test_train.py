@@ -13,7 +13,7 @@ import torch
 
 from rtdetr_cli.cli.training_output import dry_run_warnings
 from rtdetr_cli.weights.header import read_header
-from rtdetr_cli.workflows.dry_run import DryRunResult
+from rtdetr_cli.workflows.events import DryRunResult
 
 SMALL = [
     "--preset", "tiny", "--imgsz", "64", "--effective-batch", "8", "--batch", "4", "--workers", "0", "--device", "cpu",

@@ -86,7 +86,7 @@ def test_a_run_of_one_epoch() -> None:
     choices = explain(steps=10, aug="light")
     assert choices["strong augmentation"].value == "until epoch 1"
     assert choices["strong augmentation"].reason == "a run this short keeps it for at least half of the epochs"
-    assert choices["EMA"].reason.startswith("at least one step")
+    assert choices["EMA"].reason.startswith("one step is the minimum")
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,11 @@ from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.train import loggers, memory
 from rtdetr_cli.train.checkpoint import load_checkpoint, read_checkpoint
 from rtdetr_cli.train.events import EpochDone, StepDone
+from rtdetr_cli.train.stop import Interrupted, StopFlag, stop_on_signals
 from rtdetr_cli.workflows import dry_run
 from rtdetr_cli.workflows import finetune as workflow
-from rtdetr_cli.workflows.finetune import RunFinished, RunStarted, finetune, resume, stop_on_signals
+from rtdetr_cli.workflows.events import DryRunResult, Notice, RunFinished, RunStarted
+from rtdetr_cli.workflows.finetune import finetune, resume
 from rtdetr_cli.workflows.identity import refuse_changes
 from rtdetr_cli.workflows.prepare import prepare, resolve_micro_batch
 
@@ -51,7 +53,7 @@ def settings(shapes: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 
 def interrupted(config: RunConfig) -> Path:
     """Train one epoch, then stop as on a signal; return the folder."""
-    stop = workflow.StopFlag()
+    stop = StopFlag()
     folder = Path(config.settings.out) / config.settings.name
 
     def train_one_epoch() -> None:
@@ -59,7 +61,7 @@ def interrupted(config: RunConfig) -> Path:
             if isinstance(event, EpochDone):
                 stop.signal = signal.SIGTERM
 
-    with pytest.raises(workflow.Interrupted):
+    with pytest.raises(Interrupted):
         train_one_epoch()
     return folder
 
@@ -153,7 +155,7 @@ def test_a_run_handles_signals_once_its_folder_exists(settings: Callable[..., Ru
         assert isinstance(next(events), RunStarted)
         signal.raise_signal(signal.SIGINT)
         assert stop.signal == signal.SIGINT
-        with pytest.raises(workflow.Interrupted) as caught:
+        with pytest.raises(Interrupted) as caught:
             list(events)
     assert caught.value.exit_code == 130
 
@@ -171,7 +173,7 @@ def test_a_dry_run_halves_a_micro_batch_that_does_not_fit(
 
     monkeypatch.setattr(dry_run, "run_largest_step", full)
     events = list(finetune(settings(), dry_run=True))
-    assert isinstance(events[-1], dry_run.DryRunResult)
+    assert isinstance(events[-1], DryRunResult)
     assert events[-1].micro_batch == 1
     assert tried == [4, 2, 1, 1]
 
@@ -402,7 +404,7 @@ def test_a_full_disk_for_the_log_does_not_end_a_run(settings: Callable[..., RunC
     assert begun.folder is not None
     (begun.folder / "train.log").symlink_to("/dev/full")
     rest = list(events)
-    notices = [e.text for e in rest if isinstance(e, workflow.Notice)]
+    notices = [e.text for e in rest if isinstance(e, Notice)]
     assert sum("train.log: No space left on device" in text for text in notices) == 1
     assert isinstance(rest[-1], RunFinished)
 

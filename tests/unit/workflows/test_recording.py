@@ -16,9 +16,11 @@ from rtdetr_cli.runs import EVENTS, PLOTS
 from rtdetr_cli.train import loggers, plots
 from rtdetr_cli.train.events import EpochDone
 from rtdetr_cli.train.plan import make_plan
+from rtdetr_cli.train.stop import Interrupted, StopFlag
 from rtdetr_cli.workflows import finetune as workflow
-from rtdetr_cli.workflows.finetune import RunFinished, RunStarted, finetune
-from rtdetr_cli.workflows.recording import Notice, Recorder, slow_loader_warning
+from rtdetr_cli.workflows.events import Notice, RunFinished, RunStarted
+from rtdetr_cli.workflows.finetune import finetune
+from rtdetr_cli.workflows.recording import Recorder, slow_loader_warning
 
 SETS = [
     *("model.width=8", "model.hidden_dim=16", "model.encoder_ffn=16", "model.decoder_dim=16", "model.decoder_ffn=16"),
@@ -127,7 +129,7 @@ def test_the_report_is_complete_when_the_best_epoch_was_before_an_interruption(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best model is evaluated again from its file."""
-    stop = workflow.StopFlag()
+    stop = StopFlag()
     begun: list[RunStarted] = []
 
     def interrupted() -> None:
@@ -137,7 +139,7 @@ def test_the_report_is_complete_when_the_best_epoch_was_before_an_interruption(
             if isinstance(event, EpochDone):
                 stop.signal = 15
 
-    with pytest.raises(workflow.Interrupted):
+    with pytest.raises(Interrupted):
         interrupted()
     run = begun[0].folder
     assert run is not None
