@@ -1,9 +1,9 @@
-"""A strict stand-in for the TensorRT package: it knows the names that versions 10 and 11 have, and no others.
+"""A strict stand-in for the TensorRT package, with the names of versions 10 and 11 and no others.
 
 `tensorrt_names.json` lists the attributes of the real Python bindings (10.16.1 and 11.4.0). Every object here refuses
-an attribute that the real one lacks, and says so when a real one has been asked for that is not acted out. An
-"engine" is the ONNX graph itself, run by ONNX Runtime in the memory that the caller hands over, so that the whole
-path is walked: parse, profile, timing cache, build, inspect, deserialise, run.
+an attribute that the real one lacks, and raises `NotSimulated` for a real one that is not simulated. An engine is the
+ONNX graph itself, run by ONNX Runtime in the memory that the caller provides, so that tests cover every step: parse,
+profile, timing cache, build, inspect, deserialize, run.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ KINDS = {
 }
 
 
-class NotActedOut(Exception):
-    """A real name that the stand-in does not act out."""
+class NotSimulated(Exception):
+    """A real attribute that the stand-in does not simulate."""
 
 
 def make(version: str, *, precision: str = "as typed", refuse: str = "", plan: bool = True) -> ModuleType:
-    """Return a module that can stand in `sys.modules["tensorrt"]`.
+    """Return a module for `sys.modules["tensorrt"]`.
 
     Args:
         version: a key of `tensorrt_names.json`.
         precision: `as typed`, or `single` for a builder that ignores the graph's types.
-        refuse: what the parser says against the graph; empty for nothing.
+        refuse: the error of the parser; empty for none.
         plan: False for a builder that fails.
     """
     names = {key: set(value.split()) for key, value in NAMES[version].items()}
@@ -49,10 +49,10 @@ def make(version: str, *, precision: str = "as typed", refuse: str = "", plan: b
     module = ModuleType("tensorrt")
     module.__version__ = version  # type: ignore[attr-defined]
     log: list[tuple[str, Any]] = []
-    module.log = log  # type: ignore[attr-defined]  # of the tests, not of TensorRT
+    module.log = log  # type: ignore[attr-defined]  # for the tests
 
     class Strict:
-        """Refuses what the real class does not have."""
+        """Refuses attributes that the real class does not have."""
 
         real = ""
 
@@ -60,7 +60,7 @@ def make(version: str, *, precision: str = "as typed", refuse: str = "", plan: b
             if name.startswith("__"):
                 raise AttributeError(name)
             if name in names[self.real]:
-                raise NotActedOut(f"{self.real}.{name}")
+                raise NotSimulated(f"{self.real}.{name}")
             raise AttributeError(f"tensorrt {version}: {self.real} has no attribute {name}")
 
         def __setattr__(self, name: str, value: Any) -> None:
@@ -70,7 +70,7 @@ def make(version: str, *, precision: str = "as typed", refuse: str = "", plan: b
 
         def __init_subclass__(cls) -> None:
             own = {n for n in vars(cls) if not n.startswith("_") and n != "real"}
-            assert own <= names[cls.real], f"the stand-in invents {own - names[cls.real]} of {cls.real} {version}"
+            assert own <= names[cls.real], f"{cls.real} of TensorRT {version} has no {own - names[cls.real]}"
 
     def members(real: str) -> Any:
         return enum.IntEnum(real, {n: i for i, n in enumerate(sorted(n for n in names[real] if n.isupper()))})
@@ -189,7 +189,7 @@ def make(version: str, *, precision: str = "as typed", refuse: str = "", plan: b
         def build_serialized_network(self, network: Network, config: Config) -> Memory | None:
             graph = onnx.load_from_string(network._graph).graph
             shapes = {k: v for p in config._profiles for k, v in p._shapes.items()}
-            open_inputs = {
+            dynamic_inputs = {
                 value.name
                 for value in graph.input
                 if any(not d.HasField("dim_value") for d in value.type.tensor_type.shape.dim)
@@ -202,7 +202,7 @@ def make(version: str, *, precision: str = "as typed", refuse: str = "", plan: b
                 config.progress_monitor.phase_finish("Timing")
                 assert config.progress_monitor.step_complete("Building engine", 1)
                 config.progress_monitor.phase_finish("Building engine")
-            if not plan or open_inputs != set(shapes):  # as the real one: no profile for an open input, no engine
+            if not plan or dynamic_inputs != set(shapes):  # like the real one, needs a profile for every dynamic input
                 return None
             facts = {
                 "shapes": shapes,
@@ -262,14 +262,18 @@ def make(version: str, *, precision: str = "as typed", refuse: str = "", plan: b
             assert format == formats.JSON
             model = onnx.shape_inference.infer_shapes(onnx.load_from_string(self._engine._graph))
             kinds = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.output)}
-            told = {onnx.TensorProto.FLOAT: "Float", onnx.TensorProto.FLOAT16: "Half", onnx.TensorProto.INT64: "Int64"}
+            type_names = {
+                onnx.TensorProto.FLOAT: "Float",
+                onnx.TensorProto.FLOAT16: "Half",
+                onnx.TensorProto.INT64: "Int64",
+            }
             layers: list[Any] = []
             for node in model.graph.node:
                 name = node.output[0]
                 if not self._engine._facts["detailed"]:
                     layers.append(node.name or name)
                     continue
-                kind = told.get(kinds.get(name, 0), "Bool")
+                kind = type_names.get(kinds.get(name, 0), "Bool")
                 kind = "Float" if kind == "Half" and not self._engine._facts["typed"] else kind
                 long = {"Float": "Row major linear FP32 format", "Half": "Row major linear FP16 format"}.get(kind, kind)
                 tensor = {"Format": long, "DataType": kind} if major >= 11 else {"Format/Datatype": long}

@@ -318,7 +318,7 @@ def test_the_standin_is_strict(standin: ModuleType) -> None:
     builder = eleven.Builder(eleven.Logger())
     with pytest.raises(AttributeError):
         builder.build_engine()
-    with pytest.raises(standin.NotActedOut):
+    with pytest.raises(standin.NotSimulated):
         builder.is_network_supported()
     with pytest.raises(AttributeError):
         builder.create_builder_config().max_workspace_size = 1
