@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -52,6 +53,12 @@ def complain(message: str, hint: str = "") -> None:
     say(paint("error:", "31;1") + " " + message)
     if hint:
         say("\n" + paint("hint:", "36") + " " + hint)
+
+
+def next_step(*words: object) -> None:
+    """Write the command that comes next, as its words (quoted where a shell needs it) or as one ready line."""
+    command = str(words[0]) if len(words) == 1 else shlex.join(map(str, words))
+    say(paint("next:", "36") + " " + command)
 
 
 def out(text: str) -> None:
