@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from rtdetr_cli.config.settings import Declaration, declarations
+from rtdetr_cli.config.settings import Setting, declarations
 
-TRAIN_FLAGS = tuple(name for name, declaration in declarations().items() if declaration.setting.flag)
+TRAIN_FLAGS = tuple(name for name, setting in declarations().items() if setting.flag)
 """Every setting that has a flag."""
 
 SetFlag = Annotated[
@@ -42,7 +42,7 @@ def with_setting_flags(
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def with_flags(context: typer.Context, **values: Any) -> None:
-            flags = {d.name: values.pop(d.name) for d in chosen}
+            flags = {setting.name: values.pop(setting.name) for setting in chosen}
             given = {
                 name: str(value) if isinstance(value, Path) else value
                 for name, value in flags.items()
@@ -55,7 +55,7 @@ def with_setting_flags(
         parameters = [
             inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
             *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in arguments),
-            *(_parameter(d, (defaults or {}).get(d.name, "")) for d in chosen),
+            *(_parameter(setting, (defaults or {}).get(setting.name, "")) for setting in chosen),
             *(p for p in own if p not in arguments),
         ]
         with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -65,28 +65,17 @@ def with_setting_flags(
     return decorate
 
 
-def _parameter(declaration: Declaration, default_elsewhere: str) -> inspect.Parameter:
-    setting = declaration.setting
-    flag = f"--{declaration.name.replace('_', '-')}"
-    default = None if default_elsewhere or declaration.default in (None, "", ()) else declaration.default
+def _parameter(setting: Setting, default_elsewhere: str) -> inspect.Parameter:
+    # What is neither a path, a number nor a switch is text until it is validated.
+    kind: Any = next((k for k in (bool, int, float) if setting.kind in (k, k | None)), str)
+    kind = Path if setting.is_path else kind
     option = typer.Option(
         *([setting.short] if setting.short else []),
-        flag,
+        f"--{setting.name.replace('_', '-')}",
         help=setting.help,
         metavar=setting.metavar,
         show_default=default_elsewhere or setting.unset or True,
     )
-    return inspect.Parameter(
-        declaration.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=default,
-        annotation=Annotated[_flag_type(declaration), option],
-    )
-
-
-def _flag_type(declaration: Declaration) -> Any:
-    """Return the type that a flag is read as; what is neither a number nor a switch is text until it is validated."""
-    if declaration.setting.is_path:
-        return Path | None
-    kind = next((k for k in (bool, int, float) if declaration.kind in (k, k | None)), str)
-    return kind | None
+    default = None if default_elsewhere or setting.default in (None, "", ()) else setting.default
+    annotation = Annotated[kind | None, option]
+    return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, create_model
 
 from rtdetr_cli.config.presets import flatten, load_preset, read_toml
 from rtdetr_cli.config.schema import ModelSpec, OptimSpec, Preset, Schema
-from rtdetr_cli.config.settings import Declaration, RunSettings, declarations
+from rtdetr_cli.config.settings import RunSettings, Setting, declarations
 from rtdetr_cli.config.validation import validate
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.text import suggest
@@ -33,13 +33,12 @@ PROVENANCE = "provenance"
 PRESET = "rest_of_preset"
 
 
-def _field(declaration: Declaration) -> Any:
-    parse = declaration.setting.parse
-    annotation: Any = declaration.annotation
-    return (Annotated[annotation, BeforeValidator(parse)] if parse else annotation, declaration.default)
+def _field(setting: Setting) -> Any:
+    annotation = setting.annotation
+    return (Annotated[annotation, BeforeValidator(setting.parse)] if setting.parse else annotation, setting.default)
 
 
-_SettingsModel = create_model("RunSettings", __base__=Schema, **{n: _field(d) for n, d in SETTINGS.items()})
+_SettingsModel = create_model("RunSettings", __base__=Schema, **{name: _field(s) for name, s in SETTINGS.items()})
 
 
 def absolute(key: str, value: str) -> str:
@@ -55,7 +54,7 @@ class RunConfig:
 
     Attributes:
         settings: the settings of `rtdetr train`.
-        preset: the model, its learning rates and its published schedule, with every override applied.
+        preset: with every override applied.
         provenance: dotted key -> where its value came from, for all keys of both.
     """
 
@@ -78,11 +77,9 @@ class RunConfig:
 
     def anchored(self) -> RunConfig:
         """Return the same run with absolute paths, so that it can be resumed from another folder."""
-        settings = self.settings
-        paths: dict[str, Any] = {
-            key: absolute(key, value) for key in NAMED if (value := getattr(settings, key)) is not None
-        }
-        return replace(self, settings=replace(settings, **paths))
+        given = {key: getattr(self.settings, key) for key in NAMED}
+        paths: dict[str, Any] = {key: absolute(key, value) for key, value in given.items() if value is not None}
+        return replace(self, settings=replace(self.settings, **paths))
 
     def to_toml(self) -> str:
         """Return the whole run as TOML, which `--config` reads back.
@@ -90,45 +87,15 @@ class RunConfig:
         It holds every value, so that a run stays the same when a default changes or its preset file is gone. The table
         `provenance` says who chose a value: the schedule may replace one that nobody chose.
         """
-        rest = self.preset.model_dump(exclude={"model", "optim"}, exclude_none=True)
         tables = {
             "model": self.preset.model.model_dump(),
             "optim": self.preset.optim.model_dump(),
-            PRESET: rest,
+            PRESET: self.preset.model_dump(exclude={"model", "optim"}, exclude_none=True),
             PROVENANCE: {key: source for key, source in self.provenance.items() if self.given(key)},
         }
         settings = {key: value for key, value in flatten(self.settings).items() if value is not None}
         header = f"# Resolved settings of one run of rtdetr train. preset: {self.preset.name}\n"
         return header + tomli_w.dumps({**settings, **tables})
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """Settings from one source.
-
-    Attributes:
-        name: `flag`, `--set`, or the path of a file.
-        values: dotted key -> value.
-        sources: for the file of a resolved run, where each chosen value came from; the others were chosen by nobody.
-    """
-
-    name: str
-    values: Mapping[str, Any]
-    sources: Mapping[str, str] | None = None
-
-    def source(self, key: str) -> str:
-        if self.sources is not None:
-            return self.sources.get(key, "preset" if "." in key else "default")
-        return _flag(key) if self.name == "flag" else self.name
-
-    def written(self, key: str) -> str:
-        """Return the setting as the user wrote it."""
-        value = self.values[key]
-        if self.name == "flag":
-            return f"{_flag(key)} {','.join(map(str, value)) if isinstance(value, (tuple, list)) else value}"
-        if self.name == "--set":
-            return f"--set {key}={value if isinstance(value, str) else _toml(value)}"
-        return f"{self.name}: {key} = {_toml(value)}"
 
 
 def _flag(key: str) -> str:
@@ -139,6 +106,15 @@ def _toml(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_toml, value))}]"
     return tomli_w.dumps({"v": value}).removeprefix("v = ").strip()
+
+
+def _written(source: str, key: str, value: Any) -> str:
+    """Return a setting as the user wrote it in the flags, in `--set`, or in the file `source`."""
+    if source == "flag":
+        return f"{_flag(key)} {','.join(map(str, value)) if isinstance(value, (tuple, list)) else value}"
+    if source == "--set":
+        return f"--set {key}={value if isinstance(value, str) else _toml(value)}"
+    return f"{source}: {key} = {_toml(value)}"
 
 
 def parse_set(words: Sequence[str]) -> dict[str, Any]:
@@ -177,23 +153,28 @@ def resolve_run(
     Raises:
         UsageError: unknown keys or invalid values; all problems at once.
     """
-    layers = [_Layer(*inherited)] if inherited is not None else []
+    layers: list[tuple[str, Mapping[str, Any]]] = [inherited] if inherited is not None else []
     resolved_preset: Mapping[str, Any] = {}
+    # For the file of a resolved run: where each chosen value came from; the others were chosen by nobody.
+    sources: Mapping[str, str] | None = None
     if config_file is not None:
         document = read_toml(config_file)
         sources, rest = document.pop(PROVENANCE, None), document.pop(PRESET, None)
         if isinstance(rest, Mapping):
             resolved_preset = {"named": document.get("preset"), "rest": rest}
-        layers.append(_Layer(str(config_file), dict(_dotted(document)), sources))
-    layers += [_Layer("--set", parse_set(sets)), _Layer("flag", flags)]
+        layers.append((str(config_file), _dotted(document)))
+    layers += [("--set", parse_set(sets)), ("flag", flags)]
     values: dict[str, Any] = {}
     provenance: dict[str, str] = {}
     written: dict[str, str] = {}
-    for layer in layers:
-        for key, value in layer.values.items():
+    for source, given in layers:
+        for key, value in given.items():
             values[key] = value
-            provenance[key] = layer.source(key)
-            written[key] = layer.written(key)
+            written[key] = _written(source, key, value)
+            if source == str(config_file) and sources is not None:
+                provenance[key] = sources.get(key, "preset" if "." in key else "default")
+            else:
+                provenance[key] = _flag(key) if source == "flag" else source
 
     named = str(values.get("preset", SETTINGS["preset"].default))
     preset = _preset_values(named, resolved_preset)
@@ -257,11 +238,10 @@ def _validated(
 ) -> RunConfig:
     problems: list[str] = []
     checked: list[Any] = []
-    sources: tuple[tuple[type[Schema], dict[str, Any], str], ...] = (
+    for schema, values, source in (
         (Preset, preset, f"preset {preset.get('name')}"),
         (_SettingsModel, settings, "settings"),
-    )
-    for schema, values, source in sources:
+    ):
         try:
             checked.append(validate(schema, values, source=source, written=written))
         except UsageError as error:
@@ -271,9 +251,8 @@ def _validated(
     return RunConfig(RunSettings(**dict(checked[1])), checked[0], provenance)
 
 
-def _dotted(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _dotted(values: Mapping[str, Any]) -> dict[str, Any]:
+    dotted: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{key}.{inner}", v) for inner, v in value.items())
-        else:
-            yield key, value
+        dotted |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, Mapping) else {key: value}
+    return dotted

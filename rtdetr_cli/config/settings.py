@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The smallest and largest value of a number."""
+    """The smallest and largest value of a number, which pydantic reads when it builds a validator."""
 
     ge: float | None = None
     gt: float | None = None
@@ -28,7 +28,6 @@ class Bounds:
     lt: float | None = None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """Add the bounds to the schema of the number; pydantic calls this while it builds a validator."""
         bounds = {name: getattr(self, name) for name in ("ge", "gt", "le", "lt")}
         return handler(source) | {name: bound for name, bound in bounds.items() if bound is not None}
 
@@ -42,9 +41,12 @@ Share = Annotated[float, Bounds(ge=0, le=0.9)]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What people read and write about a setting.
+    """One field of `RunSettings`, and what people read and write about it.
 
     Attributes:
+        name: of the field.
+        annotation, kind: its type with bounds, and without them.
+        default: of the field.
         help: text of the flag, and of the key in `--set` and `config.toml`.
         flag: whether there is a flag `--name`; any setting can be given with `--set`.
         short: one-letter flag.
@@ -54,8 +56,12 @@ class Setting:
         parse: turns the text of a flag, or a TOML value, into a value of the field's type; raises ValueError.
     """
 
+    name: str
+    annotation: Any
+    kind: Any
+    default: Any
     help: str
-    flag: bool
+    flag: bool = False
     short: str = ""
     metavar: str | None = None
     unset: str = ""
@@ -63,14 +69,14 @@ class Setting:
     parse: Callable[[Any], Any] | None = None
 
 
+def _key(default: T, help_text: str, **details: Any) -> T:
+    """Declare a setting without a flag, which only `--set` and files of settings give."""
+    return field(default=default, metadata={"help": help_text, **details})
+
+
 def _flag(default: T, help_text: str, **details: Any) -> T:
     """Declare a setting with a flag."""
-    return field(default=default, metadata={"setting": Setting(help_text, flag=True, **details)})
-
-
-def _key(default: T, help_text: str) -> T:
-    """Declare a setting without a flag, which only `--set` and files of settings give."""
-    return field(default=default, metadata={"setting": Setting(help_text, flag=False)})
+    return _key(default, help_text, flag=True, **details)
 
 
 def _parse_size(value: Any) -> tuple[int, int] | None:
@@ -149,21 +155,10 @@ class RunSettings:
     checkpoint_steps: Count = _key(0, "Steps between checkpoints within an epoch; 0 saves by time only.")
 
 
-@dataclass(frozen=True, slots=True)
-class Declaration:
-    """One field of `RunSettings`: its type with bounds (`annotation`) and without them (`kind`), default and texts."""
-
-    name: str
-    annotation: Any
-    kind: Any
-    default: Any
-    setting: Setting
-
-
-def declarations() -> dict[str, Declaration]:
+def declarations() -> dict[str, Setting]:
     """Return the declaration of every setting, in order."""
     annotations, kinds = get_type_hints(RunSettings, include_extras=True), get_type_hints(RunSettings)
     return {
-        f.name: Declaration(f.name, annotations[f.name], kinds[f.name], f.default, f.metadata["setting"])
+        f.name: Setting(f.name, annotations[f.name], kinds[f.name], f.default, **f.metadata)
         for f in fields(RunSettings)
     }

@@ -35,7 +35,7 @@ def test_name_and_help_of_a_flag_are_those_of_the_setting(command: str) -> None:
     for name, parameter in parameters(command).items():
         if name in COMMAND_ONLY[command]:
             continue
-        setting = declarations()[name].setting
+        setting = declarations()[name]
         assert parameter.help == setting.help
         assert parameter.opts == [*filter(None, [setting.short]), f"--{name.replace('_', '-')}"]
 
@@ -58,7 +58,7 @@ def test_train_shows_the_real_defaults(rtdetr) -> None:
         declaration = declarations()[name]
         switched_off_or_unset = declaration.default in (None, "", ()) or declaration.default is False
         real = "" if switched_off_or_unset else str(declaration.default)
-        unset = f"({declaration.setting.unset})" if declaration.setting.unset else ""
+        unset = f"({declaration.unset})" if declaration.unset else ""
         assert shown[f"--{name.replace('_', '-')}"] == (real or unset), name
     assert shown["--epochs"] == "50"
     assert shown["--lr-backbone"] == "(the preset's share of --lr)"

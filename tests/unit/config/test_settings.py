@@ -26,7 +26,7 @@ def literals(annotation: Any) -> list[str]:
 @pytest.mark.parametrize("name", declarations())
 def test_the_help_is_a_sentence_that_names_every_allowed_word(name: str) -> None:
     declaration = declarations()[name]
-    text = declaration.setting.help
+    text = declaration.help
     assert text[0].isupper()
     assert text.endswith(".")
     for word in (*literals(declaration.kind), *NAMED.get(name, ())):
@@ -34,7 +34,7 @@ def test_the_help_is_a_sentence_that_names_every_allowed_word(name: str) -> None
 
 
 def test_the_help_of_preset_names_every_preset() -> None:
-    text = declarations()["preset"].setting.help
+    text = declarations()["preset"].help
     assert all(name in text for name in preset_names())
 
 
@@ -42,7 +42,7 @@ def test_the_help_of_preset_names_every_preset() -> None:
 def test_only_a_default_that_cannot_be_shown_is_described(name: str) -> None:
     """`unset` may not stand beside a real default, which would be a second text that could be wrong."""
     declaration = declarations()[name]
-    if declaration.setting.unset:
+    if declaration.unset:
         assert declaration.default in (None, "", ())
 
 
