@@ -15,6 +15,7 @@ another that has decided otherwise. In a run of one process all of this does not
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -104,13 +105,25 @@ class ProcessGroup:
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """Return the main process's value; tensors must be on the CPU."""
+        """Return the main process's value."""
         if not self.distributed:
             return value
         values = [value]
         with _peer_errors():
             dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def broadcast_state(self, state: dict[str, Any] | None) -> dict[str, Any]:
+        """Return the main process's training state; pickle alone fails on tensors loaded from a checkpoint."""
+        if not self.distributed:
+            assert state is not None
+            return state
+        buffer = io.BytesIO()
+        if self.is_main:
+            torch.save(state, buffer)
+        content: bytes = self.broadcast(buffer.getvalue())
+        received: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return received
 
     def any(self, flag: bool) -> bool:
         """Tell whether the flag is set in any process."""

@@ -125,7 +125,7 @@ class Checkpoints:
                 code="diverged",
             )
         state = load_rollback_checkpoint(self.folder.path) if processes.is_main else None
-        restore(self.learner, progress, processes.broadcast(state), self.folder if processes.is_main else None)
+        restore(self.learner, progress, processes.broadcast_state(state), self.folder if processes.is_main else None)
         progress.rate_scale = before.rate_scale / 2
         progress.went_back = before.went_back + 1
         progress.in_a_row = 0

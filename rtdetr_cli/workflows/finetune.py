@@ -138,7 +138,7 @@ def resume(
                 yield _run_finished(folder, finished, began, already_finished=True)
             processes.close()
             return
-        state: dict[str, Any] = untrained if untrained is not None else processes.broadcast(checkpoint)
+        state: dict[str, Any] = untrained if untrained is not None else processes.broadcast_state(checkpoint)
         del checkpoint
         stop = stop if stop is not None else StopFlag()
         prepared = prepare(config, processes, pretrained=untrained is not None)
