@@ -53,6 +53,7 @@ class DataYaml:
         splits: split -> the folders and lists it names.
         keypoints: numbers that follow each box in a pose dataset; None if the file doesn't say.
         keypoints_guessed: whether that number comes from the labels and not from the file.
+        file: how messages call the file that defines the classes.
     """
 
     base: Path
@@ -61,6 +62,7 @@ class DataYaml:
     splits: dict[str, list[str]]
     keypoints: int | None
     keypoints_guessed: bool = False
+    file: str = "data.yaml"
 
     def box_columns(self, columns: int) -> tuple[int, str]:
         """Return how many columns of a label line hold its class and box or polygon; or 0, and what is wanted."""

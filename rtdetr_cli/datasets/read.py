@@ -10,16 +10,17 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rtdetr_cli.datasets.coco import read_coco
 from rtdetr_cli.datasets.ids_file import IDS_FILE
 from rtdetr_cli.datasets.label_text import Oddities, is_valid_name, read_text
 from rtdetr_cli.datasets.raw import RawDataset
-from rtdetr_cli.datasets.voc import VocSplit, is_image, listed_name, read_voc
+from rtdetr_cli.datasets.voc import VocSplit, files_by_stem, listed_name, read_voc
 from rtdetr_cli.datasets.yolo import read_yolo
 from rtdetr_cli.errors import DataError
+from rtdetr_cli.images.decode import IMAGE_SUFFIXES
 
 ROBOFLOW_FILE = "_annotations.coco.json"
 CHANGES_FILE = "changes.json"
@@ -320,16 +321,13 @@ def _voc_splits(raw: RawDataset, folder: Path, images: Path | None) -> dict[str,
     """Return the splits: those of `ImageSets/Main/`, the folders of the splits, or all images as train."""
     xml_folder = folder / "Annotations"
     if not xml_folder.is_dir():  # one folder per split, with images and XML files in it
-        return {
-            split: VocSplit(_image_stems(images or path), path, images or path)
-            for split, path in _split_folders(folder).items()
-        }
+        return {split: _voc_split(path, images or path) for split, path in _split_folders(folder).items()}
     image_folder = images or next(
         (folder / name for name in ("JPEGImages", "images", "Images") if (folder / name).is_dir()), folder
     )
+    whole = _voc_split(xml_folder, image_folder)
     splits: dict[str, VocSplit] = {}
     lists = folder / "ImageSets" / "Main"
-    stems = {file.stem for file in xml_folder.iterdir()}
     oddities = Oddities()
     trainval = {} if (lists / "train.txt").is_file() else {"train": lists / "trainval.txt"}
     for split, path in {**{s: lists / f"{s}.txt" for s in SPLITS}, **trainval}.items():
@@ -340,23 +338,21 @@ def _voc_splits(raw: RawDataset, folder: Path, images: Path | None) -> dict[str,
         text = read_text(path, shown, raw.findings, oddities)
         names = []
         for number, line in enumerate((text or "").split("\n"), 1):
-            name = listed_name(line, stems)
+            name = listed_name(line, whole.xml_files)
             if is_valid_name(name):
                 names.append(name)
             elif name:
                 raw.findings.add("file-malformed", f"has the name {name[:40]!r}", file=shown, line=number)
-        splits[split] = VocSplit(names, xml_folder, image_folder)
+        splits[split] = replace(whole, names=names)
     oddities.report(raw.findings)
-    if not splits:
-        splits["train"] = VocSplit(_image_stems(image_folder), xml_folder, image_folder)
-    return splits
+    return splits or {"train": whole}
 
 
-def _image_stems(folder: Path) -> list[str]:
-    try:
-        return sorted({os.path.splitext(name)[0] for name in os.listdir(folder) if is_image(name)})
-    except OSError:
-        return []
+def _voc_split(xml_folder: Path, image_folder: Path) -> VocSplit:
+    """Return all images of a folder as a split."""
+    images = files_by_stem(image_folder, IMAGE_SUFFIXES)
+    xml_files = {stem: xml_folder / name for stem, name in files_by_stem(xml_folder, (".xml",)).items()}
+    return VocSplit(list(images), xml_folder, image_folder, xml_files, images)
 
 
 _FORMATS = (_find_yolo, _find_roboflow, _find_voc, _find_coco)

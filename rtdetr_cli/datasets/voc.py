@@ -6,6 +6,7 @@ file doesn't say which; the difference is at most one pixel.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -39,13 +40,22 @@ class VocSplit:
 
     Attributes:
         names: names without suffix, in order.
-        xml_folder: the folder of `<name>.xml`.
-        images_folder: the folder of the images.
+        xml_folder: where the XML file of a name is expected.
+        images_folder: the folder that `images` are relative to.
+        xml_files: name -> XML file, also of names that are not in this split.
+        images: name -> image, likewise.
     """
 
     names: list[str]
     xml_folder: Path
     images_folder: Path
+    xml_files: dict[str, Path]
+    images: dict[str, str]
+
+    def xml_file(self, name: str) -> Path | None:
+        """Return the XML file of a name; None if there is none."""
+        path = self.xml_files.get(name, self.xml_folder / f"{name}.xml")
+        return path if name in self.xml_files or path.is_file() else None
 
 
 @dataclass(slots=True)
@@ -63,11 +73,10 @@ def read_voc(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
     oddities = Oddities()
     files: dict[str, list[_LabelFile]] = {}
     for split, on_disk in splits.items():
-        listing = _listing(on_disk.xml_folder)
         files[split] = []
         for name in on_disk.names:
-            path = on_disk.xml_folder / f"{name}.xml"
-            if listing is not None and f"{Path(name).name}.xml" not in listing and not path.is_file():
+            path = on_disk.xml_file(name)
+            if path is None:
                 files[split].append(_LabelFile(name))
                 continue
             file = dataset.show(path)
@@ -94,29 +103,24 @@ def read_voc(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
 
 def _report_orphans(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
     """Report XML files that belong to no split and to no image."""
-    listed: dict[Path, set[str]] = {}
-    stems: dict[Path, set[str]] = {}
-    for on_disk in splits.values():
-        listed.setdefault(on_disk.xml_folder, set()).update(on_disk.names)
-        images = _listing(on_disk.images_folder) or set()
-        stems.setdefault(on_disk.xml_folder, set()).update(Path(p).stem for p in images if is_image(p))
-    for folder, names in listed.items():
-        for file in sorted(_listing(folder) or ()):
-            stem = file[:-4]
-            if file.endswith(".xml") and stem not in names and stem not in stems[folder]:
-                dataset.findings.add("label-orphan", "has no image", file=dataset.show(folder / file))
+    listed = {name for on_disk in splits.values() for name in (*on_disk.names, *on_disk.images)}
+    orphans = {path for on_disk in splits.values() for name, path in on_disk.xml_files.items() if name not in listed}
+    for path in sorted(orphans):
+        dataset.findings.add("label-orphan", "has no image", file=dataset.show(path))
 
 
 def listed_name(line: str, known: Container[str]) -> str:
     """Return the name in a line of a list.
 
     Args:
-        line: may end in a second column (1, 0, -1: whether a class is present), as in the lists of one class.
+        line: may end in the suffix of an image, or in a second column (1, 0, -1: whether a class is present).
         known: possible names, with spaces in them.
     """
     name = line.strip()
     column = _COLUMN.fullmatch(name) if name not in known else None
-    return column[1] if column else name
+    name = column[1] if column else name
+    stem = name[: len(name) - len(Path(name).suffix)]
+    return stem if name not in known and is_image(name) and stem in known else name
 
 
 def is_image(name: str) -> bool:
@@ -124,11 +128,18 @@ def is_image(name: str) -> bool:
     return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def _listing(folder: Path) -> set[str] | None:
+def files_by_stem(folder: Path, suffixes: Container[str]) -> dict[str, str]:
+    """Return stem -> name of the files in a folder that have one of these suffixes, the first by name if several do."""
     try:
-        return {entry.name for entry in folder.iterdir()}
+        names = sorted(os.listdir(folder))
     except OSError:
-        return None
+        return {}
+    stems: dict[str, str] = {}
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in suffixes:
+            stems.setdefault(stem, name)
+    return stems
 
 
 def _parse(text: str, file: str, findings: Findings) -> Element | None:
@@ -204,11 +215,7 @@ class _SplitReader:
         self.split, self.on_disk, self.ids, self.first_id = split, on_disk, ids, first_id
         self.labels = {category.name: label for label, category in enumerate(dataset.categories)}
         self.rows = Rows()
-        self.image_of_stem: dict[str, str] = {}
-        for file in sorted(_listing(on_disk.images_folder) or ()):
-            if is_image(file):
-                self.image_of_stem.setdefault(file[: -len(Path(file).suffix)], file)
-        self.folders: dict[str, list[tuple[str, int]]] = {}
+        self.folders: dict[tuple[str, str], list[tuple[str, int]]] = {}
         self.difficult: list[str] = []
 
     def read(self, labels: list[_LabelFile]) -> Rows:
@@ -217,12 +224,12 @@ class _SplitReader:
             self._image(position, label)
         if len(set(self.rows.image_ids)) != len(self.rows.image_ids):
             self.rows.image_ids = list(range(self.first_id, self.first_id + len(labels)))
-        for folder, places in self.folders.items():
+        for (folder, actual), places in self.folders.items():
             others = len(places) - 1
             more = f" (and {others:,} more)" if others else ""
             self.findings.add(
                 "voc-folder",
-                f"has <folder>{folder}</folder>{more}, but images are read from {self.on_disk.images_folder.name}",
+                f"has <folder>{folder}</folder>{more}, but images are read from {actual}",
                 file=places[0][0],
                 spot=Spot(self.split, places[0][1]),
             )
@@ -235,11 +242,11 @@ class _SplitReader:
     def _image(self, position: int, label: _LabelFile) -> None:
         name, root, spot = label.name, label.root, Spot(self.split, position)
         declared = _text(root, "filename") if root is not None else ""
-        file_name = self.image_of_stem.get(name)
+        file_name = self.on_disk.images.get(name)
         if file_name is None:
             usable = Path(declared).stem == Path(name).name and is_valid_name(declared)
             file_name = declared if usable else f"{name}.jpg"
-        elif declared and declared != file_name and Path(declared).name != file_name:
+        elif declared and declared.replace("\\", "/").rpartition("/")[2] != Path(file_name).name:
             message = f"has <filename>{declared}</filename>, but its image is {file_name}"
             line = _line(label.text, "<filename")
             self.findings.add("voc-filename", message, file=label.file, line=line, spot=spot)
@@ -249,12 +256,13 @@ class _SplitReader:
             if not (0 < size[0] < 1 << 31 and 0 < size[1] < 1 << 31):
                 size = (0, 0)
             folder = _text(root, "folder")
-            if folder and Path(folder).name != self.on_disk.images_folder.name:
-                self.folders.setdefault(folder, []).append((label.file, position))
+            actual = (self.on_disk.images_folder / file_name).parent.name
+            if folder and folder.replace("\\", "/").rstrip("/").rpartition("/")[2] != actual:
+                self.folders.setdefault((folder, actual), []).append((label.file, position))
         elif not label.file:
             self.findings.add(
                 "label-missing",
-                f"{file_name} has no XML file ({self.dataset.show(self.on_disk.xml_folder / name)}.xml)",
+                f"{file_name} has no XML file ({self.dataset.show(self.on_disk.xml_folder / Path(name).name)}.xml)",
                 file=self.dataset.show(self.on_disk.images_folder / file_name),
                 image_id=self.first_id + position,
                 spot=spot,

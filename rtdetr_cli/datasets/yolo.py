@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,20 +47,43 @@ def read_yolo(dataset: RawDataset, path: Path, images: Path | None) -> None:
     config = read_yaml(dataset, path, file, images, oddities)
     if config is None:
         return
-    numbers = sorted(config.classes, key=lambda n: config.category_ids[n])
-    dataset.categories = tuple(Category(config.category_ids[n], config.classes[n]) for n in numbers)
-    labels = {number: label for label, number in enumerate(numbers)}
-    ids = read_ids(dataset, config.base, oddities)
     listed: dict[str, list[Path]] = {}
     for split, entries in config.splits.items():
         paths = _images(dataset, config, split, entries, file, oddities)
         if paths is not None:
             listed[split] = paths
+    read_yolo_files(dataset, config, listed, {}, file, oddities)
+
+
+def read_yolo_files(
+    dataset: RawDataset,
+    config: DataYaml,
+    listed: dict[str, list[Path]],
+    label_files: Mapping[Path, Path],
+    file: str,
+    oddities: Oddities,
+) -> None:
+    """Read the label files of images.
+
+    Args:
+        dataset: gets categories, splits and findings.
+        config: the classes, and the folder that names of images are relative to.
+        listed: split -> images.
+        label_files: image -> label file, where it is not the one that `label_path` gives.
+        file: the file that defines the classes, to show.
+        oddities: gets those of the label files.
+    """
+    numbers = sorted(config.classes, key=lambda n: config.category_ids[n])
+    dataset.categories = tuple(Category(config.category_ids[n], config.classes[n]) for n in numbers)
+    labels = {number: label for label, number in enumerate(numbers)}
+    ids = read_ids(dataset, config.base, oddities)
+    label_files = {p: label_files.get(p) or _find_label(p) for paths in listed.values() for p in paths}
     if config.keypoints is None:
-        _guess_keypoints(dataset, config, [path for paths in listed.values() for path in paths], file)
+        _guess_keypoints(dataset, config, list(label_files.values()), file)
     first_id = 1
     for split, paths in listed.items():
-        rows = _read_split(dataset, config, split, paths, labels, ids, first_id, oddities)
+        files = [(path, label_files[path]) for path in paths]
+        rows = _read_split(dataset, config, split, files, labels, ids, first_id, oddities)
         dataset.splits[split] = rows.split(split, config.base)
         dataset.splits[split].normalized = True
         first_id += len(paths)
@@ -152,6 +175,12 @@ def label_path(image: Path) -> Path:
     return _with_last(image.parent.parts, "images", "labels") / f"{image.stem}.txt"
 
 
+def _find_label(image: Path) -> Path:
+    """Return the label file of an image: the usual one, or the one beside the image if the usual folder is missing."""
+    label, beside = label_path(image), image.parent / f"{image.stem}.txt"
+    return beside if label != beside and not label.parent.is_dir() and beside.is_file() else label
+
+
 def _with_last(parts: Sequence[str], name: str, new: str) -> Path:
     """Return a folder with the last part of that name replaced."""
     last = max((i for i, part in enumerate(parts) if part == name), default=-1)
@@ -175,7 +204,7 @@ def _read_split(
     dataset: RawDataset,
     config: DataYaml,
     split: str,
-    images: list[Path],
+    files: list[tuple[Path, Path]],
     labels: dict[int, int],
     ids: IdsFile,
     first_id: int,
@@ -183,13 +212,12 @@ def _read_split(
 ) -> Rows:
     rows = Rows()
     listings: dict[Path, set[str]] = {}
-    classes_text = f"data.yaml defines {counted(len(labels), 'class')}"
+    classes_text = f"{config.file} defines {counted(len(labels), 'class')}"
     if labels:
         classes_text += f": {min(labels)}-{max(labels)}"
     context = _LabelContext(dataset.findings, config, labels, classes_text)
-    for position, path in enumerate(images):
+    for position, (path, label) in enumerate(files):
         name = str(path.relative_to(config.base)) if path.is_relative_to(config.base) else str(path)
-        label = label_path(path)
         if label.parent not in listings:
             listings[label.parent] = _listing(label.parent)
         own_id, facts = ids.image(split, name)
@@ -290,10 +318,10 @@ def _read_line(
 # ---- keypoints that data.yaml does not declare
 
 
-def _guess_keypoints(dataset: RawDataset, config: DataYaml, images: list[Path], file: str) -> None:
+def _guess_keypoints(dataset: RawDataset, config: DataYaml, label_files: list[Path], file: str) -> None:
     """Find out from the labels whether boxes are followed by keypoints, and report it."""
-    sample = images[:: max(1, len(images) // _MAX_SAMPLED_FILES)]
-    rows = [values for path in sample for values in _numbers(label_path(path))]
+    sample = label_files[:: max(1, len(label_files) // _MAX_SAMPLED_FILES)]
+    rows = [values for path in sample for values in _numbers(path)]
     if not rows:
         return
     columns, count = Counter(map(len, rows)).most_common(1)[0]
@@ -373,10 +401,11 @@ def _point_size(table: NDArray[np.float64]) -> int:
 def _report_orphans(dataset: RawDataset) -> None:
     """Report label files without an image in the folders of those that have one."""
     used = {dataset.label_paths[file] for split in dataset.splits.values() for file in split.label_files}
+    known = {*used, *dataset.label_paths.values()}  # a list of images may lie beside the labels
     for folder in sorted({path.parent for path in used}):
         images: set[str] | None = None
         for name in sorted(_listing(folder)):
-            if not name.endswith(".txt") or name in _CLASS_FILES or folder / name in used:
+            if not name.endswith(".txt") or name in _CLASS_FILES or folder / name in known:
                 continue
             if images is None:
                 images = _stems_of(folder)
