@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -37,6 +37,7 @@ METRICS = "metrics.csv"
 LOG = "train.log"
 LOCK = ".lock"
 IMAGE_DIGESTS = ".images"
+VAL_IMAGES = "val_images.json"
 REPORT = "report.html"
 PLOTS = "plots"
 EVENTS = "events"
@@ -73,7 +74,7 @@ class RunFolder:
                 refuse_existing(out, name)
                 path.mkdir(parents=True)
             else:
-                path = _make_numbered(out, re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "run")
+                path = make_numbered(out, re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "run")
             probe = path / PROBE
             probe.touch()
             probe.unlink()
@@ -179,15 +180,19 @@ class RunFolder:
         match = FINISHED_IN_LOG.search(_read_text(self.path / LOG))
         return match[1] if match else ""
 
+    @property
+    def is_old(self) -> bool:
+        """True for a run of version 0.1."""
+        return "finished" not in self.manifest()
+
     def refuse_old(self) -> None:
         """Refuse to resume an interrupted run of version 0.1, whose checkpoints identify the dataset differently.
 
         Raises:
             UsageError: it is one.
         """
-        manifest = self.manifest()
-        if "finished" not in manifest and not self.finished:
-            version = manifest.get("versions", {}).get("rtdetr-cli", "0.1")
+        if self.is_old and not self.finished:
+            version = self.manifest().get("versions", {}).get("rtdetr-cli", "0.1")
             raise UsageError(
                 f"the run {self.path} was started by rtdetr-cli {version}, and this version cannot resume it",
                 hint=f"rtdetr train --weights {self.path} --data DATA starts a new run from its best model",
@@ -253,6 +258,17 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+    # ---- val images ---------------------------------------------------------------------------------------------
+
+    def write_val_images(self, names: Sequence[str]) -> None:
+        """Store which images the run held out of a dataset without a val split."""
+        self.write(VAL_IMAGES, json.dumps(list(names), indent=0) + "\n")
+
+    def val_images(self) -> list[str] | None:
+        """Read what `write_val_images` stored; None where the dataset had a val split of its own."""
+        names = _parse_json(_read_text(self.path / VAL_IMAGES))
+        return [str(name) for name in names] if isinstance(names, list) else None
 
     # ---- image digests ------------------------------------------------------------------------------------------
 
@@ -372,7 +388,8 @@ def next_name(out: Path, stem: str) -> str:
     return f"{stem}-{max(taken, default=0) + 1:02d}"
 
 
-def _make_numbered(out: Path, stem: str) -> Path:
+def make_numbered(out: Path, stem: str) -> Path:
+    """Make and return a new folder `stem-NN` in an existing one."""
     while True:
         path = out / next_name(out, stem)
         with suppress(FileExistsError):  # another process took the name just now
@@ -388,8 +405,12 @@ def _read_text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(_read_text(path))
-    except ValueError:
-        return {}
+    document = _parse_json(_read_text(path))
     return document if isinstance(document, dict) else {}
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

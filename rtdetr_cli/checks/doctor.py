@@ -14,6 +14,7 @@ from rtdetr_cli.checks.boxes import check_boxes
 from rtdetr_cli.checks.duplicates import check_duplicates, groups_by_path
 from rtdetr_cli.checks.files import check_files, measure_images
 from rtdetr_cli.checks.images import ImageInfo, check_images, find_duplicates
+from rtdetr_cli.checks.split import VAL_FRACTION, choose_val, report_drawn
 from rtdetr_cli.checks.structure import check_structure, check_train_split
 from rtdetr_cli.datasets.findings import SEVERITIES, Spot
 from rtdetr_cli.datasets.raw import RawDataset
@@ -148,10 +149,6 @@ def examine(
         check_duplicates(raw, *find_duplicates(raw, report.image_info))
     else:
         check_duplicates(raw, groups_by_path(raw))
-    if set(raw.splits) == {"train"} and len(raw.splits["train"]):
-        raw.findings.add(
-            "split-made",
-            f"there is no val split: training draws one from the {len(raw.splits['train'])} images",
-            file=raw.main_file(),
-        )
+    if "val" not in raw.splits and len(raw.splits.get("train", ())):
+        report_drawn(raw, choose_val(raw, VAL_FRACTION))
     return report

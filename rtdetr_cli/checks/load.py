@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from rtdetr_cli.checks.boxes import check_boxes
 from rtdetr_cli.checks.duplicates import check_duplicates, groups_by_path
 from rtdetr_cli.checks.files import check_files, measure_images
+from rtdetr_cli.checks.split import VAL_FRACTION, draw_val
 from rtdetr_cli.checks.structure import check_structure
 from rtdetr_cli.datasets.raw import RawDataset
 from rtdetr_cli.datasets.read import read_raw
 from rtdetr_cli.datasets.records import Finding, Splits
-from rtdetr_cli.datasets.splits import draw_val, to_splits
+from rtdetr_cli.datasets.splits import to_splits
 from rtdetr_cli.errors import DataError
 
 MAX_ERRORS_SHOWN = 5
@@ -21,8 +23,9 @@ def load_splits(
     source: Path,
     *,
     images: Path | None = None,
-    val_fraction: float = 0.2,
-    seed: int = 0,
+    val_fraction: float = VAL_FRACTION,
+    val_images: Collection[str] | None = None,
+    legacy_seed: int | None = None,
     split_single: bool = True,
     headers: bool = True,
     find_images: bool = True,
@@ -32,9 +35,10 @@ def load_splits(
     Args:
         source: a COCO JSON file, a `data.yaml`, or a folder in any known layout.
         images: the image folder, if it cannot be guessed.
-        val_fraction: fraction of the images drawn as `val` if the dataset has no such split.
-        seed: of that draw.
-        split_single: False uses a dataset without a val split as `val` as a whole, to evaluate on a single file.
+        val_fraction: fraction of the train images held out as `val` if the dataset has no such split.
+        val_images: names of the images that a run has held out before.
+        legacy_seed: of a run of version 0.1, which drew these images by its seed.
+        split_single: False uses a dataset that is not split as `val` as a whole, to evaluate on a single file.
         headers: False trusts the declared sizes instead of reading the images' headers.
         find_images: False doesn't look for the images at all, to evaluate detections from a file.
 
@@ -47,11 +51,10 @@ def load_splits(
     measure_images(raw, all_images=headers and find_images)
     check_boxes(raw)
     check_structure(raw)
-    if split_single:
-        draw_val(raw, val_fraction, seed)
-    elif set(raw.splits) == {"train"}:
+    if not split_single and set(raw.splits) == {"train"}:
         raw.splits = {"val": raw.splits["train"]}
         raw.splits["val"].split = "val"
+    draw_val(raw, val_fraction, val_images=val_images, legacy_seed=legacy_seed, read_files=find_images)
     check_duplicates(raw, groups_by_path(raw))
     refuse_errors(raw)
     return to_splits(raw)

@@ -1,5 +1,7 @@
 """Make splits that do not leak: related images stay in one split, and classes are spread evenly.
 
+`resplit` makes all splits anew; `draw_val` takes a val split from train where a dataset has none.
+
 Related images are identical images, nearly identical ones, Roboflow's copies of one image, and the frames of a
 sequence, which are recognized by folder and file names. A sequence too large for one split is cut into blocks of
 consecutive frames.
@@ -7,23 +9,28 @@ consecutive frames.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.checks.doctor import Report
-from rtdetr_cli.checks.duplicates import all_members, members_by_label, merge_groups
+from rtdetr_cli.checks.duplicates import all_members, equal_groups, members_by_label, merge_groups
 from rtdetr_cli.checks.images import find_duplicates
+from rtdetr_cli.datasets.fingerprint import image_digests
+from rtdetr_cli.datasets.raw import RawDataset, RawSplit
 from rtdetr_cli.datasets.records import Dataset, FlatStrings
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.text import counted
+
+if TYPE_CHECKING:
+    from rtdetr_cli.checks.doctor import Report
 
 NAMES = ("train", "val", "test")
 _CONCATENATED = ("image_ids", "sizes_wh", "boxes_xyxy_px", "labels", "areas", "crowd", "annotation_ids")
@@ -53,6 +60,12 @@ numbers, such as COCO's ids, reach less than two thirds."""
 
 _PAUSE = 10
 """A step of this many median steps starts a new run: the next frame shows another scene."""
+
+VAL_FRACTION = 0.2
+"""Fraction of train that training holds out by default if there is no val split."""
+
+FEW_VAL_IMAGES = 10
+"""With fewer images in a drawn val split a single object changes the metrics visibly."""
 
 _MAX_REFINED = 1000
 """Clusters up to which the assignment is refined; the time grows with the square of their number."""
@@ -101,17 +114,14 @@ def resplit(report: Report, parts: dict[str, Dataset], fractions: Sequence[float
     """
     dataset = join(list(parts.values()))
     names = list(dataset.file_names)
-    counts = _class_counts(dataset)
-    by_name = sequences(names, counts)
-    groups = by_name.groups
+    counts = _class_counts(dataset.labels, np.diff(dataset.offsets), len(dataset.categories))
+    groups: list[list[int]] = []
     if report.image_info:
         index = {member: i for i, member in enumerate(all_members(report.raw))}
-        identical, near = find_duplicates(report.raw, report.image_info)
-        groups = [*([index[member] for member in group] for group in (*identical, *near)), *groups]
-    blocks = cut_into_blocks(by_name.runs, merge_groups(len(dataset), groups))
-    merged = members_by_label(merge_groups(len(dataset), [*groups, *blocks]))
-    # Sorted by name, so that the order of the entries in the label file doesn't matter.
-    clusters = sorted((sorted(c, key=lambda i: names[i]) for c in merged), key=lambda c: names[c[0]])
+        groups = [
+            [index[m] for m in group] for kind in find_duplicates(report.raw, report.image_info) for group in kind
+        ]
+    clusters = _clusters(names, counts, groups)
     if len(clusters) < len(fractions):
         raise DataError(
             f"the {len(dataset)} images of {dataset.name} form only {counted(len(clusters), 'group')} of related "
@@ -125,6 +135,118 @@ def resplit(report: Report, parts: dict[str, Dataset], fractions: Sequence[float
         images = [i for cluster, split in zip(clusters, assigned, strict=True) if split == number for i in cluster]
         new_parts[name] = dataset.subset(sorted(images, key=lambda i: names[i]), split=name)
     return Resplit(new_parts, len(clusters), sum(len(c) > 1 for c in clusters), max(len(c) for c in clusters))
+
+
+def _clusters(names: Sequence[str], counts: NDArray[np.int64], groups: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return groups of images that have to stay in one split, single images included.
+
+    They are sorted by name, so that the order of the entries in the label file doesn't matter.
+
+    Args:
+        names: paths of the images.
+        counts: (N, K + 1) boxes of each class in each image; the last column is 1.
+        groups: images that are related by their content.
+    """
+    by_name = sequences(names, counts)
+    groups = [*groups, *by_name.groups]
+    blocks = cut_into_blocks(by_name.runs, merge_groups(len(names), groups))
+    merged = members_by_label(merge_groups(len(names), [*groups, *blocks]))
+    return sorted((sorted(c, key=lambda i: names[i]) for c in merged), key=lambda c: names[c[0]])
+
+
+# ---- a val split from train
+
+
+def draw_val(
+    raw: RawDataset,
+    fraction: float,
+    *,
+    val_images: Collection[str] | None = None,
+    legacy_seed: int | None = None,
+    read_files: bool = True,
+) -> None:
+    """Take a val split from train if the dataset has none; report what was done.
+
+    Args:
+        raw: gets the split and the finding.
+        fraction: of the train images.
+        val_images: file names of the split that a run has drawn before.
+        legacy_seed: of a run of version 0.1, which drew by its seed and did not keep the split.
+        read_files: False doesn't look for copies of one image, which reads the files.
+    """
+    if "val" in raw.splits or not len(raw.splits.get("train", ())):
+        return
+    train = raw.splits["train"]
+    val: NDArray[np.bool_] | None = None
+    if val_images:
+        known = frozenset(val_images)
+        val = np.asarray([name in known for name in train.file_names], np.bool_)
+    elif legacy_seed is not None:
+        if len(raw.splits) > 1:  # version 0.1 chose the best epoch by the test split
+            return
+        val = _draw_by_seed(train, fraction, legacy_seed)
+    if val is None or val.all() or not val.any():
+        val = choose_val(raw, fraction, read_files=read_files)
+    report_drawn(raw, val)
+    if val is not None:
+        others = {name: split for name, split in raw.splits.items() if name != "train"}
+        raw.splits = {"train": train.select_images(~val, "train"), "val": train.select_images(val, "val"), **others}
+        raw.split_made = True
+
+
+def choose_val(raw: RawDataset, fraction: float, *, read_files: bool = True) -> NDArray[np.bool_] | None:
+    """Return which images of train to hold out, or None if they cannot be divided.
+
+    The choice depends on the dataset alone, so that the metrics of two runs can be compared. Copies of one image and
+    frames of one sequence stay on one side; nearly identical images are not looked for, because that would decode all.
+    """
+    train = raw.splits["train"]
+    boxes = np.bincount(train.box_images, minlength=len(train))
+    counts = _class_counts(train.labels, boxes, len(raw.categories))
+    clusters = _clusters(train.file_names, counts, _identical_files(train) if read_files else [])
+    if len(clusters) < 2:
+        return None
+    val = np.zeros(len(train), np.bool_)
+    assigned = assign_clusters(clusters, counts, (1 - fraction, fraction), seed=0)
+    for cluster, split in zip(clusters, assigned, strict=True):
+        val[cluster] = split == 1
+    return val
+
+
+def report_drawn(raw: RawDataset, val: NDArray[np.bool_] | None) -> None:
+    """Report the val split that is taken from train; None for none."""
+    images = counted(len(raw.splits["train"]), "train image")
+    message, severity = f"there is no val split, and {images} cannot be divided into train and val", "warning"
+    if val is not None:
+        message = f"there is no val split: {int(val.sum()):,} of {images} are held out for it"
+        if val.sum() >= FEW_VAL_IMAGES:
+            severity = "info"
+        else:
+            message += ", too few for reliable metrics"
+    raw.findings.add("split-made", message, file=raw.main_file(), severity=severity)
+
+
+def _draw_by_seed(train: RawSplit, fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Draw the images that version 0.1 drew."""
+    count = min(len(train) - 1, max(1, round(fraction * len(train))))
+    drawn = np.zeros(len(train), np.bool_)
+    order = np.argsort(np.asarray(train.file_names, object), kind="stable")
+    drawn[order[np.random.default_rng(seed).permutation(len(train))[:count]]] = True
+    return drawn
+
+
+def _identical_files(split: RawSplit) -> list[list[int]]:
+    """Return groups of images with the same content; only files of the same length are read."""
+    lengths = [0] * len(split)
+    for image in np.flatnonzero(split.usable).tolist():
+        try:
+            lengths[image] = os.stat(split.path(image)).st_size
+        except OSError:  # `check_files` reports it
+            continue
+    candidates = [image for group in equal_groups(lengths) for image in group]
+    paths = [str(split.path(image)) for image in candidates]
+    digests = image_digests(paths, max_read=len(paths)).tolist()
+    return [[candidates[i] for i in group] for group in equal_groups(digests)]
 
 
 # ---- sequences
@@ -271,8 +393,8 @@ def assign_clusters(
     order = sorted(random.permutation(len(clusters)).tolist(), key=lambda c: -len(clusters[c]))
     rank = np.empty(len(clusters), np.int64)
     rank[order] = np.arange(len(clusters))
+    left = table.sum(axis=0)
     while waiting.any():
-        left = table[waiting].sum(axis=0)
         classes = np.flatnonzero(left[:-1])
         rarest = int(classes[np.argmin(left[classes])]) if len(classes) else table.shape[1] - 1
         candidates = np.flatnonzero(waiting & (table[:, rarest] > 0))
@@ -281,6 +403,7 @@ def assign_clusters(
             _, _, _, best = max((n, r, random.random(), s) for s, (n, r) in enumerate(zip(lacking, room, strict=True)))
             splits[cluster] = best
             wanted[best] -= table[cluster]
+            left -= table[cluster]
             waiting[cluster] = False
     filled = _fill_empty(clusters, splits.tolist(), len(fractions))
     # Single images fill every gap that is left; a few blocks do not.
@@ -335,12 +458,12 @@ def _refine(table: NDArray[np.float64], splits: list[int], fractions: Sequence[f
     return [int(split) for split in split_of[:count]]
 
 
-def _class_counts(dataset: Dataset) -> NDArray[np.int64]:
+def _class_counts(labels: NDArray[np.int64], boxes_per_image: NDArray[np.integer], classes: int) -> NDArray[np.int64]:
     """Return boxes of each class in each image (N, K + 1); the last column is 1."""
-    images = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))
-    width = len(dataset.categories) + 1
-    flat = np.bincount(images * width + dataset.labels, minlength=len(dataset) * width)
-    counts = flat.reshape(len(dataset), width).astype(np.int64)
+    count, width = len(boxes_per_image), classes + 1
+    images = np.repeat(np.arange(count), boxes_per_image)
+    flat = np.bincount(images * width + labels, minlength=count * width)
+    counts = flat.reshape(count, width).astype(np.int64)
     counts[:, -1] = 1
     return counts
 

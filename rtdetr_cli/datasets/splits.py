@@ -1,4 +1,4 @@
-"""Turn checked records into datasets, and draw a val split if there is none."""
+"""Turn checked records into datasets."""
 
 from __future__ import annotations
 
@@ -48,23 +48,4 @@ def _dataset(raw: RawDataset, split: RawSplit) -> Dataset:
         areas=areas,
         crowd=split.crowd,
         annotation_ids=split.annotation_ids,
-    )
-
-
-def draw_val(raw: RawDataset, val_fraction: float, seed: int) -> None:
-    """Draw a val split from a dataset that has only a train split."""
-    if set(raw.splits) != {"train"} or len(raw.splits["train"]) < 2:
-        return
-    train = raw.splits["train"]
-    count = min(len(train) - 1, max(1, round(val_fraction * len(train))))
-    # By file name, so that the draw doesn't depend on the order of the entries in the label file.
-    order = np.argsort(np.asarray(train.file_names, object), kind="stable")
-    drawn = np.zeros(len(train), np.bool_)
-    drawn[order[np.random.default_rng(seed).permutation(len(train))[:count]]] = True
-    raw.splits = {"train": train.select_images(~drawn, "train"), "val": train.select_images(drawn, "val")}
-    raw.split_made = True
-    raw.findings.add(
-        "split-made",
-        f"there is no val split: {count} of {len(train)} images were drawn for it (seed {seed})",
-        file=raw.main_file(),
     )

@@ -3,25 +3,51 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rtdetr_cli.checks.load import load_splits
+from rtdetr_cli.checks.split import VAL_FRACTION
 from rtdetr_cli.datasets.records import Dataset, Splits
 from rtdetr_cli.errors import DataError, UsageError
-from rtdetr_cli.runs import CONFIG
+from rtdetr_cli.runs import CONFIG, RunFolder
 from rtdetr_cli.weights.header import ModelHeader
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """The dataset that a run was trained with, from its settings."""
+    """The dataset that a run was trained with, from its settings.
+
+    Attributes:
+        source: the dataset.
+        images: folder of the images, if it was named.
+        val_fraction: fraction of train that was held out if the dataset had no val split.
+        val_images: names of the images that were held out; None for none.
+        legacy_seed: by which a run of version 0.1 drew them; None for other runs.
+    """
 
     source: Path
-    images: Path | None
-    val_fraction: float
-    seed: int
+    images: Path | None = None
+    val_fraction: float = VAL_FRACTION
+    val_images: Sequence[str] | None = None
+    legacy_seed: int | None = None
+
+    def is_of(self, source: Path) -> bool:
+        """Return whether `source` is this dataset."""
+        return self.source.exists() and self.source.resolve() == source.resolve()
+
+    def load(self, *, find_images: bool = True) -> Splits:
+        """Load the dataset with the val split that the run used."""
+        return load_splits(
+            self.source,
+            images=self.images,
+            val_fraction=self.val_fraction,
+            val_images=self.val_images,
+            legacy_seed=self.legacy_seed,
+            find_images=find_images,
+        )
 
 
 def training_data(model: Path, header: ModelHeader | None = None) -> TrainingData | None:
@@ -32,15 +58,16 @@ def training_data(model: Path, header: ModelHeader | None = None) -> TrainingDat
     for folder in (model.parent, model.parent.parent):
         settings = _run_settings(folder)
         if settings.get("data"):
-            images = settings.get("images")
+            images, run = settings.get("images"), RunFolder(folder)
             return TrainingData(
                 _resolve(Path(settings["data"]), folder),
                 _resolve(Path(images), folder) if images else None,
-                float(settings.get("val_fraction", 0.2)),
-                int(settings.get("seed", 0)),
+                float(settings.get("val_fraction", VAL_FRACTION)),
+                run.val_images(),
+                int(settings.get("seed", 0)) if run.is_old else None,
             )
     source = (header.dataset if header else {}).get("source")
-    return TrainingData(Path(str(source)), None, 0.2, 0) if source else None
+    return TrainingData(Path(str(source))) if source else None
 
 
 def _run_settings(folder: Path) -> dict[str, Any]:
@@ -77,8 +104,8 @@ def choose_split(
 ) -> SelectedSplit:
     """Load the split to evaluate a model on.
 
-    All of a dataset without a val split is used, except for the dataset that the model was trained with: there the
-    part that training held out is drawn again.
+    Of the dataset that the model was trained with, the val split of the training is used. Of another dataset that is
+    not split, all images are; if it has train and test but no val, the part of train that training would hold out.
 
     Args:
         source: the dataset, or None for the one that the model was trained with.
@@ -109,16 +136,23 @@ def choose_split(
             )
         source, images = trained.source, images or trained.images
         notes.append(f"data {source} (the dataset that the model was trained with)")
-    same_source = trained is not None and trained.source.exists() and trained.source.resolve() == source.resolve()
-    val_fraction, seed = (trained.val_fraction, trained.seed) if trained is not None and same_source else (0.2, 0)
-    splits = load_splits(source, images=images, val_fraction=val_fraction, seed=seed, find_images=find_images)
+    same_source = trained is not None and trained.is_of(source)
+    if trained is not None and same_source:
+        data = replace(trained, source=source, images=images)
+    else:
+        # A model of version 0.1 without its run folder was most likely trained with the default seed.
+        old = header is not None and header.version.startswith("0.1.")
+        data = TrainingData(source, images, legacy_seed=0 if old else None)
+    splits = data.load(find_images=find_images)
     fingerprint = str((header.dataset if header else {}).get("fingerprint", ""))
-    if splits.split_made:
-        if same_source or (fingerprint and fingerprint == splits.fingerprint):
-            notes.append(f"{splits.name} has no val split: using the part that was held out in training")
-        else:
-            splits = load_splits(source, images=images, split_single=False, find_images=find_images)
-    elif same_source and fingerprint and fingerprint != splits.fingerprint:
+    unchanged = bool(fingerprint) and fingerprint == splits.fingerprint
+    if splits.split_made and (same_source or unchanged):
+        notes.append(f"{splits.name} has no val split: using the part that was held out in training")
+    elif splits.split_made and splits.test is not None:
+        notes.append(f"{splits.name} has no val split: using the part of train that training would hold out")
+    elif splits.split_made:
+        splits = load_splits(source, images=images, split_single=False, find_images=find_images)
+    if same_source and fingerprint and not unchanged:
         notes.append(f"{splits.name} has changed since the model was trained")
     return SelectedSplit(_pick(splits, split), splits.source, tuple(notes))
 
@@ -133,7 +167,7 @@ def _pick(splits: Splits, split: str) -> Dataset:
         existing = [f"{name} ({len(part)} images)" for name, part in by_name.items() if part is not None]
         raise DataError(
             f"{splits.name} has {state} {split} split; it has {', '.join(existing) or 'nothing'}",
-            hint="choose another with --split, or create one: rtdetr validate DATA --resplit 0.8,0.2 --to DIR",
+            hint=f"choose another with --split, or create one: rtdetr validate {splits.source} --resplit 0.8,0.2 --to DIR",
             code="empty-split",
         )
     return dataset

@@ -141,7 +141,7 @@ def resume(
         state: dict[str, Any] = untrained if untrained is not None else processes.broadcast_state(checkpoint)
         del checkpoint
         stop = stop if stop is not None else StopFlag()
-        prepared = prepare(config, processes, pretrained=untrained is not None)
+        prepared = prepare(config, processes, pretrained=untrained is not None, run=folder)
         with prepared.loader:
             digests = digest_images(prepared)
             if state.get("identity") is not None:
@@ -237,10 +237,10 @@ def log_line(event: TrainingEvent) -> str:
                 f"loss {event.loss:.4f}{scores}  {event.seconds:.1f} s  waited {event.loader_share:.0%}  "
                 f"{event.memory_bytes / 1e9:.2f} GB"
             )
-        case StepSkipped(skipped=skipped):
+        case StepSkipped():
             return (
-                f"step {event.step} skipped: {skipped.term} not finite, {skipped.in_a_row} in a row, "
-                f"images {', '.join(skipped.files)}"
+                f"step {event.step} skipped: {event.term} not finite, {event.in_a_row} in a row, "
+                f"images {', '.join(event.files)}"
             )
         case MicroBatchReduced():
             return f"step {event.step}: out of memory, micro-batch {event.micro_batch_before} -> {event.micro_batch}"
@@ -322,6 +322,8 @@ def _make_folder(
         lock.enter_context(folder.lock())
         folder.write(CONFIG, prepared.config.to_toml())
         folder.write_digests(digests.values)
+        if prepared.splits.split_made and prepared.splits.val is not None:
+            folder.write_val_images(list(prepared.splits.val.file_names))
         folder.write_manifest(_manifest(prepared, progress, digests, argv))
         path = str(folder.path)
     return RunFolder(Path(processes.broadcast(path)))

@@ -15,18 +15,18 @@ import torch
 
 from rtdetr_cli import machine
 from rtdetr_cli.batches.loader import TrainLoader
-from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.datasets.records import Dataset, Splits
 from rtdetr_cli.errors import DataError, UsageError
+from rtdetr_cli.evaluate.source import TrainingData, training_data
 from rtdetr_cli.images.augment import Augmentation, load_augmentation
 from rtdetr_cli.infer.torch_backend import choose_device
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.train import memory
 from rtdetr_cli.train.explain import Choice, explain_plan, plan_warnings
-from rtdetr_cli.train.losses import Criterion
 from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics, parameter_groups
 from rtdetr_cli.train.plan import Plan, frozen_spec, make_plan
 from rtdetr_cli.train.precision import choose_precision
@@ -38,7 +38,7 @@ from rtdetr_cli.weights.header import ModelHeader
 from rtdetr_cli.weights.hub import ShowProgress
 from rtdetr_cli.weights.transfer import TransferTable
 from rtdetr_cli.workflows.image_check import check_images_if_cheap
-from rtdetr_cli.workflows.starting_weights import load_starting_weights
+from rtdetr_cli.workflows.starting_weights import load_starting_weights, weights_file
 
 OVERFIT_STEPS = 20  # of an epoch with --overfit
 
@@ -84,6 +84,7 @@ def prepare(
     processes: ProcessGroup = SINGLE_PROCESS,
     *,
     pretrained: bool = True,
+    run: RunFolder | None = None,
     fetching: ShowProgress | None = None,
 ) -> Prepared:
     """Load dataset and weights and put everything that learns on its device.
@@ -92,6 +93,7 @@ def prepare(
         config: the resolved settings.
         processes: the processes of the run.
         pretrained: False when the tensors come from a checkpoint anyway.
+        run: the run that is resumed.
         fetching: shows the progress of a download of weights.
     """
     settings = config.settings
@@ -102,7 +104,7 @@ def prepare(
     if settings.aug != "auto":
         load_augmentation(settings.aug)  # refuses a bad file before anything is read
 
-    splits = load_data(config)
+    splits = load_data(config, run)
     train_set, val_set = training_sets(splits, config, warnings)
     same_everywhere = {k: v for k, v in versions(processes).items() if k in ("torch", "rtdetr-cli")}
     refuse_differences(processes, {"dataset": splits.fingerprint, "precision": precision.name, **same_everywhere})
@@ -163,15 +165,19 @@ def prepare(
 # ---- parts ------------------------------------------------------------------------------------------------------
 
 
-def load_data(config: RunConfig) -> Splits:
-    """Load the dataset of a run, drawing a val split where it has none."""
+def load_data(config: RunConfig, run: RunFolder | None = None) -> Splits:
+    """Load the dataset of a run, taking a val split from train where it has none.
+
+    A resumed run holds out the same images as before. So does a run that starts from the model of another run on the
+    same dataset, because the model knows the other images.
+    """
     settings = config.settings
-    return load_splits(
-        Path(str(settings.data)),
-        images=Path(settings.images) if settings.images else None,
-        val_fraction=settings.val_fraction,
-        seed=settings.seed,
-    )
+    source, images = Path(str(settings.data)), Path(settings.images) if settings.images else None
+    model = run.best if run is not None else weights_file(settings.weights)
+    earlier = training_data(model) if model.is_file() else None
+    if earlier is None or not earlier.is_of(source):
+        earlier = TrainingData(source, val_fraction=settings.val_fraction)
+    return replace(earlier, source=source, images=images).load()
 
 
 def training_sets(splits: Splits, config: RunConfig, warnings: list[str]) -> tuple[Dataset, Dataset]:
@@ -195,10 +201,8 @@ def training_sets(splits: Splits, config: RunConfig, warnings: list[str]) -> tup
         return train_set.subset(list(range(count)) * repeats), replace(few, split="val")
     if splits.val is not None:
         return train_set, splits.val
-    if splits.test is not None:
-        warnings.append("the dataset has no val split: the test split is used to choose the best epoch")
-        return train_set, splits.test
-    warnings.append("the only image is used for both training and evaluation")
+    images = "the only image is" if len(train_set) == 1 else "no val split can be drawn, so the training images are"
+    warnings.append(f"{images} used for evaluation as well")
     return train_set, replace(train_set, split="val")
 
 
@@ -264,7 +268,6 @@ def make_learner(
         model=model,
         average=MovingAverage(model),
         optimizer=FusedAdamW(groups, clip_norm=optim.clip_norm, scaled=autocast == torch.float16),
-        criterion=Criterion(num_classes=model.num_classes),
         spec=spec,
         device=device,
         autocast=autocast,

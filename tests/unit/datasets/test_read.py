@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.datasets.read import read_raw
@@ -18,6 +19,10 @@ from rtdetr_cli.errors import DataError
 
 def parts(splits: Splits) -> dict[str, Dataset]:
     return {d.split: d for d in (splits.train, splits.val, splits.test) if d is not None}
+
+
+def file_names(dataset: Dataset | None) -> list[str]:
+    return list(dataset.file_names) if dataset is not None else []
 
 
 def test_flat_arrays_agree_with_the_file(coco: Any) -> None:
@@ -101,18 +106,66 @@ def test_roboflow_folder(coco: Any, tmp_path: Path) -> None:
         assert {name: len(d) for name, d in parts(splits).items()} == {"train": 4, "val": 4}
 
 
-def test_a_single_file_is_split_by_the_seed(coco: Any) -> None:
+def test_val_is_drawn_from_a_single_file(coco: Any) -> None:
     del coco.documents["val"]
     folder = coco.write()
-    one, same, other = (load_splits(folder, seed=seed, val_fraction=0.25) for seed in (1, 1, 5))
-    assert one.split_made
-    assert one.fingerprint == same.fingerprint
-    assert one.val is not None
-    assert one.train is not None
-    assert (len(one.train), len(one.val)) == (3, 1)
-    assert len(one.train.labels) + len(one.val.labels) == 24
-    assert {load_splits(folder, seed=s, val_fraction=0.25).fingerprint for s in range(6)} != {one.fingerprint}
-    assert other.split_made
+    splits = load_splits(folder, val_fraction=0.25)
+    assert splits.split_made
+    assert {name: len(d) for name, d in parts(splits).items()} == {"train": 3, "val": 1}
+    assert sum(len(d.labels) for d in parts(splits).values()) == 24
+    coco.train["images"].reverse()
+    coco.write()
+    again = load_splits(folder, val_fraction=0.25)
+    assert file_names(again.val) == file_names(splits.val), "the order of the entries decides nothing"
+
+
+def test_val_is_drawn_from_train_and_never_from_test(coco: Any) -> None:
+    coco.documents["test"] = coco.documents.pop("val")
+    splits = load_splits(coco.write(), val_fraction=0.25)
+    assert splits.split_made
+    assert {name: len(d) for name, d in parts(splits).items()} == {"train": 3, "val": 1, "test": 4}
+
+
+def test_frames_of_a_sequence_and_copies_stay_on_one_side(coco: Any) -> None:
+    del coco.documents["val"]
+    copies = ("apple.png", "pear.png", "sun.png")
+    names = [f"clip{letter}_{frame}.png" for letter in "abcde" for frame in range(4)] + list(copies)
+    size = {"width": 96, "height": 64}
+    coco.train["images"] = [{"id": i, "file_name": name, **size} for i, name in enumerate(names)]
+    coco.train["annotations"] = [{**coco.box, "id": i, "image_id": i} for i in range(len(names))]
+    for number, name in enumerate(names):
+        pixels = np.random.default_rng(99 if name in copies else number).integers(0, 256, (64, 96, 3), np.uint8)
+        Image.fromarray(pixels).save(coco.make(f"images/{name}"))
+    splits = load_splits(coco.write())
+    sides = [{"copy" if n in copies else n.split("_")[0] for n in d.file_names} for d in parts(splits).values()]
+    assert len(sides) == 2
+    assert not sides[0] & sides[1]
+
+
+def test_images_that_a_run_held_out_are_held_out_again(coco: Any) -> None:
+    del coco.documents["val"]
+    splits = load_splits(coco.write(), val_images=["train_3.jpg", "gone.jpg"])
+    assert file_names(splits.val) == ["train_3.jpg"]
+
+
+def test_version_0_1_drew_by_its_seed(coco: Any) -> None:
+    del coco.documents["val"]
+    folder = coco.write()
+    drawn = [file_names(load_splits(folder, val_fraction=0.25, legacy_seed=seed).val) for seed in range(4)]
+    assert drawn == [["train_2.jpg"], ["train_0.jpg"], ["train_3.jpg"], ["train_3.jpg"]]
+
+
+def test_too_few_images_for_a_val_split_are_reported(coco: Any) -> None:
+    del coco.documents["val"]
+    coco.train["images"] = coco.train["images"][:1]
+    coco.train["annotations"] = [a for a in coco.train["annotations"] if a["image_id"] == coco.train["images"][0]["id"]]
+    splits = load_splits(coco.write())
+    assert splits.val is None
+    finding = next(f for f in splits.findings if f.code == "split-made")
+    assert (finding.severity, finding.message) == (
+        "warning",
+        "there is no val split, and 1 train image cannot be divided into train and val",
+    )
 
 
 def test_a_single_file_can_be_used_as_val(coco: Any) -> None:
