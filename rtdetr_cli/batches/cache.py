@@ -28,7 +28,6 @@ from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.images.decode import ImageFile, divisor, opened
 from rtdetr_cli.machine import free_bytes
 
-CACHES = ("none", "ram", "disk")
 _ALIGNMENT = 64
 _DIVISORS = (1, 2, 4, 8)
 _WIDTH = len(_DIVISORS)  # column of the width in the cache's table; height and "scalable" follow
@@ -38,11 +37,8 @@ _ROW = _WIDTH + 3
 class SharedBlock:
     """Zeroed bytes shared by this process and the child processes that inherit `fd`.
 
-    It is pickled as the number of the file descriptor, so only a child that inherits that can unpickle it.
-
-    Args:
-        size: bytes; pages are allocated when they are written.
-        folder: folder of a file to use; None for memory.
+    It is pickled as the number of the file descriptor, so only a child that inherits that can unpickle it. The pages
+    of its `size` bytes are allocated when they are written. `folder` is that of a file to use in place of memory.
     """
 
     def __init__(self, size: int, *, folder: Path | None = None) -> None:
@@ -106,34 +102,24 @@ class SharedRecords:
             self._layout[key] = (array.dtype.str, array.shape, size)
             size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
         self.block = SharedBlock(size)
-        self._open()
         for key, array in arrays.items():
-            self._arrays[key][...] = array
-
-    def __getstate__(self) -> tuple[SharedBlock, dict[str, tuple[str, tuple[int, ...], int]]]:
-        return self.block, self._layout
-
-    def __setstate__(self, state: tuple[SharedBlock, dict[str, tuple[str, tuple[int, ...], int]]]) -> None:
-        self.block, self._layout = state
-        self._open()
+            self._array(key)[...] = array
 
     def __len__(self) -> int:
-        return len(self._arrays["offsets"]) - 1
+        return len(self._array("offsets")) - 1
 
-    def _open(self) -> None:
-        self._arrays = {
-            key: self.block.array(dtype, shape, offset) for key, (dtype, shape, offset) in self._layout.items()
-        }
+    def _array(self, key: str) -> NDArray[Any]:
+        return self.block.array(*self._layout[key])
 
     def path(self, index: int) -> Path:
         """Return the path of one image."""
-        start, stop = self._arrays["name_ends"][index : index + 2]
-        return Path(os.fsdecode(self._arrays["names"][start:stop].tobytes()))
+        start, stop = self._array("name_ends")[index : index + 2]
+        return Path(os.fsdecode(self._array("names")[start:stop].tobytes()))
 
     def boxes(self, index: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Return the boxes (N, 4) in xyxy pixels and the labels (N,) of one image, as views."""
-        start, stop = self._arrays["offsets"][index : index + 2]
-        return self._arrays["boxes"][start:stop], self._arrays["labels"][start:stop]
+        start, stop = self._array("offsets")[index : index + 2]
+        return self._array("boxes")[start:stop], self._array("labels")[start:stop]
 
 
 class CacheEntry(NamedTuple):
@@ -166,57 +152,27 @@ class ImageCache:
     ) -> None:
         folder = _disk_folder() if kind == "disk" else None
         self.budget = free_bytes(folder) // 2 if budget is None else budget
-        self._region = self.budget // regions if largest is None else min(self.budget // regions, largest)
+        self._region_size = self.budget // regions if largest is None else min(self.budget // regions, largest)
+        self.region = 0  # that this process writes to
         self._used = 0
-        self._pixels = SharedBlock(self._region * regions, folder=folder)
+        self._pixels = SharedBlock(self._region_size * regions, folder=folder)
         # offset + 1 for each scale (0: not stored), width, height, 1 + scalable (0: unknown)
         self._rows = SharedBlock(images * _ROW * 8)
-        self._images = images
-        self._table = self._rows.array(np.int64, (images, _ROW))
-        self._region_number = 0
+        self.blocks = (self._pixels, self._rows)  # for the workers to inherit
 
-    def __getstate__(self) -> tuple[SharedBlock, SharedBlock, int, int, int]:
-        return self._pixels, self._rows, self._images, self._region, self.budget
-
-    def __setstate__(self, state: tuple[SharedBlock, SharedBlock, int, int, int]) -> None:
-        self._pixels, self._rows, self._images, self._region, self.budget = state
-        self._table = self._rows.array(np.int64, (self._images, _ROW))
-        self._used = 0
-        self._region_number = 0
-
-    @property
-    def blocks(self) -> tuple[SharedBlock, ...]:
-        """The blocks that a worker must inherit."""
-        return self._pixels, self._rows
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of the stored images."""
-        total = 0
-        sizes = self._table[:, _WIDTH : _WIDTH + 2]
-        for column, scale in enumerate(_DIVISORS):
-            sides = -(-sizes[self._table[:, column] > 0] // scale)
-            total += int(sides.prod(1).sum()) * 3
-        return total
-
-    def __len__(self) -> int:
-        """Return the number of images with at least one entry."""
-        return int((self._table[:, : len(_DIVISORS)] > 0).any(1).sum())
-
-    def use_region(self, region: int) -> None:
-        """Set the region that this process writes to."""
-        self._region_number = region
+    def _row(self, image: int) -> NDArray[np.int64]:
+        return self._rows.array(np.int64, (_ROW,), image * _ROW * 8)
 
     def publish(self, entry: CacheEntry) -> None:
         """Add an entry to the table; of two entries for the same pixels the later one is used."""
-        row = self._table[entry.image]
+        row = self._row(entry.image)
         row[_DIVISORS.index(entry.divisor)] = entry.offset + 1
         row[_WIDTH:] = (*entry.size_wh, 1 + entry.scalable)
 
     @contextmanager
     def opened(self, index: int, path: Path) -> Iterator[CachedImage]:
         """Open an image; its file only if the table doesn't know its size."""
-        width, height, scalable = self._table[index, _WIDTH:].tolist()
+        width, height, scalable = self._row(index)[_WIDTH:].tolist()
         if scalable:
             yield CachedImage(self, index, path, (width, height), scalable=scalable == 2)
         else:
@@ -225,7 +181,7 @@ class ImageCache:
 
     def read(self, index: int, divisor: int, size_wh: tuple[int, int]) -> Image.Image | None:
         """Return a stored image, or None."""
-        offset = int(self._table[index, _DIVISORS.index(divisor)]) - 1
+        offset = int(self._row(index)[_DIVISORS.index(divisor)]) - 1
         if offset < 0:
             return None
         width, height = (-(-side // divisor) for side in size_wh)
@@ -234,11 +190,11 @@ class ImageCache:
     def write(self, image: Image.Image) -> int | None:
         """Store decoded pixels in this process's region and return their offset; None if it is full."""
         size = image.width * image.height * 3
-        if self._used + size > self._region:
+        if self._used + size > self._region_size:
             return None
-        offset = self._region_number * self._region + self._used
+        offset = self.region * self._region_size + self._used
         if not self._pixels.reserve(offset, size):
-            self._used = self._region
+            self._used = self._region_size
             return None
         self._pixels.array(np.uint8, (image.height, image.width, 3), offset)[...] = np.asarray(image)
         self._used += size
@@ -248,9 +204,7 @@ class ImageCache:
 class CachedImage:
     """An image that is looked up in the cache before it is decoded, and stored afterwards; a `Source` for `augment`.
 
-    Attributes:
-        size_wh: width and height of the upright image in pixels.
-        stored: what `decode` added, for `ImageCache.publish`.
+    `stored` is what `decode` added, for `ImageCache.publish`.
     """
 
     def __init__(
@@ -263,20 +217,17 @@ class CachedImage:
         scalable: bool,
         file: ImageFile | None = None,
     ) -> None:
-        self._cache = cache
-        self._index = index
-        self._path = path
-        self._scalable = scalable
-        self._file = file
+        self._cache, self._index, self._path = cache, index, path
+        self._scalable, self._file = scalable, file
         self.size_wh = size_wh
         self.stored: CacheEntry | None = None
 
     def divisor(self, hw: tuple[int, int]) -> int:
-        """Return the largest of 8, 4, 2, 1 by which the sides can be divided and still cover `hw`."""
+        """Return the divisor at which the image still covers `hw`."""
         return divisor(self.size_wh, hw) if self._scalable else 1
 
     def decode(self, divisor: int = 1) -> Image.Image:
-        """Return the upright RGB image with its sides divided, with the same bits from the cache as from the file."""
+        """Return the image with the same bits from the cache as from the file."""
         image = self._cache.read(self._index, divisor, self.size_wh)
         if image is not None:
             return image

@@ -32,10 +32,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rtdetr_cli.batches.cache import CACHES, ImageCache, SharedBlock, SharedRecords
+from rtdetr_cli.batches.cache import ImageCache, SharedBlock, SharedRecords
 from rtdetr_cli.batches.worker import Example, ExampleLoader, Result, Task, WorkerSetup, epoch_order, receive, send
 from rtdetr_cli.datasets.records import Dataset
-from rtdetr_cli.errors import DataError, EnvironmentProblem, RtdetrError, UsageError
+from rtdetr_cli.errors import DataError, EnvironmentProblem, RtdetrError
 from rtdetr_cli.images.augment import Augmentation
 from rtdetr_cli.machine import free_bytes
 
@@ -91,7 +91,8 @@ class TrainLoader:
 
     Raises:
         DataError: the dataset has no images.
-        UsageError: the cache is unknown, or a number is out of range.
+        EnvironmentProblem: worker processes are not supported on this system.
+        RtdetrError: there is not enough memory.
     """
 
     def __init__(
@@ -111,19 +112,10 @@ class TrainLoader:
     ) -> None:
         if not len(dataset):
             raise DataError(f"{dataset.name}: the {dataset.split} split has no images to train on")
-        if cache not in CACHES:
-            raise UsageError(f"--cache {cache!r} is not one of {', '.join(CACHES)}")
-        if batch_size < 1 or workers < 0 or not 0 <= rank < world_size:
-            raise UsageError(
-                f"invalid batch size {batch_size}, number of workers {workers} or rank {rank} of {world_size}"
-            )
         if workers and os.name != "posix":
             raise EnvironmentProblem("worker processes need a POSIX system", hint="--workers 0")
-        self._images = len(dataset)
-        self._batch = batch_size
-        self._seed = seed
-        self._rank = rank
-        self._world = world_size
+        self._images, self._batch, self._seed = len(dataset), batch_size, seed
+        self._rank, self._world = rank, world_size
         self._pin = pin_memory and torch.cuda.is_available()
         self._shape = (batch_size, 3, *imgsz)
         batch_bytes = math.prod(self._shape)
@@ -131,19 +123,13 @@ class TrainLoader:
             raise _no_memory(f"a batch of {batch_size} images of {imgsz[0]}x{imgsz[1]}", batch_bytes)
         self._cached_order: tuple[int, NDArray[np.int64]] | None = None
         records = SharedRecords(dataset)
-        self.cache = (
-            ImageCache(
-                len(dataset),
-                kind=cache,
-                regions=max(workers, 1),
-                budget=cache_budget,
-                largest=4 * int(dataset.sizes_wh.astype(np.int64).prod(1).sum()),  # 3 channels, at scales 1, 1/2, ...
-            )
-            if cache != "none"
-            else None
-        )
-        self._examples = ExampleLoader(records, augmentation, seed, self.cache)
-        self._pool = _WorkerPool(records, augmentation, seed, self._shape, self.cache, workers) if workers else None
+        self._cache: ImageCache | None = None
+        if cache != "none":
+            largest = 4 * int(dataset.sizes_wh.astype(np.int64).prod(1).sum())  # 3 channels, at scales 1, 1/2, ...
+            regions = max(workers, 1)
+            self._cache = ImageCache(len(dataset), kind=cache, regions=regions, budget=cache_budget, largest=largest)
+        self._examples = ExampleLoader(records, augmentation, seed, self._cache)
+        self._pool = _WorkerPool(records, augmentation, seed, self._shape, self._cache, workers) if workers else None
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch; every image is used at least once."""
@@ -152,10 +138,7 @@ class TrainLoader:
     def epoch(self, epoch: int, *, strong: bool, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, from index `start` on.
 
-        Args:
-            epoch: any number, which determines the order and the augmentation.
-            strong: whether the strong augmentations are on.
-            start: first batch, to resume within an epoch.
+        The order and the augmentation depend on the number of the `epoch`; `strong` switches the strong augmentations.
 
         Raises:
             DataError: too many images in a row cannot be read.
@@ -198,8 +181,8 @@ class TrainLoader:
         examples = []
         for row, position, image in zip(task.rows, task.positions, task.images, strict=True):
             example = self._examples.load(image, position, task.epoch, strong=task.strong, out=pixels[row])
-            if example.stored is not None and self.cache is not None:
-                self.cache.publish(example.stored)
+            if example.stored is not None and self._cache is not None:
+                self._cache.publish(example.stored)
             examples.append(example)
         return _batch(images, examples)
 
@@ -233,14 +216,7 @@ def _batch(images: Tensor, examples: list[Example]) -> Batch:
 
 @dataclass
 class _Pending:
-    """A batch in progress.
-
-    Attributes:
-        slot: of its pixels.
-        examples: one per row, once loaded.
-        parts_left: tasks that have not returned.
-        failure: the exception of a task that failed.
-    """
+    """A batch in progress: the slot of its pixels, its examples once loaded, and how many tasks have not returned."""
 
     slot: int
     examples: list[Example | None]
@@ -277,8 +253,8 @@ class _WorkerPool:
         self._slots = slots.array(np.uint8, self._shape)
         self._free = deque(range(depth))
         self._cache = cache
-        self._next_worker = 0
-        self._next_ticket = 0
+        self._next_worker = itertools.cycle(range(workers))
+        self._next_ticket = itertools.count()
         self._tickets: dict[int, tuple[_Pending, tuple[int, ...]]] = {}
         self._death: RtdetrError | None = None
         self.epochs_begun = 0
@@ -317,21 +293,12 @@ class _WorkerPool:
         parts = min(size, len(self._children))
         pending = _Pending(slot, [None] * size, parts)
         self.pending.append(pending)
-        bounds = [size * part // parts for part in range(parts + 1)]
-        for first, last in itertools.pairwise(bounds):
-            part = slice(first, last)
-            ticket = self._next_ticket
-            self._next_ticket += 1
-            self._tickets[ticket] = (pending, batch.rows[part])
-            task = batch._replace(
-                ticket=ticket,
-                slot=slot,
-                rows=batch.rows[part],
-                positions=batch.positions[part],
-                images=batch.images[part],
-            )
-            self._send(self._next_worker, task)
-            self._next_worker = (self._next_worker + 1) % len(self._children)
+        for number in range(parts):
+            part = slice(size * number // parts, size * (number + 1) // parts)
+            ticket = next(self._next_ticket)
+            rows, positions, images = batch.rows[part], batch.positions[part], batch.images[part]
+            self._tickets[ticket] = (pending, rows)
+            self._send(next(self._next_worker), Task(ticket, slot, batch.epoch, batch.strong, rows, positions, images))
 
     def collect(self) -> tuple[NDArray[np.uint8], list[Example]]:
         """Wait for the oldest batch; its pixels are valid until the next `submit`."""
@@ -374,11 +341,7 @@ class _WorkerPool:
             raise self._death_of(number)
         pending, rows = self._tickets.pop(result.ticket)
         pending.parts_left -= 1
-        if result.data_error is not None:
-            message, hint, code = result.data_error
-            pending.failure = DataError(message, hint=hint, code=code)
-        elif result.traceback:
-            pending.failure = RuntimeError(f"a worker process failed:\n{result.traceback}")
+        pending.failure = result.failure or pending.failure
         for row, example in zip(rows, result.examples, strict=False):
             pending.examples[row] = example
             if example.stored is not None and self._cache is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import struct
 import sys
 import traceback
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.batches.cache import CacheEntry, ImageCache, SharedBlock, SharedRecords
-from rtdetr_cli.errors import DataError
+from rtdetr_cli.errors import DataError, RtdetrError
 from rtdetr_cli.images.augment import Augmentation, augment
 from rtdetr_cli.images.decode import ImageError, opened
 
@@ -46,8 +45,7 @@ class Task(NamedTuple):
     Attributes:
         ticket: number of the task, repeated in its result.
         slot: which of the batches in progress.
-        epoch: of the batch.
-        strong: whether the strong augmentations are on.
+        epoch, strong: of the batch; whether the strong augmentations are on.
         rows: indices in the batch.
         positions: indices in the epoch, which with seed and epoch determine every random draw.
         images: indices in the dataset.
@@ -129,19 +127,11 @@ class ExampleLoader:
 
 
 class Result(NamedTuple):
-    """The examples of a task, or why it failed.
-
-    Attributes:
-        ticket: of the task.
-        examples: one per row; empty if it failed.
-        data_error: message, hint and code of a `DataError`.
-        traceback: of any other exception.
-    """
+    """The examples of a task, one per row, or why it failed."""
 
     ticket: int
     examples: tuple[Example, ...] = ()
-    data_error: tuple[str, str, str] | None = None
-    traceback: str = ""
+    failure: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,19 +156,18 @@ def send(stream: IO[bytes], value: Any) -> None:
 
 def receive(stream: IO[bytes]) -> Any:
     """Read one value; raise EOFError if the other side has closed the pipe."""
-    head = stream.read(_LENGTH.size)
-    if len(head) < _LENGTH.size:
-        raise EOFError
-    (length,) = _LENGTH.unpack(head)
-    data = stream.read(length)
-    if len(data) < length:
-        raise EOFError
-    return pickle.loads(data)
+
+    def read(size: int) -> bytes:
+        data = stream.read(size)
+        if len(data) < size:
+            raise EOFError
+        return data
+
+    return pickle.loads(read(_LENGTH.unpack(read(_LENGTH.size))[0]))
 
 
 def main() -> None:
     """Run as a worker until the training process closes the standard input."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process gets the signal too, and decides
     warnings.simplefilter("ignore")  # `rtdetr validate` reports problems of images
     tasks = sys.stdin.buffer
     results = os.fdopen(os.dup(1), "wb")
@@ -193,7 +182,7 @@ def main() -> None:
     try:
         setup: WorkerSetup = receive(tasks)
         if setup.cache is not None:
-            setup.cache.use_region(setup.number)
+            setup.cache.region = setup.number
         loader = ExampleLoader(setup.records, setup.augmentation, setup.seed, setup.cache)
         slots = setup.slots.array(np.uint8, setup.slots_shape)
         while True:
@@ -204,12 +193,13 @@ def main() -> None:
                     for row, position, image in zip(task.rows, task.positions, task.images, strict=True)
                 )
                 result = Result(task.ticket, examples)
-            except DataError as error:
-                result = Result(task.ticket, data_error=(error.message, error.hint, error.code))
-            except Exception:  # raised by the training process
-                result = Result(task.ticket, traceback=traceback.format_exc())
+            except RtdetrError as error:
+                result = Result(task.ticket, failure=error)
+            except Exception:
+                failure = RuntimeError(f"a worker process failed:\n{traceback.format_exc()}")
+                result = Result(task.ticket, failure=failure)
             send(results, result)
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+    except (EOFError, BrokenPipeError):
         os._exit(0)  # flushing into the closed pipe would only print an error
 
 
