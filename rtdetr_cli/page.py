@@ -47,12 +47,7 @@ def prose(text: str) -> Markup:
 
 
 def render_page(template: str, **context: Any) -> str:
-    """Return a page as text that is valid UTF-8.
-
-    Args:
-        template: a file in `templates/`.
-        context: the variables of the template; `title` is the page's title.
-    """
+    """Return a page, from a file in `templates/` and its variables, as text that is valid UTF-8."""
     from rtdetr_cli.version import __version__
 
     text = _environment().get_template(template).render(**{"version": __version__, "title": "rtdetr", **context})
@@ -61,20 +56,11 @@ def render_page(template: str, **context: Any) -> str:
 
 
 def image_uri(image: NDArray[np.uint8], *, max_side: int = 640, quality: int = 78) -> str:
-    """Return an image as the `data:` URI of a JPEG.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        max_side: pixels of the longer side; larger images are scaled down.
-        quality: of the JPEG, from 1 to 95.
-    """
+    """Return an image (H, W, 3) as the `data:` URI of a JPEG, scaled down to `max_side` pixels at most."""
     from PIL import Image
 
     thumbnail = Image.fromarray(image)
-    scale = max_side / max(thumbnail.size)
-    if scale < 1:
-        size = (max(1, round(thumbnail.width * scale)), max(1, round(thumbnail.height * scale)))
-        thumbnail = thumbnail.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+    thumbnail.thumbnail((max_side, max_side), Image.Resampling.BILINEAR)
     buffer = BytesIO()
     thumbnail.save(buffer, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,19 +1,10 @@
 """Augment an image and its boxes for training.
 
-The recipe (published configuration, see `RECIPE`): photometric distortion, zoom-out, IoU crop, flip, stretch. The
-random draws follow torchvision's v2 transforms of these names; the work is arranged differently:
-
-1. *Geometry first.* Zoom-out, crop and flip move the boxes and choose a window in the image's coordinates, without
-   touching pixels. The window may reach beyond the image, where it is black.
-2. *Decode for the window.* A JPEG is decoded at the smallest of 1/8, 1/4, 1/2 and 1 at which the window still covers
-   the network's input size. At 1 the result equals torchvision's pad, crop and resize within one grey level.
-3. *One stretch*, of the visible part only. A zoomed-out canvas has up to sixteen times the pixels; it is never made.
-4. *Photometric last*, at the input size. These operations act on each pixel alone, so they nearly commute with a
-   resize (both average; only clipping and rounding do not), and a photo has ten to forty times as many pixels as the
-   input. What does not commute is preserved: contrast is relative to the mean of the whole image, not of the window,
-   and black surroundings stay black.
-
-All randomness comes from the generator that is passed in. This module imports neither torch nor Albumentations.
+The recipe (published configuration, see `RECIPE`) is photometric distortion, zoom-out, IoU crop, flip and stretch, with
+the random draws of torchvision's v2 transforms of these names. The geometry comes first and only chooses a window in
+the image's coordinates, which is black beyond the image; a JPEG is decoded no larger than the window needs, and
+stretched once. The photometric operations come last, on the few pixels of the input: they act on each pixel alone and
+so nearly commute with a resize. Contrast stays relative to the whole image's mean; black surroundings stay black.
 """
 
 from __future__ import annotations
@@ -66,18 +57,13 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Photometric:
-    """Ranges of factors, each applied with probability `p`, as in torchvision's RandomPhotometricDistort.
-
-    Attributes:
-        hue: shift, as a fraction of the full circle.
-        permute: whether the channels may also be permuted.
-    """
+    """Ranges of factors, each applied with probability `p`, as in torchvision's RandomPhotometricDistort."""
 
     brightness: Range = (0.875, 1.125)
     contrast: Range = (0.5, 1.5)
     saturation: Range = (0.5, 1.5)
-    hue: Range = (-0.05, 0.05)
-    permute: bool = True
+    hue: Range = (-0.05, 0.05)  # shift, as a fraction of the full circle
+    permute: bool = True  # the channels, too
     p: float = 0.5
 
 
@@ -150,14 +136,7 @@ class Window(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """The geometric draws of one image, and its boxes after them.
-
-    Attributes:
-        window: the visible part.
-        flip: whether it is then mirrored left to right.
-        boxes_xyxy: (N, 4) the remaining boxes, in pixels of the network's input.
-        labels: (N,).
-    """
+    """The geometric draws of one image, and the remaining boxes (N, 4) in pixels of the network's input."""
 
     window: Window
     flip: bool
@@ -184,15 +163,9 @@ def augment(
     rng: Generator,
     out: NDArray[np.uint8],
 ) -> tuple[NDArray[np.float32], Labels]:
-    """Augment one image, write it into `out`, and return its boxes.
+    """Augment one image with boxes (N, 4), write it into `out` (3, H, W), and return its boxes.
 
-    Args:
-        source: the image.
-        boxes_xyxy_px: (N, 4) in its pixels.
-        labels: (N,).
-        augmentation: what to draw from.
-        rng: the only randomness.
-        out: (3, H, W) at the network's input size, written in place.
+    All randomness comes from `rng`.
 
     Returns:
         Boxes (M, 4) cxcywh from 0 to 1, and labels (M,), M <= N.
@@ -231,9 +204,6 @@ def _apply_custom(
     boxes, labels = sanitize(boxes * np.tile((width / image_wh[0], height / image_wh[1]), 2), labels, (width, height))
     out[:] = stretch(np.ascontiguousarray(image), (height, width)).transpose(2, 0, 1)
     return boxes, labels
-
-
-# ---------------------------------------------------------------------------------------------------- geometry
 
 
 def draw_geometry(
@@ -299,8 +269,7 @@ def _iou_crop(size_wh: tuple[int, int], boxes: Boxes, rng: Generator) -> Window 
         if wanted >= 1:
             return None
         draws = rng.random((_CROP_TRIALS, 4))
-        sides = (_CROP_SCALE[0] + (_CROP_SCALE[1] - _CROP_SCALE[0]) * draws[:, :2]) * (width, height)
-        sides = np.floor(sides)
+        sides = np.floor((_CROP_SCALE[0] + (_CROP_SCALE[1] - _CROP_SCALE[0]) * draws[:, :2]) * (width, height))
         aspect = sides[:, 0] / np.maximum(sides[:, 1], 1)
         fits = (aspect >= _CROP_ASPECT[0]) & (aspect <= _CROP_ASPECT[1]) & (sides > 0).all(1)
         draws, sides = draws[fits], sides[fits]
@@ -321,9 +290,6 @@ def _crop_boxes(boxes: Boxes, labels: Labels, crop: Window) -> tuple[Boxes, Labe
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
     keep = ((centers > (crop.left, crop.top)) & (centers < (crop.right, crop.bottom))).all(1)
     return sanitize(boxes[keep] - np.tile((crop.left, crop.top), 2), labels[keep], crop.wh)
-
-
-# ---------------------------------------------------------------------------------------------------- pixels
 
 
 def render(
@@ -355,7 +321,7 @@ def render(
     else:
         pixels = np.array(region.resize(size, Image.Resampling.BILINEAR, box=box), np.uint8)
 
-    if distortion is not None and distortion[:4] != (None, None, None, None):
+    if distortion is not None and any(factor is not None for factor in distortion[:4]):
         _fade(pixels, across, down, up=True)
         pixels = _distort(pixels, distortion, image)
         _fade(pixels, across, down, up=False)
@@ -371,19 +337,12 @@ def render(
 
 
 class _StretchPlan(NamedTuple):
-    """How one axis of the window is resized.
+    """How one axis of the window is resized."""
 
-    Attributes:
-        source: first and last decoded pixel to crop to; beyond the image they are black.
-        box: the part of that crop to stretch, in its pixels.
-        target: first and last pixel of the network's input that it fills.
-        weights: (target,) fraction of each pixel that is image and not black surroundings; None if all of it is.
-    """
-
-    source: tuple[int, int]
-    box: tuple[float, float]
-    target: tuple[int, int]
-    weights: NDArray[np.float32] | None
+    source: tuple[int, int]  # decoded pixels to crop to; beyond the image they are black
+    box: tuple[float, float]  # the part of that crop to stretch, in its pixels
+    target: tuple[int, int]  # pixels of the network's input that it fills
+    weights: NDArray[np.float32] | None  # (target,) fraction that is image, not black surroundings; None if all is
 
 
 def _stretch_plan(low: int, high: int, length: int, target: int, divisor: int, decoded: int) -> _StretchPlan:

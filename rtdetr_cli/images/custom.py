@@ -38,13 +38,7 @@ def run_pipeline(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.int64]]:
     """Apply a pipeline to an image (H, W, 3) and its boxes (N, 4), both of which may change their size.
 
-    Args:
-        pipeline: from `load_pipeline`.
-        image: RGB.
-        boxes_xyxy_px: in its pixels.
-        labels: (N,).
-        seed: the only randomness.
-        name: the user's file, for the error message.
+    `name` is the user's file, for the error message.
 
     Raises:
         UsageError: the result is not an (H, W, 3) uint8 image.
@@ -63,17 +57,12 @@ def run_pipeline(
     return image, boxes, np.asarray(result["labels"]).astype(np.int64).reshape(-1)
 
 
-def _import_albumentations() -> Any:
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # otherwise it asks the network for a newer version of itself
-    import albumentations
-
-    return albumentations
-
-
 @lru_cache(maxsize=2)
 def _compose(pipeline: str) -> Any:
     """Build the transforms with our box format in place of the user's; once per process."""
-    albumentations = _import_albumentations()
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # otherwise it asks the network for a newer version of itself
+    import albumentations
+
     built = albumentations.from_dict(json.loads(pipeline))
     is_compose = isinstance(built, albumentations.Compose)
     boxes = albumentations.BboxParams(format="pascal_voc", label_fields=["labels"], min_width=1, min_height=1)

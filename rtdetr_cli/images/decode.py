@@ -1,11 +1,8 @@
 """Read an image as upright RGB, and resize it: the only decoder and the only resize in the project.
 
-Training, evaluation, prediction, export verification and `rtdetr validate` all read through `open_image`, so that a
-file means the same everywhere: upright after EXIF, three channels, eight bits. Pillow decodes, not OpenCV: on JPEG
-both give the same bits in the same time (2.2 ms at 640x480, one core), but OpenCV silently fills the missing part of
-a truncated file with grey, and Pillow's resize is the antialiased one that the published weights were trained with.
-
-This module never imports torch.
+Everything reads images through `opened`, so that a file means the same everywhere. Pillow decodes, not OpenCV: on JPEG
+both give the same bits in the same time, but OpenCV silently fills the missing part of a truncated file with grey, and
+Pillow's resize is the antialiased one that the published weights were trained with. This module never imports torch.
 """
 
 from __future__ import annotations
@@ -79,10 +76,6 @@ class ImageError(DataError):
     default_code = "image-unreadable"
 
 
-class _NoStandardRange(Exception):
-    """The image has 32-bit samples; the argument is their kind."""
-
-
 def read_image(source: Path | bytes, *, reduce_to: tuple[int, int] | None = None) -> NDArray[np.uint8]:
     """Decode an image to (H, W, 3) uint8 RGB, upright.
 
@@ -124,21 +117,16 @@ def opened(source: Path | bytes) -> Iterator[ImageFile]:
 
 
 class ImageFile:
-    """An open image whose header has been read; it can be decoded once.
-
-    Attributes:
-        size_wh: width and height of the upright image in pixels.
-        scalable: whether it can be decoded faster at a half, a quarter or an eighth of its size (JPEG).
-    """
-
-    __slots__ = ("_image", "_orientation", "_source", "scalable", "size_wh")
+    """An open image whose header has been read; it can be decoded once."""
 
     def __init__(self, image: Image.Image, source: Path | bytes) -> None:
         self._image = image
         self._source = source
         self._orientation = exif_orientation(image)
         width, height = image.size
+        # Width and height of the upright image in pixels.
         self.size_wh = (height, width) if self._orientation in EXIF_SIDEWAYS else (width, height)
+        # Whether it can be decoded faster at a half, a quarter or an eighth of its size.
         self.scalable = image.format in ("JPEG", "MPO")
 
     def divisor(self, hw: tuple[int, int]) -> int:
@@ -157,7 +145,7 @@ class ImageFile:
                 # Given the sides rounded down, Pillow chooses exactly this divisor.
                 image.draft(None, (image.width // divisor, image.height // divisor))
             image.load()
-            return upright(_as_rgb(image), self._orientation)
+            return upright(_as_rgb(image, _name(self._source)), self._orientation)
 
 
 def divisor(size_wh: tuple[int, int], hw: tuple[int, int]) -> int:
@@ -166,21 +154,13 @@ def divisor(size_wh: tuple[int, int], hw: tuple[int, int]) -> int:
 
 
 def image_size(source: Path | bytes) -> tuple[int, int]:
-    """Return width and height in pixels of the upright image, from its header alone.
-
-    Raises:
-        ImageError: the header is missing or damaged, or declares too many pixels.
-    """
+    """Return width and height in pixels of the upright image, from its header alone."""
     with opened(source) as file:
         return file.size_wh
 
 
 def usual_suffix(path: Path) -> str:
-    """Return the usual suffix for the content of a file, such as `.jpg`.
-
-    Raises:
-        ImageError: it is not a readable image.
-    """
+    """Return the usual suffix for the content of an image file, such as `.jpg`."""
     with _faults(path), Image.open(path, formats=FORMATS) as image:
         return SUFFIXES[image.format or ""][0]
 
@@ -218,7 +198,7 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
     return image if transpose is None else image.transpose(transpose)
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def _as_rgb(image: Image.Image, name: str) -> Image.Image:
     mode = image.mode
     if mode == "RGB":
         return image
@@ -227,25 +207,30 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         samples = np.asarray(image).astype(np.uint16)
         return Image.fromarray((samples >> 8).astype(np.uint8)).convert("RGB")
     if mode in ("I", "F"):
-        raise _NoStandardRange("integer" if mode == "I" else "floating-point")
+        kind = "integer" if mode == "I" else "floating-point"
+        raise ImageError(
+            f"{name} has 32-bit {kind} samples, which have no standard range",
+            hint="save it with 8 or 16 bits per sample",
+            code="image-samples",
+        )
     if mode in ("P", "PA"):
         # Through RGBA, because Pillow warns about palettes with transparency otherwise; the colors are the same.
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
 
 
+def _name(source: Path | bytes) -> str:
+    return "the image" if isinstance(source, bytes) else str(source)
+
+
 @contextmanager
 def _faults(source: Path | bytes) -> Iterator[None]:
     """Turn whatever decoding raises into an `ImageError` that names the file and the problem."""
-    name = "the image" if isinstance(source, bytes) else str(source)
+    name = _name(source)
     try:
         yield
-    except _NoStandardRange as kind:
-        raise ImageError(
-            f"{name} has 32-bit {kind} samples, which have no standard range",
-            hint="save it with 8 or 16 bits per sample",
-            code="image-samples",
-        ) from None
+    except (ImageError, MemoryError):
+        raise
     except FileNotFoundError:
         raise ImageError(f"{name} does not exist", code="image-missing") from None
     except IsADirectoryError:
@@ -262,7 +247,5 @@ def _faults(source: Path | bytes) -> Iterator[None]:
         if (len(source) if isinstance(source, bytes) else source.stat().st_size) == 0:
             raise ImageError(f"{name} is empty (zero bytes)", code="image-empty") from None
         raise ImageError(f"{name} is not an image of a supported format ({', '.join(FORMATS)})") from None
-    except MemoryError:
-        raise
     except Exception as error:  # Pillow's plugins raise anything on broken data: OSError, SyntaxError, struct.error...
         raise ImageError(f"{name} cannot be decoded: {error}", code="image-truncated") from None

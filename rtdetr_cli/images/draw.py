@@ -25,13 +25,22 @@ Rectangle = tuple[float, float, float, float]
 
 # Lightness and chroma (OKLCH) of successive rounds of hues, so that similar hues differ in lightness.
 _ROUNDS = ((0.70, 0.19), (0.52, 0.18), (0.84, 0.13), (0.62, 0.12), (0.92, 0.08))
+# OKLab to the cone responses whose cubes are LMS, and LMS to linear sRGB, from B. Ottosson's definition.
+_OKLAB_TO_LMS = np.array(
+    [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.2914855480]]
+)
+_LMS_TO_RGB = np.array(
+    [
+        [4.0767416621, -3.3077115913, 0.2309699292],
+        [-1.2684380046, 2.6097574011, -0.3413193965],
+        [-0.0041960863, -0.7034186147, 1.7076147010],
+    ]
+)
 _GOLDEN_ANGLE = 137.50776
 _FIRST_HUE = 28.0
 _ELLIPSIS = "…"
 _MAX_LABEL_AREA = 0.3  # fraction of the image
 _FALLBACK_FONTS = (
-    "DejaVuSans.ttf",
-    "NotoSans-Regular.ttf",
     "NotoSansCJK-Regular.ttc",
     "NotoSansCJKsc-Regular.otf",
     "wqy-microhei.ttc",
@@ -51,11 +60,14 @@ def class_color(label: int) -> Color:
     lightness, chroma = _ROUNDS[(label // 8) % len(_ROUNDS)]
     hue = math.radians(_FIRST_HUE + _GOLDEN_ANGLE * label)
     while True:
-        linear = _oklch_to_linear(lightness, chroma, hue)
-        if (min(linear) >= -1e-3 and max(linear) <= 1.001) or chroma < 0.01:
+        lab = (lightness, chroma * math.cos(hue), chroma * math.sin(hue))
+        linear = _LMS_TO_RGB @ (_OKLAB_TO_LMS @ lab) ** 3
+        if (linear.min() >= -1e-3 and linear.max() <= 1.001) or chroma < 0.01:
             break
         chroma *= 0.96  # outside sRGB: move towards grey, with the same hue and lightness
-    red, green, blue = (round(255 * _gamma(min(max(channel, 0.0), 1.0))) for channel in linear)
+    linear = linear.clip(0, 1)
+    srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    red, green, blue = np.rint(255 * srgb).astype(int).tolist()
     return red, green, blue
 
 
@@ -152,16 +164,9 @@ def _draw_plate(
 ) -> None:
     """Draw a label: a plate in the color of the class, with black or white text, whichever has more contrast."""
     x1, y1, x2, y2 = (round(v) for v in where)
-    radius = text_px / 5 if text_px >= 14 else 0
-    pen.rounded_rectangle((x1, y1, x2 - 1, y2 - 1), radius=radius, fill=fill)
-    ascent, _ = _line_metrics(font)
-    pen.text(
-        (x1 + _padding(text_px), y1 + _padding(text_px) / 2 + ascent),
-        text,
-        font=font,
-        fill=text_color(fill),
-        anchor="ls",
-    )
+    pen.rounded_rectangle((x1, y1, x2 - 1, y2 - 1), radius=text_px / 5 if text_px >= 14 else 0, fill=fill)
+    baseline = y1 + _padding(text_px) / 2 + _line_metrics(font)[0]
+    pen.text((x1 + _padding(text_px), baseline), text, font=font, fill=text_color(fill), anchor="ls")
 
 
 def position_label(
@@ -249,27 +254,6 @@ def _line_metrics(font: ImageFont.FreeTypeFont) -> tuple[float, float]:
 
 def text_color(background: Color) -> Color:
     """Return black or white, whichever has more contrast to a background (WCAG relative luminance)."""
-    red, green, blue = (_linear(channel / 255) for channel in background)
-    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    return (0, 0, 0) if (luminance + 0.05) ** 2 > 0.05 * 1.05 else (255, 255, 255)
-
-
-def _linear(channel: float) -> float:
-    return channel / 12.92 if channel <= 0.04045 else float(((channel + 0.055) / 1.055) ** 2.4)
-
-
-def _gamma(channel: float) -> float:
-    return 12.92 * channel if channel <= 0.0031308 else float(1.055 * channel ** (1 / 2.4) - 0.055)
-
-
-def _oklch_to_linear(lightness: float, chroma: float, hue: float) -> tuple[float, float, float]:
-    """Convert OKLCH (hue in radians) to linear sRGB; the matrices are from B. Ottosson's definition."""
-    a, b = chroma * math.cos(hue), chroma * math.sin(hue)
-    long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
-    medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
-    short = (lightness - 0.0894841775 * a - 1.2914855480 * b) ** 3
-    return (
-        4.0767416621 * long - 3.3077115913 * medium + 0.2309699292 * short,
-        -1.2684380046 * long + 2.6097574011 * medium - 0.3413193965 * short,
-        -0.0041960863 * long - 0.7034186147 * medium + 1.7076147010 * short,
-    )
+    channels = np.array(background) / 255
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return (0, 0, 0) if (linear @ (0.2126, 0.7152, 0.0722) + 0.05) ** 2 > 0.05 * 1.05 else (255, 255, 255)
