@@ -11,8 +11,6 @@ from rtdetr_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from rtdetr_cli.cli.evaluation import EvaluatedModel
-    from rtdetr_cli.evaluate.bootstrap import Resamples
-    from rtdetr_cli.evaluate.run import Evaluation
 
 
 def compare(
@@ -36,11 +34,11 @@ def compare(
     from rtdetr_cli.evaluate.bootstrap import compare as compare_tables
     from rtdetr_cli.evaluate.bootstrap import small_split_warning
 
-    parse_batch(batch)
+    options: dict[str, Any] = {"images": images, "split": split, "batch": parse_batch(batch), "device": device}
     if not _is_results(a) and not _is_results(b) and a.resolve() == b.resolve():
         raise UsageError(f"A and B are both {a}", hint="name two different models", code="same-model")
-    name_a, model_a = _evaluate(a, data, images=images, split=split, batch=batch, device=device)
-    name_b, model_b = _evaluate(b, model_a.source, images=images, split=split, batch=batch, device=device)
+    name_a, model_a = _evaluate(a, data, **options)
+    name_b, model_b = _evaluate(b, model_a.source, **options)
     first, second = model_a.evaluation, model_b.evaluation
     for name, evaluation in ((name_a, first), (name_b, second)):
         for note in evaluation.notes:
@@ -60,6 +58,15 @@ def compare(
     comparison, (resamples_a, resamples_b) = compare_tables(
         dataset, (first.table, second.table), (ap_a, ap_b), resamples=ci
     )
+    rows = []
+    for label, (row_a, row_b) in enumerate(zip(first.per_class, second.per_class, strict=True)):
+        facts = {key: row_a[key] for key in ("name", "category_id", "boxes")}
+        difference = interval = None
+        if row_a["AP"] is not None:
+            difference = row_b["AP"] - row_a["AP"]
+            interval = resamples_b.class_interval(difference, label, minus=resamples_a)
+        figures = {"a": row_a["AP"], "b": row_b["AP"], "difference": difference}
+        rows.append({**facts, **figures, "interval": None if interval is None else interval.to_json()})
     document: dict[str, Any] = {
         "a": {"name": name_a, "metrics": first.metrics, "interval": comparison.a.to_json()},
         "b": {"name": name_b, "metrics": second.metrics, "interval": comparison.b.to_json()},
@@ -69,7 +76,7 @@ def compare(
         "sentence": comparison.sentence(),
         "pictures": len(dataset),
         "resamples": ci,
-        "per_class": _class_rows(first, second, resamples_a, resamples_b),
+        "per_class": rows,
     }
     if as_json:
         terminal.emit_json(document)
@@ -84,34 +91,18 @@ def _is_results(path: Path) -> bool:
 
 
 def _evaluate(
-    path: Path, data: Path | None, *, images: Path | None, split: str, batch: str, device: str
+    path: Path, data: Path | None, *, images: Path | None, split: str, **options: Any
 ) -> tuple[str, EvaluatedModel]:
     """Evaluate a model or a file of results; return its name and the evaluation."""
     from rtdetr_cli.cli.evaluation import evaluate_model, evaluate_predictions
-    from rtdetr_cli.cli.select import BEST, model_file
+    from rtdetr_cli.cli.select import model_file
+    from rtdetr_cli.runs import BEST
 
     if _is_results(path):
         return str(path), evaluate_predictions(path, data=data, images=images, split=split)
     file = model_file(path)
-    model = evaluate_model(file, data=data, images=images, split=split, batch=batch, device=device)
+    model = evaluate_model(file, data=data, images=images, split=split, **options)
     return str(file.parent if file.name == BEST else file), model
-
-
-def _class_rows(a: Evaluation, b: Evaluation, resamples_a: Resamples, resamples_b: Resamples) -> list[dict[str, Any]]:
-    rows = []
-    for label, (row_a, row_b) in enumerate(zip(a.per_class, b.per_class, strict=True)):
-        difference = None if row_a["AP"] is None else row_b["AP"] - row_a["AP"]
-        interval = None if difference is None else resamples_b.class_gap(resamples_a, difference, label)
-        rows.append(
-            {
-                **{key: row_a[key] for key in ("name", "category_id", "boxes")},
-                "a": row_a["AP"],
-                "b": row_b["AP"],
-                "difference": difference,
-                "interval": None if interval is None else interval.to_json(),
-            }
-        )
-    return rows
 
 
 def _print_tables(document: dict[str, Any]) -> None:

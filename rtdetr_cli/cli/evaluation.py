@@ -17,7 +17,6 @@ class EvaluatedModel:
     """An evaluation, and what was evaluated.
 
     Attributes:
-        evaluation: the metrics.
         source: path of the dataset.
         facts: about the model, for the JSON document.
         class_names: the model's; empty for detections from a file.
@@ -42,11 +41,7 @@ class EvaluatedModel:
 
 
 def parse_batch(text: str) -> int | None:
-    """Read `--batch`: a number of images, or None for `auto`.
-
-    Raises:
-        UsageError: it is neither.
-    """
+    """Read `--batch`: a number of images, or None for `auto`; raises UsageError where it is neither."""
     if text == "auto":
         return None
     if text.isdecimal() and int(text) > 0:
@@ -76,56 +71,45 @@ def evaluate_model(
     data: Path | None,
     images: Path | None,
     split: str,
-    batch: str,
+    batch: int | None,
     device: str,
     evaluator: str = "hotcoco",
-    imgsz: tuple[int, int] | None = None,
-    layers: int | None = None,
-    queries: int | None = None,
-    sampling: str | None = None,
+    **overrides: Any,
 ) -> EvaluatedModel:
-    """Evaluate a model file on a split; see `choose_split`, `open_backend` and `coco_metrics` for the options."""
+    """Evaluate a model file on a split; `overrides` are keywords of `open_backend`: imgsz, layers, queries, sampling."""
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.run import evaluate
     from rtdetr_cli.evaluate.source import choose_split
-    from rtdetr_cli.infer.backend import open_backend
+    from rtdetr_cli.infer.backend import default_batch, open_backend
     from rtdetr_cli.infer.selection import threshold_mismatch
 
     if data is not None and not data.exists():
         choose_split(data, split=split)  # raises the error of a missing dataset before the model is loaded
-    backend = open_backend(path, device=device, imgsz=imgsz, layers=layers, queries=queries, sampling=sampling)
+    backend = open_backend(path, device=device, **overrides)
     header = backend.header
     selected = choose_split(data, split=split, images=images, model=path, header=header)
     for note in selected.notes:
         terminal.say(note)
-    batch_size = parse_batch(batch) or backend.fixed_batch or _default_batch(backend.kind, device)
     with terminal.progress(len(selected.dataset), "eval") as bar:
-        evaluation = evaluate(backend, selected.dataset, batch=batch_size, progress=bar.advance, evaluator=evaluator)
-    size = f"{imgsz[0]}x{imgsz[1]}" if imgsz else None
-    overrides = {"layers": layers, "queries": queries, "imgsz": size}
-    calibrated_elsewhere = threshold_mismatch(header, backend.imgsz)
+        batch = batch or default_batch(backend, device)
+        evaluation = evaluate(backend, selected.dataset, batch=batch, progress=bar.advance, evaluator=evaluator)
+    layers, queries, imgsz = (overrides.get(name) for name in ("layers", "queries", "imgsz"))
+    facts = {
+        "model": str(path),
+        "kind": backend.kind,
+        "imgsz": list(backend.imgsz),
+        "identity": header.identity,
+        "layers": layers or header.layers or None,
+        "queries": queries or header.queries,
+        "sampling": header.sampling,
+    }
+    flags = {"--layers": layers, "--queries": queries, "--imgsz": "x".join(map(str, imgsz or ()))}
+    mismatch = threshold_mismatch(header, backend.imgsz)
     return EvaluatedModel(
         evaluation,
         selected.source,
-        {
-            "model": str(path),
-            "kind": backend.kind,
-            "imgsz": list(backend.imgsz),
-            "identity": header.identity,
-            "layers": layers or header.layers or None,
-            "queries": queries or header.queries,
-            "sampling": header.sampling,
-        },
+        facts,
         header.names,
-        " ".join(f"--{name} {value}" for name, value in overrides.items() if value),
-        calibrated_elsewhere[0] if calibrated_elsewhere else "",
+        " ".join(f"{flag} {value}" for flag, value in flags.items() if value),
+        mismatch[0] if mismatch else "",
     )
-
-
-def _default_batch(kind: str, device: str) -> int:
-    """Return a batch that keeps the device busy: 16 on a GPU, 4 on a CPU or for an exported graph."""
-    if kind != "torch" or device == "cpu":
-        return 4
-    import torch
-
-    return 16 if torch.cuda.is_available() else 4

@@ -78,25 +78,17 @@ class Resamples:
         """Return (B,) the mean AP over classes, without resamples that have no box at all."""
         return np.asarray(np.nanmean(self.ap[~np.isnan(self.ap).all(axis=1)], axis=1))
 
-    def interval(self, value: float) -> Interval:
-        """Return the interval of AP over all classes."""
-        return _interval(value, self.overall(), self.images)
+    def interval(self, value: float, *, minus: Resamples | None = None) -> Interval:
+        """Return the interval of AP over all classes, or of the difference from another model on the same resamples."""
+        return _interval(value, self.overall() - (0 if minus is None else minus.overall()), self.images)
 
-    def class_interval(self, value: float, label: int) -> Interval | None:
-        """Return the interval of one class's AP; None where too few images have the class."""
-        return self._of_class(value, label, self.ap[:, label])
-
-    def gap(self, other: Resamples, value: float) -> Interval:
-        """Return the interval of this model's AP minus another's on the same resamples."""
-        return _interval(value, self.overall() - other.overall(), self.images)
-
-    def class_gap(self, other: Resamples, value: float, label: int) -> Interval | None:
-        """Return the interval of this model's AP of a class minus another's, or None as in `class_interval`."""
-        return self._of_class(value, label, self.ap[:, label] - other.ap[:, label])
-
-    def _of_class(self, value: float, label: int, values: NDArray[np.float64]) -> Interval | None:
+    def class_interval(self, value: float, label: int, *, minus: Resamples | None = None) -> Interval | None:
+        """Return the same for one class; None where too few images have the class."""
         images = int(self.images_with_class[label])
-        return None if images < FEW_WITH_CLASS else _interval(value, values[~np.isnan(values)], images)
+        if images < FEW_WITH_CLASS:
+            return None
+        values = self.ap[:, label] - (0 if minus is None else minus.ap[:, label])
+        return _interval(value, values[~np.isnan(values)], images)
 
 
 def _interval(value: float, resampled: NDArray[np.float64], images: int) -> Interval:
@@ -121,11 +113,7 @@ def draw_weights(images: int, resamples: int) -> NDArray[np.float32]:
 
 
 def resample(dataset: Dataset, table: DetectionTable, *, resamples: int = 1000) -> Resamples:
-    """Compute AP under resamples of the images.
-
-    Raises:
-        DataError: there are no images or no boxes.
-    """
+    """Compute AP under resamples of the images; raises DataError where there are no boxes."""
     counted = ~dataset.crowd
     if not len(dataset) or not counted.any():
         raise DataError(
@@ -159,13 +147,8 @@ def _weighted_ap(
     """Return (T, b) AP of one class at each IoU under b weightings of the images.
 
     Between two true positives precision only falls, so the envelope needs the rows of true positives alone; one
-    sparse product sums up what lies between them.
-
-    Args:
-        images: (D,) image of each detection, best first.
-        outcomes: (T, D).
-        boxes: (b,) weighted number of boxes.
-        weights: (N, b) of the images.
+    sparse product sums up what lies between them. Detections are best first, with their `images` (D,) and `outcomes`
+    (T, D); `boxes` (b,) are the weighted numbers of boxes, and `weights` (N, b) those of the images.
     """
     from scipy.sparse import csr_matrix
 
@@ -220,18 +203,12 @@ def small_split_warning(interval: Interval) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------- two models
-
-
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """Two models on the same images.
 
-    Attributes:
-        a, b: each one's AP with its interval.
-        difference: B minus A with the interval of the paired difference.
-        probability_b_better: share of resamples in which B is better.
-        verdict: `b`, `a` or `undecided`.
+    `difference` is the AP of B minus that of A with the interval of the paired difference, `probability_b_better` the
+    share of resamples in which B is better, and `verdict` is `a`, `b` or `undecided`.
     """
 
     a: Interval
@@ -243,30 +220,23 @@ class Comparison:
     def sentence(self, name_a: str = "A", name_b: str = "B") -> str:
         """Return the result in words."""
         gap, low, high = self.difference.value, self.difference.lower, self.difference.upper
-        images = self.difference.images
+        images = f"{self.difference.images} images"
         if low == high == 0:
             return f"{name_a} and {name_b} have the same AP on every resample"
         if self.verdict == "b":
-            return f"{name_b} is better than {name_a} by {gap:.3f} AP (95 %: {low:.3f} to {high:.3f}, {images} images)"
+            return f"{name_b} is better than {name_a} by {gap:.3f} AP (95 %: {low:.3f} to {high:.3f}, {images})"
         if self.verdict == "a":
-            return (
-                f"{name_a} is better than {name_b} by {-gap:.3f} AP (95 %: {-high:.3f} to {-low:.3f}, {images} images)"
-            )
-        needed = self.images_needed()
-        advice = f"; a difference of this size needs about {needed:,} images" if needed else ""
+            return f"{name_a} is better than {name_b} by {-gap:.3f} AP (95 %: {-high:.3f} to {-low:.3f}, {images})"
+        advice = ""
+        if abs(gap) >= 0.001:
+            needed = self.difference.images * (self.difference.half_width / gap) ** 2
+            step = 10 ** max(0, int(math.log10(max(needed, 1))) - 1)  # two digits are enough
+            needed = max(self.difference.images + 1, math.ceil(needed / step) * step)
+            advice = f"; a difference of this size needs about {needed:,} images"
         return (
             f"no significant difference: {name_b} minus {name_a} is {gap:+.3f} AP "
-            f"(95 %: {low:+.3f} to {high:+.3f}, {images} images){advice}"
+            f"(95 %: {low:+.3f} to {high:+.3f}, {images}){advice}"
         )
-
-    def images_needed(self) -> int | None:
-        """Return how many images would separate two models this far apart, or None when that cannot be estimated."""
-        gap = abs(self.difference.value)
-        if gap < 0.001 or self.verdict != "undecided":
-            return None
-        needed = self.difference.images * (self.difference.half_width / gap) ** 2
-        digits = max(0, int(math.log10(max(needed, 1))) - 1)
-        return max(self.difference.images + 1, int(math.ceil(needed / 10**digits) * 10**digits))
 
 
 def compare(
@@ -279,7 +249,7 @@ def compare(
     """Compare the detections of A and B, whose APs are `values`, on the same resamples of the images."""
     a = resample(dataset, tables[0], resamples=resamples)
     b = resample(dataset, tables[1], resamples=resamples)
-    difference = b.gap(a, values[1] - values[0])
+    difference = b.interval(values[1] - values[0], minus=a)
     verdict = "b" if difference.lower > 0 else "a" if difference.upper < 0 else "undecided"
     b_better = float((b.overall() > a.overall()).mean())
     return Comparison(a.interval(values[0]), b.interval(values[1]), difference, b_better, verdict), (a, b)

@@ -17,11 +17,9 @@ _NAMELESS = re.compile(r"(class[ _-]?)?\d+", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClassMap:
-    """The dataset's label for each of a model's classes.
+    """The dataset's label for each of a model's classes, and the differences in words.
 
-    Attributes:
-        labels: (model classes,) the dataset's label, -1 for none; None when they are the same.
-        notes: the differences in words; empty when there are none.
+    `labels` is (model classes,) with -1 for a class that the dataset does not have, or None when they are the same.
     """
 
     labels: NDArray[np.int64] | None
@@ -44,26 +42,23 @@ def map_classes(names: Sequence[str], dataset: Dataset) -> ClassMap:
         return ClassMap(np.arange(len(dataset_names), dtype=np.int64), (by_position,))
     if all(_NAMELESS.fullmatch(name.strip()) for name in names) and len(names) == len(dataset_names):
         return ClassMap(None, (by_position,))
-    label_of: dict[str, int] = {}
-    for label, name in enumerate(dataset_names):
-        label_of.setdefault(_normalized(name), label)
+    # Of two classes with the same name, the first counts.
+    label_of = {_normalized(name): label for label, name in reversed(list(enumerate(dataset_names)))}
     labels = np.array([label_of.get(_normalized(name), -1) for name in names], np.int64)
     only_model = [name for name, label in zip(names, labels, strict=True) if label < 0]
     only_data = [name for label, name in enumerate(dataset_names) if label not in labels]
     if len(only_model) == len(names):
         raise DataError(
-            f"the model and the dataset {dataset.name} have no class in common: the model has {_listed(names)}; "
-            f"the dataset has {_listed(dataset_names)}",
+            f"the model and the dataset {dataset.name} have no class in common: the model has {listed(names)}; "
+            f"the dataset has {listed(dataset_names)}",
             hint="use the dataset that the model was trained for, or rename the categories of one of them",
             code="classes-differ",
         )
-    notes: list[str] = []
+    notes = []
     if only_model:
-        notes.append(
-            f"{len(only_model)} classes of the model are not in the dataset and ignored: {_listed(only_model)}"
-        )
+        notes.append(f"{len(only_model)} classes of the model are not in the dataset and ignored: {listed(only_model)}")
     if only_data:
-        notes.append(f"{len(only_data)} classes of the dataset are unknown to the model: {_listed(only_data)}")
+        notes.append(f"{len(only_data)} classes of the dataset are unknown to the model: {listed(only_data)}")
     if not notes and not np.array_equal(labels, np.arange(len(dataset_names))):
         notes.append("the model and the dataset order their classes differently: mapped by name")
     return ClassMap(labels, tuple(notes))
@@ -73,6 +68,6 @@ def _normalized(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 
 
-def _listed(names: Sequence[str], limit: int = 8) -> str:
-    text = ", ".join(names[:limit])
-    return f"{text} and {len(names) - limit} more" if len(names) > limit else text
+def listed(names: Sequence[str], limit: int = 8) -> str:
+    """Return the first names of a list, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -37,7 +37,6 @@ class CocoResult:
         metrics: the twelve numbers by name; None where the split has no such box.
         precision: (T, R, K, A, M), -1 where undefined.
         recall: (T, K, A, M), -1 where undefined.
-        evaluator: the evaluator that was used.
         session: hotcoco's evaluator, for its analyses; None with pycocotools.
     """
 
@@ -72,17 +71,11 @@ def _mean(values: NDArray[np.float64]) -> float | None:
 
 def xywh(boxes_xyxy_px: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return (N, 4) boxes as left, top, width, height."""
-    boxes = np.array(boxes_xyxy_px, np.float64).reshape(-1, 4)
-    boxes[:, 2:] -= boxes[:, :2]
-    return boxes
+    return np.hstack([boxes_xyxy_px[:, :2], boxes_xyxy_px[:, 2:] - boxes_xyxy_px[:, :2]])
 
 
 def require_images(dataset: Dataset) -> None:
-    """Refuse a split without images.
-
-    Raises:
-        DataError: the split is empty.
-    """
+    """Raise DataError for a split without images."""
     if not len(dataset):
         raise DataError(
             f"the {dataset.split or 'val'} split of {dataset.name} has no images, so there is nothing to evaluate",
@@ -92,12 +85,7 @@ def require_images(dataset: Dataset) -> None:
 
 
 def coco_metrics(dataset: Dataset, table: DetectionTable, *, evaluator: str = "hotcoco") -> CocoResult:
-    """Evaluate detections against a dataset's boxes.
-
-    Args:
-        dataset: N images and their boxes.
-        table: detections in the dataset's labels, without NaN.
-        evaluator: `hotcoco` or `pycocotools`.
+    """Evaluate detections, in the dataset's labels and without NaN, against a dataset's boxes.
 
     Raises:
         DataError: the dataset has no images, or a detection has an image or class outside it.
@@ -105,137 +93,108 @@ def coco_metrics(dataset: Dataset, table: DetectionTable, *, evaluator: str = "h
         UsageError: there is no such evaluator.
     """
     require_images(dataset)
-    if len(table) and (
-        table.image_index.min() < 0
-        or table.image_index.max() >= len(dataset)
-        or table.labels.min() < 0
-        or table.labels.max() >= len(dataset.categories)
-    ):
-        raise DataError("a detection has an image or class that the dataset does not have", code="detections")
+    for values, count in ((table.image_index, len(dataset)), (table.labels, len(dataset.categories))):
+        if ((values < 0) | (values >= count)).any():
+            raise DataError("a detection has an image or class that the dataset does not have", code="detections")
     if evaluator == "hotcoco":
-        return _with_hotcoco(dataset, table)
-    if evaluator == "pycocotools":
-        return _with_pycocotools(dataset, table)
-    raise UsageError(f"there is no evaluator {evaluator!r}", hint=f"choose one of: {', '.join(EVALUATORS)}")
+        session = hotcoco_session(dataset, table)
+        session.accumulate()
+        session.summary_lines()  # fills stats; summarize() would print
+    elif evaluator == "pycocotools":
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+            session = _pycocotools_session(dataset, table)
+            session.accumulate()
+            session.summarize()
+    else:
+        raise UsageError(f"there is no evaluator {evaluator!r}", hint=f"choose one of: {', '.join(EVALUATORS)}")
+    metrics = {name: float(v) if v > -1 else None for name, v in zip(METRICS, session.stats, strict=True)}
+    curves = session.eval
+    return CocoResult(
+        metrics, curves["precision"], curves["recall"], evaluator, session if evaluator == "hotcoco" else None
+    )
 
 
 def without_crowds(dataset: Dataset) -> Dataset:
     """Return the dataset without its crowd boxes."""
     keep = ~dataset.crowd
     kept_before = np.concatenate([[0], np.cumsum(keep)])
-    return replace(
-        dataset,
-        offsets=kept_before[dataset.offsets].astype(np.int64),
-        boxes_xyxy_px=dataset.boxes_xyxy_px[keep],
-        labels=dataset.labels[keep],
-        areas=dataset.areas[keep],
-        crowd=dataset.crowd[keep],
-        annotation_ids=dataset.annotation_ids[keep],
-    )
+    columns = ("boxes_xyxy_px", "labels", "areas", "crowd", "annotation_ids")
+    offsets = kept_before[dataset.offsets].astype(np.int64)
+    return replace(dataset, offsets=offsets, **{column: getattr(dataset, column)[keep] for column in columns})
 
 
 def image_numbers(dataset: Dataset) -> NDArray[np.int64]:
     """Return each image's number in the evaluators: 1 to N in the order of the dataset's own ids.
 
-    Detections with equal scores rank by their image, so another order of images would give another AP.
+    Detections with equal scores rank by their image, so another order of images would give another AP. The dataset's
+    own ids may start at 0, which the evaluators read as "unmatched".
     """
     number = np.empty(len(dataset), np.int64)
     number[np.argsort(dataset.image_ids, kind="stable")] = np.arange(1, len(dataset) + 1)
     return number
 
 
+def _result_rows(dataset: Dataset, table: DetectionTable) -> NDArray[np.float64]:
+    """Return (D, 7) image, left, top, width, height, score, class: the layout that both evaluators read."""
+    images = image_numbers(dataset)[table.image_index]
+    return np.column_stack([images, xywh(table.boxes_xyxy_px), table.scores, table.labels + 1])
+
+
+def _images_and_categories(dataset: Dataset) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    sizes = zip(image_numbers(dataset).tolist(), dataset.sizes_wh.tolist(), strict=True)
+    categories = [{"id": label, "name": name} for label, name in enumerate(dataset.names, start=1)]
+    return [{"id": n, "width": w, "height": h} for n, (w, h) in sizes], categories
+
+
 def hotcoco_session(dataset: Dataset, table: DetectionTable) -> Any:
     """Return hotcoco's evaluator after matching, for AP and for its analyses.
 
     Images carry `image_numbers`; classes and boxes are numbered from 1 in the order of the dataset, detections in the
-    order of the table. The dataset's own ids may start at 0, which the evaluators read as "unmatched".
+    order of the table.
     """
     try:
         import hotcoco
     except ImportError as error:
         raise _not_installed("hotcoco", instead="pycocotools") from error
-    number = image_numbers(dataset)
-    sizes_wh = dataset.sizes_wh.tolist()
     truth = hotcoco.COCO.from_arrays(
-        [{"id": n, "width": w, "height": h} for n, (w, h) in zip(number.tolist(), sizes_wh, strict=True)],
-        _categories(dataset),
-        np.repeat(number, np.diff(dataset.offsets)),
+        *_images_and_categories(dataset),
+        np.repeat(image_numbers(dataset), np.diff(dataset.offsets)),
         dataset.labels + 1,
         xywh(dataset.boxes_xyxy_px),
         area=dataset.areas,
         iscrowd=dataset.crowd,
     )
-    rows = np.empty((len(table), 7))
-    rows[:, 0] = number[table.image_index]
-    rows[:, 1:5] = xywh(table.boxes_xyxy_px)
-    rows[:, 5] = table.scores
-    rows[:, 6] = table.labels + 1
-    session = hotcoco.COCOeval(truth, truth.load_res(rows), "bbox")
+    session = hotcoco.COCOeval(truth, truth.load_res(_result_rows(dataset, table)), "bbox")
     session.evaluate()
     return session
 
 
-def _with_hotcoco(dataset: Dataset, table: DetectionTable) -> CocoResult:
-    session = hotcoco_session(dataset, table)
-    session.accumulate()
-    session.summary_lines()  # fills stats; summarize() would print
-    arrays = session.eval
-    return CocoResult(_named(session.stats), arrays["precision"], arrays["recall"], "hotcoco", session)
-
-
-def _with_pycocotools(dataset: Dataset, table: DetectionTable) -> CocoResult:
+def _pycocotools_session(dataset: Dataset, table: DetectionTable) -> Any:
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
         raise _not_installed("pycocotools", instead="hotcoco") from error
-    number = image_numbers(dataset)
-
-    def coco_object(**columns: NDArray[Any]) -> Any:
-        rows = zip(*(values.tolist() for values in columns.values()), strict=True)
-        coco = COCO()
-        coco.dataset = {
-            "images": [{"id": n} for n in number.tolist()],
-            "categories": _categories(dataset),
-            "annotations": [{"id": n, **dict(zip(columns, row, strict=True))} for n, row in enumerate(rows, start=1)],
-        }
-        coco.createIndex()
-        return coco
-
-    detection_boxes = xywh(table.boxes_xyxy_px)
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth = coco_object(
-            image_id=np.repeat(number, np.diff(dataset.offsets)),
-            category_id=dataset.labels + 1,
-            bbox=xywh(dataset.boxes_xyxy_px),
-            area=dataset.areas,
-            iscrowd=dataset.crowd.astype(int),
-        )
-        detections = coco_object(
-            image_id=number[table.image_index],
-            category_id=table.labels + 1,
-            bbox=detection_boxes,
-            area=detection_boxes[:, 2] * detection_boxes[:, 3],
-            iscrowd=np.zeros(len(table), int),
-            score=table.scores,
-        )
-        session = COCOeval(truth, detections, "bbox")
-        session.evaluate()
-        session.accumulate()
-        session.summarize()
-    return CocoResult(_named(session.stats), session.eval["precision"], session.eval["recall"], "pycocotools")
+    columns = {
+        "image_id": np.repeat(image_numbers(dataset), np.diff(dataset.offsets)),
+        "category_id": dataset.labels + 1,
+        "bbox": xywh(dataset.boxes_xyxy_px),
+        "area": dataset.areas,
+        "iscrowd": dataset.crowd.astype(int),
+    }
+    rows = zip(*(values.tolist() for values in columns.values()), strict=True)
+    annotations = [{"id": n, **dict(zip(columns, row, strict=True))} for n, row in enumerate(rows, start=1)]
+    images, categories = _images_and_categories(dataset)
+    truth = COCO()
+    truth.dataset = {"info": {}, "images": images, "categories": categories, "annotations": annotations}
+    truth.createIndex()
+    # loadRes reads the first detection, and fails without one.
+    session = COCOeval(truth, truth.loadRes(_result_rows(dataset, table)) if len(table) else COCO(), "bbox")
+    session.evaluate()
+    return session
 
 
 def _not_installed(evaluator: str, *, instead: str) -> EnvironmentProblem:
     return EnvironmentProblem(
         f"the evaluator {evaluator} is not installed", hint=f"pip install {evaluator}, or use --evaluator {instead}"
     )
-
-
-def _categories(dataset: Dataset) -> list[dict[str, Any]]:
-    return [{"id": label + 1, "name": name} for label, name in enumerate(dataset.names)]
-
-
-def _named(stats: Any) -> dict[str, float | None]:
-    """Return the twelve numbers by name; the evaluators' -1 (no such box) becomes None."""
-    return {name: (float(v) if v > -1 else None) for name, v in zip(METRICS, stats, strict=True)}

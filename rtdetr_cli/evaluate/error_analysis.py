@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rtdetr_cli.datasets.records import Dataset
+from rtdetr_cli.evaluate.classes import listed
 from rtdetr_cli.evaluate.coco import hotcoco_session, without_crowds
 from rtdetr_cli.evaluate.matching import FALSE_POSITIVE, TRUE_POSITIVE, box_images, overlapping_pairs
 from rtdetr_cli.evaluate.run import Evaluation
@@ -55,22 +57,17 @@ class ImageErrors:
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """An annotation that may be wrong.
+    """An annotation that may be wrong, or a detection that may be right.
 
-    Attributes:
-        kind: `no-box` (a confident detection without an annotation), `other-class` (a confident detection of another
-            class on an annotation) or `never-found` (an annotation that the model never detects).
-        image: position in the dataset.
-        box_xyxy_px: of the detection, or of the annotation that is never detected.
-        label: class of the detection, or of the annotation that is never detected.
-        score: of the detection; None for an annotation.
-        annotation_id: of the annotation in question; None where there is none.
-        annotated: class of that annotation.
+    The `kind` is `no-box` (a confident detection without an annotation), `other-class` (a confident detection of
+    another class on an annotation) or `never-found` (an annotation that the model never detects). `label`, `box_xyxy`
+    and `score` are the detection's, or those of the annotation that is never detected, which has no score;
+    `annotation_id` and `annotated`, its class, are None where there is no annotation.
     """
 
     kind: str
     image: int
-    box_xyxy_px: tuple[float, float, float, float]
+    box_xyxy: tuple[float, ...]
     label: int
     score: float | None
     annotation_id: int | None
@@ -79,12 +76,9 @@ class Suspect:
 
 @dataclass(frozen=True, eq=False)
 class ErrorAnalysis:
-    """All errors at one threshold for each class.
-
-    D detections, G boxes.
+    """All errors at one threshold for each class: D detections, G boxes.
 
     Attributes:
-        evaluation: the analyzed evaluation.
         thresholds: (K,) score from which a detection of a class is counted.
         origin: where the thresholds come from, in words that follow "at".
         kinds: (D,) position in `KINDS`, CORRECT, or NOT_COUNTED.
@@ -105,15 +99,14 @@ class ErrorAnalysis:
     def counts(self) -> dict[str, int]:
         """The number of errors of each kind."""
         counts = np.bincount(self.kinds[self.kinds >= 0], minlength=len(KINDS)).tolist()
-        return dict(zip(KINDS, counts, strict=True)) | {
-            MISSED_KIND: int(np.count_nonzero(self.missed & ~self.explained))
-        }
+        missed = int(np.count_nonzero(self.missed & ~self.explained))
+        return dict(zip(KINDS, counts, strict=True)) | {MISSED_KIND: missed}
 
     @cached_property
     def gains(self) -> dict[str, float] | None:
         """AP50 gained by fixing all errors of a kind, over all detections; None without hotcoco."""
         session = self.evaluation.coco.session
-        if session is None or not np.any(~self.evaluation.dataset.crowd):
+        if session is None or not self.evaluation.boxes:
             return None
         gains = session.tide_errors(pos_thr=MATCH_IOU, bg_thr=OVERLAP_IOU)["delta_ap"]
         return {kind: float(gains[name]) for kind, name in _TIDE_NAMES.items()}
@@ -134,11 +127,7 @@ class ErrorAnalysis:
     def images(self) -> list[ImageErrors]:
         """The counts of each image, in the order of the dataset."""
         dataset, image_index = self.evaluation.dataset, self.evaluation.table.image_index
-        columns = (
-            image_index[self.kinds == CORRECT],
-            image_index[self.kinds >= 0],
-            box_images(dataset)[self.missed],
-        )
+        columns = (image_index[self.kinds == CORRECT], image_index[self.kinds >= 0], box_images(dataset)[self.missed])
         counts = zip(*(np.bincount(images, minlength=len(dataset)).tolist() for images in columns), strict=True)
         return [ImageErrors(image, *values) for image, values in enumerate(counts)]
 
@@ -162,46 +151,10 @@ class ErrorAnalysis:
     def suspects(self) -> list[Suspect]:
         """Annotations that may be wrong: confident detections first, then the largest boxes never detected.
 
-        Only of classes with an AP50 of at least `RELIABLE_AP50`: errors of a weak class are the model's fault.
+        A detection on background or on another class is confident at the median score of the correct ones of its
+        class. A box is never detected when nothing of any class matches it, down to a score of 0.05. Classes with an
+        AP50 below `RELIABLE_AP50` are left out: their errors are the model's fault.
         """
-        return [*self._confident_errors(), *self._never_detected()]
-
-    @cached_property
-    def _reliable(self) -> NDArray[np.bool_]:
-        """(K,) whether the model detects a class well enough to question its annotations, or it has no boxes."""
-        return np.array(
-            [row["AP50"] is None or row["AP50"] >= RELIABLE_AP50 for row in self.evaluation.per_class], bool
-        )
-
-    @cached_property
-    def unreliable_classes(self) -> tuple[str, ...]:
-        """Names of the classes whose annotations are not questioned, since the model detects them too badly."""
-        names = zip(self.evaluation.dataset.names, self._reliable, strict=True)
-        return tuple(name for name, reliable in names if not reliable)
-
-    @property
-    def suspects_note(self) -> str:
-        """A sentence about `unreliable_classes`; empty where there are none."""
-        names = self.unreliable_classes
-        if not names:
-            return ""
-        listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        return (
-            f"annotations of classes with an AP50 below {RELIABLE_AP50:g} are not questioned ({listed}): the model is "
-            "more likely to be wrong than they are"
-        )
-
-    def _suspect(self, kind: str, image: int, box_xyxy: Any, label: int, score: float | None, box: int) -> Suspect:
-        """Return a suspect with the id and class of its annotation `box`, -1 for none."""
-        x1, y1, x2, y2 = (round(float(v), 2) for v in box_xyxy)
-        annotation_id = annotated = None
-        if box >= 0:
-            dataset = self.evaluation.dataset
-            annotation_id, annotated = int(dataset.annotation_ids[box]), int(dataset.labels[box])
-        return Suspect(kind, int(image), (x1, y1, x2, y2), int(label), score, annotation_id, annotated)
-
-    def _confident_errors(self) -> list[Suspect]:
-        """Return detections on background or on another class with at least the median score of correct ones."""
         dataset, table = self.evaluation.dataset, self.evaluation.table
         correct = self.kinds == CORRECT
         confident = np.full(len(dataset.categories), np.inf)
@@ -215,62 +168,89 @@ class ErrorAnalysis:
             kind, score = "other-class" if box >= 0 else "no-box", float(table.scores[row])
             image, box_xyxy, label = table.image_index[row], table.boxes_xyxy_px[row], table.labels[row]
             suspects.append(self._suspect(kind, image, box_xyxy, label, score, box))
-        return suspects
 
-    def _never_detected(self) -> list[Suspect]:
-        """Return boxes that no detection of any class matches, down to a score of 0.05; largest first."""
-        dataset, table = self.evaluation.dataset, self.evaluation.table
         detections = table.rows(table.scores >= NEVER_DETECTED_SCORE)
         never = ~dataset.crowd & self._reliable[dataset.labels]
         never[overlapping_pairs(dataset, detections, min_iou=MATCH_IOU, same_class=False).boxes] = False
-        boxes = np.flatnonzero(never)
-        images = box_images(dataset)
-        return [
-            self._suspect("never-found", images[box], dataset.boxes_xyxy_px[box], dataset.labels[box], None, box)
-            for box in boxes[np.argsort(-dataset.areas[boxes], kind="stable")][:MAX_SUSPECTS].tolist()
-        ]
+        boxes, images = np.flatnonzero(never), box_images(dataset)
+        for box in boxes[np.argsort(-dataset.areas[boxes], kind="stable")][:MAX_SUSPECTS].tolist():
+            box_xyxy, label = dataset.boxes_xyxy_px[box], dataset.labels[box]
+            suspects.append(self._suspect("never-found", images[box], box_xyxy, label, None, box))
+        return suspects
+
+    def _suspect(self, kind: str, image: int, box_xyxy: Any, label: int, score: float | None, box: int) -> Suspect:
+        """Return a suspect with the id and class of its annotation `box`, -1 for none."""
+        annotation_id = annotated = None
+        if box >= 0:
+            dataset = self.evaluation.dataset
+            annotation_id, annotated = int(dataset.annotation_ids[box]), int(dataset.labels[box])
+        corners = tuple(round(float(v), 2) for v in box_xyxy)
+        return Suspect(kind, int(image), corners, int(label), score, annotation_id, annotated)
+
+    @cached_property
+    def _reliable(self) -> NDArray[np.bool_]:
+        """(K,) whether the model detects a class well enough to question its annotations, or it has no boxes."""
+        ap50s = [row["AP50"] for row in self.evaluation.per_class]
+        return np.array([ap50 is None or ap50 >= RELIABLE_AP50 for ap50 in ap50s], bool)
+
+    @property
+    def unreliable_classes(self) -> list[str]:
+        """Names of the classes whose annotations are not questioned, since the model detects them too badly."""
+        names = zip(self.evaluation.dataset.names, self._reliable, strict=True)
+        return [name for name, reliable in names if not reliable]
+
+    @property
+    def suspects_note(self) -> str:
+        """A sentence about `unreliable_classes`; empty where there are none."""
+        if not self.unreliable_classes:
+            return ""
+        return (
+            f"annotations of classes with an AP50 below {RELIABLE_AP50:g} are not questioned "
+            f"({listed(self.unreliable_classes)}): the model is more likely to be wrong than they are"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the part of the document about errors."""
-        dataset = self.evaluation.dataset
+        dataset, gains = self.evaluation.dataset, self.gains or {}
         names = dataset.names
+        worst = [
+            {
+                **_image_facts(dataset, i.image),
+                "found": i.true_positives,
+                "wrong": i.false_positives,
+                "missed": i.missed,
+                "f1": i.f1,
+            }
+            for i in self.worst()
+        ]
+        suspects = [
+            {
+                "kind": s.kind,
+                **_image_facts(dataset, s.image),
+                "box_xyxy": list(s.box_xyxy),
+                "label": names[s.label],
+                "score": s.score,
+                "annotation_id": s.annotation_id,
+                "annotated": None if s.annotated is None else names[s.annotated],
+            }
+            for s in self.suspects
+        ]
         document: dict[str, Any] = {
             "thresholds": {"origin": self.origin, "per_class": self.thresholds.tolist()},
-            "kinds": [
-                {"kind": kind, "count": self.counts[kind], "gain": None if self.gains is None else self.gains[kind]}
-                for kind in KINDS
-            ],
+            "kinds": [{"kind": kind, "count": n, "gain": gains.get(kind)} for kind, n in self.counts.items()],
             "empty_pictures": self.empty,
-            "worst": [
-                {
-                    "file": dataset.file_names[i.image],
-                    "image_id": int(dataset.image_ids[i.image]),
-                    "found": i.true_positives,
-                    "wrong": i.false_positives,
-                    "missed": i.missed,
-                    "f1": i.f1,
-                }
-                for i in self.worst()
-            ],
+            "worst": worst,
             "suspects_note": self.suspects_note,
-            "suspects_left_out": list(self.unreliable_classes),
-            "suspects": [
-                {
-                    "kind": s.kind,
-                    "file": dataset.file_names[s.image],
-                    "image_id": int(dataset.image_ids[s.image]),
-                    "box_xyxy": list(s.box_xyxy_px),
-                    "label": names[s.label],
-                    "score": s.score,
-                    "annotation_id": s.annotation_id,
-                    "annotated": None if s.annotated is None else names[s.annotated],
-                }
-                for s in self.suspects
-            ],
+            "suspects_left_out": self.unreliable_classes,
+            "suspects": suspects,
         }
         if self.confusion is not None:
             document["confusion"] = {"names": [*names, "nothing"], "matrix": self.confusion.tolist()}
         return document
+
+
+def _image_facts(dataset: Dataset, image: int) -> dict[str, Any]:
+    return {"file": dataset.file_names[image], "image_id": int(dataset.image_ids[image])}
 
 
 def analyze_errors(
@@ -278,10 +258,8 @@ def analyze_errors(
 ) -> ErrorAnalysis:
     """Sort every counted error of an evaluation by its kind.
 
-    Args:
-        evaluation: the detections and their outcomes.
-        thresholds: score for each class; the model's stored ones by default, else the one with the best F1.
-        origin: where `thresholds` come from, in words.
+    Errors are counted from a score for each class: `thresholds`, which come from `origin` in words, else the model's
+    stored ones, else the one with the best F1.
     """
     dataset, table, matches = evaluation.dataset, evaluation.table, evaluation.matches
     if thresholds is None and evaluation.thresholds is not None:

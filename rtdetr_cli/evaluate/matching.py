@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +30,7 @@ HIGHEST_IOU = 1 - 1e-10  # COCO's: an IoU of 1 may come out a little lower
 TRUE_POSITIVE, FALSE_POSITIVE, IGNORED, OVER_LIMIT = 1, 0, -1, -2
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Pairs:
+class Pairs(NamedTuple):
     """Overlapping (detection, box) pairs: `rows` of the table, `boxes` of the dataset, and their `ious`."""
 
     rows: NDArray[np.int64]
@@ -87,40 +87,28 @@ def overlapping_pairs(dataset: Dataset, table: DetectionTable, *, min_iou: float
     candidates = np.flatnonzero(count)
     ends = np.cumsum(count[candidates])
     total = int(ends[-1]) if len(ends) else 0
+    limits = np.arange(MAX_PAIRS_IN_MEMORY, total, MAX_PAIRS_IN_MEMORY)
     parts: list[Pairs] = []
-    for chunk in np.split(
-        candidates, np.searchsorted(ends, np.arange(MAX_PAIRS_IN_MEMORY, total, MAX_PAIRS_IN_MEMORY))
-    ):
+    for chunk in np.split(candidates, np.searchsorted(ends, limits)):
         repeats = count[chunk]
         rows = np.repeat(chunk, repeats)
         position = np.arange(len(rows)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
         boxes = box_order[first[rows] + position]
-        ious = _coco_iou(table.boxes_xyxy_px[rows], dataset.boxes_xyxy_px[boxes], dataset.crowd[boxes])
-        parts.append(Pairs(rows, boxes, ious).select(ious >= min_iou))
-    return Pairs(
-        np.concatenate([p.rows for p in parts]),
-        np.concatenate([p.boxes for p in parts]),
-        np.concatenate([p.ious for p in parts]),
-    )
-
-
-def _coco_iou(
-    detections_xyxy: NDArray[np.float64], boxes_xyxy: NDArray[np.float64], crowd: NDArray[np.bool_]
-) -> NDArray[np.float64]:
-    """Return the IoU of paired boxes, (P, 4) each; for a crowd the part of the detection inside it, as in COCO."""
-    ious = box_math.iou(detections_xyxy, boxes_xyxy)
-    if crowd.any():
-        detections = detections_xyxy[crowd]
-        area = np.prod(detections[:, 2:] - detections[:, :2], axis=1)
-        inside = box_math.intersection(detections, boxes_xyxy[crowd])
+        detections_xyxy, boxes_xyxy = table.boxes_xyxy_px[rows], dataset.boxes_xyxy_px[boxes]
+        ious = box_math.iou(detections_xyxy, boxes_xyxy)
+        # Of a crowd, COCO takes the part of the detection that is inside it.
+        crowd = dataset.crowd[boxes]
+        detections_xyxy = detections_xyxy[crowd]
+        area = np.prod(detections_xyxy[:, 2:] - detections_xyxy[:, :2], axis=1)
+        inside = box_math.intersection(detections_xyxy, boxes_xyxy[crowd])
         ious[crowd] = np.divide(inside, area, out=np.zeros_like(area), where=area > 0)
-    return ious
+        parts.append(Pairs(rows, boxes, ious).select(ious >= min_iou))
+    return Pairs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def match(dataset: Dataset, table: DetectionTable, *, iou: float = 0.5) -> Matches:
     """Match detections in the dataset's labels to its boxes by COCO's rules; `iou` is the least overlap of a match."""
-    rank = _ranks(dataset, table)
-    pairs = _countable_pairs(dataset, table, rank, iou)
+    rank, pairs = _candidates(dataset, table, iou)
     detection_area = np.prod(table.boxes_xyxy_px[:, 2:] - table.boxes_xyxy_px[:, :2], axis=1)
     outcomes = np.zeros((len(SIZES), len(table)), np.int8)
     counted = np.zeros((len(SIZES), len(dataset.labels)), bool)
@@ -142,8 +130,7 @@ def match(dataset: Dataset, table: DetectionTable, *, iou: float = 0.5) -> Match
 
 def outcomes_at(dataset: Dataset, table: DetectionTable, ious: Sequence[float]) -> NDArray[np.int8]:
     """Return the outcomes, (T, D), at several IoUs among boxes of every size; see `Matches.outcomes`."""
-    rank = _ranks(dataset, table)
-    pairs = _countable_pairs(dataset, table, rank, min(ious))
+    rank, pairs = _candidates(dataset, table, min(ious))
     counted = ~dataset.crowd
     outcomes = np.zeros((len(ious), len(table)), np.int8)
     for row, iou in enumerate(ious):
@@ -152,19 +139,17 @@ def outcomes_at(dataset: Dataset, table: DetectionTable, ious: Sequence[float]) 
     return outcomes
 
 
-def _ranks(dataset: Dataset, table: DetectionTable) -> NDArray[np.int64]:
-    """Return each detection's rank by score in its image and class, (D,), 0 for the best."""
+def _candidates(dataset: Dataset, table: DetectionTable, iou: float) -> tuple[NDArray[np.int64], Pairs]:
+    """Return each detection's rank by score in its image and class, (D,), and the pairs that may match.
+
+    Those overlap enough, and their detections are within the limit of each image and class.
+    """
     group = table.image_index * max(len(dataset.categories), 1) + table.labels
     order = np.lexsort((-table.scores, group))
     rank = np.empty(len(table), np.int64)
     rank[order] = np.arange(len(table)) - np.searchsorted(group[order], group[order])
-    return rank
-
-
-def _countable_pairs(dataset: Dataset, table: DetectionTable, rank: NDArray[np.int64], iou: float) -> Pairs:
-    """Return the pairs that may match: enough overlap, and within the limit of detections."""
     pairs = overlapping_pairs(dataset, table, min_iou=min(iou, HIGHEST_IOU))
-    return pairs.select(rank[pairs.rows] < MAX_PER_CLASS)
+    return rank, pairs.select(rank[pairs.rows] < MAX_PER_CLASS)
 
 
 def _assign(
@@ -172,11 +157,7 @@ def _assign(
 ) -> NDArray[np.int64]:
     """Return the box that each detection matches, (D,), -1 for none.
 
-    Args:
-        pairs: pairs that overlap enough, of detections within the limit.
-        rank: (D,) rank of a detection in its image and class, 0 for the best.
-        counted: (G,) boxes to match first; the others only when no counted box is free.
-        crowd: (G,) boxes that any number of detections may match.
+    A box that is not `counted` is matched only when no counted one is free; any number of detections match a `crowd`.
     """
     # Rank by rank; then a detection's preferences: counted boxes, more overlap, and (COCO's >=) the later box.
     keys = (-pairs.boxes, -pairs.ious, ~counted[pairs.boxes], pairs.rows, rank[pairs.rows])

@@ -10,23 +10,26 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rtdetr_cli.boxes import intersection
 from rtdetr_cli.evaluate.bootstrap import Interval
 from rtdetr_cli.evaluate.coco import METRICS
-from rtdetr_cli.evaluate.error_analysis import CORRECT, KINDS, MISSED_KIND, NOT_COUNTED, ErrorAnalysis, Suspect
+from rtdetr_cli.evaluate.error_analysis import CORRECT, KINDS, MISSED_KIND, NOT_COUNTED, ErrorAnalysis
 from rtdetr_cli.evaluate.matching import box_images
 from rtdetr_cli.evaluate.run import Evaluation
-from rtdetr_cli.evaluate.thresholds import Calibration, ScoreCurve, score_curve
+from rtdetr_cli.evaluate.thresholds import ScoreCurve, score_curve
 from rtdetr_cli.files import atomic_write
 from rtdetr_cli.images.decode import ImageError, read_image
 from rtdetr_cli.images.draw import class_color
 from rtdetr_cli.page import image_uri, render_page
 from rtdetr_cli.text import counted
+from rtdetr_cli.weights.header import Thresholds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,93 +55,58 @@ SUSPECT_TITLES = {
 }
 
 
-def write_page(
-    path: Path,
-    evaluation: Evaluation,
-    analysis: ErrorAnalysis,
-    *,
-    model: str,
-    interval: Interval | None = None,
-    calibration: Calibration | None = None,
-) -> None:
-    """Write the page; see `page_context`."""
-    context = page_context(evaluation, analysis, model=model, interval=interval, calibration=calibration)
+def write_page(path: Path, analysis: ErrorAnalysis, **facts: Any) -> None:
+    """Write the page; `facts` are keywords of `page_context`."""
     with atomic_write(path) as temporary:
-        temporary.write_text(render_page("eval.html", **context), encoding="utf-8")
+        temporary.write_text(render_page("eval.html", **page_context(analysis, **facts)), encoding="utf-8")
 
 
 def page_context(
-    evaluation: Evaluation,
     analysis: ErrorAnalysis,
     *,
     model: str,
     interval: Interval | None = None,
-    calibration: Calibration | None = None,
+    calibrated: Thresholds | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return everything that the template shows; `model` is a description, `calibration` is new in this run."""
+    """Return everything that the template shows.
+
+    `model` is a description, `calibrated` are thresholds found in this run, on which there are `notes`.
+    """
+    evaluation = analysis.evaluation
     dataset = evaluation.dataset
     images, images_unreadable = _images(analysis)
-    classes_with_boxes = sum(row["AP"] is not None for row in evaluation.per_class)
+    thresholds = calibrated or evaluation.thresholds
     return {
         "counted": counted,
+        "css_colour": css_colour,
         "title": f"Evaluation on {dataset.name} {dataset.split}",
         "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         "model": model,
         "dataset": dataset,
-        "images_count": len(dataset),
-        "boxes_count": int(np.count_nonzero(~dataset.crowd)),
-        "evaluator": evaluation.evaluator,
-        "notes": [*evaluation.notes, *(calibration.notes if calibration else ())],
-        "unreadable": evaluation.unreadable,
+        "evaluation": evaluation,
+        "analysis": analysis,
+        "notes": [*evaluation.notes, *notes],
         "metric_names": METRICS,
-        "metrics": evaluation.metrics,
         "interval": interval,
-        "classes": [{**row, "colour": css_colour(label)} for label, row in enumerate(evaluation.per_class)],
-        "classes_without_boxes": [row["name"] for row in evaluation.per_class if not row["boxes"]],
-        "sizes": evaluation.by_size,
-        "best": evaluation.best,
-        "at_thresholds": _at_thresholds(evaluation, calibration),
+        "thresholds": thresholds,
+        "at_thresholds": evaluation.at_thresholds(thresholds) if thresholds else None,
         "curves": curves_svg(evaluation) if len(evaluation.table) and evaluation.metrics["AP"] is not None else "",
         "named_curves": NAMED_CURVES,
-        "unnamed_curves": max(0, classes_with_boxes - NAMED_CURVES),
-        "origin": analysis.origin,
         "kinds": KINDS,
-        "counts": analysis.counts,
-        "gains": analysis.gains,
         "confusion": _confusion_rows(analysis),
         "confused": _most_confused(analysis),
-        "empty": analysis.empty,
         "suspects": _suspects(analysis),
-        "suspects_count": len(analysis.suspects),
-        "suspects_note": analysis.suspects_note,
         "images": images,
         "images_unreadable": images_unreadable,
         "filter_kinds": [kind for kind in KINDS if any(kind in image["kinds"] for image in images)],
-        "filter_classes": [
-            {"label": label, "name": name, "colour": css_colour(label)}
-            for label, name in enumerate(dataset.names)
-            if any(label in image["classes"] for image in images)
-        ],
+        "filter_classes": sorted({label for image in images for label in image["classes"]}),
     }
 
 
 def css_colour(label: int) -> str:
     """Return the colour of a class for a style sheet, the same as on annotated images."""
-    red, green, blue = class_color(label)
-    return f"#{red:02x}{green:02x}{blue:02x}"
-
-
-def _at_thresholds(evaluation: Evaluation, calibration: Calibration | None) -> dict[str, Any] | None:
-    thresholds = calibration.thresholds if calibration else evaluation.thresholds
-    if thresholds is None:
-        return None
-    overall, classes = evaluation.at_thresholds(thresholds)
-    return {
-        "target": thresholds.target,
-        "per_class": list(zip(evaluation.dataset.names, classes, strict=True)),
-        "all": overall,
-        "all_at_one": evaluation.at_one_threshold(thresholds.overall),
-    }
+    return "#{:02x}{:02x}{:02x}".format(*class_color(label))
 
 
 # ----------------------------------------------------------------------------------------------------- curves
@@ -150,7 +118,7 @@ def curves_svg(evaluation: Evaluation) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    names, per_class = evaluation.dataset.names, evaluation.per_class
+    dataset, per_class = evaluation.dataset, evaluation.per_class
     present = [label for label, row in enumerate(per_class) if row["AP"] is not None]
     named = sorted(present, key=lambda label: per_class[label]["AP"])[:NAMED_CURVES]  # a legend of all is too long
     recall, precision = np.linspace(0, 1, 101), np.maximum(evaluation.coco.precision[0, :, :, 0, 2], 0)
@@ -161,12 +129,12 @@ def curves_svg(evaluation: Evaluation) -> str:
         for label in present:
             style: dict[str, Any] = {"color": GREY, "linewidth": 0.5, "alpha": 0.4}
             if label in named:
-                style = {"color": css_colour(label), "linewidth": 1.4, "label": _plot_text(names[label])}
+                style = {"color": css_colour(label), "linewidth": 1.4, "label": _plot_text(dataset.names[label])}
             left.plot(recall, precision[:, label], **style)
-            _plot_f1(right, score_curve(evaluation.dataset, evaluation.table, evaluation.matches, label), **style)
+            _plot_f1(right, score_curve(dataset, evaluation.table, evaluation.matches, label), **style)
         style = {"color": GREY, "linewidth": 2.4}
         left.plot(recall, precision[:, present].mean(axis=1), label="all classes", **style)
-        _plot_f1(right, score_curve(evaluation.dataset, evaluation.table, evaluation.matches, None), **style)
+        _plot_f1(right, score_curve(dataset, evaluation.table, evaluation.matches, None), **style)
         if evaluation.best.threshold is not None:
             right.axvline(evaluation.best.threshold, color=GREY, linewidth=0.8, linestyle=":")
         _style_axes(left, "recall", "precision (IoU 0.5)")
@@ -199,11 +167,11 @@ def _plot_f1(axes: Axes, curve: ScoreCurve, **style: Any) -> None:
 
 
 def _style_axes(axes: Axes, x: str, y: str) -> None:
-    axes.set(xlabel=x, ylabel=y, xlim=(0, 1), ylim=(0, 1.02))
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    axes.set_xlabel(x, color=GREY)
+    axes.set_ylabel(y, color=GREY)
     axes.grid(color=GREY, alpha=0.2, linewidth=0.6)
     axes.tick_params(colors=GREY, labelcolor=GREY)
-    axes.xaxis.label.set_color(GREY)
-    axes.yaxis.label.set_color(GREY)
     axes.spines[:].set_color(GREY)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -238,13 +206,8 @@ def _most_confused(analysis: ErrorAnalysis, limit: int = 12) -> list[tuple[str, 
 class Mark:
     """A box on an image of the page.
 
-    Attributes:
-        outcome: a kind of error, `correct`, `misdetected` or `crowd`.
-        label: its class.
-        errors: words `kind:label` by which the page's filters find it.
-        text: written at the box.
-        title: shown when pointed at.
-        box: corners in pixels of the original.
+    The `outcome` is a kind of error, `correct`, `misdetected` or `crowd`; by `errors`, words `kind:label`, the page's
+    filters find it. The `text` is written at the box, the `title` is shown when the box is pointed at.
     """
 
     outcome: str
@@ -260,12 +223,7 @@ def place_texts(marks: Sequence[Mark], size_wh: tuple[int, int], text_size: floa
 
     A text goes above its box, below the upper edge, above the lower edge, or below the box, and starts where the box
     starts or ends where it ends. Without a free position the text appears only when the box is pointed at (`label` is
-    False), as does that of a correct box.
-
-    Args:
-        marks: those drawn last, which have the highest scores, choose first.
-        size_wh: of the image in pixels.
-        text_size: height of a line in pixels.
+    False), as does that of a correct box. Marks drawn last, which have the highest scores, choose first.
     """
     width, height = size_wh
     taken = np.zeros((0, 4))
@@ -277,7 +235,7 @@ def place_texts(marks: Sequence[Mark], size_wh: tuple[int, int], text_size: floa
         starts = (x1 + 2, min(x2, width) - 2 - length)
         places = np.array([(x, y - 0.95 * text_size, x + length, y + 0.25 * text_size) for y in lines for x in starts])
         inside = (places[:, :2] >= 0).all(1) & (places[:, 2] <= width) & (places[:, 3] <= height)
-        free = inside & ~_overlaps(places, taken).any(axis=1)
+        free = inside & ~(intersection(places[:, None], taken) > 0).any(axis=1)
         visible = mark.outcome != "correct" and bool(free.any())
         row = int(np.argmax(free if visible else inside))
         if visible:
@@ -289,10 +247,7 @@ def place_texts(marks: Sequence[Mark], size_wh: tuple[int, int], text_size: floa
                 "errors": mark.errors,
                 "text": mark.text,
                 "title": mark.title,
-                "x": round(x1, 1),
-                "y": round(y1, 1),
-                "w": round(max(x2 - x1, 0), 1),
-                "h": round(max(y2 - y1, 0), 1),
+                **_rectangle(x1, y1, x2, y2),
                 "label": visible,
                 "text_x": round(float(places[row, 2 if at_end else 0]), 1),
                 "text_y": round(float(np.clip(lines[row // 2], text_size, height)), 1),
@@ -302,10 +257,8 @@ def place_texts(marks: Sequence[Mark], size_wh: tuple[int, int], text_size: floa
     return placed[::-1]
 
 
-def _overlaps(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return (A, B) whether rectangles, given by their corners, overlap."""
-    apart = (a[:, None, :2] >= b[None, :, 2:]) | (a[:, None, 2:] <= b[None, :, :2])
-    return np.asarray(~np.any(apart, axis=2))
+def _rectangle(x1: float, y1: float, x2: float, y2: float) -> dict[str, float]:
+    return {"x": round(x1, 1), "y": round(y1, 1), "w": round(max(x2 - x1, 0), 1), "h": round(max(y2 - y1, 0), 1)}
 
 
 def choose_images(analysis: ErrorAnalysis) -> list[int]:
@@ -411,53 +364,33 @@ def _suspects(analysis: ErrorAnalysis) -> list[dict[str, Any]]:
     """Return the annotations that may be wrong, each with a crop of its image, all kinds in turn."""
     dataset = analysis.evaluation.dataset
     by_kind = [[s for s in analysis.suspects if s.kind == kind] for kind in SUSPECT_TITLES]
-    in_turn = sorted((position, kind) for kind, group in enumerate(by_kind) for position in range(len(group)))
     crops: list[dict[str, Any]] = []
-    for position, kind in in_turn:
-        suspect = by_kind[kind][position]
+    for suspect in (s for turn in zip_longest(*by_kind) for s in turn if s is not None):
         try:
             image = read_image(dataset.path(suspect.image))
         except ImageError:
             continue
-        crop, (left, top) = _crop(image, suspect.box_xyxy_px)
-        x1, y1, x2, y2 = suspect.box_xyxy_px
+        x1, y1, x2, y2 = suspect.box_xyxy
+        room = max(0.6 * max(x2 - x1, y2 - y1), 16)
+        height, width = image.shape[:2]
+        left, top = int(np.clip(x1 - room, 0, width - 1)), int(np.clip(y1 - room, 0, height - 1))
+        right, bottom = int(np.clip(x2 + room, left + 1, width)), int(np.clip(y2 + room, top + 1, height))
+        texts = [] if suspect.annotated is None else [f"annotated {dataset.names[suspect.annotated]}"]
+        if suspect.score is not None:
+            texts.append(f"detected {dataset.names[suspect.label]} {suspect.score:.2f}")
         crops.append(
             {
-                "kind": suspect.kind,
                 "title": SUSPECT_TITLES[suspect.kind],
-                "text": _suspect_text(suspect, dataset.names),
+                "text": ", ".join(texts),
                 "name": dataset.file_names[suspect.image],
                 "annotation_id": suspect.annotation_id,
-                "uri": image_uri(crop, max_side=CROP_SIDE),
-                "width": crop.shape[1],
-                "height": crop.shape[0],
-                "x": round(x1 - left, 1),
-                "y": round(y1 - top, 1),
-                "w": round(x2 - x1, 1),
-                "h": round(y2 - y1, 1),
+                "uri": image_uri(np.ascontiguousarray(image[top:bottom, left:right]), max_side=CROP_SIDE),
+                "width": right - left,
+                "height": bottom - top,
+                **_rectangle(x1 - left, y1 - top, x2 - left, y2 - top),
                 "colour": css_colour(suspect.label),
             }
         )
         if len(crops) == MAX_SUSPECTS:
             break
     return crops
-
-
-def _suspect_text(suspect: Suspect, names: Sequence[str]) -> str:
-    detected = f"detected {names[suspect.label]} {suspect.score or 0:.2f}"
-    if suspect.annotated is None:
-        return detected
-    annotated = f"annotated {names[suspect.annotated]}"
-    return annotated if suspect.score is None else f"{annotated}, {detected}"
-
-
-def _crop(
-    image: NDArray[np.uint8], box: tuple[float, float, float, float]
-) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-    """Return the box with some room around it, and the left and top of the crop."""
-    height, width = image.shape[:2]
-    x1, y1, x2, y2 = box
-    room = max(0.6 * max(x2 - x1, y2 - y1), 16)
-    left, top = int(np.clip(x1 - room, 0, width - 1)), int(np.clip(y1 - room, 0, height - 1))
-    right, bottom = int(np.clip(x2 + room, left + 1, width)), int(np.clip(y2 + room, top + 1, height))
-    return np.ascontiguousarray(image[top:bottom, left:right]), (left, top)

@@ -11,6 +11,7 @@ import numpy as np
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError
+from rtdetr_cli.evaluate.classes import listed
 from rtdetr_cli.evaluate.coco import xywh
 from rtdetr_cli.evaluate.table import DetectionTable
 
@@ -32,61 +33,52 @@ def read_results(path: Path, dataset: Dataset) -> DetectionTable:
         images |= _positions_by_name(dataset)
     categories = {int(i): label for label, i in enumerate(dataset.category_ids)}
 
-    image_index = np.zeros(len(entries), np.int64)
-    labels = np.zeros(len(entries), np.int64)
-    boxes = np.zeros((len(entries), 4))
-    scores = np.zeros(len(entries))
+    rows = np.zeros((len(entries), 7))  # image, label, left, top, width, height, score
     unknown_images: list[Any] = []
     unknown_categories: list[Any] = []
     malformed: list[str] = []
     for n, entry in enumerate(entries):
-        missing = [key for key in KEYS if key not in entry]
-        if missing:
+        if missing := [key for key in KEYS if key not in entry]:
             malformed.append(f"entry {n + 1} has no {missing[0]}")
             continue
-        image_index[n] = _lookup(entry["image_id"], images)
-        if image_index[n] < 0:
-            unknown_images.append(entry["image_id"])
-        labels[n] = _lookup(entry["category_id"], categories)
-        if labels[n] < 0:
-            unknown_categories.append(entry["category_id"])
+        image, category, bbox, score = (entry[key] for key in KEYS)
+        image_index, label = _lookup(image, images), _lookup(category, categories)
+        if image_index < 0:
+            unknown_images.append(image)
+        if label < 0:
+            unknown_categories.append(category)
         try:
-            x, y, width, height = entry["bbox"]
-            boxes[n] = (x, y, width, height)
-            scores[n] = entry["score"]
+            x, y, width, height = bbox
+            rows[n] = (image_index, label, x, y, width, height, score)
         except (TypeError, ValueError):
-            malformed.append(
-                f"entry {n + 1} has bbox {entry['bbox']!r} and score {entry['score']!r}, not 4 numbers and 1"
-            )
-    for n in np.flatnonzero(~np.isfinite(boxes).all(1) | ~np.isfinite(scores) | (boxes[:, 2:] < 0).any(1)).tolist():
-        bbox, score = entries[n]["bbox"], entries[n]["score"]
-        malformed.append(f"entry {n + 1} has bbox {bbox} and score {score}, which is not a valid detection")
+            malformed.append(f"entry {n + 1} has bbox {bbox!r} and score {score!r}, not 4 numbers and 1")
+        if not np.isfinite(rows[n]).all() or (rows[n, 4:6] < 0).any():
+            malformed.append(f"entry {n + 1} has bbox {bbox} and score {score}, which is not a valid detection")
 
-    if malformed or unknown_images or unknown_categories:
-        raise _invalid(path, dataset, malformed, unknown_images, unknown_categories)
-    boxes[:, 2:] += boxes[:, :2]
-    return DetectionTable.join([DetectionTable(image_index, labels, scores, boxes)])
-
-
-def _invalid(
-    path: Path, dataset: Dataset, malformed: list[str], unknown_images: list[Any], unknown_categories: list[Any]
-) -> DataError:
     problems, hint = [], ""
     if malformed:
         problems.append(malformed[0] + (f" (and {len(malformed) - 1} more entries)" if len(malformed) > 1 else ""))
     if unknown_categories:
         problems.append(
             f"{len(unknown_categories)} results have a category that {dataset.name} does not have: "
-            f"{_listed(unknown_categories)}"
+            f"{_distinct(unknown_categories)}"
         )
-        hint = f"the categories of {dataset.name} are {_listed([f'{c.id} {c.name}' for c in dataset.categories])}"
+        hint = f"the categories of {dataset.name} are {_distinct([f'{c.id} {c.name}' for c in dataset.categories])}"
     if unknown_images:
         problems.append(
             f"{len(unknown_images)} results are for images that the {dataset.split} split does not have: "
-            f"{_listed(unknown_images)}"
+            f"{_distinct(unknown_images)}"
         )
         hint = hint or "choose the split they were made on with --split, or another dataset with --data"
-    return DataError(f"{path}: " + "; ".join(problems), hint=hint, code="results-unknown")
+    if problems:
+        raise DataError(f"{path}: " + "; ".join(problems), hint=hint, code="results-unknown")
+    rows[:, 4:6] += rows[:, 2:4]
+    indices = rows[:, :2].astype(np.int64)
+    return DetectionTable.join([DetectionTable(indices[:, 0], indices[:, 1], rows[:, 6], rows[:, 2:6])])
+
+
+def _distinct(values: Sequence[Any]) -> str:
+    return listed(list(dict.fromkeys(map(str, values))), 5)
 
 
 def _load(path: Path) -> list[dict[str, Any]]:
@@ -124,11 +116,6 @@ def _positions_by_name(dataset: Dataset) -> dict[str, int]:
             if positions.setdefault(key, position) != position:
                 ambiguous.add(key)
     return {key: position for key, position in positions.items() if key not in ambiguous}
-
-
-def _listed(values: Sequence[Any], limit: int = 5) -> str:
-    distinct = list(dict.fromkeys(map(str, values)))
-    return ", ".join(distinct[:limit]) + (f" and {len(distinct) - limit} more" if len(distinct) > limit else "")
 
 
 def coco_results(dataset: Dataset, table: DetectionTable) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -17,7 +17,7 @@ from rtdetr_cli.errors import DataError, EnvironmentProblem
 from rtdetr_cli.evaluate.classes import ClassMap, map_classes
 from rtdetr_cli.evaluate.coco import PYCOCOTOOLS_LACKS, SIZES, CocoResult, coco_metrics, require_images
 from rtdetr_cli.evaluate.matching import Matches, match
-from rtdetr_cli.evaluate.table import DetectionTable, TableBuilder
+from rtdetr_cli.evaluate.table import DetectionTable
 from rtdetr_cli.evaluate.thresholds import OperatingPoint, points_at, score_curve
 from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.weights.header import Thresholds
@@ -30,17 +30,14 @@ class Evaluation:
     """The metrics of a set of detections.
 
     Attributes:
-        metrics: COCO's twelve numbers by name (`coco.METRICS`); None where the split has no such box.
         dataset: the images evaluated, without those that could not be read.
         table: every detection, in the dataset's labels.
-        coco: the curves behind the numbers.
         thresholds: the model's stored thresholds in the dataset's labels, or None.
         notes: what a reader must know: mapped classes, dropped detections, a split without boxes.
         unreadable: (file name, reason) of the images that were left out.
         seconds: spent in the network and in total; empty for detections from a file.
     """
 
-    metrics: dict[str, float | None]
     dataset: Dataset
     table: DetectionTable
     coco: CocoResult
@@ -50,9 +47,14 @@ class Evaluation:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
-    def evaluator(self) -> str:
-        """The evaluator that computed the numbers."""
-        return self.coco.evaluator
+    def metrics(self) -> dict[str, float | None]:
+        """COCO's twelve numbers by name (`coco.METRICS`); None where the split has no such box."""
+        return self.coco.metrics
+
+    @property
+    def boxes(self) -> int:
+        """Boxes that are not crowds."""
+        return int(np.count_nonzero(~self.dataset.crowd))
 
     @cached_property
     def matches(self) -> Matches:
@@ -63,27 +65,20 @@ class Evaluation:
     def per_class(self) -> list[dict[str, Any]]:
         """A row for each class: name, category_id, boxes, AP..., and precision, recall, F1 at its best threshold.
 
-        `sizes` has AP, AP50, precision, recall and best F1 for small, medium and large boxes.
+        `sizes` has AP, AP50, precision, recall and F1 at the best threshold for small, medium and large boxes.
         """
         boxes = np.bincount(self.dataset.labels[~self.dataset.crowd], minlength=len(self.dataset.categories))
         rows = []
         for label, category in enumerate(self.dataset.categories):
             metrics = self.coco.per_class(label)
-            rows.append(
-                {
-                    "name": category.name,
-                    "category_id": category.id,
-                    "boxes": int(boxes[label]),
-                    **metrics,
-                    **self._best_point(label).rates(),
-                    "sizes": self._by_size(metrics, label),
-                }
-            )
+            facts = {"name": category.name, "category_id": category.id, "boxes": int(boxes[label])}
+            rates = self._best_point(label).rates()
+            rows.append({**facts, **metrics, **rates, "sizes": self._by_size(metrics, label)})
         return rows
 
     @cached_property
     def by_size(self) -> dict[str, dict[str, float | None]]:
-        """AP, AP50, precision, recall and best F1 over all classes for small, medium and large boxes."""
+        """The same over all classes."""
         return self._by_size(self.metrics, None)
 
     @cached_property
@@ -104,15 +99,12 @@ class Evaluation:
     def _best_point(self, label: int | None, size: int = 0) -> OperatingPoint:
         return score_curve(self.dataset, self.table, self.matches, label, size=size).best_point()
 
-    def at_thresholds(self, thresholds: Thresholds) -> tuple[OperatingPoint, list[OperatingPoint]]:
-        """Return precision and recall with a threshold for each class: over all classes, and of each class."""
-        return points_at(self.dataset, self.table, self.matches, np.array(thresholds.per_class, np.float64))
-
-    def at_one_threshold(self, threshold: float) -> OperatingPoint:
-        """Return precision and recall over all classes with the same threshold for all of them."""
-        same = np.full(len(self.dataset.categories), threshold)
-        overall, _ = points_at(self.dataset, self.table, self.matches, same)
-        return replace(overall, threshold=threshold)
+    def at_thresholds(self, thresholds: Thresholds) -> tuple[OperatingPoint, OperatingPoint, list[OperatingPoint]]:
+        """Return the points of all classes with each at its own threshold, of all at the overall one, and of each."""
+        same = np.full(len(self.dataset.categories), thresholds.overall)
+        single, _ = points_at(self.dataset, self.table, self.matches, same)
+        overall, classes = points_at(self.dataset, self.table, self.matches, np.array(thresholds.per_class, np.float64))
+        return overall, single, classes
 
     def to_json(self) -> dict[str, Any]:
         """Return the document of `rtdetr eval --json`."""
@@ -120,11 +112,11 @@ class Evaluation:
             "metrics": dict(self.metrics),
             "per_class": self.per_class,
             "sizes": self.by_size,
-            "best_f1": self.best.to_json(),
+            "best_f1": asdict(self.best),
             "pictures": len(self.dataset),
-            "boxes": int(np.count_nonzero(~self.dataset.crowd)),
+            "boxes": self.boxes,
             "detections": len(self.table),
-            "evaluator": self.evaluator,
+            "evaluator": self.coco.evaluator,
             "dataset": {"name": self.dataset.name, "split": self.dataset.split},
             "notes": list(self.notes),
             "unreadable": [{"file": name, "reason": reason} for name, reason in self.unreadable],
@@ -132,12 +124,13 @@ class Evaluation:
         if self.seconds:
             document["seconds"] = dict(self.seconds)
         if self.thresholds is not None:
-            overall, classes = self.at_thresholds(self.thresholds)
+            overall, single, classes = self.at_thresholds(self.thresholds)
             document["at_thresholds"] = {
                 "target": self.thresholds.target,
-                "overall": overall.to_json(),
+                "overall": asdict(overall),
+                "one_for_all": asdict(single),
                 "per_class": [
-                    {"name": c.name, "category_id": c.id, **p.to_json()}
+                    {"name": c.name, "category_id": c.id, **asdict(p)}
                     for c, p in zip(self.dataset.categories, classes, strict=True)
                 ],
             }
@@ -168,88 +161,56 @@ def evaluate_table(
             raise
         result = coco_metrics(dataset, table, evaluator="pycocotools")
         notes = (*notes, f"{problem.message}: using pycocotools instead; {PYCOCOTOOLS_LACKS}")
-    if not np.any(~dataset.crowd):
+    if dataset.crowd.all():
         notes = (*notes, f"the {dataset.split} split of {dataset.name} has no boxes, so AP is not defined")
-    return Evaluation(result.metrics, dataset, table, result, thresholds, notes, unreadable, seconds or {})
+    return Evaluation(dataset, table, result, thresholds, notes, unreadable, seconds or {})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SplitDetections:
-    """A model's detections in a split, before any metric.
+    """A model's detections in a split, in the model's labels, before any is dropped.
 
-    Attributes:
-        table: detections in the dataset's labels.
-        unreadable: (position, reason) of the images that could not be read.
-        not_finite: detections dropped because the network gave NaN or infinity.
-        unknown_labels: detections dropped because the label map has no entry for their label.
-        network_seconds: time inside the backend.
+    `unreadable` holds (position, reason) of the images that could not be read, `network_seconds` is the time inside
+    the backend.
     """
 
     table: DetectionTable
     unreadable: tuple[tuple[int, str], ...]
-    not_finite: int
-    unknown_labels: int
     network_seconds: float
 
     @classmethod
     def join(cls, parts: Sequence[tuple[NDArray[np.int64], SplitDetections]]) -> SplitDetections:
-        """Return the detections of several processes that each ran on a share of one split.
-
-        Args:
-            parts: for each process the positions of its images in the split, and its detections.
-        """
-        return cls(
-            table=DetectionTable.join(
-                [replace(d.table, image_index=positions[d.table.image_index]) for positions, d in parts]
-            ),
-            unreadable=tuple(
-                sorted((int(positions[i]), reason) for positions, d in parts for i, reason in d.unreadable)
-            ),
-            not_finite=sum(d.not_finite for _, d in parts),
-            unknown_labels=sum(d.unknown_labels for _, d in parts),
-            network_seconds=max(d.network_seconds for _, d in parts),
-        )
+        """Join the detections of processes that each ran on a share of a split, at these positions of its images."""
+        tables = [replace(d.table, image_index=positions[d.table.image_index]) for positions, d in parts]
+        unreadable = sorted((int(positions[i]), reason) for positions, d in parts for i, reason in d.unreadable)
+        return cls(DetectionTable.join(tables), tuple(unreadable), max(d.network_seconds for _, d in parts))
 
 
 def detect(
-    backend: Backend,
-    dataset: Dataset,
-    *,
-    batch: int = 8,
-    progress: Callable[[int], None] | None = None,
-    label_map: NDArray[np.int64] | None = None,
+    backend: Backend, dataset: Dataset, *, batch: int = 8, progress: Callable[[int], None] | None = None
 ) -> SplitDetections:
     """Run a model over a split; threads decode images while the network runs.
 
-    Args:
-        backend: the model.
-        dataset: the split.
-        batch: images per forward pass.
-        progress: called with the number of images done since the last call.
-        label_map: (model classes,) the dataset's labels, -1 for none; None keeps the model's.
+    `progress` is called with the number of images done since the last call.
     """
     from rtdetr_cli.infer.prefetch import prefetch
 
-    builder = TableBuilder(label_map)
+    tables: list[DetectionTable] = []
     unreadable: list[tuple[int, str]] = []
     network_seconds = 0.0
     images = prefetch([dataset.path(i) for i in range(len(dataset))], backend.imgsz)
     while group := list(islice(images, batch)):
         readable = [(i, image, size_wh) for i, image, size_wh, *_ in group if image is not None]
-        unreadable.extend((i, str(error)) for i, image, _, error, _ in group if image is None)
+        unreadable += [(i, str(error)) for i, image, _, error, _ in group if image is None]
         if readable:
+            indices, pixels, sizes_wh = zip(*readable, strict=True)
             start = time.perf_counter()
-            results = backend.run(
-                np.stack([image for _, image, _ in readable]), np.array([size_wh for *_, size_wh in readable], np.int64)
-            )
+            results = backend.run(np.stack(pixels), np.array(sizes_wh, np.int64))
             network_seconds += time.perf_counter() - start
-            for (index, *_), detections in zip(readable, results, strict=True):
-                builder.add(index, detections)
+            tables += [DetectionTable.of_image(i, d) for i, d in zip(indices, results, strict=True)]
         if progress is not None:
             progress(len(group))
-    return SplitDetections(
-        builder.build(), tuple(unreadable), builder.not_finite, builder.unknown_labels, network_seconds
-    )
+    return SplitDetections(DetectionTable.join(tables), tuple(unreadable), network_seconds)
 
 
 def evaluate(
@@ -270,7 +231,7 @@ def evaluate(
     require_images(dataset)
     classes = map_classes(backend.header.names, dataset)
     start = time.perf_counter()
-    detections = detect(backend, dataset, batch=batch, progress=progress, label_map=classes.labels)
+    detections = detect(backend, dataset, batch=batch, progress=progress)
     seconds = time.perf_counter() - start
     return evaluate_detections(
         dataset, detections, classes, seconds=seconds, thresholds=backend.header.thresholds, evaluator=evaluator
@@ -294,14 +255,15 @@ def evaluate_detections(
         DataError: no image could be read.
     """
     notes = list(classes.notes)
-    if detections.not_finite:
-        notes.append(f"{detections.not_finite} detections are NaN or infinite and ignored: the model has diverged")
-    if detections.unknown_labels:
+    table, not_finite, unknown = detections.table.in_dataset_labels(classes.labels)
+    if not_finite:
+        notes.append(f"{not_finite} detections are NaN or infinite and ignored: the model has diverged")
+    if unknown:
         notes.append(
-            f"{detections.unknown_labels} detections have a label beyond the dataset's {len(dataset.categories)} "
+            f"{unknown} detections have a label beyond the dataset's {len(dataset.categories)} "
             "classes and are ignored: was the model trained for another dataset?"
         )
-    table, evaluated, unreadable = detections.table, dataset, detections.unreadable
+    evaluated, unreadable = dataset, detections.unreadable
     if unreadable:
         if len(unreadable) == len(dataset):
             raise DataError(
@@ -310,7 +272,8 @@ def evaluate_detections(
                 code="images-unreadable",
             )
         readable = np.setdiff1d(np.arange(len(dataset)), [i for i, _ in unreadable])
-        evaluated, table = dataset.subset(readable), table.of_images(readable)
+        evaluated = dataset.subset(readable)
+        table = replace(table, image_index=np.searchsorted(readable, table.image_index))
         notes.append(f"{len(unreadable)} of {len(dataset)} images cannot be read and are left out")
     return evaluate_table(
         evaluated,

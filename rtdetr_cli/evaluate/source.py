@@ -6,7 +6,6 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.checks.split import VAL_FRACTION
@@ -56,7 +55,10 @@ def training_data(model: Path, header: ModelHeader | None = None) -> TrainingDat
     A relative path is resolved from here, or from the folders above the run.
     """
     for folder in (model.parent, model.parent.parent):
-        settings = _run_settings(folder)
+        try:
+            settings = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
         if settings.get("data"):
             images, run = settings.get("images"), RunFolder(folder)
             return TrainingData(
@@ -68,13 +70,6 @@ def training_data(model: Path, header: ModelHeader | None = None) -> TrainingDat
             )
     source = (header.dataset if header else {}).get("source")
     return TrainingData(Path(str(source))) if source else None
-
-
-def _run_settings(folder: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def _resolve(path: Path, run: Path) -> Path:
@@ -107,13 +102,8 @@ def choose_split(
     Of the dataset that the model was trained with, the val split of the training is used. Of another dataset that is
     not split, all images are; if it has train and test but no val, the part of train that training would hold out.
 
-    Args:
-        source: the dataset, or None for the one that the model was trained with.
-        split: `train`, `val` or `test`.
-        images: folder of the images.
-        model: path of the model file.
-        header: the model's.
-        find_images: False when detections come from a file, and the images need not exist.
+    `source` is the dataset, None for the one that the model was trained with. With `find_images=False` the images need
+    not exist: the detections come from a file.
 
     Raises:
         UsageError: no dataset is named and the model does not name one either.

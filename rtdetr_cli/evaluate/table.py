@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,60 +36,38 @@ class DetectionTable:
         return cls(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros((0, 4)))
 
     @classmethod
-    def join(cls, parts: Sequence[DetectionTable]) -> DetectionTable:
-        """Return the rows of all parts, by image and best first, independent of the order of the parts.
+    def of_image(cls, image_index: int, detections: Detections) -> DetectionTable:
+        """Return the detections of one image as copies, so that the arrays of a batch can be freed."""
+        return cls(
+            np.full(len(detections), image_index, np.int64),
+            np.array(detections.labels, np.int64),
+            np.array(detections.scores, np.float64),
+            np.array(detections.boxes_xyxy_px, np.float64).reshape(-1, 4),
+        )
 
-        Each image must be in one part only.
-        """
+    @classmethod
+    def join(cls, parts: Sequence[DetectionTable]) -> DetectionTable:
+        """Return the rows of all parts, by image and best first; each image must be in one part only."""
         if not parts:
             return cls.empty()
-        joined = cls(
-            np.concatenate([p.image_index for p in parts]),
-            np.concatenate([p.labels for p in parts]),
-            np.concatenate([p.scores for p in parts]),
-            np.concatenate([p.boxes_xyxy_px for p in parts]),
-        )
-        return joined.rows(np.lexsort((-joined.scores, joined.image_index)))
+        table = cls(*(np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(cls)))
+        return table.rows(np.lexsort((-table.scores, table.image_index)))
 
     def rows(self, keep: NDArray[np.bool_] | NDArray[np.int64]) -> DetectionTable:
         """Return the rows selected by a mask or by positions."""
         return DetectionTable(self.image_index[keep], self.labels[keep], self.scores[keep], self.boxes_xyxy_px[keep])
 
-    def of_images(self, images: NDArray[np.int64]) -> DetectionTable:
-        """Return the rows of some images (ascending positions), renumbered by their position in `images`."""
-        selected = self.rows(np.isin(self.image_index, images))
-        index = np.searchsorted(images, selected.image_index).astype(np.int64)
-        return DetectionTable(index, selected.labels, selected.scores, selected.boxes_xyxy_px)
+    def in_dataset_labels(self, label_map: NDArray[np.int64] | None) -> tuple[DetectionTable, int, int]:
+        """Return a model's finite detections of the dataset's classes, in the dataset's labels.
 
-
-class TableBuilder:
-    """Collect the detections of images one by one.
-
-    Args:
-        label_map: (model classes,) the dataset's label for each of the model's, -1 for none; None keeps them.
-    """
-
-    def __init__(self, label_map: NDArray[np.int64] | None = None) -> None:
-        self._label_map = label_map
-        self._parts: list[DetectionTable] = []
-        self.not_finite = 0  # rows dropped because a score or box was NaN or infinite
-        self.unknown_labels = 0  # rows dropped because the label map has no entry for their label
-
-    def add(self, image_index: int, detections: Detections) -> None:
-        """Add one image's detections as small copies, so that the arrays of a batch can be freed."""
-        labels = np.asarray(detections.labels, np.int64)
-        boxes = np.asarray(detections.boxes_xyxy_px, np.float64).reshape(-1, 4)
-        scores = np.asarray(detections.scores, np.float64)
-        finite = np.isfinite(scores) & np.isfinite(boxes).all(axis=1)
-        self.not_finite += int(np.count_nonzero(~finite))
-        if self._label_map is not None:
-            known = (labels >= 0) & (labels < len(self._label_map))
-            self.unknown_labels += int(np.count_nonzero(~known))
-            labels = np.where(known, self._label_map[np.where(known, labels, 0)], -1)
-        keep = finite & (labels >= 0)
-        index = np.full(np.count_nonzero(keep), image_index, np.int64)
-        self._parts.append(DetectionTable(index, labels[keep], scores[keep], boxes[keep]))
-
-    def build(self) -> DetectionTable:
-        """Return everything added, by image and best first."""
-        return DetectionTable.join(self._parts)
+        The numbers count the rows dropped for a NaN or infinite value, and those whose label `label_map` (see
+        `classes.ClassMap.labels`) does not have.
+        """
+        finite = np.isfinite(self.scores) & np.isfinite(self.boxes_xyxy_px).all(axis=1)
+        labels, unknown = self.labels, 0
+        if label_map is not None:
+            known = (labels >= 0) & (labels < len(label_map))
+            unknown = int(np.count_nonzero(~known))
+            labels = np.where(known, label_map[np.where(known, labels, 0)], -1)
+        table = replace(self, labels=labels).rows(finite & (labels >= 0))
+        return table, int(np.count_nonzero(~finite)), unknown

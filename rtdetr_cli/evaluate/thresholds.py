@@ -1,18 +1,23 @@
-"""Precision and recall at every score, and the score threshold that meets a target best."""
+"""Precision and recall at every score, the thresholds that meet a target best, and storing those in a model file."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.datasets.records import Dataset
-from rtdetr_cli.errors import UsageError
+from rtdetr_cli.errors import RtdetrError, UsageError
 from rtdetr_cli.evaluate.matching import FALSE_POSITIVE, TRUE_POSITIVE, Matches
 from rtdetr_cli.evaluate.table import DetectionTable
-from rtdetr_cli.weights.header import Thresholds
+from rtdetr_cli.weights.header import EXPORT_SUFFIXES, ModelHeader, Thresholds, read_header, rewrite_header
 
+EXPORT_ORIGINAL = "export-original"
 USEFUL_F1, USEFUL_RECALL = 0.1, 0.01  # a class whose best threshold gives less is named in a warning
 
 
@@ -34,34 +39,19 @@ class OperatingPoint:
     @classmethod
     def from_counts(cls, threshold: float | None, true: int, false: int, boxes: int) -> OperatingPoint:
         """Return the point of so many true and false positives among so many boxes."""
-        return cls(
-            threshold,
-            true / (true + false) if true + false else None,
-            true / boxes if boxes else None,
-            2 * true / (true + false + boxes) if boxes else None,
-            true,
-            false,
-            boxes,
-        )
+        precision = true / (true + false) if true + false else None
+        recall = true / boxes if boxes else None
+        f1 = 2 * true / (true + false + boxes) if boxes else None
+        return cls(threshold, precision, recall, f1, true, false, boxes)
 
     def rates(self) -> dict[str, float | None]:
         """Return the figures by name, without the counts."""
         return {"precision": self.precision, "recall": self.recall, "f1": self.f1, "threshold": self.threshold}
 
-    def to_json(self) -> dict[str, float | int | None]:
-        """Return all figures by name."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoreCurve:
-    """Counts when all detections from a score upwards are kept; one row for each distinct score.
-
-    Attributes:
-        scores: (S,) descending.
-        true_positives, false_positives: (S,).
-        boxes: counted boxes.
-    """
+    """Counts (S,) when all detections from a score upwards are kept; one row for each distinct score, descending."""
 
     scores: NDArray[np.float64]
     true_positives: NDArray[np.int64]
@@ -101,11 +91,20 @@ class ScoreCurve:
         following = self.scores[row + 1] if row + 1 < len(self.scores) else 0.0
         return float((self.scores[row] + following) / 2)
 
-    def best_point(self) -> OperatingPoint:
-        """Return the point of the highest F1, the one with the highest threshold among equals."""
+    def best_point(self, min_precision: float = 0.0) -> OperatingPoint:
+        """Return the point of the highest F1, the one with the highest threshold among equals.
+
+        With `min_precision` it is the lowest threshold that reaches it, and so the most recall, or where it is never
+        reached, that of the highest precision. Without a true positive there is no threshold.
+        """
         if not self.boxes or not self.true_positives.any():
             return OperatingPoint.from_counts(None, 0, 0, self.boxes)
-        row = int(np.argmax(self.f1))
+        if min_precision:
+            precision = self.precision
+            least = min(min_precision, precision.max())
+            row = int(np.flatnonzero((precision >= least) & (self.true_positives > 0))[-1])
+        else:
+            row = int(np.argmax(self.f1))
         true, false = int(self.true_positives[row]), int(self.false_positives[row])
         return OperatingPoint.from_counts(self.threshold(row), true, false, self.boxes)
 
@@ -143,90 +142,130 @@ def points_at(
 # ---------------------------------------------------------------------------------------------- calibration
 
 
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """Thresholds calibrated on a split, and where the target was not met (`notes`)."""
-
-    thresholds: Thresholds
-    notes: tuple[str, ...]
-
-
-def parse_target(text: str) -> tuple[str, float]:
-    """Read `f1` or `precision=0.9`.
+def parse_target(text: str) -> float:
+    """Read a calibration target: 0 for `f1`, P for `precision=P`.
 
     Raises:
         UsageError: it is neither, or the precision is not between 0 and 1.
     """
-    kind, equals, value = text.strip().lower().partition("=")
-    if kind == "f1" and not equals:
-        return "f1", 0.0
-    if kind == "precision" and equals:
-        try:
-            target = float(value)
-        except ValueError:
-            target = -1.0
-        if 0 < target <= 1:
-            return "precision", target
+    kind, _, value = text.strip().lower().partition("=")
+    if text.strip().lower() == "f1":
+        return 0.0
+    with suppress(ValueError):
+        if kind == "precision" and 0 < float(value) <= 1:
+            return float(value)
     raise UsageError(
         f"--calibrate {text} is not a target", hint="--calibrate f1, or --calibrate precision=0.9", code="target"
     )
 
 
-def calibrate(dataset: Dataset, table: DetectionTable, matches: Matches, target: str) -> Calibration:
-    """Find the score threshold for each class and for all classes together.
+def calibrate(
+    dataset: Dataset, table: DetectionTable, matches: Matches, target: str
+) -> tuple[Thresholds, tuple[str, ...]]:
+    """Find the score threshold for each class and for all classes together; see `ScoreCurve.best_point`.
 
-    `f1` takes the highest F1. `precision=P` takes the lowest threshold that still has precision P, and so the most
-    recall; where P is never reached, the threshold of the highest precision. A class that is not in the split, or
-    never detected, gets the overall threshold. Classes that `f1` cannot serve are named in one note.
+    A class that is not in the split, or never detected, gets the overall threshold. The notes say where the target was
+    not met, and name the classes that `f1` cannot serve.
 
     Raises:
         UsageError: there is no such target.
     """
-    kind, precision = parse_target(target)
+    precision = parse_target(target)
     notes: list[str] = []
 
-    def threshold_of(curve: ScoreCurve, name: str) -> float | None:
-        threshold, reached = _threshold_for(curve, kind, precision)
-        if threshold is not None and reached < precision:
+    def point_of(label: int | None, name: str) -> OperatingPoint:
+        point = score_curve(dataset, table, matches, label).best_point(precision)
+        if point.precision is not None and point.precision < precision:
             notes.append(
-                f"{name}: precision {precision:g} is never reached; the highest is {reached:.3f}, at {threshold:.3f}"
+                f"{name}: precision {precision:g} is never reached; the highest is {point.precision:.3f}, "
+                f"at {point.threshold:.3f}"
             )
-        return threshold
+        return point
 
-    overall = threshold_of(score_curve(dataset, table, matches, None), "all classes together")
+    overall = point_of(None, "all classes together").threshold
     if overall is None:
         overall = 0.5
         notes.append("no object of the split was detected at any score; the threshold stays 0.5")
     per_class: list[float] = []
     weak: list[str] = []
     for label, name in enumerate(dataset.names):
-        curve = score_curve(dataset, table, matches, label)
-        threshold = threshold_of(curve, name)
-        if threshold is None:
-            reason = "is never detected" if curve.boxes else "has no boxes"
+        point = point_of(label, name)
+        per_class.append(overall if point.threshold is None else point.threshold)
+        if point.threshold is None:
+            reason = "is never detected" if point.boxes else "has no boxes"
             notes.append(f"{name} {reason} in the split: it gets the overall threshold")
-        elif kind == "f1":
-            best = curve.best_point()
-            if (best.f1 or 0) < USEFUL_F1 or (best.recall or 0) < USEFUL_RECALL:
-                weak.append(name)
-        per_class.append(overall if threshold is None else threshold)
+        elif not precision and ((point.f1 or 0) < USEFUL_F1 or (point.recall or 0) < USEFUL_RECALL):
+            weak.append(name)
     if weak:
         notes.append(
             f"{', '.join(weak)}: even the best threshold gives an F1 below {USEFUL_F1:g} or detects fewer than "
             f"{USEFUL_RECALL:.0%} of the objects, so its predictions are of little use: train longer, then calibrate "
             "again"
         )
-    return Calibration(Thresholds(target.strip().lower(), overall, tuple(per_class)), tuple(notes))
+    return Thresholds(target.strip().lower(), overall, tuple(per_class)), tuple(notes)
 
 
-def _threshold_for(curve: ScoreCurve, kind: str, precision: float) -> tuple[float | None, float]:
-    """Return the threshold and the precision there, which may be below the target; None when nothing is detected."""
-    if not curve.boxes or not curve.true_positives.any():
-        return None, 0.0
-    if kind == "f1":
-        row = int(np.argmax(curve.f1))
-    else:
-        enough = np.flatnonzero((curve.precision >= precision) & (curve.true_positives > 0))
-        rows = enough if len(enough) else np.flatnonzero(curve.precision == curve.precision.max())
-        row = int(rows[-1])
-    return curve.threshold(row), float(curve.precision[row])
+# -------------------------------------------------------------------------------------------- the model file
+
+
+def check_can_store(path: Path) -> None:
+    """Refuse a model file that cannot store thresholds, before anything is run.
+
+    Raises:
+        UsageError: it is an export or a published checkpoint.
+        ModelError: it is not a model of ours.
+    """
+    if path.suffix.lower() != ".safetensors":
+        raise UsageError(
+            f"--calibrate stores thresholds in a .safetensors model, and {path.name} is not one",
+            hint="calibrate the model of the run; exports made afterwards carry its thresholds",
+            code="calibrate-kind",
+        )
+    read_header(path)
+
+
+def store_thresholds(path: Path, thresholds: Thresholds, label_map: NDArray[np.int64] | None) -> ModelHeader:
+    """Write thresholds, in the labels of a dataset, into a model's header, and return it.
+
+    The tensors and the identity stay the same. `label_map` is as in `classes.ClassMap`; a class that the dataset does
+    not have gets the overall threshold.
+    """
+    if label_map is not None:
+        per_class = tuple(thresholds.per_class[k] if k >= 0 else thresholds.overall for k in label_map.tolist())
+        thresholds = replace(thresholds, per_class=per_class)
+    return rewrite_header(path, replace(read_header(path), thresholds=thresholds))
+
+
+def export_folders(path: Path) -> list[Path]:
+    """Return the folders that may hold exports of a model: `export/` beside it first, even if it does not exist.
+
+    finetune-discrete also exports the model that it started from, into `export-original/` of its own run.
+    """
+    runs = sorted({path.parent, *(p.parent for p in path.parent.parent.glob(f"*/{EXPORT_ORIGINAL}"))})
+    return [path.parent / "export", *(run / EXPORT_ORIGINAL for run in runs if (run / EXPORT_ORIGINAL).is_dir())]
+
+
+def stale_exports(path: Path, header: ModelHeader) -> list[Path]:
+    """Return the exports of a model, in `export_folders`, that carry other thresholds than the model now has."""
+    from rtdetr_cli.infer.inspect import inspect_model
+
+    def decisive(header: Mapping[str, Any]) -> list[Any]:
+        """Older files do not record the size, layers and queries."""
+        return [(header["thresholds"] or {}).get(key) for key in ("target", "overall", "per_class")]
+
+    current = decisive(asdict(header))
+    stale = []
+    for folder in export_folders(path):
+        for export in sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXPORT_SUFFIXES and p.is_file()):
+            try:
+                exported = inspect_model(export)["header"]
+            except (RtdetrError, OSError):
+                continue
+            if exported is None:  # of another tool
+                continue
+            # Without a recorded source, what lies in export/ is of this model; in export-original/ it may not be.
+            source = exported["extra"].get("source_identity")
+            made_of_model = source == header.identity if source else folder.name != EXPORT_ORIGINAL
+            if made_of_model and decisive(exported) != current:
+                stale.append(export)
+    return stale

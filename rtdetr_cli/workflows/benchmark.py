@@ -225,7 +225,7 @@ def benchmark(
                 if base is None:
                     base = row.ap, drawn
                 else:
-                    row = replace(row, difference=drawn.gap(base[1], row.ap - base[0]))
+                    row = replace(row, difference=drawn.interval(row.ap - base[0], minus=base[1]))
             yield row
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from rtdetr_cli.datasets.records import Dataset
-from rtdetr_cli.evaluate.classes import ClassMap, map_classes
+from rtdetr_cli.evaluate.classes import map_classes
 from rtdetr_cli.evaluate.run import Evaluation, SplitDetections, detect, evaluate_detections
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
@@ -48,8 +48,8 @@ class Evaluator:
         classes = map_classes(prepared.header.names, prepared.val_set)
         share = np.arange(processes.rank, len(prepared.val_set), processes.size)
         backend = TorchBackend(model, prepared.header, device=prepared.learner.device)
-        detected = self._detect(backend, prepared.val_set.subset(share), classes)
-        if processes.any(detected is None):
+        detected = self._detect(backend, prepared.val_set.subset(share))
+        if any(processes.all_gather(detected is None)):
             raise EvaluationStopped
         parts = processes.all_gather((share, detected))
         evaluation: Evaluation | None = None
@@ -59,14 +59,14 @@ class Evaluator:
         metrics: dict[str, float | None] = processes.broadcast(evaluation.metrics if evaluation is not None else None)
         return metrics, evaluation
 
-    def _detect(self, backend: TorchBackend, share: Dataset, classes: ClassMap) -> SplitDetections | None:
+    def _detect(self, backend: TorchBackend, share: Dataset) -> SplitDetections | None:
         """Return the detections in a share of the images; None if a signal came."""
         device = self.prepared.learner.device
         while True:
             # The batch size may change the last bits: it comes from the run's progress, not from this process.
             batch = max(1, min(self.max_batch, self.progress.micro_batch))
             try:
-                return detect(backend, share, batch=batch, progress=self._check_stop, label_map=classes.labels)
+                return detect(backend, share, batch=batch, progress=self._check_stop)
             except EvaluationStopped:
                 return None
             except Exception as error:

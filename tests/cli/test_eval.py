@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from rtdetr_cli.evaluate.stored_thresholds import stale_exports
+from rtdetr_cli.evaluate.thresholds import stale_exports
 from rtdetr_cli.weights.header import ModelHeader, Thresholds, read_header, rewrite_header
 from rtdetr_cli.weights.load import tensors_identity
 
@@ -371,7 +371,7 @@ def test_outputs_are_checked_before_the_work(rtdetr: Callable[..., Any], run_fol
 
 
 def test_stored_thresholds_are_in_the_models_class_order(run_folder: Path) -> None:
-    from rtdetr_cli.evaluate.stored_thresholds import store_thresholds
+    from rtdetr_cli.evaluate.thresholds import store_thresholds
 
     best = run_folder / "best.safetensors"
     before = read_header(best)

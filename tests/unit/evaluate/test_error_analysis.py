@@ -137,7 +137,7 @@ def test_annotations_of_a_weak_class_are_not_questioned(make: Any) -> None:
     analysis = analyze_errors(evaluation, [0.5] * 3)
     assert {s.label for s in analysis.suspects} == {0}
     assert [s.kind for s in analysis.suspects] == ["no-box", "never-found"]
-    assert analysis.unreliable_classes == ("b",)
+    assert analysis.unreliable_classes == ["b"]
     assert analysis.to_json()["suspects_left_out"] == ["b"]
     assert "annotations of classes with an AP50 below 0.5 are not questioned (b)" in analysis.suspects_note
     assert analysis.to_json()["suspects_note"] == analysis.suspects_note

@@ -140,6 +140,6 @@ def test_pycocotools_replaces_a_missing_hotcoco_with_a_note(make: Any, monkeypat
     expected = evaluate_table(dataset, table).metrics
     monkeypatch.setitem(sys.modules, "hotcoco", None)
     evaluation = evaluate_table(dataset, table)
-    assert evaluation.evaluator == "pycocotools"
+    assert evaluation.coco.evaluator == "pycocotools"
     assert evaluation.metrics == pytest.approx(expected)
     assert any("TIDE" in note for note in evaluation.notes)

@@ -47,13 +47,13 @@ def test_best_f1_by_hand(simple: tuple[Dataset, DetectionTable]) -> None:
 def test_a_precision_target_takes_the_lowest_threshold_that_reaches_it(simple: tuple[Dataset, DetectionTable]) -> None:
     dataset, table = simple
     matches = match(dataset, table)
-    calibration = calibrate(dataset, table, matches, "precision=0.75")
-    assert calibration.thresholds.per_class[0] == pytest.approx(0.35)  # between .4 (precision 3/4) and .3 (3/5)
-    assert calibration.thresholds.per_class[1] == pytest.approx(0.3)  # 1/2 at best, below the target
-    assert any("b: precision 0.75 is never reached" in note for note in calibration.notes)
-    assert calibration.thresholds.per_class[2] == calibration.thresholds.overall
-    assert any("c has no boxes" in note for note in calibration.notes)
-    assert calibrate(dataset, table, matches, "precision=1").thresholds.per_class[0] == pytest.approx(0.75)
+    thresholds, notes = calibrate(dataset, table, matches, "precision=0.75")
+    assert thresholds.per_class[0] == pytest.approx(0.35)  # between .4 (precision 3/4) and .3 (3/5)
+    assert thresholds.per_class[1] == pytest.approx(0.3)  # 1/2 at best, below the target
+    assert any("b: precision 0.75 is never reached" in note for note in notes)
+    assert thresholds.per_class[2] == thresholds.overall
+    assert any("c has no boxes" in note for note in notes)
+    assert calibrate(dataset, table, matches, "precision=1")[0].per_class[0] == pytest.approx(0.75)
 
 
 def test_classes_without_a_useful_threshold_are_named_in_one_note(make: Any) -> None:
@@ -74,17 +74,17 @@ def test_classes_without_a_useful_threshold_are_named_in_one_note(make: Any) -> 
         [0.9] * 18 + [0.8] * 90 + [0.1] * 2 + [0.9],
     )
     matches = match(dataset, table)
-    (note,) = calibrate(dataset, table, matches, "f1").notes
+    _, (note,) = calibrate(dataset, table, matches, "f1")
     assert "b, c" in note
     assert "a," not in note
-    assert not any("b, c" in n for n in calibrate(dataset, table, matches, "precision=0.9").notes)
+    assert not any("b, c" in n for n in calibrate(dataset, table, matches, "precision=0.9")[1])
 
 
 @pytest.mark.parametrize("target", ["f1", "precision=0.6"])
 def test_points_at_calibrated_thresholds_lie_on_the_curve(make: Any, target: str) -> None:
     dataset, table = make.random(seed=11)
     matches = match(dataset, table)
-    thresholds = calibrate(dataset, table, matches, target).thresholds
+    thresholds, _ = calibrate(dataset, table, matches, target)
     _, points = points_at(dataset, table, matches, np.array(thresholds.per_class))
     for label, point in enumerate(points):
         curve = score_curve(dataset, table, matches, label)
@@ -99,7 +99,7 @@ def test_small_score_differences_do_not_change_the_points(make: Any) -> None:
     """A threshold lies between two scores, so scores of another backend that differ slightly give the same points."""
     dataset, table = make.random(seed=12)
     matches = match(dataset, table)
-    thresholds = np.array(calibrate(dataset, table, matches, "f1").thresholds.per_class)
+    thresholds = np.array(calibrate(dataset, table, matches, "f1")[0].per_class)
     perturbed = DetectionTable(
         table.image_index,
         table.labels,
@@ -129,9 +129,9 @@ def test_without_boxes_or_detections(make: Any) -> None:
     a, b = evaluation.per_class
     assert (a["precision"], a["recall"], a["f1"], a["threshold"]) == (None, 0, 0, None)
     assert (b["precision"], b["recall"], b["f1"]) == (None, None, None)
-    calibration = calibrate(dataset, evaluation.table, evaluation.matches, "f1")
-    assert calibration.thresholds.overall == 0.5
-    assert any("no object of the split was detected" in note for note in calibration.notes)
+    thresholds, notes = calibrate(dataset, evaluation.table, evaluation.matches, "f1")
+    assert thresholds.overall == 0.5
+    assert any("no object of the split was detected" in note for note in notes)
 
 
 @pytest.mark.parametrize("text", ["f2", "precision", "precision=", "precision=2", "precision=0", "f1=3", "recall=0.5"])

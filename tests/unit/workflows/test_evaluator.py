@@ -46,7 +46,7 @@ def test_shares_of_the_images_give_equal_metrics(val: Dataset, loaded: tuple[RTD
     parts = []
     for rank in range(size):
         mine = np.arange(rank, len(val), size)
-        parts.append((mine, detect(backend, val.subset(mine), batch=1, label_map=classes.labels)))
+        parts.append((mine, detect(backend, val.subset(mine), batch=1)))
     joined = evaluate_detections(val, SplitDetections.join(parts), classes, seconds=1.0)
     whole = evaluate(backend, val, batch=1)
     assert whole.metrics["AP"] is not None
