@@ -1,10 +1,8 @@
 """TensorBoard, Weights & Biases and MLflow, fed by the training loop's events; `metrics.csv` is written in any case.
 
-None of them may end a run. Packages are looked for before it starts; nothing needs a network; a logger that fails
-later is dropped with a warning.
-
-A resumed run trains some steps again. `events/logged.json` records what every logger has received, so that nothing is
-logged twice: the run continues in the same TensorBoard folder, W&B run and MLflow run.
+None of them may end a run: a missing package is refused before it starts, a logger that fails later is dropped with
+a warning. `events/logged.json` records what every logger has received, so that a resumed run, which trains some steps
+again, logs nothing twice and continues in the same TensorBoard folder, W&B run and MLflow run.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,17 +30,14 @@ PROJECT = "rtdetr"
 LAST_LAYER_LOSSES = ("loss_vfl", "loss_bbox", "loss_giou")
 
 
-class Logger(Protocol):
-    """One of the loggers."""
+class _Logger(Protocol):
+    """One of the loggers. `add` may buffer until `flush`; `finish` adds metrics and images of the run, and closes."""
 
-    def add(self, values: Mapping[str, float], step: int) -> None:
-        """Add values at a step; they may be buffered until `flush`."""
+    def add(self, values: Mapping[str, float], step: int) -> None: ...
 
-    def flush(self) -> None:
-        """Send or write everything that was added."""
+    def flush(self) -> None: ...
 
-    def finish(self, metrics: Mapping[str, float], images: Sequence[Path]) -> None:
-        """Add the metrics of the best epoch and the images of the run, and close."""
+    def finish(self, metrics: Mapping[str, float], images: Sequence[Path]) -> None: ...
 
 
 def require_loggers(names: Sequence[str]) -> None:
@@ -50,17 +46,17 @@ def require_loggers(names: Sequence[str]) -> None:
     Raises:
         EnvironmentProblem: it names all of them, and how to install them.
     """
-    missing = [name for name in names if not _installed(name)]
+    missing = [name for name in names if not _is_installed(name)]
     if missing:
-        verb = "needs a package that is" if len(missing) == 1 else "need packages that are"
         raise EnvironmentProblem(
-            f"--log {','.join(missing)} {verb} not installed: {', '.join(PACKAGES[n] for n in missing)}",
+            f"--log {','.join(missing)} needs a package that is not installed: "
+            + ", ".join(PACKAGES[name] for name in missing),
             hint=f'pip install "rtdetr-cli[{",".join(missing)}]"',
             code="package-missing",
         )
 
 
-def _installed(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     try:
         spec = find_spec(name)
     except (ImportError, ValueError):
@@ -80,7 +76,7 @@ class Loggers:
 
     def __init__(self, names: Sequence[str], folder: Path, *, settings: Mapping[str, Any]) -> None:
         self._state = folder / EVENTS / LOGGED
-        self._loggers: dict[str, Logger] = {}
+        self._loggers: dict[str, _Logger] = {}
         self._flushed = time.monotonic()
         self.notices: list[str] = []
         if not names:
@@ -91,29 +87,35 @@ class Loggers:
         # Number of steps and epochs that every logger has received.
         self._steps, self._epochs = int(state.get("step", 0)), int(state.get("epoch", 0))
         for name in names:
-            self._loggers[name] = self._open(name, folder, settings)
+            if name == "tensorboard":
+                self._loggers[name] = _TensorBoard(folder, settings, first_step=self._steps)
+                continue
+            logger = (_WeightsAndBiases if name == "wandb" else _MLflow)(folder, settings, self._ids.get(name))
+            self._loggers[name], self._ids[name] = logger, logger.identity
+            self.notices += [logger.notice] if logger.notice else []
         self._write_state()
-
-    def _open(self, name: str, folder: Path, settings: Mapping[str, Any]) -> Logger:
-        if name == "tensorboard":
-            return TensorBoard(folder, settings, first_step=self._steps)
-        kind = WeightsAndBiases if name == "wandb" else MLflow
-        logger = kind(folder, settings, identity=self._ids.get(name))
-        self._ids[name] = logger.identity
-        if logger.notice:
-            self.notices.append(logger.notice)
-        return logger
 
     def write(self, event: TrainingEvent) -> None:
         """Log an event; problems are added to `notices`."""
         if not self._loggers:
             return
         if isinstance(event, StepDone) and event.step >= self._steps:
-            self._add(_step_values(event), event.step)
+            values = {
+                "train/loss": event.loss,
+                "train/lr": event.lr,
+                "train/gradient_norm": event.gradient_norm,
+                "speed/step_seconds": event.seconds,
+                "speed/waited_seconds": event.loader_seconds,
+                "speed/memory_gb": event.memory_bytes / 1e9,
+            }
+            values |= {f"train/{name}": event.terms[name] for name in LAST_LAYER_LOSSES if name in event.terms}
+            self._add(values, event.step)
             self._steps = event.step + 1
         elif isinstance(event, EpochDone) and event.epoch >= self._epochs:
-            # On the axis of steps, at the last step of the epoch.
-            self._add(_epoch_values(event), max(0, event.step - 1))
+            values = {"epoch/number": event.epoch + 1.0, "epoch/loss": event.loss, "epoch/seconds": event.seconds}
+            values |= {f"epoch/{name}": value for name, value in event.terms.items()}
+            values |= {f"val/{name}": v for name, v in (event.metrics or {}).items() if v is not None}
+            self._add(values, max(0, event.step - 1))  # on the axis of steps, at the last one of the epoch
             self._epochs = event.epoch + 1
         due = time.monotonic() - self._flushed > FLUSH_SECONDS
         if due or isinstance(event, (EpochDone, CheckpointSaved)):
@@ -139,7 +141,7 @@ class Loggers:
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
         self._for_each(lambda logger: logger.add(finite, step))
 
-    def _for_each(self, work: Callable[[Logger], None]) -> None:
+    def _for_each(self, work: Callable[[_Logger], None]) -> None:
         for name, logger in list(self._loggers.items()):
             try:
                 work(logger)
@@ -150,34 +152,16 @@ class Loggers:
     def _write_state(self) -> None:
         state = {"ids": self._ids, "step": self._steps, "epoch": self._epochs}
         try:
-            with atomic_write(self._state) as partial:
-                partial.write_text(json.dumps(state), encoding="utf-8")
+            with atomic_write(self._state) as file:
+                file.write_text(json.dumps(state), encoding="utf-8")
         except RtdetrError as error:
             self.notices.append(f"{error}; a resumed run may log some steps twice")
-
-
-def _step_values(event: StepDone) -> dict[str, float]:
-    values = {
-        "train/loss": event.loss,
-        "train/lr": event.lr,
-        "train/gradient_norm": event.gradient_norm,
-        "speed/step_seconds": event.seconds,
-        "speed/waited_seconds": event.loader_seconds,
-        "speed/memory_gb": event.memory_bytes / 1e9,
-    }
-    return values | {f"train/{name}": event.terms[name] for name in LAST_LAYER_LOSSES if name in event.terms}
-
-
-def _epoch_values(event: EpochDone) -> dict[str, float]:
-    values = {"epoch/number": event.epoch + 1.0, "epoch/loss": event.loss, "epoch/seconds": event.seconds}
-    metrics = {f"val/{name}": float(v) for name, v in (event.metrics or {}).items() if v is not None}
-    return values | {f"epoch/{name}": value for name, value in event.terms.items()} | metrics
 
 
 # ---- the loggers ------------------------------------------------------------------------------------------------
 
 
-class TensorBoard:
+class _TensorBoard:
     """Event files in the run's own folder."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, first_step: int) -> None:
@@ -185,21 +169,16 @@ class TensorBoard:
 
         # What a killed process wrote after its last flush is purged, and logged again.
         self._writer: Any = SummaryWriter(str(folder / EVENTS), purge_step=first_step or None)
+        self.flush = self._writer.flush
         if not first_step:
             rows = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
             self._writer.add_text("settings", f"| setting | value |\n| --- | --- |\n{rows}", 0)
 
     def add(self, values: Mapping[str, float], step: int) -> None:
-        """See `Logger`."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def flush(self) -> None:
-        """See `Logger`."""
-        self._writer.flush()
-
     def finish(self, metrics: Mapping[str, float], images: Sequence[Path]) -> None:
-        """See `Logger`."""
         import numpy as np
         from PIL import Image
 
@@ -208,56 +187,54 @@ class TensorBoard:
                 thumbnail = image.convert("RGB")
                 thumbnail.thumbnail((1200, 1200))  # stored as PNG
                 self._writer.add_image(path.stem, np.asarray(thumbnail), 0, dataformats="HWC")
-        for name, value in metrics.items():
-            self._writer.add_scalar(f"best/{name}", value, 0)
+        self.add({f"best/{name}": value for name, value in metrics.items()}, 0)
         self._writer.close()
 
 
-class WeightsAndBiases:
+class _WeightsAndBiases:
     """A W&B run; without an API key it stays offline in the run's folder, to be sent with `wandb sync`."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], *, identity: str | None) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], identity: str | None) -> None:
         import wandb
 
-        self._wandb = wandb
+        events = folder / EVENTS
+        start = partial(
+            wandb.init,
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=folder.name,
+            id=identity or secrets.token_hex(4),
+            dir=str(events),
+            config=dict(settings),
+            resume="allow",
+            # Capturing the console would garble the progress bar.
+            settings=wandb.Settings(console="off", silent=True, init_timeout=30),
+        )
         self.notice = ""
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-        events = folder / EVENTS
-        arguments: dict[str, Any] = {
-            "project": os.environ.get("WANDB_PROJECT", PROJECT),
-            "name": folder.name,
-            "id": identity or secrets.token_hex(4),
-            "dir": str(events),
-            "config": dict(settings),
-            "resume": "allow",
-        }
-        # Capturing the console would garble the progress bar.
-        quiet = {"console": "off", "silent": True, "init_timeout": 30}
         try:
-            self._run = wandb.init(mode=mode, settings=wandb.Settings(**quiet), **arguments)
+            self._run = start(mode=mode)
         except wandb.errors.Error as error:
             if mode != "online":
                 raise
             mode = "offline"
             self.notice = f"cannot reach wandb ({error}): "
-            self._run = wandb.init(mode=mode, settings=wandb.Settings(**quiet), **arguments)
+            self._run = start(mode=mode)
         self.identity = str(self._run.id)
         if mode == "offline" and identity is None:
             self.notice += f"wandb keeps this run offline; send it with wandb sync {events / 'wandb'}/offline-run-*"
 
     def add(self, values: Mapping[str, float], step: int) -> None:
-        """See `Logger`."""
         self._run.log(dict(values), step=step)
 
     def flush(self) -> None:
         """Do nothing: wandb's own process sends points at once."""
 
     def finish(self, metrics: Mapping[str, float], images: Sequence[Path]) -> None:
-        """See `Logger`."""
-        for name, value in metrics.items():
-            self._run.summary[f"best/{name}"] = value
+        import wandb
+
+        self._run.summary.update({f"best/{name}": value for name, value in metrics.items()})
         if images:
-            self._run.log({f"plots/{path.stem}": self._wandb.Image(str(path)) for path in images})
+            self._run.log({f"plots/{path.stem}": wandb.Image(str(path)) for path in images})
         self._run.finish()
 
 
@@ -275,19 +252,17 @@ def _has_wandb_key() -> bool:
         return False
 
 
-class MLflow:
+class _MLflow:
     """An MLflow run, on the server of MLFLOW_TRACKING_URI or else in a file next to the run folders."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], *, identity: str | None) -> None:
-        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-        if not uri:
-            runs = folder.absolute().parent
-            if all(find_spec(name) for name in ("sqlalchemy", "alembic")):
-                uri = f"sqlite:///{runs / 'mlflow.db'}"
-            else:
-                # The slim package can only write files, and refuses to without this.
-                os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-                uri = (runs / "mlruns").as_uri()
+    def __init__(self, folder: Path, settings: Mapping[str, Any], identity: str | None) -> None:
+        runs, uri = folder.absolute().parent, os.environ.get("MLFLOW_TRACKING_URI", "")
+        if not uri and all(find_spec(name) for name in ("sqlalchemy", "alembic")):
+            uri = f"sqlite:///{runs / 'mlflow.db'}"
+        elif not uri:
+            # The slim package can only write files, and refuses to without this.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+            uri = (runs / "mlruns").as_uri()
         # By default it waits ten minutes for a server that does not answer.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
@@ -303,8 +278,7 @@ class MLflow:
                 name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
                 experiment = self._client.get_experiment_by_name(name)
                 number = experiment.experiment_id if experiment else self._client.create_experiment(name)
-                run = self._client.create_run(number, run_name=folder.name)
-                identity = str(run.info.run_id)
+                identity = str(self._client.create_run(number, run_name=folder.name).info.run_id)
                 parameters = [Param(key, str(value)[:500]) for key, value in settings.items()]
                 for start in range(0, len(parameters), 100):  # the most that one call takes
                     self._client.log_batch(identity, params=parameters[start : start + 100])
@@ -316,22 +290,18 @@ class MLflow:
                 hint="unset MLFLOW_TRACKING_URI to write to a file next to the runs",
                 code="mlflow",
             ) from error
-        self.identity = identity
-        self.notice = f"mlflow writes to {uri}"
+        self.identity, self.notice = identity, f"mlflow writes to {uri}"
 
     def add(self, values: Mapping[str, float], step: int) -> None:
-        """See `Logger`."""
         now = int(time.time() * 1000)
         self._buffer += [self._metric(name, value, now, step) for name, value in values.items()]
 
     def flush(self) -> None:
-        """See `Logger`."""
         for start in range(0, len(self._buffer), 1000):  # the most that one call takes
             self._client.log_batch(self.identity, metrics=self._buffer[start : start + 1000])
         self._buffer = []
 
     def finish(self, metrics: Mapping[str, float], images: Sequence[Path]) -> None:
-        """See `Logger`."""
         self.add({f"best/{name}": value for name, value in metrics.items()}, 0)
         self.flush()
         for path in images:

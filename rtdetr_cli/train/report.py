@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,108 +26,70 @@ if TYPE_CHECKING:
 
     from rtdetr_cli.evaluate.run import Evaluation
 
-MAX_IMAGE_SIDE_PX = 1800
 CARDS = METRICS[:9]  # AP by overlap and size, and AR by number of detections
 
 
-@dataclass(frozen=True, slots=True)
-class RunFacts:
-    """Everything that the report of a run shows.
-
-    Attributes:
-        folder: of the run.
-        config: settings with where they came from.
-        epochs: that were planned.
-        choices: the plan with its reasons.
-        best_epoch: from 1.
-        evaluation: of the best model; None where there was none.
-        data: name, images, classes and the like of the dataset, by name.
-        start: where the weights came from, in words.
-        machine: what it ran on and how fast, by name.
-        warnings: of the whole run.
-        reason: why it ended: `done` or `patience`.
-        explanation: of an `--overfit` that fell short.
-    """
-
-    folder: RunFolder
-    config: RunConfig
-    epochs: int
-    choices: Sequence[Choice]
-    best_epoch: int
-    evaluation: Evaluation | None
-    data: Mapping[str, str]
-    start: str
-    machine: Mapping[str, str]
-    warnings: Sequence[str] = ()
-    reason: str = "done"
-    explanation: str = ""
-
-
 def write_report(
-    facts: RunFacts,
+    folder: RunFolder,
+    config: RunConfig,
     *,
+    epochs: int,
+    choices: Sequence[Choice],
+    best_epoch: int,
+    evaluation: Evaluation | None,
+    data: Mapping[str, str],
+    start: str,
+    machine: Mapping[str, str],
+    warnings: Sequence[str] = (),
+    reason: str = "done",
+    explanation: str = "",
     labels: Figure | None = None,
     batch: NDArray[np.uint8] | None = None,
     predictions: NDArray[np.uint8] | None = None,
 ) -> Path:
     """Write the report into the run's folder.
 
-    Args:
-        facts: what it shows.
-        labels: from `plots.labels_figure`.
-        batch: from `plots.batch_image`.
-        predictions: from `plots.predictions_image`.
+    `best_epoch` counts from 1; `evaluation` is that of the best model. `data` and `machine` are facts by name, `start`
+    says where the weights came from, and `explanation` why an `--overfit` fell short. `reason`, why the run ended, is
+    `done` or `patience`. `plots` draws `labels`, `batch` and `predictions`.
     """
-    context = page_context(facts)
-    context["labels"] = figure_svg(labels, "labels") if labels is not None else ""
-    context["batch"], context["predictions"] = _data_uri(batch), _data_uri(predictions)
-    with atomic_write(facts.folder.report) as partial:
-        partial.write_text(render_page("run.html", **context), encoding="utf-8")
-    return facts.folder.report
-
-
-def page_context(facts: RunFacts) -> dict[str, Any]:
-    """Return everything that the template shows besides the images, as plain values."""
-    config, evaluation, rows = facts.config, facts.evaluation, facts.folder.metrics()
+    rows = folder.metrics()
+    metrics = next((row for row in rows if row.get("epoch") == best_epoch), {})
+    per_class: Sequence[Mapping[str, Any]] = ()
     if evaluation is not None:
-        metrics = dict(evaluation.metrics)
-    else:
-        metrics = next((row for row in rows if row.get("epoch") == facts.best_epoch), {})
-    classes = evaluation.per_class if evaluation is not None else []
-    values = {
-        **flatten(config.settings),
-        **flatten(config.preset.model, "model."),
-        **flatten(config.preset.optim, "optim."),
-    }
-    settings = [(key, _shown(value), config.source(key)) for key, value in values.items()]
-    name = facts.folder.path.name
-    return {
-        "title": f"{name}: {facts.data.get('name', 'run')}",
-        "name": name,
-        "made": time.strftime("%Y-%m-%d %H:%M"),
-        "preset": config.preset.name,
-        "data": dict(facts.data),
-        "start": facts.start,
-        "best_epoch": facts.best_epoch,
-        "epochs_made": len(rows),
-        "epochs_planned": facts.epochs,
-        "reason": facts.reason,
-        "explanation": facts.explanation,
-        "warnings": [*facts.warnings, *(evaluation.notes if evaluation is not None else ())],
-        "metrics": {name: metrics.get(name) for name in CARDS},
-        "classes": [
-            {**row, "color": css_color(label), "bar": round(8 * (row["AP"] or 0), 2)}
-            for label, row in enumerate(classes)
-        ],
-        "threshold": evaluation.best.threshold if evaluation is not None else None,
-        "curves": figure_svg(plots.curves_figure(rows, best_epoch=facts.best_epoch), "curves"),
-        "choices": facts.choices,
-        "given": [row for row in settings if config.given(row[0])],
-        "settings": settings,
-        "machine": dict(facts.machine),
-        "best_file": facts.folder.best,
-        "source": config.settings.data,
-    }
+        metrics, per_class, warnings = evaluation.metrics, evaluation.per_class, [*warnings, *evaluation.notes]
+    values = flatten(config.settings) | flatten(config.preset.model, "model.") | flatten(config.preset.optim, "optim.")
+    settings = [(key, _format_setting(value), config.source(key)) for key, value in values.items()]
+    page = render_page(
+        "run.html",
+        title=f"{folder.path.name}: {data.get('name', 'run')}",
+        name=folder.path.name,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        config=config,
+        data=data,
+        start=start,
+        best_epoch=best_epoch,
+        epochs_made=len(rows),
+        epochs_planned=epochs,
+        reason=reason,
+        explanation=explanation,
+        warnings=warnings,
+        metrics={name: metrics.get(name) for name in CARDS},
+        classes=[{**row, "color": css_color(label)} for label, row in enumerate(per_class)],
+        threshold=evaluation.best.threshold if evaluation is not None else None,
+        curves=figure_svg(plots.curves_figure(rows, best_epoch=best_epoch), "curves"),
+        labels=figure_svg(labels, "labels") if labels is not None else "",
+        batch=_data_uri(batch),
+        predictions=_data_uri(predictions),
+        choices=choices,
+        settings=settings,
+        given=[row for row in settings if config.given(row[0])],
+        machine=machine,
+        best_file=folder.best,
+    )
+    with atomic_write(folder.report) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return folder.report
 
 
 def figure_svg(figure: Figure, name: str) -> str:
@@ -150,12 +111,12 @@ def figure_svg(figure: Figure, name: str) -> str:
 
 
 def _data_uri(image: NDArray[np.uint8] | None) -> str:
-    return "" if image is None else image_uri(image, max_side=MAX_IMAGE_SIDE_PX, quality=80)
+    return "" if image is None else image_uri(image, max_side=1800, quality=80)
 
 
-def _shown(value: Any) -> str:
+def _format_setting(value: Any) -> str:
     if isinstance(value, (tuple, list)):
-        return ", ".join(map(str, value)) or "–"
+        value = ", ".join(map(str, value))
     if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "–" if value is None else str(value) or "–"
+        value = "yes" if value else "no"
+    return "–" if value in (None, "") else str(value)

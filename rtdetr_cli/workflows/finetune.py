@@ -23,15 +23,7 @@ from rtdetr_cli.evaluate.coco import METRICS
 from rtdetr_cli.infer.torch_backend import choose_device
 from rtdetr_cli.runs import CONFIG, RunFolder, nearest_existing, refuse_existing, timestamp
 from rtdetr_cli.train.checkpoint import load_checkpoint, promote_previous
-from rtdetr_cli.train.events import (
-    CheckpointSaved,
-    EpochDone,
-    MicroBatchReduced,
-    RolledBack,
-    StepSkipped,
-    TrainingDone,
-    TrainingEvent,
-)
+from rtdetr_cli.train.events import TrainingDone
 from rtdetr_cli.train.explain import plan_warnings
 from rtdetr_cli.train.loggers import require_loggers
 from rtdetr_cli.train.loop import Trainer
@@ -42,9 +34,9 @@ from rtdetr_cli.weights.header import read_header
 from rtdetr_cli.weights.hub import ShowProgress
 from rtdetr_cli.weights.load import save_model
 from rtdetr_cli.workflows.dry_run import measure_run
-from rtdetr_cli.workflows.evaluator import Evaluator, explain_overfit
-from rtdetr_cli.workflows.events import Event, Notice, RunFinished, RunStarted
-from rtdetr_cli.workflows.identity import ImageDigests, check_identity, digest_images, identity, refuse_changes
+from rtdetr_cli.workflows.evaluator import Evaluator
+from rtdetr_cli.workflows.events import Event, RunFinished, RunStarted
+from rtdetr_cli.workflows.identity import Identity, check_identity, identify, refuse_changes
 from rtdetr_cli.workflows.prepare import Prepared, compile_parts, prepare, resolve_micro_batch, versions
 from rtdetr_cli.workflows.recording import Recorder
 
@@ -57,17 +49,14 @@ def finetune(
     dry_run: bool = False,
     fetching: ShowProgress | None = None,
 ) -> Iterator[Event]:
-    """Train a detector from start to finish.
+    """Train a detector from start to finish; a dry run only measures, and leaves nothing behind.
 
     Args:
         config: the resolved settings; `data` must be set.
         stop: set by a signal handler.
         argv: for the manifest.
-        dry_run: only measure; leaves nothing behind.
+        dry_run: yield DryRunResult after RunStarted, in place of the loop's events and RunFinished.
         fetching: shows the progress of a download of weights.
-
-    Yields:
-        RunStarted, the loop's events, RunFinished; or RunStarted and DryRunResult.
 
     Raises:
         RtdetrError: of every kind; see `train.loop.train` as well.
@@ -84,27 +73,24 @@ def finetune(
             yield _run_started(prepared, progress, None)
             yield measure_run(prepared, progress.micro_batch)
         else:
-            digests = digest_images(prepared)
+            identity = identify(prepared)
             stop.polled = True
-            folder = _make_folder(prepared, progress, digests, argv, lock)
+            folder = _make_folder(prepared, progress, identity, argv, lock)
             yield _run_started(prepared, progress, folder)
-            yield from run(prepared, progress, folder, stop, began, digests)
+            yield from _train(prepared, progress, folder, stop, began, identity)
     processes.close()
 
 
 def resume(
     path: Path, *, flags: Mapping[str, Any] | None = None, sets: Sequence[str] = (), stop: StopFlag | None = None
 ) -> Iterator[Event]:
-    """Resume an interrupted run, as if it had never stopped.
+    """Resume an interrupted run, as if it had never stopped; only RunFinished where nothing is left to do.
 
     Args:
         path: the run's folder.
         flags: what else was given on the command line; must agree with the run.
         sets: the words of `--set`, likewise.
         stop: set by a signal handler.
-
-    Yields:
-        The same events as `finetune`; only RunFinished where nothing is left to do.
 
     Raises:
         UsageError: the folder is not a run, another process is training it, or a setting has changed.
@@ -143,9 +129,9 @@ def resume(
         stop = stop if stop is not None else StopFlag()
         prepared = prepare(config, processes, pretrained=untrained is not None, run=folder)
         with prepared.loader:
-            digests = digest_images(prepared)
+            identity = identify(prepared)
             if state.get("identity") is not None:
-                check_identity(state["identity"], identity(prepared, digests), path, digests)
+                check_identity(state["identity"], identity, path)
             prepared.warnings += [warning] if warning else []
             if processes.is_main:
                 prepared.warnings += _changed_versions(prepared, folder)
@@ -158,12 +144,13 @@ def resume(
                 restore(prepared.learner, progress, state, folder if processes.is_main else None)
             del state
             started = _run_started(prepared, progress, folder)
-            if processes.is_main and (problem := folder.log(f"resumed at {_position(progress)}")):
-                started = replace(started, warnings=(*started.warnings, problem))
+            if processes.is_main:
+                problem = folder.log(f"resumed at epoch {progress.epoch + 1}, step {progress.step}")
+                started = replace(started, warnings=(*started.warnings, *([problem] if problem else [])))
             stop.polled = True
             resumed = None if untrained is not None else (progress.epoch, progress.step)
             yield replace(started, resumed=resumed, restarted=untrained is not None)
-            yield from run(prepared, progress, folder, stop, began, digests)
+            yield from _train(prepared, progress, folder, stop, began, identity)
     processes.close()
 
 
@@ -178,17 +165,15 @@ def run_config(path: Path) -> RunConfig:
     return resolve_run({}, config_file=folder.config)
 
 
-def run(
-    prepared: Prepared, progress: Progress, folder: RunFolder, stop: StopFlag, began: float, digests: ImageDigests
+def _train(
+    prepared: Prepared, progress: Progress, folder: RunFolder, stop: StopFlag, began: float, identity: Identity
 ) -> Iterator[Event]:
     """Train from `progress` to the end, and report what the run left."""
-    settings, learner, is_main = prepared.config.settings, prepared.learner, prepared.processes.is_main
+    settings, is_main = prepared.config.settings, prepared.processes.is_main
     evaluator = Evaluator(prepared, progress, stop)
-    recorder = Recorder(prepared, folder, evaluator) if is_main else None
-    if recorder is not None:
-        yield from recorder.begin()
+    recorder = Recorder(prepared, folder) if is_main else None
     # Not earlier: each process tries out on its own how much fits into its memory.
-    learner = learner.with_synchronized_norms()
+    learner = prepared.learner.with_synchronized_norms()
 
     def write_best(model: nn.Module, metrics: Mapping[str, float | None], epoch: int) -> None:
         known = {name: value for name, value in metrics.items() if value is not None}
@@ -210,48 +195,16 @@ def run(
         patience=settings.patience,
         checkpoint_seconds=settings.checkpoint_minutes * 60,
         checkpoint_steps=settings.checkpoint_steps,
-        identity=identity(prepared, digests),
+        identity=identity.facts,
         files=prepared.train_set.file_names,
     )
     for event in trainer.train():
-        if is_main and (line := log_line(event)) and (problem := folder.log(line)):
-            yield Notice(problem)
-        if recorder is not None and not isinstance(event, TrainingDone):
+        if recorder is not None:
             yield from recorder.record(event)
         yield event
         if isinstance(event, TrainingDone) and recorder is not None:
-            explanation = explain_overfit(prepared, event.best_score) if settings.overfit else ""
-            yield from recorder.finish(event, explanation)
             folder.mark_finished(event.reason)
-            yield _run_finished(folder, event.reason, began, explanation=explanation)
-
-
-def log_line(event: TrainingEvent) -> str:
-    """Return what `train.log` says of an event; empty for those that it leaves out."""
-    match event:
-        case EpochDone():
-            metrics = event.metrics or {}
-            scores = "".join(f"  {k} {v:.4f}" for k in ("AP", "AP50") if (v := metrics.get(k)) is not None)
-            return (
-                f"epoch {event.epoch + 1}/{event.epochs}  step {event.step}  lr {event.lr:.3g}  "
-                f"loss {event.loss:.4f}{scores}  {event.seconds:.1f} s  waited {event.loader_share:.0%}  "
-                f"{event.memory_bytes / 1e9:.2f} GB"
-            )
-        case StepSkipped():
-            return (
-                f"step {event.step} skipped: {event.term} not finite, {event.in_a_row} in a row, "
-                f"images {', '.join(event.files)}"
-            )
-        case MicroBatchReduced():
-            return f"step {event.step}: out of memory, micro-batch {event.micro_batch_before} -> {event.micro_batch}"
-        case RolledBack():
-            return f"step {event.step}: rolled back to step {event.to_step}, learning rate x {event.rate_scale:.3g}"
-        case CheckpointSaved(reason="stop"):
-            return f"stopped at {_position(event)}; checkpoint saved"
-        case TrainingDone():
-            return f"finished ({event.reason}), best AP {event.best_score:.4f} at epoch {event.best_epoch + 1}"
-        case _:
-            return ""
+            yield _run_finished(folder, event.reason, began, explanation=recorder.explanation)
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------------
@@ -261,19 +214,17 @@ def refuse_early(config: RunConfig) -> None:
     """Refuse what can be refused without reading a dataset or a model.
 
     Raises:
-        UsageError, DataError, ModelError, EnvironmentProblem, RtdetrError: what is wrong.
+        RtdetrError: of the kind of what is wrong.
     """
     settings, preset = config.settings, config.preset
     if settings.data is None:
         raise UsageError("no dataset given", hint="rtdetr train --data DATA", code="data-missing")
-    if settings.weights in ("coco", "imagenet"):
-        published = preset.weights if settings.weights == "coco" else preset.imagenet
-        if published is None:
-            raise UsageError(
-                f"--weights {settings.weights}: preset {preset.name} has no such published weights",
-                hint="--weights none, or a model file",
-                code="weights-unknown",
-            )
+    if {"coco": preset.weights, "imagenet": preset.imagenet}.get(settings.weights, "") is None:
+        raise UsageError(
+            f"--weights {settings.weights}: preset {preset.name} has no such published weights",
+            hint="--weights none, or a model file",
+            code="weights-unknown",
+        )
     if isinstance(settings.batch, int) and settings.batch > settings.effective_batch and config.given("batch"):
         raise UsageError(
             f"--batch {settings.batch} is larger than --effective-batch {settings.effective_batch}",
@@ -285,7 +236,7 @@ def refuse_early(config: RunConfig) -> None:
         require_loggers(settings.log)
         if settings.name:
             refuse_existing(Path(settings.out), settings.name)
-    if not Path(settings.data).exists():
+    if not os.path.exists(settings.data):
         raise DataError(f"the dataset {settings.data} does not exist", code="dataset-missing")
     if settings.weights not in ("coco", "imagenet", "none") and not Path(settings.weights).exists():
         raise ModelError(
@@ -311,44 +262,40 @@ def refuse_early(config: RunConfig) -> None:
 
 
 def _make_folder(
-    prepared: Prepared, progress: Progress, digests: ImageDigests, argv: Sequence[str], lock: ExitStack
+    prepared: Prepared, progress: Progress, identity: Identity, argv: Sequence[str], lock: ExitStack
 ) -> RunFolder:
     """Make the run's folder with its settings and manifest, and lock it; all processes get its path."""
-    settings, processes = prepared.config.settings, prepared.processes
-    path = ""
-    if processes.is_main:
-        stem = f"{Path(prepared.config.preset.name).stem}-{prepared.splits.name}"
-        folder = RunFolder.create(Path(settings.out), name=settings.name, stem=stem)
-        lock.enter_context(folder.lock())
-        folder.write(CONFIG, prepared.config.to_toml())
-        folder.write_digests(digests.values)
-        if prepared.splits.split_made and prepared.splits.val is not None:
-            folder.write_val_images(list(prepared.splits.val.file_names))
-        folder.write_manifest(_manifest(prepared, progress, digests, argv))
-        path = str(folder.path)
-    return RunFolder(Path(processes.broadcast(path)))
-
-
-def _manifest(prepared: Prepared, progress: Progress, digests: ImageDigests, argv: Sequence[str]) -> dict[str, Any]:
-    """Return the run's record: what was asked for and what it runs on; enough to start it again."""
-    warnings = plan_warnings(prepared.config, prepared.plan, images=len(prepared.train_set))
-    return {
-        "argv": list(argv or sys.argv),
-        "started": timestamp(),
-        "finished": None,
-        "versions": versions(prepared.processes),
-        "dataset": {"source": str(prepared.splits.source), **prepared.header.dataset, "format": prepared.splits.format},
-        "weights": prepared.start,
-        "precision": prepared.precision,
-        "micro_batch": progress.micro_batch,
-        "identity": identity(prepared, digests),
-        "plan": {
-            **asdict(prepared.plan),
-            "choices": [asdict(choice) for choice in prepared.choices],
-            "warnings": list(warnings),
-        },
-        "transfer": asdict(prepared.transfer) if prepared.transfer is not None else None,
-    }
+    settings, processes, splits = prepared.config.settings, prepared.processes, prepared.splits
+    if not processes.is_main:
+        return RunFolder(Path(processes.broadcast("")))
+    stem = f"{Path(prepared.config.preset.name).stem}-{splits.name}"
+    folder = RunFolder.create(Path(settings.out), name=settings.name, stem=stem)
+    lock.enter_context(folder.lock())
+    folder.write(CONFIG, prepared.config.to_toml())
+    folder.write_digests(identity.digests)
+    if splits.split_made and splits.val is not None:
+        folder.write_val_images(list(splits.val.file_names))
+    folder.write_manifest(
+        {
+            "argv": list(argv or sys.argv),
+            "started": timestamp(),
+            "finished": None,
+            "versions": versions(processes),
+            "dataset": {"source": str(splits.source), **prepared.header.dataset, "format": splits.format},
+            "weights": prepared.start,
+            "precision": prepared.precision,
+            "micro_batch": progress.micro_batch,
+            "identity": identity.facts,
+            "plan": {
+                **asdict(prepared.plan),
+                "choices": [asdict(choice) for choice in prepared.choices],
+                "warnings": list(plan_warnings(prepared.config, prepared.plan, images=len(prepared.train_set))),
+            },
+            "transfer": asdict(prepared.transfer) if prepared.transfer is not None else None,
+        }
+    )
+    processes.broadcast(str(folder.path))
+    return folder
 
 
 def _changed_versions(prepared: Prepared, folder: RunFolder) -> list[str]:
@@ -398,7 +345,3 @@ def _run_finished(folder: RunFolder, reason: str, began: float, **more: Any) -> 
         page=folder.report if folder.report.is_file() else None,
         **more,
     )
-
-
-def _position(at: Progress | CheckpointSaved) -> str:
-    return f"epoch {at.epoch + 1}, step {at.step}"

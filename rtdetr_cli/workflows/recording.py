@@ -1,22 +1,22 @@
-"""What a run leaves for people: plots, loggers' points and the report. A failure in any of it never ends the run."""
+"""What a run leaves for people: the log, plots, loggers' points and the report. A failure in any never ends the run."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rtdetr_cli.config.presets import flatten
 from rtdetr_cli.evaluate.run import Evaluation, evaluate
+from rtdetr_cli.images.decode import read_image
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.runs import PLOTS, RunFolder
 from rtdetr_cli.train import plots
 from rtdetr_cli.train.events import (
+    CheckpointSaved,
     EpochDone,
     FirstBatch,
     MicroBatchReduced,
@@ -27,13 +27,11 @@ from rtdetr_cli.train.events import (
     TrainingEvent,
 )
 from rtdetr_cli.train.loggers import Loggers
-from rtdetr_cli.train.report import RunFacts, write_report
+from rtdetr_cli.train.report import write_report
 from rtdetr_cli.weights.load import load_model
+from rtdetr_cli.workflows.evaluator import explain_overfit
 from rtdetr_cli.workflows.events import Notice
-
-if TYPE_CHECKING:
-    from rtdetr_cli.workflows.evaluator import Evaluator
-    from rtdetr_cli.workflows.prepare import Prepared
+from rtdetr_cli.workflows.prepare import Prepared, versions
 
 SLOW_LOADER_SHARE = 0.3  # of the time, spent waiting for images
 MAX_WARNINGS = 20
@@ -43,134 +41,120 @@ FIRST_DRAWING_SECONDS = 20.0
 
 
 class Recorder:
-    """Writes plots, loggers' points and the report in the main process of a run.
+    """Records the events of the training loop in the main process of a run.
 
-    Args:
-        prepared: the run.
-        folder: where everything goes.
-        evaluator: gives the evaluation of the best model.
+    Attributes:
+        explanation: once training is done, why `--overfit` fell short; empty if it did not.
     """
 
-    def __init__(self, prepared: Prepared, folder: RunFolder, evaluator: Evaluator) -> None:
+    def __init__(self, prepared: Prepared, folder: RunFolder) -> None:
         settings = prepared.config.settings
-        self.prepared = prepared
-        # With --overfit the training set repeats a few images, which the val set has once.
-        self.train_set = replace(prepared.val_set, split="train") if settings.overfit else prepared.train_set
-        self.folder = folder
-        self.evaluator = evaluator
-        self.best: Evaluation | None = None
+        self.explanation = ""
         self.warnings: list[str] = list(prepared.warnings)
-        self._plots = settings.plots
+        self._prepared, self._folder = prepared, folder
+        # With --overfit the training set repeats a few images, which the val set has once.
+        self._train_set = replace(prepared.val_set, split="train") if settings.overfit else prepared.train_set
+        self._best: Evaluation | None = None
         self._slow_loader_reported = False
         self._seconds: list[float] = []
         self._loader_shares: list[float] = []
         self._memory = 0
         self._drawn_at = time.monotonic()
         self._drawing_seconds = 0.0
-        shown = {key: value for key, value in flatten(settings).items() if value is not None}
-        self._loggers = Loggers(settings.log, folder.path, settings=shown)
+        given = {key: value for key, value in flatten(settings).items() if value is not None}
+        self._loggers = Loggers(settings.log, folder.path, settings=given)
+        self._notices = self._loggers.notices
 
-    def begin(self) -> Iterator[Notice]:
-        """Draw the training annotations."""
-        if self._plots and not self._path(plots.LABELS).is_file():
-            yield from self._draw(plots.LABELS, self._draw_labels)
-        yield from self._notices()
-
-    def record(self, event: TrainingEvent) -> Iterator[Notice]:
-        """Record one event of the training loop."""
+    def record(self, event: TrainingEvent) -> list[Notice]:
+        """Record one event; return what a person should know."""
+        if line := log_line(event):
+            problem = self._folder.log(line)
+            self._notices += [problem] if problem else []
         self._loggers.write(event)
         match event:
-            case FirstBatch() if self._plots:
-                yield from self._draw(plots.BATCH, lambda: self._draw_batch(event))
+            case FirstBatch():
+                if not self._path(plots.LABELS).is_file():
+                    self._draw(plots.LABELS, self._draw_labels)
+                self._draw(plots.BATCH, lambda: self._draw_batch(event))
             case StepDone():
                 self._memory = max(self._memory, event.memory_bytes)
             case EpochDone():
-                yield from self._record_epoch(event)
-            case StepSkipped() if not event.skipped.scale_only:
-                self._warn(f"step {event.step + 1} was skipped: {event.skipped.term} was not finite")
-            case MicroBatchReduced():
-                self._warn(
-                    f"out of memory at step {event.step + 1}: micro-batch {event.micro_batch_before} -> "
-                    f"{event.micro_batch}"
-                )
-            case RolledBack():
-                self._warn(
-                    f"rolled back from step {event.step} to {event.to_step}, learning rate x {event.rate_scale:.3g}"
-                )
-            case _:
-                pass
-        yield from self._notices()
+                self._record_epoch(event)
+            case StepSkipped(scale_only=False) | MicroBatchReduced() | RolledBack():
+                self._warn(line)
+            case TrainingDone():
+                self._finish(event)
+        notices = [Notice(text) for text in self._notices]
+        self._notices.clear()
+        return notices
 
-    def finish(self, event: TrainingDone, explanation: str) -> Iterator[Notice]:
-        """Draw the last plots, write the report, and close the loggers."""
-        images = [self._path(name) for name in (plots.LABELS, plots.BATCH, plots.CURVES, plots.PREDICTIONS)]
-        if self._plots:
-            yield from self._draw(plots.CURVES, lambda: self._draw_curves(event.best_epoch))
-            yield from self._draw("the report", lambda: self._write_report(event, explanation))
-        self._loggers.finish(self.best.metrics if self.best is not None else {}, images)
-        yield from self._notices()
-
-    # ---- parts --------------------------------------------------------------------------------------------------
-
-    def _record_epoch(self, event: EpochDone) -> Iterator[Notice]:
+    def _record_epoch(self, event: EpochDone) -> None:
         self._seconds.append(event.seconds)
         self._loader_shares.append(event.loader_share)
         if event.improved:
-            self.best = event.evaluation
+            self._best = event.evaluation
         # The first epoch of a process waits for the loader to start.
         slow = event.loader_share > SLOW_LOADER_SHARE and len(self._seconds) > 1
         if slow and not self._slow_loader_reported:
             self._slow_loader_reported = True
-            text = slow_loader_warning(self.prepared, event.loader_share)
+            cached = self._prepared.config.settings.cache != "none"
+            remedies = [] if cached else ["--cache ram"]
+            remedies.append(f"more --workers than {self._prepared.workers}")
+            if cached and self._prepared.plan.augmentation == "recipe":
+                remedies.append("--aug light")
+            text = f"training waits for images {event.loader_share:.0%} of the time; try {' or '.join(remedies)}"
             self._warn(text)
-            yield Notice(text)
-        due = max(FIRST_DRAWING_SECONDS, self._drawing_seconds / DRAWING_SHARE)
-        if self._plots and time.monotonic() - self._drawn_at > due:
-            began = time.monotonic()
-            yield from self._draw(plots.CURVES, lambda: self._draw_curves(event.best_epoch))
+            self._notices.append(text)
+        began = time.monotonic()
+        if began - self._drawn_at > max(FIRST_DRAWING_SECONDS, self._drawing_seconds / DRAWING_SHARE):
+            self._draw(plots.CURVES, lambda: self._draw_curves(event.best_epoch))
             self._drawn_at = time.monotonic()
             self._drawing_seconds = self._drawn_at - began
 
+    def _finish(self, event: TrainingDone) -> None:
+        if self._prepared.config.settings.overfit:
+            self.explanation = explain_overfit(self._prepared, event.best_score)
+        self._draw(plots.CURVES, lambda: self._draw_curves(event.best_epoch))
+        self._draw("the report", lambda: self._write_report(event))
+        images = [self._path(name) for name in (plots.LABELS, plots.BATCH, plots.CURVES, plots.PREDICTIONS)]
+        self._loggers.finish(self._best.metrics if self._best is not None else {}, images)
+
     def _draw_labels(self) -> None:
-        plots.save(plots.labels_figure(self.train_set, self.prepared.config.imgsz), self._path(plots.LABELS))
+        plots.save(plots.labels_figure(self._train_set, self._prepared.config.imgsz), self._path(plots.LABELS))
 
     def _draw_batch(self, event: FirstBatch) -> None:
-        batch = event.batch
-        image = plots.batch_image(
-            batch.images.numpy(),
-            [boxes.numpy() for boxes in batch.boxes_cxcywh],
-            [labels.numpy() for labels in batch.labels],
-            self.prepared.train_set.names,
-        )
-        plots.save(image, self._path(plots.BATCH))
+        images, names = event.batch.images.numpy(), self._prepared.train_set.names
+        boxes = [boxes.numpy() for boxes in event.batch.boxes_cxcywh]
+        labels = [labels.numpy() for labels in event.batch.labels]
+        plots.save(plots.batch_image(images, boxes, labels, names), self._path(plots.BATCH))
 
     def _draw_curves(self, best_epoch: int) -> None:
-        figure = plots.curves_figure(self.folder.metrics(), best_epoch=best_epoch + 1)
+        figure = plots.curves_figure(self._folder.metrics(), best_epoch=best_epoch + 1)
         plots.save(figure, self._path(plots.CURVES))
 
-    def _write_report(self, event: TrainingDone, explanation: str) -> None:
-        prepared = self.prepared
-        if self.best is None and self.folder.best.is_file():
+    def _write_report(self, event: TrainingDone) -> None:
+        prepared, batch = self._prepared, self._path(plots.BATCH)
+        if self._best is None and self._folder.best.is_file():
             # The best epoch was trained by an earlier process, before the run was interrupted.
-            model, header = load_model(self.folder.best)
-            self.best = evaluate(TorchBackend(model, header, device=prepared.learner.device), prepared.val_set)
-        predictions: NDArray[np.uint8] | None = None
-        if self.best is not None:
-            threshold = self.best.best.threshold
+            model, header = load_model(self._folder.best)
+            self._best = evaluate(TorchBackend(model, header, device=prepared.learner.device), prepared.val_set)
+        predictions = None
+        if self._best is not None:
+            threshold = self._best.best.threshold
             predictions = plots.predictions_image(
-                self.best.dataset, self.best.table, threshold=0.5 if threshold is None else threshold
+                self._best.dataset, self._best.table, threshold=0.5 if threshold is None else threshold
             )
             plots.save(predictions, self._path(plots.PREDICTIONS))
-        facts = RunFacts(
-            folder=self.folder,
-            config=prepared.config,
+        write_report(
+            self._folder,
+            prepared.config,
             epochs=prepared.plan.epochs,
             choices=prepared.choices,
             best_epoch=event.best_epoch + 1,
-            evaluation=self.best,
+            evaluation=self._best,
             data={
                 "name": prepared.splits.name,
-                "training images": f"{len(self.train_set):,}",
+                "training images": f"{len(self._train_set):,}",
                 "val images": f"{len(prepared.val_set):,}",
                 "classes": str(len(prepared.train_set.categories)),
             },
@@ -178,19 +162,14 @@ class Recorder:
             machine=self._machine(),
             warnings=self.warnings,
             reason=event.reason,
-            explanation=explanation,
-        )
-        write_report(
-            facts,
-            labels=plots.labels_figure(self.train_set, prepared.config.imgsz),
-            batch=plots.read(self._path(plots.BATCH)),
+            explanation=self.explanation,
+            labels=plots.labels_figure(self._train_set, prepared.config.imgsz),
+            batch=read_image(batch) if batch.is_file() else None,
             predictions=predictions,
         )
 
     def _machine(self) -> dict[str, str]:
-        from rtdetr_cli.workflows.prepare import versions
-
-        prepared, processes = self.prepared, self.prepared.processes
+        prepared, processes = self._prepared, self._prepared.processes
         facts = {
             "device": f"{prepared.learner.device}" + (f" x {processes.size}" if processes.distributed else ""),
             "precision": f"{prepared.precision} ({prepared.precision_reason})",
@@ -204,30 +183,45 @@ class Recorder:
         version_facts = versions(processes)
         return facts | {"processor": version_facts.pop("device")} | version_facts
 
-    def _draw(self, name: str, draw: Callable[[], object]) -> Iterator[Notice]:
-        """Draw, and give a notice if that fails: a plot is no reason to lose a run."""
+    def _draw(self, name: str, draw: Callable[[], object]) -> None:
+        """Draw, unless `plots=false`; a plot that fails is no reason to lose a run."""
         try:
-            draw()
+            if self._prepared.config.settings.plots:
+                draw()
         except Exception as error:
-            yield Notice(f"could not draw {name}: {type(error).__name__}: {error}")
+            self._notices.append(f"could not draw {name}: {type(error).__name__}: {error}")
 
     def _warn(self, text: str) -> None:
         if len(self.warnings) < MAX_WARNINGS:
             self.warnings.append(text)
 
-    def _notices(self) -> Iterator[Notice]:
-        while self._loggers.notices:
-            yield Notice(self._loggers.notices.pop(0))
-
     def _path(self, name: str) -> Path:
-        return self.folder.path / PLOTS / name
+        return self._folder.path / PLOTS / name
 
 
-def slow_loader_warning(prepared: Prepared, share: float) -> str:
-    """Say that the network waits for images, and what helps."""
-    cached = prepared.config.settings.cache != "none"
-    remedies = [] if cached else ["--cache ram"]
-    remedies.append(f"more --workers than {prepared.workers}")
-    if cached and prepared.plan.augmentation == "recipe":
-        remedies.append("--aug light")
-    return f"training waits for images {share:.0%} of the time; try {' or '.join(remedies)}"
+def log_line(event: TrainingEvent) -> str:
+    """Return what `train.log` says of an event; empty for those that it leaves out."""
+    match event:
+        case EpochDone():
+            metrics = event.metrics or {}
+            scores = "".join(f"  {k} {v:.4f}" for k in ("AP", "AP50") if (v := metrics.get(k)) is not None)
+            return (
+                f"epoch {event.epoch + 1}/{event.epochs}  step {event.step}  lr {event.lr:.3g}  "
+                f"loss {event.loss:.4f}{scores}  {event.seconds:.1f} s  waited {event.loader_share:.0%}  "
+                f"{event.memory_bytes / 1e9:.2f} GB"
+            )
+        case StepSkipped():
+            return (
+                f"step {event.step} skipped: {event.term} not finite, {event.in_a_row} in a row, "
+                f"images {', '.join(event.files)}"
+            )
+        case MicroBatchReduced():
+            return f"step {event.step}: out of memory, micro-batch {event.micro_batch_before} -> {event.micro_batch}"
+        case RolledBack():
+            return f"step {event.step}: rolled back to step {event.to_step}, learning rate x {event.rate_scale:.3g}"
+        case CheckpointSaved(reason="stop"):
+            return f"stopped at epoch {event.epoch + 1}, step {event.step}; checkpoint saved"
+        case TrainingDone():
+            return f"finished ({event.reason}), best AP {event.best_score:.4f} at epoch {event.best_epoch + 1}"
+        case _:
+            return ""

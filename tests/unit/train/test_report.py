@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.train import plots
 from rtdetr_cli.train.explain import explain_plan
 from rtdetr_cli.train.plan import make_plan
-from rtdetr_cli.train.report import RunFacts, figure_svg, page_context, write_report
+from rtdetr_cli.train.report import figure_svg, write_report
 
 EVIL = '<script>alert("x")</script> $\\frac$'
 ROWS: list[dict[str, float | None]] = [
@@ -30,7 +31,7 @@ ROWS: list[dict[str, float | None]] = [
 
 
 @pytest.fixture(scope="module")
-def written(bccd: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunFacts]:
+def facts(bccd: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = RunFolder.create(tmp_path_factory.mktemp("runs"), name="tiny-bccd-01", stem="")
     for row in ROWS:
         folder.add_metrics(row)
@@ -43,48 +44,48 @@ def written(bccd: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     table = DetectionTable(image, val.labels, np.linspace(0.4, 0.9, len(image)), val.boxes_xyxy_px + 1)
     config = resolve_run({"data": str(bccd), "preset": "tiny", "epochs": 3}, sets=["optim.clip_norm=0.2"])
     plan = make_plan(config, images=len(splits.train))
-    facts = RunFacts(
-        folder=folder,
-        config=config,
-        epochs=plan.epochs,
-        choices=explain_plan(config, plan, images=len(splits.train)),
-        best_epoch=3,
-        evaluation=evaluate_table(val, table),
-        data={"name": "bccd", "training images": "205"},
-        start="random weights, seed 0",
-        machine={"device": "cpu", "peak memory": "1.4 GB"},
-        warnings=["39 steps are too few"],
-    )
-    labels = plots.labels_figure(splits.train, config.imgsz)
     images = plots.predictions_image(val, table, threshold=0.5, side=160)
-    return write_report(facts, labels=labels, batch=images, predictions=images), facts
+    return {
+        "folder": folder,
+        "config": config,
+        "epochs": plan.epochs,
+        "choices": explain_plan(config, plan, images=len(splits.train)),
+        "best_epoch": 3,
+        "evaluation": evaluate_table(val, table),
+        "data": {"name": "bccd", "training images": "205"},
+        "start": "random weights, seed 0",
+        "machine": {"device": "cpu", "peak memory": "1.4 GB"},
+        "warnings": ["39 steps are too few"],
+        "labels": plots.labels_figure(splits.train, config.imgsz),
+        "batch": images,
+        "predictions": images,
+    }
 
 
-def test_everything_is_on_the_page(written: tuple[Path, RunFacts]) -> None:
-    path, facts = written
-    text = path.read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def text(facts: dict[str, Any]) -> str:
+    path = write_report(**facts)
     assert path.name == "report.html"
-    for choice in facts.choices:
+    return path.read_text(encoding="utf-8")
+
+
+def test_everything_is_on_the_page(text: str, facts: dict[str, Any]) -> None:
+    for choice in facts["choices"]:
         assert choice.reason.replace("'", "&#39;") in text
-    assert facts.evaluation is not None
-    assert f"AP {facts.evaluation.metrics['AP']:.3f}" in text
+    assert f"AP {facts['evaluation'].metrics['AP']:.3f}" in text
     assert "at epoch 3 of 3" in text
     for expected in (
-        "39 steps are too few",
-        "random weights, seed 0",
-        "1.4 GB",
-        "--epochs",
-        "optim.clip_norm",
-        "--set",
+        *("39 steps are too few", "random weights, seed 0", "1.4 GB", "--epochs", "optim.clip_norm", "--set"),
     ):
         assert expected in text, expected
     assert text.count("data:image/jpeg;base64,") == 2
     assert text.count("<svg") == 2
 
 
-def test_given_settings_are_listed_apart(written: tuple[Path, RunFacts]) -> None:
-    given = page_context(written[1])["given"]
-    assert sorted((key, source) for key, _, source in given) == [
+def test_given_settings_are_listed_apart(text: str) -> None:
+    apart = text[text.index("<h2>Settings") : text.index("<details>")]
+    rows = re.findall(r'<tr><td><code>(.*?)</code></td><td>.*?</td><td class="quiet">(.*?)</td>', apart)
+    assert sorted(rows) == [
         ("data", "--data"),
         ("epochs", "--epochs"),
         ("optim.clip_norm", "--set"),
@@ -93,8 +94,7 @@ def test_given_settings_are_listed_apart(written: tuple[Path, RunFacts]) -> None
     ]
 
 
-def test_the_page_is_self_contained(written: tuple[Path, RunFacts]) -> None:
-    text = written[0].read_text(encoding="utf-8")
+def test_the_page_is_self_contained(text: str) -> None:
     assert "<script" not in text
     links = re.findall(r'(?:src|href)\s*=\s*"([^"]{0,40})', text)
     assert links
@@ -102,9 +102,9 @@ def test_the_page_is_self_contained(written: tuple[Path, RunFacts]) -> None:
     assert "&lt;script&gt;" in text
 
 
-def test_a_run_without_evaluation_has_a_report(written: tuple[Path, RunFacts], tmp_path: Path) -> None:
-    bare = replace(written[1], folder=RunFolder(tmp_path), evaluation=None, best_epoch=0)
-    text = write_report(bare).read_text(encoding="utf-8")
+def test_a_run_without_evaluation_has_a_report(facts: dict[str, Any], tmp_path: Path) -> None:
+    bare = {**facts, "folder": RunFolder(tmp_path), "evaluation": None, "best_epoch": 0}
+    text = write_report(**bare).read_text(encoding="utf-8")
     assert "<h2>Classes</h2>" not in text
     assert "AP –" in text
 
@@ -120,7 +120,7 @@ def test_figures_suit_a_dark_page() -> None:
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_browser_renders_it(written: tuple[Path, RunFacts], tmp_path: Path) -> None:
+def test_a_browser_renders_it(text: str, tmp_path: Path) -> None:
     """Every image is decoded, and nothing but what is meant to scroll is wider than a phone."""
     probe = """
     <script>
@@ -136,7 +136,7 @@ def test_a_browser_renders_it(written: tuple[Path, RunFacts], tmp_path: Path) ->
       });
     </script></body>"""
     page = tmp_path / "probe.html"
-    page.write_text(written[0].read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
+    page.write_text(text.replace("</body>", probe), encoding="utf-8")
     ran = subprocess.run(
         [
             *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),

@@ -276,10 +276,10 @@ def test_a_replaced_image_is_refused_by_name(settings: Callable[..., RunConfig],
             image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
 
     overwrite(images[2])
-    with pytest.raises(DataError, match=f"the image file .*{images[2].name} is different"):
+    with pytest.raises(DataError, match=f": 1 image file, such as .*{images[2].name}"):
         list(resume(folder))
     overwrite(images[5])
-    with pytest.raises(DataError, match=f"2 image files are different, the first is .*{images[2].name}"):
+    with pytest.raises(DataError, match=f"2 image files, such as .*{images[2].name}"):
         list(resume(folder))
     (folder / ".images").unlink()
     with pytest.raises(DataError, match="some image files are different"):

@@ -12,15 +12,13 @@ from PIL import Image
 from rtdetr_cli.config.run import resolve_run
 from rtdetr_cli.datasets.generate import generate_dataset
 from rtdetr_cli.errors import EnvironmentProblem
-from rtdetr_cli.runs import EVENTS, PLOTS
+from rtdetr_cli.runs import EVENTS, PLOTS, RunFolder
 from rtdetr_cli.train import loggers, plots
 from rtdetr_cli.train.events import EpochDone
 from rtdetr_cli.train.plan import make_plan
-from rtdetr_cli.train.stop import Interrupted, StopFlag
-from rtdetr_cli.workflows import finetune as workflow
 from rtdetr_cli.workflows.events import Notice, RunFinished, RunStarted
-from rtdetr_cli.workflows.finetune import finetune
-from rtdetr_cli.workflows.recording import Recorder, slow_loader_warning
+from rtdetr_cli.workflows.finetune import finetune, resume
+from rtdetr_cli.workflows.recording import Recorder
 
 SETS = [
     *("model.width=8", "model.hidden_dim=16", "model.encoder_ffn=16", "model.decoder_dim=16", "model.decoder_ffn=16"),
@@ -100,51 +98,37 @@ def test_a_missing_logger_is_refused_before_the_run(
 # ---- waiting for images ---------------------------------------------------------------------------------------
 
 
-def prepared(**settings: Any) -> Any:
-    config = resolve_run({"data": "x", "preset": "tiny", **settings}, sets=["plots=false"])
-    plan = make_plan(config, images=10_000)  # long enough for the recipe
-    return SimpleNamespace(config=config, plan=plan, workers=3, warnings=[], train_set=None)
-
-
 def epoch(number: int, share: float) -> EpochDone:
     return EpochDone(number, 9, 10, 1e-3, 1.0, {}, None, False, 0.1, 0, 10.0, share, 1)
 
 
-def test_a_slow_loader_is_reported_once_with_a_remedy(tmp_path: Path) -> None:
-    recorder = Recorder(prepared(), SimpleNamespace(path=tmp_path), SimpleNamespace(last=None))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({}, "--cache ram or more --workers than 3"),
+        ({"cache": "ram"}, "more --workers than 3 or --aug light"),
+        ({"cache": "ram", "aug": "none"}, "more --workers than 3"),
+    ],
+)
+def test_a_slow_loader_is_reported_once_with_a_remedy(settings: dict[str, Any], remedy: str, tmp_path: Path) -> None:
+    config = resolve_run({"data": "x", "preset": "tiny", **settings}, sets=["plots=false"])
+    plan = make_plan(config, images=10_000)  # long enough for the recipe
+    prepared: Any = SimpleNamespace(config=config, plan=plan, workers=3, warnings=[], train_set=None)
+    recorder = Recorder(prepared, RunFolder(tmp_path))
     notices = [[n.text for n in recorder.record(epoch(n, share))] for n, share in enumerate((0.9, 0.1, 0.45, 0.6))]
     # The first epoch waits for the loader to start.
-    assert notices == [[], [], [slow_loader_warning(prepared(), 0.45)], []]
-    assert notices[2] == ["training waits for images 45% of the time; try --cache ram or more --workers than 3"]
+    assert notices == [[], [], [f"training waits for images 45% of the time; try {remedy}"], []]
     assert recorder.warnings == notices[2]
 
 
-def test_the_remedy_is_not_in_use_already() -> None:
-    assert "--cache" not in slow_loader_warning(prepared(cache="ram"), 0.5)
-    assert "--aug light" in slow_loader_warning(prepared(cache="ram"), 0.5)
-    assert "--aug" not in slow_loader_warning(prepared(cache="ram", aug="none"), 0.5)
-
-
-def test_the_report_is_complete_when_the_best_epoch_was_before_an_interruption(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_report_is_complete_when_training_ended_before_an_interruption(shapes: Path, tmp_path: Path) -> None:
     """The best model is evaluated again from its file."""
-    stop = StopFlag()
-    begun: list[RunStarted] = []
-
-    def interrupted() -> None:
-        for event in finetune(resolve_run(flags(shapes, tmp_path / "runs"), sets=SETS), stop=stop):
-            if isinstance(event, RunStarted):
-                begun.append(event)
-            if isinstance(event, EpochDone):
-                stop.signal = 15
-
-    with pytest.raises(Interrupted):
-        interrupted()
-    run = begun[0].folder
-    assert run is not None
-    monkeypatch.setattr(Recorder, "_record_epoch", lambda self, event: iter(()))  # no later epoch is better
-    end = list(workflow.resume(run))[-1]
+    end = list(finetune(resolve_run(flags(shapes, tmp_path / "runs", epochs=1), sets=SETS)))[-1]
+    assert isinstance(end, RunFinished)
+    folder = RunFolder(end.folder)
+    folder.write_manifest({**folder.manifest(), "finished": None})
+    folder.report.unlink()
+    end = list(resume(end.folder))[-1]
     assert isinstance(end, RunFinished)
     assert end.page is not None
     assert "<h2>Classes</h2>" in end.page.read_text(encoding="utf-8")
