@@ -1,9 +1,13 @@
-"""What happens during training, as typed events: the command line renders them, loggers and the report write them."""
+"""What happens during training, as typed events: the command line renders them, loggers and the report write them.
+
+Epochs and steps count from 0. `lr` is that of the head; `memory_bytes` is the peak on a GPU, and the resident memory of
+the process on a CPU.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from rtdetr_cli.batches.loader import Batch
@@ -19,72 +23,34 @@ class FirstBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """The optimizer has made a step. Known one step later, since the host does not wait for the device.
-
-    Attributes:
-        epoch, index, step: from 0; `index` counts within the epoch, `step` from the start of the run.
-        loss: sum of the weighted terms.
-        terms: weighted loss terms by name.
-        gradient_norm: global norm before clipping.
-        lr: of the head.
-        seconds: of the step, including the wait for the loader.
-        loader_seconds: how long the step waited for its batch.
-        memory_bytes: peak on the device, or the resident memory of this process on a CPU.
-        replaced: (image, reason) of images that could not be read and were replaced.
-    """
+    """The optimizer has made a step. Known one step later, since the host does not wait for the device."""
 
     epoch: int
-    index: int
+    index: int  # of the batch within the epoch
     step: int
     loss: float
-    terms: Mapping[str, float]
-    gradient_norm: float
+    terms: Mapping[str, float]  # weighted
+    gradient_norm: float  # before clipping
     lr: float
-    seconds: float
+    seconds: float  # with the wait for the loader
     loader_seconds: float
     memory_bytes: int
-    replaced: tuple[tuple[int, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class NonFinite:
-    """Why a step was skipped.
-
-    Attributes:
-        term: the first loss term that is not finite, or `gradient`.
-        images: dataset indices of the micro-batches in which it is not finite.
-        files: their names.
-        evidence: the file with the batch and all results; None after the first few.
-        in_a_row: steps skipped in a row, including this one.
-        scale_only: float16's loss scale was too high and has been halved; nothing is wrong.
-    """
-
-    term: str
-    images: tuple[int, ...]
-    files: tuple[str, ...]
-    evidence: Path | None
-    in_a_row: int
-    scale_only: bool
-
-    @classmethod
-    def merge(cls, causes: Sequence[NonFinite]) -> NonFinite:
-        """Merge what the processes of a run say about one step; each knows its own images only."""
-        return replace(
-            next((c for c in causes if c.images), causes[0]),
-            images=tuple(i for c in causes for i in c.images),
-            files=tuple(name for c in causes for name in c.files),
-            evidence=next((c.evidence for c in causes if c.evidence is not None), None),
-        )
+    replaced: tuple[tuple[int, str], ...] = ()  # (image, reason) of images that could not be read
 
 
 @dataclass(frozen=True, slots=True)
 class StepSkipped:
-    """A step was skipped because its loss or gradient was not finite. `terms` are the loss terms as they were."""
+    """A step was skipped because its loss or gradient was not finite."""
 
     epoch: int
     step: int
-    skipped: NonFinite
     terms: Mapping[str, float]
+    term: str  # the first loss term that is not finite, or `gradient`
+    images: tuple[int, ...]  # of the micro-batches in which it is not finite
+    files: tuple[str, ...]
+    evidence: Path | None  # a file with the batch and its losses; None after the first few
+    in_a_row: int
+    scale_only: bool  # float16's loss scale was too high and has been halved; nothing is wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,38 +81,22 @@ class EvaluationStarted:
 
 @dataclass(frozen=True, slots=True)
 class EpochDone:
-    """An epoch is complete, with or without an evaluation.
-
-    Attributes:
-        epoch: from 0.
-        epochs: of the whole run.
-        step: steps made so far.
-        lr: of the head at its last step.
-        loss: mean over its steps; NaN if all were skipped.
-        terms: mean weighted loss terms.
-        metrics: of the moving average; None if this epoch was not evaluated.
-        improved: the score is the best so far, and the model was written.
-        best_score, best_epoch: so far; the epoch from 0, or -1.
-        seconds: of the epoch with its evaluation, in this process.
-        loader_share: share of the training time spent waiting for the loader.
-        memory_bytes: peak.
-        evaluation: where `metrics` come from; None in all processes but the first, and without an evaluation.
-    """
+    """An epoch is complete, with or without an evaluation."""
 
     epoch: int
-    epochs: int
+    epochs: int  # of the whole run
     step: int
     lr: float
-    loss: float
+    loss: float  # the mean over its steps; NaN if all were skipped
     terms: Mapping[str, float]
-    metrics: Mapping[str, float | None] | None
-    improved: bool
+    metrics: Mapping[str, float | None] | None  # of the moving average; None without an evaluation
+    improved: bool  # the score is the best so far, and the model was written
     best_score: float
-    best_epoch: int
-    seconds: float
-    loader_share: float
+    best_epoch: int  # -1 for none
+    seconds: float  # with the evaluation
+    loader_share: float  # of the training time
     memory_bytes: int
-    evaluation: Evaluation | None = None
+    evaluation: Evaluation | None = None  # behind `metrics`; only in the main process
 
 
 @dataclass(frozen=True, slots=True)

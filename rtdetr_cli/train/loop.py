@@ -3,9 +3,6 @@
 Batches depend on (seed, epoch, index) only, the denoising noise and the scale of a step on (seed, step) only. So the
 position in the run, the tensors and the optimizer's moments are all that a checkpoint needs for a killed run to
 continue bit for bit.
-
-What recovers from failures lives beside the loop: `recovery` (out of memory, going back to a checkpoint), `guard`
-(losses that are not finite), `stop` (signals), `processes` (what several processes agree on).
 """
 
 from __future__ import annotations
@@ -13,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,18 +29,16 @@ from rtdetr_cli.train.events import (
     EpochDone,
     EvaluationStarted,
     FirstBatch,
-    NonFinite,
     StepDone,
     StepSkipped,
     TrainingDone,
     TrainingEvent,
 )
-from rtdetr_cli.train.guard import NonFiniteGuard, QueuedStep
+from rtdetr_cli.train.guard import NonFiniteGuard
 from rtdetr_cli.train.plan import Plan
 from rtdetr_cli.train.processes import GlobalBatch
-from rtdetr_cli.train.recovery import Checkpoints, accumulate_with_retry
-from rtdetr_cli.train.state import Learner, Progress
-from rtdetr_cli.train.step import draw_group, draw_size
+from rtdetr_cli.train.state import Checkpoints, Learner, Progress
+from rtdetr_cli.train.step import accumulate_with_retry, draw_group, draw_size
 from rtdetr_cli.train.stop import EvaluationStopped, Interrupted, StopFlag
 
 Metrics = Mapping[str, float | None]
@@ -53,7 +48,7 @@ Metrics = Mapping[str, float | None]
 class Trainer:
     """Trains a learner to the end of a plan.
 
-    Attributes:
+    Args:
         learner: what learns; changed in place.
         progress: where to begin; changed in place.
         loader: gives effective batches.
@@ -80,11 +75,11 @@ class Trainer:
     write_best: Callable[[nn.Module, Metrics, int], None]
     stop: StopFlag
     seed: int
-    patience: int = 0
-    checkpoint_seconds: float = 300.0
-    checkpoint_steps: int = 0
-    identity: Mapping[str, Any] = field(default_factory=dict)
-    files: Sequence[str] | FlatStrings = ()
+    patience: int
+    checkpoint_seconds: float
+    checkpoint_steps: int
+    identity: Mapping[str, Any]
+    files: Sequence[str] | FlatStrings
 
     def __post_init__(self) -> None:
         learner, progress, folder = self.learner, self.progress, self.folder
@@ -118,16 +113,9 @@ class Trainer:
             yield from self._end_epoch(metrics, evaluation, improved)
         yield TrainingDone(progress.finished or "done", progress.epoch, progress.best_score, progress.best_epoch)
 
-    @property
-    def _stop_signal(self) -> int:
-        """The signal that all processes know of; a single process sees its own at once."""
-        return self._agreed_signal if self.learner.processes.distributed else self.stop.signal
-
-    # ---- the steps of an epoch ----------------------------------------------------------------------------------
-
     def _run_steps(self) -> Generator[TrainingEvent, None, bool]:
         """Run the remaining steps of the epoch; return False if training went back to a checkpoint."""
-        learner, progress, plan = self.learner, self.progress, self.plan
+        learner, progress, plan, processes = self.learner, self.progress, self.plan, self.learner.processes
         self._epoch_started, self._loader_seconds = time.monotonic(), 0.0
         if learner.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(learner.device)
@@ -140,7 +128,9 @@ class Trainer:
                 batch = self._next_batch(batches)
                 loader_seconds = time.monotonic() - started
                 self._loader_seconds += loader_seconds
-                whole = self._exchange_targets(batch)
+                save_due = time.monotonic() - self._checkpoints.saved_at > self.checkpoint_seconds
+                whole = processes.exchange_targets(batch, stop_signal=self.stop.signal, save_due=save_due)
+                self._agreed_signal = whole.stop_signal
                 if batch is None or whole.incomplete:
                     break
                 if progress.step == 0:
@@ -153,18 +143,18 @@ class Trainer:
                     return False
                 if self._stop_signal:
                     break
-                if reason := self._reason_to_save(whole):
+                if whole.save_due or (self.checkpoint_steps and progress.step % self.checkpoint_steps == 0):
                     yield from self._read_last_step()
-                    yield self._checkpoints.save(reason)
+                    yield self._checkpoints.save("time" if whole.save_due else "steps")
         finally:
             if isinstance(batches, Generator):
                 batches.close()
         yield from self._read_last_step()
         if self._stop_signal:
             yield self._checkpoints.save("stop")
-            raise Interrupted(self._stop_signal, step=progress.step, folder=self.folder.path)
+            raise self._interrupted()
         self._training_seconds = time.monotonic() - self._epoch_started
-        learner.processes.check_in_sync(learner.optimizer.parameters)
+        processes.check_in_sync(learner.optimizer.parameters)
         return True
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch | None:
@@ -177,17 +167,13 @@ class Trainer:
                 raise
             return None
 
-    def _exchange_targets(self, batch: Batch | None) -> GlobalBatch:
-        processes = self.learner.processes
-        seconds = time.monotonic() - self._checkpoints.saved_at
-        whole = processes.exchange_targets(
-            batch,
-            images=self.plan.effective_batch // processes.size,
-            stop_signal=self.stop.signal,
-            save_due=seconds > self.checkpoint_seconds,
-        )
-        self._agreed_signal = whole.stop_signal
-        return whole
+    @property
+    def _stop_signal(self) -> int:
+        """The signal that all processes know of; a single process sees its own at once."""
+        return self._agreed_signal if self.learner.processes.distributed else self.stop.signal
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(self._stop_signal, step=self.progress.step, folder=self.folder.path)
 
     def _run_step(
         self, batch: Batch, whole: GlobalBatch, *, started: float, loader_seconds: float
@@ -212,25 +198,18 @@ class Trainer:
         learner.norms.restore_where(found_inf)
         learner.average.update(plan.ema_weight(progress.step + 1))
         optimizer.zero_grad()
-        queued = QueuedStep(
-            epoch=progress.epoch,
-            index=progress.batch,
-            step=progress.step,
-            batch=batch,
-            rows=rows,
-            names=names,
-            terms=terms,
-            totals=totals,
-            found_inf=found_inf,
-            gradient_norm=gradient_norm,
-            loss_scale=optimizer.scale,
-            lr=plan.lr * rate,
-            seconds=time.monotonic() - started,
-            loader_seconds=loader_seconds,
-            memory_bytes=memory.peak_bytes(learner.device),
-            replaced=whole.replaced,
-        )
-        self._guard.submit(queued)
+        facts = {
+            "epoch": progress.epoch,
+            "index": progress.batch,
+            "step": progress.step,
+            "lr": plan.lr * rate,
+            "seconds": time.monotonic() - started,
+            "loader_seconds": loader_seconds,
+            "memory_bytes": memory.peak_bytes(learner.device),
+            "replaced": whole.replaced,
+        }
+        scalars = (found_inf, gradient_norm, optimizer.scale)
+        self._guard.submit(batch, rows, names, terms=terms, totals=totals, scalars=scalars, facts=facts)
         progress.batch += 1
         progress.step += 1
 
@@ -240,19 +219,16 @@ class Trainer:
         if result is None:
             return
         if isinstance(result, StepSkipped):
-            causes = self.learner.processes.all_gather(result.skipped)
-            result = replace(result, skipped=NonFinite.merge(causes))
+            parts = self.learner.processes.all_gather(result)  # each process knows its own images only
+            result = replace(
+                result,
+                images=tuple(i for part in parts for i in part.images),
+                files=tuple(name for part in parts for name in part.files),
+                evidence=next((part.evidence for part in parts if part.evidence), None),
+            )
         self.progress.record_step(result)
         self.progress.in_a_row = self._guard.skipped_in_a_row
         yield result
-
-    def _reason_to_save(self, whole: GlobalBatch) -> str:
-        if whole.save_due:
-            return "time"
-        steps = self.checkpoint_steps
-        return "steps" if steps and self.progress.step % steps == 0 else ""
-
-    # ---- the end of an epoch ------------------------------------------------------------------------------------
 
     def _evaluate(self) -> Generator[TrainingEvent, None, tuple[Metrics | None, Evaluation | None, bool]]:
         """Measure the moving average, if the plan says so.
@@ -269,8 +245,8 @@ class Trainer:
         except EvaluationStopped:
             # All steps of the epoch are done and saved: a resumed run begins with the evaluation.
             yield self._checkpoints.save("stop")
-            signal = self.learner.processes.max(self.stop.signal)
-            raise Interrupted(signal, step=progress.step, folder=self.folder.path) from None
+            self._agreed_signal = max(self.learner.processes.all_gather(self.stop.signal))
+            raise self._interrupted() from None
         score = metrics.get("AP")
         return metrics, evaluation, progress.record_score(-1.0 if score is None or math.isnan(score) else score)
 
@@ -297,8 +273,10 @@ class Trainer:
             evaluation=evaluation,
         )
         if processes.is_main:
+            row = {"epoch": done.epoch + 1, "step": done.step, "lr": done.lr, "loss": done.loss}
+            scores = {name: (metrics or {}).get(name) for name in METRICS}
             with explain_write_failure(self.folder.path, str(self.folder.path / METRICS_FILE)):
-                self.folder.add_metrics(_metrics_row(done))
+                self.folder.add_metrics({**row, **scores, **terms})
         yield done
 
         progress.start_next_epoch()
@@ -307,18 +285,6 @@ class Trainer:
         elif progress.epoch == plan.epochs:
             progress.finished = "done"
         yield self._checkpoints.save("epoch")
-        self._agreed_signal = processes.max(self.stop.signal)
+        self._agreed_signal = max(processes.all_gather(self.stop.signal))
         if self._stop_signal and not progress.finished:
-            raise Interrupted(self._stop_signal, step=progress.step, folder=self.folder.path)
-
-
-def _metrics_row(done: EpochDone) -> dict[str, float | int | None]:
-    row: dict[str, float | int | None] = {
-        "epoch": done.epoch + 1,
-        "step": done.step,
-        "lr": done.lr,
-        "loss": done.loss,
-    }
-    row.update({name: (done.metrics or {}).get(name) for name in METRICS})
-    row.update(done.terms)
-    return row
+            raise self._interrupted()

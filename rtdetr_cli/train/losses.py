@@ -7,7 +7,6 @@ here waits for the device, and values that are not finite come out as they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,126 +15,86 @@ from torch.nn import functional
 from rtdetr_cli.model.denoising import DenoisingGroup
 from rtdetr_cli.model.detector import Outputs, Prediction
 from rtdetr_cli.model.layers import cxcywh_to_xyxy
-from rtdetr_cli.train.matcher import Matches, MatchingCosts, iou_and_giou, match
+from rtdetr_cli.train.matcher import Matches, iou_and_giou, match
+
+VFL_ALPHA, VFL_GAMMA = 0.75, 2.0  # arXiv 2008.13367
+BBOX_WEIGHT, GIOU_WEIGHT = 5.0, 2.0  # that of the varifocal loss is 1
 
 
-@dataclass(frozen=True, slots=True)
-class LossWeights:
-    """Weights of the three loss terms."""
-
-    vfl: float = 1.0
-    bbox: float = 5.0
-    giou: float = 2.0
-
-
-class Criterion:
-    """Compute the weighted loss terms from outputs and targets.
+def compute_losses(
+    outputs: Outputs, boxes_cxcywh: Sequence[Tensor], labels: Sequence[Tensor], *, num_boxes: float
+) -> dict[str, Tensor]:
+    """Return every term, weighted; their sum is the loss.
 
     Args:
-        num_classes: K.
-        weights: of the terms.
-        costs: of the matching.
-        alpha, gamma: of the varifocal loss (arXiv 2008.13367).
+        outputs: of the model in training mode.
+        boxes_cxcywh: for each image (N, 4), 0 to 1.
+        labels: for each image (N,) int64, below K.
+        num_boxes: boxes of the effective batch, over all micro-batches and processes; at least 1 is used, so that a
+            batch without boxes has a loss too.
+
+    Returns:
+        `loss_vfl`, `loss_bbox`, `loss_giou` of the last layer, and the same with `_aux_i`, `_dn_i`, `_enc_0`.
     """
-
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        weights: LossWeights | None = None,
-        costs: MatchingCosts | None = None,
-        alpha: float = 0.75,
-        gamma: float = 2.0,
-    ) -> None:
-        self.num_classes = num_classes
-        self.weights = weights or LossWeights()
-        self.costs = costs or MatchingCosts()
-        self.alpha = alpha
-        self.gamma = gamma
-
-    def __call__(
-        self, outputs: Outputs, boxes_cxcywh: Sequence[Tensor], labels: Sequence[Tensor], *, num_boxes: float
-    ) -> dict[str, Tensor]:
-        """Return every term, weighted; their sum is the loss.
-
-        Args:
-            outputs: of the model in training mode.
-            boxes_cxcywh: for each image (N, 4), 0 to 1.
-            labels: for each image (N,) int64, below K.
-            num_boxes: boxes of the effective batch, over all micro-batches and processes; at least 1 is used, so that a
-                batch without boxes has a loss too.
-
-        Returns:
-            `loss_vfl`, `loss_bbox`, `loss_giou` of the last layer, and the same with `_aux_i`, `_dn_i`, `_enc_0`.
-        """
-        device = outputs.main.logits.device
-        predictions = [outputs.main, *outputs.aux]
-        suffixes = ["", *(f"_aux_{i}" for i in range(len(outputs.aux)))]
-        if outputs.encoder is not None:
-            predictions.append(outputs.encoder)
-            suffixes.append("_enc_0")
-        with torch.autocast(device.type, enabled=False):
-            target_boxes = torch.cat(list(boxes_cxcywh)).to(device, non_blocking=True)
-            target_labels = torch.cat(list(labels)).to(device, non_blocking=True)
-            matches = match(predictions, boxes_cxcywh, labels, costs=self.costs)
-            normalizer = max(float(num_boxes), 1.0)
-            terms = self._terms(predictions, suffixes, matches, target_boxes, target_labels, normalizer)
-            if outputs.denoising and outputs.group is not None:
-                group = outputs.group
-                copies = Matches(*_denoising_pairs(group, boxes_cxcywh, len(outputs.denoising), device))
-                terms |= self._terms(
-                    outputs.denoising,
-                    [f"_dn_{i}" for i in range(len(outputs.denoising))],
-                    copies,
-                    target_boxes,
-                    target_labels,
-                    normalizer * group.num_groups * group.share,
-                )
-        return terms
-
-    def _terms(
-        self,
-        predictions: Sequence[Prediction],
-        suffixes: Sequence[str],
-        matches: Matches,
-        target_boxes: Tensor,
-        target_labels: Tensor,
-        normalizer: float,
-    ) -> dict[str, Tensor]:
-        """Compute the terms of S predictions of one shape at once."""
-        logits = torch.stack([p.logits for p in predictions]).flatten(1, 2)  # (S, B * Q, K)
-        boxes = torch.stack([p.boxes_cxcywh for p in predictions]).flatten(1, 2)
-        dtype = torch.promote_types(boxes.dtype, torch.float32)
-        logits, boxes = logits.to(dtype), boxes.to(dtype)
-        predicted = boxes.gather(1, matches.rows[..., None].expand(-1, -1, 4))  # (S, M, 4)
-        expected = target_boxes.to(dtype)[matches.targets]
-        iou, giou = iou_and_giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(expected))
-
-        # One flat index for (row, class): the target score is the IoU where matched and zero elsewhere.
-        cells = matches.rows * logits.shape[2] + target_labels[matches.targets]
-        target = torch.zeros_like(logits).flatten(1).scatter(1, cells, iou.detach())
-        matched = torch.zeros_like(target).scatter(1, cells, 1.0)
-        flat = logits.flatten(1)
-        weight = self.alpha * flat.detach().sigmoid() ** self.gamma * (1 - matched) + target
-        vfl = functional.binary_cross_entropy_with_logits(flat, target, weight=weight, reduction="none").sum(1)
-
-        weights = self.weights
-        by_term = {
-            "loss_vfl": weights.vfl * vfl / normalizer,
-            "loss_bbox": weights.bbox * (predicted - expected).abs().sum((1, 2)) / normalizer,
-            "loss_giou": weights.giou * (1 - giou).sum(1) / normalizer,
-        }
-        return {name + s: values[i] for i, s in enumerate(suffixes) for name, values in by_term.items()}
+    device = outputs.main.logits.device
+    predictions = {"": outputs.main} | {f"_aux_{i}": p for i, p in enumerate(outputs.aux)}
+    if outputs.encoder is not None:
+        predictions["_enc_0"] = outputs.encoder
+    with torch.autocast(device.type, enabled=False):
+        target_boxes = torch.cat(list(boxes_cxcywh)).to(device, non_blocking=True)
+        target_labels = torch.cat(list(labels)).to(device, non_blocking=True)
+        matches = match(list(predictions.values()), boxes_cxcywh, labels)
+        normalizer = max(float(num_boxes), 1.0)
+        terms = _loss_terms(predictions, matches, target_boxes, target_labels, normalizer)
+        if outputs.denoising and outputs.group is not None:
+            group = outputs.group
+            denoising = {f"_dn_{i}": p for i, p in enumerate(outputs.denoising)}
+            matches = _denoising_matches(group, boxes_cxcywh, len(denoising), device)
+            normalizer *= group.num_groups * group.share
+            terms |= _loss_terms(denoising, matches, target_boxes, target_labels, normalizer)
+    return terms
 
 
-def _denoising_pairs(
+def _loss_terms(
+    predictions: dict[str, Prediction],
+    matches: Matches,
+    target_boxes: Tensor,
+    target_labels: Tensor,
+    normalizer: float,
+) -> dict[str, Tensor]:
+    """Compute the terms of S predictions of one shape, by the suffix of their names, at once."""
+    logits = torch.stack([p.logits for p in predictions.values()]).flatten(1, 2)  # (S, B * Q, K)
+    boxes = torch.stack([p.boxes_cxcywh for p in predictions.values()]).flatten(1, 2)
+    dtype = torch.promote_types(boxes.dtype, torch.float32)
+    logits, boxes = logits.to(dtype), boxes.to(dtype)
+    predicted = boxes.gather(1, matches.rows[..., None].expand(-1, -1, 4))  # (S, M, 4)
+    expected = target_boxes.to(dtype)[matches.targets]
+    iou, giou = iou_and_giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(expected))
+
+    # One flat index for (row, class): the target score is the IoU where matched and zero elsewhere.
+    cells = matches.rows * logits.shape[2] + target_labels[matches.targets]
+    target = torch.zeros_like(logits).flatten(1).scatter(1, cells, iou.detach())
+    matched = torch.zeros_like(target).scatter(1, cells, 1.0)
+    flat = logits.flatten(1)
+    weight = VFL_ALPHA * flat.detach().sigmoid() ** VFL_GAMMA * (1 - matched) + target
+    vfl = functional.binary_cross_entropy_with_logits(flat, target, weight=weight, reduction="none").sum(1)
+
+    by_term = {
+        "loss_vfl": vfl / normalizer,
+        "loss_bbox": BBOX_WEIGHT * (predicted - expected).abs().sum((1, 2)) / normalizer,
+        "loss_giou": GIOU_WEIGHT * (1 - giou).sum(1) / normalizer,
+    }
+    return {name + s: values[i] for i, s in enumerate(predictions) for name, values in by_term.items()}
+
+
+def _denoising_matches(
     group: DenoisingGroup, boxes_cxcywh: Sequence[Tensor], layers: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return rows and targets (layers, M) of the denoising queries; they are the same for every layer."""
+) -> Matches:
+    """Return rows and targets of the denoising queries, which are the same for every layer."""
     rows, targets, start = [], [], 0
     for image, (positives, of_image) in enumerate(zip(group.positives, group.targets, strict=True)):
         rows.append(positives + image * group.size)
         targets.append(of_image + start)
         start += len(boxes_cxcywh[image])
     pairs = torch.stack([torch.cat(rows), torch.cat(targets)]).to(device, non_blocking=True)
-    return pairs[0].expand(layers, -1), pairs[1].expand(layers, -1)
+    return Matches(pairs[0].expand(layers, -1), pairs[1].expand(layers, -1))

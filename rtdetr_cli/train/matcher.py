@@ -18,18 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 from rtdetr_cli.model.detector import Prediction
 from rtdetr_cli.model.layers import cxcywh_to_xyxy
 
+CLASS_COST, L1_COST, GIOU_COST = 2.0, 5.0, 2.0
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 NON_FINITE_COST = 1e6
-
-
-@dataclass(frozen=True, slots=True)
-class MatchingCosts:
-    """Weights and focal parameters of the matching costs."""
-
-    classification: float = 2.0
-    l1: float = 5.0
-    giou: float = 2.0
-    alpha: float = 0.25
-    gamma: float = 2.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,66 +55,44 @@ def iou_and_giou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> tuple[Tensor, Tenso
 
 
 @torch.no_grad()
-def cost_matrix(
-    logits: Tensor, boxes_cxcywh: Tensor, target_boxes: Tensor, target_labels: Tensor, costs: MatchingCosts
-) -> Tensor:
-    """Return the costs (..., B, Q, M) of matching each of Q queries with each of M padded targets.
-
-    Args:
-        logits: (..., B, Q, K).
-        boxes_cxcywh: (..., B, Q, 4).
-        target_boxes: (B, M, 4) cxcywh.
-        target_labels: (B, M) int64.
-        costs: weights.
-    """
-    index = target_labels[:, None].expand(*logits.shape[:-1], -1)
-    p = logits.gather(-1, index).sigmoid()  # (..., B, Q, M)
-    positive = costs.alpha * (1 - p) ** costs.gamma * -(p + 1e-8).log()
-    negative = (1 - costs.alpha) * p**costs.gamma * -(1 - p + 1e-8).log()
-    l1 = torch.cdist(boxes_cxcywh, target_boxes.expand(*boxes_cxcywh.shape[:-2], -1, -1), p=1)
-    _, giou = iou_and_giou(cxcywh_to_xyxy(boxes_cxcywh)[..., :, None, :], cxcywh_to_xyxy(target_boxes)[..., None, :, :])
-    return costs.l1 * l1 + costs.classification * (positive - negative) - costs.giou * giou
-
-
-def match(
-    predictions: Sequence[Prediction],
-    boxes_cxcywh: Sequence[Tensor],
-    labels: Sequence[Tensor],
-    *,
-    costs: MatchingCosts | None = None,
-) -> Matches:
+def match(predictions: Sequence[Prediction], boxes_cxcywh: Sequence[Tensor], labels: Sequence[Tensor]) -> Matches:
     """Match every layer's queries with every image's boxes.
 
     Args:
         predictions: of S layers, all with B images and Q queries.
         boxes_cxcywh: for each image (N, 4), 0 to 1.
         labels: for each image (N,) int64.
-        costs: weights; the official ones by default.
 
     Returns:
         min(Q, N) pairs for each image and layer, on the predictions' device. Predictions that are not finite are bad
         matches and no error: the training loop checks the loss.
     """
     device = predictions[0].logits.device
-    layers = len(predictions)
     counts = [len(b) for b in boxes_cxcywh]
     if sum(counts) == 0:
-        none = torch.zeros(layers, 0, dtype=torch.int64, device=device)
+        none = torch.zeros(len(predictions), 0, dtype=torch.int64, device=device)
         return Matches(none, none)
-    logits = torch.stack([p.logits for p in predictions]).detach()  # (S, B, Q, K)
-    boxes = torch.stack([p.boxes_cxcywh for p in predictions]).detach()
+    logits = torch.stack([p.logits for p in predictions])  # (S, B, Q, K)
+    boxes = torch.stack([p.boxes_cxcywh for p in predictions])
     dtype = torch.promote_types(boxes.dtype, torch.float32)
+    target_boxes = pad_sequence(list(boxes_cxcywh), batch_first=True).to(device, dtype)  # (B, M, 4)
+    target_labels = pad_sequence(list(labels), batch_first=True).to(device)
     with torch.autocast(device.type, enabled=False):
-        cost = cost_matrix(
-            logits.to(dtype),
-            boxes.to(dtype),
-            pad_sequence(list(boxes_cxcywh), batch_first=True).to(device, dtype),
-            pad_sequence(list(labels), batch_first=True).to(device),
-            costs or MatchingCosts(),
-        )
+        cost = _cost_matrix(logits.to(dtype), boxes.to(dtype), target_boxes, target_labels)
         finite = cost.nan_to_num(nan=NON_FINITE_COST, posinf=NON_FINITE_COST, neginf=-NON_FINITE_COST)
         on_host = finite.cpu().numpy()  # the only transfer
     return _assign(on_host, counts, device)
+
+
+def _cost_matrix(logits: Tensor, boxes_cxcywh: Tensor, target_boxes: Tensor, target_labels: Tensor) -> Tensor:
+    """Return the costs (S, B, Q, M) of matching each of Q queries with each of M padded targets."""
+    index = target_labels[:, None].expand(*logits.shape[:-1], -1)
+    p = logits.gather(-1, index).sigmoid()  # (S, B, Q, M)
+    positive = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * -(p + 1e-8).log()
+    negative = (1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * -(1 - p + 1e-8).log()
+    l1 = torch.cdist(boxes_cxcywh, target_boxes.expand(*boxes_cxcywh.shape[:-2], -1, -1), p=1)
+    _, giou = iou_and_giou(cxcywh_to_xyxy(boxes_cxcywh)[..., :, None, :], cxcywh_to_xyxy(target_boxes)[..., None, :, :])
+    return L1_COST * l1 + CLASS_COST * (positive - negative) - GIOU_COST * giou
 
 
 def _assign(cost: np.ndarray, counts: Sequence[int], device: torch.device) -> Matches:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,14 +24,8 @@ PEAK_OVER_SAVED = 1.6
 
 def micro_batches(total: int, micro: int) -> list[slice]:
     """Cut `total` rows into slices of at most `micro` rows, as evenly as possible."""
-    parts = -(-total // max(1, micro))
-    base, more = divmod(total, parts)
-    slices, start = [], 0
-    for part in range(parts):
-        stop = start + base + (part < more)
-        slices.append(slice(start, stop))
-        start = stop
-    return slices
+    parts = np.array_split(np.arange(total), -(-total // max(1, micro)))
+    return [slice(int(rows[0]), int(rows[-1]) + 1) for rows in parts]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -48,7 +43,11 @@ def halve(micro: int, *, where: str) -> int:
         RtdetrError: it is one image already.
     """
     if micro <= 1:
-        raise _one_image_does_not_fit(where)
+        raise RtdetrError(
+            f"one image does not fit into the memory of {where}",
+            hint="use a smaller --imgsz, --freeze backbone, or a smaller preset",
+            code="out-of-memory",
+        )
     return -(-micro // 2)
 
 
@@ -62,17 +61,9 @@ def one_image(*, where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise _one_image_does_not_fit(where) from error
-
-
-def _one_image_does_not_fit(where: str) -> RtdetrError:
-    return RtdetrError(
-        f"one image does not fit into the memory of {where}",
-        hint="use a smaller --imgsz, --freeze backbone, or a smaller preset",
-        code="out-of-memory",
-    )
+        if is_out_of_memory(error):
+            halve(1, where=where)
+        raise
 
 
 def release(device: torch.device) -> None:
@@ -83,9 +74,16 @@ def release(device: torch.device) -> None:
 
 def free_bytes(device: torch.device) -> int:
     """Return the bytes that are free on a device."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host_free_bytes(None)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the peak memory on a CUDA device, or the resident memory of this process."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return host_free_bytes(None)
+        return int(torch.cuda.max_memory_allocated(device))
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def saved_bytes(forward: Callable[[], object]) -> int:
@@ -130,12 +128,3 @@ def fitting_micro_batch(
                 raise
             micro = halve(micro, where=where)
     return micro
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Return the peak memory on a CUDA device, or the resident memory of this process."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)

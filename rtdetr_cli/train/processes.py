@@ -1,13 +1,11 @@
 """The processes of one run, and everything that they exchange.
 
-A run on several devices is several processes that make the same steps. Each reads its share of the effective batch.
-The boxes of the whole batch are exchanged before the step (a few kilobytes, on the host), so that every process draws
-the same denoising group and divides by the same number of boxes; the gradients are summed after it. The step is that of
-one process with the whole batch, to rounding.
+Each process reads its share of the effective batch. The boxes of the whole batch are exchanged before the step, so that
+every process draws the same denoising group and divides by the same number of boxes; the gradients are summed after
+it. The step is that of one process with the whole batch, to rounding.
 
 DistributedDataParallel would sum the gradients during the backward pass. That rules out running a step again: when one
-process runs out of memory, the others are already waiting in a reduction that it never joins. So gradients are summed
-here, once all processes have completed theirs, and a process may cut or repeat its share as often as it needs.
+process runs out of memory, the others are already waiting in a reduction that it never joins.
 
 Decisions that depend on a clock or a signal (to save, to stop) travel with the boxes, so no process ever waits for
 another that has decided otherwise. In a run of one process all of this does nothing.
@@ -27,13 +25,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 
 from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.errors import EnvironmentProblem, RtdetrError, UsageError
 
 # The main process may draw, export or evaluate for long while the others wait. A process that dies is noticed at once.
 TIMEOUT = timedelta(hours=2)
-BUCKET_BYTES = 32 * 2**20
+BUCKET_BYTES = 32 * 2**20  # of gradients that are summed in one operation
 
 
 class PeerLost(RtdetrError):
@@ -44,24 +43,15 @@ class PeerLost(RtdetrError):
 
 @dataclass(frozen=True, slots=True)
 class GlobalBatch:
-    """What the processes tell each other before a step.
-
-    Attributes:
-        boxes_cxcywh, labels: of the whole effective batch, on the CPU, in the order of ranks.
-        local_rows: the images of it that are this process's.
-        stop_signal: the signal that any process received, 0 for none.
-        save_due: the main process wants a checkpoint after the step.
-        incomplete: a process has no batch because it was stopped inside its loader.
-        replaced: (image, reason) of images that any process could not read and has replaced.
-    """
+    """What the processes tell each other before a step; the targets are on the CPU, in the order of ranks."""
 
     boxes_cxcywh: Sequence[Tensor]
     labels: Sequence[Tensor]
-    local_rows: slice
-    stop_signal: int
-    save_due: bool
-    incomplete: bool
-    replaced: tuple[tuple[int, str], ...]
+    local_rows: slice  # this process's images among them
+    replaced: tuple[tuple[int, str], ...]  # (image, reason) of images that could not be read
+    stop_signal: int  # that any process received, 0 for none
+    save_due: bool  # the main process wants a checkpoint after the step
+    incomplete: bool  # a process has no batch because it was stopped inside its loader
 
 
 class ProcessGroup:
@@ -93,8 +83,6 @@ class ProcessGroup:
         """Whether there are other processes."""
         return self.size > 1
 
-    # ---- values on the host -------------------------------------------------------------------------------------
-
     def all_gather(self, value: Any) -> list[Any]:
         """Return every process's value, by rank."""
         if not self.distributed:
@@ -125,110 +113,50 @@ class ProcessGroup:
         received: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         return received
 
-    def any(self, flag: bool) -> bool:
-        """Tell whether the flag is set in any process."""
-        return bool(self.max(int(flag)))
-
-    def min(self, number: int) -> int:
-        """Return the smallest number."""
-        return -self.max(-number)
-
-    def max(self, number: int) -> int:
-        """Return the largest number."""
-        if not self.distributed:
-            return number
-        tensor = torch.tensor(number, dtype=torch.int64)
-        with _peer_errors():
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return int(tensor)
-
-    def exchange_targets(
-        self, batch: Batch | None, *, images: int, stop_signal: int = 0, save_due: bool = False
-    ) -> GlobalBatch:
+    def exchange_targets(self, batch: Batch | None, *, stop_signal: int = 0, save_due: bool = False) -> GlobalBatch:
         """Learn the targets of the whole effective batch, and agree on what follows the step.
 
         Args:
             batch: of this process; None if it was stopped inside its loader.
-            images: of each process; the same number in all.
             stop_signal: that this process received, 0 for none.
             save_due: a checkpoint is due; the main process decides.
         """
-        boxes, labels = (batch.boxes_cxcywh, batch.labels) if batch is not None else ((), ())
+        # Arrays are much faster to pickle than tensors.
+        boxes = [one.numpy() for one in batch.boxes_cxcywh] if batch is not None else []
+        labels = [one.numpy() for one in batch.labels] if batch is not None else []
         replaced = batch.replaced if batch is not None else ()
-        if not self.distributed:
-            rows = slice(0, len(labels))
-            return GlobalBatch(boxes, labels, rows, stop_signal, save_due, batch is None, replaced)
-        counts = [len(of_image) for of_image in labels] if batch is not None else [0] * images
-        header = torch.tensor([stop_signal, save_due, batch is None, len(replaced), *counts], dtype=torch.int64)
-        headers = torch.empty((self.size, len(header)), dtype=torch.int64)
-        with _peer_errors():
-            dist.all_gather(list(headers.unbind()), header)
-        all_boxes, all_labels = self._all_gather_targets(boxes, labels, headers[:, 4:])
+        parts = self.all_gather((boxes, labels, replaced, stop_signal, save_due, batch is None))
+        first = sum(len(part[0]) for part in parts[: self.rank])
         return GlobalBatch(
-            all_boxes,
-            all_labels,
-            slice(self.rank * images, (self.rank + 1) * images),
-            stop_signal=int(headers[:, 0].max()),
-            save_due=bool(headers[0, 1]),
-            incomplete=bool(headers[:, 2].any()),
-            # Sent only if there are any: they are rare, and text.
-            replaced=tuple(r for one in self.all_gather(replaced) for r in one) if bool(headers[:, 3].any()) else (),
+            boxes_cxcywh=[torch.from_numpy(one) for part in parts for one in part[0]],
+            labels=[torch.from_numpy(one) for part in parts for one in part[1]],
+            local_rows=slice(first, first + len(boxes)),
+            replaced=tuple(r for part in parts for r in part[2]),
+            stop_signal=max(part[3] for part in parts),
+            save_due=parts[0][4],
+            incomplete=any(part[5] for part in parts),
         )
 
-    def _all_gather_targets(
-        self, boxes_cxcywh: Sequence[Tensor], labels: Sequence[Tensor], counts: Tensor
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return boxes and labels of all images; counts (processes, images) are the boxes in each."""
-        most = int(counts.sum(1).max())
-        gathered = torch.zeros((self.size, most, 5))
-        if most:
-            rows = torch.zeros((most, 5))
-            own = int(counts[self.rank].sum())
-            if own:
-                rows[:own] = torch.cat([torch.cat(list(boxes_cxcywh)), torch.cat(list(labels))[:, None]], 1)
-            with _peer_errors():
-                dist.all_gather(list(gathered.unbind()), rows)
-        all_boxes: list[Tensor] = []
-        all_labels: list[Tensor] = []
-        for rows, in_images in zip(gathered, counts.tolist(), strict=True):
-            for part in rows[: sum(in_images)].split(in_images):
-                all_boxes.append(part[:, :4].contiguous())
-                all_labels.append(part[:, 4].long())  # float32 holds whole numbers up to 16 million
-        return all_boxes, all_labels
-
-    # ---- tensors on the device ----------------------------------------------------------------------------------
-
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Sum tensors over the processes, in place, without waiting for the device.
-
-        Args:
-            tensors: of one dtype, on the device; the same shapes in every process.
-        """
+        """Sum tensors on the device over the processes, in place, without waiting for the device."""
         if not self.distributed:
             return
         with _peer_errors():
             pending = []
-            for bucket in _buckets(tensors):
-                flat = torch.cat([t.reshape(-1) for t in bucket])
+            for bucket in _take_tensors(tensors, BUCKET_BYTES):  # type: ignore[no-untyped-call]
+                flat = _flatten_dense_tensors(bucket)  # type: ignore[no-untyped-call]
                 pending.append((bucket, flat, dist.all_reduce(flat, group=self._nccl, async_op=True)))
             for bucket, flat, work in pending:
                 if work is not None:
                     work.wait()
-                parts = torch.split(flat, [t.numel() for t in bucket])
-                torch._foreach_copy_(list(bucket), [p.view(t.shape) for p, t in zip(parts, bucket, strict=True)])
+                sums = _unflatten_dense_tensors(flat, bucket)  # type: ignore[no-untyped-call]
+                torch._foreach_copy_(bucket, list(sums))
 
     def all_reduce_gradients(self, parameters: Sequence[Tensor], terms: Tensor) -> Tensor:
-        """Sum the gradients, and the loss terms with them.
+        """Sum the gradients over the processes in place, and return the sum of the loss terms, (T,).
 
         Which parameters have a gradient depends on the whole batch only (on whether there is a denoising group), so it
         is the same ones in every process.
-
-        Args:
-            parameters: those that are trained.
-            terms: (T,) of this process.
-
-        Returns:
-            (T,) of the whole effective batch.
         """
         if not self.distributed:
             return terms
@@ -268,19 +196,6 @@ class ProcessGroup:
 
 
 SINGLE_PROCESS = ProcessGroup()
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        bucket.append(tensor)
-        size += tensor.nbytes
-        if size >= BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket
 
 
 @contextmanager
@@ -347,8 +262,9 @@ def join_process_group(setting: str) -> ProcessGroup:
         UsageError: the number of devices is not that of the processes.
         EnvironmentProblem: a device does not exist, or the other processes cannot be reached.
     """
+    devices = parse_devices(setting)
     if not launched():
-        if len(parse_devices(setting)) > 1:
+        if len(devices) > 1:
             raise UsageError(
                 f"--device {setting} needs one process for each device, and this is a single process",
                 hint="rtdetr train starts the processes itself; so does torchrun -m rtdetr_cli train ...",
@@ -356,7 +272,15 @@ def join_process_group(setting: str) -> ProcessGroup:
         return SINGLE_PROCESS
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    devices = _local_devices(setting, local_size)
+    if devices == ("auto",):
+        devices = tuple(f"cuda:{i}" for i in range(local_size)) if torch.cuda.is_available() else ("cpu",)
+    if devices == ("cpu",):
+        devices = ("cpu",) * local_size
+    if len(devices) != local_size:
+        raise UsageError(
+            f"--device {setting} names {len(devices)} devices for the {local_size} processes of this host",
+            hint="--device auto gives each process the GPU of its local rank",
+        )
     device = devices[local_rank]
     if device.startswith("cuda"):
         count = torch.cuda.device_count()
@@ -379,21 +303,6 @@ def join_process_group(setting: str) -> ProcessGroup:
             code="rendezvous",
         ) from error
     return ProcessGroup(rank=rank, size=size, device=device, shares_device=len(set(devices)) < len(devices))
-
-
-def _local_devices(setting: str, local_size: int) -> tuple[str, ...]:
-    """Return one device for each process of this host."""
-    devices = parse_devices(setting)
-    if devices == ("auto",):
-        devices = tuple(f"cuda:{i}" for i in range(local_size)) if torch.cuda.is_available() else ("cpu",)
-    if devices == ("cpu",):
-        devices = ("cpu",) * local_size
-    if len(devices) != local_size:
-        raise UsageError(
-            f"--device {setting} names {len(devices)} devices for the {local_size} processes of this host",
-            hint="--device auto gives each process the GPU of its local rank",
-        )
-    return devices
 
 
 def images_per_process(effective_batch: int, size: int) -> int:

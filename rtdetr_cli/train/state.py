@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -12,53 +13,37 @@ import torch
 from torch import nn
 
 from rtdetr_cli.config.schema import ModelSpec
+from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.runs import RunFolder
-from rtdetr_cli.train.events import StepDone, StepSkipped
-from rtdetr_cli.train.losses import Criterion
+from rtdetr_cli.train.checkpoint import load_rollback_checkpoint, save_checkpoint
+from rtdetr_cli.train.events import CheckpointSaved, RolledBack, StepDone, StepSkipped
+from rtdetr_cli.train.guard import EVIDENCE_FOLDER
 from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics
 from rtdetr_cli.train.processes import SINGLE_PROCESS, ProcessGroup
 from rtdetr_cli.train.sync_norm import NormSync, synchronize_norms
 
+MAX_ROLLBACKS = 3
+
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands. The names of the fields are keys of the checkpoint.
+    """Where a run stands. The names of the fields are keys of the checkpoint."""
 
-    Attributes:
-        micro_batch: images per forward pass; lowered when memory runs out.
-        epoch: the current one, from 0.
-        batch: the next one of the epoch.
-        step: steps done or skipped so far.
-        rate_scale: factor of the learning rate, halved whenever the run goes back to a checkpoint.
-        went_back: how often it did.
-        skipped: steps skipped so far.
-        in_a_row: steps skipped since the last one that was done.
-        best_score, best_epoch: of the evaluations; -1 for none.
-        waited: evaluated epochs since then.
-        finished: why the run is over, or "".
-        loss_sums, loss_steps: of the current epoch.
-    """
-
-    micro_batch: int
+    micro_batch: int  # images per forward pass; lowered when memory runs out
     epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    rate_scale: float = 1.0
-    went_back: int = 0
-    skipped: int = 0
-    in_a_row: int = 0
+    batch: int = 0  # the next one of the epoch
+    step: int = 0  # steps done or skipped so far
+    rate_scale: float = 1.0  # of the learning rate, halved at each rollback
+    went_back: int = 0  # rollbacks so far
+    skipped: int = 0  # steps skipped so far
+    in_a_row: int = 0  # steps skipped since the last one that was done
     best_score: float = -1.0
     best_epoch: int = -1
-    waited: int = 0
-    finished: str = ""
-    loss_sums: dict[str, float] = field(default_factory=dict)
+    waited: int = 0  # evaluated epochs since the best one
+    finished: str = ""  # why the run is over
+    loss_sums: dict[str, float] = field(default_factory=dict)  # of the current epoch
     loss_steps: int = 0
-
-    def load(self, saved: Mapping[str, Any]) -> None:
-        """Take over the fields of a checkpoint."""
-        for key, value in saved.items():
-            setattr(self, key, dict(value) if isinstance(value, dict) else value)
 
     def record_step(self, result: StepDone | StepSkipped) -> None:
         """Add the losses of a step to the epoch's; a skipped step adds the names of its terms only."""
@@ -96,31 +81,17 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """Everything that learns, on its device.
-
-    Attributes:
-        model: in training mode except for its frozen norms.
-        average: the moving average, which is evaluated and deployed.
-        optimizer: AdamW with clipping, loss scale and the skipping of non-finite steps.
-        criterion: the losses.
-        spec: for the denoising group.
-        device: where all of it lies.
-        autocast: type of the network's arithmetic, or None for float32.
-        norms: running statistics, to undo a forward pass.
-        processes: those that make the same steps.
-        norm_sync: the norms that average over all processes, or None.
-    """
+    """Everything that learns, on its device."""
 
     model: RTDETR
-    average: MovingAverage
+    average: MovingAverage  # evaluated and deployed
     optimizer: FusedAdamW
-    criterion: Criterion
     spec: ModelSpec
     device: torch.device
-    autocast: torch.dtype | None
+    autocast: torch.dtype | None  # None for float32
     norms: NormStatistics
     processes: ProcessGroup = SINGLE_PROCESS
-    norm_sync: NormSync | None = None
+    norm_sync: NormSync | None = None  # of the norms that average over all processes
 
     def with_synchronized_norms(self) -> Learner:
         """Return a learner whose norms average over all processes; the model is changed in place.
@@ -156,22 +127,81 @@ class Learner:
 # ---- checkpoints ------------------------------------------------------------------------------------------------
 
 
-def snapshot(learner: Learner, progress: Progress, identity: Mapping[str, Any], metrics_offset: int) -> dict[str, Any]:
-    """Return the content of a checkpoint."""
-    return {
-        "identity": dict(identity),
-        "place": asdict(progress),
-        "learner": learner.state_dict(),
-        "generators": _generator_states(),
-        "metrics_offset": metrics_offset,
-    }
+class Checkpoints:
+    """Saves the state of a run, and takes the run back to it.
+
+    Args:
+        learner: what learns.
+        progress: where the run stands.
+        folder: where `last.ckpt` goes; only the main process writes.
+        identity: settings and dataset that a resumed run must match.
+    """
+
+    def __init__(self, learner: Learner, progress: Progress, folder: RunFolder, identity: Mapping[str, Any]) -> None:
+        self.learner, self.progress, self.folder, self.identity = learner, progress, folder, identity
+        self.saved_at = time.monotonic()
+        # A checkpoint written after a skipped step is no state to go back to: the next save replaces it.
+        self._saved_after_skipped_step = progress.in_a_row > 0
+
+    def save(self, reason: str) -> CheckpointSaved:
+        """Write `last.ckpt`, and keep the checkpoint before it.
+
+        Raises:
+            RtdetrError: the disk is full or the folder cannot be written.
+        """
+        progress = self.progress
+        if self.learner.processes.is_main:
+            state = {
+                "identity": dict(self.identity),
+                "place": asdict(progress),
+                "learner": self.learner.state_dict(),
+                "generators": _generator_states(),
+                "metrics_offset": self.folder.metrics_offset(),
+            }
+            save_checkpoint(self.folder.path, state, keep_previous=self._saved_after_skipped_step)
+        self._saved_after_skipped_step = progress.in_a_row > 0
+        self.saved_at = time.monotonic()
+        return CheckpointSaved(self.folder.checkpoint, reason, progress.epoch, progress.step)
+
+    def roll_back(self, skipped_in_a_row: int) -> RolledBack:
+        """Go back to the last checkpoint whose steps were finite, with half the learning rate.
+
+        Raises:
+            RtdetrError: the run has gone back too often: it diverges.
+        """
+        progress, processes = self.progress, self.learner.processes
+        before = replace(progress)
+        if before.went_back >= MAX_ROLLBACKS:
+            raise RtdetrError(
+                f"training diverged: {skipped_in_a_row} steps in a row were not finite, after {MAX_ROLLBACKS} returns "
+                f"to a checkpoint and with the learning rate at {before.rate_scale:.3g} of the planned one",
+                hint=f"use a lower --lr or --precision fp32; the batches are in {self.folder.path / EVIDENCE_FOLDER}",
+                code="diverged",
+            )
+        state = load_rollback_checkpoint(self.folder.path) if processes.is_main else None
+        restore(self.learner, progress, processes.broadcast_state(state), self.folder if processes.is_main else None)
+        progress.rate_scale = before.rate_scale / 2
+        progress.went_back = before.went_back + 1
+        progress.in_a_row = 0
+        progress.best_score, progress.best_epoch = max(
+            (before.best_score, before.best_epoch), (progress.best_score, progress.best_epoch)
+        )
+        return RolledBack(before.step, progress.step, progress.rate_scale)
 
 
 def restore(learner: Learner, progress: Progress, state: Mapping[str, Any], folder: RunFolder | None) -> None:
     """Load a checkpoint, and remove the rows of `metrics.csv` written since, if a folder is given."""
     learner.load_state_dict(state["learner"])
-    progress.load(state["place"])
-    _set_generator_states(state["generators"])
+    for key, value in state["place"].items():
+        setattr(progress, key, dict(value) if isinstance(value, dict) else value)
+    saved = state["generators"]
+    torch.set_rng_state(saved["torch"])
+    if torch.cuda.is_available() and len(saved["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(saved["cuda"])
+    name, keys, *rest = saved["numpy"]
+    np.random.set_state((name, keys.numpy(), *rest))
+    version, words, gauss_next = saved["python"]
+    random.setstate((version, tuple(words), gauss_next))
     if folder is not None:
         folder.truncate_metrics(state["metrics_offset"])
 
@@ -184,13 +214,3 @@ def _generator_states() -> dict[str, Any]:
         "numpy": (str(name), torch.from_numpy(np.asarray(keys).copy()), int(position), int(has_gauss), float(gauss)),
         "python": random.getstate(),
     }
-
-
-def _set_generator_states(saved: Mapping[str, Any]) -> None:
-    torch.set_rng_state(saved["torch"])
-    if torch.cuda.is_available() and len(saved["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(saved["cuda"])
-    name, keys, position, has_gauss, gauss = saved["numpy"]
-    np.random.set_state((name, keys.numpy(), position, has_gauss, gauss))
-    version, state, gauss_next = saved["python"]
-    random.setstate((version, tuple(state), gauss_next))

@@ -1,14 +1,15 @@
 """The forward and backward passes of one training step.
 
 The effective batch is one batch of the loader, cut into micro-batches here. The denoising group is drawn and the boxes
-are counted for the whole of it first, so that the gradient does not depend on how the batch is cut.
+are counted for the whole of it first, so that the gradient does not depend on how the batch is cut. A step that runs
+out of memory is run again with smaller micro-batches.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,9 +18,11 @@ from torch.nn import functional
 from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.model.denoising import DenoisingGroup, draw_denoising
 from rtdetr_cli.train import memory
+from rtdetr_cli.train.events import MicroBatchReduced
+from rtdetr_cli.train.losses import compute_losses
 from rtdetr_cli.train.plan import Plan
 from rtdetr_cli.train.processes import GlobalBatch
-from rtdetr_cli.train.state import Learner
+from rtdetr_cli.train.state import Learner, Progress
 
 
 def accumulate_gradients(
@@ -56,7 +59,7 @@ def accumulate_gradients(
         inputs = to_input(images[part], size)
         with torch.autocast(device.type, learner.autocast, enabled=learner.autocast is not None):
             outputs = learner.model(inputs, group.rows(part) if group is not None else None)
-        terms = learner.criterion(outputs, boxes[part], labels[part], num_boxes=num_boxes)
+        terms = compute_losses(outputs, boxes[part], labels[part], num_boxes=num_boxes)
         names = tuple(terms)
         stacked = torch.stack(list(terms.values()))
         torch.autograd.backward(stacked.sum() * learner.optimizer.scale)
@@ -64,15 +67,57 @@ def accumulate_gradients(
     return names, torch.stack(values)
 
 
-def to_input(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Turn uint8 images on the device into the network's input.
+def accumulate_with_retry(
+    learner: Learner,
+    progress: Progress,
+    batch: Batch,
+    *,
+    size: tuple[int, int],
+    group: DenoisingGroup | None,
+    num_boxes: float,
+) -> Generator[MicroBatchReduced, None, tuple[Sequence[slice], tuple[str, ...], Tensor]]:
+    """Call `accumulate_gradients` with smaller micro-batches for as long as memory runs out.
 
-    Args:
-        images: (B, 3, H, W) uint8.
-        size: (height, width) to resize to, with antialiased bilinear filtering as everywhere else.
+    `progress.micro_batch` is lowered, and stays lower.
+
+    Yields:
+        MicroBatchReduced: each time the same step is tried again.
 
     Returns:
-        (B, 3, *size) float32 from 0 to 1, channels last.
+        The micro-batches, and the names and values of the loss terms.
+
+    Raises:
+        RtdetrError: a single image does not fit.
+    """
+    learner.norms.save()
+    while True:
+        rows = memory.micro_batches(len(batch.labels), progress.micro_batch)
+        out_of_memory = False
+        try:
+            names, terms = accumulate_gradients(learner, batch, rows=rows, size=size, group=group, num_boxes=num_boxes)
+        except Exception as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            out_of_memory = True
+        # What follows stays outside the handler, because the traceback keeps the step's memory alive.
+        if learner.norm_sync is not None:
+            # Norms that average over all processes need the same number of micro-batches in each.
+            learner.norm_sync.finish_step(len(rows))
+            out_of_memory = any(learner.processes.all_gather(out_of_memory))
+        if not out_of_memory:
+            return rows, names, terms
+        learner.optimizer.zero_grad()
+        learner.norms.restore()
+        memory.release(learner.device)
+        before = rows[0].stop  # the first micro-batch is the largest
+        progress.micro_batch = memory.halve(before, where=str(learner.device))
+        yield MicroBatchReduced(progress.step, before, progress.micro_batch)
+
+
+def to_input(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Turn uint8 images (B, 3, H, W) into the network's input, (B, 3, *size) float32 from 0 to 1, channels last.
+
+    Images of another size are resized with antialiased bilinear filtering, as everywhere else.
     """
     inputs = images.to(torch.float32, memory_format=torch.channels_last) / 255
     if inputs.shape[-2:] != torch.Size(size):
@@ -117,13 +162,10 @@ def draw_group(learner: Learner, batch: Batch | GlobalBatch, *, step: int, seed:
     )
 
 
-# ---- the largest step -------------------------------------------------------------------------------------------
-
-
-def largest_batch(plan: Plan, *, most_boxes: int, num_classes: int, seed: int = 0) -> Batch:
+def largest_batch(plan: Plan, *, most_boxes: int, num_classes: int) -> Batch:
     """Make a batch of noise at the largest scale, with `most_boxes` boxes in each image."""
     height, width = plan.scales[-1] if plan.multi_scale_until else plan.scales[len(plan.scales) // 2]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     count = plan.effective_batch
     images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
     boxes = [torch.rand((most_boxes, 4), generator=generator) * 0.25 + 0.25 for _ in range(count)]

@@ -84,7 +84,7 @@ def _time_worst_step(prepared: Prepared, plan: Plan, micro_batch: int) -> tuple[
                 torch.cuda.reset_peak_memory_stats(learner.device)
             began = time.monotonic()
             run_largest_step(learner, plan, most_boxes=most_boxes, micro_batch=micro_batch)
-            return prepared.processes.min(micro_batch), time.monotonic() - began
+            return int(min(prepared.processes.all_gather(micro_batch))), time.monotonic() - began
         except Exception as error:
             if not memory.is_out_of_memory(error):
                 raise

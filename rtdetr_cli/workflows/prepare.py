@@ -365,7 +365,7 @@ def resolve_micro_batch(prepared: Prepared) -> int:
         attempt=attempt if device.type == "cuda" else None,
         where=str(device),
     )
-    return processes.min(micro_batch)
+    return int(min(processes.all_gather(micro_batch)))
 
 
 def forward_largest(prepared: Prepared) -> object:

@@ -202,14 +202,14 @@ def test_the_error_of_one_process_is_that_of_the_run(uneven: Path, tmp_path: Pat
         "    def find_spec(self, name, path, target=None):\n"
         "        if name != 'rtdetr_cli.workflows.finetune' or os.environ.get('RANK') != '1': return None\n"
         "        sys.meta_path.remove(self)\n"
-        "        import rtdetr_cli.train.recovery as recovery\n"
+        "        import rtdetr_cli.train.step as step\n"
         "        from rtdetr_cli.errors import DataError\n"
-        "        real, calls = recovery.accumulate_gradients, []\n"
+        "        real, calls = step.accumulate_gradients, []\n"
         "        def accumulate_gradients(*args, **more):\n"
         "            calls.append(1)\n"
         "            if len(calls) == 3: raise DataError('the images are gone', hint='look for them')\n"
         "            return real(*args, **more)\n"
-        "        recovery.accumulate_gradients = accumulate_gradients\n"
+        "        step.accumulate_gradients = accumulate_gradients\n"
         "        return None\n"
         "sys.meta_path.insert(0, Late())\n",
         encoding="utf-8",

@@ -92,7 +92,7 @@ def train(steps: int, *, seed: int = 0, batch: int = 8) -> None:
     from rtdetr_cli.config.schema import ModelSpec
     from rtdetr_cli.model.build import build_detector
     from rtdetr_cli.model.denoising import draw_denoising
-    from rtdetr_cli.train.losses import Criterion
+    from rtdetr_cli.train.losses import compute_losses
     from rtdetr_cli.weights.header import ModelHeader, Thresholds
     from rtdetr_cli.weights.load import save_model
 
@@ -115,7 +115,6 @@ def train(steps: int, *, seed: int = 0, batch: int = 8) -> None:
     torch.manual_seed(seed)
     model = build_detector(spec, num_classes=len(NAMES))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    criterion = Criterion(num_classes=len(NAMES))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     rng = np.random.default_rng(seed)
@@ -141,7 +140,7 @@ def train(steps: int, *, seed: int = 0, batch: int = 8) -> None:
             box_noise=1.0,
             generator=generator,
         )
-        terms = criterion(model(inputs, group), boxes, labels, num_boxes=float(sum(map(len, labels))))
+        terms = compute_losses(model(inputs, group), boxes, labels, num_boxes=float(sum(map(len, labels))))
         loss = torch.stack(list(terms.values())).sum()
         optimizer.zero_grad()
         loss.backward()

@@ -16,12 +16,10 @@ from torch import nn
 from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.model.build import build_detector
-from rtdetr_cli.train.losses import Criterion
 from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics
 from rtdetr_cli.train.processes import SINGLE_PROCESS, ProcessGroup, join_process_group
-from rtdetr_cli.train.recovery import accumulate_with_retry
 from rtdetr_cli.train.state import Learner, Progress
-from rtdetr_cli.train.step import draw_group
+from rtdetr_cli.train.step import accumulate_with_retry, draw_group
 from rtdetr_cli.train.sync_norm import synchronize_norms
 
 IMAGES, CLASSES, SIDE = 4, 3, 64
@@ -69,7 +67,6 @@ def step(
         optimizer=FusedAdamW(
             [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}], clip_norm=0.1
         ),
-        criterion=Criterion(num_classes=CLASSES),
         spec=SPEC,
         device=torch.device("cpu"),
         autocast=None,
@@ -88,7 +85,7 @@ def step(
         everything.image_indices[mine],
         (),
     )
-    whole = processes.exchange_targets(batch, images=share)
+    whole = processes.exchange_targets(batch)
     group = draw_group(learner, whole, step=3, seed=1)
     group = group.rows(whole.local_rows) if group is not None else None
     num_boxes = float(max(1, sum(len(one) for one in whole.labels)))

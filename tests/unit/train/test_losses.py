@@ -8,7 +8,7 @@ from torch.nn import functional
 from rtdetr_cli.model.denoising import DenoisingGroup, draw_denoising
 from rtdetr_cli.model.detector import Outputs, Prediction
 from rtdetr_cli.model.layers import cxcywh_to_xyxy
-from rtdetr_cli.train.losses import Criterion
+from rtdetr_cli.train.losses import compute_losses
 from rtdetr_cli.train.matcher import iou_and_giou, match
 
 K, Q = 4, 6
@@ -60,7 +60,7 @@ def plain(p: Prediction, pairs: list[tuple[int, int, Tensor, int]], normalizer: 
 @pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0], [1]])
 def test_terms_equal_a_plain_computation(counts: list[int]) -> None:
     outputs, boxes, labels = case(counts)
-    terms = Criterion(num_classes=K)(outputs, boxes, labels, num_boxes=sum(counts))
+    terms = compute_losses(outputs, boxes, labels, num_boxes=sum(counts))
     normalizer = max(1, sum(counts))
     every_box, every_label = torch.cat(boxes), torch.cat(labels)
     with torch.no_grad():
@@ -86,8 +86,7 @@ def part(p: Prediction, rows: slice) -> Prediction:
 
 def test_terms_of_micro_batches_sum_to_those_of_the_batch() -> None:
     outputs, boxes, labels = case([2, 0, 3, 1])
-    criterion = Criterion(num_classes=K)
-    whole = criterion(outputs, boxes, labels, num_boxes=6)
+    whole = compute_losses(outputs, boxes, labels, num_boxes=6)
     total = dict.fromkeys(whole, 0.0)
     for rows in (slice(0, 1), slice(1, 2), slice(2, 4)):
         cut = Outputs(
@@ -97,14 +96,14 @@ def test_terms_of_micro_batches_sum_to_those_of_the_batch() -> None:
             tuple(part(p, rows) for p in outputs.denoising),
             outputs.group.rows(rows),
         )
-        for name, value in criterion(cut, boxes[rows], labels[rows], num_boxes=6).items():
+        for name, value in compute_losses(cut, boxes[rows], labels[rows], num_boxes=6).items():
             total[name] += value.item()
     assert total == pytest.approx({name: value.item() for name, value in whole.items()}, rel=1e-9)
 
 
 def test_a_batch_without_boxes_gives_every_prediction_a_gradient() -> None:
     outputs, boxes, labels = case([0, 0])
-    terms = Criterion(num_classes=K)(outputs, boxes, labels, num_boxes=0)
+    terms = compute_losses(outputs, boxes, labels, num_boxes=0)
     torch.stack(list(terms.values())).sum().backward()
     for p in (outputs.main, *outputs.aux, outputs.encoder):
         assert p.logits.grad.abs().sum() > 0
@@ -117,7 +116,7 @@ def test_non_finite_predictions_give_non_finite_terms_and_no_error() -> None:
     with torch.no_grad():
         outputs.main.boxes_cxcywh[:] = float("nan")
         outputs.aux[0].logits[:] = float("inf")
-    terms = Criterion(num_classes=K)(outputs, boxes, labels, num_boxes=3)
+    terms = compute_losses(outputs, boxes, labels, num_boxes=3)
     assert terms["loss_bbox"].isnan()
     assert terms["loss_bbox_aux_1"].isfinite()
 
@@ -128,7 +127,7 @@ def test_boxes_without_area_give_finite_terms() -> None:
     boxes[0][:, 2:] = 0
     with torch.no_grad():
         outputs.main.boxes_cxcywh[..., 2:] = 0
-    terms = Criterion(num_classes=K)(outputs, boxes, labels, num_boxes=3)
+    terms = compute_losses(outputs, boxes, labels, num_boxes=3)
     torch.stack(list(terms.values())).sum().backward()
     assert all(value.isfinite() for value in terms.values())
     assert outputs.main.boxes_cxcywh.grad.isfinite().all()
@@ -139,8 +138,7 @@ def test_half_precision_predictions_are_compared_in_float32(dtype: torch.dtype) 
     outputs, boxes, labels = case([2, 1])
     half = Outputs(Prediction(outputs.main.logits.detach().to(dtype), outputs.main.boxes_cxcywh.detach().to(dtype)))
     single = Outputs(Prediction(*(t.detach().to(dtype).float() for t in outputs.main)))
-    criterion = Criterion(num_classes=K)
-    got, expected = (criterion(o, boxes, labels, num_boxes=3) for o in (half, single))
+    got, expected = (compute_losses(o, boxes, labels, num_boxes=3) for o in (half, single))
     assert {n: (v.dtype, v.item()) for n, v in got.items()} == {
         n: (torch.float32, v.item()) for n, v in expected.items()
     }
@@ -155,6 +153,6 @@ def test_a_truncated_denoising_group_is_normalized_by_its_own_boxes() -> None:
     assert group.share == 0.2
     p = prediction(1, group.size, generator)
     outputs = Outputs(prediction(1, Q, generator), denoising=(p,), group=group)
-    terms = Criterion(num_classes=K)(outputs, boxes, labels, num_boxes=50)
+    terms = compute_losses(outputs, boxes, labels, num_boxes=50)
     difference = p.boxes_cxcywh[0][group.positives[0]] - boxes[0][group.targets[0]]
     assert terms["loss_bbox_dn_0"].item() == pytest.approx(5 * difference.abs().sum().item() / 10)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rtdetr_cli.model.detector import Prediction
-from rtdetr_cli.train.matcher import MatchingCosts, iou_and_giou, match
+from rtdetr_cli.train.matcher import iou_and_giou, match
 
 K = 4
 
@@ -113,8 +113,3 @@ def test_iou_and_giou() -> None:
     iou, giou = iou_and_giou(a, b)
     assert iou.tolist() == pytest.approx([1 / 7, 0, 0, 1])
     assert giou.tolist() == pytest.approx([1 / 7 - 2 / 9, -1 / 3, 0, 1])
-
-
-def test_costs_have_the_official_weights() -> None:
-    costs = MatchingCosts()
-    assert (costs.classification, costs.l1, costs.giou, costs.alpha, costs.gamma) == (2, 5, 2, 0.25, 2)
