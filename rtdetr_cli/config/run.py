@@ -50,17 +50,11 @@ def absolute(key: str, value: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """A resolved run.
-
-    Attributes:
-        settings: the settings of `rtdetr train`.
-        preset: with every override applied.
-        provenance: dotted key -> where its value came from, for all keys of both.
-    """
+    """A resolved run."""
 
     settings: RunSettings
-    preset: Preset
-    provenance: Mapping[str, str]
+    preset: Preset  # with every override applied
+    provenance: Mapping[str, str]  # dotted key -> where its value came from, for all keys of both
 
     @property
     def imgsz(self) -> tuple[int, int]:

@@ -41,32 +41,19 @@ Share = Annotated[float, Bounds(ge=0, le=0.9)]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One field of `RunSettings`, and what people read and write about it.
-
-    Attributes:
-        name: of the field.
-        annotation, kind: its type with bounds, and without them.
-        default: of the field.
-        help: text of the flag, and of the key in `--set` and `config.toml`.
-        flag: whether there is a flag `--name`; any setting can be given with `--set`.
-        short: one-letter flag.
-        metavar: name of the flag's value; the type's by default.
-        unset: what happens without a value, where the default is None or empty.
-        is_path: the flag takes a file or folder.
-        parse: turns the text of a flag, or a TOML value, into a value of the field's type; raises ValueError.
-    """
+    """One field of `RunSettings`, and what people read and write about it."""
 
     name: str
-    annotation: Any
-    kind: Any
+    annotation: Any  # the type with its bounds
+    kind: Any  # the type without them
     default: Any
     help: str
-    flag: bool = False
+    flag: bool = False  # whether there is a flag `--name`; any setting can be given with `--set`
     short: str = ""
     metavar: str | None = None
-    unset: str = ""
+    unset: str = ""  # what happens without a value, where the default is None or empty
     is_path: bool = False
-    parse: Callable[[Any], Any] | None = None
+    parse: Callable[[Any], Any] | None = None  # turns text or a TOML value into a value; raises ValueError
 
 
 def _key(default: T, help_text: str, **details: Any) -> T:

@@ -18,11 +18,7 @@ def validate(
 ) -> Model:
     """Build `schema` from plain values.
 
-    Args:
-        schema: the model to build.
-        values: of its fields.
-        source: where the values come from, for messages about keys that `written` does not have.
-        written: dotted key -> the value as the user wrote it, such as `--batch foo`.
+    `source` says where they come from, `written` how the user wrote each dotted key, such as `--batch foo`.
 
     Raises:
         UsageError: every problem at once; an unknown key comes with a suggestion.

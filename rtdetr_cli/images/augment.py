@@ -69,21 +69,14 @@ class Photometric:
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """A resolved `--aug`: probabilities and ranges, or a user's own transforms.
+    """A resolved `--aug`: probabilities and ranges, or a user's own transforms."""
 
-    Attributes:
-        name: `none`, `light`, `recipe`, or the user's file.
-        flip, zoom_out, iou_crop: probabilities.
-        photometric: ranges, or None to leave the colors as they are.
-        custom: a user's transforms from `load_pipeline`, which then replace all others.
-    """
-
-    name: str
+    name: str  # `none`, `light`, `recipe`, or the user's file
     flip: float = 0.0
     zoom_out: float = 0.0
     iou_crop: float = 0.0
     photometric: Photometric | None = None
-    custom: str = ""
+    custom: str = ""  # a user's transforms from `load_pipeline`, which replace all others
 
     def without_strong(self) -> Augmentation:
         """Return what remains when the strong operations are switched off at the end of training.
@@ -223,7 +216,9 @@ def draw_geometry(
     if augmentation.iou_crop and rng.random() < augmentation.iou_crop and len(boxes):
         crop = _iou_crop(window.wh, boxes, rng)
         if crop is not None:
-            boxes, labels = _crop_boxes(boxes, labels, crop)
+            centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+            keep = ((centers > (crop.left, crop.top)) & (centers < (crop.right, crop.bottom))).all(1)
+            boxes, labels = sanitize(boxes[keep] - np.tile((crop.left, crop.top), 2), labels[keep], crop.wh)
             left, top = window.left, window.top
             window = Window(left + crop.left, top + crop.top, left + crop.right, top + crop.bottom)
     width, height = window.wh
@@ -283,13 +278,6 @@ def _iou_crop(size_wh: tuple[int, int], boxes: Boxes, rng: Generator) -> Window 
         if good.any():
             first = int(good.argmax())
             return Window(*(int(v) for v in (*low[first], *high[first])))
-
-
-def _crop_boxes(boxes: Boxes, labels: Labels, crop: Window) -> tuple[Boxes, Labels]:
-    """Return the boxes whose center lies in the crop, in its coordinates and clipped to it."""
-    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
-    keep = ((centers > (crop.left, crop.top)) & (centers < (crop.right, crop.bottom))).all(1)
-    return sanitize(boxes[keep] - np.tile((crop.left, crop.top), 2), labels[keep], crop.wh)
 
 
 def render(
