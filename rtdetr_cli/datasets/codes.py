@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+HARMS = ("boxes", "images", "leak", "labels", "none")
+"""What findings cost, the worst first: boxes lost or wrong, images lost, leaks, label noise, nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Code:
     """One kind of finding.
@@ -18,6 +22,7 @@ class Code:
         explanation: what it means and why it matters for training.
         hint: what to do.
         repair: what `--fix` does; empty if it does nothing.
+        harm: what it costs, one of `HARMS`.
     """
 
     code: str
@@ -26,6 +31,7 @@ class Code:
     explanation: str
     hint: str
     repair: str = ""
+    harm: str = "none"
 
 
 _CATALOG = tomllib.loads(Path(__file__).with_name("codes.toml").read_text("utf-8"))

@@ -17,7 +17,7 @@ from rtdetr_cli.datasets.label_text import Oddities, is_valid_name, read_text
 from rtdetr_cli.datasets.raw import RawDataset
 from rtdetr_cli.text import counted
 
-_SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 _MAX_YAML_BYTES = 1 << 20
 _MAX_BRACKETS = 100
 _BRACKET = re.compile(r"[\[\]{}]")
@@ -89,7 +89,7 @@ def read_yaml(dataset: RawDataset, path: Path, file: str, images: Path | None, o
         return None
     base = _base(dataset, document, path, file, text, images)
     splits: dict[str, list[str]] = {}
-    for split, keys in _SPLIT_KEYS.items():
+    for split, keys in SPLIT_KEYS.items():
         for key in keys:
             value = document.get(key)
             if value in (None, "", "null", "~"):

@@ -146,9 +146,10 @@ class RawDataset:
     Attributes:
         source: the path that the user gave.
         folder: the dataset's folder.
-        roots: folders that images must lie in: `folder`, and the one given with `--images`.
+        roots: folders that images must lie in: `folder`, the one given with `--images`, and those that links lead to.
         label_paths: path to show -> path on disk, for every label file.
         findings: of the reader, and then of the checks.
+        images: the folder given with `--images`.
         split_made: True if the val split was drawn at random from train.
     """
 
@@ -161,6 +162,7 @@ class RawDataset:
     splits: dict[str, RawSplit] = field(default_factory=dict)
     label_paths: dict[str, Path] = field(default_factory=dict)
     findings: Findings = field(default_factory=Findings)
+    images: Path | None = None
     split_made: bool = False
 
     def show(self, path: Path) -> str:
@@ -180,7 +182,14 @@ class RawDataset:
         if self.source.is_file():
             return self.show(self.source)
         central = [shown for shown, path in self.label_paths.items() if path.suffix in (".json", ".yaml", ".yml")]
-        return central[0] if central and self.format != "voc" else str(self.source)
+        return central[0] if central and self.format not in ("voc", "labelme") else str(self.source)
+
+
+def new_dataset(name: str, form: str, source: Path, folder: Path, images: Path | None) -> RawDataset:
+    """Return an empty dataset, named like its folder if it has no name."""
+    roots = (folder,) if images is None else (folder, images)
+    name = name or folder.resolve().name or "dataset"
+    return RawDataset(source=source, name=name, format=form, folder=folder, roots=roots, images=images)
 
 
 class _Box(NamedTuple):

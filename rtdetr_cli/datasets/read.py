@@ -1,37 +1,38 @@
-"""Detect the format of a dataset, and read it: COCO JSON, Roboflow folders, YOLO `data.yaml`, Pascal VOC.
+"""Detect the format of a dataset, and read it.
 
-Each format has a section below. Its `_find_...` function returns a `Match` if a folder looks like that format; a new
-format is added by appending such a function to `_FORMATS`.
+A folder in the usual layout of a format is recognized at once: each format has a section below, whose `_find_...`
+function returns a `Match`. Any other folder is surveyed, and its label files are read wherever they lie.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rtdetr_cli.datasets.any_layout import read_any_layout, read_csv_file
+from rtdetr_cli.datasets.archive import unpack
 from rtdetr_cli.datasets.coco import read_coco
-from rtdetr_cli.datasets.ids_file import IDS_FILE
+from rtdetr_cli.datasets.coco_files import (
+    ROBOFLOW_FILE,
+    SPLITS,
+    choose_coco_files,
+    coco_kind,
+    find_image_folder,
+    is_coco_json,
+)
+from rtdetr_cli.datasets.image_paths import SPLIT_WORDS, allow_linked_images, find_moved_images, split_of
 from rtdetr_cli.datasets.label_text import Oddities, is_valid_name, read_text
-from rtdetr_cli.datasets.raw import RawDataset
+from rtdetr_cli.datasets.layouts import datasets_below, is_yolo_yaml
+from rtdetr_cli.datasets.raw import RawDataset, new_dataset
+from rtdetr_cli.datasets.survey import survey
 from rtdetr_cli.datasets.voc import VocSplit, files_by_stem, listed_name, read_voc
 from rtdetr_cli.datasets.yolo import read_yolo
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.images.decode import IMAGE_SUFFIXES
 
-ROBOFLOW_FILE = "_annotations.coco.json"
-CHANGES_FILE = "changes.json"
-"""The list of changes in a repaired copy."""
-
-SPLITS = ("train", "val", "test")
-_SPLIT_WORDS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
-_WORD = re.compile(r"[a-z]+")
-_SUPPORTED = "a COCO JSON file, a Roboflow folder, a YOLO data.yaml or a Pascal VOC folder"
-_EDGE_BYTES = 1 << 16
-"""Bytes at the beginning and the end of a file that decide what it is."""
+MAX_LISTED = 5
+_SUPPORTED = "a COCO JSON file, a YOLO data.yaml, a CSV file, a zip file or the folder of a dataset"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,73 +61,78 @@ def read_raw(source: Path, *, images: Path | None = None) -> RawDataset:
         raise DataError(f"the dataset {source} does not exist", hint="check the path", code="dataset-missing")
     if images is not None and not images.is_dir():
         raise DataError(f"--images {images} is not a folder", hint="check the path", code="images-missing")
-    if source.is_file():
-        suffix = source.suffix.lower()
-        if suffix == ".json":
-            return _read_coco_file(source, images)
-        if suffix in (".yaml", ".yml"):
-            return _read_yolo_file(source, images)
-        raise DataError(
-            f"{source} is not {_SUPPORTED}", hint="pass the dataset's folder or its label file", code="format-unknown"
-        )
-    if source.name == "Annotations" and any(source.glob("*.xml")):
-        return _read_voc_folder(source.parent, source, images)
-    return _read_folder(source, images)
+    raw = _read_file(source, images) if source.is_file() else _read_folder(source, images)
+    allow_linked_images(raw)
+    if raw.format in ("coco", "roboflow"):
+        find_moved_images(raw, images or raw.folder)
+    return raw
+
+
+def _read_file(source: Path, images: Path | None) -> RawDataset:
+    suffix = source.suffix.lower()
+    if suffix == ".zip":
+        folder = unpack(source)
+        raw = _read_folder(folder, images)
+        raw.findings.add("dataset-unpacked", f"{source} is read from {folder}, where it was unpacked", file=str(source))
+        return raw
+    if suffix == ".json":
+        return _read_coco_file(source, images)
+    if suffix in (".yaml", ".yml"):
+        return _read_yolo_file(source, images)
+    if suffix == ".csv":
+        return read_csv_file(source, images)
+    raise DataError(
+        f"{source} is not {_SUPPORTED}", hint="pass the dataset's folder or its label file", code="format-unknown"
+    )
 
 
 def _read_folder(folder: Path, images: Path | None) -> RawDataset:
     """Read the one dataset that a folder contains."""
-    matches = [match for find in _FORMATS if (match := find(folder)) is not None]
-    if not matches:
-        raise DataError(
-            f"{folder} does not contain a supported dataset", hint=f"pass {_SUPPORTED}", code="format-unknown"
-        )
+    if folder.name == "Annotations" and any(folder.glob("*.xml")):
+        return _read_voc_folder(folder.parent, folder, images)
+    matches = _matches(folder)
     if len(matches) > 1:
-        found = " and ".join(f"{m.format} ({m.evidence.relative_to(folder) or '.'})" for m in matches)
+        evidence = " and ".join(f"{m.format} ({m.evidence.relative_to(folder) or '.'})" for m in matches)
         raise DataError(
-            f"{folder} contains more than one dataset: {found}",
+            f"{folder} contains more than one dataset: {evidence}",
             hint="pass the JSON or YAML file, or the Annotations folder, of the one you want",
             code="format-ambiguous",
         )
-    return matches[0].read(images)
+    if matches:
+        return matches[0].read(images)
+    found = survey(folder)
+    if not found.complete:
+        raise DataError(
+            f"{folder} has more than a million files, and none of the usual layouts of a dataset",
+            hint="pass the label file, and the folder of the images with --images",
+            code="format-unknown",
+        )
+    inner = datasets_below(found)
+    if len(inner) == 1:
+        return _read_folder(inner[0], images)
+    if inner:
+        names = ", ".join(str(path.relative_to(folder)) for path in inner[:MAX_LISTED])
+        more = f" and {len(inner) - MAX_LISTED:,} more" if len(inner) > MAX_LISTED else ""
+        raise DataError(
+            f"{folder} contains {len(inner)} datasets: {names}{more}",
+            hint=f"pass one of them, such as {inner[0]}",
+            code="format-ambiguous",
+        )
+    return read_any_layout(folder, found, images)
 
 
-def _new_dataset(name: str, form: str, source: Path, folder: Path, images: Path | None) -> RawDataset:
-    roots = (folder,) if images is None else (folder, images)
-    return RawDataset(source=source, name=name or _folder_name(folder), format=form, folder=folder, roots=roots)
-
-
-def _folder_name(folder: Path) -> str:
-    return folder.resolve().name or "dataset"
+def _matches(folder: Path) -> list[Match]:
+    return [match for find in _FORMATS if (match := find(folder)) is not None]
 
 
 def _split_folders(folder: Path) -> dict[str, Path]:
     """Return the subfolders that are named like a split."""
     folders: dict[str, Path] = {}
-    for split, words in _SPLIT_WORDS.items():
+    for split, words in SPLIT_WORDS.items():
         for word in words:
             if (folder / word).is_dir():
                 folders.setdefault(split, folder / word)
     return folders
-
-
-def _split_of(name: str) -> str | None:
-    """Return the split that a file name contains: `instances_val2017` is val."""
-    words = _WORD.findall(name.lower())
-    return next((split for split, known in _SPLIT_WORDS.items() if any(word in known for word in words)), None)
-
-
-def _edges(path: Path) -> bytes:
-    """Return the first and the last kilobytes of a file; nothing if it is not a readable file."""
-    if not path.is_file():
-        return b""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(_EDGE_BYTES)
-            file.seek(max(0, path.stat().st_size - _EDGE_BYTES))
-            return head + file.read()
-    except OSError:
-        return b""
 
 
 # ---- Roboflow
@@ -143,7 +149,7 @@ def _find_roboflow(folder: Path) -> Match | None:
     labels = {split or "train": path for split, path in files.items()}
 
     def read(images: Path | None) -> RawDataset:
-        raw = _new_dataset("", "roboflow", folder, folder, images)
+        raw = new_dataset("", "roboflow", folder, folder, images)
         read_coco(raw, {split: (path, images or path.parent) for split, path in labels.items()})
         return raw
 
@@ -160,8 +166,10 @@ def _find_coco(folder: Path) -> Match | None:
         return None
 
     def read(images: Path | None) -> RawDataset:
-        raw = _new_dataset("", "coco", folder, folder, images)
-        read_coco(raw, {split: (path, images or _find_images(path, split, folder)) for split, path in files.items()})
+        raw = new_dataset("", "coco", folder, folder, images)
+        read_coco(
+            raw, {split: (path, images or find_image_folder(path, split, folder)) for split, path in files.items()}
+        )
         return raw
 
     return Match("coco", next(iter(files.values())), read)
@@ -170,35 +178,10 @@ def _find_coco(folder: Path) -> Match | None:
 def _coco_files(folder: Path) -> dict[str, Path]:
     """Return the COCO files of a folder: one per split, or a single one as train."""
     for parent in (folder, folder / "annotations"):
-        files = [
-            path
-            for path in sorted(parent.glob("*.json"))
-            if path.name not in (ROBOFLOW_FILE, IDS_FILE, CHANGES_FILE) and _is_coco_json(path)
-        ]
-        if len(files) == 1:
-            return {"train": files[0]}
-        by_kind: dict[str, dict[str, Path]] = {}
-        for path in files:
-            split = _split_of(path.stem)
-            if split is not None:
-                by_kind.setdefault(_kind(path), {}).setdefault(split, path)
-        complete = [kind for kind, members in by_kind.items() if "train" in members]
-        if complete:
-            kind = next((kind for kind in complete if "instances" in kind), complete[0])
-            return {split: by_kind[kind][split] for split in SPLITS if split in by_kind[kind]}
+        files = choose_coco_files([path for path in sorted(parent.glob("*.json")) if is_coco_json(path)], parent)
+        if files:
+            return files
     return {}
-
-
-def _is_coco_json(path: Path) -> bool:
-    """Return whether a JSON file may be COCO and not, say, a configuration or a list of results."""
-    edges = _edges(path)
-    return any(key in edges for key in (b'"images"', b'"annotations"', b'"categories"'))
-
-
-def _kind(path: Path) -> str:
-    """Return a file's name without its split: `instances_train2017` and `instances_val2017` belong together."""
-    split_words = {word for known in _SPLIT_WORDS.values() for word in known}
-    return " ".join(word for word in _WORD.findall(path.stem.lower()) if word not in split_words)
 
 
 def _read_coco_file(path: Path, images: Path | None) -> RawDataset:
@@ -206,65 +189,28 @@ def _read_coco_file(path: Path, images: Path | None) -> RawDataset:
     folder = path.parent
     home = folder.parent if folder.name == "annotations" and _is_dataset_folder(folder.parent) else folder
     files = {"train": path}
-    split = _split_of(path.stem)
+    split = split_of(path.stem)
     if path.name == ROBOFLOW_FILE:
-        split = _split_of(folder.name)
+        split = split_of(folder.name)
         siblings = _split_folders(folder.parent) if split else {}
         if sum((sibling / ROBOFLOW_FILE).is_file() for sibling in siblings.values()) > 1:
             return _read_folder(folder.parent, images)
     elif split is not None:
-        siblings = {s: p for p in sorted(folder.glob("*.json")) if (s := _split_of(p.stem)) and _kind(p) == _kind(path)}
+        siblings = {
+            s: p for p in sorted(folder.glob("*.json")) if (s := split_of(p.stem)) and coco_kind(p) == coco_kind(path)
+        }
         if len(siblings) > 1 and "train" in siblings:
             siblings[split] = path
             files = {s: siblings[s] for s in SPLITS if s in siblings}
     name = path.stem if split is None and path.stem not in ("instances", "annotations", "_annotations.coco") else ""
-    raw = _new_dataset(name, "coco", path, home, images)
-    read_coco(raw, {s: (p, images or _find_images(p, s, home)) for s, p in files.items()})
+    raw = new_dataset(name, "coco", path, home, images)
+    read_coco(raw, {s: (p, images or find_image_folder(p, s, home)) for s, p in files.items()})
     return raw
 
 
 def _is_dataset_folder(folder: Path) -> bool:
     """Return whether the folder around `annotations/` belongs to the dataset, and is not, say, a home folder."""
     return any((folder / name).is_dir() for name in ("images", "train", "val", "train2017", "val2017", "JPEGImages"))
-
-
-def _find_images(json_file: Path, split: str, home: Path) -> Path:
-    """Return the folder that contains most of the first images that a COCO file names."""
-    split_names = [json_file.stem.removeprefix("instances_"), *_SPLIT_WORDS[split]]
-    parents = dict.fromkeys((json_file.parent, json_file.parent / "images", home, home / "images"))
-    candidates = [folder for parent in parents for folder in (parent, *(parent / name for name in split_names))]
-    names = _first_names(json_file)
-    best, most = json_file.parent, 0
-    for folder in dict.fromkeys(candidates):
-        count = sum(os.path.lexists(folder / name) for name in names) if folder.is_dir() else 0
-        if count > most:
-            best, most = folder, count
-    if not most and (home / "images").is_dir():
-        return home / "images"
-    return best
-
-
-def _first_names(json_file: Path) -> list[str]:
-    """Return up to 32 of the file names in a COCO file, without parsing it."""
-    try:
-        with open(json_file, "rb") as file:
-            text = file.read(1 << 18)
-            if b'"file_name"' not in text:  # in some files the annotations come first
-                file.seek(0)
-                text = file.read(1 << 28)
-    except OSError:
-        return []
-    names: list[str] = []
-    for match in re.finditer(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', text):
-        try:
-            name = json.loads(match.group(1))
-        except ValueError:
-            continue
-        if name and "\0" not in name and len(name) < 4096:
-            names.append(os.fsdecode(name.encode("utf-8", "replace")))
-        if len(names) >= 32:
-            break
-    return names
 
 
 # ---- YOLO
@@ -277,20 +223,15 @@ def _find_yolo(folder: Path) -> Match | None:
             files = [folder / name]
             break
     else:
-        files = [p for p in sorted(folder.glob("*.y*ml")) if p.suffix in (".yaml", ".yml") and _is_yolo_yaml(p)]
+        files = [p for p in sorted(folder.glob("*.y*ml")) if p.suffix in (".yaml", ".yml") and is_yolo_yaml(p)]
     if len(files) != 1:
         return None
     return Match("yolo", files[0], lambda images: _read_yolo_file(files[0], images, source=folder))
 
 
-def _is_yolo_yaml(path: Path) -> bool:
-    edges = _edges(path)
-    return re.search(rb"^names\s*:", edges, re.MULTILINE) is not None and b"train" in edges
-
-
 def _read_yolo_file(path: Path, images: Path | None, *, source: Path | None = None) -> RawDataset:
     name = path.stem if path.stem not in ("data", "dataset") else ""
-    raw = _new_dataset(name, "yolo", source or path, path.parent, images)
+    raw = new_dataset(name, "yolo", source or path, path.parent, images)
     read_yolo(raw, path, images)
     return raw
 
@@ -312,7 +253,7 @@ def _find_voc(folder: Path) -> Match | None:
 
 
 def _read_voc_folder(folder: Path, source: Path, images: Path | None) -> RawDataset:
-    raw = _new_dataset("", "voc", source, folder, images)
+    raw = new_dataset("", "voc", source, folder, images)
     read_voc(raw, _voc_splits(raw, folder, images))
     return raw
 

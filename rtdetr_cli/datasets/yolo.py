@@ -22,9 +22,11 @@ from rtdetr_cli.datasets.data_yaml import DataYaml, read_yaml
 from rtdetr_cli.datasets.findings import Findings, Spot
 from rtdetr_cli.datasets.ids_file import BoxFacts, IdsFile, image_facts, read_ids, write_ids
 from rtdetr_cli.datasets.image_names import copy_image, image_names
+from rtdetr_cli.datasets.image_paths import ImageIndex, index_images, is_linked, report_moved, split_of_parts
 from rtdetr_cli.datasets.label_text import Oddities, is_valid_name, read_text
 from rtdetr_cli.datasets.raw import RawDataset, Rows
 from rtdetr_cli.datasets.records import Category, Dataset
+from rtdetr_cli.datasets.survey import is_inside, survey
 from rtdetr_cli.images.decode import IMAGE_SUFFIXES
 from rtdetr_cli.text import counted
 
@@ -110,7 +112,7 @@ def _images(
             )
             return None
         if where.is_dir():
-            if not _inside(dataset, where):
+            if not is_inside(where, dataset.roots) and not is_linked(dataset, where):
                 dataset.findings.add(
                     "image-outside",
                     f"names {split}: {entry}, which lies outside the dataset's folder",
@@ -125,20 +127,16 @@ def _images(
     return paths
 
 
-def _inside(dataset: RawDataset, folder: Path) -> bool:
-    real = os.path.realpath(folder)
-    roots = [os.path.realpath(root) for root in dataset.roots]
-    return any(real == root or real.startswith(root.rstrip(os.sep) + os.sep) for root in roots)
-
-
 def _locate(base: Path, entry: str) -> Path | None:
-    """Return the folder or list that a split names; Roboflow writes `../train/images` for `train/images`."""
-    candidates = [base / entry]
-    stripped = entry
-    while stripped.startswith("../"):
-        stripped = stripped[3:]
-        candidates.append(base / stripped)
-    for candidate in candidates:
+    """Return the folder or list that a split names, or the longest end of its path that exists.
+
+    Roboflow writes `../train/images` for `train/images`, and other tools the path on their own machine.
+    """
+    parts = [part for part in entry.replace("\\", "/").split("/") if part not in ("", ".")]
+    ends = [parts[start:] for start in range(len(parts))]
+    if split_of_parts(parts) is not None:  # not `images/`, where `test/images/` is wanted
+        ends = [end for end in ends if split_of_parts(end) is not None]
+    for candidate in (base / entry, *(base.joinpath(*end) for end in ends)):
         try:
             if candidate.is_dir() or (candidate.is_file() and candidate.suffix.lower() == ".txt"):
                 return candidate
@@ -167,7 +165,20 @@ def _listed(dataset: RawDataset, config: DataYaml, path: Path, oddities: Odditie
     names = [line for line in lines if line and is_valid_name(line)]
     bases = [config.base, path.parent]
     best = max(bases, key=lambda b: sum(os.path.lexists(os.path.join(b, name)) for name in names[:32]))
-    return [best / name for name in names]
+    index: ImageIndex | None = None
+    paths, moved = [], []
+    for name in names:
+        path = best / name
+        if not os.path.lexists(path):
+            index = index or index_images(survey(config.base))
+            match = index.find(name)
+            if match is not None:
+                path = config.base / match
+                moved.append(f"{name} is {match}")
+        paths.append(path)
+    if moved:
+        report_moved(dataset, len(moved), moved[0], file)
+    return paths
 
 
 def label_path(image: Path) -> Path:

@@ -211,13 +211,23 @@ def test_image_outside_the_folder_is_refused(coco: Any, plant: Plant) -> None:
     assert refused.value.code == "image-outside"
 
 
-def test_linked_image_folder_is_outside(coco: Any) -> None:
+def test_linked_folder_of_images_beside_the_dataset_is_accepted(coco: Any) -> None:
     shutil.move(coco.folder / "images", coco.folder.parent / "kept")
-    (coco.folder / "images").symlink_to(coco.folder.parent / "kept")
+    (coco.folder / "images").symlink_to("../kept")
     folder = coco.write()
+    assert codes_of(examine(folder)) == set()
+    # A downloaded dataset must not make other files of the machine readable.
+    (coco.folder.parent / "kept/id_rsa").write_text("x")
     assert "image-outside" in codes_of(examine(folder, decode=False))
     # Named by the user, the same folder is fine.
     assert codes_of(examine(folder, images=coco.folder.parent / "kept")) == set()
+
+
+def test_linked_folder_of_images_far_away_is_outside(coco: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "images"
+    shutil.move(coco.folder / "images", elsewhere)
+    (coco.folder / "images").symlink_to(elsewhere)
+    assert "image-outside" in codes_of(examine(coco.write(), decode=False))
 
 
 def _listed_outside(y: Any, name: str) -> None:
@@ -886,8 +896,14 @@ def test_drawn_val_split_is_reported(coco: Any) -> None:
     assert "split-made" in codes_of(examine(folder))
 
 
+IN_LAYOUTS = {
+    *("image-path-moved", "image-unlisted", "category-unnamed", "shape-as-box", "shape-ignored", "dataset-unpacked"),
+}
+"""Codes that `datasets/test_layouts.py` covers."""
+
+
 def test_every_code_is_planted_somewhere() -> None:
-    elsewhere = {"split-made"}
+    elsewhere = {"split-made", *IN_LAYOUTS}
     planted = {*IMAGES, *BOXES, *YOLO, *VOC, *(code for code, _ in FILES.values()), *elsewhere}
     assert set(CODES) - planted == set()
 

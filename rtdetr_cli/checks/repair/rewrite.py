@@ -1,0 +1,42 @@
+"""Repair formats that are only read, Labelme and CSV: the copy is written as COCO."""
+
+from __future__ import annotations
+
+from copy import copy
+from pathlib import Path
+
+import numpy as np
+
+from rtdetr_cli.checks.repair.plan import BROKEN_FILE, Plan
+from rtdetr_cli.datasets.codes import CODES
+from rtdetr_cli.datasets.splits import to_splits
+from rtdetr_cli.datasets.write import write_dataset
+
+REWRITTEN = ("labelme", "csv")
+_NOT_REPAIRED = BROKEN_FILE | {"image-extension", "image-exif-invalid"}
+"""Findings about files that are copied as they are, or that concern several images."""
+
+
+def plan_rewrite(plan: Plan) -> None:
+    """Plan what is left out, and list what the checks have dropped, clipped or corrected."""
+    raw = plan.report.raw
+    plan.record("convert", "format", "", f"a repaired copy of a {raw.format} dataset is written as COCO")
+    for (name, image), (code, why) in plan.left_out.items():
+        plan.leave_out(raw.splits[name].path(image), code, why, boxes=plan.count_boxes(name, image))
+    for i, finding, _ in plan.findings():
+        if CODES[finding.code].repair and finding.code not in _NOT_REPAIRED:
+            plan.record("edit", finding.code, finding.file, finding.message, line=finding.line)
+            plan.repaired.add(i)
+
+
+def write_rewritten(plan: Plan) -> Path:
+    """Write the images that are kept with their checked boxes; return what to train on."""
+    raw = copy(plan.report.raw)
+    raw.splits = {
+        name: split.select_images(kept, name)
+        for name, split in raw.splits.items()
+        if (kept := np.asarray([(name, image) not in plan.left_out for image in range(len(split))], np.bool_)).any()
+    }
+    splits = to_splits(raw)
+    parts = {part.split: part for part in (splits.train, splits.val, splits.test) if part is not None}
+    return write_dataset(parts, "coco", plan.out)

@@ -1,0 +1,268 @@
+"""Read the label files of a surveyed folder wherever they lie, or say what is there instead."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from rtdetr_cli.datasets.coco import read_coco
+from rtdetr_cli.datasets.coco_files import choose_coco_files, find_image_folder
+from rtdetr_cli.datasets.csv_boxes import read_csv
+from rtdetr_cli.datasets.data_yaml import DataYaml
+from rtdetr_cli.datasets.image_paths import index_images, split_of, split_of_parts
+from rtdetr_cli.datasets.label_text import Oddities, read_text
+from rtdetr_cli.datasets.labelme import read_labelme
+from rtdetr_cli.datasets.layouts import CLASS_LISTS, Layout, label_kinds, pair_files, read_list
+from rtdetr_cli.datasets.raw import RawDataset, new_dataset
+from rtdetr_cli.datasets.survey import Survey, edges, other_format, survey
+from rtdetr_cli.datasets.voc import VocSplit, read_voc
+from rtdetr_cli.datasets.yolo import read_yolo, read_yolo_files
+from rtdetr_cli.errors import DataError
+from rtdetr_cli.text import counted
+
+_TITLES = {
+    "voc": "Pascal VOC",
+    "yolo": "YOLO",
+    "yaml": "YOLO",
+    "labelme": "Labelme",
+    "coco": "COCO",
+    "csv": "CSV",
+}
+_NEAREST = {
+    "xml": "the XML files have no <annotation> element as in Pascal VOC",
+    "json": "no JSON file has the images and annotations of COCO, or the shapes of Labelme",
+    "csv": "no CSV file has columns such as filename,class,xmin,ymin,xmax,ymax",
+    "txt": "the text files have no lines `class cx cy w h` as in YOLO",
+}
+"""Why files of each suffix are not labels."""
+
+_MAX_CLASSES = 10_000
+_PAIR = re.compile(r"^\s*(\w+)\s*=\s*(.*?)\s*$", re.MULTILINE)
+
+
+def read_any_layout(source: Path, found: Survey, images: Path | None) -> RawDataset:
+    """Read the one dataset in a folder that has none of the usual layouts.
+
+    Raises:
+        DataError: there are no labels, no images, or labels of several formats.
+    """
+    kinds = label_kinds(found.folders)
+    if kinds and images is None and not any(folder.images for folder in found.folders):
+        around = survey(source.resolve().parent)  # the folder of the labels was given
+        if any(folder.images for folder in around.folders):
+            found, kinds = around, label_kinds(survey(source.resolve()).folders)
+    if "yaml" in kinds:
+        kinds.pop("yolo", None)
+    if len(kinds) > 1:
+        kinds.pop("csv", None)  # often a list of what is in the other files
+    if not kinds:
+        raise _no_labels(source, found)
+    if len(kinds) > 1:
+        firsts = {_TITLES[kind]: paths[0].relative_to(found.root) for kind, paths in kinds.items()}
+        evidence = " and ".join(f"{title} ({path})" for title, path in firsts.items())
+        raise DataError(
+            f"{source} contains labels in several formats: {evidence}",
+            hint=f"pass the folder or file of the one you want, such as {_container(next(iter(kinds.values())))}",
+            code="format-ambiguous",
+        )
+    ((kind, files),) = kinds.items()
+    pictures = survey(images) if images is not None else found
+    if kind not in ("coco", "yaml") and not any(folder.images for folder in pictures.folders):
+        raise DataError(
+            f"{source} has {_TITLES[kind]} labels but no images: found {found.describe()}",
+            hint="pass the folder of the images with --images",
+            code="images-missing",
+        )
+    return _READERS[kind](source, found, pictures, files)
+
+
+def _container(files: list[Path]) -> Path:
+    return files[0] if len(files) == 1 else files[0].parent
+
+
+def _no_labels(source: Path, found: Survey) -> DataError:
+    """Return the error that says what was found and what is closest to it."""
+    other = other_format(found)
+    if other is not None:
+        name, advice = other
+        message = f"{source} looks like {name}, which is not read: found {found.describe()}"
+        return DataError(message, hint=advice, code="format-unknown")
+    message = f"{source} does not contain a supported dataset: found {found.describe()}"
+    archives = found.files("zip")
+    if archives:
+        return DataError(message, hint=f"pass the zip file: {archives[0]}", code="format-unknown")
+    reasons = [reason for suffix, reason in _NEAREST.items() if found.files(suffix)]
+    if reasons:
+        return DataError(f"{message}; {reasons[0]}", hint="export the labels as COCO or YOLO", code="format-unknown")
+    if any(folder.images for folder in found.folders):
+        hint = "put a YOLO text file or a Pascal VOC XML file beside each image, or pass the folder that has both"
+        return DataError(f"{message}, but no label files", hint=hint, code="format-unknown")
+    return DataError(message, hint="pass the folder with the images and labels", code="format-unknown")
+
+
+def read_csv_file(source: Path, images: Path | None) -> RawDataset:
+    """Read a CSV file, and those of the other splits beside it."""
+    found = survey(source.parent)
+    files = label_kinds(found.folders[:1]).get("csv", [])
+    return _read_csv(source, found, survey(images) if images is not None else found, [source, *files])
+
+
+# ---- one reader per format
+
+
+def _start(form: str, source: Path, found: Survey, pictures: Survey) -> RawDataset:
+    images = pictures.root if pictures is not found else None
+    return new_dataset("", form, source, found.root, images)
+
+
+def _read_voc(source: Path, found: Survey, pictures: Survey, files: list[Path]) -> RawDataset:
+    raw = _start("voc", source, found, pictures)
+    layout = pair_files(found, pictures, files, {})
+    images = {_without_suffix(image): image for image in layout.labels}
+    xml_files = {_without_suffix(image): path for image, path in layout.labels.items()}
+    xml_files |= {str(path.relative_to(found.root)): path for path in layout.orphans}
+    home = Counter(path.parent for path in files).most_common(1)[0][0]
+    _note_lists(raw, layout)
+    splits = {}
+    for split, listed in layout.splits.items():
+        names = [_without_suffix(name) for name in listed]
+        splits[split] = VocSplit(names, home, layout.root, xml_files, images | dict(zip(names, listed, strict=True)))
+    read_voc(raw, splits)
+    return raw
+
+
+def _without_suffix(name: str) -> str:
+    return name[: len(name) - len(Path(name).suffix)]
+
+
+def _note_lists(raw: RawDataset, layout: Layout) -> None:
+    for path in layout.lists:
+        raw.label_paths[raw.show(path)] = path
+    if layout.unlisted:
+        subject = f"{counted(len(layout.unlisted), 'image')} with labels {'is' if len(layout.unlisted) == 1 else 'are'}"
+        lists = " and ".join(path.name for path in layout.lists)
+        message = f"{subject} not in {lists}, and not used: {layout.unlisted[0]}"
+        raw.findings.add("image-unlisted", message, file=raw.show(layout.lists[0]))
+
+
+def _read_labelme(source: Path, found: Survey, pictures: Survey, files: list[Path]) -> RawDataset:
+    raw = _start("labelme", source, found, pictures)
+    layout = pair_files(found, pictures, files, {})
+    _note_lists(raw, layout)
+    read_labelme(raw, layout)
+    return raw
+
+
+def _read_csv(source: Path, found: Survey, pictures: Survey, files: list[Path]) -> RawDataset:
+    raw = _start("csv", source, found, pictures)
+    by_split: dict[str, Path] = {}
+    for path in dict.fromkeys(files):
+        split = split_of(path.stem) or split_of_parts(path.parent.relative_to(found.root).parts)
+        if split is None and len(files) > 1 and path != source:
+            raise DataError(
+                f"{source} has {len(files)} CSV files with boxes, and {path.relative_to(found.root)} names no split",
+                hint=f"pass one of them, such as {files[0]}",
+                code="format-ambiguous",
+            )
+        by_split.setdefault(split or "train", path)
+    read_csv(raw, by_split, index_images(pictures), pictures.root)
+    return raw
+
+
+def _read_coco(source: Path, found: Survey, pictures: Survey, files: list[Path]) -> RawDataset:
+    chosen = choose_coco_files(files, found.root)
+    if not chosen:
+        names = ", ".join(str(path.relative_to(found.root)) for path in files[:3])
+        raise DataError(
+            f"{source} has {len(files)} COCO files, and their names don't say which is train: {names}",
+            hint=f"pass the one you want, such as {files[0]}",
+            code="format-ambiguous",
+        )
+    raw = _start("coco", source, found, pictures)
+    folders = {split: raw.images or find_image_folder(path, split, found.root) for split, path in chosen.items()}
+    read_coco(raw, {split: (path, folders[split]) for split, path in chosen.items()})
+    return raw
+
+
+def _read_yaml(source: Path, found: Survey, pictures: Survey, files: list[Path]) -> RawDataset:
+    if len(files) > 1:
+        names = ", ".join(str(path.relative_to(found.root)) for path in files[:3])
+        raise DataError(
+            f"{source} has several YAML files of datasets: {names}",
+            hint=f"pass the one you want, such as {files[0]}",
+            code="format-ambiguous",
+        )
+    raw = _start("yolo", source, found, pictures)
+    read_yolo(raw, files[0], raw.images)
+    return raw
+
+
+def _read_yolo(source: Path, found: Survey, pictures: Survey, files: list[Path]) -> RawDataset:
+    """Read YOLO labels without a `data.yaml`: class names come from a list, or from `obj.data`."""
+    raw = _start("yolo", source, found, pictures)
+    oddities = Oddities()
+    names_file, lists = _darknet(raw, found)
+    layout = pair_files(found, pictures, files, lists)
+    classes: dict[int, str] = {}
+    if names_file is not None:
+        shown = raw.show(names_file)
+        raw.label_paths[shown] = names_file
+        text = read_text(names_file, shown, raw.findings, oddities) or ""
+        names = [line.strip() for line in text.strip().split("\n")]
+        classes = {number: name or f"class{number}" for number, name in enumerate(names)} if text.strip() else {}
+    if not classes:
+        shown = str(source)
+        classes = {number: f"class{number}" for number in range(_highest_class(layout) + 1)}
+        raw.findings.add(
+            "category-unnamed",
+            f"has no list of class names, so the {counted(len(classes), 'class')} in the labels "
+            f"{'is' if len(classes) == 1 else 'are'} called class0, class1 and so on",
+            file=shown,
+        )
+    _note_lists(raw, layout)
+    config = DataYaml(layout.root, classes, {number: number for number in classes}, {}, None, file=shown)
+    listed = {split: [layout.root / name for name in names] for split, names in layout.splits.items()}
+    labels = {layout.root / image: path for image, path in layout.labels.items()}
+    read_yolo_files(raw, config, listed, labels, shown, oddities)
+    return raw
+
+
+def _darknet(raw: RawDataset, found: Survey) -> tuple[Path | None, dict[str, Path]]:
+    """Return the list of class names and the lists of images, which `obj.data` names if there is one."""
+    texts = {path.name: path for path in found.files("txt", "names")}
+    lists, named = {}, None
+    for path in found.files("data"):
+        raw.label_paths[raw.show(path)] = path
+        settings = dict(_PAIR.findall(edges(path).decode("utf-8", "replace")))
+        for key, split in (("train", "train"), ("valid", "val"), ("test", "test")):
+            if (target := texts.get(_base_name(settings.get(key, "")))) is not None:
+                lists[split] = target
+        named = texts.get(_base_name(settings.get("names", "")))
+    candidates = [*(texts[name] for name in CLASS_LISTS if name in texts), *found.files("names")]
+    return named or next(iter(candidates), None), lists
+
+
+def _base_name(path: str) -> str:
+    return path.replace("\\", "/").rpartition("/")[2]
+
+
+def _highest_class(layout: Layout) -> int:
+    """Return the highest class number in the label files."""
+    highest = 0
+    for path in layout.labels.values():
+        for line in read_list(path):
+            word = line.split()[0]
+            if word.isascii() and word.isdigit() and len(word) < 6:
+                highest = max(highest, int(word))
+    return min(highest, _MAX_CLASSES)
+
+
+_READERS = {
+    "voc": _read_voc,
+    "yolo": _read_yolo,
+    "yaml": _read_yaml,
+    "labelme": _read_labelme,
+    "coco": _read_coco,
+    "csv": _read_csv,
+}

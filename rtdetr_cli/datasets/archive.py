@@ -1,0 +1,102 @@
+"""Unpack a zip file with a dataset, once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+from rtdetr_cli.errors import DataError, RtdetrError
+from rtdetr_cli.machine import free_bytes
+
+_MAX_FILES = 5_000_000
+_MAX_RATIO = 100
+_RATIO_BYTES = 1 << 30
+"""More than that many unpacked bytes may not be more than `_MAX_RATIO` times the zip file; images hardly compress."""
+
+_SPARE_BYTES = 1 << 30
+_LINK = 0o120000
+
+
+def unpack(source: Path) -> Path:
+    """Unpack a zip file into a cache folder beside it, or in the user's cache if that cannot be written.
+
+    The folder's name contains the size and the time of the file, so that another file of that name is unpacked anew.
+
+    Raises:
+        DataError: it is damaged or encrypted, or could overwrite other files or fill the disk.
+        RtdetrError: no folder can be written.
+    """
+    stat = source.stat()
+    key = hashlib.sha256(f"{source.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    import platformdirs
+
+    caches = (source.resolve().parent, Path(platformdirs.user_cache_dir("rtdetr-cli", appauthor=False)) / "datasets")
+    targets = [cache / f".{source.name}.{key}" / source.stem for cache in caches]
+    done = next((target for target in targets if target.is_dir()), None)
+    if done is not None:
+        return done
+    try:
+        with zipfile.ZipFile(source) as archive:
+            size = _check(source, archive.infolist())
+            return _extract(archive, targets, size, source)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"{source} cannot be unpacked: {error}", hint="download or pack it again", code="zip-damaged"
+        ) from error
+
+
+def _check(source: Path, entries: list[zipfile.ZipInfo]) -> int:
+    """Refuse entries that would leave the folder or fill the disk; return the number of unpacked bytes."""
+    for entry in entries:
+        path = PurePosixPath(entry.filename.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", str(path)):
+            problem = f"contains {entry.filename!r}, which would be written outside of its folder"
+        elif entry.external_attr >> 16 & 0o170000 == _LINK:
+            problem = f"contains the link {entry.filename!r}"
+        elif entry.flag_bits & 1:
+            problem = f"is encrypted ({entry.filename!r})"
+        else:
+            continue
+        raise DataError(f"{source} {problem}", hint="unpack it yourself and pass the folder", code="zip-unsafe")
+    size = sum(entry.file_size for entry in entries)
+    if len(entries) > _MAX_FILES or (size > _RATIO_BYTES and size > _MAX_RATIO * source.stat().st_size):
+        raise DataError(
+            f"{source} declares {len(entries):,} files with {size / 1e9:,.1f} GB, far more than a dataset of its size",
+            hint="unpack it yourself and pass the folder",
+            code="zip-unsafe",
+        )
+    return size
+
+
+def _extract(archive: zipfile.ZipFile, targets: list[Path], size: int, source: Path) -> Path:
+    problem = ""
+    for target in targets:
+        try:
+            target.parent.parent.mkdir(parents=True, exist_ok=True)
+            free = free_bytes(target.parent.parent)
+            if size + _SPARE_BYTES > free:
+                problem = f"needs {size / 1e9:,.1f} GB, and {target.parent.parent} has {free / 1e9:,.1f} GB free"
+                continue
+            aside = Path(tempfile.mkdtemp(prefix=f"{target.parent.name}.", dir=target.parent.parent))
+        except OSError as error:
+            problem = problem or f"cannot be unpacked: {error.strerror or error}"
+            continue
+        try:
+            aside.chmod(0o755)  # a temporary folder is private; the dataset need not be
+            archive.extractall(aside / target.name)
+            (aside / target.name).mkdir(exist_ok=True)
+            os.replace(aside, target.parent)
+        except OSError as error:
+            if not target.is_dir():  # another process may have been faster
+                raise RtdetrError(
+                    f"{source} cannot be unpacked into {target}: {error.strerror or error}", code="not-writable"
+                ) from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return target
+    raise RtdetrError(f"{source} {problem}", hint="make room, or unpack it elsewhere", code="not-writable")
