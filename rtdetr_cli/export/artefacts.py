@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,21 +18,19 @@ NAME_ENDINGS = {"onnx": ".onnx", "fp16": "-fp16.onnx", "openvino": ".xml", "trt-
 
 
 @dataclass(frozen=True, slots=True)
-class Artefact:
-    """One exported model.
+class Notice:
+    """A step of an export that begins, or something that the user should know."""
 
-    Attributes:
-        path: the file under its final name, or `*.failed.*` where verification failed.
-        format: `onnx`, `openvino` or `tensorrt`.
-        precision: `fp32` or `fp16`.
-        verdict: of the verification, or None where it was skipped.
-        operators: number of each operator in the graph.
-        seconds: to write and verify it.
-    """
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """One exported model, in `*.failed.*` where verification failed; `verdict` is None where it was skipped."""
 
     path: Path
-    format: str
-    precision: str
+    format: str  # onnx, openvino or tensorrt
+    precision: str  # fp32 or fp16
     verdict: Verdict | None = None
     operators: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
@@ -89,11 +86,7 @@ def remove_artefact(path: Path) -> None:
 def write_parity(folder: Path, header: ModelHeader, artefacts: Sequence[Artefact], renamed: Mapping[str, str]) -> None:
     """Write the verdicts of an export to `parity.json`, and keep those of earlier exports that are still valid.
 
-    Args:
-        folder: of the files.
-        header: the model's.
-        artefacts: of this export.
-        renamed: old and new name of files of earlier exports.
+    `renamed` has the old and the new name of files of earlier exports.
     """
     path = folder / PARITY_FILE
     entries = [{**a.to_json(), "imgsz": list(header.imgsz), "operators": a.operators} for a in artefacts]
@@ -103,7 +96,7 @@ def write_parity(folder: Path, header: ModelHeader, artefacts: Sequence[Artefact
         "imgsz": list(header.imgsz),
         "artefacts": entries + earlier_entries(path, header.identity, renamed, {a.path.name for a in artefacts}),
     }
-    with contextlib.suppress(FileNotFoundError), atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(document, indent=1, allow_nan=False, default=float) + "\n", encoding="utf-8")
 
 

@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 
 from rtdetr_cli.boxes import iou
 from rtdetr_cli.infer.detections import Detections
+from rtdetr_cli.infer.graph import GraphSpec
 from rtdetr_cli.weights.header import ModelHeader
 
 SCORE_FLOOR = 0.1  # detections below are background, whose ranking depends on rounding
@@ -51,23 +52,6 @@ LIMITS = {
 
 
 @dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One input or output; a dimension is None where it is dynamic."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | None, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Interface:
-    """The inputs and outputs of a graph."""
-
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Part:
     """One part of a verdict: `passed` is None where it could not be checked; `findings` say why it failed."""
 
@@ -80,13 +64,11 @@ class Part:
         return {"passed": self.passed, "findings": list(self.findings), **self.figures}
 
 
-def compare_interfaces(actual: Interface, expected: Interface) -> list[str]:
-    """Return the differences in names, types and shapes."""
+def compare_interfaces(actual: GraphSpec, expected: GraphSpec) -> list[str]:
+    """Return the differences in names, types and shapes of the tensors."""
     findings = []
-    for kind, ours, theirs in (
-        ("input", actual.inputs, expected.inputs),
-        ("output", actual.outputs, expected.outputs),
-    ):
+    for kind in ("input", "output"):
+        ours, theirs = getattr(actual, f"{kind}s"), getattr(expected, f"{kind}s")
         names, expected_names = [t.name for t in ours], [t.name for t in theirs]
         if names != expected_names:
             findings.append(f"{kind}s are {', '.join(names)}, not {', '.join(expected_names)}")
@@ -95,13 +77,9 @@ def compare_interfaces(actual: Interface, expected: Interface) -> list[str]:
             if a.dtype != b.dtype:
                 findings.append(f"{kind} {a.name} is {a.dtype}, not {b.dtype}")
             if a.shape != b.shape:
-                findings.append(f"{kind} {a.name} has shape {show_shape(a.shape)}, not {show_shape(b.shape)}")
+                shapes = ["x".join("?" if d is None else str(d) for d in t.shape) for t in (a, b)]
+                findings.append(f"{kind} {a.name} has shape {shapes[0]}, not {shapes[1]}")
     return findings
-
-
-def show_shape(shape: tuple[int | None, ...]) -> str:
-    """Return a shape such as `?x3x640x640`, where `?` is a dynamic dimension."""
-    return "x".join("?" if d is None else str(d) for d in shape)
 
 
 def compare_headers(actual: ModelHeader, expected: ModelHeader) -> list[str]:
@@ -117,20 +95,17 @@ def compare_headers(actual: ModelHeader, expected: ModelHeader) -> list[str]:
         findings.append(f"the class list differs: {', '.join(different)}")
     if actual.category_ids != expected.category_ids:
         findings.append("the category ids differ")
+    settings = ("imgsz", "sampling", "rounding", "layers", "queries", "thresholds")
+    values = {name: (getattr(actual, name), getattr(expected, name)) for name in settings}
     for key in sorted({*actual.preprocessing, *expected.preprocessing}):
-        ours, theirs = actual.preprocessing.get(key), expected.preprocessing.get(key)
-        if ours != theirs:
-            findings.append(f"preprocessing {key} is {ours}, not {theirs}")
-    for key in ("imgsz", "sampling", "rounding", "layers", "queries", "thresholds"):
-        ours, theirs = getattr(actual, key), getattr(expected, key)
-        if ours != theirs:
-            findings.append(f"{key} is {ours}, not {theirs}")
+        values[f"preprocessing {key}"] = actual.preprocessing.get(key), expected.preprocessing.get(key)
+    findings += [f"{name} is {ours}, not {theirs}" for name, (ours, theirs) in values.items() if ours != theirs]
     return findings
 
 
 @dataclass(frozen=True, slots=True)
-class ImageMatch:
-    """How two sets of detections agree on one image.
+class Match:
+    """How two sets of detections agree.
 
     Attributes:
         rows: detections of both sides that count.
@@ -145,7 +120,7 @@ class ImageMatch:
     box_errors: NDArray[np.float64]
 
 
-def match_detections(reference: Detections, candidate: Detections, *, floor: float, limits: Limits) -> ImageMatch:
+def match_detections(reference: Detections, candidate: Detections, *, floor: float, limits: Limits) -> Match:
     """Match the detections of one image as sets, since queries with almost equal scores may swap places.
 
     A pair has the same label, enough overlap and almost the same score. A detection counts when its score reaches
@@ -155,8 +130,6 @@ def match_detections(reference: Detections, candidate: Detections, *, floor: flo
     reference, candidate = reference.keep(reference.scores >= lowest), candidate.keep(candidate.scores >= lowest)
     count_reference, count_candidate = reference.scores >= floor, candidate.scores >= floor
     rows = int(count_reference.sum() + count_candidate.sum())
-    if not len(reference) or not len(candidate):
-        return ImageMatch(rows, 0, np.zeros(0), np.zeros(0))
     ious = iou(reference.boxes_xyxy_px[:, None], candidate.boxes_xyxy_px[None])
     steps = np.abs(reference.scores[:, None].astype(np.float64) - candidate.scores[None, :])
     same_label = reference.labels[:, None] == candidate.labels[None, :]
@@ -165,50 +138,51 @@ def match_detections(reference: Detections, candidate: Detections, *, floor: flo
     pairs = allowed[left, right]
     left, right = left[pairs], right[pairs]
     matched = int(count_reference[left].sum() + count_candidate[right].sum())
-    return ImageMatch(rows, matched, steps[left, right], 1 - ious[left, right])
+    return Match(rows, matched, steps[left, right], 1 - ious[left, right])
 
 
 def choose_score_floor(detections: Sequence[Detections]) -> float:
     """Return the score from which detections count: `SCORE_FLOOR`, or less for a model with few scores above it."""
-    scores = np.sort(np.concatenate([d.scores for d in detections] or [np.zeros(0, np.float32)]))[::-1]
+    scores = np.sort(np.concatenate([np.zeros(0, np.float32), *(d.scores for d in detections)]))[::-1]
     wanted = min(DETECTIONS_PER_IMAGE * len(detections), len(scores))
     return float(min(SCORE_FLOOR, scores[wanted - 1])) if wanted else SCORE_FLOOR
 
 
-def match_images(
-    reference: Sequence[Detections], candidate: Sequence[Detections], limits: Limits
-) -> tuple[float, list[ImageMatch]]:
-    """Match two sides image by image; return the score floor and the matches."""
+def match_images(reference: Sequence[Detections], candidate: Sequence[Detections], limits: Limits) -> Match:
+    """Match two sides image by image, without rows that are not finite."""
     floor = choose_score_floor(reference)
-    pairs = zip(reference, candidate, strict=True)
-    return floor, [match_detections(finite_rows(r), finite_rows(c), floor=floor, limits=limits) for r, c in pairs]
+    matches = [
+        match_detections(finite_rows(r), finite_rows(c), floor=floor, limits=limits)
+        for r, c in zip(reference, candidate, strict=True)
+    ]
+    return Match(
+        sum(m.rows for m in matches),
+        sum(m.matched for m in matches),
+        np.concatenate([np.zeros(0), *(m.score_errors for m in matches)]),
+        np.concatenate([np.zeros(0), *(m.box_errors for m in matches)]),
+    )
 
 
-def matched_share(matches: Sequence[ImageMatch]) -> float | None:
-    """Return the share of detections that are matched, or None where there is no detection."""
-    rows = sum(m.rows for m in matches)
-    return sum(m.matched for m in matches) / rows if rows else None
+def finite_rows(detections: Detections) -> Detections:
+    """Drop detections with NaN or infinite values."""
+    return detections.keep(np.isfinite(detections.scores) & np.isfinite(detections.boxes_xyxy_px).all(axis=1))
 
 
 def compare_detections(reference: Sequence[Detections], candidate: Sequence[Detections], limits: Limits) -> Part:
     """Compare the detections of a model and its export, image by image."""
     not_finite = sum(len(finite_rows(c)) < len(c) for c in candidate)
-    floor, matches = match_images(reference, candidate, limits)
-    share = matched_share(matches) or 0.0
+    match = match_images(reference, candidate, limits)
+    share = match.matched / match.rows if match.rows else 0.0
     best_score = float(max((d.scores.max() for d in reference if len(d)), default=0.0))
-    errors = {
-        "score": np.concatenate([m.score_errors for m in matches] or [np.zeros(0)]),
-        "box": np.concatenate([m.box_errors for m in matches] or [np.zeros(0)]),
-    }
     figures: dict[str, Any] = {
         "matched": share,
-        "detections": sum(m.rows for m in matches) // 2,
-        "score_floor": floor,
+        "detections": match.rows // 2,
+        "score_floor": choose_score_floor(reference),
         "best_score": best_score,
     }
-    for name, values in errors.items():
-        figures[f"{name}_error"] = float(values.mean()) if len(values) else None
-        figures[f"{name}_error_max"] = float(values.max()) if len(values) else None
+    for name, errors in (("score_error", match.score_errors), ("box_error", match.box_errors)):
+        figures[name] = float(errors.mean()) if len(errors) else None
+        figures[f"{name}_max"] = float(errors.max()) if len(errors) else None
     figures["not_finite"] = not_finite
 
     findings = []
@@ -224,8 +198,3 @@ def compare_detections(reference: Sequence[Detections], candidate: Sequence[Dete
     if (figures["box_error"] or 0) > limits.box_error:
         findings.append(f"the mean 1 - IoU of the boxes is {figures['box_error']:.4f} (limit {limits.box_error:g})")
     return Part(not findings, tuple(findings), figures)
-
-
-def finite_rows(detections: Detections) -> Detections:
-    """Drop detections with NaN or infinite values."""
-    return detections.keep(np.isfinite(detections.scores) & np.isfinite(detections.boxes_xyxy_px).all(axis=1))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import platform
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,48 +15,52 @@ import onnx
 import torch
 
 from rtdetr_cli import __version__
-from rtdetr_cli.errors import EnvironmentProblem
+from rtdetr_cli.errors import EnvironmentProblem, ExportError
+from rtdetr_cli.export import fp16, tensorrt
 from rtdetr_cli.export import onnx as onnx_file
-from rtdetr_cli.export import tensorrt
-from rtdetr_cli.export.artefacts import NAME_ENDINGS, Artefact, mark_name, rename_artefact
-from rtdetr_cli.export.compare import Interface
-from rtdetr_cli.export.events import BuildProgress, Notice
-from rtdetr_cli.export.graph import DeployGraph, ExportOptions, example_inputs, expected_interface
+from rtdetr_cli.export.artefacts import NAME_ENDINGS, Artefact, Notice, mark_name, rename_artefact
+from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs, expected_spec
 from rtdetr_cli.files import atomic_write
 from rtdetr_cli.infer.backend import Backend
+from rtdetr_cli.infer.graph import GraphSpec, first_line
+from rtdetr_cli.infer.openvino_backend import import_openvino, openvino_core
 from rtdetr_cli.infer.tensorrt_backend import header_path
-from rtdetr_cli.weights.header import ModelHeader
+from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 ENGINE_BATCH = 8  # the largest batch of a dynamic engine, unless --batch is larger
 
 
-@dataclass(eq=False)
 class ExportContext:
     """What all formats of one export share.
 
     Attributes:
         header: the model's, with the layers, queries, sampling and input size that are exported.
-        folder, stem: where the files go, and how their names begin.
-        options: formats and shapes.
         graph: the model, ready to be traced.
+        spec: the tensors that each file must have.
         norm_count: layer norms that the graph must have.
         artefacts: the formats that are done, by name.
         renamed: old and new name of files of earlier exports.
     """
 
-    header: ModelHeader
-    folder: Path
-    stem: str
-    options: ExportOptions
-    graph: DeployGraph
-    norm_count: int
-    artefacts: dict[str, Artefact] = field(default_factory=dict)
-    renamed: dict[str, str] = field(default_factory=dict)
-
-    @functools.cached_property
-    def interface(self) -> Interface:
-        """The tensors that each file must have."""
-        return expected_interface(self.options, self.header)
+    def __init__(
+        self, model: RTDETR, header: ModelHeader, folder: Path, stem: str, options: ExportOptions, device: str
+    ) -> None:
+        sampling, rounding = model.sampling
+        self.header = replace(
+            header,
+            imgsz=options.imgsz or header.imgsz,
+            layers=model.layers,
+            queries=model.queries,
+            sampling=sampling,
+            rounding=rounding,
+        )
+        self.folder, self.stem, self.options, self.device = folder, stem, options, device
+        self.graph = DeployGraph(deployable(model, gridsample=options.gridsample), raw=options.raw).eval()
+        self.spec: GraphSpec = expected_spec(options, self.header)
+        self.norm_count = count_norms(self.graph, example_inputs(options, self.header.imgsz, batch=1))
+        self.artefacts: dict[str, Artefact] = {}
+        self.renamed: dict[str, str] = {}
 
     @functools.cached_property
     def example_inputs(self) -> tuple[torch.Tensor, ...]:
@@ -68,23 +73,9 @@ class ExportContext:
         """The float32 graph, shared by ONNX and OpenVINO; copy it before changing it."""
         return self.trace(self.graph)
 
-    @functools.cached_property
-    def half_program(self) -> torch.fx.GraphModule:
-        """The float16 program, shared by the graph and its twin."""
-        from rtdetr_cli.export.fp16 import half_program
-
-        return half_program(self.graph, self.example_inputs, dynamic=self.options.dynamic)
-
     def trace(self, module: torch.nn.Module) -> onnx.ModelProto:
         """Trace a module to ONNX and check the graph."""
-        model = onnx_file.trace(
-            module,
-            self.example_inputs,
-            input_names=self.options.input_names,
-            output_names=self.options.output_names,
-            dynamic=self.options.dynamic,
-            opset=self.options.opset,
-        )
+        model = onnx_file.trace(module, self.example_inputs, spec=self.spec, opset=self.options.opset)
         onnx_file.audit(model, norms=self.norm_count, gridsample=self.options.gridsample)
         return model
 
@@ -129,55 +120,45 @@ class ExportContext:
 
 @dataclass(eq=False)
 class Draft:
-    """A file written under a temporary name, until verification decides its final one.
+    """An export that is to be verified.
 
     Attributes:
-        path: `<stem>.unverified.*`.
-        final_path: the name after a pass.
         header: without the verdict.
-        save: writes the file, or only its header where that is a file of its own.
-        interface: the tensors of the written file.
+        save: writes the file with a header, or only the header where that is a file of its own.
         operators: number of each operator.
         half_twin: runs the same float16 graph in torch.
     """
 
-    path: Path
-    final_path: Path
     header: ModelHeader
     save: Callable[[Path, ModelHeader], None]
-    interface: Interface
     operators: dict[str, int]
     half_twin: Backend | None = None
 
-    def write(self, gate: dict[str, Any]) -> None:
-        """Write the file with a verdict in its header."""
-        self.save(self.path, replace(self.header, extra={**self.header.extra, "gate": gate}))
+
+DraftEvents = Generator[Notice | tensorrt.BuildProgress, None, Draft]
 
 
-DraftEvents = Generator[Notice | BuildProgress, None, Draft]
-
-
-def write_onnx(context: ExportContext) -> DraftEvents:
+def write_onnx(context: ExportContext, path: Path) -> DraftEvents:
     """Write the float32 graph."""
     yield Notice(f"onnx  opset {context.options.opset}")
-    return onnx_draft(context, "onnx", copy.deepcopy(context.float_onnx), context.header_for("onnx", "fp32"))
+    return onnx_draft(context, copy.deepcopy(context.float_onnx), context.header_for("onnx", "fp32"))
 
 
-def write_fp16(context: ExportContext) -> DraftEvents:
+def write_fp16(context: ExportContext, path: Path) -> DraftEvents:
     """Write the float16 graph, and prepare its twin."""
-    from rtdetr_cli.export.fp16 import ISLANDS, HalfTwin
-
     yield Notice("onnx  float16, sensitive layers float32")
-    islands = [{"name": island.name, "why": island.why} for island in ISLANDS]
-    header = context.header_for("onnx", "fp16", islands=islands)
-    draft = onnx_draft(context, "fp16", context.trace(context.half_program), header)
-    fixed_batch = None if context.options.dynamic else context.options.batch
-    draft.half_twin = HalfTwin(context.half_program, context.header, fixed_batch=fixed_batch)
+    program = fp16.traced_program(context.graph, context.example_inputs, dynamic=context.options.dynamic)
+    program = fp16.halve(program)
+    islands = [{"name": island.name, "why": island.why} for island in fp16.ISLANDS]
+    draft = onnx_draft(context, context.trace(program), context.header_for("onnx", "fp16", islands=islands))
+    spec = expected_spec(replace(context.options, preprocess=False), context.header)
+    device = tensorrt.engine_device(context.device) or torch.device("cpu")
+    draft.half_twin = fp16.HalfTwin(program, spec, device=device)
     return draft
 
 
-def onnx_draft(context: ExportContext, name: str, model: onnx.ModelProto, header: ModelHeader) -> Draft:
-    """Write an ONNX graph."""
+def onnx_draft(context: ExportContext, model: onnx.ModelProto, header: ModelHeader) -> Draft:
+    """Return the draft of an ONNX graph."""
     if context.options.preprocess:
         onnx_file.prepend_preprocessing(model, context.header.imgsz)
 
@@ -185,54 +166,68 @@ def onnx_draft(context: ExportContext, name: str, model: onnx.ModelProto, header
         onnx_file.embed(model, header)
         onnx_file.save(model, path)
 
-    final = context.final_path(name)
-    operators = dict(sorted(onnx_file.operators(model).items()))
-    draft = Draft(mark_name(final, "unverified"), final, header, save, onnx_file.describe(model), operators)
-    draft.write({"passed": None})
-    return draft
+    return Draft(header, save, dict(sorted(onnx_file.operators(model).items())))
 
 
-def write_openvino(context: ExportContext) -> DraftEvents:
-    """Write OpenVINO's files."""
-    from rtdetr_cli.export.openvino import OpenvinoFile
-
+def write_openvino(context: ExportContext, path: Path) -> DraftEvents:
+    """Write OpenVINO's `.xml` and `.bin`, weights compressed to float16, the header in the runtime information."""
     yield Notice("openvino  float16-compressed weights")
-    file = OpenvinoFile(context.float_onnx, preprocess=context.options.preprocess)
-    header = context.header_for("openvino", "fp16", file.versions)
-    final = context.final_path("openvino")
-    draft = Draft(mark_name(final, "unverified"), final, header, file.save, file.interface(), file.operators())
-    draft.write({"passed": None})
-    return draft
+    openvino = import_openvino()
+    version = str(openvino.__version__)
+    try:
+        model = openvino_core().read_model(context.float_onnx.SerializeToString())
+        if context.options.preprocess:
+            model = with_openvino_resize(openvino, model)
+    except RuntimeError as error:
+        raise ExportError(f"OpenVINO {version} cannot read the graph: {first_line(error)}") from error
+
+    def save(path: Path, header: ModelHeader) -> None:
+        model.set_rt_info(header.to_json(), [METADATA_KEY])
+        try:
+            openvino.save_model(model, str(path), compress_to_fp16=True)
+        except RuntimeError as error:
+            raise ExportError(f"OpenVINO cannot write {path}: {first_line(error)}") from error
+
+    counts = Counter(node.get_type_name() for node in model.get_ops())
+    operators = {k: v for k, v in sorted(counts.items()) if k not in ("Constant", "Parameter", "Result")}
+    return Draft(context.header_for("openvino", "fp16", {"openvino": version}), save, operators)
 
 
-def write_engine(context: ExportContext) -> DraftEvents:
+def with_openvino_resize(openvino: Any, model: Any) -> Any:
+    """Accept uint8 images of any size, with OpenVINO's Pillow-like resize: it ignores ONNX's antialiasing."""
+    steps = openvino.preprocess
+    processor = steps.PrePostProcessor(model)
+    images = processor.input("images")
+    images.tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
+    images.tensor().set_spatial_dynamic_shape()
+    images.model().set_layout(openvino.Layout("NCHW"))
+    images.preprocess().resize(steps.ResizeAlgorithm.RESIZE_BILINEAR_PILLOW)
+    images.preprocess().convert_element_type(openvino.Type.f32).scale(255.0)
+    return processor.build()
+
+
+def write_engine(context: ExportContext, path: Path) -> DraftEvents:
     """Build the TensorRT engine of the float16 graph that has just been verified.
 
     Raises:
         EnvironmentProblem: this machine cannot build it; the graph is ready, and the hint says how to go on.
     """
     graph = context.artefacts["fp16"]
-    final = context.final_path("trt-fp16")
-    path = mark_name(final, "unverified")
     dynamic, batch = context.options.dynamic, context.options.batch
     max_batch = max(batch, ENGINE_BATCH) if dynamic else batch
+    shapes = tensorrt.profile_shapes(context.spec.inputs, max_batch=max_batch)
     yield Notice(f"tensorrt  strongly typed, batch {'1 to ' if dynamic else ''}{max_batch}")
     try:
-        tensorrt.require_tensorrt()
-        built = yield from tensorrt.build_in_thread(
-            graph.path,
-            path,
-            interface=context.interface,
-            operators=graph.operators,
-            max_batch=max_batch,
-            cache_path=context.folder / "tensorrt.cache",
+        version, device = tensorrt.require_tensorrt(context.device, graph.operators)
+        layers = yield from tensorrt.build_in_thread(
+            graph.path, path, device=device, shapes=shapes, cache_path=context.folder / "tensorrt.cache"
         )
     except EnvironmentProblem as error:
         if error.code == "tensorrt-fault":  # an engine built elsewhere would be as wrong
             raise
+        final = context.final_path("trt-fp16")
         yield from context.set_aside_previous("trt-fp16")  # before its header is overwritten
         save_engine_header(final, context.header_for("tensorrt", "fp16", gate={"passed": None}))
-        shapes = tensorrt.profile_shapes(context.interface, max_batch=max_batch)
         raise EnvironmentProblem(
             f"the engine cannot be built on this machine ({error.message}); the float16 graph {graph.path} is ready",
             hint=f"on the target machine: {tensorrt.trtexec_command(graph.path, final, shapes)}\n"
@@ -240,10 +235,8 @@ def write_engine(context: ExportContext) -> DraftEvents:
             f"that engine is not verified; compare its AP with the model's: rtdetr eval {final} --data DATA",
             code=error.code,
         ) from error
-    header = context.header_for("tensorrt", "fp16", {"tensorrt": built.version}, layers_by_type=built.layers)
-    draft = Draft(path, final, header, save_engine_header, built.interface, dict(built.layers))
-    draft.write({"passed": None})
-    return draft
+    header = context.header_for("tensorrt", "fp16", {"tensorrt": version}, layers_by_type=layers)
+    return Draft(header, save_engine_header, layers)
 
 
 def save_engine_header(engine: Path, header: ModelHeader) -> None:
@@ -252,7 +245,7 @@ def save_engine_header(engine: Path, header: ModelHeader) -> None:
         temporary.write_text(header.to_json() + "\n", encoding="utf-8")
 
 
-WRITERS: dict[str, Callable[[ExportContext], DraftEvents]] = {
+WRITERS: dict[str, Callable[[ExportContext, Path], DraftEvents]] = {
     "onnx": write_onnx,
     "fp16": write_fp16,
     "openvino": write_openvino,

@@ -5,19 +5,14 @@ program is rewritten once; the result is exported to ONNX and also run in torch,
 float16 tensors. The twin shows overflows that ONNX Runtime hides, because its CPU kernels compute most float16
 operators in float32.
 
-Alternatives: NVIDIA's AutoCast (nvidia-modelopt 0.47, Apache-2.0) works on finished ONNX files, which have lost the
-module names, and chooses by thresholds on a calibration run; it pins onnx 1.21 and onnxruntime-gpu 1.24, needs cupy,
-polygraphy and graphsurgeon, and gives no twin. onnxconverter-common (MIT) casts by operator type only. Here a rule can
-name a module, and weights are stored in the type that they are used in.
+NVIDIA's AutoCast (nvidia-modelopt 0.47) and onnxconverter-common work on finished ONNX files, which have lost the
+module names, and give no twin; AutoCast also pins onnx and needs cupy.
 
 Which parts stay float32 was measured by tests/bench/bench_half_islands.py on a `tiny` trained on blood cells (24
-images, 2,347 detections): all in float16 moves scores by 4.1e-4 on average and boxes by 2.4e-3 of IoU; with the parts
-below in float32, 1.1e-4 and 4.7e-4. The first convolution matters most, then the score heads. Norms, softmax, sampling
-locations and box refinement hardly matter there; they stay float32 for their range (a sum of squares, an exponential,
-a logarithm near 0) and for larger feature maps, and cost little.
-
-Convolutions and matrix products are float16 unless an island contains them. Everything else takes the widest type of
-its inputs, as in autocast, so what follows an island stays float32 until the next convolution or matrix product.
+images, 2,347 detections): all in float16 moves scores by 4.1e-4 on average and boxes by 2.4e-3 of IoU; with the islands
+below in float32, 1.1e-4 and 4.7e-4. Convolutions and matrix products are float16 unless an island contains them.
+Everything else takes the widest type of its inputs, as in autocast, so what follows an island stays float32 until the
+next convolution or matrix product.
 """
 
 from __future__ import annotations
@@ -29,27 +24,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from rtdetr_cli.export.onnx import MAX_BATCH, quiet
-from rtdetr_cli.infer.graph import FINISHED, IMAGES, RAW, SIZES, GraphBackend, GraphSpec, InputSpec
-from rtdetr_cli.weights.header import ModelHeader
+from rtdetr_cli.export.onnx import batch_dimensions, quiet
+from rtdetr_cli.infer.graph import GraphBackend, GraphSpec
 
 HEAVY = ("conv2d", "linear", "matmul", "bmm", "addmm", "scaled_dot_product_attention")
 
 
 @dataclass(frozen=True, slots=True)
 class Island:
-    """A part that stays float32.
-
-    Attributes:
-        name: what it is.
-        why: the reason.
-        contains: whether an operator belongs to it, by the module's path and the operator's name.
-    """
+    """A part that stays float32; `contains` decides by the module's path and the operator's name."""
 
     name: str
     why: str
@@ -96,48 +83,23 @@ ISLANDS = (
 )
 
 
-def island_of(path: str, op: str) -> Island | None:
-    """Return the island that an operator belongs to."""
-    return next((island for island in ISLANDS if island.contains(path, op)), None)
-
-
 def stays_float32(path: str, op: str) -> bool:
-    """Return whether an operator belongs to an island."""
-    return island_of(path, op) is not None
-
-
-def half_program(
-    module: nn.Module,
-    inputs: Sequence[Tensor],
-    *,
-    dynamic: bool = False,
-    float32: Callable[[str, str], bool] = stays_float32,
-) -> fx.GraphModule:
-    """Rewrite a module with float16 types; its inputs and outputs stay float32.
-
-    Args:
-        module: float32, in eval mode.
-        inputs: example inputs, as for `export.onnx.trace`.
-        dynamic: dynamic batch size.
-        float32: whether an operator stays float32, by the module's path and the operator's name.
-    """
-    return halve(traced_program(module, inputs, dynamic=dynamic), float32)
+    """Return whether an operator, by its module's path and its name, belongs to an island."""
+    return any(island.contains(path, op) for island in ISLANDS)
 
 
 def traced_program(module: nn.Module, inputs: Sequence[Tensor], *, dynamic: bool = False) -> fx.GraphModule:
-    """Trace a module into a program of plain operators that record the module they come from."""
-    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    shapes = tuple({0: batch} for _ in inputs) if dynamic else None
+    """Trace a float32 module in eval mode into a program of plain operators that record the module they come from."""
     with quiet(), torch.no_grad():
-        program = torch.export.export(module, tuple(inputs), dynamic_shapes=shapes)
+        program = torch.export.export(module, tuple(inputs), dynamic_shapes=batch_dimensions(inputs, dynamic=dynamic))
         return program.module(check_guards=False)
 
 
 def halve(graph_module: fx.GraphModule, float32: Callable[[str, str], bool] = stays_float32) -> fx.GraphModule:
-    """Rewrite a traced program with float16 types, in place.
+    """Rewrite a program of `traced_program` with float16 types, in place; its inputs and outputs stay float32.
 
     Args:
-        graph_module: from `traced_program`.
+        graph_module: the program.
         float32: whether an operator stays float32, by the module's path and the operator's name.
     """
     graph = graph_module.graph
@@ -151,58 +113,44 @@ def halve(graph_module: fx.GraphModule, float32: Callable[[str, str], bool] = st
         if (node, dtype) not in casts:
             with graph.inserting_after(node):
                 if node.op == "get_attr":
-                    cast_node = graph.get_attr(store(dtype, node))
+                    name = "half_" + str(node.target).replace(".", "_")
+                    if not hasattr(graph_module, name):
+                        value = operator.attrgetter(str(node.target))(graph_module)
+                        graph_module.register_buffer(name, value.detach().to(dtype))
+                    cast_node = graph.get_attr(name)
                 else:
                     cast_node = graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
             types[cast_node] = dtype
             casts[node, dtype] = cast_node
         return casts[node, dtype]
 
-    def store(dtype: torch.dtype, node: fx.Node) -> str:
-        name = "half_" + str(node.target).replace(".", "_")
-        if not hasattr(graph_module, name):
-            value = operator.attrgetter(str(node.target))(graph_module)
-            graph_module.register_buffer(name, value.detach().to(dtype))
-        return name
-
     for node in list(graph.nodes):
-        if node.op in ("placeholder", "get_attr"):
-            if is_float(node):
-                types[node] = torch.float32
-            continue
         if node.op == "output":
             node.args = fx.map_arg(node.args, functools.partial(cast_to, torch.float32))
             continue
-        sources = [n for n in node.all_input_nodes if n in types]
         op = operator_name(node)
+        sources = [n for n in node.all_input_nodes if n in types]
         if op == "_assert_tensor_metadata":  # asserts the types that the float32 program was traced with
             graph.erase_node(node)
-            continue
-        if op == "to" and sources and is_float(node):
-            # A cast of the float32 program has no say here.
-            types[node] = types[sources[0]]
-            node.replace_all_uses_with(sources[0])
-            continue
-        if not sources:
+        elif not sources:  # an input, a weight or a constant
             if is_float(node):
                 types[node] = torch.float32
-            continue
-        half = op in HEAVY or all(types[n] == torch.float16 for n in activations(sources))
-        dtype = torch.float16 if half and not float32(module_path(node), op) else torch.float32
-        node.args = fx.map_arg(node.args, functools.partial(cast_to, dtype))
-        node.kwargs = fx.map_arg(node.kwargs, functools.partial(cast_to, dtype))
-        if is_float(node):
-            types[node] = dtype
+        elif op == "to" and is_float(node):  # a cast of the float32 program has no say here
+            types[node] = types[sources[0]]
+            node.replace_all_uses_with(sources[0])
+        else:
+            activations = [n for n in sources if n.op != "get_attr"] or sources  # weights follow their type
+            half = op in HEAVY or all(types[n] == torch.float16 for n in activations)
+            dtype = torch.float16 if half and not float32(module_path(node), op) else torch.float32
+            node.args = fx.map_arg(node.args, functools.partial(cast_to, dtype))
+            node.kwargs = fx.map_arg(node.kwargs, functools.partial(cast_to, dtype))
+            if is_float(node):
+                types[node] = dtype
     graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph.lint()
     graph_module.recompile()
     return graph_module
-
-
-def activations(sources: list[fx.Node]) -> list[fx.Node]:
-    """Return the inputs that decide a type: weights and tables are cast to the type of the others."""
-    return [n for n in sources if n.op != "get_attr"] or sources
 
 
 def is_float(node: fx.Node) -> bool:
@@ -236,19 +184,12 @@ class HalfTwin(GraphBackend):
 
     kind = "torch"
 
-    def __init__(self, program: fx.GraphModule, header: ModelHeader, *, fixed_batch: int | None) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._program = program.to(device)
-        raw = sum(node.op == "placeholder" for node in program.graph.nodes) == 1
-        inputs = [InputSpec(IMAGES, np.dtype(np.float32), (fixed_batch, 3, *header.imgsz))]
-        if not raw:
-            inputs.append(InputSpec(SIZES, np.dtype(np.int64), (fixed_batch, 2)))
-        self._spec = GraphSpec(header, inputs, RAW if raw else FINISHED)
-        super().__init__(Path("float16 twin"), device=device)
+    def __init__(self, program: fx.GraphModule, spec: GraphSpec, *, device: torch.device) -> None:
+        self._program, self._spec, self._device = program.to(device), spec, device
+        super().__init__(Path("float16 twin"))
 
     def open(self, device: Any, threads: int | None) -> GraphSpec:
         """Return what is known about the program, which is open already."""
-        self._device = device
         return self._spec
 
     @torch.inference_mode()
@@ -256,7 +197,7 @@ class HalfTwin(GraphBackend):
         """Run one batch; return every output by name."""
         inputs = [torch.from_numpy(array).to(self._device) for array in feeds.values()]
         outputs = Accumulating(self._program).run(*inputs)
-        return {name: tensor.cpu().numpy() for name, tensor in zip(self._spec.outputs, outputs, strict=True)}
+        return {item.name: tensor.cpu().numpy() for item, tensor in zip(self._spec.outputs, outputs, strict=True)}
 
 
 class Accumulating(fx.Interpreter):

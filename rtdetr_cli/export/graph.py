@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rtdetr_cli.errors import UsageError
-from rtdetr_cli.export.compare import Interface, TensorSpec
-from rtdetr_cli.infer.graph import TOP_K
+from rtdetr_cli.infer.graph import FINISHED, IMAGES, RAW, SIZES, TOP_K, GraphSpec, TensorSpec
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.model.postprocess import select_detections
 from rtdetr_cli.weights.header import ModelHeader
 
-FORMATS = ("onnx", "fp16", "openvino", "trt-fp16")
 OPSETS = (17, 18)
 STRIDES = (8, 16, 32)
 
@@ -28,7 +27,7 @@ class ExportOptions:
     """What to export.
 
     Attributes:
-        formats: of `FORMATS`, in this order.
+        formats: `onnx`, `fp16`, `openvino` or `trt-fp16`, which comes after `fp16`.
         imgsz: (height, width) instead of the model's own.
         batch: the fixed batch size, or the largest one of a dynamic TensorRT engine.
         dynamic: dynamic batch size.
@@ -47,38 +46,23 @@ class ExportOptions:
     raw: bool = False
     preprocess: bool = False
 
-    @property
-    def input_names(self) -> list[str]:
-        """Names of the graph's inputs."""
-        return ["images"] if self.raw else ["images", "orig_target_sizes"]
-
-    @property
-    def output_names(self) -> list[str]:
-        """Names of the graph's outputs."""
-        return ["logits", "boxes_cxcywh"] if self.raw else ["labels", "boxes", "scores"]
-
     def check(self) -> None:
         """Refuse options that clash, before anything heavy is loaded.
 
         Raises:
             UsageError: options that cannot be combined.
         """
-        unknown = [name for name in self.formats if name not in FORMATS]
-        if unknown:
-            raise UsageError(f"unknown export format {unknown[0]!r}", hint=f"choose from: {', '.join(FORMATS)}")
-        if "trt-fp16" in self.formats and "fp16" not in self.formats[: self.formats.index("trt-fp16")]:
-            raise UsageError("the format trt-fp16 is built from fp16, which must come before it")
         if self.opset not in OPSETS:
-            reason = "is not supported"
-            if self.opset < min(OPSETS):
-                reason = "has no LayerNormalization, and a norm in pieces breaks half precision"
-            raise UsageError(f"--opset {self.opset} {reason}", hint="use --opset 18 (the default) or 17", code="opset")
+            raise UsageError(
+                f"--opset {self.opset} is not supported: 17 is the first with LayerNormalization, which half precision "
+                "needs, and 18 the newest that is tested",
+                hint="use --opset 18 (the default) or 17",
+                code="opset",
+            )
         if self.batch < 1:
             raise UsageError(f"--batch {self.batch} is less than one")
-        if self.preprocess:
-            self._check_preprocess()
-
-    def _check_preprocess(self) -> None:
+        if not self.preprocess:
+            return
         if self.opset < 18:
             raise UsageError("--preprocess-in-graph needs --opset 18: older Resize cannot antialias", code="opset")
         if self.raw:
@@ -96,19 +80,15 @@ class ExportOptions:
 
 
 class DeployGraph(nn.Module):
-    """The folded detector with the inputs and outputs of the official exports.
+    """A model from `deployable` with the inputs and outputs of the official exports.
 
-    Args:
-        model: from `deployable`.
-        raw: output logits and boxes of all queries.
-        top_k: maximum detections per image.
+    `raw` is without post-processing: the outputs are logits and boxes of all queries.
     """
 
-    def __init__(self, model: RTDETR, *, raw: bool = False, top_k: int = TOP_K) -> None:
+    def __init__(self, model: RTDETR, *, raw: bool = False) -> None:
         super().__init__()
         self.model = model
         self.raw = raw
-        self.top_k = top_k
 
     def forward(self, images: Tensor, orig_target_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
         """Detect objects.
@@ -125,7 +105,7 @@ class DeployGraph(nn.Module):
         if self.raw:
             return main.logits.float(), main.boxes_cxcywh.float()
         assert orig_target_sizes is not None
-        return select_detections(main.logits.float(), main.boxes_cxcywh.float(), orig_target_sizes, self.top_k)
+        return select_detections(main.logits.float(), main.boxes_cxcywh.float(), orig_target_sizes, TOP_K)
 
 
 def deployable(model: RTDETR, *, gridsample: bool = False) -> RTDETR:
@@ -163,24 +143,28 @@ def example_inputs(options: ExportOptions, imgsz: tuple[int, int], *, batch: int
     return images, torch.tensor([[imgsz[1], imgsz[0]]] * batch)
 
 
-def expected_interface(options: ExportOptions, header: ModelHeader) -> Interface:
-    """Return the tensors that an export of this model with these options must have."""
+def expected_spec(options: ExportOptions, header: ModelHeader) -> GraphSpec:
+    """Return the header and the tensors that an export of this model with these options must have."""
     batch = None if options.dynamic else options.batch
     height, width = header.imgsz
     tokens = sum((height // stride) * (width // stride) for stride in STRIDES)
     queries, classes = min(header.queries, tokens), len(header.names)
-    images = TensorSpec("images", "float32", (batch, 3, height, width))
-    if options.preprocess:
-        images = TensorSpec("images", "uint8", (batch, None, None, 3))
-    if options.raw:
-        logits = TensorSpec("logits", "float32", (batch, queries, classes))
-        return Interface((images,), (logits, TensorSpec("boxes_cxcywh", "float32", (batch, queries, 4))))
     rows = min(TOP_K, queries * classes)
-    return Interface(
-        (images, TensorSpec("orig_target_sizes", "int64", (batch, 2))),
-        (
-            TensorSpec("labels", "int64", (batch, rows)),
-            TensorSpec("boxes", "float32", (batch, rows, 4)),
-            TensorSpec("scores", "float32", (batch, rows)),
-        ),
-    )
+    float32, int64 = np.dtype(np.float32), np.dtype(np.int64)
+    images = TensorSpec(IMAGES, float32, (batch, 3, height, width))
+    if options.preprocess:
+        images = TensorSpec(IMAGES, np.dtype(np.uint8), (batch, None, None, 3))
+    if options.raw:
+        logits, boxes = RAW
+        outputs = [
+            TensorSpec(logits, float32, (batch, queries, classes)),
+            TensorSpec(boxes, float32, (batch, queries, 4)),
+        ]
+        return GraphSpec(header, [images], outputs)
+    labels, boxes, scores = FINISHED
+    outputs = [
+        TensorSpec(labels, int64, (batch, rows)),
+        TensorSpec(boxes, float32, (batch, rows, 4)),
+        TensorSpec(scores, float32, (batch, rows)),
+    ]
+    return GraphSpec(header, [images, TensorSpec(SIZES, int64, (batch, 2))], outputs)

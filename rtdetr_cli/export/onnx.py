@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,49 +19,31 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from rtdetr_cli.errors import ExportError
-from rtdetr_cli.export.compare import Interface, TensorSpec
 from rtdetr_cli.files import atomic_write
-from rtdetr_cli.infer.graph import first_line
+from rtdetr_cli.infer.graph import GraphSpec, first_line
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 MAX_BATCH = 1024
 TRACED_OPSET = 18  # torch's own; 17 is converted from it
 # Operators with data-dependent shapes and branches, for which runtimes fall back to the CPU or refuse the graph.
 BANNED = ("NonZero", "If", "Loop", "Scan", "NonMaxSuppression", "Unique", "Compress")
-TYPES: dict[int, str] = {
-    TensorProto.FLOAT: "float32",
-    TensorProto.FLOAT16: "float16",
-    TensorProto.INT64: "int64",
-    TensorProto.INT32: "int32",
-    TensorProto.UINT8: "uint8",
-}
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 LARGEST_FILE = 2**31 - 1
 
 
-def trace(
-    module: nn.Module,
-    inputs: Sequence[Tensor],
-    *,
-    input_names: Sequence[str],
-    output_names: Sequence[str],
-    dynamic: bool,
-    opset: int,
-) -> onnx.ModelProto:
+def trace(module: nn.Module, inputs: Sequence[Tensor], *, spec: GraphSpec, opset: int) -> onnx.ModelProto:
     """Trace a module into an ONNX graph.
 
     Args:
         module: in eval mode.
-        inputs: example inputs, batch first; at least two elements where `dynamic`, since tracing freezes a one.
-        input_names: of the graph.
-        output_names: of the graph.
-        dynamic: make the first dimension of all inputs one dynamic batch.
+        inputs: example inputs, batch first; at least two elements where the batch is dynamic, since tracing freezes a
+            one.
+        spec: names of the inputs and outputs; the first dimension of the inputs decides whether the batch is dynamic.
         opset: 17 or 18.
 
     Raises:
         ExportError: the exporter or the opset conversion failed.
     """
-    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    shapes = tuple({0: batch} for _ in inputs) if dynamic else None
     try:
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -67,9 +51,9 @@ def trace(
                 tuple(inputs),
                 dynamo=True,
                 opset_version=TRACED_OPSET,
-                input_names=list(input_names),
-                output_names=list(output_names),
-                dynamic_shapes=shapes,
+                input_names=[item.name for item in spec.inputs],
+                output_names=[item.name for item in spec.outputs],
+                dynamic_shapes=batch_dimensions(inputs, dynamic=spec.inputs[0].shape[0] is None),
                 external_data=False,
                 verbose=False,
             )
@@ -89,33 +73,32 @@ def trace(
     return model
 
 
+def batch_dimensions(inputs: Sequence[Tensor], *, dynamic: bool) -> Any:
+    """Return the `dynamic_shapes` of torch's exporters: one batch for all inputs, or None where it is fixed."""
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    return tuple({0: batch} for _ in inputs) if dynamic else None
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the exporter's messages about its own internals."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._dynamo")
-    ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """Silence the exporters' messages about their own internals."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(level)
 
 
 def strip(model: onnx.ModelProto) -> None:
     """Remove the exporter's notes about its source code: paths of this machine, and a third of small files."""
-    for node in model.graph.node:
-        node.ClearField("metadata_props")
-        node.ClearField("doc_string")
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
-        value.ClearField("metadata_props")
-        value.ClearField("doc_string")
-    model.graph.ClearField("metadata_props")
+    graph = model.graph
+    for part in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    graph.ClearField("metadata_props")
     model.ClearField("metadata_props")
 
 
@@ -130,23 +113,18 @@ def drop_defaults(model: onnx.ModelProto) -> None:
 
 def operators(model: onnx.ModelProto) -> Counter[str]:
     """Count the operators of a graph, including those in branches and functions."""
-    counts: Counter[str] = Counter()
 
-    def visit(nodes: Sequence[onnx.NodeProto]) -> None:
+    def visit(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
         for node in nodes:
-            counts[node.op_type] += 1
+            yield node.op_type
             for attribute in node.attribute:
-                if attribute.type == onnx.AttributeProto.GRAPH:
-                    visit(attribute.g.node)
+                yield from visit(attribute.g.node)
 
-    visit(model.graph.node)
-    for function in model.functions:
-        visit(function.node)
-    return counts
+    return Counter(visit(itertools.chain(model.graph.node, *(function.node for function in model.functions))))
 
 
-def audit(model: onnx.ModelProto, *, norms: int, gridsample: bool = False) -> Counter[str]:
-    """Check a graph for what runtimes are known to get wrong, and return its operators.
+def audit(model: onnx.ModelProto, *, norms: int, gridsample: bool = False) -> None:
+    """Check a graph for what runtimes are known to get wrong.
 
     Args:
         model: the graph.
@@ -157,15 +135,15 @@ def audit(model: onnx.ModelProto, *, norms: int, gridsample: bool = False) -> Co
         ExportError: with all problems.
     """
     counts = operators(model)
-    problems = [f"{counts[name]} {name}" for name in BANNED if counts[name]]
-    if counts["GridSample"] and not gridsample:
-        problems.append(f"{counts['GridSample']} GridSample")
+    banned = BANNED if gridsample else (*BANNED, "GridSample")
+    problems = [f"{counts[name]} {name}" for name in banned if counts[name]]
     if counts["LayerNormalization"] != norms:
         problems.append(f"{counts['LayerNormalization']} LayerNormalization where the network has {norms}")
     foreign = sorted({node.domain for node in model.graph.node if node.domain not in ("", "ai.onnx")})
     if foreign:
         problems.append(f"operators of {', '.join(foreign)}")
-    infinite = [t.name for t in tensors(model) if not is_finite(t)]
+    constants = [*model.graph.initializer, *(a.t for node in model.graph.node for a in node.attribute)]
+    infinite = [t.name for t in constants if t.data_type in FLOATS and not np.isfinite(numpy_helper.to_array(t)).all()]
     if infinite:
         problems.append(f"constants that are not finite ({', '.join(infinite[:3])})")
     if any(t.data_location == TensorProto.EXTERNAL for t in model.graph.initializer):
@@ -176,23 +154,6 @@ def audit(model: onnx.ModelProto, *, norms: int, gridsample: bool = False) -> Co
             hint="please report this: the exporter of this torch version behaves differently",
             code="graph",
         )
-    return counts
-
-
-def tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
-    """Iterate over the constants of a graph."""
-    yield from model.graph.initializer
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.TENSOR:
-                yield attribute.t
-
-
-def is_finite(tensor: TensorProto) -> bool:
-    """Return whether a constant has neither NaN nor infinite values."""
-    if tensor.data_type not in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE):
-        return True
-    return bool(np.isfinite(numpy_helper.to_array(tensor)).all())
 
 
 def embed(model: onnx.ModelProto, header: ModelHeader) -> None:
@@ -221,17 +182,6 @@ def save(model: onnx.ModelProto, path: Path) -> None:
         raise ExportError(f"the exported graph is not valid ONNX: {first_line(error)}") from error
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)
-
-
-def describe(model: onnx.ModelProto) -> Interface:
-    """Return the inputs and outputs of a graph."""
-
-    def spec(value: onnx.ValueInfoProto) -> TensorSpec:
-        tensor = value.type.tensor_type
-        shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
-        return TensorSpec(value.name, TYPES.get(tensor.elem_type, str(tensor.elem_type)), shape)
-
-    return Interface(tuple(map(spec, model.graph.input)), tuple(map(spec, model.graph.output)))
 
 
 def prepend_preprocessing(model: onnx.ModelProto, imgsz: tuple[int, int]) -> None:

@@ -15,20 +15,20 @@ import torch
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.export import tensorrt
-from rtdetr_cli.export.artefacts import Artefact, mark_name, remove_artefact, rename_artefact, write_parity
+from rtdetr_cli.export.artefacts import Artefact, Notice, mark_name, remove_artefact, rename_artefact, write_parity
 from rtdetr_cli.export.compare import compare_interfaces
-from rtdetr_cli.export.events import BuildProgress, ImageRun, Notice
-from rtdetr_cli.export.formats import WRITERS, Draft, ExportContext
-from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs
-from rtdetr_cli.export.verify import MAX_IMAGES, Reference, Verdict, verify
+from rtdetr_cli.export.formats import WRITERS, ExportContext
+from rtdetr_cli.export.graph import ExportOptions
+from rtdetr_cli.export.verify import MAX_IMAGES, ImageRun, Reference, Verdict, verify
 from rtdetr_cli.files import ensure_writable
-from rtdetr_cli.infer.backend import Backend, open_backend
+from rtdetr_cli.infer.backend import open_backend
+from rtdetr_cli.infer.graph import GraphBackend
 from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.weights.header import ModelHeader
 
-ExportEvent = Notice | ImageRun | BuildProgress | Artefact
+ExportEvent = Notice | ImageRun | tensorrt.BuildProgress | Artefact
 
 
 def export_model(
@@ -64,7 +64,7 @@ def export_events(
         images: a split with labels, or paths, to verify on; None skips verification.
         stem: of the file names.
         tol_ap: maximum AP difference, 0 to 1.
-        device: of the model and of ONNX Runtime during verification.
+        device: of the model and of ONNX Runtime during verification; a GPU is also where the engine is built.
 
     Yields:
         What happens; each artefact as soon as it has its name, since a later format may raise.
@@ -78,11 +78,10 @@ def export_events(
     options = options or ExportOptions()
     options.check()
     ensure_writable(folder)
-    context = prepare(model, header, folder, stem, options)
+    context = ExportContext(model, header, folder, stem, options, device)
     reference = None
     if images is not None:
-        backend = TorchBackend(copy.deepcopy(model), context.header, device=device)
-        reference = Reference(backend, images)
+        reference = Reference(TorchBackend(copy.deepcopy(model), context.header, device=device), images)
         with full_float32():
             yield from reference.predictions()
     try:
@@ -92,12 +91,9 @@ def export_events(
                 yield Notice("tensorrt  skipped: the float16 graph that the engine is built from failed verification")
                 yield from context.set_aside_previous(name)
                 continue
-            draft = yield from WRITERS[name](context)
-            artefact = yield from verify_draft(context, draft, reference, tol_ap=tol_ap, device=device)
-            yield from name_artefact(context, name, draft, artefact)
-            artefact = replace(artefact, seconds=time.perf_counter() - started)
-            context.artefacts[name] = artefact
-            yield artefact
+            artefact = yield from export_format(context, name, reference, tol_ap)
+            context.artefacts[name] = replace(artefact, seconds=time.perf_counter() - started)
+            yield context.artefacts[name]
     except RtdetrError:
         for name in options.formats:
             if name not in context.artefacts:
@@ -106,22 +102,6 @@ def export_events(
     finally:
         if context.artefacts or context.renamed:
             write_parity(folder, context.header, list(context.artefacts.values()), context.renamed)
-
-
-def prepare(model: RTDETR, header: ModelHeader, folder: Path, stem: str, options: ExportOptions) -> ExportContext:
-    """Fold the model for deployment, and state in its header what is exported."""
-    sampling, rounding = model.sampling
-    header = replace(
-        header,
-        imgsz=options.imgsz or header.imgsz,
-        layers=model.layers,
-        queries=model.queries,
-        sampling=sampling,
-        rounding=rounding,
-    )
-    graph = DeployGraph(deployable(model, gridsample=options.gridsample), raw=options.raw).eval()
-    norm_count = count_norms(graph, example_inputs(options, header.imgsz, batch=1))
-    return ExportContext(header, folder, stem, options, graph, norm_count)
 
 
 @contextlib.contextmanager
@@ -135,48 +115,57 @@ def full_float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def verify_draft(
-    context: ExportContext, draft: Draft, reference: Reference | None, *, tol_ap: float | None, device: str
+def export_format(
+    context: ExportContext, name: str, reference: Reference | None, tol_ap: float | None
 ) -> Generator[ExportEvent, None, Artefact]:
-    """Verify a draft and write the verdict into it; a draft that cannot be verified is deleted."""
-    format, precision = draft.header.extra["format"], draft.header.extra["precision"]
+    """Write one format, verify it, and name the file by the verdict; a file that cannot be verified is deleted."""
+    final = context.final_path(name)
+    path = mark_name(final, "unverified")
     verdict: Verdict | None = None
     try:
+        draft = yield from WRITERS[name](context, path)
+        format, precision = draft.header.extra["format"], draft.header.extra["precision"]
+        draft.save(path, with_gate(draft.header, {"passed": None}))
         if reference is not None:
             yield Notice(f"verify  {format} {precision} on {len(reference.paths)} images")
-            problems = compare_interfaces(draft.interface, context.interface)
-            candidate = open_draft(draft.path, device if format == "onnx" else "auto")
+            candidate = open_draft(path, context)
+            problems = compare_interfaces(candidate.spec, context.spec)
             for event in verify(candidate, reference, tol_ap=tol_ap, problems=problems, half_twin=draft.half_twin):
                 if isinstance(event, Verdict):
                     verdict = event
                 else:
                     yield event
-            if verdict is not None and verdict.passed and verdict.weakness:
-                yield Notice(f"warning: {verdict.weakness}")
             del candidate  # it may hold the file open
-        draft.write({"passed": None} if verdict is None else verdict.to_json())
+        if verdict is not None:
+            draft.save(path, with_gate(draft.header, verdict.to_json()))
+            if verdict.passed and verdict.weakness:
+                yield Notice(f"warning: {verdict.weakness}")
     except BaseException:
-        remove_artefact(draft.path)
+        remove_artefact(path)
         raise
-    path = draft.final_path if verdict is None or verdict.passed else mark_name(draft.final_path, "failed")
-    return Artefact(path, format, precision, verdict, draft.operators)
-
-
-def name_artefact(context: ExportContext, name: str, draft: Draft, artefact: Artefact) -> Iterator[Notice]:
-    """Give a verified draft its name, and take it from the files of earlier exports."""
-    rename_artefact(draft.path, artefact.path)
-    if not artefact.passed:
+    if verdict is not None and not verdict.passed:
+        failed = mark_name(final, "failed")
+        rename_artefact(path, failed)
         yield from context.set_aside_previous(name)
-        return
+        return Artefact(failed, format, precision, verdict, draft.operators)
+    rename_artefact(path, final)
     for mark in ("failed", "previous"):
-        remove_artefact(mark_name(artefact.path, mark))
+        remove_artefact(mark_name(final, mark))
+    return Artefact(final, format, precision, verdict, draft.operators)
 
 
-def open_draft(path: Path, device: str) -> Backend:
+def with_gate(header: ModelHeader, gate: dict[str, Any]) -> ModelHeader:
+    """Return a header with a verdict."""
+    return replace(header, extra={**header.extra, "gate": gate})
+
+
+def open_draft(path: Path, context: ExportContext) -> GraphBackend:
     """Open an exported file in its runtime; an engine runs on the device that it was built on."""
     if path.suffix == ".engine":
-        return TensorrtBackend(path, device=tensorrt.engine_device())
-    return open_backend(path, device=device)
+        return TensorrtBackend(path, device=tensorrt.engine_device(context.device))
+    backend = open_backend(path, device=context.device if path.suffix == ".onnx" else "auto")
+    assert isinstance(backend, GraphBackend)
+    return backend
 
 
 def count_image_runs(formats: Sequence[str], images: Dataset | Sequence[Path]) -> int:

@@ -9,51 +9,67 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from rtdetr_cli.errors import EnvironmentProblem, ExportError
-from rtdetr_cli.export.compare import Interface, TensorSpec
-from rtdetr_cli.export.events import BuildProgress
+from rtdetr_cli.infer.graph import TensorSpec
 from rtdetr_cli.infer.tensorrt_backend import import_tensorrt
-
-if TYPE_CHECKING:
-    import torch
+from rtdetr_cli.infer.torch_backend import choose_device
 
 MIN_HALF_SHARE = 0.3  # of the layers that compute in floating point; a float32 engine has none
 GRIDSAMPLE_FAULT = (10, 14)  # the first version with the fault; no fixed one is known
-TYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "UINT8": "uint8"}
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
-    """A finished engine: the TensorRT version, the number of layers by type, and the tensors."""
+class BuildProgress:
+    """TensorRT has finished a step of a build phase."""
 
-    version: str
-    layers: dict[str, int]
-    interface: Interface
-
-
-def engine_device() -> torch.device | None:
-    """Return the device that engines are built and run on, or None without a GPU."""
-    import torch
-
-    return torch.device("cuda", 0) if torch.cuda.is_available() else None
+    phase: str
+    done: int
+    total: int
 
 
-def require_tensorrt() -> None:
-    """Check that this machine can build and run engines.
+def engine_device(device: str = "auto") -> torch.device | None:
+    """Return the GPU that engines are built and run on: the chosen one, else the first; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    chosen = choose_device(device)
+    return chosen if chosen.type == "cuda" else torch.device("cuda", 0)
+
+
+def require_tensorrt(device: str = "auto", operators: Mapping[str, int] | None = None) -> tuple[str, torch.device]:
+    """Check that this machine can build strongly typed engines of a graph; return the version and the device.
 
     Raises:
-        EnvironmentProblem: TensorRT is missing or too old, or there is no CUDA device.
+        EnvironmentProblem: TensorRT is missing or too old (`tensorrt-version`), computes an operator of the graph
+            wrongly (`tensorrt-fault`), or there is no CUDA device (`device-missing`).
     """
-    refuse_version(import_tensorrt(), {})
-    if engine_device() is None:
+    tensorrt = import_tensorrt()
+    version = str(tensorrt.__version__)
+    if version_of(tensorrt) < (10, 0):
+        raise EnvironmentProblem(
+            f"TensorRT {version} is too old: strongly typed engines need version 10 or 11",
+            hint="pip install -U tensorrt",
+            code="tensorrt-version",
+        )
+    if (operators or {}).get("GridSample") and version_of(tensorrt) >= GRIDSAMPLE_FAULT:
+        raise EnvironmentProblem(
+            f"TensorRT {version} cannot build this graph correctly: GridSample gives wrong values in "
+            "strongly typed engines since 10.14 (pytorch/TensorRT#4074)",
+            hint="export again without --gridsample: gather gives the same values on all versions",
+            code="tensorrt-fault",
+        )
+    chosen = engine_device(device)
+    if chosen is None:
         raise EnvironmentProblem("there is no CUDA device", code="device-missing")
+    return version, chosen
 
 
 def version_of(tensorrt: Any) -> tuple[int, int]:
@@ -62,53 +78,33 @@ def version_of(tensorrt: Any) -> tuple[int, int]:
     return major, minor
 
 
-def refuse_version(tensorrt: Any, operators: dict[str, int]) -> None:
-    """Refuse a version that cannot build strongly typed engines, or that computes an operator of the graph wrongly.
-
-    Raises:
-        EnvironmentProblem: with the code `tensorrt-version` or `tensorrt-fault`.
-    """
-    version = version_of(tensorrt)
-    if version < (10, 0):
-        raise EnvironmentProblem(
-            f"TensorRT {tensorrt.__version__} is too old: strongly typed engines need version 10 or 11",
-            hint="pip install -U tensorrt",
-            code="tensorrt-version",
-        )
-    if operators.get("GridSample") and version >= GRIDSAMPLE_FAULT:
-        raise EnvironmentProblem(
-            f"TensorRT {tensorrt.__version__} cannot build this graph correctly: GridSample gives wrong values in "
-            "strongly typed engines since 10.14 (pytorch/TensorRT#4074)",
-            hint="export again without --gridsample: gather gives the same values on all versions",
-            code="tensorrt-fault",
-        )
+Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+"""The smallest and the largest shape of every input with a dynamic batch."""
 
 
-def profile_shapes(interface: Interface, *, max_batch: int) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Return the minimum, optimum and maximum shape of every input with a dynamic batch; the last two are equal."""
+def profile_shapes(inputs: Iterable[TensorSpec], *, max_batch: int) -> Shapes:
+    """Return the shapes for batches of 1 to `max_batch`."""
 
-    def with_batch(spec: TensorSpec, batch: int) -> tuple[int, ...]:
-        return tuple(batch if d is None else d for d in spec.shape)
+    def with_batch(item: TensorSpec, batch: int) -> tuple[int, ...]:
+        return tuple(batch if n is None else n for n in item.shape)
 
-    return {
-        spec.name: (with_batch(spec, 1), with_batch(spec, max_batch), with_batch(spec, max_batch))
-        for spec in interface.inputs
-        if None in spec.shape
-    }
+    return {item.name: (with_batch(item, 1), with_batch(item, max_batch)) for item in inputs if None in item.shape}
 
 
-def trtexec_command(onnx_path: Path, engine: Path, shapes: dict[str, tuple[tuple[int, ...], ...]]) -> str:
-    """Return the command that builds the engine on another machine; `shapes` are those of `profile_shapes`."""
+def trtexec_command(onnx_path: Path, engine: Path, shapes: Shapes) -> str:
+    """Return the command that builds the engine on another machine."""
     words = ["trtexec", f"--onnx={onnx_path}", f"--saveEngine={engine}", "--stronglyTyped"]
-    for position, name in enumerate(("min", "opt", "max")):
+    for name, position in (("min", 0), ("opt", 1), ("max", 1)):
         if shapes:
             listed = ",".join(f"{key}:{'x'.join(map(str, sizes[position]))}" for key, sizes in shapes.items())
             words.append(f"--{name}Shapes={listed}")
     return " ".join(words)
 
 
-def build_in_thread(onnx_path: Path, engine_path: Path, **options: Any) -> Generator[BuildProgress, None, Built]:
-    """Run `build_engine` in a thread, and yield its progress meanwhile."""
+def build_in_thread(
+    onnx_path: Path, engine_path: Path, *, device: torch.device, **options: Any
+) -> Generator[BuildProgress, None, dict[str, int]]:
+    """Run `build_engine` in a thread, whose current GPU is `device`, and yield its progress meanwhile."""
     events: SimpleQueue[BuildProgress | None] = SimpleQueue()
     stopped = threading.Event()
 
@@ -116,43 +112,42 @@ def build_in_thread(onnx_path: Path, engine_path: Path, **options: Any) -> Gener
         events.put(step)
         return not stopped.is_set()
 
+    def build() -> dict[str, int]:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return build_engine(onnx_path, engine_path, progress=progress, **options)
+
     with ThreadPoolExecutor(1) as pool:
-        build = pool.submit(build_engine, onnx_path, engine_path, progress=progress, **options)
-        build.add_done_callback(lambda _: events.put(None))
+        future = pool.submit(build)
+        future.add_done_callback(lambda _: events.put(None))
         try:
             yield from iter(events.get, None)
         finally:
             stopped.set()  # an interrupt need not wait for the whole build
-        return build.result()
+        return future.result()
 
 
 def build_engine(
     onnx_path: Path,
     engine_path: Path,
     *,
-    interface: Interface,
-    operators: dict[str, int],
-    max_batch: int,
+    shapes: Shapes,
     cache_path: Path | None = None,
-    progress: Callable[[BuildProgress], bool] | None = None,
-) -> Built:
-    """Build an engine from a typed graph, and check the types that its layers compute in.
+    progress: Callable[[BuildProgress], bool] = lambda step: True,
+) -> dict[str, int]:
+    """Build an engine from a typed graph on the current GPU; return the number of layers by type.
 
     Args:
         onnx_path: the graph.
         engine_path: where to write the engine.
-        interface: of the graph.
-        operators: of the graph.
-        max_batch: the largest batch of a dynamic graph.
+        shapes: of the dynamic inputs.
         cache_path: the timing cache, read if it exists and written back.
         progress: called with every step, from several threads; returns False to cancel the build.
 
     Raises:
-        EnvironmentProblem: TensorRT is missing, or its version won't do.
         ExportError: TensorRT refused the graph, or the engine is not half precision.
     """
     tensorrt = import_tensorrt()
-    refuse_version(tensorrt, operators)
     version = str(tensorrt.__version__)
     logger = tensorrt.Logger(tensorrt.Logger.ERROR)
     builder = tensorrt.Builder(logger)
@@ -168,18 +163,16 @@ def build_engine(
 
     config = builder.create_builder_config()
     config.profiling_verbosity = tensorrt.ProfilingVerbosity.DETAILED  # the engine then records its layers' types
-    shapes = profile_shapes(interface, max_batch=max_batch)
     if shapes:
         profile = builder.create_optimization_profile()
-        for name, (smallest, optimum, largest) in shapes.items():
-            profile.set_shape(name, smallest, optimum, largest)
+        for name, (smallest, largest) in shapes.items():
+            profile.set_shape(name, smallest, largest, largest)
         if config.add_optimization_profile(profile) < 0:
             raise ExportError(f"TensorRT {version} refuses the range of shapes {shapes}")
     timings = config.create_timing_cache(cache_path.read_bytes() if cache_path and cache_path.is_file() else b"")
     config.set_timing_cache(timings, ignore_mismatch=False)
-    if progress is not None:
-        monitor = progress_monitor(tensorrt, progress)
-        config.progress_monitor = monitor
+    monitor = progress_monitor(tensorrt, progress)  # must outlive the build
+    config.progress_monitor = monitor
 
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -195,21 +188,7 @@ def build_engine(
     layers = count_types(inspector.get_engine_information(tensorrt.LayerInformationFormat.JSON))
     refuse_single(layers)
     engine_path.write_bytes(data)
-    return Built(version, layers, interface_of_engine(tensorrt, engine))
-
-
-def interface_of_engine(tensorrt: Any, engine: Any) -> Interface:
-    """Return the inputs and outputs of an engine."""
-    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-
-    def spec(name: str) -> TensorSpec:
-        dtype = engine.get_tensor_dtype(name)
-        dtype_name = getattr(dtype, "name", str(dtype).rpartition(".")[2])
-        shape = tuple(int(n) if n >= 0 else None for n in engine.get_tensor_shape(name))
-        return TensorSpec(name, TYPES.get(dtype_name, dtype_name), shape)
-
-    inputs = [n for n in names if engine.get_tensor_mode(n) == tensorrt.TensorIOMode.INPUT]
-    return Interface(tuple(map(spec, inputs)), tuple(spec(n) for n in names if n not in inputs))
+    return layers
 
 
 def progress_monitor(tensorrt: Any, progress: Callable[[BuildProgress], bool]) -> Any:
@@ -254,28 +233,21 @@ def count_types(information: str) -> dict[str, int]:
     counts = {"half": 0, "float": 0, "other": 0}
     for layer in layers:
         layer = layer if isinstance(layer, dict) else {}
-        weights = layer.get("Weights")
-        dtype = floating_type(str(weights.get("Type", ""))) if isinstance(weights, dict) else None
-        if dtype is None:
-            source = floating_type(tensor_types(layer, "Inputs"))
-            dtype = floating_type(tensor_types(layer, "Outputs"))
-            if source is not None and source != dtype:
-                dtype = None
-        counts[dtype or "other"] += 1
+        dtype = floating_type([{"DataType": (layer.get("Weights") or {}).get("Type")}])
+        if dtype == "other":
+            source, dtype = floating_type(layer.get("Inputs")), floating_type(layer.get("Outputs"))
+            if source not in ("other", dtype):
+                dtype = "other"
+        counts[dtype] += 1
     return counts
 
 
-def tensor_types(layer: dict[str, Any], side: str) -> str:
-    """Return the types of a layer's `Inputs` or `Outputs` as TensorRT writes them."""
-    return " ".join(str(t.get("DataType") or t.get("Format/Datatype") or "") for t in layer.get(side) or [])
-
-
-def floating_type(text: str) -> str | None:
-    """Return `half` where a text names float16, else `float` where it names float32, else None."""
-    text = text.lower()
+def floating_type(tensors: list[dict[str, Any]] | None) -> str:
+    """Return `half` where a type of some tensors is float16, else `float` where one is float32, else `other`."""
+    text = " ".join(str(t.get("DataType") or t.get("Format/Datatype")) for t in tensors or []).lower()
     if "half" in text or "fp16" in text:
         return "half"
-    return "float" if "float" in text or "fp32" in text else None
+    return "float" if "float" in text or "fp32" in text else "other"
 
 
 def refuse_single(layers: dict[str, int]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError
+from rtdetr_cli.evaluate.classes import map_classes
+from rtdetr_cli.evaluate.coco import coco_metrics
+from rtdetr_cli.evaluate.table import DetectionTable
 from rtdetr_cli.export.compare import (
     LIMITS,
     SCORE_FLOOR,
@@ -27,9 +30,7 @@ from rtdetr_cli.export.compare import (
     compare_detections,
     compare_headers,
     match_images,
-    matched_share,
 )
-from rtdetr_cli.export.events import ImageRun
 from rtdetr_cli.images.decode import read_image, stretch
 from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.infer.detections import Detections
@@ -44,6 +45,11 @@ BATCH_SHARE = 0.95  # of detections that must stay the same when only the other 
 
 Predictions = dict[int, Detections]
 """The detections of every readable image, by its position among the verification images."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRun:
+    """Verification has run a model on one more image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +71,14 @@ class Verdict:
         return {name: part for name, part in parts.items() if part is not None}
 
     @property
-    def passed(self) -> bool:
-        """True when no part failed."""
-        return not self.failed_parts
-
-    @property
     def failed_parts(self) -> tuple[str, ...]:
         """Names of the parts that failed."""
         return tuple(name for name, part in self.parts.items() if part.passed is False)
+
+    @property
+    def passed(self) -> bool:
+        """True when no part failed."""
+        return not self.failed_parts
 
     @property
     def summary(self) -> str:
@@ -123,14 +129,10 @@ class Reference:
         """
         if not len(images):
             raise DataError("there is no image to verify the export on", code="no-images")
-        chosen = np.unique(np.linspace(0, len(images) - 1, min(max_images, len(images))).round().astype(np.int64))
+        chosen = spread(len(images), max_images)
         self.backend = backend
-        self.dataset: Dataset | None = None
-        if isinstance(images, Dataset):
-            self.dataset = images.subset(chosen)
-            self.paths = [self.dataset.path(i) for i in range(len(self.dataset))]
-        else:
-            self.paths = [images[int(i)] for i in chosen]
+        self.dataset = images.subset(chosen) if isinstance(images, Dataset) else None
+        self.paths = [images.path(i) if isinstance(images, Dataset) else images[i] for i in chosen.tolist()]
         self._predictions: Predictions = {}
 
     def predictions(self) -> Generator[ImageRun, None, Predictions]:
@@ -139,18 +141,21 @@ class Reference:
         Raises:
             DataError: no image can be read.
         """
-        self._predictions = self._predictions or (yield from _collect(predict(self.backend, self.paths)))
+        self._predictions = self._predictions or (yield from predict(self.backend, self.paths))
         if not self._predictions:
             raise DataError(f"none of the {len(self.paths)} verification images can be read, such as {self.paths[0]}")
         return self._predictions
+
+
+def spread(count: int, maximum: int) -> NDArray[np.int64]:
+    """Return up to `maximum` positions of a list of `count`, at even distances."""
+    return np.unique(np.linspace(0, count - 1, min(maximum, count)).round().astype(np.int64))
 
 
 def verify(
     candidate: Backend,
     reference: Reference,
     *,
-    precision: str | None = None,
-    limits: Limits | None = None,
     tol_ap: float | None = None,
     problems: Sequence[str] = (),
     half_twin: Backend | None = None,
@@ -158,52 +163,47 @@ def verify(
     """Run the whole check of one export against its model. The verdict is the last event.
 
     Args:
-        candidate: the export, opened from its file. One that resizes in the graph is given whole images.
+        candidate: the export, opened from its file; its header states the precision, which chooses the limits. One
+            that resizes in the graph is given whole images.
         reference: the model and the images.
-        precision: `fp32` or `fp16`, which chooses the limits; by default what the export's header states.
-        limits: instead of those of the precision.
         tol_ap: maximum AP difference, instead of the limits' own.
         problems: violations of the contract that the caller knows already, such as of `compare_interfaces`.
         half_twin: for float16, a backend that really computes in float16 (see `export.fp16`).
     """
-    precision = precision or str(candidate.header.extra.get("precision", "fp32"))
-    limits = limits or LIMITS["resized" if _takes_whole_images(candidate) and precision == "fp32" else precision]
+    precision = str(candidate.header.extra.get("precision", "fp32"))
+    limits = LIMITS["resized" if _takes_whole_images(candidate) and precision == "fp32" else precision]
     if tol_ap is not None:
         limits = replace(limits, tol_ap=tol_ap)
     expected = yield from reference.predictions()
-    images = [reference.paths[i] for i in expected]
-    contract = check_contract(candidate, reference.backend.header, images, limits, problems)
+    paths = [reference.paths[i] for i in expected]
+    contract = check_contract(candidate, reference.backend.header, paths, limits, problems)
     try:
-        predictions = yield from _collect(predict(candidate, reference.paths))
+        predictions = yield from predict(candidate, reference.paths)
     except Exception as error:  # each runtime raises its own kind
         failed = Part(False, (f"the export does not run: {first_line(error)}",))
-        yield Verdict(precision, limits, len(images), contract, failed, Part(None))
+        yield Verdict(precision, limits, len(expected), contract, failed, Part(None))
         return
     agreement = compare_detections(list(expected.values()), list(predictions.values()), limits)
     half = None
     if half_twin is not None:
-        twin = yield from _collect(predict(half_twin, reference.paths))
+        twin = yield from predict(half_twin, reference.paths)
         half = compare_detections(list(expected.values()), list(twin.values()), limits)
     ap = compare_ap(reference, expected, predictions, candidate.header, limits)
-    yield Verdict(precision, limits, len(images), contract, agreement, ap, half)
+    yield Verdict(precision, limits, len(expected), contract, agreement, ap, half)
 
 
-def predict(backend: Backend, paths: Sequence[Path]) -> Iterator[tuple[int, Detections]]:
-    """Yield the position and the detections of every readable image. Images are run in full batches."""
+def predict(backend: Backend, paths: Sequence[Path]) -> Generator[ImageRun, None, Predictions]:
+    """Return the detections of every readable image. Images are run in full batches."""
+    predictions: Predictions = {}
     whole = _takes_whole_images(backend)
     readable = (item for item in prefetch(paths, backend.imgsz, keep=whole) if item.error is None)
     while items := list(itertools.islice(readable, 1 if whole else images_per_run(backend))):
         images = [item.original if whole else item.image for item in items]
         sizes = np.array([item.size_wh for item in items], np.int64)
         detections = backend.run(np.stack(images), sizes)  # type: ignore[arg-type]
-        yield from zip([item.position for item in items], detections, strict=True)
-
-
-def _collect(pairs: Iterable[tuple[int, Detections]]) -> Generator[ImageRun, None, Predictions]:
-    predictions = {}
-    for position, detections in pairs:
-        predictions[position] = detections
-        yield ImageRun()
+        for item, found in zip(items, detections, strict=True):
+            predictions[item.position] = found
+            yield ImageRun()
     return predictions
 
 
@@ -224,15 +224,7 @@ def images_per_run(backend: Backend) -> int:
 def check_contract(
     candidate: Backend, header: ModelHeader, paths: Sequence[Path], limits: Limits, problems: Sequence[str]
 ) -> Part:
-    """Check an export's header, tensors and batches.
-
-    Args:
-        candidate: the export.
-        header: the model's.
-        paths: readable images; repeated where they don't fill a batch.
-        limits: for the detections of a batch.
-        problems: what the caller has found.
-    """
+    """Check an export's header against the model's, and its batches on readable images, repeated to fill a batch."""
     count = images_per_run(candidate)
     decoded = [read_image(path) for path in paths[:count]]
     rows = np.arange(count) % len(decoded)
@@ -247,45 +239,36 @@ def check_batches(
     candidate: Backend, images: NDArray[np.uint8], sizes_wh: NDArray[np.int64], limits: Limits
 ) -> list[str]:
     """Return what changes with the other images of a batch: alone, in another order, and one image repeated."""
-    findings: list[str] = []
     count = len(images)
+    order, single_rows = np.arange(count), spread(count, MAX_SINGLE_IMAGES)
 
-    def run(rows: NDArray[np.int64], what: str) -> list[Detections]:
-        try:
-            return candidate.run(images[rows], sizes_wh[rows])
-        except Exception as error:
-            findings.append(f"{what} does not run: {first_line(error)}")
-            return []
+    def run(rows: NDArray[np.int64]) -> list[Detections]:
+        return candidate.run(images[rows], sizes_wh[rows])
 
-    def compare(first: Sequence[Detections], second: Sequence[Detections], what: str) -> bool:
-        share = matched_share(match_images(first, second, limits)[1]) if first and second else None
-        if share is not None and share < BATCH_SHARE:
-            findings.append(f"{what}: only {share:.3f} of the detections stay the same")
-            return False
-        return True
+    def share(first: Sequence[Detections], second: Sequence[Detections]) -> float:
+        match = match_images(first, second, limits)
+        return match.matched / match.rows if match.rows else 1.0
 
-    order = np.arange(count)
-    single_rows = np.unique(np.linspace(0, count - 1, min(MAX_SINGLE_IMAGES, count)).round().astype(np.int64))
-    single: list[Detections] = []
-    for row in single_rows:
-        detections = run(np.array([row]), "a batch of 1")
-        single += detections
-        if not detections:
-            break
-    together = run(order, f"a batch of {count}")
-    backwards = run(order[::-1], f"a batch of {count}")[::-1]
-    if together and len(single) == len(single_rows):
-        compare(
-            single,
-            [together[row] for row in single_rows],
-            f"images of a batch are not independent (one alone, and in a batch of {count})",
-        )
-    compare(together, backwards, "images of a batch are not independent (another order)")
-    repeated = run(np.zeros(count, np.int64), f"one image {count} times")
-    for other in repeated[1:]:
-        if not compare(repeated[:1], [other], f"one image repeated {count} times gives different detections"):
-            break
-    return findings
+    step = "a batch of 1"
+    try:
+        single = [run(np.array([row]))[0] for row in single_rows]
+        step = f"a batch of {count}"
+        together, backwards = run(order), run(order[::-1])[::-1]
+        step = f"one image {count} times"
+        first, *repeated = run(np.zeros(count, np.int64))
+    except Exception as error:  # each runtime raises its own kind
+        return [f"{step} does not run: {first_line(error)}"]
+    dependent = "images of a batch are not independent"
+    shares = {
+        f"{dependent} (one alone, and in a batch of {count})": share(single, [together[row] for row in single_rows]),
+        f"{dependent} (another order)": share(together, backwards),
+        f"one image repeated {count} times gives different detections": min(share([first], [d]) for d in repeated),
+    }
+    return [
+        f"{problem}: only {value:.3f} of the detections stay the same"
+        for problem, value in shares.items()
+        if value < BATCH_SHARE
+    ]
 
 
 def compare_ap(
@@ -316,12 +299,7 @@ def average_precision(dataset: Dataset, predictions: Predictions, header: ModelH
     Raises:
         DataError: the dataset has none of the model's classes.
     """
-    from rtdetr_cli.evaluate.classes import map_classes
-    from rtdetr_cli.evaluate.coco import coco_metrics
-    from rtdetr_cli.evaluate.table import TableBuilder
-
     dataset = dataset.subset(list(predictions))
-    builder = TableBuilder(map_classes(header.names, dataset).labels)
-    for index, detections in enumerate(predictions.values()):
-        builder.add(index, detections)
-    return coco_metrics(dataset, builder.build(), evaluator="hotcoco").metrics["AP"]
+    table = DetectionTable.join([DetectionTable.of_image(i, d) for i, d in enumerate(predictions.values())])
+    table, *_ = table.in_dataset_labels(map_classes(header.names, dataset).labels)
+    return coco_metrics(dataset, table, evaluator="hotcoco").metrics["AP"]

@@ -29,8 +29,8 @@ TOP_K = 300
 
 
 @dataclass(frozen=True, slots=True)
-class InputSpec:
-    """An input of a graph: its numpy type and its dimensions, None where they are dynamic."""
+class TensorSpec:
+    """An input or output of a graph: its numpy type and its dimensions, None where they are dynamic."""
 
     name: str
     dtype: np.dtype[Any]
@@ -43,14 +43,13 @@ class GraphSpec:
 
     Attributes:
         header: the header in the graph's metadata; None for a foreign graph.
-        inputs: the graph's inputs.
-        outputs: names of its outputs.
+        inputs: in the graph's order, as `outputs`.
         max_batch: the largest batch of an engine that was built for a range.
     """
 
     header: ModelHeader | None
-    inputs: Sequence[InputSpec]
-    outputs: Sequence[str]
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
     max_batch: int | None = None
 
 
@@ -75,13 +74,14 @@ class GraphBackend(ABC):
             EnvironmentProblem: the runtime or the device is missing.
         """
         self.path = path
-        spec = self.open(device, threads)
+        self.spec = spec = self.open(device, threads)
         inputs = {item.name: item for item in spec.inputs}
-        self._finished = set(FINISHED) <= set(spec.outputs)
-        if IMAGES not in inputs or not (self._finished or set(RAW) <= set(spec.outputs)):
+        outputs = [item.name for item in spec.outputs]
+        self._finished = set(FINISHED) <= set(outputs)
+        if IMAGES not in inputs or not (self._finished or set(RAW) <= set(outputs)):
             raise ModelError(
                 f"{path} is not a detector that rtdetr can run: it has inputs {_list_names(inputs)} "
-                f"and outputs {_list_names(spec.outputs)}",
+                f"and outputs {_list_names(outputs)}",
                 hint=f"expected inputs {IMAGES}, {SIZES}; outputs {', '.join(FINISHED)}",
                 code="model-foreign",
             )

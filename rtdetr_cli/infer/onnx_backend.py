@@ -11,7 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from rtdetr_cli.errors import EnvironmentProblem, ModelError, UsageError
-from rtdetr_cli.infer.graph import GraphBackend, GraphSpec, InputSpec, first_line
+from rtdetr_cli.infer.graph import GraphBackend, GraphSpec, TensorSpec, first_line
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 _TYPES = {
@@ -21,6 +21,7 @@ _TYPES = {
     "tensor(uint8)": np.uint8,
     "tensor(int32)": np.int32,
     "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
 }
 
 
@@ -48,17 +49,17 @@ class OnnxBackend(GraphBackend):
         self._outputs = [value.name for value in self.session.get_outputs()]
         return GraphSpec(
             header=ModelHeader.from_json(text, source=str(self.path)) if text else None,
-            inputs=[self._input_spec(value) for value in self.session.get_inputs()],
-            outputs=self._outputs,
+            inputs=[self._spec(value) for value in self.session.get_inputs()],
+            outputs=[self._spec(value) for value in self.session.get_outputs()],
         )
 
-    def _input_spec(self, value: Any) -> InputSpec:
+    def _spec(self, value: Any) -> TensorSpec:
         if value.type not in _TYPES:
             raise ModelError(
-                f"{self.path}: the input {value.name} has the unsupported type {value.type}", code="model-foreign"
+                f"{self.path}: the tensor {value.name} has the unsupported type {value.type}", code="model-foreign"
             )
         shape = tuple(n if isinstance(n, int) and n > 0 else None for n in value.shape)
-        return InputSpec(value.name, np.dtype(_TYPES[value.type]), shape)
+        return TensorSpec(value.name, np.dtype(_TYPES[value.type]), shape)
 
     def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run one batch; return every output by name."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.errors import EnvironmentProblem, ModelError
-from rtdetr_cli.infer.graph import GraphBackend, GraphSpec, InputSpec, first_line
+from rtdetr_cli.infer.graph import GraphBackend, GraphSpec, TensorSpec, first_line
 from rtdetr_cli.infer.packages import import_package
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
@@ -48,8 +48,8 @@ class OpenvinoBackend(GraphBackend):
             if model.has_rt_info([METADATA_KEY]):
                 text = str(model.get_rt_info([METADATA_KEY]).astype(str))
                 header = ModelHeader.from_json(text, source=str(self.path))
-            inputs = [_input_spec(value) for value in model.inputs]
-            self._outputs = [value.get_any_name() for value in model.outputs]
+            inputs, outputs = [_spec(value) for value in model.inputs], [_spec(value) for value in model.outputs]
+            self._outputs = [item.name for item in outputs]
             self._compiled = core.compile_model(model, name, settings)
         except RuntimeError as error:
             raise ModelError(
@@ -57,7 +57,7 @@ class OpenvinoBackend(GraphBackend):
                 hint="the file is truncated or not an OpenVINO model; export it again",
                 code="model-unreadable",
             ) from error
-        return GraphSpec(header, inputs, self._outputs)
+        return GraphSpec(header, inputs, outputs)
 
     def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run one batch; return every output by name."""
@@ -101,6 +101,6 @@ def import_openvino() -> Any:
             sys.modules["openvino_telemetry"] = telemetry
 
 
-def _input_spec(value: Any) -> InputSpec:
+def _spec(value: Any) -> TensorSpec:
     shape = tuple(n.get_length() if n.is_static else None for n in value.get_partial_shape())
-    return InputSpec(value.get_any_name(), np.dtype(value.get_element_type().to_dtype()), shape)
+    return TensorSpec(value.get_any_name(), np.dtype(value.get_element_type().to_dtype()), shape)

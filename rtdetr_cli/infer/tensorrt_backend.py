@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.errors import EnvironmentProblem, ModelError
-from rtdetr_cli.infer.graph import IMAGES, GraphBackend, GraphSpec, InputSpec
+from rtdetr_cli.infer.graph import IMAGES, GraphBackend, GraphSpec, TensorSpec
 from rtdetr_cli.infer.packages import import_package
 from rtdetr_cli.weights.header import ModelHeader
 
@@ -52,7 +52,8 @@ class TensorrtBackend(GraphBackend):
         # The logger and the runtime must live as long as the engine.
         self._logger = tensorrt.Logger(tensorrt.Logger.ERROR)
         self._runtime = tensorrt.Runtime(self._logger)
-        self._engine = self._runtime.deserialize_cuda_engine(self.path.read_bytes())
+        with torch.cuda.stream(self._stream):  # TensorRT loads an engine on the current device; a no-op for None
+            self._engine = self._runtime.deserialize_cuda_engine(self.path.read_bytes())
         if self._engine is None:
             raise ModelError(
                 f"{self.path} does not open in TensorRT {tensorrt.__version__}: it is truncated, or was built by "
@@ -60,7 +61,8 @@ class TensorrtBackend(GraphBackend):
                 hint="build it again on this machine: rtdetr export MODEL --trt-fp16",
                 code="model-unreadable",
             )
-        self._context = self._engine.create_execution_context()
+        with torch.cuda.stream(self._stream):
+            self._context = self._engine.create_execution_context()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         inputs = [n for n in names if self._engine.get_tensor_mode(n) == tensorrt.TensorIOMode.INPUT]
         self._outputs = [n for n in names if n not in inputs]
@@ -69,13 +71,12 @@ class TensorrtBackend(GraphBackend):
         if IMAGES in inputs and self._engine.get_tensor_shape(IMAGES)[0] < 0:
             _, _, largest = self._engine.get_tensor_profile_shape(IMAGES, 0)
             max_batch = int(largest[0])
-        return GraphSpec(
-            read_engine_header(self.path), [self._input_spec(name) for name in inputs], self._outputs, max_batch
-        )
+        input_specs, output_specs = map(self._spec, inputs), map(self._spec, self._outputs)
+        return GraphSpec(read_engine_header(self.path), list(input_specs), list(output_specs), max_batch)
 
-    def _input_spec(self, name: str) -> InputSpec:
+    def _spec(self, name: str) -> TensorSpec:
         shape = tuple(int(n) if n >= 0 else None for n in self._engine.get_tensor_shape(name))
-        return InputSpec(name, np.dtype(self._dtype(name)), shape)
+        return TensorSpec(name, np.dtype(self._dtype(name)), shape)
 
     def _dtype(self, name: str) -> type[np.generic]:
         kind = self._engine.get_tensor_dtype(name)

@@ -19,7 +19,7 @@ import argparse
 import copy
 import json
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from torch import fx
 from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.export.compare import LIMITS, compare_detections
 from rtdetr_cli.export.fp16 import ISLANDS, Accumulating, HalfTwin, halve, module_path, operator_name, traced_program
-from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs
-from rtdetr_cli.export.verify import Predictions, Reference, predict
+from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs, expected_spec
+from rtdetr_cli.export.verify import Reference
 from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.torch_backend import TorchBackend
@@ -88,6 +88,16 @@ def largest_values(program: fx.GraphModule, images: Any) -> dict[str, float]:
     return largest
 
 
+def predictions_of(reference: Reference) -> dict[int, Detections]:
+    """Run a model on all images."""
+    events = reference.predictions()
+    while True:
+        try:
+            next(events)
+        except StopIteration as stop:
+            return dict(stop.value)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -103,17 +113,13 @@ def main() -> None:
     assert dataset is not None
 
     model, header = load_model(weights)
-    reference = Reference(TorchBackend(model, header), dataset, max_images=arguments.images)
+    backend = TorchBackend(model, header)
+    reference = Reference(backend, dataset, max_images=arguments.images)
 
     def detections(backend: Backend) -> list[Detections]:
-        steps: Generator[object, None, Predictions] = predict(backend, reference.paths)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                return list(end.value.detections)
+        return list(predictions_of(Reference(backend, reference.paths)).values())
 
-    ours = detections(reference.backend)
+    ours = detections(backend)
     graph = DeployGraph(deployable(model)).eval()
     count_norms(graph, example_inputs(ExportOptions(), header.imgsz, batch=1))
     inputs = example_inputs(ExportOptions(dynamic=True), header.imgsz, batch=2)
@@ -121,7 +127,7 @@ def main() -> None:
 
     def error(single: Rule) -> dict[str, float]:
         half = halve(copy.deepcopy(program), single)
-        twin = HalfTwin(half, header, fixed_batch=None)
+        twin = HalfTwin(half, expected_spec(ExportOptions(dynamic=True), header), device=backend.device)
         figures = compare_detections(ours, detections(twin), LOOSE).figures
         return {
             "score": figures["score_error"] or 0.0,

@@ -155,7 +155,7 @@ def test_tensorrt_without_a_gpu_is_refused_before_any_work(
     package = standin.make("11.4.0")
     package.__spec__ = ModuleSpec("tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt", package)
-    monkeypatch.setattr("rtdetr_cli.export.tensorrt.engine_device", lambda: None)
+    monkeypatch.setattr("rtdetr_cli.export.tensorrt.engine_device", lambda device: None)
     monkeypatch.setattr(benchmark, "measure", lambda *args, **options: pytest.fail("something was measured"))
     ran = rtdetr("benchmark", model, "--backends", "torch,tensorrt")
     assert ran.code == 7
@@ -174,9 +174,10 @@ def test_tensorrt_measures_the_engine_of_the_float16_graph(
     package.__spec__ = ModuleSpec("tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt", package)
     cpu = torch.device("cpu")
-    monkeypatch.setattr("rtdetr_cli.export.tensorrt.engine_device", lambda: cpu)
+    monkeypatch.setattr("rtdetr_cli.export.tensorrt.engine_device", lambda device: cpu)
     monkeypatch.setattr("rtdetr_cli.export.tensorrt.refuse_single", lambda layers: None)
-    monkeypatch.setattr("rtdetr_cli.export.fp16.half_program", lambda graph, *args, **options: graph)
+    monkeypatch.setattr("rtdetr_cli.export.fp16.traced_program", lambda graph, *args, **options: graph)
+    monkeypatch.setattr("rtdetr_cli.export.fp16.halve", lambda program: program)
     monkeypatch.setattr("rtdetr_cli.export.fp16.HalfTwin", lambda *args, **options: None)
     monkeypatch.setattr(benchmark, "open_backend", lambda path, **options: TensorrtBackend(path, device=cpu))
     ran = rtdetr(

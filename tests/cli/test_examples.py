@@ -179,14 +179,14 @@ def test_tensorrt_example(
             return 0
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Cudart())
-    from rtdetr_cli.export.onnx import describe
-    from rtdetr_cli.export.tensorrt import build_engine
+    from rtdetr_cli.export.tensorrt import build_engine, profile_shapes
+    from rtdetr_cli.infer.onnx_backend import OnnxBackend
 
     example = load("tensorrt_only")
     header = json.loads(next(p.value for p in onnx.load(shapes_onnx).metadata_props if p.key == "rtdetr"))
     monkeypatch.setattr("rtdetr_cli.export.tensorrt.refuse_single", lambda layers: None)
     built = tmp_path / "shapes.engine"
-    build_engine(shapes_onnx, built, interface=describe(onnx.load(shapes_onnx)), operators={}, max_batch=2)
+    build_engine(shapes_onnx, built, shapes=profile_shapes(OnnxBackend(shapes_onnx).spec.inputs, max_batch=2))
     engine = module.Runtime(module.Logger()).deserialize_cuda_engine(built.read_bytes())
     image = shapes_data.parent / "shapes_02.png"
     found = list(example.detect(engine, header, image))

@@ -16,6 +16,7 @@ from PIL import Image
 
 from rtdetr_cli.export import compare
 from rtdetr_cli.export import onnx as onnx_file
+from rtdetr_cli.infer.onnx_backend import OnnxBackend
 from rtdetr_cli.weights.header import read_header, rewrite_header
 
 Rtdetr = Callable[..., Any]
@@ -145,7 +146,8 @@ def test_without_tensorrt_the_other_formats_are_exported(
     """Exit with code 7, and report what was exported before."""
     pytest.importorskip("openvino", reason="openvino is not installed")
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    monkeypatch.setattr("rtdetr_cli.export.fp16.half_program", lambda graph, *args, **options: graph)
+    monkeypatch.setattr("rtdetr_cli.export.fp16.traced_program", lambda graph, *args, **options: graph)
+    monkeypatch.setattr("rtdetr_cli.export.fp16.halve", lambda program: program)
     monkeypatch.setattr("rtdetr_cli.export.fp16.HalfTwin", lambda *args, **options: None)
     words = ["--trt-fp16", "--openvino", "--dynamic", "--verify", shapes_data, "--device", "cpu"]
     ran = rtdetr("export", model, *words, *(["--json"] if as_json else []))
@@ -228,8 +230,7 @@ def test_fewer_layers_and_queries(rtdetr: Rtdetr, model: Path, shapes_data: Path
     """The export is verified against the model at the same setting."""
     ran = rtdetr("export", model, "--layers", 1, "--queries", 25, "--verify", shapes_data, "--json")
     assert ran.code == 0, ran.err
-    interface = onnx_file.describe(onnx.load(model.parent / "export/best.onnx"))
-    assert interface.outputs[0].shape == (1, 75)
+    assert OnnxBackend(model.parent / "export/best.onnx").spec.outputs[0].shape == (1, 75)
 
 
 @pytest.mark.usefixtures("traced")

@@ -9,8 +9,6 @@ import pytest
 
 from rtdetr_cli.export.compare import (
     LIMITS,
-    Interface,
-    TensorSpec,
     choose_score_floor,
     compare_detections,
     compare_headers,
@@ -18,6 +16,7 @@ from rtdetr_cli.export.compare import (
     match_detections,
 )
 from rtdetr_cli.infer.detections import Detections
+from rtdetr_cli.infer.graph import GraphSpec, TensorSpec
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.weights.header import ModelHeader
 
@@ -84,17 +83,17 @@ def test_a_mismatch_of_a_weak_model_says_that_it_is_not_trained_enough() -> None
 
 
 @pytest.mark.parametrize(
-    ("tensor", "message"),
+    ("name", "dtype", "shape", "message"),
     [
-        (TensorSpec("images", "float32", (1, 3, 96, 128)), "shape 1x3x96x128, not ?x3x96x128"),
-        (TensorSpec("images", "float16", (None, 3, 96, 128)), "float16, not float32"),
-        (TensorSpec("input", "float32", (None, 3, 96, 128)), "inputs are input, not images"),
+        ("images", "float32", (1, 3, 96, 128), "shape 1x3x96x128, not ?x3x96x128"),
+        ("images", "float16", (None, 3, 96, 128), "float16, not float32"),
+        ("input", "float32", (None, 3, 96, 128), "inputs are input, not images"),
     ],
 )
-def test_compare_interfaces(tensor: TensorSpec, message: str) -> None:
-    expected = Interface((TensorSpec("images", "float32", (None, 3, 96, 128)),), ())
+def test_compare_interfaces(name: str, dtype: str, shape: tuple[int | None, ...], message: str) -> None:
+    expected = GraphSpec(None, [TensorSpec("images", np.dtype(np.float32), (None, 3, 96, 128))], [])
     assert compare_interfaces(expected, expected) == []
-    assert message in compare_interfaces(Interface((tensor,), ()), expected)[0]
+    assert message in compare_interfaces(GraphSpec(None, [TensorSpec(name, np.dtype(dtype), shape)], []), expected)[0]
 
 
 @pytest.mark.parametrize(

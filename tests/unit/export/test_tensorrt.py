@@ -10,27 +10,26 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import EnvironmentProblem, ExportError
 from rtdetr_cli.export import compare, formats, tensorrt
-from rtdetr_cli.export.artefacts import Artefact, artefact_files, mark_name
-from rtdetr_cli.export.compare import Interface, TensorSpec
-from rtdetr_cli.export.events import BuildProgress, Notice
+from rtdetr_cli.export.artefacts import Artefact, Notice, artefact_files
 from rtdetr_cli.export.formats import Draft, DraftEvents, ExportContext
 from rtdetr_cli.export.graph import ExportOptions
 from rtdetr_cli.export.run import ExportEvent, export_events, export_model
+from rtdetr_cli.export.tensorrt import BuildProgress
+from rtdetr_cli.infer.graph import TensorSpec
 from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend, header_path, read_engine_header
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.weights.header import ModelHeader
 
 Loaded = tuple[RTDETR, ModelHeader]
 VERSIONS = ["10.16.1", "11.4.0"]
-DYNAMIC = Interface(
-    (TensorSpec("images", "float32", (None, 3, 96, 128)), TensorSpec("orig_target_sizes", "int64", (None, 2))), ()
-)
+SHAPES = {"images": ((1, 3, 96, 128), (4, 3, 96, 128)), "orig_target_sizes": ((1, 2), (4, 2))}
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def use(standin: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
     def replace_package(version: str, **options: Any) -> ModuleType:
         module: ModuleType = standin.make(version, **options)
         monkeypatch.setitem(sys.modules, "tensorrt", module)
-        monkeypatch.setattr(tensorrt, "engine_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(tensorrt, "engine_device", lambda device: torch.device("cpu"))
         return module
 
     return replace_package
@@ -51,13 +50,10 @@ def half_graph(exported: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -
     """Copy the float16 graph from a finished export."""
     source = exported["fp16"]
 
-    def copy_draft(context: ExportContext) -> DraftEvents:
+    def copy_draft(context: ExportContext, path: Path) -> DraftEvents:
         yield from ()
-        final = context.final_path("fp16")
-        path = mark_name(final, "unverified")
         path.write_bytes(source.path.read_bytes())
-        header = context.header_for("onnx", "fp16")
-        return Draft(path, final, header, lambda path, header: None, context.interface, source.operators)
+        return Draft(context.header_for("onnx", "fp16"), lambda path, header: None, source.operators)
 
     monkeypatch.setitem(formats.WRITERS, "fp16", copy_draft)
     return source
@@ -128,7 +124,7 @@ def test_a_graph_that_cannot_be_built(
     use(version, **options)
     engine = tmp_path / "m.engine"
     with pytest.raises(ExportError, match=message):
-        tensorrt.build_engine(exported["fp16"].path, engine, interface=DYNAMIC, operators={}, max_batch=4)
+        tensorrt.build_engine(exported["fp16"].path, engine, shapes=SHAPES)
 
 
 def test_without_tensorrt(half_graph: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path) -> None:
@@ -217,30 +213,63 @@ def test_without_a_gpu(
     use: Any, half_graph: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use("11.4.0")
-    monkeypatch.setattr(tensorrt, "engine_device", lambda: None)
-    options = ExportOptions(formats=("fp16", "trt-fp16"))
-    with pytest.raises(EnvironmentProblem, match="no CUDA device") as caught:
+    monkeypatch.setattr(tensorrt, "engine_device", lambda device: None)
+    options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
+    with pytest.raises(EnvironmentProblem, match="no CUDA device"):
         export_model(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu")
-    assert "Shapes" not in caught.value.hint  # a fixed batch needs none
 
 
-def test_old_version_and_known_faults() -> None:
+def test_a_fixed_batch_needs_no_range_of_shapes() -> None:
+    shapes = tensorrt.profile_shapes([TensorSpec("images", np.dtype(np.float32), (2, 3, 96, 128))], max_batch=2)
+    assert "Shapes" not in tensorrt.trtexec_command(Path("m.onnx"), Path("m.engine"), shapes)
+
+
+@pytest.mark.parametrize(
+    ("version", "operators", "message"),
+    [
+        ("8.6.1", {}, "too old"),
+        ("10.0.1", {"Conv": 3, "Gather": 2}, ""),
+        ("10.13.3", {"GridSample": 3}, ""),
+        ("10.16.1.11", {"Conv": 3}, ""),
+        ("11.4.0.106", {"Conv": 3}, ""),
+        ("10.14.1", {"GridSample": 3}, "GridSample"),
+        ("11.0.0", {"GridSample": 3}, "GridSample"),
+    ],
+)
+def test_old_version_and_known_faults(
+    version: str, operators: dict[str, int], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A version is refused only for an operator that the graph has."""
+    package = ModuleType("tensorrt")
+    package.__version__ = version  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorrt", package)
+    monkeypatch.setattr(tensorrt, "engine_device", lambda device: torch.device("cpu"))
+    if not message:
+        assert tensorrt.require_tensorrt("auto", operators) == (version, torch.device("cpu"))
+        return
+    with pytest.raises(EnvironmentProblem, match=message):
+        tensorrt.require_tensorrt("auto", operators)
 
-    def package(version: str) -> Any:
-        module = ModuleType("tensorrt")
-        module.__version__ = version  # type: ignore[attr-defined]
-        return module
 
-    with pytest.raises(EnvironmentProblem, match="too old"):
-        tensorrt.refuse_version(package("8.6.1"), {})
-    for version in ("10.0.1", "10.13.3", "10.16.1.11", "11.4.0.106"):
-        tensorrt.refuse_version(package(version), {"Conv": 3, "Gather": 2})
-    tensorrt.refuse_version(package("10.13.3"), {"GridSample": 3})
-    for version in ("10.14.1", "11.0.0"):
-        with pytest.raises(EnvironmentProblem, match="GridSample") as caught:
-            tensorrt.refuse_version(package(version), {"GridSample": 3})
-        assert "without --gridsample" in caught.value.hint
+@pytest.mark.parametrize(
+    ("device", "expected"), [("auto", "cuda"), ("1", "cuda:1"), ("cuda:1", "cuda:1"), ("cpu", "cuda:0")]
+)
+def test_engines_are_built_on_the_chosen_gpu(device: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--device cpu` verifies on the CPU; the engine still needs a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert tensorrt.engine_device(device) == torch.device(expected)
+
+
+def test_the_build_thread_runs_on_the_chosen_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(tensorrt, "build_engine", lambda *args, **options: {"half": len(chosen)})
+    events = tensorrt.build_in_thread(tmp_path, tmp_path, device=torch.device("cuda", 1))
+    with pytest.raises(StopIteration) as stop:
+        next(events)
+    assert stop.value.value == {"half": 1}
+    assert chosen == [torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize(

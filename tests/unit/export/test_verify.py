@@ -21,11 +21,10 @@ from rtdetr_cli.errors import DataError
 from rtdetr_cli.export import onnx as onnx_file
 from rtdetr_cli.export.artefacts import Artefact
 from rtdetr_cli.export.compare import LIMITS, Limits, Part
-from rtdetr_cli.export.events import ImageRun
-from rtdetr_cli.export.fp16 import HalfTwin, half_program
-from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs
+from rtdetr_cli.export.fp16 import HalfTwin, halve, traced_program
+from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs, expected_spec
 from rtdetr_cli.export.run import export_model
-from rtdetr_cli.export.verify import Reference, Verdict, images_per_run, verify
+from rtdetr_cli.export.verify import ImageRun, Reference, Verdict, images_per_run, verify
 from rtdetr_cli.infer.backend import Backend, open_backend
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.torch_backend import TorchBackend
@@ -157,11 +156,13 @@ def test_summary_of_a_failure() -> None:
     assert replace(verdict, half=Part(False, ("infinite",))).failed_parts == ("contract", "half")
 
 
-def test_tol_ap_decides_where_only_ap_differs(reference: Reference, candidate: Backend) -> None:
-    loose = Limits(matched=0, iou=0.5, score_step=1, score_error=1, box_error=1)
+def test_tol_ap_decides_where_only_ap_differs(
+    reference: Reference, candidate: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LIMITS, "fp32", Limits(matched=0, iou=0.5, score_step=1, score_error=1, box_error=1))
     faulty = FaultyBackend(candidate, boxes=lambda box: box * 0.97)
-    assert verdict_of(faulty, reference, limits=loose).failed_parts == ("ap",)
-    assert verdict_of(faulty, reference, limits=loose, tol_ap=1.0).passed
+    assert verdict_of(faulty, reference).failed_parts == ("ap",)
+    assert verdict_of(faulty, reference, tol_ap=1.0).passed
 
 
 # ----------------------------------------------------------------------------------------- planted faults
@@ -402,10 +403,10 @@ def test_half_precision_overflow(loaded: Loaded, dataset: Dataset) -> None:
     options = ExportOptions(dynamic=True)
     graph = DeployGraph(deployable(model)).eval()
     count_norms(graph, example_inputs(options, header.imgsz, batch=1))
-    program = half_program(graph, example_inputs(options, header.imgsz, batch=2), dynamic=True)
-    twin = HalfTwin(program, header, fixed_batch=None)
-    candidate = TorchBackend(original, header, device="cpu")
-    verdict = verdict_of(candidate, reference, precision="fp16", half_twin=twin)
+    program = halve(traced_program(graph, example_inputs(options, header.imgsz, batch=2), dynamic=True))
+    twin = HalfTwin(program, expected_spec(options, header), device=torch.device("cpu"))
+    candidate = TorchBackend(original, replace(header, extra={"precision": "fp16"}), device="cpu")
+    verdict = verdict_of(candidate, reference, half_twin=twin)
     assert verdict.failed_parts == ("half",)
     assert verdict.half is not None
     assert "NaN or infinite" in verdict.half.findings[0]
