@@ -2,7 +2,7 @@
 
 from rtdetr_cli import load
 
-detector = load("best.safetensors")  # or .pth, .onnx, .xml, .engine, a run folder
+detector = load("best.safetensors")  # or .pth, .onnx, .xml, .engine, a run folder, a preset
 detections = detector.predict("street.jpg")
 print(detections.class_names, detections.scores, detections.boxes_xyxy_px)
 """
@@ -14,21 +14,18 @@ from typing import TYPE_CHECKING, Any
 from rtdetr_cli.version import __version__
 
 if TYPE_CHECKING:
-    from rtdetr_cli.infer.api import Detector, load
-    from rtdetr_cli.infer.detections import Detections
+    from rtdetr_cli.api import Detections, Detector, load
 
 __all__ = ["Detections", "Detector", "__version__", "load"]
-
-_MODULES = {"load": "infer.api", "Detector": "infer.api", "Detections": "infer.detections"}
 
 
 def __getattr__(name: str) -> Any:
     """Import a name of the Python API on first use, so that the command line starts without it."""
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    from rtdetr_cli import api
 
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(api, name)
 
 
 def __dir__() -> list[str]:

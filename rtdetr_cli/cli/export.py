@@ -9,18 +9,13 @@ import typer
 
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.terminal import JsonFlag
-from rtdetr_cli.errors import DataError, GateError, RtdetrError, UsageError
+from rtdetr_cli.errors import GateError, RtdetrError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
-    from rtdetr_cli.datasets.records import Dataset
     from rtdetr_cli.export.artefacts import Artefact
-    from rtdetr_cli.export.events import BuildProgress
     from rtdetr_cli.export.run import ExportEvent
-    from rtdetr_cli.weights.header import ModelHeader
-
-VERIFY_HINT = "--verify DATA or a folder of images; or --no-gate to skip verification"
 
 
 def export(
@@ -90,6 +85,7 @@ def export(
     options = ExportOptions(formats, size, batch, dynamic, opset, gridsample, raw, preprocess)
     options.check()
 
+    from rtdetr_cli.export.images import verification_images
     from rtdetr_cli.export.run import count_image_runs, export_events
     from rtdetr_cli.infer.selection import threshold_mismatch
     from rtdetr_cli.infer.torch_backend import check_sampling
@@ -100,7 +96,11 @@ def export(
     other_setting = threshold_mismatch(header, size or header.imgsz)
     if other_setting is not None:
         terminal.warn(f"{other_setting[0]}; exported anyway")
-    images = None if no_gate else _verification_images(verify, path, header)
+    images = None
+    if not no_gate:
+        images, notes = verification_images(verify, path, header)
+        for note in notes:
+            terminal.say(note)
     runs = None if images is None else count_image_runs(formats, images)
     folder = out or path.parent / "export"
     artefacts, error = _render(
@@ -114,11 +114,12 @@ def export(
 
 def _render(events: Iterable[ExportEvent], runs: int | None) -> tuple[list[Artefact], RtdetrError | None]:
     """Show the progress of an export; return what was exported, and the error that stopped it after that."""
-    from rtdetr_cli.export.artefacts import Artefact
-    from rtdetr_cli.export.events import ImageRun, Notice
+    from rtdetr_cli.export.artefacts import Artefact, Notice
+    from rtdetr_cli.export.tensorrt import BuildProgress
+    from rtdetr_cli.export.verify import ImageRun
 
     artefacts: list[Artefact] = []
-    show_build = _build_progress()
+    tenths: dict[str, int] = {}
     with terminal.progress(runs, "verify") as bar:
         try:
             for event in events:
@@ -129,73 +130,16 @@ def _render(events: Iterable[ExportEvent], runs: int | None) -> tuple[list[Artef
                         bar.advance()
                     case Artefact():
                         artefacts.append(event)
-                    case _:
-                        show_build(event)
+                    case BuildProgress(phase, done, total):  # can take minutes: a line at every tenth
+                        tenth = 10 * done // max(total, 1)
+                        if tenth > tenths.get(phase, -1):
+                            tenths[phase] = tenth
+                            terminal.say(f"tensorrt  {phase} {done}/{total}")
         except RtdetrError as error:
             if not artefacts:
                 raise
             return artefacts, error
     return artefacts, None
-
-
-def _build_progress() -> Callable[[BuildProgress], None]:
-    """Return a function that prints a line at every tenth of each TensorRT build phase, which can take minutes."""
-    tenths: dict[str, int] = {}
-
-    def show(step: BuildProgress) -> None:
-        tenth = 10 * step.done // max(step.total, 1)
-        if tenth > tenths.get(step.phase, -1):
-            tenths[step.phase] = tenth
-            terminal.say(f"tensorrt  {step.phase} {step.done}/{step.total}")
-
-    return show
-
-
-def _verification_images(verify: Path | None, model: Path, header: ModelHeader) -> Dataset | Sequence[Path]:
-    """Return the images to verify on: a split with labels, or images without."""
-    from rtdetr_cli.evaluate.source import choose_split
-
-    try:
-        chosen = choose_split(verify, model=model, header=header)
-    except UsageError as error:
-        if error.code != "data-missing":
-            raise
-        raise UsageError(
-            f"there are no images to verify on: {model.name} does not record what it was trained on",
-            hint=VERIFY_HINT,
-            code="no-images",
-        ) from None
-    except DataError as error:
-        if verify is None:
-            raise DataError(error.message, hint=VERIFY_HINT, code=error.code) from None
-        if error.code == "empty-split":
-            raise _nothing_to_verify_on(error.message) from None
-        if error.code != "format-unknown" or not verify.is_dir():
-            raise
-        images = _images_in(verify)
-        terminal.say(f"verify {verify}: {len(images)} images without labels, so AP is not compared")
-        return images
-    for note in chosen.notes:
-        terminal.say(note)
-    return chosen.dataset
-
-
-def _images_in(folder: Path) -> list[Path]:
-    """Return the images in a folder without labels."""
-    from rtdetr_cli.infer.sources import find_sources
-
-    try:
-        sources = find_sources([str(folder)])
-    except DataError:
-        raise _nothing_to_verify_on(f"the folder {folder} has no images") from None
-    images = [source.path for source in sources if not source.video]
-    if not images:
-        raise _nothing_to_verify_on(f"the folder {folder} has {len(sources)} videos and no images")
-    return images
-
-
-def _nothing_to_verify_on(reason: str) -> UsageError:
-    return UsageError(f"there are no images to verify on: {reason}", hint=VERIFY_HINT, code="no-images")
 
 
 def _report(artefacts: Sequence[Artefact], error: RtdetrError | None, *, as_json: bool) -> None:
@@ -208,38 +152,26 @@ def _report(artefacts: Sequence[Artefact], error: RtdetrError | None, *, as_json
     if as_json:
         document: dict[str, object] = {"artefacts": [a.to_json() for a in artefacts]}
         if error is not None:
-            document["error"] = {
-                "code": error.code,
-                "message": error.message,
-                "hint": error.hint,
-                "exit_code": error.exit_code,
-            }
+            document["error"] = {name: getattr(error, name) for name in ("code", "message", "hint", "exit_code")}
         terminal.emit_json(document)
     else:
         columns = ("file", "precision", "MB", "matched", "score error", "AP model", "AP export", "verification")
         terminal.table(columns, [_row(a) for a in artefacts])
         for artefact in artefacts:  # outside the table, which a narrow terminal folds
             terminal.out(str(artefact.path))
+    for each in errors:  # printed rather than raised, since --json must not write a second document
+        terminal.complain(each.message, each.hint)
     if errors:
-        # Printed rather than raised, since --json must not write a second document.
-        for each in errors:
-            terminal.complain(each.message, each.hint)
         raise typer.Exit(errors[0].exit_code)
 
 
 def _row(artefact: Artefact) -> tuple[object, ...]:
-    size = f"{artefact.bytes / 1e6:.1f}"
+    name, size = artefact.path.name, f"{artefact.bytes / 1e6:.1f}"
     if artefact.verdict is None:
-        return (artefact.path.name, artefact.precision, size, None, None, None, None, "skipped")
+        return name, artefact.precision, size, None, None, None, None, "skipped"
     agreement, ap = artefact.verdict.agreement.figures, artefact.verdict.ap.figures
     score_error = agreement.get("score_error")
-    return (
-        artefact.path.name,
-        artefact.precision,
-        size,
-        agreement.get("matched"),
-        None if score_error is None else f"{score_error:.1e}",
-        ap.get("ap_model"),
-        ap.get("ap_export"),
-        "passed" if artefact.passed else "FAILED " + ", ".join(artefact.verdict.failed_parts),
-    )
+    shown_error = None if score_error is None else f"{score_error:.1e}"
+    result = "passed" if artefact.passed else "FAILED " + ", ".join(artefact.verdict.failed_parts)
+    aps = ap.get("ap_model"), ap.get("ap_export")
+    return name, artefact.precision, size, agreement.get("matched"), shown_error, *aps, result

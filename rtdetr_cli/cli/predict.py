@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import groupby
@@ -28,11 +29,17 @@ DEFAULT_MODEL = "rtdetrv2_r18vd_120e_coco_rerun_48.1.pth"
 LOW_SCORE = 0.05
 """When the best score is below this, a lower threshold is not worth suggesting."""
 
+MIN_OVERLAPS, MIN_OVERLAP_SHARE = 3, 0.1
+"""Boxes that overlap better ones are explained when there are this many, and this share of all."""
+
 
 def predict(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE...", help="Image, folder, 'pattern', video, or - for a list on stdin."),
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Image, folder, 'pattern', video, web address of an image, or - for a list on stdin.",
+        ),
     ],
     weights: Annotated[
         Path | None,
@@ -62,6 +69,7 @@ def predict(
     ] = False,
     save_coco: Annotated[bool, typer.Option("--save-coco", help="Write predictions.json as COCO results.")] = False,
     save_txt: Annotated[bool, typer.Option("--save-txt", help="Write labels/NAME.txt as YOLO labels.")] = False,
+    save_conf: Annotated[bool, typer.Option("--save-conf", help="Add the score of each box to --save-txt.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Output folder (default: runs/predict-NN).", show_default=False)
     ] = None,
@@ -81,6 +89,8 @@ def predict(
     _check_options(
         sampling, out, **{"max-det": max_det, "batch": batch, "threads": threads, "layers": layers, "queries": queries}
     )
+    if save_conf and not save_txt:
+        raise UsageError("--save-conf adds scores to the files of --save-txt", hint="--save-txt --save-conf")
     parse_conf(conf)
     found = find_sources(sources, sys.stdin)
     model = _find_model(weights)
@@ -103,21 +113,31 @@ def predict(
     results = None
     if folder is not None:
         ids = coco_image_ids(found, dataset.image_ids if dataset is not None else None)
-        results = Results(
-            folder, names=backend.header.names, lines=save_json, coco=save_coco, txt=save_txt, image_ids=ids
-        )
+        files = {"lines": save_json, "coco": save_coco, "txt": save_txt, "scores": save_conf}
+        results = Results(folder, names=backend.header.names, image_ids=ids, **files)
     run = _Run(backend, selection, results, batch=batch, draw_to=folder if save else None, as_json=as_json)
     try:
         run.predict(found)
+    except KeyboardInterrupt:
+        terminal.say(f"interrupted; predicted so far: {run.counted()}, of {_count(found)}")
+        interrupted = True
+    else:
+        interrupted = False
     finally:
         if results is not None:
             results.close()
         if folder is not None and out is None and not any(folder.iterdir()):
             folder.rmdir()  # nothing could be read
-    if folder is not None and len(run.errors) < len(found):
-        terminal.say(f"results in {folder}")
-    if run.images and not run.detections:
-        terminal.say(terminal.paint("hint:", "36") + " " + _hint_without_detections(run.best_score, model, backend))
+    if run.images > 1:
+        terminal.say(run.summary())
+    if folder is not None and run.images:
+        kinds = {"annotated copies": save, "predictions.jsonl": save_json, "predictions.json": save_coco}
+        written = [kind for kind, wanted in {**kinds, "labels/": save_txt}.items() if wanted]
+        terminal.say(f"results in {folder}: {', '.join(written)}")
+    if interrupted:
+        raise typer.Exit(130)
+    if hint := run.hint(model):
+        terminal.say(terminal.paint("hint:", "36") + " " + hint)
     _raise_errors(found, run.errors, run.truncated)
 
 
@@ -169,13 +189,15 @@ class _Dataset:
 
 def _make_folder(out: Path | None, drawn: Sequence[Source]) -> Path:
     """Create the output folder; refuse one in which an annotated copy would replace its original."""
-    from rtdetr_cli.infer.write import new_folder, saved_name
+    from rtdetr_cli.infer.write import saved_name
+    from rtdetr_cli.runs import make_numbered
 
     if out is None:
-        return new_folder(Path("runs"), "predict")
+        Path("runs").mkdir(exist_ok=True)
+        return make_numbered(Path("runs"), "predict")
     for source in drawn:
         copy = out / saved_name(source)
-        if copy.exists() and source.path.exists() and copy.samefile(source.path):
+        if not source.url and copy.exists() and source.path.exists() and copy.samefile(source.path):
             raise UsageError(
                 f"--out {out} contains {source.path}, which its annotated copy would replace",
                 hint="choose another folder, or --no-save",
@@ -201,8 +223,10 @@ class _Run:
     """Predicts sources, prints each result, and counts.
 
     Attributes:
-        images: number of images and frames that were predicted.
-        detections: number of selected detections in them.
+        images, frames: number of predicted images, frames included, and number of the frames of videos.
+        classes: number of selected detections of each class.
+        empty: the images and frames without any.
+        overlaps: number of selected detections that overlap a better one of the same image.
         best_score: the highest score of the requested classes, even below the threshold.
         truncated: number of videos that end early.
         errors: one for each source that could not be read.
@@ -220,9 +244,12 @@ class _Run:
     ) -> None:
         self.backend, self.selection, self.results = backend, selection, results
         self.batch, self.draw_to, self.as_json = batch, draw_to, as_json
-        self.images = self.detections = self.truncated = 0
+        self.images = self.frames = self.overlaps = self.truncated = 0
+        self.classes: Counter[str] = Counter()
+        self.empty: list[str] = []
         self.best_score: float | None = None
         self.errors: list[RtdetrError] = []
+        self.start = time.monotonic()
 
     def predict(self, sources: Sequence[Source]) -> None:
         """Predict sources in order; videos one by one, the images between them in batches."""
@@ -278,20 +305,25 @@ class _Run:
     def _add(self, event: Predicted, *, print_line: bool) -> None:
         """Count a result, write it to the result files, and print it."""
         from rtdetr_cli.cli import terminal
-        from rtdetr_cli.infer.write import image_document, json_line, summary
+        from rtdetr_cli.infer.selection import overlaps
+        from rtdetr_cli.infer.write import image_document, json_line
 
-        path, detections = event.source.path, event.detections
+        source, detections = str(event.source), event.detections
         self.images += 1
-        self.detections += len(detections)
+        self.frames += event.frame is not None
+        self.classes.update(detections.class_names)
+        self.overlaps += overlaps(detections)
+        if not len(detections):
+            self.empty.append(source if event.frame is None else f"{source} frame {event.frame}")
         if event.best_score is not None:
             self.best_score = max(event.best_score, self.best_score or 0.0)
         if self.results is not None:
             self.results.add(event.source, detections, frame=event.frame)
         if print_line and self.as_json:
-            terminal.out(json_line(image_document(str(path), detections, frame=event.frame)))
+            terminal.out(json_line(image_document(source, detections, frame=event.frame)))
         elif print_line:
             width, height = detections.size_wh
-            terminal.out(f"{path}  {width}x{height}  {summary(detections)}  {1000 * event.seconds:.0f} ms")
+            terminal.out(f"{source}  {width}x{height}  {detections.summary()}  {1000 * event.seconds:.0f} ms")
 
     def _add_error(self, error: RtdetrError, *, alone: bool) -> None:
         from rtdetr_cli.cli import terminal
@@ -299,6 +331,49 @@ class _Run:
         self.errors.append(error)
         if not alone:
             terminal.complain(error.message)
+
+    def counted(self) -> str:
+        """Return the number of images and frames in words."""
+        from rtdetr_cli.text import counted
+
+        numbers = ((self.images - self.frames, "image"), (self.frames, "frame"))
+        return " and ".join(counted(n, noun) for n, noun in numbers if n) or "no image"
+
+    def summary(self) -> str:
+        """Return the number of images, seconds and objects of each class, and the images without detections."""
+        from rtdetr_cli.cli import terminal
+        from rtdetr_cli.infer.detections import count_classes
+        from rtdetr_cli.text import counted
+
+        seconds = time.monotonic() - self.start
+        text = f"{self.counted()} in {seconds:.1f} s: {counted(self.classes.total(), 'object')}"
+        if self.classes:
+            text += f" ({count_classes(self.classes)})"
+        if self.empty and self.classes:
+            text += f"; {len(self.empty)} without detections: {terminal.some(self.empty, 3)}"
+        return text
+
+    def hint(self, model: Path) -> str:
+        """Return what explains a result that nobody wants: nothing detected, or several boxes on one object."""
+        if not self.images:
+            return ""
+        total, best = self.classes.total(), self.best_score
+        if total:
+            if self.overlaps < max(MIN_OVERLAPS, MIN_OVERLAP_SHARE * total):
+                return ""
+            return (
+                f"{self.overlaps} of {total} boxes overlap one with a higher score (IoU above 0.7), so some objects "
+                "have several boxes: raise --conf, or name the classes you need with --classes"
+            )
+        if best is None or best < LOW_SCORE:
+            score = "there was no score at all" if best is None else f"the best score is {best:.3f}"
+            return (
+                f"nothing was detected, and {score}; check that the model fits these images and was trained long enough"
+            )
+        hint = f"nothing was detected; the best score is {best:.3f}: --conf {math.floor(100 * best) / 100:.2f} shows it"
+        if model.suffix == ".safetensors" and self.backend.header.thresholds is None:
+            hint += ", and rtdetr eval --calibrate f1 finds thresholds for this model"
+        return hint
 
 
 @contextmanager
@@ -311,18 +386,6 @@ def _progress(total: int | None, what: str, *, show: bool = True, lines: bool = 
         return
     with terminal.progress(total, what) as bar:
         yield bar.advance
-
-
-def _hint_without_detections(best_score: float | None, model: Path, backend: Backend) -> str:
-    """Return how close the best score was to a detection, and what to do."""
-    if best_score is None or best_score < LOW_SCORE:
-        score = "there was no score at all" if best_score is None else f"the best score is {best_score:.3f}"
-        return f"nothing was detected, and {score}; check that the model fits these images and was trained long enough"
-    conf = math.floor(100 * best_score) / 100
-    hint = f"nothing was detected; the best score is {best_score:.3f}: --conf {conf:.2f} shows it"
-    if model.suffix == ".safetensors" and backend.header.thresholds is None:
-        hint += ", and rtdetr eval --calibrate f1 finds thresholds for this model"
-    return hint
 
 
 def _raise_errors(sources: Sequence[Source], errors: Sequence[RtdetrError], truncated: int) -> None:

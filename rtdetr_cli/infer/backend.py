@@ -101,6 +101,10 @@ def open_backend(
         from rtdetr_cli.infer.openvino_backend import OpenvinoBackend
 
         return OpenvinoBackend(path, device=device, imgsz=imgsz, threads=threads)
+    if threads is not None:
+        raise UsageError(
+            f"--threads {threads} has no effect on {path.name}: TensorRT runs on the GPU", hint="remove --threads"
+        )
     from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend
 
     return TensorrtBackend(path, device=device, imgsz=imgsz)
@@ -127,6 +131,17 @@ def check_model_path(path: Path) -> None:
 def name_classes(backend: Backend, names: Sequence[str], category_ids: Sequence[int]) -> None:
     """Give a foreign graph, which has no class names, those of a dataset."""
     backend.header = replace(backend.header, names=tuple(names), category_ids=tuple(category_ids))
+
+
+def default_batch(backend: Backend, device: str) -> int:
+    """Return the graph's own batch, or one that keeps the device busy: 16 on a GPU, 4 on a CPU or for any graph."""
+    if backend.fixed_batch is not None:
+        return backend.fixed_batch
+    if backend.kind != "torch" or device == "cpu":
+        return 4
+    import torch
+
+    return 16 if torch.cuda.is_available() else 4
 
 
 def neighbours(path: Path) -> str:

@@ -16,7 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.images.decode import ImageError, read_image, stretch
+from rtdetr_cli.infer.sources import fetch_image
 from rtdetr_cli.machine import cpu_count
+
+ImageSource = Path | str | NDArray[np.uint8]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -46,31 +49,43 @@ def prepare(position: int, image: NDArray[np.uint8], hw: tuple[int, int], *, kee
     return Prefetched(position, stretch(image, hw), size_wh, None, image if keep else None)
 
 
+def read_source(source: ImageSource) -> NDArray[np.uint8]:
+    """Return an image from a file or a web address (a string) as upright (H, W, 3) uint8 RGB; an array as it is.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    if isinstance(source, np.ndarray):
+        return source
+    return read_image(fetch_image(source) if isinstance(source, str) else source)
+
+
 def prefetch(
-    images: Sequence[Path | NDArray[np.uint8]],
+    images: Sequence[ImageSource],
     hw: tuple[int, int],
     *,
     threads: int | None = None,
     ahead: int | None = None,
     keep: bool = False,
 ) -> Generator[Prefetched, None, None]:
-    """Yield images in order, decoded and stretched ahead of use.
+    """Yield images in order, decoded and stretched ahead of use; one that cannot be read comes with its error.
 
     Args:
-        images: files or upright (H, W, 3) uint8 RGB arrays. A file that cannot be read is yielded with its error.
+        images: for `read_source`.
         hw: height and width of the network's input.
         threads: as in `read_ahead`.
         ahead: as in `read_ahead`.
         keep: yield the originals too.
     """
 
-    def read(job: tuple[int, Path | NDArray[np.uint8]]) -> Prefetched:
+    def read(job: tuple[int, ImageSource]) -> Prefetched:
         position, source = job
         try:
-            image = read_image(source) if isinstance(source, Path) else source
+            return prepare(position, read_source(source), hw, keep=keep)
         except ImageError as error:
+            if isinstance(source, str) and source not in error.message:  # bytes don't know where they are from
+                error = ImageError(f"{source}: {error.message}", code=error.code)
             return Prefetched(position, None, None, error)
-        return prepare(position, image, hw, keep=keep)
 
     return read_ahead(read, enumerate(images), threads=threads, ahead=ahead)
 

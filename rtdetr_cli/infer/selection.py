@@ -9,6 +9,7 @@ from difflib import get_close_matches
 import numpy as np
 from numpy.typing import NDArray
 
+from rtdetr_cli.boxes import iou
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.text import counted
@@ -89,6 +90,12 @@ def select_by(
     span = f"{per_class.min():.3f} to {per_class.max():.3f}" if len(per_class) > 1 else f"{per_class[0]:.3f}"
     description = f"{span} (stored per class for {stored.target})"
     return Selection(stored.overall, per_class, labels, max_det, description)
+
+
+def overlaps(detections: Detections, iou_above: float = 0.7) -> int:
+    """Return how many of the detections of an image, best first, overlap one with a higher score."""
+    boxes = detections.boxes_xyxy_px
+    return int((np.triu(iou(boxes[:, None], boxes[None]), k=1) > iou_above).any(axis=0).sum())
 
 
 def threshold_mismatch(header: ModelHeader, imgsz: tuple[int, int]) -> tuple[str, str] | None:

@@ -1,18 +1,21 @@
-"""Expand the sources of `predict` to images and videos: files, folders, patterns, and a list on stdin."""
+"""Expand the sources of `predict` to images and videos: files, folders, patterns, web addresses, a list on stdin."""
 
 from __future__ import annotations
 
 import glob
 import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from rtdetr_cli.errors import DataError, UsageError
-from rtdetr_cli.images.decode import IMAGE_SUFFIXES
+from rtdetr_cli.images.decode import IMAGE_SUFFIXES, ImageError
 
 VIDEO_SUFFIXES = frozenset((".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"))
 _SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+URL_SECONDS = 30.0
+URL_BYTES = 64_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,43 +23,49 @@ class Source:
     """One image or video.
 
     Attributes:
-        path: the path as given, or a path below a given folder.
+        path: the path as given, or a path below a given folder; of a web address the file name at its end.
         name: relative path without suffix, unique among the sources; its results get this name.
         video: whether it is a video.
+        url: the web address of an image, which is fetched when it is read.
     """
 
     path: Path
     name: Path
     video: bool = False
+    url: str = ""
+
+    def __str__(self) -> str:
+        return self.url or str(self.path)
 
 
 def find_sources(words: Sequence[str], listed: Iterable[str] = ()) -> list[Source]:
     """Return the images and videos that words stand for, in order, each file once.
 
-    A word is a file, a folder (searched recursively, sorted by name), a quoted pattern such as `shots/*.jpg`, or `-`
-    for the paths in `listed`. A single word must exist. One of several files may be missing: reading it fails later.
-
-    Args:
-        words: of the command line.
-        listed: lines of stdin, used when a word is `-`.
+    A word is a file, a folder (searched recursively, sorted by name), a quoted pattern such as `shots/*.jpg`, the web
+    address of an image, or `-` for the lines in `listed`. A single word must exist. One of several files may be
+    missing: reading it fails later, as for a web address.
 
     Raises:
         DataError: a missing file, a folder without images, or a pattern that matches no file.
-        UsageError: an URL.
+        UsageError: a web address that is not of an image.
     """
-    paths: list[tuple[Path, Path]] = []  # a file, and the folder that its name is relative to
+    found: list[tuple[Path, Path, str]] = []  # a file, the folder that its name is relative to, and its web address
     for word in words:
-        if word == "-":
-            lines = [line.strip("\r\n") for line in listed]
-            paths.extend((Path(line), Path(line).parent) for line in lines if line.strip())
-        else:
-            paths.extend(_expand(word, alone=len(words) == 1))
-    if not paths:
+        lines = [line.strip("\r\n") for line in listed] if word == "-" else [word]
+        for line in filter(str.strip, lines):
+            if is_url(line):
+                path = _name_of_url(line)
+                found.append((path, path.parent, line))
+            elif word == "-":
+                found.append((Path(line), Path(line).parent, ""))
+            else:
+                found.extend((path, base, "") for path, base in _expand(word, alone=len(words) == 1))
+    if not found:
         raise DataError("the list on stdin is empty", hint="ls images/*.jpg | rtdetr predict -", code="no-images")
     sources: dict[str, Source] = {}
     used_names: set[str] = set()
-    for path, base in paths:
-        key = os.path.abspath(path)  # symbolic links are not resolved
+    for path, base, url in found:
+        key = url or os.path.abspath(path)  # symbolic links are not resolved
         if key in sources:
             continue
         stem = path.relative_to(base).with_suffix("") if path.is_relative_to(base) else Path(path.stem)
@@ -65,8 +74,77 @@ def find_sources(words: Sequence[str], listed: Iterable[str] = ()) -> list[Sourc
             number += 1
             name = stem.with_name(f"{stem.name}_{number}")
         used_names.add(str(name).casefold())
-        sources[key] = Source(path, name, path.suffix.lower() in VIDEO_SUFFIXES)
+        sources[key] = Source(path, name, path.suffix.lower() in VIDEO_SUFFIXES, url)
     return list(sources.values())
+
+
+def is_url(word: str) -> bool:
+    """Return whether a word is an address and not a file."""
+    return "://" in word and not os.path.exists(word)
+
+
+def _name_of_url(url: str) -> Path:
+    """Return the file name at the end of a web address.
+
+    Raises:
+        UsageError: it is not http or https, or it ends like a video.
+    """
+    from urllib.parse import unquote, urlsplit
+
+    try:
+        parts = urlsplit(url)
+        name = Path(PurePosixPath(unquote(parts.path)).name.replace("\0", "") or parts.hostname or "")
+    except ValueError:
+        parts, name = urlsplit(""), Path()
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(f"{url} is not a web address that can be read", hint="http://... or https://... of an image")
+    if name.suffix.lower() in VIDEO_SUFFIXES:
+        raise UsageError(f"{url} is a video: only images are read from the web", hint="download it, then name the file")
+    return name
+
+
+def fetch_image(url: str, *, seconds: float = URL_SECONDS, most_bytes: int = URL_BYTES) -> bytes:
+    """Download an image.
+
+    Args:
+        url: its http or https address.
+        seconds: limit of the whole download.
+        most_bytes: limit of its size.
+
+    Raises:
+        ImageError: the server cannot be reached, does not answer in time, refuses, or sends too much.
+    """
+    from http.client import HTTPException
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
+    from rtdetr_cli.version import __version__
+
+    deadline = time.monotonic() + seconds
+    content = bytearray()
+    try:
+        request = Request(url, headers={"User-Agent": f"rtdetr-cli/{__version__}"})
+        with urlopen(request, timeout=seconds) as response:
+            while part := response.read1(1 << 16):
+                content += part
+                if len(content) > most_bytes:
+                    raise ImageError(f"{url} is larger than {most_bytes / 1e6:.0f} MB", code="url-too-large")
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+            missing = response.length
+    except TimeoutError:
+        raise ImageError(f"{url} was not received within {seconds:g} seconds", code="url-timeout") from None
+    except HTTPError as error:
+        error.close()
+        raise ImageError(f"{url} cannot be read: HTTP {error.code} {error.reason}", code="url-refused") from None
+    except (OSError, HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise ImageError(
+            f"{url} cannot be read: {getattr(reason, 'strerror', None) or reason}", code="url-unreachable"
+        ) from None
+    if missing:
+        raise ImageError(f"{url} is truncated: {missing} bytes are missing", code="url-unreachable")
+    return bytes(content)
 
 
 def _is_source(path: Path) -> bool:
@@ -74,6 +152,7 @@ def _is_source(path: Path) -> bool:
 
 
 def _expand(word: str, *, alone: bool) -> list[tuple[Path, Path]]:
+    """Return the files that a word stands for, each with the folder that its name is relative to."""
     path = Path(word)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if _is_source(p) and p.is_file())
@@ -86,8 +165,6 @@ def _expand(word: str, *, alone: bool) -> list[tuple[Path, Path]]:
         return [(p, path) for p in files]
     if path.exists():
         return [(path, path.parent)]
-    if "://" in word:
-        raise UsageError(f"{word} is a URL; predict reads files only", hint="download it first, then name the file")
     if glob.has_magic(word):
         matches = sorted(Path(p) for p in glob.glob(word, recursive=True) if Path(p).is_file())
         if not matches:

@@ -8,35 +8,32 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.images.decode import ImageError
-from rtdetr_cli.images.draw import draw_boxes
 from rtdetr_cli.infer.backend import Backend
-from rtdetr_cli.infer.detections import Detections
-from rtdetr_cli.infer.prefetch import Prefetched, prefetch, prepare, read_ahead
+from rtdetr_cli.infer.detections import Detections, save_image
+from rtdetr_cli.infer.prefetch import ImageSource, Prefetched, prefetch, prepare, read_ahead
 from rtdetr_cli.infer.selection import Selection
 from rtdetr_cli.infer.sources import Source
 from rtdetr_cli.infer.video import Video, write_video
-from rtdetr_cli.infer.write import save_image, saved_name
+from rtdetr_cli.infer.write import saved_name
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Detected:
-    """The result of the network for one image.
+class Detected(NamedTuple):
+    """What the network found in an image.
 
     Attributes:
-        position: index of the image, or number of the video frame.
-        detections: all rows, not yet selected.
-        image: (H, W, 3) uint8 RGB, the upright original, if it was asked for.
+        item: the image as it was read.
+        detections: all rows, not yet selected; None for an image that could not be read.
         seconds: the image's share of the network's time.
     """
 
-    position: int
-    detections: Detections
-    image: NDArray[np.uint8] | None = None
+    item: Prefetched
+    detections: Detections | None = None
     seconds: float = 0.0
 
 
@@ -68,18 +65,15 @@ class Unreadable:
 
 
 def detect_images(
-    backend: Backend, images: Sequence[Path | NDArray[np.uint8]], *, batch: int = 1, keep: bool = False
-) -> Generator[Detected | tuple[int, ImageError], None, None]:
-    """Run a backend over files or arrays, in order.
+    backend: Backend, images: Sequence[ImageSource], *, batch: int = 1, keep: bool = False
+) -> Generator[Detected, None, None]:
+    """Run a backend over images in order, `batch` at a time.
 
     Args:
         backend: the model.
-        images: paths, or upright (H, W, 3) uint8 RGB arrays.
+        images: for `read_source`.
         batch: images per forward pass.
-        keep: return the originals too, for drawing.
-
-    Yields:
-        The result of each image, or its index and error.
+        keep: return the originals too.
     """
     ahead = max(4, 2 * batch)  # with less than two batches, the network would wait for the rest of each
     threads = 1 if len(images) == 1 else None
@@ -94,26 +88,18 @@ def predict_images(
     batch: int = 1,
     draw_to: Path | None = None,
 ) -> Generator[Predicted | Unreadable, None, None]:
-    """Predict images in order; annotated copies are drawn and written in threads.
+    """Predict images in order; threads draw annotated copies and write them to `draw_to`."""
 
-    Args:
-        sources: images, no videos.
-        backend: the model.
-        selection: which rows to return.
-        batch: images per forward pass.
-        draw_to: folder for annotated copies, or None.
-    """
-
-    def finish(result: Detected | tuple[int, ImageError]) -> Predicted | Unreadable:
-        if isinstance(result, tuple):
-            return Unreadable(sources[result[0]], result[1])
-        source = sources[result.position]
+    def finish(result: Detected) -> Predicted | Unreadable:
+        source = sources[result.item.position]
+        if result.item.error is not None:
+            return Unreadable(source, result.item.error)
         predicted = _select(source, result, selection)
         if draw_to is not None:
             save_image(_draw(result, predicted), draw_to / saved_name(source))
         return predicted
 
-    results = detect_images(backend, [s.path for s in sources], batch=batch, keep=draw_to is not None)
+    results = detect_images(backend, [s.url or s.path for s in sources], batch=batch, keep=draw_to is not None)
     with closing(results):
         yield from map(finish, results) if draw_to is None else read_ahead(finish, results)
 
@@ -139,9 +125,8 @@ def predict_video(
             while (item := next(items)) is not None:
                 yield item
 
-    def finish(result: Detected | tuple[int, ImageError]) -> tuple[Predicted, NDArray[np.uint8] | None]:
-        assert isinstance(result, Detected)  # a frame that does not decode ends the video
-        predicted = _select(source, result, selection, frame=result.position)
+    def finish(result: Detected) -> tuple[Predicted, NDArray[np.uint8] | None]:
+        predicted = _select(source, result, selection, frame=result.item.position)
         return predicted, None if draw_to is None else _draw(result, predicted)
 
     with closing(_run_batches(backend, frames(), batch)) as results:
@@ -156,19 +141,19 @@ def predict_video(
 
 
 def _select(source: Source, result: Detected, selection: Selection, frame: int | None = None) -> Predicted:
+    assert result.detections is not None
     selected, best = selection.apply(result.detections), selection.best_score(result.detections)
     return Predicted(source, selected, result.seconds, frame, best)
 
 
 def _draw(result: Detected, predicted: Predicted) -> NDArray[np.uint8]:
-    assert result.image is not None
-    rows = predicted.detections
-    return draw_boxes(result.image, rows.boxes_xyxy_px, rows.labels, rows.names, scores=rows.scores)
+    assert result.item.original is not None
+    return predicted.detections.plot(result.item.original)
 
 
 def _run_batches(
     backend: Backend, items: Generator[Prefetched, None, None], batch: int
-) -> Generator[Detected | tuple[int, ImageError], None, None]:
+) -> Generator[Detected, None, None]:
     """Collect images into batches, run them, and yield the results in order."""
     with closing(items):
         waiting: list[Prefetched] = []
@@ -180,7 +165,7 @@ def _run_batches(
         yield from _run_batch(backend, waiting)
 
 
-def _run_batch(backend: Backend, items: Sequence[Prefetched]) -> Iterator[Detected | tuple[int, ImageError]]:
+def _run_batch(backend: Backend, items: Sequence[Prefetched]) -> Iterator[Detected]:
     readable = [item for item in items if item.error is None]
     detections: Iterator[Detections] = iter(())
     seconds = 0.0
@@ -190,7 +175,4 @@ def _run_batch(backend: Backend, items: Sequence[Prefetched]) -> Iterator[Detect
         detections = iter(backend.run(images, np.array([item.size_wh for item in readable], np.int64)))
         seconds = (time.perf_counter() - start) / len(readable)
     for item in items:
-        if item.error is not None:
-            yield item.position, item.error
-        else:
-            yield Detected(item.position, next(detections), item.original, seconds)
+        yield Detected(item) if item.error is not None else Detected(item, next(detections), seconds)

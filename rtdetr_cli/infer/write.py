@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from rtdetr_cli.files import atomic_write
-from rtdetr_cli.infer.detections import Detections, category_id
+from rtdetr_cli.infer.detections import Detections, category_id, class_name
 from rtdetr_cli.infer.sources import Source
 
 SCHEMA_VERSION = 1
 # Two runtimes do not agree to more digits than these.
 _PIXEL_DIGITS, _SCORE_DIGITS = 2, 5
 _SAVED_AS = {".jpg": ".jpg", ".jpeg": ".jpg", ".jpe": ".jpg", ".jfif": ".jpg", ".png": ".png", ".webp": ".webp"}
-# JPEG's usual chroma subsampling blurs thin coloured lines and small letters.
-_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
-    ".jpg": {"format": "JPEG", "quality": 92, "subsampling": 0},
-    ".png": {"format": "PNG"},
-    ".webp": {"format": "WEBP", "quality": 90},
-}
 
 
 def image_document(image: str, detections: Detections, *, frame: int | None = None) -> dict[str, Any]:
@@ -35,18 +25,12 @@ def image_document(image: str, detections: Detections, *, frame: int | None = No
         document["frame"] = frame
     document["detections"] = [
         {
-            "label": name,
+            "label": class_name(detections.names, label),
             "category_id": category_id(detections.category_ids, label),
             "score": round(score, _SCORE_DIGITS),
             "box_xyxy": [round(value, _PIXEL_DIGITS) for value in box],
         }
-        for name, label, score, box in zip(
-            detections.class_names,
-            detections.labels.tolist(),
-            detections.scores.tolist(),
-            detections.boxes_xyxy_px.tolist(),
-            strict=True,
-        )
+        for label, score, box in _rows(detections)
     ]
     return document
 
@@ -66,26 +50,25 @@ def coco_rows(image_id: int | str, detections: Detections) -> list[dict[str, Any
             "bbox": [round(v, _PIXEL_DIGITS) for v in (x1, y1, x2 - x1, y2 - y1)],
             "score": round(score, _SCORE_DIGITS),
         }
-        for label, score, (x1, y1, x2, y2) in zip(
-            detections.labels.tolist(), detections.scores.tolist(), detections.boxes_xyxy_px.tolist(), strict=True
-        )
+        for label, score, (x1, y1, x2, y2) in _rows(detections)
     ]
 
 
-def yolo_lines(detections: Detections) -> str:
-    """Return one image's YOLO label file: label, centre, width and height as fractions of the image."""
+def yolo_lines(detections: Detections, *, scores: bool = False) -> str:
+    """Return one image's YOLO label file: label, centre, width and height as fractions of the image, then the score."""
     width, height = detections.size_wh
     lines = []
-    for label, (x1, y1, x2, y2) in zip(detections.labels.tolist(), detections.boxes_xyxy_px.tolist(), strict=True):
+    for label, score, (x1, y1, x2, y2) in _rows(detections):
         values = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
-        lines.append(" ".join([str(label), *(f"{value:.6f}" for value in values)]) + "\n")
+        fields = [str(label), *(f"{value:.6f}" for value in (*values, score)[: 5 if scores else 4])]
+        lines.append(" ".join(fields) + "\n")
     return "".join(lines)
 
 
-def summary(detections: Detections) -> str:
-    """Return the number of objects of each class, most frequent first: `3 person, 1 car`."""
-    counts = Counter(detections.class_names)
-    return ", ".join(f"{number} {name}" for name, number in counts.most_common()) or "no detections"
+def _rows(detections: Detections) -> Iterator[tuple[int, float, list[float]]]:
+    """Yield label, score and box of each row."""
+    columns = (detections.labels, detections.scores, detections.boxes_xyxy_px)
+    return zip(*(column.tolist() for column in columns), strict=True)
 
 
 def saved_name(source: Source) -> str:
@@ -94,31 +77,9 @@ def saved_name(source: Source) -> str:
     return str(source.name) + suffix
 
 
-def save_image(image: NDArray[np.uint8], path: Path) -> None:
-    """Write an annotated image."""
-    from PIL import Image
-
-    with atomic_write(path) as temporary:
-        Image.fromarray(image).save(temporary, **_SAVE_OPTIONS[path.suffix])
-
-
 def _write_text(path: Path, text: str) -> None:
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
-
-
-def new_folder(parent: Path, stem: str) -> Path:
-    """Create and return the first of `stem-01`, `stem-02`, ... that does not exist."""
-    parent.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
-        folder = parent / f"{stem}-{number:02d}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            number += 1
-            continue
-        return folder
 
 
 class Results:
@@ -135,6 +96,7 @@ class Results:
         lines: bool = False,
         coco: bool = False,
         txt: bool = False,
+        scores: bool = False,
         image_ids: Mapping[str, int | str] | None = None,
     ) -> None:
         """Open the files.
@@ -145,9 +107,10 @@ class Results:
             lines: write `predictions.jsonl`.
             coco: write `predictions.json`.
             txt: write `labels/NAME.txt`.
+            scores: with the score of each box.
             image_ids: COCO image ids by the name of the source; the default id is the name.
         """
-        self.folder, self.names, self.txt = folder, tuple(names), txt
+        self.folder, self.names, self.txt, self.scores = folder, tuple(names), txt, scores
         self.image_ids = dict(image_ids or {})
         self._lines = (folder / "predictions.jsonl").open("w", encoding="utf-8") if lines else None
         self._rows: list[dict[str, Any]] | None = [] if coco else None
@@ -156,11 +119,11 @@ class Results:
         """Add one image, or one frame of a video."""
         name = str(source.name) if frame is None else f"{source.name}_{frame:06d}"
         if self._lines is not None:
-            self._lines.write(json_line(image_document(str(source.path), detections, frame=frame)) + "\n")
+            self._lines.write(json_line(image_document(str(source), detections, frame=frame)) + "\n")
         if self._rows is not None:
             self._rows.extend(coco_rows(self.image_ids.get(name, name), detections))
         if self.txt:
-            _write_text(self.folder / "labels" / f"{name}.txt", yolo_lines(detections))
+            _write_text(self.folder / "labels" / f"{name}.txt", yolo_lines(detections, scores=self.scores))
 
     def close(self) -> None:
         """Finish the files."""

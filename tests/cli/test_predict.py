@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -9,8 +10,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ import pytest
 from PIL import Image
 
 from rtdetr_cli.images.decode import read_image
+from rtdetr_cli.infer.onnx_backend import OnnxBackend
+from rtdetr_cli.text import counted
 from rtdetr_cli.weights.header import read_header, rewrite_header
 
 
@@ -77,6 +83,76 @@ def test_folder_in_every_format(rtdetr: Callable[..., Any], here: Path, shapes_o
     assert sorted(p.name for p in (here / "out").glob("*.png")) == [f"shapes_{i:02d}.png" for i in range(16)]
     assert len(list((here / "out/labels").glob("shapes_*.txt"))) == 16
     assert (here / "out/labels/classes.txt").read_text() == "tomato\nleaf\nplum\n"
+    objects = sum(len(d["detections"]) for d in found)
+    counts = Counter(row["label"] for d in found for row in d["detections"]).most_common()
+    by_class = ", ".join(f"{number} {name}" for name, number in counts)
+    assert re.search(rf"^16 images in \d+\.\d s: {objects} objects \({by_class}\)", ran.err, re.MULTILINE)
+    assert "results in out: annotated copies, predictions.jsonl, predictions.json, labels/" in ran.err
+
+
+def test_summary_names_images_without_detections(
+    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path
+) -> None:
+    Image.new("RGB", (64, 48)).save("black.png")
+    given = ("-w", shapes_onnx, "--out", "out", "--no-save", "--save-txt", "--save-conf", "--classes", "plum")
+    ran = rtdetr("predict", images / "shapes_00.png", "black.png", *given)
+    assert ran.code == 0, ran.err
+    assert "1 without detections: black.png" in ran.err
+    rows = [line.split() for line in (here / "out/labels/shapes_00.txt").read_text().splitlines()]
+    assert rows
+    assert all(len(row) == 6 and 0.4 < float(row[5]) <= 1 for row in rows)
+
+
+def test_image_from_the_web(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
+    """It gives the same detections as the file, and the copy is named after the end of the address."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(images))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        page = f"{url}/shapes_00.png?version=2"
+        ran = rtdetr("predict", page, f"{url}/shapes.json", "-w", shapes_onnx, "--out", "out", "--json")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert ran.code == 1
+    assert f"error: {url}/shapes.json: the bytes" in ran.err or f"error: {url}/shapes.json" in ran.err
+    document = documents(ran)[0]
+    local = documents(rtdetr("predict", images / "shapes_00.png", "-w", shapes_onnx, "--no-save", "--json"))[0]
+    assert document == {**local, "image": page}
+    assert [path.name for path in (here / "out").iterdir()] == ["shapes_00.png"]
+
+
+def test_interrupted_run_names_what_was_written(
+    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, calls = OnnxBackend.run, iter(range(5))
+
+    def interrupted_run(self: OnnxBackend, *arguments: Any) -> Any:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return run(self, *arguments)
+
+    monkeypatch.setattr(OnnxBackend, "run", interrupted_run)
+    ran = rtdetr("predict", images, "-w", shapes_onnx, "--out", "out", "--save-json", "--save-coco")
+    assert ran.code == 130
+    done = len(ran.out.splitlines())
+    assert f"interrupted; predicted so far: {counted(done, 'image')}, of 16 images" in ran.err
+    assert "results in out: annotated copies, predictions.jsonl, predictions.json" in ran.err
+    assert len((here / "out/predictions.jsonl").read_text().splitlines()) == done
+    assert isinstance(json.loads((here / "out/predictions.json").read_text()), list)
+
+
+def test_several_boxes_on_one_object_are_explained(
+    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path
+) -> None:
+    given = ("predict", images / "shapes_00.png", "-w", shapes_onnx, "--no-save")
+    hint = re.search(
+        r"hint: (\d+) of 100 boxes overlap one with a higher score .*--conf.*--classes", rtdetr(*given, "--conf", 0).err
+    )
+    assert hint
+    assert int(hint[1]) > 10
+    assert "overlap" not in rtdetr(*given).err
 
 
 def test_detects_annotated_objects(
@@ -383,6 +459,8 @@ def test_class_names_of_a_foreign_model_come_from_data(
         (["--classes", "tomatoe"], 2, "did you mean tomato?"),
         (["--layers", "1"], 2, "--layers 1 does not apply"),
         (["--sampling", "cubic"], 2, "neither bilinear nor discrete"),
+        (["--save-conf"], 2, "--save-conf adds scores to the files of --save-txt"),
+        (["--weights", "file.engine", "--threads", "2"], 2, "--threads 2 has no effect on file.engine"),
         (["--out", "file"], 2, "--out file is a file"),
         (["--weights", "gone.onnx"], 4, "gone.onnx does not exist"),
         (["--weights", "file"], 4, "file is not a model file"),
@@ -401,7 +479,8 @@ def test_refusals(
     code: int,
     said: str,
 ) -> None:
-    (here / "file").write_text("x")
+    for name in ("file", "file.engine"):
+        (here / name).write_text("x")
     (here / "empty").mkdir()
     whole = shapes_onnx.read_bytes()
     (here / "cut.onnx").write_bytes(whole[: len(whole) // 2])
@@ -411,7 +490,12 @@ def test_refusals(
     assert said in ran.err
     assert "Traceback" not in ran.err
     assert ran.out == ""
-    assert sorted(p.name for p in here.iterdir()) == ["cut.onnx", "empty", "file"]  # nothing half-written
+    assert sorted(p.name for p in here.iterdir()) == [
+        "cut.onnx",
+        "empty",
+        "file",
+        "file.engine",
+    ]  # nothing half-written
 
 
 @pytest.mark.parametrize(
@@ -421,7 +505,8 @@ def test_refusals(
         ("empty", 3, "the folder empty contains no images"),
         ("*.bmp", 3, "matches no file"),
         ("bad.jpg", 3, "bad.jpg is not an image"),
-        ("http://127.0.0.1/a.jpg", 2, "is a URL"),
+        ("ftp://127.0.0.1/a.jpg", 2, "is not a web address that can be read"),
+        ("http://127.0.0.1:9/a.jpg", 3, "http://127.0.0.1:9/a.jpg cannot be read: Connection refused"),
     ],
 )
 def test_bad_sources(

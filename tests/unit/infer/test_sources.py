@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rtdetr_cli.errors import DataError, UsageError
-from rtdetr_cli.images.decode import IMAGE_SUFFIXES
-from rtdetr_cli.infer.sources import find_sources
+from rtdetr_cli.images.decode import IMAGE_SUFFIXES, ImageError
+from rtdetr_cli.infer.sources import fetch_image, find_sources
 
 
 @pytest.fixture
@@ -84,6 +88,82 @@ def test_sources_without_images(folder: Path, words: list[str], message: str, hi
     assert hint in raised.value.hint
 
 
-def test_url(folder: Path) -> None:
-    with pytest.raises(UsageError, match="is a URL"):
-        find_sources(["https://example.org/a.jpg"])
+def test_web_addresses(folder: Path) -> None:
+    found = find_sources(["https://example.org/a%20b.jpg?size=2", "-"], ["http://example.org/\n", "shots/b.jpg\n"])
+    assert [str(source) for source in found] == [
+        "https://example.org/a%20b.jpg?size=2",
+        "http://example.org/",
+        "shots/b.jpg",
+    ]
+    assert [str(source.name) for source in found] == ["a b", "example", "b"]
+    for url, message in (
+        ("ftp://example.org/a.jpg", "is not a web address that can be read"),
+        ("http://[/a.jpg", "is not a web address that can be read"),
+        ("http:///a.jpg", "is not a web address that can be read"),
+        ("https://example.org/clip.mp4", "only images are read from the web"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            find_sources([url])
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    """A server on this machine."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/moved":
+                self.send_response(302)
+                self.send_header("Location", "/image")
+                self.end_headers()
+                return
+            if self.path == "/gone":
+                self.send_error(404)
+                return
+            self.send_response(200)
+            if self.path == "/cut":
+                self.send_header("Content-Length", "1000")
+            self.end_headers()
+            if self.path == "/slow":
+                stopped.wait(5)
+            elif self.path == "/drip":
+                while not stopped.wait(0.05):
+                    self.wfile.write(b"x")
+            else:
+                self.wfile.write(b"x" * 500)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    stopped = threading.Event()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    stopped.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_images_are_fetched_from_the_web(web: str) -> None:
+    assert fetch_image(f"{web}/image") == fetch_image(f"{web}/moved") == b"x" * 500
+
+
+@pytest.mark.parametrize(
+    ("page", "limits", "code", "message"),
+    [
+        ("gone", {}, "url-refused", "HTTP 404 Not Found"),
+        ("image", {"most_bytes": 400}, "url-too-large", "larger than 0 MB"),
+        ("slow", {"seconds": 0.2}, "url-timeout", "not received within 0.2 seconds"),
+        ("drip", {"seconds": 0.3}, "url-timeout", "not received within 0.3 seconds"),
+        ("cut", {}, "url-unreachable", "500 bytes are missing"),
+    ],
+)
+def test_downloads_that_fail(web: str, page: str, limits: dict[str, Any], code: str, message: str) -> None:
+    with pytest.raises(ImageError, match=message) as raised:
+        fetch_image(f"{web}/{page}", **limits)
+    assert raised.value.code == code
+
+
+def test_a_server_that_is_not_there() -> None:
+    with pytest.raises(ImageError, match=r"cannot be read: .*refused"):
+        fetch_image("http://127.0.0.1:9/a.jpg")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtdetr_cli.infer.detections import Detections
+from rtdetr_cli.infer.detections import Detections, save_image
 from rtdetr_cli.infer.sources import Source
 from rtdetr_cli.infer.write import (
     Results,
@@ -17,10 +17,7 @@ from rtdetr_cli.infer.write import (
     coco_rows,
     image_document,
     json_line,
-    new_folder,
-    save_image,
     saved_name,
-    summary,
     yolo_lines,
 )
 
@@ -57,12 +54,8 @@ def test_document() -> None:
 def test_coco_and_yolo() -> None:
     assert coco_rows(5, FOUND)[0] == {"image_id": 5, "category_id": 17, "bbox": [10, 20, 100, 50], "score": 0.91235}
     assert yolo_lines(FOUND).splitlines()[0] == "1 0.300000 0.450000 0.500000 0.500000"
+    assert yolo_lines(FOUND, scores=True).splitlines()[0] == "1 0.300000 0.450000 0.500000 0.500000 0.912346"
     assert yolo_lines(EMPTY) == ""
-
-
-def test_summary() -> None:
-    assert summary(FOUND) == "1 dog, 1 cat"
-    assert summary(EMPTY) == "no detections"
 
 
 def test_coco_ids() -> None:
@@ -112,11 +105,3 @@ def test_annotated_images_keep_their_format(tmp_path: Path, path: str, name: str
 
 def test_video_name() -> None:
     assert saved_name(source("a.b.avi".replace("avi", "mp4"))) == "a.b.mp4"
-
-
-def test_new_folder_is_never_reused(tmp_path: Path) -> None:
-    assert [new_folder(tmp_path / "runs", "predict").name for _ in range(3)] == [
-        "predict-01",
-        "predict-02",
-        "predict-03",
-    ]

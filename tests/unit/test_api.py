@@ -14,7 +14,7 @@ from PIL import Image
 import rtdetr_cli
 from rtdetr_cli.errors import EnvironmentProblem, ModelError, UsageError
 from rtdetr_cli.images.decode import ImageError, read_image
-from rtdetr_cli.infer.api import Detector, load
+from rtdetr_cli.api import Detector, load
 from rtdetr_cli.infer.detections import Detections
 
 
