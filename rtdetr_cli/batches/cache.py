@@ -144,7 +144,7 @@ class ImageCache:
         kind: `ram` or `disk`.
         regions: number of processes that decode.
         budget: bytes for all pixels; None for half of the free space.
-        largest: upper bound of the bytes that all pixels need, to avoid a file larger than necessary.
+        largest: bytes that all pixels need at most, to avoid a file larger than necessary.
     """
 
     def __init__(

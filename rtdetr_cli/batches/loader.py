@@ -1,8 +1,7 @@
 """Training batches: uint8 images and their boxes, the same for any number of worker processes.
 
-Every random draw depends on (seed, epoch, position in the epoch), so a batch depends only on (seed, epoch, index), and
-not on the number of workers, on how many ranks share it, or on what was loaded before. A resumed run therefore gets
-the same batches as one that was not interrupted.
+Every random draw depends on (seed, epoch, position in the epoch), so a batch depends only on (seed, epoch, index), not
+on the number of workers, on how many ranks share it, or on what was loaded before. A resumed run gets the same batches.
 
 The worker processes (see `worker`) are not torch's: each batch is divided among all of them, so that the first batch
 of an epoch is ready sooner and few batches need to be in progress, and pixels are passed in one fixed block of shared
@@ -16,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import queue
 import signal
 import subprocess
@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rtdetr_cli.batches.cache import ImageCache, SharedBlock, SharedRecords
-from rtdetr_cli.batches.worker import Example, ExampleLoader, Result, Task, WorkerSetup, epoch_order, receive, send
+from rtdetr_cli.batches.worker import Example, ExampleLoader, Result, Task, WorkerSetup, epoch_order, send
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError, EnvironmentProblem, RtdetrError
 from rtdetr_cli.images.augment import Augmentation
@@ -55,38 +55,25 @@ CHILD_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Batch:
-    """B images with their boxes.
+    """B images with their boxes."""
 
-    Attributes:
-        images: (B, 3, H, W) uint8 RGB.
-        boxes_cxcywh: B tensors (N, 4) float32, from 0 to 1.
-        labels: B tensors (N,) int64, contiguous.
-        image_indices: B indices in the dataset.
-        replaced: images that could not be read, as (index in the dataset, what is wrong); another image was used
-            in place of each.
-    """
-
-    images: Tensor
-    boxes_cxcywh: tuple[Tensor, ...]
-    labels: tuple[Tensor, ...]
-    image_indices: tuple[int, ...]
-    replaced: tuple[tuple[int, str], ...] = ()
+    images: Tensor  # (B, 3, H, W) uint8 RGB
+    boxes_cxcywh: tuple[Tensor, ...]  # B times (N, 4) float32, from 0 to 1
+    labels: tuple[Tensor, ...]  # B times (N,) int64, contiguous
+    image_indices: tuple[int, ...]  # in the dataset
+    replaced: tuple[tuple[int, str], ...] = ()  # unreadable images that others stand in for, and what is wrong
 
 
 class TrainLoader:
-    """Loads any number of epochs in full batches, with persistent worker processes.
+    """Loads any number of epochs in full batches, with persistent worker processes, or in this process with none.
+
+    Step k uses the images from `k * batch_size * world_size` on in the epoch's order, and each rank a contiguous part
+    of them: together the ranks see the batch of a single process. Crowd boxes are left out.
 
     Args:
-        dataset: the images; crowd boxes are left out.
-        imgsz: height and width of the network's input.
         batch_size: images of this rank per optimizer step; the training loop cuts them into micro-batches.
-        seed: of the order and of every augmentation.
-        augmentation: from `load_augmentation`.
-        workers: processes; 0 loads the images in this process.
         cache: `none`, or `ram` or `disk` to keep decoded images there.
         cache_budget: bytes for the cache; None for half of the free memory or disk space.
-        rank, world_size: step k uses the images from `k * batch_size * world_size` on in the epoch's order, and each
-            rank a contiguous part of them: together the ranks see the batch of a single process.
         pin_memory: put images into page-locked memory, so that copying them overlaps with the GPU's work.
 
     Raises:
@@ -121,7 +108,6 @@ class TrainLoader:
         batch_bytes = math.prod(self._shape)
         if 2 * batch_bytes > free_bytes(None):
             raise _no_memory(f"a batch of {batch_size} images of {imgsz[0]}x{imgsz[1]}", batch_bytes)
-        self._cached_order: tuple[int, NDArray[np.int64]] | None = None
         records = SharedRecords(dataset)
         self._cache: ImageCache | None = None
         if cache != "none":
@@ -164,26 +150,18 @@ class TrainLoader:
         """Return this rank's part of a batch as one task."""
         first = (index * self._world + self._rank) * self._batch
         positions = range(first, first + self._batch)
-        order = self._order(epoch)
+        order = epoch_order(self._seed, epoch, self._images)
         # The last batch is filled up from the start of the same order.
         images = tuple(int(order[p % self._images]) for p in positions)
         return Task(0, 0, epoch, strong, tuple(range(self._batch)), tuple(positions), images)
 
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        if self._cached_order is None or self._cached_order[0] != epoch:
-            self._cached_order = (epoch, epoch_order(self._seed, epoch, self._images))
-        return self._cached_order[1]
-
     def _load(self, task: Task) -> Batch:
         """Load a batch in this process."""
         images = torch.empty(self._shape, dtype=torch.uint8, pin_memory=self._pin)
-        pixels = images.numpy()
-        examples = []
-        for row, position, image in zip(task.rows, task.positions, task.images, strict=True):
-            example = self._examples.load(image, position, task.epoch, strong=task.strong, out=pixels[row])
+        examples = self._examples.load(task, images.numpy())
+        for example in examples:
             if example.stored is not None and self._cache is not None:
                 self._cache.publish(example.stored)
-            examples.append(example)
         return _batch(images, examples)
 
     def _load_in_workers(self, pool: _WorkerPool, tasks: Iterator[Task]) -> Iterator[Batch]:
@@ -366,9 +344,9 @@ class _WorkerPool:
 def _listen(number: int, child: subprocess.Popen[bytes], results: queue.SimpleQueue[tuple[int, Result | None]]) -> None:
     """Pass on the results of a worker, and None at its end."""
     try:
-        with contextlib.suppress(EOFError, OSError, ValueError):
+        with contextlib.suppress(EOFError, OSError, ValueError, pickle.UnpicklingError):
             while True:
-                results.put((number, receive(_pipe(child.stdout))))
+                results.put((number, pickle.load(_pipe(child.stdout))))
     finally:  # whatever happened, nothing must wait for a result that will not come
         results.put((number, None))
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 import pickle
-import struct
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,6 @@ from rtdetr_cli.images.augment import Augmentation, augment
 from rtdetr_cli.images.decode import ImageError, opened
 
 _MAX_SUBSTITUTES = 16
-_LENGTH = struct.Struct("<Q")
 
 
 def random_generator(seed: int, epoch: int, *purpose: int) -> np.random.Generator:
@@ -34,49 +34,33 @@ def random_generator(seed: int, epoch: int, *purpose: int) -> np.random.Generato
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch, *purpose)))
 
 
+@lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, images: int) -> NDArray[np.int64]:
     """Return the order of the images in an epoch."""
     return random_generator(seed, epoch, 0).permutation(images)
 
 
 class Task(NamedTuple):
-    """Some images of one batch to load.
+    """Some images of one batch to load."""
 
-    Attributes:
-        ticket: number of the task, repeated in its result.
-        slot: which of the batches in progress.
-        epoch, strong: of the batch; whether the strong augmentations are on.
-        rows: indices in the batch.
-        positions: indices in the epoch, which with seed and epoch determine every random draw.
-        images: indices in the dataset.
-    """
-
-    ticket: int
-    slot: int
+    ticket: int  # repeated in the result
+    slot: int  # which of the batches in progress
     epoch: int
-    strong: bool
-    rows: tuple[int, ...]
-    positions: tuple[int, ...]
-    images: tuple[int, ...]
+    strong: bool  # whether the strong augmentations are on
+    rows: tuple[int, ...]  # indices in the batch
+    positions: tuple[int, ...]  # indices in the epoch, which with seed and epoch determine every random draw
+    images: tuple[int, ...]  # indices in the dataset
 
 
 @dataclass(slots=True)
 class Example:
-    """One image of a batch without its pixels.
+    """One image of a batch without its pixels."""
 
-    Attributes:
-        image: index in the dataset of the image that was used.
-        boxes_cxcywh: (N, 4) float32.
-        labels: (N,) int64.
-        replaced: indices of images that could not be read, and why.
-        stored: what was added to the cache.
-    """
-
-    image: int
-    boxes_cxcywh: NDArray[np.float32]
-    labels: NDArray[np.int64]
-    replaced: list[tuple[int, str]] = field(default_factory=list)
-    stored: CacheEntry | None = None
+    image: int  # index in the dataset of the image that was used
+    boxes_cxcywh: NDArray[np.float32]  # (N, 4)
+    labels: NDArray[np.int64]  # (N,)
+    replaced: list[tuple[int, str]] = field(default_factory=list)  # images that could not be read, and why
+    stored: CacheEntry | None = None  # what was added to the cache
 
 
 class ExampleLoader:
@@ -90,12 +74,21 @@ class ExampleLoader:
         self._seed = seed
         self._cache = cache
 
-    def load(self, image: int, position: int, epoch: int, *, strong: bool, out: NDArray[np.uint8]) -> Example:
-        """Write one image into `out` (3, H, W); if it cannot be read, another one is drawn in its place.
+    def load(self, task: Task, out: NDArray[np.uint8]) -> list[Example]:
+        """Write the images of a task into the rows of a batch `out` (B, 3, H, W).
 
         Raises:
             DataError: too many images in a row cannot be read.
         """
+        return [
+            self._load_or_replace(image, position, task.epoch, strong=task.strong, out=out[row])
+            for row, position, image in zip(task.rows, task.positions, task.images, strict=True)
+        ]
+
+    def _load_or_replace(
+        self, image: int, position: int, epoch: int, *, strong: bool, out: NDArray[np.uint8]
+    ) -> Example:
+        """Load one image; if it cannot be read, another one is drawn in its place."""
         replaced: list[tuple[int, str]] = []
         while True:
             try:
@@ -127,10 +120,10 @@ class ExampleLoader:
 
 
 class Result(NamedTuple):
-    """The examples of a task, one per row, or why it failed."""
+    """The examples of the task with that ticket, one per row, or why it failed."""
 
     ticket: int
-    examples: tuple[Example, ...] = ()
+    examples: Sequence[Example] = ()
     failure: Exception | None = None
 
 
@@ -148,22 +141,9 @@ class WorkerSetup:
 
 
 def send(stream: IO[bytes], value: Any) -> None:
-    """Write one value, preceded by its length in bytes."""
-    data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-    stream.write(_LENGTH.pack(len(data)) + data)
+    """Write one value, which `pickle.load` reads at the other end."""
+    pickle.dump(value, stream, pickle.HIGHEST_PROTOCOL)
     stream.flush()
-
-
-def receive(stream: IO[bytes]) -> Any:
-    """Read one value; raise EOFError if the other side has closed the pipe."""
-
-    def read(size: int) -> bytes:
-        data = stream.read(size)
-        if len(data) < size:
-            raise EOFError
-        return data
-
-    return pickle.loads(read(_LENGTH.unpack(read(_LENGTH.size))[0]))
 
 
 def main() -> None:
@@ -180,26 +160,22 @@ def main() -> None:
 
     cv2.setNumThreads(0)  # one core per worker
     try:
-        setup: WorkerSetup = receive(tasks)
+        setup: WorkerSetup = pickle.load(tasks)
         if setup.cache is not None:
             setup.cache.region = setup.number
         loader = ExampleLoader(setup.records, setup.augmentation, setup.seed, setup.cache)
         slots = setup.slots.array(np.uint8, setup.slots_shape)
         while True:
-            task: Task = receive(tasks)
+            task: Task = pickle.load(tasks)
             try:
-                examples = tuple(
-                    loader.load(image, position, task.epoch, strong=task.strong, out=slots[task.slot, row])
-                    for row, position, image in zip(task.rows, task.positions, task.images, strict=True)
-                )
-                result = Result(task.ticket, examples)
+                result = Result(task.ticket, loader.load(task, slots[task.slot]))
             except RtdetrError as error:
                 result = Result(task.ticket, failure=error)
             except Exception:
                 failure = RuntimeError(f"a worker process failed:\n{traceback.format_exc()}")
                 result = Result(task.ticket, failure=failure)
             send(results, result)
-    except (EOFError, BrokenPipeError):
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError):
         os._exit(0)  # flushing into the closed pipe would only print an error
 
 

@@ -12,48 +12,28 @@ COMMAND_ALIASES = {"val": "eval", "evaluate": "eval", "detect": "predict", "fit"
 # foreign flag -> our words for it; () drops the flag and keeps its value, which is a positional argument here
 FLAG_ALIASES: dict[str, tuple[str, ...]] = {
     "--amp": ("--precision", "auto"),
-    "--batch-size": ("--batch",),
-    "--checkpoint": ("--weights",),
-    "--conf-thres": ("--conf",),
-    "--confidence": ("--conf",),
-    "--coco-path": ("--data",),
-    "--dataset": ("--data",),
-    "--dataset-dir": ("--data",),
-    "--early-stopping-patience": ("--patience",),
-    "--epoches": ("--epochs",),
-    "--format": (),
-    "--half": ("--fp16",),
-    "--image-size": ("--imgsz",),
-    "--img-size": ("--imgsz",),
-    "--learning-rate": ("--lr",),
-    "--lr0": ("--lr",),
-    "--max-dets": ("--max-det",),
-    "--model": ("--weights",),
-    "--num-epochs": ("--epochs",),
-    "--num-workers": ("--workers",),
-    "--output": ("--out",),
-    "--output-dir": ("--out",),
-    "--project": ("--out",),
-    "--pretrained-weights": ("--weights",),
-    "--resolution": ("--imgsz",),
-    "--save-dir": ("--out",),
-    "--source": (),
-    "--threshold": ("--conf",),
-    "--tuning": ("--weights",),
     "--use-amp": ("--precision", "auto"),
+    "--batch-size": ("--batch",),
+    "--early-stopping-patience": ("--patience",),
+    "--half": ("--fp16",),
+    "--max-dets": ("--max-det",),
+    "--num-workers": ("--workers",),
+    "--format": (),
+    "--source": (),
+    **dict.fromkeys(("--checkpoint", "--model", "--pretrained-weights", "--tuning"), ("--weights",)),
+    **dict.fromkeys(("--conf-thres", "--confidence", "--threshold"), ("--conf",)),
+    **dict.fromkeys(("--coco-path", "--dataset", "--dataset-dir"), ("--data",)),
+    **dict.fromkeys(("--epoches", "--num-epochs"), ("--epochs",)),
+    **dict.fromkeys(("--image-size", "--img-size", "--resolution"), ("--imgsz",)),
+    **dict.fromkeys(("--learning-rate", "--lr0"), ("--lr",)),
+    **dict.fromkeys(("--output", "--output-dir", "--project", "--save-dir"), ("--out",)),
 }
 # Commands with the model as positional argument: `--model x` means `x`.
 MODEL_IS_POSITIONAL = frozenset({"eval", "export", "benchmark", "compare", "info", "finetune-discrete"})
 
 
 def translate(command: str, arguments: list[str], known: Collection[str]) -> list[str]:
-    """Replace foreign flag names by ours.
-
-    Args:
-        command: the command that will run.
-        arguments: the words after `rtdetr`.
-        known: the flags of the command.
-    """
+    """Replace foreign flag names in the words after `rtdetr` by ours; `known` are the flags of the command."""
     result: list[str] = []
     literal = False
     for word in arguments:
@@ -66,12 +46,10 @@ def translate(command: str, arguments: list[str], known: Collection[str]) -> lis
         replacement = (dashed,) if dashed in known else FLAG_ALIASES.get(dashed)
         if dashed in ("--model", "--checkpoint", "--weights") and command in MODEL_IS_POSITIONAL:
             replacement = ()
-        elif dashed == "--source" and command != "predict":
-            replacement = None
-        elif dashed == "--format":
-            if command == "export":
-                result.extend(f"--{name}" for name in value.split(",")) if equals else result.append(word)
-                continue
+        elif dashed == "--format" and command == "export" and equals:
+            result.extend(f"--{name}" for name in value.split(","))
+            continue
+        elif dashed == "--format" or (dashed == "--source" and command != "predict"):
             replacement = None
         if replacement is None or any(r.startswith("--") and r not in known for r in replacement):
             result.append(word)

@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
 
 import typer
 
@@ -36,9 +35,6 @@ COMMANDS = {
     "doctor": ("doctor", "doctor", "Check that this machine has what a run needs."),
 }
 
-OUT_OF_MEMORY_HINT = "close other programs, or use a smaller --batch, --imgsz or preset"
-SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "no_args_is_help": True}
-
 
 def build(only: str | None = None) -> typer.Typer:
     """Build the application, with all commands or only with the one that is going to run."""
@@ -46,7 +42,9 @@ def build(only: str | None = None) -> typer.Typer:
         help="Finetune RT-DETRv2 on your own images, and deploy it.",
         add_completion=True,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-        **SETTINGS,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
     )
 
     @app.callback()
@@ -75,9 +73,10 @@ def run(argv: Sequence[str]) -> int:
     if arguments[:1] in (["--version"], ["-V"]):
         sys.stdout.write(f"rtdetr {__version__}\n")
         return 0
-    # A shell that asks for completions passes the words in the environment.
-    completing = "_RTDETR_COMPLETE" in os.environ
-    name = None if completing else command_named(arguments)
+    arguments[:1] = [COMMAND_ALIASES.get(word, word) for word in arguments[:1]]
+    name = arguments[0] if arguments and arguments[0] in COMMANDS else None
+    if "_RTDETR_COMPLETE" in os.environ:  # a shell that asks for completions passes the words in the environment
+        name = None
     try:
         command = typer.main.get_command(build(name))
         if name is None:  # typer puts groups last
@@ -113,20 +112,19 @@ def expected_error(error: Exception, command: str | None) -> RtdetrError | None:
         package = (error.name or "").partition(".")[0]
         if not package or package == "rtdetr_cli":
             return None
-        return EnvironmentProblem(
-            f"the package {package} is not installed, or importing it fails: {error}",
-            hint=f"pip install {package}",
-            code="package-missing",
-        )
+        message = f"the package {package} is not installed, or importing it fails: {error}"
+        return EnvironmentProblem(message, hint=f"pip install {package}", code="package-missing")
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return RtdetrError(f"{where}{error.strerror or error}", code="os")
     if out_of_memory(error):
         first_line = str(error).partition("\n")[0].rstrip(".")
-        return RtdetrError(f"out of memory: {first_line}", hint=OUT_OF_MEMORY_HINT, code="out-of-memory")
+        hint = "close other programs, or use a smaller --batch, --imgsz or preset"
+        return RtdetrError(f"out of memory: {first_line}", hint=hint, code="out-of-memory")
     if hasattr(error, "format_message"):  # a usage error of click; its class depends on the version of typer
+        text = " ".join(error.format_message().split()).rstrip(".")
         hint = f"rtdetr {command} --help" if command else "rtdetr --help"
-        return UsageError(sentence(error.format_message()), hint=hint)
+        return UsageError(text[:1].lower() + text[1:], hint=hint)
     return None
 
 
@@ -137,20 +135,6 @@ def out_of_memory(error: Exception) -> bool:
     from rtdetr_cli.train.memory import is_out_of_memory
 
     return is_out_of_memory(error)
-
-
-def command_named(arguments: list[str]) -> str | None:
-    """Return the command that the arguments name, or None; an alias is replaced in place."""
-    if not arguments:
-        return None
-    arguments[0] = COMMAND_ALIASES.get(arguments[0], arguments[0])
-    return arguments[0] if arguments[0] in COMMANDS else None
-
-
-def sentence(text: str) -> str:
-    """Return a message of click in the style of ours: lower case at the start, no full stop at the end."""
-    text = " ".join(text.split()).rstrip(".")
-    return text[:1].lower() + text[1:]
 
 
 def report(error: RtdetrError, *, as_json: bool) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -30,7 +30,7 @@ def demo(
     def stage(number: int, text: str) -> None:
         terminal.say(terminal.paint(f"[{number}/6]", "36;1") + " " + text)
 
-    stage(1, f"generate a dataset: {work.train_images} training images, {work.val_images} validation images")
+    stage(1, f"generate a dataset: {workflow.TRAIN_IMAGES} training images, {workflow.VAL_IMAGES} validation images")
     work.make_dataset()
     stage(2, "check the dataset")
     counts = work.check_dataset()
@@ -57,7 +57,7 @@ def demo(
         "parity": str(artefact.path.parent / "parity.json"),
     }
     if as_json:
-        document: dict[str, Any] = {"metrics": metrics, "artefacts": artefacts, "gate": verdict.to_json()}
+        document = {"metrics": metrics, "artefacts": artefacts, "gate": verdict.to_json()}
         terminal.emit_json({**document, "findings": counts, "seconds": round(seconds, 1)})
     else:
         ap, ap50 = terminal.show(metrics["AP"]), terminal.show(metrics["AP50"])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rtdetr_cli.train.stop import StopFlag
     from rtdetr_cli.workflows.finetune_discrete import FinetuneDiscrete, Outcome
 
-LINE_WIDTH = 120  # of the lists of operators, in characters
+OPERATORS_LISTED = 8
 # Preset and weights come from the model; overfitting a few images makes no sense in a second stage.
 FLAGS = tuple(name for name in TRAIN_FLAGS if name not in ("preset", "weights", "overfit"))
 DEFAULTS = dict.fromkeys(FLAGS, "the run's") | {
@@ -52,15 +52,12 @@ def finetune_discrete(
     if not 0 <= max_drop <= 1:
         raise UsageError(f"--max-drop {max_drop:g} is not a fraction from 0 to 1", hint="0.01 is one point of AP")
     if resume is not None and (model is not None or flags or set_values):
-        raise UsageError(
-            "--resume takes the model and all settings from the run",
-            hint=f"rtdetr finetune-discrete --resume {resume}",
-        )
+        hint = f"rtdetr finetune-discrete --resume {resume}"
+        raise UsageError("--resume takes the model and all settings from the run", hint=hint)
     path = resolve_model(model) if resume is None else None
     if path is not None and path.suffix.lower() in EXPORT_SUFFIXES:
-        raise UsageError(
-            f"{path} is an exported file, which cannot be trained", hint="name the model that it was exported from"
-        )
+        hint = "name the model that it was exported from"
+        raise UsageError(f"{path} is an exported file, which cannot be trained", hint=hint)
 
     from rtdetr_cli.train.stop import stop_on_signals
     from rtdetr_cli.weights.load import load_model
@@ -87,7 +84,15 @@ def finetune_discrete(
     else:
         show_outcome(outcome)
     if not outcome.passed:
-        _fail(outcome, as_json)
+        message, code = "the verification of an export failed", "parity"
+        if outcome.drop > outcome.max_drop:
+            message = f"discrete sampling lost {outcome.drop:.3f} AP, more than --max-drop {outcome.max_drop:g}"
+            code = "max-drop"
+        hint = f"the files are kept in {outcome.run}; train longer with --epochs, or keep the original model"
+        if not as_json:
+            raise GateError(message, hint=hint, code=code)
+        terminal.complain(message, hint)  # the result on stdout stays the only document
+        raise typer.Exit(GateError.exit_code)
 
 
 def _train(stage: FinetuneDiscrete, stop: StopFlag) -> None:
@@ -98,33 +103,29 @@ def _train(stage: FinetuneDiscrete, stop: StopFlag) -> None:
     from rtdetr_cli.workflows.launching import command_line, run_processes
 
     devices = parse_devices(stage.config.settings.device)
-    if len(devices) == 1:
-        try:
-            render(stage.train(stop=stop, argv=command_line()), result_on_stdout=False)
-        except Interrupted as error:
-            error.hint = f"rtdetr finetune-discrete --resume {stage.run}"
-            raise
+    if len(devices) > 1:
+        code = run_processes(stage.config, devices, resume=stage.run if stage.resuming else None)
+        if code:
+            raise typer.Exit(code)
         return
-    code = run_processes(stage.config, devices, resume=stage.run if stage.resuming else None)
-    if code:
-        raise typer.Exit(code)
+    try:
+        render(stage.train(stop=stop, argv=command_line()), result_on_stdout=False)
+    except Interrupted as error:
+        error.hint = f"rtdetr finetune-discrete --resume {stage.run}"
+        raise
 
 
 def show_outcome(outcome: Outcome) -> None:
-    """Print the metrics before and after, the exports, and the recommendation."""
     """Print the tables of a second stage, its files and the recommendation."""
     from rtdetr_cli.runs import DISCRETE_RESULT
+
+    def difference(gap: Any) -> str:
+        return "" if gap is None else f"{gap.value:+.3f} ({gap.lower:+.3f} to {gap.upper:+.3f})"
 
     terminal.table(
         ("model", "AP", "95 %", "AP50", "difference to the original"),
         [
-            (
-                row.name,
-                row.ap.value,
-                f"{row.ap.lower:.3f} to {row.ap.upper:.3f}",
-                row.ap50,
-                "" if row.difference is None else _difference(row.difference),
-            )
+            (row.name, row.ap.value, f"{row.ap.lower:.3f} to {row.ap.upper:.3f}", row.ap50, difference(row.difference))
             for row in outcome.rows
         ],
     )
@@ -144,47 +145,10 @@ def show_outcome(outcome: Outcome) -> None:
     terminal.out(f"model  {outcome.best}")
     for export in outcome.exports:
         terminal.out(f"export of the {export.name} model  {export.artefact.path}")
-    truncated = False
     for export in outcome.exports:
-        line, cut = _operator_line(export.artefact.operators, f"operators of the {export.name} model  ")
-        terminal.out(line)
-        truncated = truncated or cut
-    if truncated:
+        ordered = sorted(export.artefact.operators.items(), key=lambda item: (-item[1], item[0]))
+        words = [f"{kind} {number}" for kind, number in ordered]
+        terminal.out(f"operators of the {export.name} model  {terminal.some(words, OPERATORS_LISTED)}")
+    if any(len(operators) > OPERATORS_LISTED for operators in counts):
         terminal.out(f"all operators  {outcome.run / DISCRETE_RESULT}")
     terminal.out("\n" + outcome.recommendation)
-
-
-def _operator_line(counts: dict[str, int], label: str) -> tuple[str, bool]:
-    """Return a line of an export's operators, the most frequent first, and whether some did not fit."""
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    words = [f"{kind} {number}" for kind, number in ordered]
-    for shown in range(len(words), 0, -1):
-        rest = len(words) - shown
-        line = label + ", ".join(words[:shown]) + (f" and {rest} more kinds" if rest else "")
-        if len(line) <= LINE_WIDTH:
-            return line, rest > 0
-    return label + f"{len(words)} kinds", bool(words)
-
-
-def _difference(gap: Any) -> str:
-    return f"{gap.value:+.3f} ({gap.lower:+.3f} to {gap.upper:+.3f})"
-
-
-def _fail(outcome: Outcome, as_json: bool) -> None:
-    """Exit with code 6; with `--json` the result on stdout stays the only document, and the error goes to stderr.
-
-    Raises:
-        GateError, typer.Exit: always.
-    """
-    too_much = outcome.drop > outcome.max_drop
-    error = GateError(
-        f"discrete sampling lost {outcome.drop:.3f} AP, more than --max-drop {outcome.max_drop:g}"
-        if too_much
-        else "the verification of an export failed",
-        hint=f"the files are kept in {outcome.run}; train longer with --epochs, or keep the original model",
-        code="max-drop" if too_much else "parity",
-    )
-    if not as_json:
-        raise error
-    terminal.complain(error.message, error.hint)
-    raise typer.Exit(error.exit_code)

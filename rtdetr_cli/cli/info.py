@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from rtdetr_cli.cli import terminal
+from rtdetr_cli.cli.terminal import JsonFlag
 
 
 def info(
@@ -15,10 +19,9 @@ def info(
             metavar="[MODEL]", help="Model file or run folder (default: the newest run).", show_default=False
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Describe a model file: classes, sizes, thresholds, metrics, origin, tensors and graph."""
-    from rtdetr_cli.cli import terminal
     from rtdetr_cli.cli.select import CHECKPOINT_SUFFIX, model_file, resolve_model
     from rtdetr_cli.infer.inspect import inspect_model
 
@@ -41,30 +44,27 @@ def _checkpoint(path: Path) -> dict[str, Any] | None:
         if file.read(len(MAGIC)) != MAGIC:
             return None
     state = read_checkpoint(path)
-    tensors, size = _count_tensors(state)
-    progress = state.get("place")
+    arrays = list(_arrays(state))
     return {
         "path": str(path),
         "format": "training checkpoint",
         "bytes": path.stat().st_size,
         "note": f"for resuming only: rtdetr train --resume {path.parent}; predict with best.safetensors instead",
-        "place": {str(k): v for k, v in progress.items() if isinstance(v, int | float | str)}
-        if isinstance(progress, dict)
-        else {},
-        "tensors": tensors,
-        "tensor_bytes": size,
+        "place": {str(k): v for k, v in state.get("place", {}).items() if isinstance(v, int | float | str)},
+        "tensors": len(arrays),
+        "tensor_bytes": sum(int(array.nbytes) for array in arrays),
         "parts": sorted(str(key) for key in state),
         "header": None,
     }
 
 
-def _count_tensors(value: object) -> tuple[int, int]:
-    """Return the number of tensors in nested containers, and their bytes."""
+def _arrays(value: object) -> Iterator[Any]:
+    """Yield the tensors in nested containers."""
     if hasattr(value, "nbytes") and hasattr(value, "dtype"):
-        return 1, int(value.nbytes)
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    counts = [_count_tensors(item) for item in items]
-    return sum(n for n, _ in counts), sum(b for _, b in counts)
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _arrays(item)
 
 
 def _rows(description: dict[str, Any]) -> list[tuple[str, str]]:
@@ -72,16 +72,19 @@ def _rows(description: dict[str, Any]) -> list[tuple[str, str]]:
     header = description.get("header") or {}
     extra = header.get("extra", {})
     source = extra.get("source_identity")
-    metrics = header.get("metrics", {})
+    size, parameters, tensors = description["bytes"], description.get("parameters"), description.get("tensors")
+    types = ", ".join(f"{number} {name}" for name, number in description.get("types", {}).items())
+    operators = description.get("operators") or {}
+    kinds = terminal.some([f"{number} {name}" for name, number in operators.items()])
     rows: list[tuple[str, object]] = [
         ("format", description["format"]),
         ("layout", description.get("layout")),
-        ("size", _bytes(description["bytes"])),
+        ("size", f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size:,} bytes"),
         ("note", description.get("note")),
         *(_header_rows(header) if header else [("header", "none: no class names, sizes or thresholds")]),
-        ("parameters", f"{description['parameters'] / 1e6:.1f} M" if description.get("parameters") else None),
-        ("tensors", _tensors(description)),
-        ("metrics", ", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if v is not None)),
+        ("parameters", f"{parameters / 1e6:.1f} M" if parameters else None),
+        ("tensors", f"{tensors} ({types})" if tensors and types else tensors or types),
+        ("metrics", ", ".join(f"{k} {v:.3f}" for k, v in header.get("metrics", {}).items() if v is not None)),
         ("trained on", header.get("dataset", {}).get("name")),
         ("precision", extra.get("precision")),
         ("export check", _verification(extra.get("gate"))),
@@ -89,7 +92,7 @@ def _rows(description: dict[str, Any]) -> list[tuple[str, str]]:
         ("outputs", _ports(description.get("outputs"))),
         ("opset", description.get("opset")),
         ("producer", description.get("producer")),
-        ("operators", _operators(description.get("operators"))),
+        ("operators", f"{sum(operators.values())}: {kinds}" if operators else None),
         ("weights file", description.get("weights")),
         ("header file", description.get("header_file")),
         ("progress", ", ".join(f"{k} {v}" for k, v in description.get("place", {}).items())),
@@ -118,13 +121,8 @@ def _header_rows(header: dict[str, Any]) -> list[tuple[str, object]]:
     ]
 
 
-def _bytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size:,} bytes"
-
-
 def _shorten(values: Any, most: int = 12) -> str:
-    listed = ", ".join(str(v) for v in list(values)[:most])
-    return listed + (f" and {len(values) - most} more" if len(values) > most else "")
+    return terminal.some([str(v) for v in values], most)
 
 
 def _architecture(spec: dict[str, Any]) -> str:
@@ -135,14 +133,6 @@ def _architecture(spec: dict[str, Any]) -> str:
         f"ResNet-vd {spec.get('depth')}, width {spec.get('width')}; encoder {spec.get('hidden_dim')}; "
         f"decoder {spec.get('decoder_dim')}, {spec.get('decoder_layers')} layers, points {points}"
     )
-
-
-def _tensors(description: dict[str, Any]) -> str:
-    types = ", ".join(f"{number} {name}" for name, number in description.get("types", {}).items())
-    total = description.get("tensors")
-    if total is None:
-        return types
-    return f"{total} ({types})" if types else str(total)
 
 
 def _thresholds(stored: dict[str, Any] | None, names: Any) -> str:
@@ -156,20 +146,12 @@ def _verification(gate: dict[str, Any] | None) -> str:
     """Return the result of the export check that a header records."""
     if not gate:
         return ""
-    passed = gate.get("passed")
-    if passed is None:
+    if gate.get("passed") is None:
         return "not verified"
     matched = gate.get("matched")
     share = f", {matched:.1%} of detections matched" if isinstance(matched, float) else ""
-    return ("passed" if passed else "FAILED") + share
+    return ("passed" if gate["passed"] else "FAILED") + share
 
 
 def _ports(ports: list[dict[str, Any]] | None) -> str:
     return "; ".join(f"{p['name']} {p['type']} ({', '.join(map(str, p['shape']))})" for p in ports or ())
-
-
-def _operators(operators: dict[str, int] | None, most: int = 8) -> str:
-    if not operators:
-        return ""
-    listed = ", ".join(f"{number} {name}" for name, number in list(operators.items())[:most])
-    return f"{sum(operators.values())}: {listed}" + (", ..." if len(operators) > most else "")

@@ -28,21 +28,12 @@ def list_presets(as_json: JsonFlag = False) -> None:
     if as_json:
         terminal.emit_json({"presets": [p.model_dump(mode="json") for p in presets]})
         return
-    terminal.table(
-        ("preset", "M params", "COCO AP", "lr", "lr backbone", "layers", "description"),
-        [
-            (
-                p.name,
-                f"{p.params_m:.1f}",
-                p.published_ap,
-                f"{p.optim.lr:.0e}",
-                f"{p.optim.lr_backbone:.0e}",
-                f"{p.model.eval_layers}/{p.model.decoder_layers}",
-                p.description,
-            )
-            for p in presets
-        ],
-    )
+    rows = []
+    for p in presets:
+        rates = (f"{p.optim.lr:.0e}", f"{p.optim.lr_backbone:.0e}")
+        layers = f"{p.model.eval_layers}/{p.model.decoder_layers}"
+        rows.append((p.name, f"{p.params_m:.1f}", p.published_ap, *rates, layers, p.description))
+    terminal.table(("preset", "M params", "COCO AP", "lr", "lr backbone", "layers", "description"), rows)
     terminal.out("COCO AP: as published for val2017. layers: used/trained. Details: rtdetr presets show NAME")
 
 

@@ -15,13 +15,14 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
-    from rich.progress import ProgressColumn, TaskID
+    from rich.progress import TaskID
 
 SCHEMA_VERSION = 1
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on one line.")]
@@ -106,24 +107,17 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: st
     from rich.table import Table
     from rich.text import Text
 
-    cells = [[show(value) for value in row] for row in rows]
     drawn = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False)
     for position, name in enumerate(columns):
-        column = [row[position] for row in rows]
-        numeric = bool(column) and all(isinstance(v, (int, float)) or v is None for v in column)
+        numeric = bool(rows) and all(isinstance(row[position], int | float | None) for row in rows)
         drawn.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
-    for row in cells:
-        drawn.add_row(*(Text(cell) for cell in row))
+    for row in rows:
+        drawn.add_row(*(Text(show(value)) for value in row))
     # Nothing may be folded in a pipe: programs and `grep` read whole rows.
-    width = None if is_terminal(sys.stdout) else 10_000
-    console = Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
-    if width is None:
+    console = Console(file=sys.stdout, width=None if is_terminal(sys.stdout) else 10_000, highlight=False)
+    with console.capture() as captured:
         console.print(drawn)
-    else:
-        with console.capture() as captured:
-            console.print(drawn)
-        sys.stdout.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
-        sys.stdout.flush()
+    out("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def show(value: object) -> str:
@@ -154,14 +148,10 @@ def fold(text: str, *, indent: int, first: int = 0) -> str:
     if not is_terminal():
         return text
     width = max(40, shutil.get_terminal_size().columns)
-    lines = textwrap.fill(
-        " " * first + text,
-        width,
-        subsequent_indent=" " * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return lines[first:]
+    fill = textwrap.TextWrapper(
+        width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    ).fill
+    return fill(" " * first + text)[first:]
 
 
 def some(names: Sequence[str], most: int = 8) -> str:
@@ -186,20 +176,17 @@ class _Lines:
 
     def advance(self, n: int = 1, **facts: object) -> None:
         self.done += n
-        if self.total < 10:
-            return
-        tenths = min(10, 10 * self.done // self.total)
+        tenths = min(10, 10 * self.done // self.total) if self.total >= 10 else 0
         if tenths <= self.tenths:
             return
         self.tenths = tenths
-        seconds = time.monotonic() - self.start
-        rate = self.done / seconds if seconds > 0 else 0.0
+        rate = self.done / max(time.monotonic() - self.start, 1e-9)
         if self.in_bytes:
             size = f"{self.done / 1e6:.1f} of {self.total / 1e6:.1f} MB"
             say(f"{self.what}  {tenths * 10} %  {size}  {rate / 1e6:.1f} MB/s")
         else:
-            shown = "".join(f"  {key} {show(value)}" for key, value in facts.items())
-            say(f"{self.what} {self.done}/{self.total}  {rate:.1f}/s{shown}")
+            figures = "".join(f"  {key} {show(value)}" for key, value in facts.items())
+            say(f"{self.what} {self.done}/{self.total}  {rate:.1f}/s{figures}")
 
 
 class _Bar:
@@ -209,47 +196,37 @@ class _Bar:
         self.bar, self.task = bar, task
 
     def advance(self, n: int = 1, **facts: object) -> None:
-        fields: dict[str, Any] = {}
-        if facts:
-            fields["facts"] = "  ".join(f"{key} {show(value)}" for key, value in facts.items())
+        text = "  ".join(f"{key} {show(value)}" for key, value in facts.items())
+        fields: dict[str, Any] = {"facts": text} if facts else {}
         self.bar.update(self.task, advance=n, **fields)
 
 
-def make_bar(*columns: ProgressColumn) -> RichProgress:
-    """Return a progress bar on stderr that disappears at the end: description, bar, `columns`, time left."""
+def make_bar(*, in_bytes: bool = False) -> RichProgress:
+    """Return a progress bar on stderr that disappears at the end; its tasks have a field `facts`."""
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as RichProgress
 
-    return RichProgress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        *columns,
-        TimeRemainingColumn(compact=True),
+    amount = (rich.DownloadColumn(), rich.TransferSpeedColumn()) if in_bytes else (rich.MofNCompleteColumn(),)
+    return rich.Progress(
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(bar_width=24),
+        *amount,
+        rich.TextColumn("{task.fields[facts]}"),
+        rich.TimeRemainingColumn(compact=True),
         console=Console(file=sys.stderr, highlight=False),
         transient=True,
     )
 
 
 @contextmanager
-def transfer(total: int | None, what: str) -> Iterator[Progress]:
-    """Show how much of a file has arrived, in bytes: a bar on a terminal, lines in a pipe."""
-    if not is_terminal():
-        yield _Lines(total, what, in_bytes=True)
-        return
-    from rich.progress import DownloadColumn, TransferSpeedColumn
-
-    with make_bar(DownloadColumn(), TransferSpeedColumn()) as bar:
-        yield _Bar(bar, bar.add_task(what, total=total))
-
-
-@contextmanager
-def progress(total: int | None, what: str) -> Iterator[Progress]:
+def progress(total: int | None, what: str, *, in_bytes: bool = False) -> Iterator[Progress]:
     """Show how far long work has come: a bar on a terminal, lines in a pipe."""
     if not is_terminal():
-        yield _Lines(total, what, in_bytes=False)
+        yield _Lines(total, what, in_bytes=in_bytes)
         return
-    from rich.progress import MofNCompleteColumn, TextColumn
-
-    with make_bar(MofNCompleteColumn(), TextColumn("{task.fields[facts]}")) as bar:
+    with make_bar(in_bytes=in_bytes) as bar:
         yield _Bar(bar, bar.add_task(what, total=total, facts=""))
+
+
+transfer = partial(progress, in_bytes=True)
+"""Show how much of a file has arrived."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,15 +45,18 @@ def train(
     if resume is not None and (dry_run or config_file is not None):
         flag = "--dry-run" if dry_run else "--config"
         raise UsageError(f"--resume cannot be combined with {flag}", hint=f"rtdetr train --resume {resume}")
-    config = None
+    config, inherited = None, list[str]()
     if resume is None:
         config, weights, inherited = launching.resolve_training(flags, sets=sets, config_file=config_file)
-        if inherited and _is_first_process():
-            terminal.say(f"from {weights}: {terminal.some(inherited, 5)}")
-    _start_processes(config, resume, flags, sets, ["--dry-run"] * dry_run + ["--json"] * as_json)
 
+    from rtdetr_cli.train.processes import launched
     from rtdetr_cli.train.stop import stop_on_signals
     from rtdetr_cli.workflows import finetune as workflow
+
+    first_process = not launched() or os.environ["RANK"] == "0"
+    if inherited and first_process:
+        terminal.say(f"from {weights}: {terminal.some(inherited, 5)}")
+    _start_processes(config, resume, flags, sets, ["--dry-run"] * dry_run + ["--json"] * as_json)
 
     with stop_on_signals() as stop:
         if resume is not None:
@@ -62,7 +66,7 @@ def train(
             events = workflow.finetune(
                 config, stop=stop, argv=launching.command_line(), dry_run=dry_run, fetching=terminal.transfer
             )
-        if _is_first_process():
+        if first_process:
             render(events, as_json=as_json)
         else:
             deque(events, maxlen=0)  # the first process renders the run for all of them
@@ -97,11 +101,3 @@ def _start_processes(
     else:
         refuse_changes(config, flags, sets, resume)
     raise typer.Exit(run_processes(config, devices, resume=resume, words=words))
-
-
-def _is_first_process() -> bool:
-    import os
-
-    from rtdetr_cli.train.processes import launched
-
-    return not launched() or os.environ["RANK"] == "0"

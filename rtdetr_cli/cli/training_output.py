@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rtdetr_cli.cli import terminal
@@ -17,13 +17,10 @@ if TYPE_CHECKING:
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
 
-def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: bool = True) -> dict[str, Any]:
-    """Show a run as it happens and return its result as plain values.
+def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: bool = True) -> None:
+    """Show a run as it happens, and print its result as a table or as one JSON line.
 
-    Args:
-        events: of `workflows.finetune`.
-        as_json: print the result as one JSON line in place of a table.
-        result_on_stdout: False where the run is part of a larger command that prints a result of its own.
+    `result_on_stdout` is False where the run is part of a larger command that prints a result of its own.
     """
     from rtdetr_cli.train import events as training
     from rtdetr_cli.workflows import events as workflow
@@ -39,7 +36,7 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
                     _show_start(event)
                     bar.start(event)
                 case training.EvaluationStarted():
-                    bar.show_evaluation(event.step)
+                    bar.update(completed=event.step, facts="evaluating")
                 case training.StepDone():
                     bar.show_step(event)
                     for image, reason in event.replaced:
@@ -47,7 +44,7 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
                 case training.EpochDone():
                     bar.say(epoch_line(event, bar.seconds_left(event)))
                 case training.StepSkipped():
-                    bar.say(skipped_line(event))
+                    bar.say(_skipped_line(event))
                 case training.MicroBatchReduced():
                     bar.say(
                         f"warning: out of memory at step {event.step + 1}: repeating it with micro-batch "
@@ -63,32 +60,35 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
                 case workflow.DryRunResult():
                     bar.stop()
                     assert started is not None
-                    result = dry_run_document(event, started)
+                    result = _dry_run_document(event, started)
                     if not as_json:
                         _show_dry_run(event, started)
                 case workflow.RunFinished():
                     bar.stop()
                     if event.already_finished:
                         terminal.say(f"{event.folder} has already finished: there is nothing left to do")
-                    result = result_document(event)
+                    result = {
+                        "run": str(event.folder),
+                        "best": str(event.best),
+                        "metrics": dict(event.metrics),
+                        "best_epoch": event.best_epoch + 1,
+                        "epochs": event.epochs,
+                        "stopped": event.reason,
+                        "seconds": round(event.seconds, 1),
+                        "explanation": event.explanation or None,
+                        "already_finished": event.already_finished,
+                    }
                     if result_on_stdout and not as_json:
                         _show_result(event)
                     if event.explanation:
                         terminal.warn(f"the images were not overfitted: {event.explanation}")
-                case _:
-                    pass
     finally:
         bar.stop()
         # Closing the generator ends the processes of the loader now; an error may keep its frames alive for long.
-        close = getattr(events, "close", None)
-        if close is not None:
-            close()
+        if isinstance(events, Generator):
+            events.close()
     if as_json and result_on_stdout:
         terminal.emit_json(result)
-    return result
-
-
-# ---- start ------------------------------------------------------------------------------------------------------
 
 
 def _say(text: str, indent: int = 6) -> None:
@@ -106,13 +106,7 @@ def _show_start(event: RunStarted) -> None:
     torch_version = ".".join(version("torch").split(".")[:2])
     _say(f"rtdetr {__version__}  torch {torch_version}  {device} {event.precision}")
     _show_model(event)
-    _say(f"data  {_describe_data(event)}")
-    if event.splits.split_made and event.resumed is None and not settings.overfit:
-        total = event.train_images + event.val_images
-        _say(
-            f"split  the dataset has no val split: {event.val_images} of {total} images were drawn for it "
-            f"(seed {settings.seed})"
-        )
+    _show_data(event)
     _say(plan_line(event.plan, event.micro_batch, event.processes))
     given = event.config.given("batch") and settings.batch != "auto"
     choices = [(choice.name, choice.value, choice.reason) for choice in event.choices]
@@ -130,20 +124,21 @@ def _show_start(event: RunStarted) -> None:
         terminal.warn(terminal.fold(warning, indent=9, first=9))
 
 
-def _describe_data(event: RunStarted) -> str:
-    splits = event.splits
-    if event.config.settings.overfit:  # the same images, repeated, for training and validation
+def _show_data(event: RunStarted) -> None:
+    splits, settings = event.splits, event.config.settings
+    if settings.overfit:  # the same images, repeated, for training and validation
         times = event.train_images // event.val_images
         repeats = "once" if times == 1 else f"{times} times"
         images = f"{counted(event.val_images, 'image')}, {repeats} per epoch, for training and validation"
     else:
         images = f"{event.train_images:,} train / {event.val_images:,} val images"
-    parts = [f"{splits.name}: {images}", counted(len(splits.categories), "class")]
+    text = f"data  {splits.name}: {images}, {counted(len(splits.categories), 'class')}"
     # A resumed run was fully checked when it began, so the few findings of reading its labels again say nothing new.
     warnings = 0 if event.resumed else sum(f.severity == "warning" for f in splits.findings)
-    if warnings:
-        parts.append(f"{counted(warnings, 'warning')} (rtdetr validate)")
-    return ", ".join(parts)
+    _say(text + (f", {counted(warnings, 'warning')} (rtdetr validate)" if warnings else ""))
+    if splits.split_made and event.resumed is None and not settings.overfit:
+        drawn = f"{event.val_images} of {event.train_images + event.val_images} images were drawn for it"
+        _say(f"split  the dataset has no val split: {drawn} (seed {settings.seed})")
 
 
 def _show_model(event: RunStarted) -> None:
@@ -159,14 +154,10 @@ def _show_model(event: RunStarted) -> None:
         if row.source_name
     ]
     new = [row.name for row in table.classes if row.source_name is None]
-    if transferred:
-        _say(f"  transferred by class name  {terminal.some(transferred)}", indent=29)
-    if new:
-        _say(f"  reinitialized              {terminal.some(new)}", indent=29)
+    for title, names in (("transferred by class name", transferred), ("reinitialized", new)):
+        if names:
+            _say(f"  {title:<25}  {terminal.some(names)}", indent=29)
     _say(f"  in  {terminal.some(table.by_class, 3)}")
-
-
-# ---- progress ---------------------------------------------------------------------------------------------------
 
 
 def epoch_line(event: EpochDone, seconds_left: float) -> str:
@@ -182,16 +173,14 @@ def epoch_line(event: EpochDone, seconds_left: float) -> str:
     return "  ".join(parts)
 
 
-def skipped_line(event: StepSkipped) -> str:
-    """Return the message about a skipped step."""
-    skipped = event.skipped
-    if skipped.scale_only:
+def _skipped_line(event: StepSkipped) -> str:
+    if event.scale_only:
         return f"step {event.step + 1} skipped: the float16 loss scale was too high and has been halved"
-    files = f" ({terminal.some(skipped.files, 4)})" if skipped.files else ""
-    evidence = f"; its batch was saved to {skipped.evidence}" if skipped.evidence else ""
+    files = f" ({terminal.some(event.files, 4)})" if event.files else ""
+    evidence = f"; its batch was saved to {event.evidence}" if event.evidence else ""
     return (
-        f"warning: step {event.step + 1} skipped: {skipped.term} is not finite{files}, "
-        f"{skipped.in_a_row} in a row{evidence}"
+        f"warning: step {event.step + 1} skipped: {event.term} is not finite{files}, "
+        f"{event.in_a_row} in a row{evidence}"
     )
 
 
@@ -208,24 +197,17 @@ class _TrainingBar:
         self._epochs = event.plan.epochs
         if not terminal.is_terminal() or event.folder is None:
             return
-        from rich.progress import MofNCompleteColumn, TextColumn
-
-        self._bar = terminal.make_bar(MofNCompleteColumn(), TextColumn("{task.fields[facts]}"))
+        self._bar = terminal.make_bar()
         done = event.resumed[1] if event.resumed else 0
         self._task = self._bar.add_task("step", total=event.plan.total_steps, completed=done, facts="")
         self._bar.start()
 
     def show_step(self, event: StepDone) -> None:
-        facts = (
-            f"loss {event.loss:.2f}  lr {event.lr:.2g}  {1 / event.seconds:.1f} steps/s  "
-            f"{event.memory_bytes / 1e9:.1f} GB"
-        )
-        self._update(completed=event.step + 1, facts=facts, description=f"epoch {event.epoch + 1}/{self._epochs}")
+        rate, memory = 1 / event.seconds, event.memory_bytes / 1e9
+        facts = f"loss {event.loss:.2f}  lr {event.lr:.2g}  {rate:.1f} steps/s  {memory:.1f} GB"
+        self.update(completed=event.step + 1, facts=facts, description=f"epoch {event.epoch + 1}/{self._epochs}")
 
-    def show_evaluation(self, step: int) -> None:
-        self._update(completed=step, facts="evaluating")
-
-    def _update(self, **fields: Any) -> None:
+    def update(self, **fields: Any) -> None:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, **fields)
 
@@ -251,24 +233,6 @@ class _TrainingBar:
             self._bar = None
 
 
-# ---- result -----------------------------------------------------------------------------------------------------
-
-
-def result_document(event: RunFinished) -> dict[str, Any]:
-    """Return the result of a run as plain values."""
-    return {
-        "run": str(event.folder),
-        "best": str(event.best),
-        "metrics": dict(event.metrics),
-        "best_epoch": event.best_epoch + 1,
-        "epochs": event.epochs,
-        "stopped": event.reason,
-        "seconds": round(event.seconds, 1),
-        "explanation": event.explanation or None,
-        "already_finished": event.already_finished,
-    }
-
-
 def _show_result(event: RunFinished) -> None:
     best_epoch = f"{event.best_epoch + 1} of {event.epochs}"
     metrics = [event.metrics.get(name) for name in METRICS]
@@ -278,27 +242,6 @@ def _show_result(event: RunFinished) -> None:
         terminal.say(f"report  {event.page}")
     if event.reason == "patience":
         terminal.say("stopped early: no better AP within --patience")
-
-
-def dry_run_document(result: DryRunResult, started: RunStarted) -> dict[str, Any]:
-    """Return the result of a dry run as plain values."""
-    return {
-        "plan": [{"name": c.name, "value": c.value, "reason": c.reason} for c in started.choices],
-        "micro_batch": result.micro_batch,
-        "seconds": {
-            "step": result.step_seconds,
-            "worst_step": result.worst_seconds,
-            "evaluation": result.evaluation_seconds,
-            "export": result.export_seconds,
-            "total": result.total_seconds,
-        },
-        "memory_bytes": result.memory_bytes,
-        "memory_total": result.memory_total,
-        "disk_bytes": result.disk_bytes,
-        "disk_free": result.disk_free,
-        "export_bytes": result.export_bytes,
-        "warnings": [*started.warnings, *dry_run_warnings(result)],
-    }
 
 
 def dry_run_warnings(result: DryRunResult) -> list[str]:
@@ -317,6 +260,22 @@ def dry_run_warnings(result: DryRunResult) -> list[str]:
             "with a smaller --batch"
         )
     return warnings
+
+
+def _dry_run_document(result: DryRunResult, started: RunStarted) -> dict[str, Any]:
+    names = ("micro_batch", "memory_bytes", "memory_total", "disk_bytes", "disk_free", "export_bytes")
+    return {
+        "plan": [{"name": c.name, "value": c.value, "reason": c.reason} for c in started.choices],
+        "seconds": {
+            "step": result.step_seconds,
+            "worst_step": result.worst_seconds,
+            "evaluation": result.evaluation_seconds,
+            "export": result.export_seconds,
+            "total": result.total_seconds,
+        },
+        **{name: getattr(result, name) for name in names},
+        "warnings": [*started.warnings, *dry_run_warnings(result)],
+    }
 
 
 def _show_dry_run(result: DryRunResult, started: RunStarted) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.terminal import JsonFlag
+from rtdetr_cli.errors import ModelError, UsageError
 
 app = terminal.command_group("List, fetch, verify and import published weights.")
 
@@ -30,8 +31,6 @@ def _file_name(name: str) -> str:
         return name
     weights = load_preset(name).weights
     if weights is None:
-        from rtdetr_cli.errors import UsageError
-
         raise UsageError(f"preset {name} has no published weights", hint="rtdetr weights list")
     return weights
 
@@ -42,15 +41,10 @@ def list_files(as_json: JsonFlag = False) -> None:
     from rtdetr_cli.weights import hub
 
     folder = hub.weights_folder()
-    rows = [
-        {
-            "file": entry.file,
-            "what": entry.description,
-            "here": (folder / entry.file).is_file(),
-            "sha256": hub.expected_sha256(entry.file),
-        }
-        for entry in hub.PUBLISHED.values()
-    ]
+    rows = []
+    for entry in hub.PUBLISHED.values():
+        here, sha256 = (folder / entry.file).is_file(), hub.expected_sha256(entry.file)
+        rows.append({"file": entry.file, "what": entry.description, "here": here, "sha256": sha256})
     if as_json:
         terminal.emit_json({"folder": str(folder), "files": rows})
         return
@@ -73,16 +67,14 @@ def fetch(
     from rtdetr_cli.weights import hub
 
     file = _file_name(name)
-    hash_before = hub.expected_sha256(file)
+    recorded = hub.expected_sha256(file)
     path = hub.fetch(file, force=force, progress=terminal.transfer)
-    _warn_if_changed(hash_before, hub.expected_sha256(file))
-    _print_path(path, as_json)
+    _print_path(path, as_json, recorded=recorded)
 
 
 @app.command()
 def verify(as_json: JsonFlag = False) -> None:
     """Check the hash of every cached file."""
-    from rtdetr_cli.errors import ModelError
     from rtdetr_cli.weights import hub
 
     rows, errors = [], []
@@ -114,10 +106,8 @@ def import_(
     """Check the hash of a downloaded file and copy it into the cache."""
     from rtdetr_cli.weights import hub
 
-    hash_before = hub.expected_sha256(file.name)
-    path = hub.import_file(file, force=force)
-    _warn_if_changed(hash_before, hub.expected_sha256(file.name))
-    _print_path(path, as_json)
+    recorded = hub.expected_sha256(file.name)
+    _print_path(hub.import_file(file, force=force), as_json, recorded=recorded)
 
 
 @app.command()
@@ -128,12 +118,12 @@ def path(name: Name, as_json: JsonFlag = False) -> None:
     _print_path(hub.weights_folder() / hub.find_published(_file_name(name)).file, as_json)
 
 
-def _warn_if_changed(before: str, after: str) -> None:
-    if before and before != after:
-        terminal.warn(f"the file has changed: its recorded sha256 was {before[:12]}..., now it is {after[:12]}...")
+def _print_path(path: Path, as_json: bool, *, recorded: str = "") -> None:
+    """Print the path of a file in the cache, and warn if its hash is not the one that was recorded before."""
+    from rtdetr_cli.weights import hub
 
-
-def _print_path(path: Path, as_json: bool) -> None:
+    if recorded and recorded != (now := hub.expected_sha256(path.name)):
+        terminal.warn(f"the file has changed: its recorded sha256 was {recorded[:12]}..., now it is {now[:12]}...")
     if as_json:
         terminal.emit_json({"path": str(path)})
     else:

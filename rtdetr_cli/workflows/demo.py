@@ -1,12 +1,8 @@
-"""Every command in turn on a synthetic dataset: nothing is downloaded, and the model must learn.
-
-Each step is that of the command itself; the demo adds the order and a final check of the accuracy.
-"""
+"""Every command in turn on a synthetic dataset: nothing is downloaded, and the model must learn."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +13,7 @@ from rtdetr_cli.datasets.generate import generate_dataset
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import GateError, RtdetrError, UsageError
 from rtdetr_cli.evaluate.run import Evaluation, evaluate
-from rtdetr_cli.export.artefacts import Artefact
-from rtdetr_cli.export.events import Notice
+from rtdetr_cli.export.artefacts import Artefact, Notice
 from rtdetr_cli.export.run import export_events
 from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.selection import select_by
@@ -38,69 +33,43 @@ REQUIRED_AP50 = 0.5
 DRAWN_IMAGES = 12
 
 
-@dataclass(slots=True)
 class Demo:
-    """One demo in one folder; its methods are called in the order of their definition.
+    """One demo in one folder; its methods are called in the order of their definition."""
 
-    Attributes:
-        folder: for all files; new, empty, or an earlier demo's.
-        epochs: of the training.
-        train_images, val_images: of the dataset; fewer make a faster and worse demo.
-        seed: of the dataset and of the training.
-        run, best: folder and model of the training.
-    """
+    def __init__(self, folder: Path, *, epochs: int) -> None:
+        self.folder = folder
+        self.data = folder / "shapes"
+        self.epochs = epochs
+        self.run = self.best = Path()  # folder and model of the training
 
-    folder: Path
-    epochs: int = EPOCHS
-    train_images: int = TRAIN_IMAGES
-    val_images: int = VAL_IMAGES
-    seed: int = 0
-    run: Path = field(default_factory=Path)
-    best: Path = field(default_factory=Path)
-
-    @property
-    def data(self) -> Path:
-        """Folder of the dataset."""
-        return self.folder / "shapes"
-
-    def make_dataset(self) -> Path:
+    def make_dataset(self) -> None:
         """Generate the dataset; an earlier demo's is replaced by identical files.
 
         Raises:
             UsageError: the folder holds other files.
             RtdetrError: the folder cannot be written.
         """
+        problem = ""
         if self.folder.exists() and not self.folder.is_dir():
-            raise UsageError(f"{self.folder} is a file, not a folder", hint="choose another folder: rtdetr demo DIR")
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.data / "train.json").is_file():
-            raise UsageError(
-                f"the folder {self.folder} is not empty and holds no earlier demo",
-                hint="choose another folder: rtdetr demo DIR",
-            )
+            problem = f"{self.folder} is a file, not a folder"
+        elif self.folder.is_dir() and any(self.folder.iterdir()) and not (self.data / "train.json").is_file():
+            problem = f"the folder {self.folder} is not empty and holds no earlier demo"
+        if problem:
+            raise UsageError(problem, hint="choose another folder: rtdetr demo DIR")
         try:
-            return generate_dataset(self.data, train=self.train_images, val=self.val_images, imgsz=SIDE, seed=self.seed)
+            generate_dataset(self.data, train=TRAIN_IMAGES, val=VAL_IMAGES, imgsz=SIDE, seed=0)
         except OSError as error:
-            raise RtdetrError(
-                f"cannot write to {self.folder}: {error.strerror or error}", code="not-writable"
-            ) from error
+            reason = error.strerror or error
+            raise RtdetrError(f"cannot write to {self.folder}: {reason}", code="not-writable") from error
 
     def check_dataset(self) -> dict[str, int]:
         """Check every image and box; return the number of findings of each severity."""
         return examine(self.data, imgsz=(SIDE, SIDE)).counts()
 
-    def train(self, *, stop: StopFlag | None = None) -> Iterator[Event]:
+    def train(self, *, stop: StopFlag) -> Iterator[Event]:
         """Train `tiny` from random weights."""
-        config = resolve_run(
-            {
-                "data": str(self.data),
-                "preset": "tiny",
-                "weights": "none",
-                "epochs": self.epochs,
-                "out": str(self.folder / "runs"),
-                "seed": self.seed,
-            },
-            sets=["eval_every=4"],
-        )
+        flags = {"data": str(self.data), "preset": "tiny", "weights": "none", "epochs": self.epochs}
+        config = resolve_run({**flags, "out": str(self.folder / "runs"), "seed": 0}, sets=["eval_every=4"])
         for event in finetune(config, stop=stop, argv=["rtdetr", "demo"]):
             if isinstance(event, RunFinished):
                 self.run, self.best = event.folder, event.best
@@ -143,19 +112,13 @@ class Demo:
             elif isinstance(event, Artefact):
                 artefact = event
         if not artefact.passed:
-            assert artefact.verdict is not None
-            raise GateError(
-                f"the export does not give the same detections as the model: {artefact.verdict.summary}", code="parity"
-            )
+            summary = artefact.verdict.summary if artefact.verdict else "not verified"
+            raise GateError(f"the export does not give the same detections as the model: {summary}", code="parity")
         return artefact
 
 
 def check_accuracy(metrics: dict[str, Any]) -> None:
-    """Check the accuracy of the demo.
-
-    Raises:
-        GateError: it is too low.
-    """
+    """Raise a `GateError` if the accuracy of the demo is too low."""
     ap50 = metrics.get("AP50") or 0.0
     if ap50 < REQUIRED_AP50:
         raise GateError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
@@ -44,45 +43,31 @@ OPTIONAL = {
     "mlflow": "train --log mlflow",
     "supervision": "Detections.to_supervision()",
 }
-# TensorRT releases with reports of wrong results for similar detectors. This only warns: every export is verified.
-TENSORRT_CAUTION = {
-    "8.5": "half precision has given wrong boxes for similar detectors",
-    "8.6": "half precision has given wrong boxes for similar detectors",
-}
+# TensorRT releases that have given wrong boxes for similar detectors. This only warns: every export is verified.
+TENSORRT_CAUTION = ("8.5", "8.6")
 EXTENSIONS = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX", "avx2": "AVX2"}
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The result of one check.
-
-    Attributes:
-        name: of the check.
-        state: `ok`, `warn`, `fail`, or `none` for something optional that is absent.
-        result: what was found.
-        advice: what to do about it, if anything.
-        missing: what this machine lacks, if the check failed.
-    """
+    """The result of one check."""
 
     name: str
-    state: str
+    state: str  # `ok`, `warn`, `fail`, or `none` for something optional that is absent
     result: str
-    advice: str = ""
-    missing: str = ""
+    advice: str = ""  # what to do about the result
+    missing: str = ""  # what this machine lacks, if the check failed
 
 
 def inspect_machine(out: Path) -> list[Check]:
-    """Check everything that a run needs.
-
-    Args:
-        out: folder on the disk that runs would be written to.
-    """
+    """Check everything that a run needs; `out` is the folder that runs would be written to."""
+    extensions = [name for flag, name in EXTENSIONS.items() if flag in cpu_flags()]
     return [
-        *_python(),
-        *_needed_packages(),
-        *_optional_packages(),
+        Check("python", "ok", f"{platform.python_version()} on {platform.platform(terse=True)}"),
+        Check("rtdetr-cli", "ok", _installed("rtdetr-cli") or "runs from a checkout, not installed"),
+        *_packages(),
         *_name_clash(),
-        _processor(),
+        Check("processor", "ok", ", ".join([cpu_name(), f"{cpu_count()} cores", *extensions])),
         *_gpus(),
         *_providers(),
         *_memory(),
@@ -98,30 +83,20 @@ def _installed(package: str) -> str:
         return ""
 
 
-def _python() -> Iterator[Check]:
-    supported = sys.version_info >= (3, 11)
-    version = f"{platform.python_version()} on {platform.platform(terse=True)}"
-    yield Check("python", "ok" if supported else "fail", version, missing="" if supported else "Python 3.11 or newer")
-    yield Check("rtdetr-cli", "ok", _installed("rtdetr-cli") or "runs from a checkout, not installed")
-
-
-def _needed_packages() -> Iterator[Check]:
+def _packages() -> Iterator[Check]:
     for package, purpose in NEEDED.items():
-        version = _installed(package)
-        if version:
+        if version := _installed(package):
             yield Check(package, "ok", version)
         else:
-            advice = f"pip install {package}  ({purpose})"
-            yield Check(package, "fail", "not installed", advice, missing=package)
-
-
-def _optional_packages() -> Iterator[Check]:
+            yield Check(package, "fail", "not installed", f"pip install {package}  ({purpose})", missing=package)
     for package, purpose in OPTIONAL.items():
         version = _installed(package) or (_installed("mlflow-skinny") if package == "mlflow" else "")
-        release = ".".join(version.split(".")[:2])
-        caution = TENSORRT_CAUTION.get(release, "") if package == "tensorrt" else ""
-        state = "warn" if caution else "ok" if version else "none"
-        yield Check(package, state, version or f"not installed: {purpose}", caution)
+        if not version:
+            yield Check(package, "none", f"not installed: {purpose}")
+        elif package == "tensorrt" and version.startswith(TENSORRT_CAUTION):
+            yield Check(package, "warn", version, "half precision has given wrong boxes for similar detectors")
+        else:
+            yield Check(package, "ok", version)
 
 
 def _name_clash() -> Iterator[Check]:
@@ -145,12 +120,6 @@ def _name_clash() -> Iterator[Check]:
     else:
         program = shutil.which("rtdetr")
         yield Check("name clash", "ok", f"none; rtdetr is {program}" if program else "none; rtdetr is not on the PATH")
-
-
-def _processor() -> Check:
-    flags = cpu_flags()
-    extensions = [name for flag, name in EXTENSIONS.items() if flag in flags]
-    return Check("processor", "ok", ", ".join([cpu_name(), f"{cpu_count()} cores", *extensions]))
 
 
 def _gpus() -> Iterator[Check]:
@@ -182,23 +151,16 @@ def _memory() -> Iterator[Check]:
     import psutil
 
     total, free = psutil.virtual_memory().total, free_bytes(None)
-    result = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
-    if free < LOW_MEMORY:
-        advice = "less than 2 GiB of memory is free: close other programs, or train with --batch 1 --workers 0"
-        yield Check("memory", "warn", result, advice)
-    else:
-        yield Check("memory", "ok", result)
+    low = "less than 2 GiB of memory is free: close other programs, or train with --batch 1 --workers 0"
+    yield _space("memory", f"{free / GIB:.1f} of {total / GIB:.1f} GiB free", low if free < LOW_MEMORY else "")
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = free_bytes(shared)
-        low = free < LOW_SHARED_MEMORY
-        advice = (
+        low = (
             "loader workers pass images through shared memory: start the container with --shm-size=2g, or train with "
             "--workers 0"
         )
-        yield Check(
-            "shared memory", "warn" if low else "ok", f"{free / GIB:.1f} GiB free in /dev/shm", advice if low else ""
-        )
+        yield _space("shared memory", f"{free / GIB:.1f} GiB free in {shared}", low if free < LOW_SHARED_MEMORY else "")
 
 
 def _disk(out: Path) -> Check:
@@ -207,6 +169,9 @@ def _disk(out: Path) -> Check:
     result = f"{free / GIB:.1f} GiB free under {folder}"
     if not os.access(folder, os.W_OK):
         return Check("disk", "fail", f"{result}, not writable", missing=f"write access to {folder}")
-    if free < LOW_DISK:
-        return Check("disk", "warn", result, "an r18 run takes about 0.6 GiB (best.safetensors and two checkpoints)")
-    return Check("disk", "ok", result)
+    low = "an r18 run takes about 0.6 GiB (best.safetensors and two checkpoints)"
+    return _space("disk", result, low if free < LOW_DISK else "")
+
+
+def _space(name: str, result: str, warning: str) -> Check:
+    return Check(name, "warn" if warning else "ok", result, warning)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rtdetr_cli.config.run import RunConfig, resolve_run
-from rtdetr_cli.config.settings import RunSettings
 from rtdetr_cli.errors import DataError, UsageError
 
 COMMAND_LINE = "RTDETR_COMMAND_LINE"
@@ -33,8 +32,12 @@ def resolve_training(
         ModelError: the weights cannot be read.
     """
     config = resolve_run(flags, sets=sets, config_file=config_file)
-    require_dataset(config.settings)
-    weights = config.settings.weights
+    data, weights = config.settings.data, config.settings.weights
+    if data is None:
+        hint = "rtdetr train --preset r18 --data my.json"
+        raise UsageError("no dataset given: --data is required", hint=hint, code="data-missing")
+    if not Path(data).exists():
+        raise DataError(f"the dataset {data} does not exist", code="dataset-missing")
     if config.source("preset") != "default" or weights in ("coco", "imagenet", "none"):
         return config, None, []
 
@@ -45,27 +48,8 @@ def resolve_training(
         return config, None, []
     path, values = inherited
     config = resolve_run(flags, sets=sets, config_file=config_file, inherited=(str(path), values))
-    used = [f"{key} {_text(value)}" for key, value in values.items() if config.source(key) == str(path)]
-    return config, path, used
-
-
-def _text(value: Any) -> str:
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def require_dataset(settings: RunSettings) -> None:
-    """Refuse settings without a dataset that exists.
-
-    Raises:
-        UsageError: no dataset was given.
-        DataError: it does not exist.
-    """
-    if settings.data is None:
-        raise UsageError(
-            "no dataset given: --data is required", hint="rtdetr train --preset r18 --data my.json", code="data-missing"
-        )
-    if not Path(settings.data).exists():
-        raise DataError(f"the dataset {settings.data} does not exist", code="dataset-missing")
+    texts = {key: "x".join(map(str, v)) if isinstance(v, tuple) else str(v) for key, v in values.items()}
+    return config, path, [f"{key} {text}" for key, text in texts.items() if config.source(key) == str(path)]
 
 
 def run_processes(config: RunConfig, devices: Sequence[str], *, resume: Path | None, words: Sequence[str] = ()) -> int:

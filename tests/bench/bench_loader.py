@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import statistics
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from rtdetr_cli.batches.loader import CHILD_ENVIRONMENT
-from rtdetr_cli.batches.worker import receive, send
+from rtdetr_cli.batches.worker import send
 from rtdetr_cli.datasets.generate import generate_image
 from rtdetr_cli.images.augment import RECIPE, augment
 from rtdetr_cli.images.decode import opened
@@ -126,7 +127,7 @@ def serve(name: str) -> None:
     os.dup2(2, 1)
     while True:
         try:
-            turn = receive(sys.stdin.buffer)
+            turn = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         begun = time.process_time()
@@ -149,7 +150,7 @@ class Server:
         assert self.child.stdin is not None
         assert self.child.stdout is not None
         send(self.child.stdin, turn)
-        return float(receive(self.child.stdout))
+        return float(pickle.load(self.child.stdout))
 
     def close(self) -> None:
         assert self.child.stdin is not None

@@ -68,9 +68,7 @@ def test_files_of_a_run_folder(finished: Path) -> None:
     weights = [p.name for p in finished.rglob("*") if p.suffix in (".safetensors", ".ckpt", ".pth", ".pt")]
     assert sorted(weights) == ["best.safetensors", "last.ckpt"]
     manifest = json.loads((finished / "manifest.json").read_text())
-    assert manifest["argv"]
-    assert manifest["versions"]["torch"]
-    assert manifest["dataset"]["fingerprint"]
+    assert all((manifest["argv"], manifest["versions"]["torch"], manifest["dataset"]["fingerprint"]))
     rows = list(csv.DictReader((finished / "metrics.csv").read_text().splitlines()))
     assert [r["epoch"] for r in rows] == ["1", "2"]
     assert all(float(r["loss"]) > 0 for r in rows)
@@ -84,13 +82,8 @@ def test_the_model_file_holds_everything_that_prediction_needs(finished: Path, d
     categories = json.loads((data / "train.json").read_text())["categories"]
     assert header.names == tuple(c["name"] for c in categories)
     assert header.category_ids == tuple(c["id"] for c in categories)
-    assert header.imgsz == (64, 64)
-    assert header.preset == "tiny"
-    assert header.layers == 2
-    assert header.thresholds is None
-    assert header.version
-    assert header.identity
-    assert header.dataset["fingerprint"]
+    assert (header.imgsz, header.preset, header.layers, header.thresholds) == ((64, 64), "tiny", 2, None)
+    assert all((header.version, header.identity, header.dataset["fingerprint"]))
     assert header.metrics["AP"] >= 0
 
 
@@ -132,9 +125,6 @@ def test_json_output_is_one_document(data: Path, rtdetr, tmp_path: Path) -> None
     assert set(ran.json["metrics"]) >= {"AP", "AP50"}
 
 
-# ---- refusals ---------------------------------------------------------------------------------------------------
-
-
 def test_the_name_of_an_existing_run_is_refused(finished: Path, data: Path, rtdetr) -> None:
     before = sorted(p.name for p in finished.parent.rglob("*"))
     ran = rtdetr("train", *SMALL, "--data", data, "--out", finished.parent, "--name", finished.name)
@@ -172,9 +162,6 @@ def test_refusals(flags: list[str], code: int, message: str, data: Path, rtdetr,
     assert message in ran.err
     assert ran.err.count("error: ") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["FILE"], "nothing is left behind"
-
-
-# ---- resuming ---------------------------------------------------------------------------------------------------
 
 
 def test_a_resumed_run_needs_no_other_flag_and_gives_the_same_result(
@@ -290,9 +277,6 @@ def test_resume_with_damaged_checkpoints(copy: Path, finished: Path, rtdetr) -> 
     assert "is not a checkpoint" in ran.err
 
 
-# ---- dry runs, splits, weights, overfitting -----------------------------------------------------------------------
-
-
 def test_a_dry_run_measures_and_writes_nothing(data: Path, rtdetr, tmp_path: Path) -> None:
     words = ["train", *SMALL, "--data", data, "--out", tmp_path / "runs", "--dry-run"]
     ran = rtdetr(*words)
@@ -301,9 +285,7 @@ def test_a_dry_run_measures_and_writes_nothing(data: Path, rtdetr, tmp_path: Pat
         assert row in ran.out
     assert not list(tmp_path.iterdir())
     ran = rtdetr(*words, "--json")
-    assert ran.json["seconds"]["total"] > 0
-    assert ran.json["memory_bytes"] > 0
-    assert ran.json["disk_bytes"] > 0
+    assert min(ran.json["seconds"]["total"], ran.json["memory_bytes"], ran.json["disk_bytes"]) > 0
     assert {c["name"] for c in ran.json["plan"]} >= {"lr", "warmup", "EMA"}
 
 

@@ -17,7 +17,6 @@ from rtdetr_cli.evaluate.bootstrap import Interval
 from rtdetr_cli.export.artefacts import Artefact
 from rtdetr_cli.export.compare import Limits, Part
 from rtdetr_cli.export.verify import Verdict
-from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.train.events import EpochDone
 from rtdetr_cli.train.stop import Interrupted, StopFlag
 from rtdetr_cli.weights.header import ModelHeader, read_header
@@ -146,14 +145,6 @@ def test_preset_of_a_foreign_file(header: ModelHeader, name: str) -> None:
     assert preset_for(replace(header, preset="", architecture=spec)) == name
 
 
-def test_only_offsets_are_frozen() -> None:
-    spec = load_preset("tiny").model
-    plain, discrete = build_detector(spec, num_classes=3), build_detector(spec, num_classes=3, sampling="discrete")
-    frozen = {n for n, p in discrete.named_parameters() if not p.requires_grad}
-    assert frozen == {n for n, _ in plain.named_parameters() if "sampling_offsets" in n}
-    assert all(p.requires_grad for p in plain.parameters())
-
-
 # ------------------------------------------------------------------------------------------------ recommendation
 
 
@@ -181,38 +172,24 @@ def outcome(
         ({"after": 0.55, "times": (10.0, 10.0)}, "deploy the discrete model: its AP is higher"),
         ({"after": 0.498, "times": (10.0, 8.0)}, "deploy the discrete model where speed matters"),
         ({"after": 0.495, "spread": 0.001, "times": (10.0, 8.0)}, "deploy the discrete model where speed matters"),
-        ({"after": 0.502, "times": (10.0, 9.8)}, "keep the original: it is as fast"),
-        (
-            {"after": 0.502, "times": (10.0, 10.5)},
-            "keep the original: it is as fast (10.0 ms, the discrete",
-        ),
-        (
-            {"after": 0.502, "times": (10.0, 10.6)},
-            "keep the original: it is faster (10.0 ms, the discrete",
-        ),
+        ({"after": 0.502, "times": (10.0, 9.8)}, "keep the original: the discrete model changes AP by +0.002"),
+        ({"after": 0.502, "times": (10.0, 10.6)}, "keep the original: the discrete model changes AP by +0.002"),
         ({"after": 0.55, "times": (10.0, 5.0), "passed": False}, "deploy neither model yet"),
     ],
 )
 def test_recommendation(facts: dict[str, Any], begins: str) -> None:
-    assert recommend(*outcome(**facts), max_drop=0.01).startswith(begins)
-
-
-def test_a_gain_may_come_from_the_longer_training() -> None:
-    """A better discrete model was also trained for longer, and the recommendation says so."""
-    assert "trained for longer" in recommend(*outcome(after=0.55, times=(10.0, 10.0)), max_drop=0.01)
+    text = recommend(*outcome(**facts), max_drop=0.01)
+    assert text.startswith(begins)
+    assert ("a real loss" in text) == (facts["after"] == 0.495)  # the interval excludes zero
 
 
 @pytest.mark.parametrize(
-    ("milliseconds", "word"), [(5.0, "faster"), (9.6, "as fast"), (10.4, "as fast"), (20.0, "slower")]
+    ("milliseconds", "word"), [(5.0, "faster"), (9.6, "as fast"), (10.5, "as fast"), (10.6, "slower")]
 )
 def test_the_speed_of_a_better_model(milliseconds: float, word: str) -> None:
     text = recommend(*outcome(after=0.55, times=(10.0, milliseconds)), max_drop=0.01)
     assert f"it is {word} ({milliseconds:.1f} ms, the original 10.0 ms" in text
-
-
-def test_a_significant_loss_is_named() -> None:
-    text = recommend(*outcome(after=0.495, spread=0.001, times=(10.0, 8.0)), max_drop=0.01)
-    assert "a real loss" in text
+    assert "trained for longer" in text, "the gain may come from that"
 
 
 @pytest.mark.parametrize(("after", "max_drop", "passed"), [(0.48, 0.01, False), (0.48, 0.05, True), (0.6, 0.0, True)])
@@ -279,10 +256,10 @@ def test_operators_of_both_exports_are_listed(capsys: pytest.CaptureFixture[str]
         start = f"operators of the {name} model  Conv {500 + n}, Kind{last:02d} {kinds}, Kind{last - 1:02d} {last}"
         assert line.startswith(start)
         assert len(line) <= 120
-        assert ("more kinds" in line) == (kinds == 60)
+        assert (" more" in line) == (kinds == 60)
     if kinds == 60:
         listed = line.count(",") + 1
-        assert line.endswith(f" and {61 - listed} more kinds")
+        assert line.endswith(f" and {61 - listed} more")
         assert "all operators  run/discrete.json" in lines
     else:
         assert line.endswith("Kind00 1")
