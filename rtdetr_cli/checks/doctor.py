@@ -16,6 +16,7 @@ from rtdetr_cli.checks.files import check_files, measure_images
 from rtdetr_cli.checks.images import ImageInfo, check_images, find_duplicates
 from rtdetr_cli.checks.split import VAL_FRACTION, choose_val, report_drawn
 from rtdetr_cli.checks.structure import check_structure, check_train_split
+from rtdetr_cli.datasets.codes import CODES, HARMS
 from rtdetr_cli.datasets.findings import SEVERITIES, Spot
 from rtdetr_cli.datasets.raw import RawDataset
 from rtdetr_cli.datasets.read import read_raw
@@ -54,7 +55,7 @@ class Report:
         return {severity: counts[severity] for severity in SEVERITIES}
 
     def by_code(self) -> dict[str, list[int]]:
-        """Return code -> indices of its findings, the most severe first; errors first, then the most frequent codes."""
+        """Return code -> indices of its findings, the most severe first; the codes are sorted by what they cost."""
         groups: dict[str, list[int]] = defaultdict(list)
         for index, finding in enumerate(self.findings):
             groups[finding.code].append(index)
@@ -64,7 +65,32 @@ class Report:
 
         for indices in groups.values():
             indices.sort(key=rank)
-        return dict(sorted(groups.items(), key=lambda item: (rank(item[1][0]), -len(item[1]), item[0])))
+
+        def cost(code: str) -> tuple[int, int, int, str]:
+            return rank(groups[code][0]), HARMS.index(CODES[code].harm), -len(groups[code]), code
+
+        return {code: groups[code] for code in sorted(groups, key=cost)}
+
+    def is_minor(self, code: str) -> bool:
+        """Return whether findings of this code can be folded: notes, and what costs nothing."""
+        severities = {f.severity for f in self.findings if f.code == code}
+        return severities == {"info"} or (CODES[code].harm == "none" and "error" not in severities)
+
+    def drop_images(self, code: str) -> int:
+        """Drop the images that have a finding of this code; splits without an image left go as well.
+
+        Afterwards the spots of the findings no longer fit the records.
+        """
+        spots = {(s.split, s.image) for f, s in zip(self.findings, self.spots, strict=True) if f.code == code}
+        for name, split in list(self.raw.splits.items()):
+            keep = np.asarray([(name, image) not in spots for image in range(len(split))], np.bool_)
+            self.raw.splits[name] = split.select_images(keep, name)
+            if name in self.image_info:
+                self.image_info[name] = [info for info, kept in zip(self.image_info[name], keep, strict=True) if kept]
+            if not keep.any():
+                del self.raw.splits[name]
+                self.image_info.pop(name, None)
+        return len(spots)
 
     def summary(self) -> dict[str, Any]:
         """Return the dataset's counts; the keys are those of JSON version 1."""

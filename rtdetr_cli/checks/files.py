@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from rtdetr_cli.datasets.raw import RawDataset, RawSplit
+from rtdetr_cli.errors import DataError
 from rtdetr_cli.images.decode import EXIF_SIDEWAYS, EXIF_TAG, ImageError, image_size
 from rtdetr_cli.machine import cpu_count
 
@@ -64,8 +65,12 @@ class Listings:
 
 
 def check_files(dataset: RawDataset) -> None:
-    """Check that every image is a file in the dataset's folder; correct names that differ only in case."""
-    listings = Listings(dataset.roots)
+    """Check that every image is a file in the dataset's folder; correct names that differ only in case.
+
+    Raises:
+        DataError: none of the images exists.
+    """
+    listings, missing = Listings(dataset.roots), 0
     for split in dataset.splits.values():
         root = str(split.root)
         for image, name in enumerate(split.file_names):
@@ -88,10 +93,23 @@ def check_files(dataset: RawDataset) -> None:
             if problem is not None:
                 code, message = problem
                 split.usable[image] = False
+                missing += code == "image-missing"
                 dataset.findings.add(code, f"{name} {message}", **image_location(dataset, split, image))
             elif not base.isascii() and not _is_utf8(split.file_names[image]):
                 message = f"{name} is not valid UTF-8"
                 dataset.findings.add("image-name-encoding", message, **image_location(dataset, split, image))
+    _refuse_missing(dataset, missing)
+
+
+def _refuse_missing(dataset: RawDataset, missing: int) -> None:
+    count = sum(map(len, dataset.splits.values()))
+    if missing > 1 and missing == count:
+        first = next(f for f in dataset.findings if f.code == "image-missing")
+        raise DataError(
+            f"{dataset.name} has labels for {count:,} images, and none of the images exists: {first.message}",
+            hint="pass the folder of the images with --images",
+            code="images-missing",
+        )
 
 
 def _file_problem(dataset: RawDataset, listings: Listings, folder: str, name: str) -> tuple[str, str] | None:

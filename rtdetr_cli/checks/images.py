@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ from rtdetr_cli.images.decode import (
 from rtdetr_cli.machine import cpu_count
 
 HUGE_PIXELS = 50_000_000
+MIN_FRAMES_KNOWN = 5
+"""Images whose declared size tells what their boxes refer to, from which the majority counts for the others too."""
+
 _MAX_THREADS = 4
 """With more workers than this, processes are faster: only decoding itself releases the interpreter's lock."""
 
@@ -224,29 +228,48 @@ def _report(raw: RawDataset, split: RawSplit, image: int, info: ImageInfo) -> No
         add("image-huge", f"is {width}x{height}")
 
 
-def _report_ambiguous_orientations(raw: RawDataset, infos: dict[str, list[ImageInfo]]) -> None:
-    """If the labels of one image ignore its EXIF orientation, report the images whose labels may do so unnoticed.
+def _label_frames(raw: RawDataset, infos: dict[str, list[ImageInfo]]) -> dict[Member, str]:
+    """Return what the boxes of each image with an EXIF orientation refer to: `upright`, `stored`, or "" for unknown.
 
-    An orientation of 2 to 4 keeps the size, and so does any orientation of a square image.
+    The declared size tells, unless it is wrong or the same in both: an orientation of 2 to 4 keeps the size, and so
+    does any orientation of a square image.
     """
-    codes: dict[tuple[str, int], str] = {}
+    codes: dict[Member, str] = {}
     for finding, spot in zip(raw.findings, raw.findings.spots, strict=True):
         if finding.code in ("image-exif-swapped", "image-size"):
             codes[spot.split, spot.image] = finding.code
-    if "image-exif-swapped" not in codes.values():
-        return
+    frames: dict[Member, str] = {}
     for name, split in raw.splits.items():
         for image in np.flatnonzero(split.usable).tolist():
             info, code = infos[name][image], codes.get((name, image))
             size_tells = info.orientation in EXIF_SIDEWAYS and info.size_wh[0] != info.size_wh[1]
-            agrees = size_tells and bool(split.declared[image]) and code != "image-size"
-            if info.orientation in EXIF_TRANSPOSES and not agrees:
-                raw.findings.add(
-                    "image-exif-ambiguous",
-                    f"{split.file_names[image]} has EXIF orientation {info.orientation}, and nothing shows whether its "
-                    "boxes refer to the upright image",
-                    **image_location(raw, split, image),
-                )
+            if info.orientation in EXIF_TRANSPOSES:
+                known = size_tells and bool(split.declared[image]) and code != "image-size"
+                frames[name, image] = ("stored" if code == "image-exif-swapped" else "upright") if known else ""
+    return frames
+
+
+def labels_are_upright(raw: RawDataset, infos: dict[str, list[ImageInfo]]) -> bool:
+    """Return whether most labels refer to the upright image, among enough images whose size can tell."""
+    frames = Counter(_label_frames(raw, infos).values()) if infos else Counter()
+    return frames["upright"] > frames["stored"] and frames["upright"] + frames["stored"] >= MIN_FRAMES_KNOWN
+
+
+def _report_ambiguous_orientations(raw: RawDataset, infos: dict[str, list[ImageInfo]]) -> None:
+    """If the labels of one image ignore its EXIF orientation, report the images whose labels may do so unnoticed."""
+    frames = _label_frames(raw, infos)
+    if "stored" not in frames.values():
+        return
+    assumed = "; most labels of this dataset do" if labels_are_upright(raw, infos) else ""
+    for (name, image), frame in frames.items():
+        if not frame:
+            split = raw.splits[name]
+            raw.findings.add(
+                "image-exif-ambiguous",
+                f"{split.file_names[image]} has EXIF orientation {infos[name][image].orientation}, and nothing shows "
+                f"whether its boxes refer to the upright image{assumed}",
+                **image_location(raw, split, image),
+            )
 
 
 def find_duplicates(

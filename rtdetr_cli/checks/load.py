@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from rtdetr_cli.checks.boxes import check_boxes
@@ -15,6 +15,7 @@ from rtdetr_cli.datasets.read import read_raw
 from rtdetr_cli.datasets.records import Finding, Splits
 from rtdetr_cli.datasets.splits import to_splits
 from rtdetr_cli.errors import DataError
+from rtdetr_cli.text import counted
 
 MAX_ERRORS_SHOWN = 5
 
@@ -73,6 +74,16 @@ def refuse_errors(raw: RawDataset) -> None:
         if len(errors) > len(shown):
             message += f"; and {len(errors) - len(shown)} more"
     raise DataError(message, hint=f"rtdetr validate {raw.source}", code=errors[0].code)
+
+
+def unlabelled_note(findings: Iterable[Finding]) -> str:
+    """Say how many images have no label file, and what that may mean; empty if all have one."""
+    count = sum(f.code == "label-missing" for f in findings)
+    if not count:
+        return ""
+    they, have = ("it contains", "has") if count == 1 else ("they contain", "have")
+    labelled = "it was never labelled" if count == 1 else "they were never labelled"
+    return f"{counted(count, 'image')} {have} no label file: either {they} no objects, or {labelled}"
 
 
 def format_finding(finding: Finding) -> str:

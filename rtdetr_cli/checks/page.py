@@ -24,6 +24,9 @@ MAX_IMAGES = 500
 """With more, the page would not open on a phone; the page says what it leaves out."""
 
 MAX_CLASSES = 200
+MIN_FOLDED = 3
+"""Findings of a minor code that are folded into one card."""
+
 SAMPLES = 12
 MAX_SAMPLE_BOXES = 300
 SIDE_PX = 400
@@ -60,6 +63,7 @@ def page_context(report: Report) -> dict[str, Any]:
     images = _load_images(report, list(wanted))
     findings = [_finding(report, i, images) for i in chosen]
     on_page = Counter(f["code"] for f in findings)
+    _fold_minor(report, findings)
     summary = report.summary()
     return {
         "title": f"{summary['name']}: dataset report",
@@ -102,6 +106,16 @@ def _choose_findings(report: Report) -> list[int]:
         chosen[code] = by_code[code][: room // (len(by_code) - done)]
         room -= len(chosen[code])
     return [i for code in by_code for i in chosen[code]]
+
+
+def _fold_minor(report: Report, findings: list[dict[str, Any]]) -> None:
+    """Hide repeated findings that cost nothing behind the first of their code, until the code is chosen."""
+    for code, indices in report.by_code().items():
+        same = [finding for finding in findings if finding["code"] == code]
+        if len(same) >= MIN_FOLDED and report.is_minor(code):
+            same[0]["more"] = len(indices) - 1
+            for finding in same[1:]:
+                finding["folded"] = True
 
 
 def _choose_samples(report: Report) -> list[Member]:
@@ -169,6 +183,8 @@ def _finding(report: Report, i: int, images: Images) -> dict[str, Any]:
         "other": _view(other, None) if other else None,
         "box": box,
         "missing": missing,
+        "folded": False,
+        "more": 0,
     }
 
 

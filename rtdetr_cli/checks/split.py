@@ -216,13 +216,11 @@ def choose_val(raw: RawDataset, fraction: float, *, read_files: bool = True) -> 
 def report_drawn(raw: RawDataset, val: NDArray[np.bool_] | None) -> None:
     """Report the val split that is taken from train; None for none."""
     images = counted(len(raw.splits["train"]), "train image")
-    message, severity = f"there is no val split, and {images} cannot be divided into train and val", "warning"
-    if val is not None:
-        message = f"there is no val split: {int(val.sum()):,} of {images} are held out for it"
-        if val.sum() >= FEW_VAL_IMAGES:
-            severity = "info"
-        else:
-            message += ", too few for reliable metrics"
+    if val is None:
+        message, severity = f"there is no val split, and {images} cannot be divided into train and val", "warning"
+    else:
+        message, severity = f"there is no val split: {int(val.sum()):,} of {images} are held out for it", "info"
+        message += ", too few for reliable metrics" if val.sum() < FEW_VAL_IMAGES else ""
     raw.findings.add("split-made", message, file=raw.main_file(), severity=severity)
 
 

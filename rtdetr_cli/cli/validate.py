@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,15 +18,18 @@ from rtdetr_cli.text import counted, suggest, tally
 
 if TYPE_CHECKING:
     from rtdetr_cli.checks.doctor import Report
+    from rtdetr_cli.checks.repair.plan import LeftOut
     from rtdetr_cli.cli.terminal import Progress
 
+MISSING_LABELS = ("drop", "empty")
 FORMATS = ("coco", "yolo", "voc")
+MAX_LEFT_OUT = 10  # images listed after --fix
 FIRST_WIDTH = 140  # of the first place of a finding in the table, in characters
 CHANGED = {
     "left_out": {"box-zero-size": "box", "label-orphan": "label file"},
     "clipped": {"box-partly-outside": "box", "label-beyond-one": "box"},
 }
-"""What --resplit and --convert change in a dataset without errors: code -> noun. Every image is written."""
+"""What --resplit and --convert change in a dataset without errors: code -> noun."""
 
 
 def validate(
@@ -49,6 +55,10 @@ def validate(
     convert: Annotated[str | None, typer.Option(help="Write the dataset as coco, yolo or voc to --to.")] = None,
     to: Annotated[Path | None, typer.Option(help="New folder for --resplit and --convert.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed of --resplit.")] = 0,
+    missing_labels: Annotated[
+        str,
+        typer.Option(help="Images without a label file in the copy: drop (leave them out) or empty (no objects)."),
+    ] = "drop",
     explain: Annotated[str | None, typer.Option(help="Explain the code of a finding; `all` lists the codes.")] = None,
     html: Annotated[
         Path | None,
@@ -70,6 +80,8 @@ def validate(
     fractions = _fractions(resplit) if resplit is not None else None
     if convert is not None and convert not in FORMATS:
         raise UsageError(f"--convert {convert} is not a dataset format", hint=f"--convert {'|'.join(FORMATS)}")
+    if missing_labels not in MISSING_LABELS:
+        raise UsageError(f"--missing-labels {missing_labels}: expected drop or empty", hint="--missing-labels drop")
     _refuse_clashes(data, to, fix, writes=convert is not None or fractions is not None)
     if html is not None:
         from rtdetr_cli.cli.select import output_file
@@ -82,9 +94,9 @@ def validate(
         progress = _Images(stack).advance
         report = examine(data, images=images, imgsz=size, decode=not fast, processes=True, progress=progress)
     document: dict[str, Any] = report.to_json()
-    if not as_json:
-        _show(report, images, fixing=fix is not None)
     failed = _has_failed(report, strict)
+    if not as_json:
+        _show(report)
     if html is not None:
         from rtdetr_cli.checks.page import write_page
 
@@ -92,12 +104,17 @@ def validate(
         document["html"] = str(html)
         if not as_json:
             terminal.say(f"report  {html}")
+    keep_unlabelled, copy = missing_labels == "empty", None
     if fix is not None:
-        failed = _fix(report, fix, document, as_json, strict)
+        failed, copy = _fix(report, fix, keep_unlabelled, document, as_json, strict)
     if to is not None:
-        _write(report, fractions, convert, to, seed, document, as_json)
+        if not keep_unlabelled:
+            document["unlabelled"] = report.drop_images("label-missing")
+        copy = _write(report, images, fractions, convert, to, seed, document, as_json)
     if as_json:
         terminal.emit_json(document)
+    else:
+        _show_next(report, images, copy, failed)
     return DataError.exit_code if failed else 0
 
 
@@ -172,10 +189,34 @@ def _explain(code: str, as_json: bool) -> None:
     terminal.out(f"--fix:      {entry.repair or 'changes nothing'}")
 
 
-def _show(report: Report, images: Path | None, *, fixing: bool) -> None:
-    """Print a table with one row per code, with the first place of the finding."""
-    from rtdetr_cli.checks.load import format_finding
+def _show_next(report: Report, images: Path | None, copy: Path | None, failed: bool) -> None:
+    """Print the command that comes next: train, or repair what fails."""
     from rtdetr_cli.checks.repair import repairable
+
+    if copy is not None:
+        terminal.next_step("rtdetr", *(("validate", copy) if failed else ("train", "--data", copy)))
+    elif not failed:
+        if repairable(report):
+            terminal.say(f"hint: {shlex.join(_fix_command(report, images))} writes a repaired copy")
+        folder = () if images is None else ("--images", images)
+        terminal.next_step("rtdetr", "train", "--data", report.raw.source, *folder)
+    elif repairable(report):
+        terminal.next_step(*_fix_command(report, images))
+
+
+def _fix_command(report: Report, images: Path | None) -> list[str]:
+    """Return the command that writes a repaired copy to a new folder, here or beside the dataset."""
+    home = Path("..") if Path.cwd().is_relative_to(report.raw.folder.resolve()) else Path()
+    names = (f"{report.raw.name}-fixed{number or ''}" for number in count())
+    out = next(home / name for name in names if not (home / name).exists())
+    folder = ["--images", str(images)] if images is not None else []
+    return ["rtdetr", "validate", str(report.raw.source), *folder, "--fix", str(out)]
+
+
+def _show(report: Report) -> None:
+    """Print a table with one row per code, with the first place of the finding; notes without harm share a line."""
+    from rtdetr_cli.checks.load import format_finding, unlabelled_note
+    from rtdetr_cli.datasets.codes import CODES
 
     facts = report.summary()
     splits = ", ".join(f"{name} {part['pictures']:,}" for name, part in facts["splits"].items()) or "no split"
@@ -184,32 +225,38 @@ def _show(report: Report, images: Path | None, *, fixing: bool) -> None:
         f"{counted(facts['boxes'], 'box')}, {counted(facts['classes'], 'class')}"
         + ("" if report.decoded else "; images not decoded (--fast)")
     )
-    rows = []
+    rows, harmless = [], []
     for code, positions in report.by_code().items():
         finding = report.findings[positions[0]]
+        if finding.severity == "info" and CODES[code].harm == "none":
+            harmless.append(f"{len(positions):,} {code}")
+            continue
         first = format_finding(finding)
         if len(first) > FIRST_WIDTH:
             first = first[: FIRST_WIDTH - 3] + "..."
         rows.append((finding.severity, code, len(positions), first))
     if rows:
         terminal.table(("severity", "code", "count", "first"), rows)
+    if harmless:
+        terminal.out(f"harmless notes: {', '.join(harmless)}")
     counts = report.counts()
     verdict = "training refuses this dataset until the errors are fixed" if counts["error"] else "ready for training"
     terminal.out(f"{tally(counts)}: {verdict}")
+    if note := unlabelled_note(report.findings):
+        terminal.warn(f"{note}; copies leave them out, unless --missing-labels empty keeps them without objects")
     if rows:
-        hint = f"rtdetr validate --explain {rows[0][1]}"
-        if not fixing and repairable(report):
-            folder = f" --images {images}" if images is not None else ""
-            hint += f"; rtdetr validate {report.raw.source}{folder} --fix OUT writes a repaired copy"
-        terminal.say(f"hint: {hint}")
+        terminal.say(f"hint: rtdetr validate --explain {rows[0][1]}")
 
 
-def _fix(report: Report, out: Path, document: dict[str, Any], as_json: bool, strict: bool) -> bool:
-    """Write the repaired copy, check it, and return whether it still fails."""
+def _fix(
+    report: Report, out: Path, keep_unlabelled: bool, document: dict[str, Any], as_json: bool, strict: bool
+) -> tuple[bool, Path]:
+    """Write the repaired copy and check it; return whether it still fails, and what to train on."""
     from rtdetr_cli.checks.doctor import examine
     from rtdetr_cli.checks.repair import repair
+    from rtdetr_cli.checks.repair.rewrite import REWRITTEN
 
-    repaired = repair(report, out)
+    repaired = repair(report, out, keep_unlabelled=keep_unlabelled)
     report_of_copy = examine(repaired.data, imgsz=report.imgsz, decode=report.decoded)
     counts = report_of_copy.counts()
     document["fix"] = {
@@ -218,15 +265,29 @@ def _fix(report: Report, out: Path, document: dict[str, Any], as_json: bool, str
         "patch": str(repaired.changes_file),
         "changes": repaired.changes,
         "not_repaired": repaired.not_repaired,
+        "left_out": [asdict(left) for left in repaired.left_out],
         "counts": counts,
     }
     if not as_json:
-        terminal.out(f"repaired copy: {repaired.data}")
+        form = " (written as COCO)" if report.raw.format in REWRITTEN else ""
+        terminal.out(f"repaired copy: {repaired.data}{form}")
         terminal.out(f"changes: {_by_code(repaired.changes) or 'none'} (listed in {repaired.changes_file})")
+        _show_left_out(repaired.left_out)
         if repaired.not_repaired:
             terminal.out(f"not repaired: {_by_code(repaired.not_repaired)}")
         terminal.out(f"the copy has {tally(counts)}")
-    return _has_failed(report_of_copy, strict)
+    return _has_failed(report_of_copy, strict), repaired.data
+
+
+def _show_left_out(images: Sequence[LeftOut]) -> None:
+    """List the images that are not in the copy, with their boxes."""
+    if images:
+        boxes = counted(sum(left.boxes for left in images), "box")
+        terminal.out(f"left out: {counted(len(images), 'image')} with {boxes}")
+    for left in images[:MAX_LEFT_OUT]:
+        terminal.out(f"  {left.image} ({left.split}, {counted(left.boxes, 'box')}): {left.code}")
+    if len(images) > MAX_LEFT_OUT:
+        terminal.out(f"  and {len(images) - MAX_LEFT_OUT:,} more")
 
 
 def _by_code(counts: dict[str, int]) -> str:
@@ -235,14 +296,15 @@ def _by_code(counts: dict[str, int]) -> str:
 
 def _write(
     report: Report,
+    images: Path | None,
     fractions: tuple[float, ...] | None,
     convert: str | None,
     to: Path,
     seed: int,
     document: dict[str, Any],
     as_json: bool,
-) -> None:
-    """Write the dataset to a new folder, split anew or in another format.
+) -> Path:
+    """Write the dataset to a new folder, split anew or in another format; return what to train on.
 
     Raises:
         DataError: it has errors.
@@ -255,7 +317,9 @@ def _write(
     if errors:
         raise DataError(
             f"{report.raw.name} has {counted(errors, 'error')}, so it is not written",
-            hint=f"rtdetr validate {report.raw.source} --fix OUT, then convert the copy" if repairable(report) else "",
+            hint=f"{shlex.join(_fix_command(report, images))}, then repeat this with the copy"
+            if repairable(report)
+            else "",
             code=next(f.code for f in report.findings if f.severity == "error"),
         )
     splits = to_splits(report.raw)
@@ -267,14 +331,14 @@ def _write(
         made = resplit(report, parts, fractions, seed=seed)
         parts = made.parts
         facts = {"clusters": made.clusters, "groups": made.groups, "largest_cluster": made.largest, "seed": seed}
-    format_name = convert or {"roboflow": "coco"}.get(report.raw.format, report.raw.format)
+    format_name = convert or (report.raw.format if report.raw.format in FORMATS else "coco")
     data = write_dataset(parts, format_name, to)
     counts = {name: len(part) for name, part in parts.items()}
     findings = {code: len(positions) for code, positions in report.by_code().items()}
     changed = {what: {c: findings[c] for c in codes if c in findings} for what, codes in CHANGED.items()}
     document["written"] = {"format": format_name, "data": str(data), "splits": counts, **changed, **facts}
     if as_json:
-        return
+        return data
     sizes = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     groups = facts.get("groups")
     grouped = f"; {counted(groups, 'group')} of related images kept in one split" if groups else ""
@@ -283,3 +347,6 @@ def _write(
         if by_code:
             items = (f"{counted(count, CHANGED[what][code])} ({code})" for code, count in by_code.items())
             terminal.out(f"{what.replace('_', ' ')}: {', '.join(items)}")
+    if unlabelled := document.get("unlabelled"):
+        terminal.out(f"left out: {counted(unlabelled, 'image')} without a label file")
+    return data

@@ -6,7 +6,6 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-
 HARMS = ("boxes", "images", "leak", "labels", "none")
 """What findings cost, the worst first: boxes lost or wrong, images lost, leaks, label noise, nothing."""
 

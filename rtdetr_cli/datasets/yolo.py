@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os.path import normpath
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +173,8 @@ def _listed(dataset: RawDataset, config: DataYaml, path: Path, oddities: Odditie
         if not os.path.lexists(path):
             index = index or index_images(survey(config.base))
             match = index.find(name)
-            if match is not None:
-                path = config.base / match
+            if match is not None and normpath(config.base / match).lower() != normpath(path).lower():
+                path = config.base / match  # a name in another case stays: `check_files` reports it
                 moved.append(f"{name} is {match}")
         paths.append(path)
     if moved:

@@ -53,7 +53,8 @@ def test_the_table_lists_findings_by_code(rtdetr: Run, data: Path) -> None:
     rows = [line.split()[:3] for line in ran.out.splitlines() if line.startswith(" warning")]
     assert rows == [["warning", "box-partly-outside", "1"], ["warning", "box-zero-size", "1"]]
     assert "0 errors, 2 warnings, 1 note: ready for training" in ran.out
-    assert "--fix OUT" in ran.err
+    assert f"hint: rtdetr validate {data} --fix screws-fixed writes a repaired copy\n" in ran.err
+    assert ran.err.endswith(f"next: rtdetr train --data {data}\n")
     assert "screws.json:" in ran.out
 
 
@@ -158,11 +159,13 @@ def test_resplit_reports_groups_only_if_there_are_any(rtdetr: Run, data: Path, t
 
 def test_fix_is_suggested_only_where_it_helps(rtdetr: Run, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "fixed"
-    assert "--fix OUT" in rtdetr("validate", data).err
-    assert "--fix OUT" not in rtdetr("validate", data, "--fix", out).err, "the user is doing it already"
+    assert "--fix" in rtdetr("validate", data).err
+    fixed = rtdetr("validate", data, "--fix", out)
+    assert "--fix" not in fixed.err, "the user is doing it already"
+    assert fixed.err.endswith(f"next: rtdetr train --data {out / 'screws.json'}\n")
     again = rtdetr("validate", out)
     assert "0 errors, 0 warnings" in again.out
-    assert "--fix OUT" not in again.err
+    assert "--fix" not in again.err
     data.write_text(data.read_text()[:-300])
     cut = rtdetr("validate", data)
     assert cut.code == 3
@@ -171,10 +174,75 @@ def test_fix_is_suggested_only_where_it_helps(rtdetr: Run, data: Path, tmp_path:
     assert "--fix" not in cut.err
 
 
+def test_repair_is_the_next_step_after_errors(rtdetr: Run, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_error(data)
+    monkeypatch.chdir(data.parent)
+    (data.parent.parent / "screws-fixed").mkdir()
+    ran = rtdetr("validate", "screws.json")
+    assert ran.code == 3
+    assert ran.err.endswith("next: rtdetr validate screws.json --fix ../screws-fixed1\n"), "a new folder, not inside"
+    assert rtdetr("validate", "screws.json", "--fix", "../screws-fixed1").code == 0
+
+
+@pytest.mark.parametrize("how", [["--convert", "yolo"], ["--resplit", "0.5,0.5"]])
+def test_the_copy_is_the_next_thing_to_train_on(rtdetr: Run, data: Path, tmp_path: Path, how: list[str]) -> None:
+    ran = rtdetr("validate", data, *how, "--to", tmp_path / "my copy")
+    assert ran.err.splitlines()[-1].startswith(f"next: rtdetr train --data '{tmp_path / 'my copy'}")
+
+
 def test_the_hint_keeps_the_folder_of_the_images(rtdetr: Run, data: Path, tmp_path: Path) -> None:
     moved = shutil.copy(data, tmp_path / "moved.json")
     ran = rtdetr("validate", moved, "--images", data.parent)
-    assert f"rtdetr validate {moved} --images {data.parent} --fix OUT" in ran.err
+    assert f"rtdetr validate {moved} --images {data.parent} --fix moved-fixed" in ran.err
+    assert ran.err.endswith(f"next: rtdetr train --data {moved} --images {data.parent}\n")
+
+
+@pytest.fixture
+def unlabelled(rtdetr: Run, data: Path, tmp_path: Path) -> Path:
+    """A YOLO dataset of three train and three val images, of which one each has no label file."""
+    folder = tmp_path / "washers"
+    assert rtdetr("validate", data, "--resplit", "0.5,0.5", "--convert", "yolo", "--to", folder).code == 0
+    for split in ("train", "val"):
+        next((folder / "labels" / split).iterdir()).unlink()
+    return folder
+
+
+def test_missing_labels_are_not_taken_for_empty_ones(rtdetr: Run, unlabelled: Path, tmp_path: Path) -> None:
+    ran = rtdetr("validate", unlabelled)
+    assert ran.code == 0
+    assert "2 images have no label file: either they contain no objects, or they were never labelled" in ran.err
+    fixed = rtdetr("validate", unlabelled, "--fix", tmp_path / "fixed")
+    assert "left out: 2 images with 0 boxes\n" in fixed.out
+    assert (
+        len(list((tmp_path / "fixed/labels").rglob("*.txt"))) == len(list((tmp_path / "fixed/images").rglob("*"))) - 2
+    )
+    empty = rtdetr("validate", unlabelled, "--fix", tmp_path / "empty", "--missing-labels", "empty", "--json").json
+    assert (empty["fix"]["changes"], empty["fix"]["left_out"]) == ({"label-missing": 2}, [])
+    assert sum(not path.read_text() for path in (tmp_path / "empty/labels").rglob("*.txt")) == 2
+
+
+@pytest.mark.parametrize(("choice", "images"), [([], 4), (["--missing-labels", "empty"], 6)])
+@pytest.mark.parametrize("how", [["--convert", "coco"], ["--resplit", "0.5,0.5"]])
+def test_no_copy_declares_unlabelled_images_empty_by_itself(
+    rtdetr: Run, unlabelled: Path, tmp_path: Path, how: list[str], choice: list[str], images: int
+) -> None:
+    ran = rtdetr("validate", unlabelled, *how, *choice, "--to", tmp_path / "to")
+    assert ran.code == 0
+    assert ("left out: 2 images without a label file\n" in ran.out) == (images == 4)
+    assert rtdetr("validate", tmp_path / "to", "--json").json["dataset"]["pictures"] == images
+
+
+def test_fix_drops_a_split_that_has_no_labels_at_all(rtdetr: Run, unlabelled: Path, tmp_path: Path) -> None:
+    shutil.rmtree(unlabelled / "labels/val")
+    fixed = rtdetr("validate", unlabelled, "--fix", tmp_path / "fixed", "--json")
+    assert fixed.code == 0
+    assert rtdetr("validate", tmp_path / "fixed", "--json").json["dataset"]["splits"].keys() == {"train"}
+
+
+def test_images_that_are_left_out_are_listed_with_their_boxes(rtdetr: Run, data: Path, tmp_path: Path) -> None:
+    (data.parent / "3.jpg").write_bytes(b"")
+    ran = rtdetr("validate", data, "--fix", tmp_path / "fixed")
+    assert "left out: 1 image with 4 boxes\n  3.jpg (train, 4 boxes): image-empty\n" in ran.out
 
 
 @pytest.mark.parametrize("how", [["--convert", "voc"], ["--resplit", "0.5,0.5"]])
@@ -217,6 +285,7 @@ def test_convert_refuses_errors(rtdetr: Run, data: Path, tmp_path: Path) -> None
         (["--resplit", "0.9", "--to", "x"], "--resplit 0.9"),
         (["--resplit", "0.9,0.9", "--to", "x"], "add up to 1"),
         (["--convert", "coco", "--to", "x", "--fix", "y"], "--fix cannot be combined"),
+        (["--fix", "x", "--missing-labels", "guess"], "expected drop or empty"),
         (["--imgsz", "100"], "multiple of 32"),
         (["--fix", "."], "is not empty"),
         (["--html", "."], "is a folder"),

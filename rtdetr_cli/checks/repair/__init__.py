@@ -21,11 +21,12 @@ from pathlib import Path
 from rtdetr_cli.checks.doctor import Report
 from rtdetr_cli.checks.repair.coco import plan_coco
 from rtdetr_cli.checks.repair.images import choose_left_out, plan_images, reset_orientations
-from rtdetr_cli.checks.repair.plan import BROKEN_FILE, Plan, files_in, files_of_one_image
+from rtdetr_cli.checks.repair.plan import BROKEN_FILE, LeftOut, Plan, files_in, files_of_one_image
+from rtdetr_cli.checks.repair.rewrite import REWRITTEN, plan_rewrite, write_rewritten
 from rtdetr_cli.checks.repair.voc import plan_voc
 from rtdetr_cli.checks.repair.yolo import plan_yolo
+from rtdetr_cli.datasets.coco_files import CHANGES_FILE
 from rtdetr_cli.datasets.codes import CODES
-from rtdetr_cli.datasets.read import CHANGES_FILE
 from rtdetr_cli.errors import DataError, RtdetrError
 
 _HOLDS = (
@@ -51,12 +52,14 @@ class Repaired:
         changes_file: the list of all changes.
         changes: code -> number of findings that were repaired.
         not_repaired: code -> number of errors and warnings that were left as they are.
+        left_out: the images that are not in the copy.
     """
 
     data: Path
     changes_file: Path
     changes: dict[str, int]
     not_repaired: dict[str, int]
+    left_out: tuple[LeftOut, ...]
 
 
 def repairable(report: Report) -> bool:
@@ -71,12 +74,13 @@ def repairable(report: Report) -> bool:
     return not files_of_one_image(raw).isdisjoint(f.file for f in findings)
 
 
-def repair(report: Report, out: Path) -> Repaired:
+def repair(report: Report, out: Path, *, keep_unlabelled: bool = False) -> Repaired:
     """Write a repaired copy below `out`.
 
     Args:
         report: findings of the dataset, preferably with its images decoded.
         out: a folder that is new or empty.
+        keep_unlabelled: give images without a label file an empty one, instead of leaving them out.
 
     Raises:
         DataError: the dataset is broken in a way that leaves nothing to copy.
@@ -91,8 +95,9 @@ def repair(report: Report, out: Path) -> Repaired:
             code=first.code if first else "split-missing",
         )
     # Without its orientation an image has other borders, so everything is judged again before boxes are clipped.
-    upright, reset = reset_orientations(report)
-    plan = Plan(upright, out)
+    rewritten = raw.format in REWRITTEN
+    upright, reset = (report, {}) if rewritten else reset_orientations(report)
+    plan = Plan(upright, out, keep_unlabelled)
     choose_left_out(plan, report, reset)
     if len(plan.left_out) == sum(map(len, raw.splits.values())):
         code, why = next(iter(plan.left_out.values()), ("split-empty", "it has no images"))
@@ -101,9 +106,12 @@ def repair(report: Report, out: Path) -> Repaired:
             hint=f"rtdetr validate {raw.source}",
             code=code,
         )
-    plan_images(plan, reset)
-    _PLANNERS[raw.format](plan)
-    plan.normalize_text()
+    if rewritten:
+        plan_rewrite(plan)
+    else:
+        plan_images(plan, reset)
+        _PLANNERS[raw.format](plan)
+        plan.normalize_text()
     _plan_notes(plan)
     left = plan.not_repaired()
     repaired = Counter(upright.findings[i].code for i in sorted(plan.repaired))
@@ -118,13 +126,15 @@ def repair(report: Report, out: Path) -> Repaired:
     }
     # A dataset may have a file of that name itself.
     changes_file = out / (CHANGES_FILE if CHANGES_FILE not in plan.files else f"rtdetr-{CHANGES_FILE}")
+    data = out / plan.destination(raw.source) if raw.source.is_file() else out
     try:
+        if rewritten:
+            data = write_rewritten(plan)
         _write(plan)
         changes_file.write_text(json.dumps(document, indent=1), "utf-8")
     except OSError as error:
         raise RtdetrError(f"{out} cannot be written: {error.strerror or error}", code="output") from error
-    data = out / plan.destination(raw.source) if raw.source.is_file() else out
-    return Repaired(data, changes_file, dict(repaired), dict(Counter(f.code for f in left)))
+    return Repaired(data, changes_file, dict(repaired), dict(Counter(f.code for f in left)), plan.images_left_out())
 
 
 def _plan_notes(plan: Plan) -> None:

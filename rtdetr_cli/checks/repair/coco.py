@@ -38,6 +38,8 @@ def plan_coco(plan: Plan) -> None:
             elif os.path.isabs(file_name):
                 new = _relative(split, file_name)
                 file.change("images", entry, "image-outside", "would lead back to the original", file_name=new)
+            elif image in split.label_names and file.document["images"][entry].get("file_name") != file_name:
+                file.change("images", entry, "image-path-moved", "has another path", file_name=file_name)
         file.finish()
 
 

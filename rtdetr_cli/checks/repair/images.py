@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from rtdetr_cli.checks.doctor import Report, examine
+from rtdetr_cli.checks.images import labels_are_upright
 from rtdetr_cli.checks.repair.plan import BROKEN_FILE, Plan, files_of_one_image
 from rtdetr_cli.images.decode import EXIF_SIDEWAYS, EXIF_TAG, FORMATS, SUFFIXES, ImageError, image_size
 
@@ -51,8 +52,7 @@ def reset_orientations(report: Report) -> tuple[Report, dict[Path, Tag]]:
             path = raw.splits[name].path(image)
             without = replace(info, size_wh=info.size_wh[::-1], orientation=1) if path in reset else info
             known[str(path)] = without
-    images = raw.roots[1] if len(raw.roots) > 1 else None
-    again = examine(raw.source, images=images, imgsz=report.imgsz, decode=report.decoded, known=known)
+    again = examine(raw.source, images=raw.images, imgsz=report.imgsz, decode=report.decoded, known=known)
     return again, reset
 
 
@@ -105,9 +105,16 @@ def choose_left_out(plan: Plan, before: Report, reset: Mapping[Path, Tag]) -> No
     label_files = files_of_one_image(raw)
     broken_files = {f.file: f.message for f in raw.findings if f.code in BROKEN_FILE and f.file in label_files}
     plan.left_out |= _images_with(plan.report, *_UNUSABLE)
-    for (name, image), reason in _images_with(before, "image-exif-swapped", "image-exif-ambiguous").items():
+    if not plan.keep_unlabelled:
+        plan.left_out |= _images_with(plan.report, "label-missing") | plan.left_out
+    for (name, image), reason in _images_with(before, "image-exif-swapped").items():
         if raw.splits[name].path(image) not in reset:
             plan.left_out.setdefault((name, image), reason)
+    ambiguous = _images_with(before, "image-exif-ambiguous")
+    if labels_are_upright(before.raw, before.image_info):
+        plan.assumed = [f for f in before.findings if f.code == "image-exif-ambiguous"]
+    else:
+        plan.left_out |= {key: reason for key, reason in ambiguous.items() if key not in plan.left_out}
     for name, split in raw.splits.items():
         for image in np.flatnonzero(~split.usable).tolist():
             plan.left_out.setdefault((name, image), ("image-unreadable", "cannot be used"))
@@ -123,6 +130,7 @@ def choose_left_out(plan: Plan, before: Report, reset: Mapping[Path, Tag]) -> No
             plan.repaired.add(i)
     for code in ("image-exif-swapped", "image-exif-ambiguous"):
         plan.repaired_before[code] = len(_images_with(before, code)) - len(_images_with(plan.report, code))
+    plan.repaired_before["image-exif-ambiguous"] -= len(plan.assumed)
 
 
 def _leave_out_unknown_frames(plan: Plan) -> None:
@@ -201,7 +209,7 @@ def plan_images(plan: Plan, reset: Mapping[Path, Tag]) -> None:
     for (name, image), (code, why) in plan.left_out.items():
         path = raw.splits[name].path(image)
         if path not in copied:
-            plan.leave_out(path, code, why)
+            plan.leave_out(path, code, why, boxes=plan.count_boxes(name, image))
 
 
 def _plan_image(plan: Plan, name: str, image: int, codes: set[str], tag: Tag | None) -> tuple[str, set[str]]:

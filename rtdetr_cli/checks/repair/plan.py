@@ -31,12 +31,24 @@ BROKEN_FILE = frozenset({"file-missing", "file-malformed", "file-bounds"})
 """Label files that cannot be read; the image is left out if the file belongs to that image only."""
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """An image that is not in the copy: its split and name, its number of usable boxes, and why."""
+
+    split: str
+    image: str
+    boxes: int
+    code: str
+    why: str
+
+
 @dataclass(slots=True)
 class Plan:
     """What the copy will contain, and what is changed on the way.
 
     Attributes:
         report: findings with every image in the frame that it has in the copy.
+        keep_unlabelled: give images without a label file an empty one.
         files: destination below the copy -> source.
         texts: destination -> text to write in place of the source's.
         orientations: destination of an image -> offset and new bytes of its EXIF orientation.
@@ -45,10 +57,12 @@ class Plan:
         changes: the entries of `changes.json`.
         repaired: positions of the findings that are dealt with.
         repaired_before: the same by code, of findings that are no longer in `report`.
+        assumed: findings that are no longer in `report` and were not repaired either.
     """
 
     report: Report
     out: Path
+    keep_unlabelled: bool = False
     files: dict[str, Path] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     orientations: dict[str, tuple[int, bytes]] = field(default_factory=dict)
@@ -57,6 +71,7 @@ class Plan:
     changes: list[dict[str, Any]] = field(default_factory=list)
     repaired: set[int] = field(default_factory=set)
     repaired_before: Counter[str] = field(default_factory=Counter)
+    assumed: list[Finding] = field(default_factory=list)
 
     def findings(self) -> Iterator[tuple[int, Finding, Spot]]:
         """Yield every finding that is not dealt with yet: position, finding, spot."""
@@ -66,7 +81,30 @@ class Plan:
 
     def not_repaired(self) -> list[Finding]:
         """Return the errors and warnings that stay as they are."""
-        return [finding for _, finding, _ in self.findings() if finding.severity in ("error", "warning")]
+        findings = (finding for _, finding, _ in self.findings() if finding.severity in ("error", "warning"))
+        return [*findings, *self.assumed]
+
+    def images_left_out(self) -> tuple[LeftOut, ...]:
+        """Return the images that are not in the copy, those with the most boxes first."""
+        splits = self.report.raw.splits
+        images = [
+            LeftOut(name, splits[name].file_names[image], self.count_boxes(name, image), code, why)
+            for (name, image), (code, why) in self.left_out.items()
+        ]
+        return tuple(sorted(images, key=lambda left: -left.boxes))
+
+    def count_boxes(self, split: str, image: int) -> int:
+        """Return the boxes of an image; YOLO boxes are counted in the label file if the image's size is unknown."""
+        raw = self.report.raw
+        count = int(np.sum(raw.splits[split].box_images == image))
+        path = raw.label_paths.get(raw.splits[split].label_file(image))
+        if not count and raw.format == "yolo" and path is not None and path.is_file():
+            count = sum(bool(line.strip()) for line in path.read_bytes().splitlines())
+        return count
+
+    def is_emptied(self, split: str) -> bool:
+        """Return whether every image of a split is left out."""
+        return all((split, image) in self.left_out for image in range(len(self.report.raw.splits[split])))
 
     def destination(self, path: Path) -> str:
         """Return where a file of the dataset goes in the copy."""
@@ -82,10 +120,10 @@ class Plan:
             return str(("JPEGImages" if raw.format == "voc" else "images") / inside) if elsewhere else str(inside)
         return Path(text).name
 
-    def leave_out(self, path: Path, code: str, why: str) -> None:
+    def leave_out(self, path: Path, code: str, why: str, **facts: Any) -> None:
         """Leave a file out of the copy, but keep it below `left-out/` if it belongs to the dataset."""
         target = self.destination(path)
-        change = {"op": "leave-out", "code": code, "file": target, "why": why}
+        change = {"op": "leave-out", "code": code, "file": target, "why": why, **facts}
         if code not in ("image-missing", "image-outside") and path.is_file():
             change["kept"] = f"{LEFT_OUT}/{target}"
             self.files[change["kept"]] = path
@@ -122,8 +160,8 @@ def read_label(path: Path) -> str:
 
 
 def files_of_one_image(raw: RawDataset) -> set[str]:
-    """Return the label files, as findings name them, that belong to one image (YOLO and VOC)."""
-    if raw.format not in ("yolo", "voc"):
+    """Return the label files, as findings name them, that belong to one image."""
+    if raw.format not in ("yolo", "voc", "labelme"):
         return set()
     return {split.label_file(image) for split in raw.splits.values() for image in range(len(split))} - {""}
 

@@ -140,7 +140,8 @@ def _plan_lists(plan: Plan) -> None:
     for name, split in raw.splits.items():
         for image, file_name in enumerate(split.file_names):
             stem = str(Path(split.label_names.get(image, file_name)).with_suffix(""))
-            left_out[stem] = (name, image) in plan.left_out and left_out.get(stem, True)
+            for listed in (stem, Path(stem).name):  # lists may name images without their folder
+                left_out[listed] = (name, image) in plan.left_out and left_out.get(listed, True)
     lists = {path for file, path in raw.label_paths.items() if path.suffix == ".txt" and file not in label_files}
     for folder, _, _ in os.walk(raw.folder / "ImageSets"):
         lists.update(path for path in files_in(Path(folder)) if path.suffix == ".txt")
@@ -154,4 +155,8 @@ def _plan_lists(plan: Plan) -> None:
         edits: LineEdits = {
             n: (None, "image", f"{name} is left out") for n, name in enumerate(names) if left_out.get(name)
         }
-        edit_lines(plan, path, lines, edits)
+        if path.stem in plan.report.raw.splits and plan.is_emptied(path.stem):
+            plan.leave_out(path, "split-empty", "every image of the split is left out")
+            del plan.files[plan.destination(path)]
+        else:
+            edit_lines(plan, path, lines, edits)

@@ -21,6 +21,8 @@ from rtdetr_cli.checks.repair.plan import (
     plan_label_files,
     read_label,
 )
+from rtdetr_cli.datasets.data_yaml import SPLIT_KEYS
+from rtdetr_cli.datasets.image_paths import ImageIndex
 from rtdetr_cli.datasets.raw import RawSplit
 from rtdetr_cli.datasets.yolo import label_path
 
@@ -82,6 +84,7 @@ def _plan_yaml(plan: Plan) -> None:
     """Let the copy's `data.yaml` name the copy: `path` and absolute folders would lead back to the original."""
     raw = plan.report.raw
     base = next(iter(raw.splits.values())).root
+    emptied = {key for split in raw.splits if plan.is_emptied(split) for key in SPLIT_KEYS[split]}
     for file, path in raw.label_paths.items():
         target = plan.destination(path)
         if path.suffix.lower() not in (".yaml", ".yml") or target not in plan.files:
@@ -91,13 +94,18 @@ def _plan_yaml(plan: Plan) -> None:
         root = yaml.compose(text, yaml.BaseLoader)
         assert isinstance(root, yaml.MappingNode)  # the reader took a dataset from it
         for key, value in root.value:
+            if key.value in emptied:
+                edits.append((value.start_mark.index, value.end_mark.index, ""))
+                why = "every image of the split is left out"
+                plan.record("edit", "split-empty", target, why, old={key.value: text[slice(*edits[-1][:2])]}, new="")
+                continue
             for node in value.value if isinstance(value, yaml.SequenceNode) else (value,):
                 if not isinstance(key, yaml.ScalarNode) or not isinstance(node, yaml.ScalarNode):
                     continue
                 new = _inside_copy(key.value, node.value, base)
                 if new != node.value:
-                    edits.append((node.start_mark.index, node.end_mark.index, new))
                     why = "the copy's files lie beside its data.yaml"
+                    edits.append((node.start_mark.index, node.end_mark.index, new))
                     plan.record("edit", "yolo-path", target, why, old={key.value: node.value}, new={key.value: new})
         for start, end, new in reversed(edits):
             text = text[:start] + _quoted(new) + text[end:]
@@ -110,7 +118,7 @@ def _plan_yaml(plan: Plan) -> None:
 def _inside_copy(key: str, value: str, base: Path) -> str:
     if key == "path":
         return value if value in ("", ".", "./", "null", "~") else "."
-    if key in ("train", "val", "valid", "validation", "test") and os.path.isabs(value):
+    if any(key in keys for keys in SPLIT_KEYS.values()) and os.path.isabs(value):
         inside = os.path.relpath(normpath(value), normpath(base.absolute()))
         return value if inside.startswith("..") else inside
     return value
@@ -126,6 +134,7 @@ def _plan_lists(plan: Plan) -> None:
     left_out = {normpath(raw.splits[n].path(i)): code for (n, i), (code, _) in plan.left_out.items()}
     new_names = {normpath(raw.splits[n].path(i)): Path(new).name for (n, i), new in plan.renamed.items()}
     label_files = files_of_one_image(raw)
+    index = ImageIndex(name for split in raw.splits.values() for name in split.file_names)
     root = next(iter(raw.splits.values())).root
     # As the labels name them, which matters where the disk has the name in another case.
     for split in raw.splits.values():
@@ -142,6 +151,8 @@ def _plan_lists(plan: Plan) -> None:
         for number, line in enumerate(lines):
             name = line.strip()
             paths = {normpath(base / name) for base in bases} if name else set()
+            if (match := index.find(name)) is not None:
+                paths.add(normpath(root / match))
             new = _relative(name, root)
             if gone := paths & left_out.keys():
                 edits[number] = (None, left_out[min(gone)], f"{name} is left out")
@@ -150,7 +161,12 @@ def _plan_lists(plan: Plan) -> None:
                 edits[number] = (new, "image-extension", "the image is renamed")
             elif new != name:
                 edits[number] = (new, "image-outside", "an absolute path would lead back to the original")
-        edit_lines(plan, path, lines, edits)
+        kept = any(line.strip() and edits.get(n, ("",))[0] is not None for n, line in enumerate(lines))
+        if not kept and any(map(plan.is_emptied, raw.splits)):
+            plan.leave_out(path, "split-empty", "every image of the split is left out")
+            del plan.files[plan.destination(path)]
+        else:
+            edit_lines(plan, path, lines, edits)
 
 
 def _relative(name: str, root: Path) -> str:

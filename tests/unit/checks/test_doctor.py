@@ -53,6 +53,15 @@ def test_most_severe_code_comes_first(coco: Any) -> None:
     assert list(examine(coco.write()).by_code()) == ["box-inverted", "box-zero-size", "box-crowd"]
 
 
+def test_codes_of_one_severity_are_sorted_by_what_they_cost(coco: Any) -> None:
+    for annotation in coco.train["annotations"][:3]:
+        annotation["bbox"] = [0, 0, 0, 0]
+    coco.val["images"][0]["file_name"] = "train_3.jpg"
+    coco.train["images"][0]["width"] = 95
+    codes = list(examine(coco.write(), decode=True).by_code())
+    assert codes.index("image-size") < codes.index("image-leak") < codes.index("box-zero-size")
+
+
 @pytest.mark.parametrize("change", ["half size", "JPEG again", "brighter", "PNG"])
 def test_changed_copies_are_near_duplicates(bccd: Path, tmp_path: Path, change: str) -> None:
     thumbnails = []

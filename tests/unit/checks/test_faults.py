@@ -898,6 +898,7 @@ def test_drawn_val_split_is_reported(coco: Any) -> None:
 
 IN_LAYOUTS = {
     *("image-path-moved", "image-unlisted", "category-unnamed", "shape-as-box", "shape-ignored", "dataset-unpacked"),
+    "box-none",
 }
 """Codes that `datasets/test_layouts.py` covers."""
 

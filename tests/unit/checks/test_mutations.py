@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 HANG_SECONDS = 30
 RUN = settings(
@@ -140,6 +142,57 @@ def voc_case(voc: Any, rtdetr: Callable[..., Any], data: st.DataObject) -> None:
     check_outcome(rtdetr, folder)
 
 
+def layout_case(folder: Path, rtdetr: Callable[..., Any], data: st.DataObject) -> None:
+    """Labelme, CSV, YOLO without a data.yaml, VOC with unusual folders, and a zip file of them."""
+    form = data.draw(st.sampled_from(["labelme", "csv", "yolo", "voc", "zip"]))
+    files = {
+        "labelme": {"images/a.json": labelme("a"), "images/b.json": labelme("b")},
+        "csv": {"boxes.csv": "filename,width,height,class,xmin,ymin,xmax,ymax\n" + 3 * "a.jpg,32,24,nut,2,3,12,14\n"},
+        "yolo": {
+            "labels/a.txt": "0 0.5 0.5 0.2 0.2\n1 0.4 0.4 0.2 0.2\n",
+            "labels/b.txt": "1 0.5 0.5 0.2 0.2\n",
+            "obj.data": "classes = 2\ntrain = data/list.txt\nnames = data/obj.names\n",
+            "obj.names": "nut\nbolt\n",
+            "list.txt": "data/images/a.jpg\ndata/images/b.jpg\n",
+        },
+        "voc": {"xmls/a.xml": VOC_XML, "xmls/b.xml": VOC_XML, "train.txt": "a\n", "val.txt": "b\n"},
+    }
+    paths = []
+    for name, text in files[data.draw(st.sampled_from(list(files))) if form == "zip" else form].items():
+        paths.append(folder / name)
+        paths[-1].parent.mkdir(exist_ok=True)
+        paths[-1].write_text(text)
+    (folder / "images").mkdir(exist_ok=True)
+    for number, name in enumerate("ab"):
+        Image.new("RGB", (32, 24), (90 * number, 20, 30)).save(folder / f"images/{name}.jpg")
+    source = folder
+    spoiled = data.draw(st.sampled_from(paths))
+    if form == "zip":
+        spoiled = source = Path(shutil.make_archive(str(folder.with_suffix("")) + "-packed", "zip", folder))
+    spoiled.write_bytes(spoil_bytes(spoiled.read_bytes(), data.draw))
+    check_outcome(rtdetr, source)
+    if form in ("labelme", "csv"):
+        with no_hang():
+            ran = rtdetr("validate", source, "--json", "--fix", folder.with_name(f"{folder.name}-fixed"))
+        assert ran.code in (0, 3), ran.err
+        assert ran.code == 3 or not ran.json["fix"]["counts"]["error"]
+
+
+def labelme(stem: str) -> str:
+    shapes = [
+        {"label": "nut", "points": [[2, 3], [12, 14]], "shape_type": "rectangle"},
+        {"label": "bolt", "points": [[2, 3], [12, 14], [5, 20]], "shape_type": "polygon"},
+        {"label": "bolt", "points": [[12, 13], [12, 18]], "shape_type": "circle"},
+    ]
+    return json.dumps({"shapes": shapes, "imagePath": f"{stem}.jpg", "imageHeight": 24, "imageWidth": 32}, indent=1)
+
+
+VOC_XML = (
+    "<annotation><filename>a.jpg</filename><size><width>32</width><height>24</height></size>\n<object><name>nut</name>"
+    "<bndbox><xmin>2</xmin><ymin>3</ymin><xmax>12</xmax><ymax>14</ymax></bndbox></object></annotation>\n"
+)
+
+
 def repair_case(coco: Any, rtdetr: Callable[..., Any], folder: Path, data: st.DataObject) -> None:
     document = json.loads(json.dumps(coco.train))
     spoil_document(document, data.draw)
@@ -167,6 +220,23 @@ def test_damaged_yolo(yolo: Any, rtdetr: Callable[..., Any], data: st.DataObject
 @given(data=st.data())
 def test_damaged_voc(voc: Any, rtdetr: Callable[..., Any], data: st.DataObject) -> None:
     voc_case(voc, rtdetr, data)
+
+
+@settings(RUN, max_examples=60)
+@given(data=st.data())
+def test_damaged_files_in_other_layouts(
+    rtdetr: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    layout_case(tmp_path_factory.mktemp("layout"), rtdetr, data)
+
+
+@pytest.mark.slow
+@settings(RUN, max_examples=1000)
+@given(data=st.data())
+def test_much_damaged_files_in_other_layouts(
+    rtdetr: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    layout_case(tmp_path_factory.mktemp("layout"), rtdetr, data)
 
 
 @pytest.mark.slow

@@ -116,6 +116,13 @@ def test_too_many_findings_are_left_out_and_counted(coco: Any, monkeypatch: pyte
     assert "box-crowd" in {f["code"] for f in context["findings"]}
 
 
+def test_repeated_notes_are_folded_into_one_card(coco: Any) -> None:
+    coco.train["annotations"] = [{**a, "iscrowd": int(a["image_id"] > 1)} for a in coco.train["annotations"]]
+    findings = page_context(examine(coco.write()))["findings"]
+    crowds = [f for f in findings if f["code"] == "box-crowd"]
+    assert (crowds[0]["more"], [f["folded"] for f in crowds]) == (17, [False] + [True] * 17)
+
+
 def test_box_far_outside_keeps_its_extent_on_the_page(coco: Any) -> None:
     for box, place in (([900, 20, 20, 10], "right"), ([-900, 20, 20, 10], "left")):
         coco.box["bbox"] = box
@@ -155,7 +162,7 @@ def test_in_a_browser(coco: Any, tmp_path: Path) -> None:
     title = re.search(r"<title>(.*?)</title>", dom)
     assert title is not None
     assert title.group(1) == "nuts: dataset report"
-    tiles = re.findall(r'<figure class="tile" data-code="([a-z0-9-]+)"( hidden="")?', dom)
+    tiles = re.findall(r'<figure class="tile" data-code="([a-z0-9-]+)"(?: data-folded="")?( hidden="")?', dom)
     assert {code for code, hidden in tiles if not hidden} == {"box-zero-size"}
     assert len({code for code, hidden in tiles if hidden}) > 4
     assert 'data-code="box-zero-size" aria-pressed="true"' in dom

@@ -402,6 +402,21 @@ def test_orientations_that_keep_the_size_are_left_out_once_another_is_ignored(co
     assert (folder.parent / "out/left-out/images/train_1.jpg").is_file()
 
 
+def test_orientations_that_keep_the_size_stay_if_most_labels_are_upright(coco: Any) -> None:
+    for image in coco.val["images"]:
+        _save_with_orientation(coco.folder / "images" / image["file_name"], 6)
+        image |= {"width": 64, "height": 96}
+    for number, annotation in enumerate(coco.val["annotations"]):
+        annotation["bbox"] = [4, 8 + 14 * (number % 6), 12, 12]
+    for number, orientation in ((0, 6), (1, 3)):
+        _save_with_orientation(coco.folder / f"images/train_{number}.jpg", orientation)
+    report = examine(coco.write())
+    done = repair(report, coco.folder.parent / "out")
+    assert done.changes == {"image-exif-swapped": 1}
+    assert done.not_repaired == {"image-exif-ambiguous": 1}
+    assert done.left_out == ()
+
+
 def test_image_listed_once_with_and_once_without_its_orientation(coco: Any) -> None:
     """No orientation suits both entries, so the one that disagrees is left out."""
     _save_with_orientation(coco.image, 6)
