@@ -46,13 +46,14 @@ def benchmark(
     as_json: JsonFlag = False,
 ) -> None:
     """Measure latency (median and 90th percentile, in three parts) and AP."""
-    from rtdetr_cli.cli.select import BEST, model_file, resolve_model
+    from rtdetr_cli.cli.select import model_file, resolve_model
+    from rtdetr_cli.runs import BEST
     from rtdetr_cli.workflows import benchmark as workflow
     from rtdetr_cli.workflows import benchmark_report as report
     from rtdetr_cli.workflows.sweep import parse_sweep
 
     swept = parse_sweep(sweep) if sweep is not None else None
-    names = workflow.parse_backends(backends, device=device, threads=threads)
+    names = workflow.parse_backends(backends) if backends is not None else None
     files = [model_file(m) for m in models] if models else [resolve_model(None)]
     plan = workflow.plan_benchmark(
         files, backends=names, sweep=swept, batch=batch, warmup=warmup, runs=runs, device=device, threads=threads
@@ -96,14 +97,14 @@ def _show(rows: list[Row], document: dict[str, Any], *, advise: bool) -> None:
     from rtdetr_cli.workflows.benchmark_report import drop_constant_columns, table_rows
 
     machine = document["environment"]
-    columns, cells, constants = drop_constant_columns(*table_rows(rows))
+    table, constants = drop_constant_columns(table_rows(rows))
     terminal.out(
         f"{machine['processor']}, {document['threads'] or machine['cores']} threads, batch {document['batch']}, "
         f"median / 90th percentile of {document['runs']} runs after {document['warmup']} warm-up runs"
     )
     if constants:
         terminal.out(f"all rows: {constants}")
-    terminal.table(columns, cells)
+    terminal.table(list(table[0]), [list(row.values()) for row in table])
     if document["front"]:
         terminal.out(
             "* no other row is both faster and more accurate; AP differences are to the first row, on the same images"
@@ -134,24 +135,20 @@ def _split(model: Path, data: Path | None, images: Path | None, split: str) -> D
 
 def _advise(rows: list[Row]) -> None:
     """Suggest the fastest setting of a sweep that loses little AP, with the flags for it."""
-    base = rows[0]
-    if not base.ap:
-        return
+    base, *others = rows
     faster = [
-        row
-        for row in rows[1:]
+        (row.latency, row, row.difference)
+        for row in others
         if (row.model, row.backend) == (base.model, base.backend)
         and row.difference is not None
         and row.difference.value >= -SMALL_AP_LOSS
         and row.latency < 0.97 * base.latency
     ]
-    if not faster:
+    if not faster or not base.ap:
         return
-    best = min(faster, key=lambda row: row.latency)
-    assert best.difference is not None
-    gap = best.difference
+    latency, best, gap = min(faster, key=lambda item: item[0])
     terminal.out(
-        f"{1 - best.latency / base.latency:.0%} faster for {gap.value:+.3f} AP (95 % interval {gap.lower:+.3f} to "
+        f"{1 - latency / base.latency:.0%} faster for {gap.value:+.3f} AP (95 % interval {gap.lower:+.3f} to "
         f"{gap.upper:+.3f}): --layers {best.layers} --queries {best.queries} --imgsz {best.size} "
         "with eval, predict or export"
     )

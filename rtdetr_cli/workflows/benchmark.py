@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from typing import Any
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import EnvironmentProblem, UsageError
 from rtdetr_cli.evaluate.bootstrap import Resamples, resample
-from rtdetr_cli.evaluate.run import Evaluation, evaluate
-from rtdetr_cli.infer.backend import check_model_path, open_backend
+from rtdetr_cli.evaluate.run import evaluate
+from rtdetr_cli.infer.backend import Backend, check_model_path, open_backend
 from rtdetr_cli.machine import cpu_count, cpu_name
 from rtdetr_cli.weights.header import EXPORT_SUFFIXES
 from rtdetr_cli.workflows.benchmark_report import Row
 from rtdetr_cli.workflows.sweep import Setting, sweep_settings
-from rtdetr_cli.workflows.timing import images_to_time, measure
+from rtdetr_cli.workflows.timing import Spread, images_to_time, measure
 
 PACKAGES = {"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
 FORMATS = {"onnx": ("onnx",), "openvino": ("openvino",), "tensorrt": ("fp16", "trt-fp16")}  # the last is measured
@@ -37,23 +37,10 @@ class Point:
     backend: str
     setting: Setting
 
-    @property
-    def exported(self) -> bool:
-        """True where the model is an exported file, with the backend and setting that it has."""
-        return self.model.suffix.lower() in EXPORT_SUFFIXES
-
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkPlan:
-    """What to measure.
-
-    Attributes:
-        points: the measurements, in order.
-        skipped: backends that this machine lacks, with the reason; only where no backend was requested.
-        batch, warmup, runs: of the timing.
-        device: of torch, ONNX Runtime and TensorRT.
-        threads: CPU threads of the backends that use the CPU.
-    """
+    """What to measure, and how; `skipped` has the backends that this machine lacks, with the reason."""
 
     points: tuple[Point, ...]
     skipped: dict[str, str]
@@ -64,14 +51,12 @@ class BenchmarkPlan:
     threads: int | None
 
 
-def parse_backends(text: str | None, *, device: str, threads: int | None) -> list[str] | None:
-    """Read `--backends`; None where it is not given.
+def parse_backends(text: str) -> list[str]:
+    """Read `--backends`.
 
     Raises:
-        UsageError: an unknown backend, or one that clashes with `--device` or `--threads`.
+        UsageError: an unknown backend, or none.
     """
-    if text is None:
-        return None
     names = list(dict.fromkeys(name.strip().lower() for name in text.split(",") if name.strip()))
     unknown = [name for name in names if name not in PACKAGES]
     if unknown or not names:
@@ -80,35 +65,23 @@ def parse_backends(text: str | None, *, device: str, threads: int | None) -> lis
             hint=f"--backends {','.join(PACKAGES)}, or some of them",
             code="backend",
         )
-    for name in names:
-        refuse_clash(name, device=device, threads=threads)
     return names
 
 
 def refuse_clash(backend: str, *, device: str, threads: int | None) -> None:
-    """Refuse options that a backend cannot use.
-
-    Raises:
-        UsageError: TensorRT with CPU threads or on the CPU.
-    """
-    if backend != "tensorrt":
-        return
-    if threads is not None:
+    """Refuse TensorRT with CPU threads or on the CPU."""
+    if backend == "tensorrt" and threads is not None:
         raise UsageError(
             f"--threads {threads} has no effect on TensorRT, which runs on the GPU",
             hint="remove --threads, or choose other --backends",
             code="backend",
         )
-    if device == "cpu":
+    if backend == "tensorrt" and device == "cpu":
         raise UsageError("TensorRT does not run on --device cpu", hint="choose other --backends", code="backend")
 
 
-def require_backend(backend: str) -> None:
-    """Check that a backend can run on this machine.
-
-    Raises:
-        EnvironmentProblem: its package, or the GPU that it needs, is missing.
-    """
+def require_backend(backend: str, *, device: str) -> None:
+    """Refuse a backend whose package, or the GPU that it needs, is missing."""
     package = PACKAGES[backend]
     if util.find_spec(package) is None:
         raise EnvironmentProblem(
@@ -117,20 +90,7 @@ def require_backend(backend: str) -> None:
     if backend == "tensorrt":
         from rtdetr_cli.export.tensorrt import require_tensorrt
 
-        require_tensorrt()
-
-
-def available_backends(*, device: str, threads: int | None) -> tuple[list[str], dict[str, str]]:
-    """Return the backends of this machine, and the others with the reason why they are skipped."""
-    available, skipped = [], {}
-    for name in PACKAGES:
-        try:
-            refuse_clash(name, device=device, threads=threads)
-            require_backend(name)
-            available.append(name)
-        except (UsageError, EnvironmentProblem) as error:
-            skipped[name] = error.message
-    return available, skipped
+        require_tensorrt(device)
 
 
 def plan_benchmark(
@@ -163,37 +123,41 @@ def plan_benchmark(
         EnvironmentProblem: a backend that is needed cannot run here.
     """
     runtimes = {model: EXPORT_SUFFIXES.get(model.suffix.lower()) for model in models}
+    if backends is None and sweep:
+        backends = ["torch"]
+    needed = dict.fromkeys([*(backends or []), *(runtime for runtime in runtimes.values() if runtime)])
+    for name in needed:
+        refuse_clash(name, device=device, threads=threads)
     for model, runtime in runtimes.items():
         check_model_path(model)
-        if runtime is None:
-            continue
-        refuse_clash(runtime, device=device, threads=threads)
-        if sweep:
+        if runtime and sweep:
             raise UsageError(
                 f"{model.name} is exported: its layers, queries and size are fixed and cannot be swept",
                 hint="sweep the .safetensors or .pth file; it is exported for each backend",
                 code="sweep",
             )
+    for name in needed:
+        require_backend(name, device=device)
     skipped: dict[str, str] = {}
-    if backends is None and sweep:
-        backends = ["torch"]
-    elif backends is None and None in runtimes.values():
-        backends, skipped = available_backends(device=device, threads=threads)
-    for name in dict.fromkeys([*(backends or []), *(r for r in runtimes.values() if r)]):
-        require_backend(name)
+    if backends is None and None in runtimes.values():
+        for name in PACKAGES:
+            try:
+                refuse_clash(name, device=device, threads=threads)
+                require_backend(name, device=device)
+            except (UsageError, EnvironmentProblem) as error:
+                skipped[name] = error.message
+        backends = [name for name in PACKAGES if name not in skipped]
     points: list[Point] = []
     for model, runtime in runtimes.items():
-        settings = _swept(model, sweep) if sweep else [Setting()]
+        settings = [Setting()]
+        if sweep:
+            from rtdetr_cli.weights.load import load_model
+
+            _, header = load_model(model)
+            settings = sweep_settings(sweep, layers=header.layers, queries=header.queries, imgsz=header.imgsz)
         names = [runtime] if runtime else backends or []
         points += [Point(model, name, setting) for name in names for setting in settings]
     return BenchmarkPlan(tuple(points), skipped, batch, warmup, runs, device, threads)
-
-
-def _swept(model: Path, sweep: dict[str, list[str]]) -> list[Setting]:
-    from rtdetr_cli.weights.load import load_model
-
-    _, header = load_model(model)
-    return sweep_settings(sweep, layers=header.layers, queries=header.queries, imgsz=header.imgsz)
 
 
 def benchmark(
@@ -215,50 +179,45 @@ def benchmark(
     base: tuple[float, Resamples] | None = None
     with tempfile.TemporaryDirectory(prefix="rtdetr-benchmark-") as folder:
         for number, point in enumerate(plan.points):
-            path = point.model
-            if point.backend != "torch" and not point.exported:
-                notify(f"{point.model.name}: exporting for {point.backend}")
-                path = _export(point, plan.batch, Path(folder) / str(number))
-            row, evaluation = _measure(plan, point, path, dataset, sources)
-            if evaluation is not None and row.ap is not None:
-                drawn = resample(evaluation.dataset, evaluation.table, resamples=resamples)
-                if base is None:
-                    base = row.ap, drawn
-                else:
-                    row = replace(row, difference=drawn.interval(row.ap - base[0], minus=base[1]))
+            path, setting = point.model, point.setting
+            if point.backend != "torch" and path.suffix.lower() not in EXPORT_SUFFIXES:
+                notify(f"{path.name}: exporting for {point.backend}")
+                path, setting = _export(plan, point, Path(folder) / str(number)), Setting()  # which is inside
+            backend = open_backend(
+                path,
+                device="auto" if point.backend == "openvino" else plan.device,
+                threads=plan.threads,
+                **asdict(setting),
+            )
+            times = measure(backend, sources, batch=plan.batch, warmup=plan.warmup, runs=plan.runs)
+            row = _row(plan, point, backend, times)
+            if dataset is not None:
+                evaluation = evaluate(backend, dataset, batch=backend.fixed_batch or max(4, plan.batch))
+                row = replace(row, ap=evaluation.metrics["AP"], metrics=evaluation.metrics)
+                if row.ap is not None:
+                    drawn = resample(evaluation.dataset, evaluation.table, resamples=resamples)
+                    if base is None:
+                        base = row.ap, drawn
+                    else:
+                        row = replace(row, difference=drawn.interval(row.ap - base[0], minus=base[1]))
             yield row
 
 
-def _export(point: Point, batch: int, folder: Path) -> Path:
+def _export(plan: BenchmarkPlan, point: Point, folder: Path) -> Path:
     """Export a model for a backend, unverified, since its AP is measured here."""
     from rtdetr_cli.export.graph import ExportOptions
     from rtdetr_cli.export.run import export_model
     from rtdetr_cli.weights.load import load_model
 
     detector, header = load_model(point.model, layers=point.setting.layers, queries=point.setting.queries)
-    options = ExportOptions(FORMATS[point.backend], point.setting.imgsz, batch)
-    return export_model(detector, header, folder, options, stem=point.model.stem)[-1].path
+    options = ExportOptions(FORMATS[point.backend], point.setting.imgsz, plan.batch)
+    return export_model(detector, header, folder, options, stem=point.model.stem, device=plan.device)[-1].path
 
 
-def _measure(
-    plan: BenchmarkPlan, point: Point, path: Path, dataset: Dataset | None, sources: Sequence[Path | bytes]
-) -> tuple[Row, Evaluation | None]:
-    setting = point.setting if point.backend == "torch" else Setting()  # an export has its setting inside
-    backend = open_backend(
-        path,
-        device="auto" if point.backend == "openvino" else plan.device,
-        threads=plan.threads,
-        layers=setting.layers,
-        queries=setting.queries,
-        imgsz=setting.imgsz,
-    )
-    times = measure(backend, sources, batch=plan.batch, warmup=plan.warmup, runs=plan.runs)
-    evaluation = None
-    if dataset is not None:
-        evaluation = evaluate(backend, dataset, batch=backend.fixed_batch or max(4, plan.batch))
+def _row(plan: BenchmarkPlan, point: Point, backend: Backend, times: dict[str, Spread]) -> Row:
     header = backend.header
     foreign = not header.names
-    row = Row(
+    return Row(
         model=str(point.model),
         backend=point.backend,
         precision=str(header.extra.get("precision", "fp32")) if point.backend in ("onnx", "tensorrt") else "fp32",
@@ -268,10 +227,7 @@ def _measure(
         queries=None if foreign else (point.setting.queries or header.queries),
         batch=plan.batch,
         times=times,
-        ap=None if evaluation is None else evaluation.metrics["AP"],
-        metrics={} if evaluation is None else evaluation.metrics,
     )
-    return row, evaluation
 
 
 def device_name(backend: Any) -> str:

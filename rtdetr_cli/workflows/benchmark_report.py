@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rtdetr_cli.evaluate.bootstrap import Interval
-from rtdetr_cli.workflows.timing import PARTS, Spread
+from rtdetr_cli.text import counted
+from rtdetr_cli.workflows.timing import Spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +18,10 @@ class Row:
     """One measurement.
 
     Attributes:
-        model: file.
-        backend: `torch`, `onnx`, `openvino` or `tensorrt`.
         precision: of the network: `fp32` or `fp16`.
-        device: what it ran on.
         imgsz: (height, width).
         layers, queries: that were used; None for a foreign graph, which does not state them.
-        batch: images per run.
-        times: `PARTS` to their spread.
+        times: `timing.PARTS` to their spread.
         ap: AP of the split; None without a dataset.
         metrics: the twelve COCO metrics.
         difference: AP minus that of the first row, with its paired interval; None for the first row.
@@ -86,52 +83,36 @@ def mark_front(rows: Sequence[Row]) -> list[Row]:
     return [replace(row, front=row.ap is not None and not beaten(row, row.ap)) for row in rows]
 
 
-def table_rows(rows: Sequence[Row]) -> tuple[list[str], list[list[object]]]:
-    """Return the columns and cells of the table."""
+def table_rows(rows: Sequence[Row]) -> list[dict[str, object]]:
+    """Return the cells of each row by column; the model and the throughput are shown only where they say something."""
     several_models = len({row.model for row in rows}) > 1
-    batched = bool(rows) and rows[0].batch > 1
-    columns = [
-        *(["model"] if several_models else []),
-        "backend",
-        "type",
-        "size",
-        "layers",
-        "queries",
-        *(f"{part} ms\nmedian / p90" for part in ("pre", "network", "post", "total")),
-        *(["images/s"] if batched else []),
-        "AP",
-        "AP - first (95 %)",
-        "best",
-    ]
-    cells: list[list[object]] = [
-        [
-            *([row.model] if several_models else []),
-            row.backend,
-            row.precision,
-            row.size,
-            row.layers,
-            row.queries,
-            *(f"{row.times[part].median:.1f} / {row.times[part].p90:.1f}" for part in PARTS),
-            *([f"{row.images_per_second:.1f}"] if batched else []),
-            row.ap,
-            None if row.difference is None else f"{row.difference.value:+.3f} ± {row.difference.half_width:.3f}",
-            "*" if row.front else "",
-        ]
+    return [
+        {
+            **({"model": row.model} if several_models else {}),
+            "backend": row.backend,
+            "type": row.precision,
+            "size": row.size,
+            "layers": row.layers,
+            "queries": row.queries,
+            **{
+                f"{name} ms\nmedian / p90": f"{spread.median:.1f} / {spread.p90:.1f}"
+                for name, spread in zip(("pre", "network", "post", "total"), row.times.values(), strict=True)
+            },
+            **({"images/s": f"{row.images_per_second:.1f}"} if row.batch > 1 else {}),
+            "AP": row.ap,
+            "AP - first (95 %)": row.difference and f"{row.difference.value:+.3f} ± {row.difference.half_width:.3f}",
+            "best": "*" if row.front else "",
+        }
         for row in rows
     ]
-    return columns, cells
 
 
-def drop_constant_columns(columns: list[str], cells: list[list[object]]) -> tuple[list[str], list[list[object]], str]:
+def drop_constant_columns(table: list[dict[str, object]]) -> tuple[list[dict[str, object]], str]:
     """Remove settings that are equal in all rows, so that the table fits a terminal; return them as text."""
-    constant = [
-        position
-        for position, name in enumerate(columns)
-        if name in ("type", "size", "layers", "queries") and len({row[position] for row in cells}) == 1
-    ]
-    text = ", ".join(f"{columns[p]} {cells[0][p]}" for p in constant if cells[0][p] is not None)
-    others = [p for p in range(len(columns)) if p not in constant]
-    return [columns[p] for p in others], [[row[p] for p in others] for row in cells], text
+    settings = ("type", "size", "layers", "queries")
+    constant = {name: table[0][name] for name in settings if len({row[name] for row in table}) == 1}
+    text = ", ".join(f"{name} {value}" for name, value in constant.items() if value is not None)
+    return [{name: value for name, value in row.items() if name not in constant} for row in table], text
 
 
 def write_files(folder: Path, rows: Sequence[Row], document: dict[str, Any]) -> dict[str, Path]:
@@ -151,15 +132,14 @@ def write_files(folder: Path, rows: Sequence[Row], document: dict[str, Any]) -> 
 
 
 def _markdown(rows: Sequence[Row]) -> str:
-    columns, cells = table_rows(rows)
-
     def cell(value: object) -> str:
         text = "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
         return text.replace("|", "\\|")
 
-    lines = [" | ".join(column.replace("\n", ", ") for column in columns), " | ".join("---" for _ in columns)]
-    lines += [" | ".join(cell(v) for v in row) for row in cells]
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
+    table = table_rows(rows)
+    lines = [[column.replace("\n", ", ") for column in table[0]], ["---"] * len(table[0])]
+    lines += [[cell(value) for value in row.values()] for row in table]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def draw_plot(path: Path, rows: Sequence[Row]) -> None:
@@ -191,7 +171,7 @@ def draw_plot(path: Path, rows: Sequence[Row]) -> None:
         zorder=2,
     )
     _label_points(axes, front, points)
-    axes.set_xlabel(f"milliseconds for {'an image' if batch == 1 else f'{batch} images'}, file to boxes (median)")
+    axes.set_xlabel(f"milliseconds for {counted(batch, 'image')}, file to boxes (median)")
     axes.set_ylabel("AP")
     axes.margins(x=0.12, y=0.12)
     axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
@@ -212,8 +192,8 @@ def _label_points(axes: Any, front: list[tuple[Row, float, float]], points: list
             continue
         labelled.append((latency, ap))
         text = [row.size]
-        text += [f"{row.layers} layer{'s' * (row.layers > 1)}"] if row.layers else []
-        text += [f"{row.queries} quer{'ies' if row.queries > 1 else 'y'}"] if row.queries else []
+        text += [counted(row.layers, "layer")] if row.layers else []
+        text += [counted(row.queries, "query", "queries")] if row.queries else []
         at_edge = latency > fastest + 0.8 * width
         axes.annotate(
             ", ".join(text),

@@ -54,34 +54,25 @@ def sweep_settings(sweep: dict[str, list[str]], *, layers: int, queries: int, im
     Raises:
         UsageError: a value that the model cannot use.
     """
+
+    def counts(name: str, maximum: int, default: list[int]) -> list[int]:
+        if name not in sweep:
+            return [maximum]
+        for value in sweep[name]:
+            if not value.isdecimal() or not 1 <= int(value) <= maximum:
+                raise UsageError(f"--sweep {name}={value}: this model has 1 to {maximum} {name}", code="sweep")
+        return [int(value) for value in sweep[name]] or default
+
     sizes = [imgsz]
     if "imgsz" in sweep:
-        default = [(_round_to_stride(imgsz[0] * s), _round_to_stride(imgsz[1] * s)) for s in SIZE_SHARES]
-        sizes = [_size(v) for v in sweep["imgsz"]] or default
+        height, width = ([max(STRIDE, round(n * s / STRIDE) * STRIDE) for s in SIZE_SHARES] for n in imgsz)
+        try:
+            sizes = [parse_image_size(value) for value in sweep["imgsz"]] or list(zip(height, width, strict=True))
+        except ValueError as error:
+            raise UsageError(f"--sweep imgsz={'/'.join(sweep['imgsz'])}: {error}", code="size") from None
     combinations = itertools.product(
-        _counts("layers", sweep, layers, list(range(layers, 0, -1))),
-        _counts("queries", sweep, queries, [max(1, round(queries * share)) for share in QUERY_SHARES]),
+        counts("layers", layers, list(range(layers, 0, -1))),
+        counts("queries", queries, [max(1, round(queries * share)) for share in QUERY_SHARES]),
         sizes,
     )
     return list(dict.fromkeys([Setting(layers, queries, imgsz), *(Setting(*values) for values in combinations)]))
-
-
-def _counts(name: str, sweep: dict[str, list[str]], maximum: int, default: list[int]) -> list[int]:
-    if name not in sweep:
-        return [maximum]
-    values = sweep[name]
-    for value in values:
-        if not value.isdecimal() or not 1 <= int(value) <= maximum:
-            raise UsageError(f"--sweep {name}={value}: this model has 1 to {maximum} {name}", code="sweep")
-    return [int(v) for v in values] or default
-
-
-def _size(text: str) -> tuple[int, int]:
-    try:
-        return parse_image_size(text)
-    except ValueError as error:
-        raise UsageError(f"--sweep imgsz={text}: {error}", code="size") from None
-
-
-def _round_to_stride(side: float) -> int:
-    return max(STRIDE, round(side / STRIDE) * STRIDE)

@@ -2,8 +2,8 @@
 
 One run takes a batch from its image files to `Detections`, and is timed in three parts. Preprocessing reads and
 stretches the images and converts them to the network's input, in one thread. The network is the runtime's own call;
-on a GPU the clock waits for it to finish. Post-processing is the rest. Warm-up runs are not counted. The figures are
-the median and the 90th percentile of single runs.
+on a GPU the clock waits for it to finish. Post-processing is the rest. The figures are the median and the 90th
+percentile of single runs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Spread:
 def measure(
     backend: Backend, sources: Sequence[Path | bytes], *, batch: int, warmup: int, runs: int
 ) -> dict[str, Spread]:
-    """Measure a backend.
+    """Measure a backend; return `PARTS` to their spread.
 
     Args:
         backend: opened; it is unchanged afterwards.
@@ -46,74 +46,55 @@ def measure(
         batch: images per run.
         warmup: runs that are not counted.
         runs: runs that are counted.
-
-    Returns:
-        `PARTS` to their spread.
     """
     supply = itertools.cycle(sources)
-    times: dict[str, list[float]] = {part: [] for part in PARTS}
-    with _network_clock(backend) as clock:
-        for number in range(warmup + runs):
+    wait = _device_wait(backend)
+    times = []
+    with _network_marks(backend, wait) as marks:
+        for _ in range(warmup + runs):
+            marks.clear()
             start = time.perf_counter()
             images = [read_image(source) for source in itertools.islice(supply, batch)]
             sizes = np.array([(image.shape[1], image.shape[0]) for image in images], np.int64)
             backend.run(np.stack([stretch(image, backend.imgsz) for image in images]), sizes)
-            clock.wait()
+            wait()
             end = time.perf_counter()
-            if number >= warmup:
-                seconds = (clock.start - start, clock.end - clock.start, end - clock.end, end - start)
-                for part, value in zip(PARTS, seconds, strict=True):
-                    times[part].append(1000 * value)
-    return {part: Spread(float(np.median(t)), float(np.quantile(t, 0.9))) for part, t in times.items()}
+            times.append((marks[0] - start, marks[-1] - marks[0], end - marks[-1], end - start))
+    columns = 1000 * np.array(times[warmup:]).T
+    return {
+        part: Spread(float(np.median(t)), float(np.quantile(t, 0.9))) for part, t in zip(PARTS, columns, strict=True)
+    }
 
 
-class _Clock:
-    """When the network last started and ended; `wait` waits for the device."""
+def _device_wait(backend: Any) -> Callable[[], None]:
+    """Return a function that waits until the device has finished; the graph runtimes wait by themselves."""
+    if backend.kind == "torch" and backend.device.type == "cuda":
+        import torch
 
-    def __init__(self) -> None:
-        self.start = self.end = 0.0
-        self.wait: Callable[[], None] = lambda: None
+        return lambda: torch.cuda.synchronize(backend.device)
+    return lambda: None
 
 
 @contextmanager
-def _network_clock(backend: Any) -> Iterator[_Clock]:
-    """Record when the backend's network starts and ends."""
-    clock = _Clock()
+def _network_marks(backend: Any, wait: Callable[[], None]) -> Iterator[list[float]]:
+    """Append to the list when each call of the backend's network starts and ends."""
+    marks: list[float] = []
+    owner, name = (backend.model, "forward") if backend.kind == "torch" else (backend, "infer")
+    original = getattr(owner, name)
 
-    def begin(*_: Any) -> None:
-        clock.wait()
-        clock.start = time.perf_counter()
-
-    def finish(*_: Any) -> None:
-        clock.wait()
-        clock.end = time.perf_counter()
-
-    if backend.kind == "torch":
-        if backend.device.type == "cuda":
-            import torch
-
-            clock.wait = lambda: torch.cuda.synchronize(backend.device)
-        hooks = [backend.model.register_forward_pre_hook(begin), backend.model.register_forward_hook(finish)]
-        try:
-            yield clock
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return
-
-    infer = backend.infer
-
-    def timed(feeds: Any) -> Any:
-        begin()
-        outputs = infer(feeds)
-        finish()
+    def timed(*inputs: Any) -> Any:
+        wait()
+        marks.append(time.perf_counter())
+        outputs = original(*inputs)
+        wait()
+        marks.append(time.perf_counter())
         return outputs
 
-    backend.infer = timed
+    setattr(owner, name, timed)
     try:
-        yield clock
+        yield marks
     finally:
-        backend.infer = infer
+        delattr(owner, name)  # it covered the method of the class
 
 
 def images_to_time(dataset: Dataset | None) -> list[Path | bytes]:

@@ -37,30 +37,29 @@ def test_the_first_setting_is_the_models_own() -> None:
 
 @pytest.mark.parametrize(("height", "width", "size"), [(640, 640, "640"), (480, 640, "480x640")])
 def test_table_rows(height: int, width: int, size: str) -> None:
-    one = replace(row(2, 0.25), imgsz=(height, width), front=True)
-    columns, cells = table_rows([one, replace(row(4, None), batch=1)])
-    assert cells[0][columns.index("size")] == size
-    assert cells[0][columns.index("best")] == "*"
-    assert "model" not in columns
-    parts = [c for c in columns if c.endswith("\nmedian / p90")]
-    assert [c.split()[0] for c in parts] == ["pre", "network", "post", "total"]
-    spread = replace(one, times={part: Spread(n + 2, n + 3.25) for n, part in enumerate(one.times)})
-    cells = table_rows([spread])[1][0]
-    assert [cells[columns.index(c)] for c in parts] == ["2.0 / 3.2", "3.0 / 4.2", "4.0 / 5.2", "5.0 / 6.2"]
+    times = {part: Spread(n + 2, n + 3.25) for n, part in enumerate(PARTS)}
+    one = replace(row(2, 0.25), imgsz=(height, width), front=True, times=times)
+    cells = table_rows([one])[0]
+    assert (cells["size"], cells["best"]) == (size, "*")
+    spreads = {name.split()[0]: value for name, value in cells.items() if name.endswith("\nmedian / p90")}
+    assert spreads == {"pre": "2.0 / 3.2", "network": "3.0 / 4.2", "post": "4.0 / 5.2", "total": "5.0 / 6.2"}
+    assert "model" not in cells
     assert "model" in table_rows([one, replace(one, model="other")])[0]
 
 
 def test_settings_equal_in_all_rows_are_no_columns() -> None:
     one = row(2, 0.25)
-    columns, cells, text = drop_constant_columns(*table_rows([one, replace(one, layers=1)]))
+    table, text = drop_constant_columns(table_rows([one, replace(one, layers=1)]))
     assert text == "type fp32, size 640, queries 300"
-    assert columns[:3] == ["backend", "layers", "pre ms\nmedian / p90"]
-    assert [cell[:2] for cell in cells] == [["torch", 3], ["torch", 1]]
+    assert [list(cells.items())[:2] for cells in table] == [
+        [("backend", "torch"), ("layers", 3)],
+        [("backend", "torch"), ("layers", 1)],
+    ]
     foreign = [replace(one, layers=None, queries=None), replace(one, layers=None, queries=None, precision="fp16")]
-    columns, _, text = drop_constant_columns(*table_rows(foreign))
+    table, text = drop_constant_columns(table_rows(foreign))
     assert text == "size 640"
-    assert columns[:2] == ["backend", "type"]
-    assert "layers" not in columns
+    assert list(table[0])[:2] == ["backend", "type"]
+    assert "layers" not in table[0]
 
 
 def test_differences_are_to_the_first_row(shapes_model: Path, shapes_data: Path, tmp_path: Path) -> None:
