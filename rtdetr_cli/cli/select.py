@@ -11,15 +11,15 @@ from rtdetr_cli.runs import BEST, RunFolder, find_runs
 from rtdetr_cli.weights.header import MODEL_SUFFIXES
 
 CHECKPOINT_SUFFIX = ".ckpt"
-__all__ = ["BEST", "CHECKPOINT_SUFFIX", "model_file", "newest_run", "output_file", "parse_size", "resolve_model"]
 
 
-def newest_run(runs: Path = Path("runs")) -> tuple[Path, str]:
-    """Return the newest finished run folder and a description of it; the newest of all where none has finished.
+def resolve_model(model: Path | None, *, runs: Path = Path("runs")) -> Path:
+    """Return the model file of a path; for None the best one of the newest finished run, reported on stderr.
 
-    Raises:
-        ModelError: there is none.
+    Where no run has finished it is that of the newest run. Raises ModelError where there is no such file or run.
     """
+    if model is not None:
+        return model_file(model)
     candidates = find_runs(runs)
     if not candidates:
         raise ModelError(
@@ -29,27 +29,17 @@ def newest_run(runs: Path = Path("runs")) -> tuple[Path, str]:
         )
     newest = candidates[-1]
     caveat = newest.caveat()
-    if not caveat:
-        return newest.path, "the newest run"
-    for run in reversed(candidates[:-1]):
-        if not run.caveat():
-            return run.path, f"the newest finished run; {newest.path} is newer, but {caveat}"
-    return newest.path, f"the newest run, {caveat}"
+    finished = next((run for run in reversed(candidates) if not run.caveat()), None)
+    if finished is None:
+        run, description = newest, f"the newest run, {caveat}"
+    elif caveat:
+        run, description = finished, f"the newest finished run; {newest.path} is newer, but {caveat}"
+    else:
+        run, description = newest, "the newest run"
+    from rtdetr_cli.cli import terminal
 
-
-def resolve_model(model: Path | None, *, runs: Path = Path("runs")) -> Path:
-    """Return the model file of a path, or the best model of the newest finished run when None (reported on stderr).
-
-    Raises:
-        ModelError: there is no such file or run.
-    """
-    if model is None:
-        from rtdetr_cli.cli import terminal
-
-        run, description = newest_run(runs)
-        terminal.say(f"model {run / BEST} ({description})")
-        return run / BEST
-    return model_file(model)
+    terminal.say(f"model {run.best} ({description})")
+    return run.best
 
 
 def model_file(model: Path) -> Path:
@@ -59,21 +49,29 @@ def model_file(model: Path) -> Path:
         ModelError: there is none, or it is not a known format.
     """
     if model.is_dir():
-        best = model / BEST
+        best = RunFolder(model).best
         if best.is_file():
             return best
         raise _no_model_in(model)
     if not model.exists():
-        raise ModelError(f"the model {model} does not exist", hint=_neighbours(model), code="model-missing")
+        from rtdetr_cli.infer.backend import neighbours
+
+        hint = neighbours(model) or f"name a model file ({', '.join(MODEL_SUFFIXES)}) or the folder of a run"
+        raise ModelError(f"the model {model} does not exist", hint=hint, code="model-missing")
     suffix = model.suffix.lower()
-    if suffix == CHECKPOINT_SUFFIX and (model.parent / BEST).is_file():
+    if suffix == CHECKPOINT_SUFFIX and RunFolder(model.parent).best.is_file():
         raise ModelError(
             f"{model} is a training checkpoint, which can be resumed but not used as a model",
             hint=f"name the run: {model.parent}",
             code="model-foreign",
         )
     if suffix not in MODEL_SUFFIXES:
-        hint = f"{_purpose(suffix)}models end in {', '.join(MODEL_SUFFIXES)}"
+        from rtdetr_cli.images.decode import IMAGE_SUFFIXES
+
+        use = "images are for rtdetr predict; " if suffix in IMAGE_SUFFIXES else ""
+        if suffix in (".json", ".yaml", ".yml"):
+            use = "datasets are for --data or rtdetr validate; "
+        hint = f"{use}models end in {', '.join(MODEL_SUFFIXES)}"
         raise ModelError(f"{model} is not a model file", hint=hint, code="model-foreign")
     return model
 
@@ -97,28 +95,8 @@ def _no_model_in(folder: Path) -> ModelError:
     return ModelError(message, hint=hint, code="model-missing")
 
 
-def _neighbours(path: Path) -> str:
-    """Return a hint about the files in the folder of a missing one."""
-    from rtdetr_cli.infer.backend import neighbours
-
-    return neighbours(path) or f"name a model file ({', '.join(MODEL_SUFFIXES)}) or the folder of a run"
-
-
-def _purpose(suffix: str) -> str:
-    """Return what a file that is not a model is used for; empty for an unknown suffix."""
-    from rtdetr_cli.images.decode import IMAGE_SUFFIXES
-
-    if suffix in IMAGE_SUFFIXES:
-        return "images are for rtdetr predict; "
-    return "datasets are for --data or rtdetr validate; " if suffix in (".json", ".yaml", ".yml") else ""
-
-
 def output_file(path: Path, flag: str) -> None:
-    """Refuse an output file that cannot be written, before the work rather than after it.
-
-    Args:
-        path: as given on the command line.
-        flag: its flag, such as `--html`.
+    """Refuse an output file, as given for a flag such as `--html`, that cannot be written: before the work, not after.
 
     Raises:
         UsageError: a folder of that name exists.
@@ -140,11 +118,7 @@ def output_file(path: Path, flag: str) -> None:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Read `--imgsz`: `640` or `480x640`, height first, in pixels.
-
-    Raises:
-        UsageError: it is not a size, or a side is not a multiple of 32 from 32 to 4096.
-    """
+    """Read `--imgsz`: `640` or `480x640`, height first, in pixels; raises UsageError for any other text."""
     try:
         return parse_image_size(text)
     except ValueError as error:

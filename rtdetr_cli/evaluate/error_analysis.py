@@ -213,16 +213,10 @@ class ErrorAnalysis:
         """Return the part of the document about errors."""
         dataset, gains = self.evaluation.dataset, self.gains or {}
         names = dataset.names
-        worst = [
-            {
-                **_image_facts(dataset, i.image),
-                "found": i.true_positives,
-                "wrong": i.false_positives,
-                "missed": i.missed,
-                "f1": i.f1,
-            }
-            for i in self.worst()
-        ]
+        worst = []
+        for i in self.worst():
+            figures = {"found": i.true_positives, "wrong": i.false_positives, "missed": i.missed, "f1": i.f1}
+            worst.append({**_image_facts(dataset, i.image), **figures})
         suspects = [
             {
                 "kind": s.kind,

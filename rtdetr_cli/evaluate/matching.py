@@ -1,11 +1,8 @@
-"""Match detections to boxes at one IoU by COCO's rules: the basis of precision, recall, thresholds and intervals.
+"""Match detections to boxes by COCO's rules: the basis of precision, recall, thresholds and intervals.
 
-The evaluators give precision at 101 recall points only; precision and recall at a score need the outcome of every
-detection. All of it here is array work over the whole split.
-
-COCO's rule: the detections of one image and class choose in the order of their scores, and each takes the free box
-that it overlaps most, a counted box before an ignored one. Different images and classes don't interact, so that all
-detections of one rank can choose at once: 100 rounds over arrays replace a loop over every detection.
+The detections of one image and class choose in the order of their scores, and each takes the free box that it overlaps
+most, a counted box before an ignored one. Different images and classes don't interact, so that all detections of one
+rank can choose at once: 100 rounds over arrays replace a loop over every detection.
 """
 
 from __future__ import annotations
@@ -107,7 +104,7 @@ def overlapping_pairs(dataset: Dataset, table: DetectionTable, *, min_iou: float
 
 
 def match(dataset: Dataset, table: DetectionTable, *, iou: float = 0.5) -> Matches:
-    """Match detections in the dataset's labels to its boxes by COCO's rules; `iou` is the least overlap of a match."""
+    """Match detections in the dataset's labels to its boxes; `iou` is the least overlap of a match."""
     rank, pairs = _candidates(dataset, table, iou)
     detection_area = np.prod(table.boxes_xyxy_px[:, 2:] - table.boxes_xyxy_px[:, :2], axis=1)
     outcomes = np.zeros((len(SIZES), len(table)), np.int8)

@@ -219,11 +219,11 @@ class Mark:
 
 
 def place_texts(marks: Sequence[Mark], size_wh: tuple[int, int], text_size: float) -> list[dict[str, Any]]:
-    """Return the marks as plain values, each with a position for its text that covers no other text.
+    """Return each mark with its rectangle and a position for its text that covers no other text.
 
     A text goes above its box, below the upper edge, above the lower edge, or below the box, and starts where the box
-    starts or ends where it ends. Without a free position the text appears only when the box is pointed at (`label` is
-    False), as does that of a correct box. Marks drawn last, which have the highest scores, choose first.
+    starts or ends where it ends. Without a free position it is not `visible`, like that of a correct box: it appears
+    only when the box is pointed at. Marks drawn last, which have the highest scores, choose first.
     """
     width, height = size_wh
     taken = np.zeros((0, 4))
@@ -243,12 +243,9 @@ def place_texts(marks: Sequence[Mark], size_wh: tuple[int, int], text_size: floa
         at_end = row % 2 == 1
         placed.append(
             {
-                "outcome": mark.outcome,
-                "errors": mark.errors,
-                "text": mark.text,
-                "title": mark.title,
+                "mark": mark,
                 **_rectangle(x1, y1, x2, y2),
-                "label": visible,
+                "visible": visible,
                 "text_x": round(float(places[row, 2 if at_end else 0]), 1),
                 "text_y": round(float(np.clip(lines[row // 2], text_size, height)), 1),
                 "anchor": "end" if at_end else "start",

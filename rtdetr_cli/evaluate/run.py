@@ -22,8 +22,6 @@ from rtdetr_cli.evaluate.thresholds import OperatingPoint, points_at, score_curv
 from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.weights.header import Thresholds
 
-_AP_OF_SIZE = {1: "APs", 2: "APm", 3: "APl"}
-
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
@@ -87,14 +85,11 @@ class Evaluation:
         return self._best_point(None)
 
     def _by_size(self, metrics: dict[str, float | None], label: int | None) -> dict[str, dict[str, float | None]]:
-        return {
-            SIZES[size]: {
-                "AP": metrics[name],
-                "AP50": self.coco.ap50(label, size),
-                **self._best_point(label, size).rates(),
-            }
-            for size, name in _AP_OF_SIZE.items()
-        }
+        rows = {}
+        for size, name in enumerate(("APs", "APm", "APl"), start=1):
+            rates = self._best_point(label, size).rates()
+            rows[SIZES[size]] = {"AP": metrics[name], "AP50": self.coco.ap50(label, size), **rates}
+        return rows
 
     def _best_point(self, label: int | None, size: int = 0) -> OperatingPoint:
         return score_curve(self.dataset, self.table, self.matches, label, size=size).best_point()
@@ -125,34 +120,22 @@ class Evaluation:
             document["seconds"] = dict(self.seconds)
         if self.thresholds is not None:
             overall, single, classes = self.at_thresholds(self.thresholds)
+            points = zip(self.dataset.categories, classes, strict=True)
             document["at_thresholds"] = {
                 "target": self.thresholds.target,
                 "overall": asdict(overall),
                 "one_for_all": asdict(single),
-                "per_class": [
-                    {"name": c.name, "category_id": c.id, **asdict(p)}
-                    for c, p in zip(self.dataset.categories, classes, strict=True)
-                ],
+                "per_class": [{"name": c.name, "category_id": c.id, **asdict(point)} for c, point in points],
             }
         return document
 
 
 def evaluate_table(
-    dataset: Dataset,
-    table: DetectionTable,
-    evaluator: str = "hotcoco",
-    *,
-    thresholds: Thresholds | None = None,
-    notes: tuple[str, ...] = (),
-    unreadable: tuple[tuple[str, str], ...] = (),
-    seconds: dict[str, float] | None = None,
+    dataset: Dataset, table: DetectionTable, evaluator: str = "hotcoco", *, notes: tuple[str, ...] = ()
 ) -> Evaluation:
-    """Evaluate detections of any origin; the keywords are attributes of `Evaluation`.
+    """Evaluate detections of any origin; raises DataError for a split without images.
 
     pycocotools is used where hotcoco is not installed, with a note on what it lacks.
-
-    Raises:
-        DataError: the split has no images.
     """
     try:
         result = coco_metrics(dataset, table, evaluator=evaluator)
@@ -163,7 +146,7 @@ def evaluate_table(
         notes = (*notes, f"{problem.message}: using pycocotools instead; {PYCOCOTOOLS_LACKS}")
     if dataset.crowd.all():
         notes = (*notes, f"the {dataset.split} split of {dataset.name} has no boxes, so AP is not defined")
-    return Evaluation(dataset, table, result, thresholds, notes, unreadable, seconds or {})
+    return Evaluation(dataset, table, result, notes=notes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -275,11 +258,8 @@ def evaluate_detections(
         evaluated = dataset.subset(readable)
         table = replace(table, image_index=np.searchsorted(readable, table.image_index))
         notes.append(f"{len(unreadable)} of {len(dataset)} images cannot be read and are left out")
-    return evaluate_table(
-        evaluated,
-        table,
-        evaluator,
-        notes=tuple(notes),
+    return replace(
+        evaluate_table(evaluated, table, evaluator, notes=tuple(notes)),
         thresholds=_in_dataset_order(thresholds, classes.labels, len(dataset.categories)),
         unreadable=tuple((dataset.file_names[i], reason) for i, reason in unreadable),
         seconds={"network": detections.network_seconds, "total": seconds},

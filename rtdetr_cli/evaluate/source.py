@@ -157,7 +157,8 @@ def _pick(splits: Splits, split: str) -> Dataset:
         existing = [f"{name} ({len(part)} images)" for name, part in by_name.items() if part is not None]
         raise DataError(
             f"{splits.name} has {state} {split} split; it has {', '.join(existing) or 'nothing'}",
-            hint=f"choose another with --split, or create one: rtdetr validate {splits.source} --resplit 0.8,0.2 --to DIR",
+            hint="choose another with --split, or create one: "
+            f"rtdetr validate {splits.source} --resplit 0.8,0.2 --to DIR",
             code="empty-split",
         )
     return dataset

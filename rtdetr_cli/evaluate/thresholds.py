@@ -72,14 +72,9 @@ class ScoreCurve:
         return self.true_positives / (self.true_positives + self.false_positives)
 
     @property
-    def recall(self) -> NDArray[np.float64]:
-        """Recall at each score; 0 throughout when there are no boxes."""
-        return self.true_positives / max(self.boxes, 1)
-
-    @property
     def f1(self) -> NDArray[np.float64]:
         """F1 at each score."""
-        precision, recall = self.precision, self.recall
+        precision, recall = self.precision, self.true_positives / max(self.boxes, 1)
         total = precision + recall
         return np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0)
 

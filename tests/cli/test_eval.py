@@ -9,13 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from rtdetr_cli.evaluate.thresholds import stale_exports
+from rtdetr_cli.evaluate.thresholds import stale_exports, store_thresholds
 from rtdetr_cli.weights.header import ModelHeader, Thresholds, read_header, rewrite_header
 from rtdetr_cli.weights.load import tensors_identity
 
+Rtdetr = Callable[..., Any]
 METRICS = {"AP": 0.504581, "AP50": 0.696973, "AP75": 0.572982, "APs": 0.585626, "APm": 0.519400, "APl": 0.501398}
 
 
@@ -70,18 +72,24 @@ def onnx_file(run_folder: Path) -> Path:
     return export_model(model, header, run_folder / "export", ExportOptions(), stem="best")[0].path
 
 
+@pytest.fixture
+def own_run(run_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the run, with the exports that exist, to store thresholds in."""
+    return shutil.copytree(run_folder, tmp_path / "runs" / "own")
+
+
 # ----------------------------------------------------------------------------------------- detections from a file
 
 
+@pytest.fixture
+def public(eval_pair: Path) -> tuple[object, ...]:
+    """A public file of detections; the images do not exist, and need not."""
+    return "eval", "--data", eval_pair / "ground_truth.json", "--predictions", eval_pair / "detections.json"
+
+
 @pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
-def test_predictions_give_the_published_metrics(rtdetr: Callable[..., Any], eval_pair: Path, evaluator: str) -> None:
-    """The images do not exist, and need not."""
-    ran = rtdetr(
-        "eval",
-        *("--data", eval_pair / "ground_truth.json"),
-        *("--predictions", eval_pair / "detections.json"),
-        *("--evaluator", evaluator, "--json"),
-    )
+def test_predictions_give_the_published_metrics(rtdetr: Rtdetr, public: tuple[object, ...], evaluator: str) -> None:
+    ran = rtdetr(*public, "--evaluator", evaluator, "--json")
     assert ran.code == 0
     assert {name: ran.json["metrics"][name] for name in METRICS} == pytest.approx(METRICS, abs=1e-6)
     assert ran.json["evaluator"] == evaluator
@@ -91,34 +99,28 @@ def test_predictions_give_the_published_metrics(rtdetr: Callable[..., Any], eval
     assert (ran.json["errors"].get("confusion") is None) == (evaluator == "pycocotools")
 
 
-def test_the_interval_as_text_and_json(rtdetr: Callable[..., Any], eval_pair: Path) -> None:
-    given = ("--data", eval_pair / "ground_truth.json", "--predictions", eval_pair / "detections.json", "--ci", 200)
-    document = rtdetr("eval", *given, "--json").json
+def test_text_and_json_agree(rtdetr: Rtdetr, public: tuple[object, ...]) -> None:
+    document = rtdetr(*public, "--ci", 200, "--json").json
+    ran = rtdetr(*public, "--ci", 200)
     interval = document["interval"]
     assert interval["lower"] < document["metrics"]["AP"] < interval["upper"]
-    ran = rtdetr("eval", *given)
     assert f"AP 0.505 ± {interval['half']:.3f} (95 %, 100 images)" in ran.out
     rows = {row["name"]: row for row in document["per_class"]}
     assert "interval" in rows["person"]
     assert "interval" not in rows["umbrella"]  # a single box
 
-
-def test_the_text_output(rtdetr: Callable[..., Any], eval_pair: Path) -> None:
-    given = ("--data", eval_pair / "ground_truth.json", "--predictions", eval_pair / "detections.json")
-    ran = rtdetr("eval", *given)
     assert "\n\n\n" not in ran.out
     lines = ran.out.splitlines()
     (best,) = [i for i, line in enumerate(lines) if line.startswith("best F1 with one threshold for all classes")]
     assert lines[best + 1 : best + 3] == ["", "Errors"]
     assert "errors are counted at score 0." in ran.out
     assert "annotations of classes with an AP50 below 0.5 are not questioned (" in ran.out
-    document = rtdetr("eval", *given, "--json").json["errors"]
-    assert document["suspects_note"] in ran.out
-    weak = {row["name"] for row in rtdetr("eval", *given, "--json").json["per_class"] if (row["AP50"] or 1) < 0.5}
-    assert weak <= set(document["suspects_left_out"])
+    assert document["errors"]["suspects_note"] in ran.out
+    weak = {name for name, row in rows.items() if (row["AP50"] or 1) < 0.5}
+    assert weak <= set(document["errors"]["suspects_left_out"])
 
 
-def test_results_of_another_dataset(rtdetr: Callable[..., Any], eval_pair: Path, tmp_path: Path) -> None:
+def test_results_of_another_dataset(rtdetr: Rtdetr, eval_pair: Path, tmp_path: Path) -> None:
     rows = json.loads((eval_pair / "detections.json").read_text())
     rows[3]["image_id"] = 10**9
     rows[5]["category_id"] = 999
@@ -130,12 +132,11 @@ def test_results_of_another_dataset(rtdetr: Callable[..., Any], eval_pair: Path,
 
 
 @pytest.mark.parametrize(("least", "code"), [("0.5", 0), ("0.51", 6)])
-def test_fail_under(rtdetr: Callable[..., Any], eval_pair: Path, least: str, code: int) -> None:
-    given = ("--data", eval_pair / "ground_truth.json", "--predictions", eval_pair / "detections.json")
-    ran = rtdetr("eval", *given, "--fail-under", least)
+def test_fail_under(rtdetr: Rtdetr, public: tuple[object, ...], least: str, code: int) -> None:
+    ran = rtdetr(*public, "--fail-under", least)
     assert ran.code == code
     assert ("error: AP 0.5046 is below 0.51" in ran.err) == bool(code)
-    ran = rtdetr("eval", *given, "--fail-under", least, "--json")
+    ran = rtdetr(*public, "--fail-under", least, "--json")
     assert ran.code == code
     assert ran.json["gate"] == {"fail_under": float(least), "passed": not code}
 
@@ -154,7 +155,7 @@ def test_fail_under(rtdetr: Callable[..., Any], eval_pair: Path, least: str, cod
         (["m.safetensors", "--calibrate", "f1", "--split", "train"], "--calibrate cannot use the train split"),
     ],
 )
-def test_invalid_options(rtdetr: Callable[..., Any], words: list[str], message: str) -> None:
+def test_invalid_options(rtdetr: Rtdetr, words: list[str], message: str) -> None:
     ran = rtdetr("eval", *words)
     assert ran.code == 2
     assert message in ran.err
@@ -163,36 +164,20 @@ def test_invalid_options(rtdetr: Callable[..., Any], words: list[str], message: 
 # ------------------------------------------------------------------------------------------------------ a model
 
 
-def test_a_run_is_evaluated_on_its_own_dataset(rtdetr: Callable[..., Any], run_folder: Path, tmp_path: Path) -> None:
-    ran = rtdetr("eval", run_folder, "--save-json", tmp_path / "deep" / "results.json", "--json")
+def test_a_run_is_evaluated_on_its_own_dataset(rtdetr: Rtdetr, run_folder: Path, shapes: Path, tmp_path: Path) -> None:
+    results = tmp_path / "deep" / "results.json"
+    ran = rtdetr("eval", run_folder, "--save-json", results, "--json")
     assert ran.code == 0, ran.err
-    document = ran.json
-    assert document["dataset"] == {"name": "shapes", "split": "val"}
-    assert document["pictures"] == 10
-    assert document["model"]["kind"] == "torch"
-    # the saved results give the same metrics
-    again = rtdetr(
-        "eval", "--data", run_folder.parent.parent / "shapes", "--predictions", tmp_path / "deep/results.json", "--json"
-    )
-    assert again.json["metrics"] == pytest.approx(document["metrics"], abs=1e-4)
+    assert ran.json["dataset"] == {"name": "shapes", "split": "val"}
+    assert ran.json["pictures"] == 10
+    assert ran.json["model"]["kind"] == "torch"
+    again = rtdetr("eval", "--data", shapes, "--predictions", results, "--json")
+    assert again.json["metrics"] == pytest.approx(ran.json["metrics"], abs=1e-4)
 
 
-def test_layers_queries_size_and_split(rtdetr: Callable[..., Any], run_folder: Path) -> None:
-    ran = rtdetr(
-        "eval",
-        run_folder,
-        "--layers",
-        1,
-        "--queries",
-        20,
-        "--imgsz",
-        "64x96",
-        "--split",
-        "train",
-        "--batch",
-        1,
-        "--json",
-    )
+def test_layers_queries_size_and_split(rtdetr: Rtdetr, run_folder: Path) -> None:
+    options = ("--layers", 1, "--queries", 20, "--imgsz", "64x96", "--split", "train", "--batch", 1)
+    ran = rtdetr("eval", run_folder, *options, "--json")
     assert ran.code == 0, ran.err
     model = ran.json["model"]
     assert (model["layers"], model["queries"], model["imgsz"]) == (1, 20, [64, 96])
@@ -201,97 +186,75 @@ def test_layers_queries_size_and_split(rtdetr: Callable[..., Any], run_folder: P
     assert rtdetr("eval", run_folder, "--layers", 9).code == 2
 
 
-def test_calibration_is_stored_and_older_exports_are_listed(
-    rtdetr: Callable[..., Any], run_folder: Path, onnx_file: Path
-) -> None:
-    best = run_folder / "best.safetensors"
+def test_calibration_is_stored_and_older_exports_are_listed(rtdetr: Rtdetr, onnx_file: Path, own_run: Path) -> None:
+    best, export = own_run / "best.safetensors", own_run / "export" / onnx_file.name
     before, tensors = read_header(best), tensors_identity(load_file(best))
-    ran = rtdetr("eval", run_folder, "--calibrate", "f1")
+    ran = rtdetr("eval", own_run, "--calibrate", "f1")
     assert "errors are counted at the thresholds calibrated now for f1" in ran.out
-    ran = rtdetr("eval", run_folder, "--calibrate", "f1", "--json")
+    ran = rtdetr("eval", own_run, "--calibrate", "f1", "--json")
     assert ran.code == 0, ran.err
-    header = read_header(best)
-    try:
-        calibration = ran.json["calibration"]
-        assert header.thresholds is not None
-        assert list(header.thresholds.per_class) == [
-            t if (t := row["threshold"]) is not None else None for row in calibration["per_class"]
-        ]
-        assert (header.identity, tensors_identity(load_file(best))) == (before.identity, tensors)
-        assert calibration["stale_exports"] == [str(onnx_file)]
-        assert f"{onnx_file} was exported before" in ran.err
-        # the next evaluation reports the stored thresholds
-        later = rtdetr("eval", run_folder, "--json").json["at_thresholds"]
-        assert later["target"] == "f1"
-        assert later["overall"] == calibration["at_thresholds"]
-    finally:
-        rewrite_header(best, before)
+    header, calibration = read_header(best), ran.json["calibration"]
+    assert header.thresholds is not None
+    assert list(header.thresholds.per_class) == [row["threshold"] for row in calibration["per_class"]]
+    assert (header.identity, tensors_identity(load_file(best))) == (before.identity, tensors)
+    assert calibration["stale_exports"] == [str(export)]
+    assert f"{export} was exported before" in ran.err
+    # the next evaluation reports the stored thresholds
+    later = rtdetr("eval", own_run, "--json").json["at_thresholds"]
+    assert later["target"] == "f1"
+    assert later["overall"] == calibration["at_thresholds"]
 
 
-def test_thresholds_calibrated_with_other_layers_give_a_warning(
-    rtdetr: Callable[..., Any], run_folder: Path, shapes: Path
-) -> None:
-    best = run_folder / "best.safetensors"
-    before = read_header(best)
-    try:
-        assert rtdetr("eval", run_folder, "--calibrate", "f1", "--layers", 1, "--queries", 50).code == 0
-        stored = read_header(best).thresholds
-        assert stored is not None
-        assert (stored.imgsz, stored.layers, stored.queries) == ((96, 96), 1, 50)
-        same = ("--layers", 1, "--queries", 50)
-        warning = "warning: the stored thresholds were calibrated at 1 layer, 50 queries and are used at 3 layers, 100 "
-        image = next((shapes).rglob("*.jpg"))
-        for command in (("eval", run_folder), ("predict", image, "--weights", run_folder, "--no-save")):
-            assert warning in rtdetr(*command).err
-            assert "were calibrated" not in rtdetr(*command, *same).err
-        assert f"rtdetr eval {best} --layers 3 --queries 100 --calibrate f1" in rtdetr(*command).err
-    finally:
-        rewrite_header(best, before)
+def test_thresholds_calibrated_with_other_layers_give_a_warning(rtdetr: Rtdetr, own_run: Path, shapes: Path) -> None:
+    best, same = own_run / "best.safetensors", ("--layers", 1, "--queries", 50)
+    assert rtdetr("eval", own_run, "--calibrate", "f1", *same).code == 0
+    stored = read_header(best).thresholds
+    assert stored is not None
+    assert (stored.imgsz, stored.layers, stored.queries) == ((96, 96), 1, 50)
+    warning = "warning: the stored thresholds were calibrated at 1 layer, 50 queries and are used at 3 layers, 100 "
+    image = next(shapes.rglob("*.jpg"))
+    for command in (("eval", own_run), ("predict", image, "--weights", own_run, "--no-save")):
+        assert warning in rtdetr(*command).err
+        assert "were calibrated" not in rtdetr(*command, *same).err
+    assert f"rtdetr eval {best} --layers 3 --queries 100 --calibrate f1" in rtdetr(*command).err
 
 
 def test_exports_of_the_original_in_a_finetune_discrete_run_are_searched(
-    rtdetr: Callable[..., Any], run_folder: Path, onnx_file: Path, tmp_path: Path
+    rtdetr: Rtdetr, onnx_file: Path, own_run: Path
 ) -> None:
     """They belong to the model that finetune-discrete started from, not to its result."""
-    runs = tmp_path / "runs"
-    shutil.copytree(run_folder, runs / "first")
-    (runs / "second" / "export-original").mkdir(parents=True)
-    original = runs / "second" / "export-original" / "best.onnx"
+    second = own_run.parent / "second"
+    (second / "export-original").mkdir(parents=True)
+    original = second / "export-original" / "best.onnx"
     shutil.copy(onnx_file, original)
-    ran = rtdetr("eval", runs / "first", "--calibrate", "f1", "--json")
+    ran = rtdetr("eval", own_run, "--calibrate", "f1", "--json")
     assert ran.code == 0, ran.err
     calibration = ran.json["calibration"]
-    assert calibration["stale_exports"] == [str(runs / "first/export/best.onnx"), str(original)]
-    folders = [str(runs / "first/export"), str(original.parent)]
+    assert calibration["stale_exports"] == [str(own_run / "export/best.onnx"), str(original)]
+    folders = [str(own_run / "export"), str(original.parent)]
     assert calibration["export_folders"] == folders
     assert f"searched for older exports in {', '.join(folders)}" in ran.err
     # the result of finetune-discrete has no export here
-    second = runs / "second" / "best.safetensors"
-    shutil.copy(run_folder / "best.safetensors", second)
-    header = replace(read_header(second), thresholds=Thresholds("f1", 0.5, (0.5,) * 5))
-    assert stale_exports(second, header) == [original]
-    assert stale_exports(second, replace(header, identity="another")) == []
+    result = second / "best.safetensors"
+    shutil.copy(own_run / "best.safetensors", result)
+    header = replace(read_header(result), thresholds=Thresholds("f1", 0.5, (0.5,) * 5))
+    assert stale_exports(result, header) == [original]
+    assert stale_exports(result, replace(header, identity="another")) == []
 
 
-def test_the_table_of_thresholds_separates_per_class_and_single_thresholds(
-    rtdetr: Callable[..., Any], run_folder: Path
-) -> None:
-    best = run_folder / "best.safetensors"
-    before = read_header(best)
-    try:
-        rewrite_header(best, replace(before, thresholds=Thresholds("f1", 0.001, (0.9,) * 5)))
-        lines = [line.split() for line in rtdetr("eval", run_folder).out.splitlines()]
-        (per_class,) = [line for line in lines if line[:6] == ["all", "classes,", "each", "at", "its", "own"]]
-        (single,) = [line for line in lines if line[:5] == ["all", "classes", "at", "one", "threshold"]]
-        assert per_class[6] == "-"
-        assert single[5] == "0.001"
-        assert len(per_class[6:]) == len(single[5:]) == 4
-        assert per_class[7:] != single[6:]
-    finally:
-        rewrite_header(best, before)
+def test_the_table_of_thresholds_separates_per_class_and_single_thresholds(rtdetr: Rtdetr, own_run: Path) -> None:
+    best = own_run / "best.safetensors"
+    rewrite_header(best, replace(read_header(best), thresholds=Thresholds("f1", 0.001, (0.9,) * 5)))
+    lines = [line.split() for line in rtdetr("eval", own_run).out.splitlines()]
+    (per_class,) = [line for line in lines if line[:6] == ["all", "classes,", "each", "at", "its", "own"]]
+    (single,) = [line for line in lines if line[:5] == ["all", "classes", "at", "one", "threshold"]]
+    assert per_class[6] == "-"
+    assert single[5] == "0.001"
+    assert len(per_class[6:]) == len(single[5:]) == 4
+    assert per_class[7:] != single[6:]
 
 
-def test_only_safetensors_models_store_thresholds(rtdetr: Callable[..., Any], onnx_file: Path) -> None:
+def test_only_safetensors_models_store_thresholds(rtdetr: Rtdetr, onnx_file: Path) -> None:
     ran = rtdetr("eval", onnx_file, "--calibrate", "f1")
     assert ran.code == 2
     assert "stores thresholds in a .safetensors model" in ran.err
@@ -311,7 +274,7 @@ def test_an_onnx_file_is_evaluated_without_torch(onnx_file: Path) -> None:
 
 
 def test_a_foreign_onnx_file_uses_the_datasets_classes_in_order(
-    rtdetr: Callable[..., Any], run_folder: Path, onnx_file: Path, tmp_path: Path
+    rtdetr: Rtdetr, shapes: Path, onnx_file: Path, tmp_path: Path
 ) -> None:
     import onnx
 
@@ -319,48 +282,39 @@ def test_a_foreign_onnx_file_uses_the_datasets_classes_in_order(
     del model.metadata_props[:]
     foreign = tmp_path / "foreign.onnx"
     onnx.save(model, foreign)
-    data = run_folder.parent.parent / "shapes"
-    ran = rtdetr("eval", foreign, "--data", data, "--json")
+    ran = rtdetr("eval", foreign, "--data", shapes, "--json")
     assert ran.code == 0, ran.err
     assert "has no class names" in ran.err
-    assert ran.json["metrics"] == rtdetr("eval", onnx_file, "--data", data, "--json").json["metrics"]
+    assert ran.json["metrics"] == rtdetr("eval", onnx_file, "--data", shapes, "--json").json["metrics"]
 
 
-def test_a_model_without_a_dataset(rtdetr: Callable[..., Any], run_folder: Path, tmp_path: Path) -> None:
-    lonely = tmp_path / "lonely.safetensors"
-    lonely.write_bytes((run_folder / "best.safetensors").read_bytes())
+def test_a_model_without_a_dataset(rtdetr: Rtdetr, run_folder: Path, shapes: Path, tmp_path: Path) -> None:
+    lonely = shutil.copy(run_folder / "best.safetensors", tmp_path / "lonely.safetensors")
     ran = rtdetr("eval", lonely)
     assert ran.code == 2
     assert "no dataset is named" in ran.err
-    ran = rtdetr("eval", lonely, "--data", tmp_path / "nothing")
-    assert ran.code == 3
-    ran = rtdetr("eval", lonely, "--data", run_folder.parent.parent / "shapes", "--split", "test")
+    assert rtdetr("eval", lonely, "--data", tmp_path / "nothing").code == 3
+    ran = rtdetr("eval", lonely, "--data", shapes, "--split", "test")
     assert ran.code == 3
     assert "has no test split; it has train (2 images), val (10 images)" in ran.err
 
 
-def test_a_split_without_boxes_has_no_ap(rtdetr: Callable[..., Any], run_folder: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
-    header = read_header(run_folder / "best.safetensors")
-    categories = [{"id": i, "name": n} for i, n in zip(header.category_ids, header.names, strict=True)]
-    for split in ("train", "val"):
-        images = [{"id": 1, "file_name": f"{split}.jpg", "width": 80, "height": 60}]
-        Image.new("RGB", (80, 60), (90, 90, 90)).save(tmp_path / f"{split}.jpg")
-        boxes = [{"id": 1, "image_id": 1, "category_id": categories[0]["id"], "bbox": [5, 5, 30, 30]}]
-        content = {"images": images, "annotations": boxes if split == "train" else [], "categories": categories}
-        (tmp_path / f"{split}.json").write_text(json.dumps(content))
-    given = ("eval", run_folder, "--data", tmp_path, "--images", tmp_path, "--ci", 100)
-    ran = rtdetr(*given, "--json")
+def test_a_split_without_boxes_has_no_ap(rtdetr: Rtdetr, tmp_path: Path) -> None:
+    images = [{"id": 1, "file_name": "a.jpg", "width": 80, "height": 60}]
+    content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    (tmp_path / "results.json").write_text("[]")
+    files = ("--data", tmp_path / "data.json", "--predictions", tmp_path / "results.json")
+    ran = rtdetr("eval", *files, "--split", "train", "--ci", 100, "--json")
     assert ran.code == 0, ran.err
     assert set(ran.json["metrics"].values()) == {None}
     assert "has no boxes, so AP is not defined" in ran.err
-    ran = rtdetr(*given, "--fail-under", "0.1")
+    ran = rtdetr("eval", *files, "--split", "train", "--fail-under", "0.1")
     assert ran.code == 6
     assert "AP is not defined" in ran.err
 
 
-def test_outputs_are_checked_before_the_work(rtdetr: Callable[..., Any], run_folder: Path, tmp_path: Path) -> None:
+def test_outputs_are_checked_before_the_work(rtdetr: Rtdetr, run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for flag in ("--save-json", "--html"):
         for target, code in ((tmp_path, 2), (tmp_path / "file" / "x.json", 1)):
@@ -370,22 +324,14 @@ def test_outputs_are_checked_before_the_work(rtdetr: Callable[..., Any], run_fol
             assert "images/s" not in ran.err
 
 
-def test_stored_thresholds_are_in_the_models_class_order(run_folder: Path) -> None:
-    from rtdetr_cli.evaluate.thresholds import store_thresholds
-
-    best = run_folder / "best.safetensors"
-    before = read_header(best)
-    try:
-        import numpy as np
-
-        header = store_thresholds(best, Thresholds("f1", 0.4, (0.1, 0.2)), np.array([1, -1, 0, -1, -1]))
-        assert header.thresholds == Thresholds("f1", 0.4, (0.2, 0.4, 0.1, 0.4, 0.4))
-    finally:
-        rewrite_header(best, before)
+def test_stored_thresholds_are_in_the_models_class_order(own_run: Path) -> None:
+    labels = np.array([1, -1, 0, -1, -1])
+    header = store_thresholds(own_run / "best.safetensors", Thresholds("f1", 0.4, (0.1, 0.2)), labels)
+    assert header.thresholds == Thresholds("f1", 0.4, (0.2, 0.4, 0.1, 0.4, 0.4))
 
 
 @pytest.mark.slow
-def test_stored_thresholds_give_the_same_metrics_from_the_onnx_file(rtdetr: Callable[..., Any], tmp_path: Path) -> None:
+def test_stored_thresholds_give_the_same_metrics_from_the_onnx_file(rtdetr: Rtdetr, tmp_path: Path) -> None:
     """Needs a trained model: random scores are all ties."""
     from rtdetr_cli.datasets.generate import generate_dataset
 

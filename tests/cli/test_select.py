@@ -115,37 +115,22 @@ def test_a_discrete_run_that_lost_too_much_ap_is_not_preferred(runs: Path, capsy
     assert newest(runs, capsys)[1].endswith("(the newest run)")
 
 
-def test_an_empty_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("files", "message", "hint"),
+    [
+        ((), "the folder {} is empty", "name a model file, or the folder of a run such as runs/NAME"),
+        (("notes.txt",), "the folder {} is not a run and has no model", "name a model file, or the folder of a run"),
+        (("x.onnx", "y.xml"), "the folder {} is not a run", "name the model file: {0}/x.onnx, {0}/y.xml"),
+        (("config.toml", "last.ckpt"), "no epoch has been evaluated yet", "rtdetr train --resume {}"),
+        (("config.toml",), "no epoch has been evaluated yet", "name a model file, or the folder of a run"),
+    ],
+)
+def test_a_folder_without_a_model(files: tuple[str, ...], message: str, hint: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).write_text("")
     error = refused(tmp_path)
-    assert error.message == f"the folder {tmp_path} is empty"
-    assert "name a model file" in error.hint
-    assert "--resume" not in error.hint
-
-
-def test_a_foreign_folder(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("x")
-    error = refused(tmp_path)
-    assert error.message == f"the folder {tmp_path} is not a run and has no model"
-    assert "name a model file" in error.hint
-    assert "--resume" not in error.hint
-
-
-def test_a_folder_of_models_names_them(tmp_path: Path) -> None:
-    for name in ("x.onnx", "y.xml"):
-        (tmp_path / name).write_bytes(b"x")
-    error = refused(tmp_path)
-    assert error.message == f"the folder {tmp_path} is not a run"
-    assert error.hint == f"name the model file: {tmp_path / 'x.onnx'}, {tmp_path / 'y.xml'}"
-
-
-def test_a_run_without_a_model_can_be_resumed_if_it_has_a_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "config.toml").write_text("")
-    (tmp_path / "last.ckpt").write_bytes(b"x")
-    error = refused(tmp_path)
-    assert "no epoch has been evaluated yet" in error.message
-    assert error.hint == f"rtdetr train --resume {tmp_path}"
-    (tmp_path / "last.ckpt").unlink()
-    assert "--resume" not in refused(tmp_path).hint
+    assert message.format(tmp_path) in error.message
+    assert error.hint.startswith(hint.format(tmp_path))
 
 
 def test_a_missing_file_names_its_neighbours(runs: Path) -> None:
@@ -181,15 +166,11 @@ def test_every_command_exits_with_4(command: str, rtdetr, runs: Path, tmp_path: 
 
 @pytest.mark.parametrize("text", ["8192", "640x8192", "100", "16", "big"])
 def test_an_invalid_size_is_a_usage_error_that_names_the_flag(text: str) -> None:
+    assert (parse_size("640"), parse_size("480x4096")) == ((640, 640), (480, 4096))
     with pytest.raises(UsageError) as caught:
         parse_size(text)
     assert caught.value.message.startswith(f"--imgsz {text}: ")
     assert "--imgsz 480x640" in caught.value.hint
-
-
-def test_sizes() -> None:
-    assert parse_size("640") == (640, 640)
-    assert parse_size("480x4096") == (480, 4096)
 
 
 def test_output_files_are_checked_before_the_work(tmp_path: Path) -> None:

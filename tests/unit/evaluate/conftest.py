@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import numpy as np
 import pytest
 
 from rtdetr_cli.datasets.records import Category, Dataset, FlatStrings
+from rtdetr_cli.evaluate.results import read_results
+from rtdetr_cli.evaluate.source import choose_split
 from rtdetr_cli.evaluate.table import DetectionTable
 
 
@@ -105,26 +106,5 @@ def make() -> Make:
 @pytest.fixture(scope="session")
 def pair(eval_pair: Path) -> tuple[Dataset, DetectionTable]:
     """The public pair: 100 images of COCO val2014 with crowds and mask areas, and 734 detections."""
-    truth = json.loads((eval_pair / "ground_truth.json").read_text())
-    detections = json.loads((eval_pair / "detections.json").read_text())
-    positions = {image["id"]: i for i, image in enumerate(truth["images"])}
-    labels = {c["id"]: k for k, c in enumerate(truth["categories"])}
-    annotations = truth["annotations"]
-    dataset = make_dataset(
-        images=len(positions),
-        names=tuple(c["name"] for c in truth["categories"]),
-        image_index=[positions[a["image_id"]] for a in annotations],
-        labels=[labels[a["category_id"]] for a in annotations],
-        boxes_xywh=[a["bbox"] for a in annotations],
-        areas=[a["area"] for a in annotations],
-        crowd=[a["iscrowd"] for a in annotations],
-        image_ids=list(positions),
-        category_ids=tuple(labels),
-    )
-    sizes = np.array([(i["width"], i["height"]) for i in truth["images"]], np.int32)
-    return replace(dataset, sizes_wh=sizes), make_table(
-        [positions[d["image_id"]] for d in detections],
-        [labels[d["category_id"]] for d in detections],
-        [d["bbox"] for d in detections],
-        [d["score"] for d in detections],
-    )
+    dataset = choose_split(eval_pair / "ground_truth.json", find_images=False).dataset
+    return dataset, read_results(eval_pair / "detections.json", dataset)

@@ -10,6 +10,7 @@ from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.evaluate.bootstrap import compare, draw_weights, resample, small_split_warning
 from rtdetr_cli.evaluate.coco import coco_metrics
+from rtdetr_cli.evaluate.matching import box_images
 from rtdetr_cli.evaluate.table import DetectionTable
 
 
@@ -69,14 +70,8 @@ def test_compare_with_the_same_and_with_a_better_model(make: Any) -> None:
     assert (same.difference.lower, same.difference.upper, same.verdict) == (0, 0, "undecided")
     assert same.sentence() == "A and B have the same AP on every resample"
 
-    truth = make.table(
-        np.repeat(np.arange(40), np.diff(dataset.offsets)),
-        dataset.labels,
-        np.concatenate(
-            [dataset.boxes_xyxy_px[:, :2], dataset.boxes_xyxy_px[:, 2:] - dataset.boxes_xyxy_px[:, :2]], axis=1
-        ),
-        np.full(len(dataset.labels), 0.9),
-    )
+    scores = np.full(len(dataset.labels), 0.9)
+    truth = DetectionTable(box_images(dataset), dataset.labels, scores, dataset.boxes_xyxy_px)
     better, _ = compare(dataset, (table, truth), (value, 1.0))
     assert better.verdict == "b"
     assert better.probability_b_better == 1
@@ -89,9 +84,8 @@ def test_pairing_detects_a_difference_that_separate_intervals_miss(make: Any) ->
     """B has one more correct detection in most images: the intervals overlap, but that of the difference excludes 0."""
     dataset, table = make.random(seed=4, images=30, detections=40, crowds=0)
     first = np.arange(0, len(dataset.labels), 6)
-    boxes = dataset.boxes_xyxy_px[first].copy()
-    boxes[:, 2:] -= boxes[:, :2]
-    extra = make.table(np.searchsorted(dataset.offsets, first, "right") - 1, dataset.labels[first], boxes, [0.99] * 30)
+    boxes = dataset.boxes_xyxy_px[first]
+    extra = DetectionTable(box_images(dataset)[first], dataset.labels[first], np.full(30, 0.99), boxes)
     both = DetectionTable.join([table, extra])
     values = tuple(coco_metrics(dataset, t).metrics["AP"] for t in (table, both))
     comparison, _ = compare(dataset, (table, both), values)

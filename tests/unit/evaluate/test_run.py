@@ -62,8 +62,7 @@ def painted(tmp_path: Path, make: Any) -> Dataset:
     )
     dataset = replace(dataset, root=tmp_path)
     for index in range(len(dataset)):
-        Image.new("RGB", (120, 80), (index * 10 + 3, 0, 0)).save(dataset.path(index).with_suffix(".png"))
-        dataset.path(index).with_suffix(".png").rename(dataset.path(index))
+        Image.new("RGB", (120, 80), (index * 10 + 3, 0, 0)).save(dataset.path(index), format="png")
     return dataset
 
 
@@ -83,8 +82,6 @@ def test_classes_are_mapped_by_name(painted: Dataset) -> None:
     assert any("star" in note for note in evaluation.notes)
     half = evaluate(Oracle(painted, ("ring", "star")), painted)
     assert half.metrics["AP"] == pytest.approx(0.5)
-    with pytest.raises(DataError, match="no class in common"):
-        evaluate(Oracle(painted, ("cat", "dog")), painted)
 
 
 def test_stored_thresholds_are_mapped_with_the_classes(painted: Dataset) -> None:
@@ -115,11 +112,6 @@ def test_a_model_that_gives_nan_scores_zero_with_a_note(painted: Dataset) -> Non
     evaluation = evaluate(backend, painted)
     assert evaluation.metrics["AP"] == 0
     assert any("NaN" in note for note in evaluation.notes)
-
-
-def test_an_empty_split_is_an_error(make: Any) -> None:
-    with pytest.raises(DataError, match="has no images"):
-        evaluate(Oracle(make.dataset(images=0, names=NAMES)), make.dataset(images=0, names=NAMES))
 
 
 def test_classes_and_sizes_have_all_metrics(make: Any) -> None:

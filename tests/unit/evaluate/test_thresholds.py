@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,7 @@ def test_points_at_calibrated_thresholds_lie_on_the_curve(make: Any, target: str
         curve = score_curve(dataset, table, matches, label)
         row = int(np.searchsorted(-curve.scores, -thresholds.per_class[label]) - 1)
         assert point.precision == pytest.approx(curve.precision[row])
-        assert point.recall == pytest.approx(curve.recall[row])
+        assert point.recall == pytest.approx(curve.true_positives[row] / curve.boxes)
         if target == "f1":
             assert point.f1 == pytest.approx(curve.f1.max())
 
@@ -100,12 +101,7 @@ def test_small_score_differences_do_not_change_the_points(make: Any) -> None:
     dataset, table = make.random(seed=12)
     matches = match(dataset, table)
     thresholds = np.array(calibrate(dataset, table, matches, "f1")[0].per_class)
-    perturbed = DetectionTable(
-        table.image_index,
-        table.labels,
-        table.scores + np.random.default_rng(0).uniform(-1e-5, 1e-5, len(table)),
-        table.boxes_xyxy_px,
-    )
+    perturbed = replace(table, scores=table.scores + np.random.default_rng(0).uniform(-1e-5, 1e-5, len(table)))
     assert points_at(dataset, table, matches, thresholds)[1] == points_at(dataset, perturbed, matches, thresholds)[1]
 
 
@@ -119,7 +115,7 @@ def test_a_curve_equals_counting(rows: list[tuple[int, bool]], missed: int) -> N
     for row, score in enumerate(curve.scores):
         kept = scores >= score
         assert curve.precision[row] == pytest.approx(hits[kept].mean())
-        assert curve.recall[row] == pytest.approx(hits[kept].sum() / max(boxes, 1))
+        assert curve.f1[row] == pytest.approx(2 * hits[kept].sum() / max(kept.sum() + boxes, 1))
         assert (scores >= curve.threshold(row)).sum() == kept.sum() or score == 0
 
 
