@@ -48,7 +48,8 @@ def read_any_layout(source: Path, found: Survey, images: Path | None) -> RawData
         DataError: there are no labels, no images, or labels of several formats.
     """
     kinds = label_kinds(found.folders)
-    if kinds and images is None and not any(folder.images for folder in found.folders):
+    holds_labels = any(path.parent == source for paths in kinds.values() for path in paths)
+    if holds_labels and images is None and not any(folder.images for folder in found.folders):
         around = survey(source.resolve().parent)  # the folder of the labels was given
         if any(folder.images for folder in around.folders):
             found, kinds = around, label_kinds(survey(source.resolve()).folders)
@@ -74,7 +75,15 @@ def read_any_layout(source: Path, found: Survey, images: Path | None) -> RawData
             hint="pass the folder of the images with --images",
             code="images-missing",
         )
-    return _READERS[kind](source, found, pictures, files)
+    raw = _READERS[kind](source, found, pictures, files)
+    if kind in ("voc", "yolo", "labelme") and not raw.splits:
+        raise DataError(
+            f"{source} has {counted(len(files), _TITLES[kind] + ' label file')}, and no image has the name of one: "
+            f"found {found.describe()}",
+            hint="pass the folder of the images with --images",
+            code="images-missing",
+        )
+    return raw
 
 
 def _container(files: list[Path]) -> Path:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import shutil
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from rtdetr_cli.errors import DataError, RtdetrError
@@ -20,6 +22,8 @@ _RATIO_BYTES = 1 << 30
 
 _SPARE_BYTES = 1 << 30
 _LINK = 0o120000
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTEMPTY)
+"""Error numbers that are not the fault of the zip file."""
 
 
 def unpack(source: Path) -> Path:
@@ -44,7 +48,7 @@ def unpack(source: Path) -> Path:
         with zipfile.ZipFile(source) as archive:
             size = _check(source, archive.infolist())
             return _extract(archive, targets, size, source)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise DataError(
             f"{source} cannot be unpacked: {error}", hint="download or pack it again", code="zip-damaged"
         ) from error
@@ -92,6 +96,8 @@ def _extract(archive: zipfile.ZipFile, targets: list[Path], size: int, source: P
             (aside / target.name).mkdir(exist_ok=True)
             os.replace(aside, target.parent)
         except OSError as error:
+            if error.errno not in _CANNOT_WRITE:
+                raise ValueError(error.strerror or error) from error
             if not target.is_dir():  # another process may have been faster
                 raise RtdetrError(
                     f"{source} cannot be unpacked into {target}: {error.strerror or error}", code="not-writable"

@@ -27,6 +27,7 @@ from rtdetr_cli.text import counted
 _INT64 = 1 << 63
 _INT32 = 1 << 31
 _MAX_NAMES_LISTED = 10
+_NO_BOX = "has no bbox"
 
 
 @dataclass(slots=True)
@@ -84,7 +85,7 @@ class _Document:
 def _box_fault(box: Any) -> tuple[str, str]:
     """Return code and message of a bbox that is not four numbers."""
     if box is None:
-        return "box-count", "has no bbox"
+        return "box-count", _NO_BOX
     if not isinstance(box, list):
         return "box-not-number", f"has the bbox {_short(box)}, which is not a list of four numbers"
     if len(box) != 4:
@@ -384,6 +385,12 @@ def _check_boxes(boxes: _Boxes, classes: NDArray[np.int64], labels: dict[int | s
             boxes.report("annotation-malformed", row, f"has the category_id {_short(document.box_categories[row])}")
         else:
             boxes.report("category-unknown", row, f"has category {key}, which is not among the {known}")
+    if len(document.bad_boxes) == len(document.box_images) > 1 and {m for _, m in document.bad_boxes.values()} == {
+        _NO_BOX
+    }:
+        message = f"has {len(document.box_images):,} annotations, and none of them has a bbox"
+        document.findings.add("box-none", message, file=document.file, line=int(boxes.lines[0]))
+        return
     for row, (code, message) in document.bad_boxes.items():
         boxes.report(code, row, message)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rtdetr_cli.datasets.ids_file import IDS_FILE
 from rtdetr_cli.datasets.image_paths import SPLIT_WORDS, split_of, split_of_parts
-from rtdetr_cli.datasets.survey import edges
+from rtdetr_cli.datasets.survey import edges, other_format_of
 
 ROBOFLOW_FILE = "_annotations.coco.json"
 CHANGES_FILE = "changes.json"
@@ -24,7 +24,8 @@ def is_coco_json(path: Path) -> bool:
     if path.name in (ROBOFLOW_FILE, IDS_FILE, CHANGES_FILE):
         return False
     text = edges(path)
-    return any(key in text for key in (b'"images"', b'"annotations"', b'"categories"'))
+    named = any(key in text for key in (b'"images"', b'"annotations"', b'"categories"'))
+    return named and (b'"bbox"' in text or other_format_of(path) is None)
 
 
 def choose_coco_files(files: list[Path], root: Path) -> dict[str, Path]:

@@ -25,7 +25,7 @@ from rtdetr_cli.datasets.image_paths import SPLIT_WORDS, allow_linked_images, fi
 from rtdetr_cli.datasets.label_text import Oddities, is_valid_name, read_text
 from rtdetr_cli.datasets.layouts import datasets_below, is_yolo_yaml
 from rtdetr_cli.datasets.raw import RawDataset, new_dataset
-from rtdetr_cli.datasets.survey import survey
+from rtdetr_cli.datasets.survey import other_format_of, survey
 from rtdetr_cli.datasets.voc import VocSplit, files_by_stem, listed_name, read_voc
 from rtdetr_cli.datasets.yolo import read_yolo
 from rtdetr_cli.errors import DataError
@@ -70,6 +70,9 @@ def read_raw(source: Path, *, images: Path | None = None) -> RawDataset:
 
 def _read_file(source: Path, images: Path | None) -> RawDataset:
     suffix = source.suffix.lower()
+    other = None if suffix == ".json" and is_coco_json(source) else other_format_of(source)
+    if other is not None:
+        raise DataError(f"{source} looks like {other[0]}, which is not read", hint=other[1], code="format-unknown")
     if suffix == ".zip":
         folder = unpack(source)
         raw = _read_folder(folder, images)

@@ -198,11 +198,10 @@ _MASK_WORDS = re.compile(r"segmentation|mask|trimap|label", re.IGNORECASE)
 
 def other_format(found: Survey) -> tuple[str, str] | None:
     """Return the name of a format that is not read, with what to export instead; None if nothing is recognized."""
-    for suffix, pattern, name, advice in _OTHER_FORMATS:
-        for path in found.files(suffix)[:_SAMPLED]:
-            text = edges(path)
-            if not pattern or re.search(pattern.encode(), text, re.MULTILINE | re.DOTALL):
-                return f"{name} ({path.relative_to(found.root)})", advice
+    suffixes = dict.fromkeys(suffix for suffix, *_ in _OTHER_FORMATS)
+    for path in (path for suffix in suffixes for path in found.files(suffix)[:_SAMPLED]):
+        if (other := other_format_of(path)) is not None:
+            return f"{other[0]} ({path.relative_to(found.root)})", other[1]
     masks = [f for f in found.folders if f.parts and f.images and _MASK_WORDS.search(f.parts[-1])]
     if masks and all(name.lower().endswith(".png") for name in masks[0].images):
         return f"segmentation masks ({'/'.join(masks[0].parts)}/)", "export boxes: COCO, YOLO or Pascal VOC XML"
@@ -210,4 +209,13 @@ def other_format(found: Survey) -> tuple[str, str] | None:
     if len(with_images) > 1 and not found.files("xml", "json", "csv", "txt"):
         names = ", ".join(f.parts[-1] for f in with_images[:3] if f.parts)
         return f"an image classification dataset (folders {names})", "draw boxes with an annotation tool"
+    return None
+
+
+def other_format_of(path: Path) -> tuple[str, str] | None:
+    """Return the same for one file."""
+    text = edges(path)
+    for suffix, pattern, name, advice in _OTHER_FORMATS:
+        if path.suffix.lower() == f".{suffix}" and re.search(pattern.encode(), text, re.MULTILINE | re.DOTALL):
+            return name, advice
     return None

@@ -22,7 +22,6 @@ from PIL import Image
 from rtdetr_cli.checks.doctor import examine
 from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.checks.repair import repair
-from rtdetr_cli.datasets.raw import RawDataset
 from rtdetr_cli.datasets.read import read_raw
 from rtdetr_cli.datasets.records import Splits
 from rtdetr_cli.errors import DataError
@@ -419,3 +418,359 @@ def test_a_repaired_copy_has_every_good_box(tmp_path: Path, layout: str) -> None
     assert not examine(repaired.data).counts()["error"]
     rest = [sample for sample in data if sample.stem != "train_0"]
     check(load_splits(repaired.data), "coco" if form in ("csv", "labelme") else form, rest)
+
+
+# ---- what is said
+
+
+def refusal(source: Path) -> DataError:
+    with pytest.raises(DataError) as refused:
+        read_raw(source)
+    return refused.value
+
+
+def codes(source: Path) -> set[str]:
+    return {finding.code for finding in examine(source, decode=False).findings}
+
+
+def test_classes_without_names_are_numbered(tmp_path: Path) -> None:
+    pairs("images/{stem}.jpg", "labels/{stem}.txt", yolo_text)(Tree(tmp_path), ONLY_TRAIN)
+    splits = load_splits(tmp_path)
+    assert [c.name for c in splits.categories] == ["class0", "class1"]
+    assert "category-unnamed" in codes(tmp_path)
+
+
+def test_polygons_and_points_are_reported_once(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    pairs("{stem}.jpg", "{stem}.json", lambda s: labelme_json(s, "polygon"))(tree, ONLY_TRAIN)
+    document = json.loads((tmp_path / "train_0.json").read_text())
+    document["shapes"].append({"label": "nut", "points": [[30, 30], [34, 30]], "shape_type": "circle"})
+    document["shapes"].append({"label": "nut", "points": [[3, 3]], "shape_type": "point"})
+    tree.text("train_0.json", json.dumps(document))
+    by_code = {f.code: f.message for f in examine(tmp_path, decode=False).findings}
+    assert "18 polygons, 1 circle" in by_code["shape-as-box"]
+    assert "1 of type point" in by_code["shape-ignored"]
+    assert ("nut", 26, 26, 34, 34) in merged(content(load_splits(tmp_path)))["train_0"]
+
+
+def test_the_folder_of_the_labels_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs("images/{stem}.jpg", "annots/{stem}.xml", voc_xml)(Tree(tmp_path), ONLY_TRAIN)
+    check(load_splits(tmp_path / "annots"), "voc", ONLY_TRAIN)
+    monkeypatch.chdir(tmp_path / "annots")
+    check(load_splits(Path(".")), "voc", ONLY_TRAIN)
+
+
+def test_images_may_lie_in_a_folder_that_the_user_names(tmp_path: Path) -> None:
+    pairs("a/pictures/{stem}.jpg", "b/xmls/{stem}.xml", voc_xml)(Tree(tmp_path), ONLY_TRAIN)
+    check(load_splits(tmp_path / "b", images=tmp_path / "a"), "voc", ONLY_TRAIN)
+
+
+def test_masks_and_stray_images_are_not_part_of_the_dataset(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    pairs("images/{stem}.jpg", "annotations/xmls/{stem}.xml", voc_xml)(tree, ONLY_TRAIN)
+    for sample in ONLY_TRAIN:
+        tree.image(f"annotations/trimaps/{sample.stem}.png", sample)
+    tree.image("preview.jpg", ONLY_TRAIN[0])
+    tree.image("docs/example.png", ONLY_TRAIN[0])
+    check(load_splits(tmp_path), "voc", ONLY_TRAIN)
+
+
+def test_equal_names_in_two_splits_stay_apart(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    for sample in TRAIN_VAL:
+        stem = sample.stem.removeprefix(f"{sample.split}_")
+        tree.image(f"{sample.split}/images/{stem}.jpg", sample)
+        tree.text(f"{sample.split}/labels/{stem}.txt", yolo_text(sample))
+    tree.text("classes.txt", NAMES)
+    found = content(load_splits(tmp_path))
+    assert {split: {f"{split}_{stem}": boxes for stem, boxes in part.items()} for split, part in found.items()} == (
+        expected(TRAIN_VAL)
+    )
+
+
+def test_coco_paths_are_matched_by_their_end(tmp_path: Path) -> None:
+    """Two folders have images of the same name; a third name is in neither."""
+    tree = Tree(tmp_path)
+    data = [Sample("train", f"{day}/{i}", (("nut", 4, 4 + i, 20, 30),)) for day in ("mon", "tue") for i in range(3)]
+    for sample in data:
+        tree.image(f"photos/{sample.stem}.jpg", sample)
+    document = json.loads(coco_json(data, lambda s: f"C:\\cam\\{s.stem}.jpg".replace("/", "\\")))
+    document["images"].append({"id": 99, "file_name": "D:/x/9.jpg", "width": WIDTH, "height": HEIGHT})
+    document["images"].append({"id": 100, "file_name": "wed/0.jpg", "width": WIDTH, "height": HEIGHT})
+    tree.text("labels.json", json.dumps(document))
+    raw = read_raw(tmp_path)
+    assert [raw.splits["train"].file_names[i] for i in range(6)] == [f"photos/{s.stem}.jpg" for s in data]
+    moved = [f.message for f in raw.findings if f.code == "image-path-moved"]
+    assert moved == ["names 6 images by another path, found by the end of it: C:/cam/mon/0.jpg is photos/mon/0.jpg"]
+    missing = [f.message for f in examine(tmp_path, decode=False).findings if f.code == "image-missing"]
+    assert len(missing) == 2
+
+
+def test_labelled_images_in_no_list_are_reported(tmp_path: Path) -> None:
+    write = with_lists(pairs("images/{stem}.jpg", "annots/{stem}.xml", voc_xml), "{stem}")
+    write(Tree(tmp_path), TRAIN_VAL)
+    lines = (tmp_path / "train.txt").read_text().splitlines()
+    (tmp_path / "train.txt").write_text("\n".join(lines[1:]))
+    (message,) = (f.message for f in read_raw(tmp_path).findings if f.code == "image-unlisted")
+    assert message == "1 image with labels is not in train.txt and val.txt, and not used: images/train_0.jpg"
+
+
+OTHER = {
+    "CVAT XML": ("annotations.xml", "<annotations><version>1.1</version><meta></meta></annotations>"),
+    "Supervisely": ("ann/a.jpg.json", '{"size": {}, "objects": [{"classTitle": "nut", "points": {}}]}'),
+    "Label Studio": ("export.json", '[{"annotations": [{"result": [{"value": {"rectanglelabels": ["nut"]}}]}]}]'),
+    "VIA": ("via.json", '{"_via_img_metadata": {}}'),
+    "a VGG Image Annotator (VIA) CSV": ("via.csv", "filename,region_count,region_shape_attributes\n"),
+    "CreateML": ("a.json", '[{"image": "a.jpg", "annotations": [{"label": "x", "coordinates": {"x": 1}}]}]'),
+    "TFRecord": ("train.tfrecord", "x"),
+    "KITTI": ("labels/a.txt", "Car 0.00 0 -1.57 599.4 156.4 629.7 189.2 2.8 1.4 1.5 0.47 1.4 69.4 -1.56\n"),
+    "DOTA": ("labels/a.txt", "1.0 2.0 3.0 4.0 5.0 6.0 7.0 8.0 plane 0\n"),
+    "segmentation masks": ("SegmentationClass/a.png", ""),
+    "classification": ("cats/x.jpg", ""),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_format_that_is_not_read_is_named(tmp_path: Path, name: str) -> None:
+    file, text = OTHER[name]
+    tree = Tree(tmp_path)
+    tree.image("images/a.jpg", ONLY_TRAIN[0])
+    if text:
+        tree.text(file, text)
+    else:
+        tree.image(file, ONLY_TRAIN[0])
+    error = refusal(tmp_path)
+    assert error.code == "format-unknown"
+    assert name in error.message
+    assert "which is not read: found " in error.message
+    assert error.hint
+
+
+def test_the_error_lists_what_was_found(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    for sample in ONLY_TRAIN:
+        tree.image(f"images/{sample.stem}.jpg", sample)
+        tree.text(f"annots/{sample.stem}.xml", "<root></root>")
+    message = refusal(tmp_path).message
+    assert "found 6 images in images/ and 6 XML files in annots/" in message or (
+        "found 6 XML files in annots/ and 6 images in images/" in message
+    )
+    assert "no <annotation> element" in message
+
+
+def test_images_without_labels_and_labels_without_images(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    tree.image("a/images/x.jpg", ONLY_TRAIN[0])
+    assert "1 image in images/, but no label files" in refusal(tmp_path / "a").message
+    tree.text("b/annots/x.xml", voc_xml(ONLY_TRAIN[0]))
+    error = refusal(tmp_path / "b")
+    assert error.code == "images-missing"
+    assert "Pascal VOC labels but no images: found 1 XML file in annots/" in error.message
+    (tmp_path / "c").mkdir()
+    assert "found no files" in refusal(tmp_path / "c").message
+
+
+def test_several_datasets_are_listed(tmp_path: Path) -> None:
+    pairs("a/images/{stem}.jpg", "a/annots/{stem}.xml", voc_xml)(Tree(tmp_path), ONLY_TRAIN)
+    pairs("b/images/{stem}.jpg", "b/labels/{stem}.txt", yolo_text)(Tree(tmp_path), ONLY_TRAIN)
+    error = refusal(tmp_path)
+    assert error.code == "format-ambiguous"
+    assert "contains 2 datasets: a, b" in error.message
+    assert str(tmp_path / "a") in error.hint
+
+
+def test_two_sets_of_labels_for_the_same_images_are_refused(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    pairs("images/{stem}.jpg", "labels/{stem}.txt", yolo_text, classes_dot_txt=NAMES)(tree, ONLY_TRAIN)
+    pairs("images/{stem}.jpg", "labels_old/{stem}.txt", yolo_text)(tree, ONLY_TRAIN)
+    assert "labels and labels_old" in refusal(tmp_path).message
+    check(load_splits(tmp_path / "labels_old"), "yolo", ONLY_TRAIN)
+    pairs("images/{stem}.jpg", "xmls/{stem}.xml", voc_xml)(tree, ONLY_TRAIN)
+    assert "labels in several formats: " in refusal(tmp_path).message
+    check(load_splits(tmp_path / "xmls"), "voc", ONLY_TRAIN)
+
+
+def test_coco_without_boxes_is_one_error(tmp_path: Path) -> None:
+    coco_with(lambda s: f"{s.stem}.jpg")(Tree(tmp_path), ONLY_TRAIN)
+    document = json.loads((tmp_path / "labels.json").read_text())
+    for annotation in document["annotations"]:
+        del annotation["bbox"]
+        annotation["keypoints"] = [1, 2, 2]
+    (tmp_path / "labels.json").write_text(json.dumps(document))
+    errors = [f for f in examine(tmp_path, decode=False).findings if f.severity == "error"]
+    assert [f.code for f in errors][:1] == ["box-none"]
+    assert len(errors) <= 2
+
+
+@pytest.mark.parametrize("layout", ["coco windows", "csv headerless", "voc lists"])
+def test_images_that_are_all_missing_are_the_first_error(tmp_path: Path, layout: str) -> None:
+    _, root, _data = make(tmp_path, layout)
+    for path in root.rglob("*.jpg"):
+        path.unlink()
+    with pytest.raises(DataError) as refused:
+        load_splits(root)
+    assert refused.value.code == "images-missing"
+    with pytest.raises(DataError, match="images"):
+        examine(root)
+
+
+# ---- zip files
+
+
+def zip_with(path: Path, *entries: tuple[str | zipfile.ZipInfo, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content_of_entry in entries:
+            file.writestr(name, content_of_entry)
+    return path
+
+
+def test_a_zip_file_is_unpacked_once(tmp_path: Path) -> None:
+    tree = Tree(tmp_path / "tree")
+    pairs("images/{stem}.jpg", "annots/{stem}.xml", voc_xml)(tree, ONLY_TRAIN)
+    archive = Path(shutil.make_archive(str(tmp_path / "nuts"), "zip", tree.root))
+    raw = read_raw(archive)
+    (message,) = (f.message for f in raw.findings if f.code == "dataset-unpacked")
+    assert str(raw.folder) in message
+    assert raw.name == "nuts"
+    marker = raw.folder / "annots/train_0.xml"
+    before = marker.stat().st_mtime_ns, marker.stat().st_ino
+    assert read_raw(archive).folder == raw.folder
+    assert (marker.stat().st_mtime_ns, marker.stat().st_ino) == before
+    os.utime(archive, (1, 1))
+    assert read_raw(archive).folder != raw.folder
+
+
+def test_a_zip_file_in_a_folder_that_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import platformdirs
+
+    from rtdetr_cli.datasets import archive as module
+
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
+    make_folder = module.tempfile.mkdtemp
+
+    def refuse(prefix: str, dir: Path) -> str:
+        if tmp_path / "cache" not in dir.parents:
+            raise PermissionError(13, "Permission denied")
+        return make_folder(prefix=prefix, dir=dir)
+
+    monkeypatch.setattr(module.tempfile, "mkdtemp", refuse)
+    source = zip_with(tmp_path / "a.zip", ("images/a.jpg", b"x"))
+    assert module.unpack(source).is_relative_to(tmp_path / "cache")
+
+
+LINK = zipfile.ZipInfo("images")
+LINK.external_attr = (stat.S_IFLNK | 0o777) << 16
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("../../evil.txt", "outside of its folder"),
+        ("/etc/evil.txt", "outside of its folder"),
+        ("..\\evil.txt", "outside of its folder"),
+        ("C:\\evil.txt", "outside of its folder"),
+        (LINK, "contains the link"),
+    ],
+)
+def test_a_dangerous_zip_file_is_refused(tmp_path: Path, entry: str | zipfile.ZipInfo, said: str) -> None:
+    error = refusal(zip_with(tmp_path / "a.zip", ("ok.txt", b"x"), (entry, b"/etc")))
+    assert error.code == "zip-unsafe"
+    assert said in error.message
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.zip"]
+
+
+def test_a_zip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rtdetr_cli.datasets import archive as module
+    from rtdetr_cli.errors import RtdetrError
+
+    source = zip_with(tmp_path / "a.zip", ("a.txt", bytes(1 << 20)))
+    monkeypatch.setattr(module, "free_bytes", lambda folder: 1000)
+    with pytest.raises(RtdetrError, match="free"):
+        module.unpack(source)
+    monkeypatch.setattr(module, "_RATIO_BYTES", 1000)
+    assert refusal(source).code == "zip-unsafe"
+
+
+@pytest.mark.parametrize("data", [b"", b"PK", b"no zip", b"cut off"])
+def test_a_damaged_zip_file_is_refused(tmp_path: Path, data: bytes) -> None:
+    source = zip_with(tmp_path / "a.zip", ("a.txt", bytes(1000)))
+    source.write_bytes(source.read_bytes()[:-30] if data == b"cut off" else data)
+    assert refusal(source).code == "zip-damaged"
+
+
+# ---- links, speed, imports
+
+
+def test_links_are_not_followed_out_of_the_folder(tmp_path: Path) -> None:
+    pairs("far/away/images/{stem}.jpg", "near/nuts/annots/{stem}.xml", voc_xml)(Tree(tmp_path), ONLY_TRAIN)
+    (tmp_path / "near/nuts/images").symlink_to(tmp_path / "far/away/images")
+    (tmp_path / "near/nuts/all").symlink_to("/")
+    assert refusal(tmp_path / "near/nuts").code == "images-missing"
+
+
+def test_a_link_in_a_circle_ends(tmp_path: Path) -> None:
+    pairs("images/{stem}.jpg", "annots/{stem}.xml", voc_xml)(Tree(tmp_path), ONLY_TRAIN)
+    (tmp_path / "images/again").symlink_to(tmp_path)
+    check(load_splits(tmp_path), "voc", ONLY_TRAIN)
+
+
+def test_no_layout_needs_torch(tmp_path: Path) -> None:
+    pairs("a/images/{stem}.jpg", "a/annots/{stem}.xml", voc_xml)(Tree(tmp_path), ONLY_TRAIN)
+    csv_with("headerless", "b/images/{stem}.jpg", "b/data.csv")(Tree(tmp_path), ONLY_TRAIN)
+    pairs("c/{stem}.jpg", "c/{stem}.json", labelme_json)(Tree(tmp_path), ONLY_TRAIN)
+    archive = shutil.make_archive(str(tmp_path / "d"), "zip", tmp_path / "a")
+    sources = [str(tmp_path / name) for name in "abc"] + [archive]
+    program = (
+        "import sys\nfrom rtdetr_cli.cli.app import run\n"
+        f"codes = [run(['validate', source]) for source in {sources!r}]\n"
+        "assert codes == [0] * 4, codes\nassert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+# ---- real data in every layout
+
+
+@pytest.fixture(scope="module")
+def blood(bccd: Path) -> list[tuple[str, str, Path, list[Box]]]:
+    """Split, stem, image and boxes of the blood cells, those with an area."""
+    splits = load_splits(bccd)
+    result = []
+    for dataset in (splits.train, splits.val, splits.test):
+        assert dataset is not None
+        for i, name in enumerate(dataset.file_names):
+            rows = dataset.annotations(i)
+            boxes = [
+                (dataset.names[label], *map(int, box))
+                for label, box in zip(rows.labels.tolist(), rows.boxes_xyxy_px.tolist(), strict=True)
+            ]
+            result.append((dataset.split, Path(name).stem, dataset.path(i), boxes))
+    return result
+
+
+@pytest.mark.parametrize("layout", SPLIT | WHOLE)
+def test_blood_cells_in_every_layout(
+    blood: list[tuple[str, str, Path, list[Box]]], tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of the images, so that it stays fast; linked, not copied."""
+    form, write = (SPLIT | WHOLE)[layout]
+    part = [entry for entry in blood if entry[0] != "test"][::6] if layout in SPLIT else blood[::6]
+    files = {stem: image for _, stem, image, _ in part}
+    monkeypatch.setitem(globals(), "WIDTH", 640)
+    monkeypatch.setitem(globals(), "HEIGHT", 480)
+    monkeypatch.setitem(globals(), "CLASSES", ("Platelets", "RBC", "WBC"))
+    monkeypatch.setattr(Tree, "image", lambda tree, name, sample: os.link(files[sample.stem], tree.path(name)))
+    data = [Sample(split if layout in SPLIT else "train", stem, tuple(boxes)) for split, stem, _, boxes in part]
+    root = tmp_path / "home" / "blood"
+    root.mkdir(parents=True)
+    write(Tree(root), data)
+    raw = read_raw(root)
+    assert raw.format == form
+    assert sum(len(split) for split in raw.splits.values()) == len(data)
+    for path in root.rglob("*"):
+        if path.name in ("classes.txt", "obj.names"):
+            path.write_text("Platelets\nRBC\nWBC\n")
+        elif path.name == "data.yaml":
+            path.write_text(path.read_text().replace("[bolt, nut]", "[Platelets, RBC, WBC]"))
+    found = content(load_splits(root))
+    assert merged(found) == merged(expected(data))
