@@ -125,6 +125,8 @@ def _show_start(event: RunStarted) -> None:
 
 
 def _show_data(event: RunStarted) -> None:
+    from rtdetr_cli.checks.split import FEW_VAL_IMAGES
+
     splits, settings = event.splits, event.config.settings
     if settings.overfit:  # the same images, repeated, for training and validation
         times = event.train_images // event.val_images
@@ -137,8 +139,9 @@ def _show_data(event: RunStarted) -> None:
     warnings = 0 if event.resumed else sum(f.severity == "warning" for f in splits.findings)
     _say(text + (f", {counted(warnings, 'warning')} (rtdetr validate)" if warnings else ""))
     if splits.split_made and event.resumed is None and not settings.overfit:
-        drawn = f"{event.val_images} of {event.train_images + event.val_images} images were drawn for it"
-        _say(f"split  the dataset has no val split: {drawn} (seed {settings.seed})")
+        held_out = f"{event.val_images:,} of {counted(event.train_images + event.val_images, 'train image')}"
+        few = ", too few for reliable metrics" if event.val_images < FEW_VAL_IMAGES else ""
+        _say(f"split  the dataset has no val split: {held_out} are held out, the same in every run{few}")
 
 
 def _show_model(event: RunStarted) -> None:

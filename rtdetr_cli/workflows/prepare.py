@@ -15,6 +15,7 @@ import torch
 
 from rtdetr_cli import machine
 from rtdetr_cli.batches.loader import TrainLoader
+from rtdetr_cli.checks.load import unlabelled_note
 from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.datasets.records import Dataset, Splits
@@ -45,33 +46,25 @@ OVERFIT_STEPS = 20  # of an epoch with --overfit
 
 @dataclass(slots=True)
 class Prepared:
-    """A run that can start: everything is loaded and on its device.
-
-    Attributes:
-        choices: the plan with its reasons.
-        header: of the model that the run writes.
-        start: where the weights came from, in words.
-        transfer: what the pretrained weights gave, or None.
-        warnings: what a person should know before the run starts.
-    """
+    """A run that can start: everything is loaded and on its device."""
 
     config: RunConfig
     splits: Splits
     train_set: Dataset
     val_set: Dataset
     plan: Plan
-    choices: tuple[Choice, ...]
+    choices: tuple[Choice, ...]  # the reasons for the plan
     learner: Learner
     processes: ProcessGroup
     loader: TrainLoader
-    header: ModelHeader
+    header: ModelHeader  # of the model that the run writes
     augmentation: Augmentation
     precision: str
     precision_reason: str
     workers: int
-    start: str
-    transfer: TransferTable | None
-    warnings: list[str] = field(default_factory=list)
+    start: str  # where the weights came from, in words
+    transfer: TransferTable | None  # what the pretrained weights gave
+    warnings: list[str] = field(default_factory=list)  # what a person should know before the run starts
 
     @property
     def most_boxes(self) -> int:
@@ -89,12 +82,7 @@ def prepare(
 ) -> Prepared:
     """Load dataset and weights and put everything that learns on its device.
 
-    Args:
-        config: the resolved settings.
-        processes: the processes of the run.
-        pretrained: False when the tensors come from a checkpoint anyway.
-        run: the run that is resumed.
-        fetching: shows the progress of a download of weights.
+    `pretrained` is False when the tensors come from a checkpoint anyway, and `run` is the run that is resumed.
     """
     settings = config.settings
     warnings: list[str] = []
@@ -125,10 +113,9 @@ def prepare(
     warnings += plan_warnings(config, plan, images=len(train_set))
 
     _seed(config, device)
-    model, transfer, start = _build_model(
-        config, spec, train_set, device=device, pretrained=pretrained and processes.is_main, fetching=fetching
-    )
-    if pretrained and processes.is_main:  # the images of a resumed run were checked when it started
+    pretrained = pretrained and processes.is_main
+    model, transfer, start = _build_model(config, spec, train_set, device, pretrained, fetching)
+    if pretrained:  # the images of a resumed run were checked when it started
         findings = check_images_if_cheap(
             Path(str(settings.data)),
             train_set,
@@ -150,7 +137,19 @@ def prepare(
         choices=explain_plan(config, plan, images=len(train_set)),
         learner=make_learner(model, config, spec, plan, device, precision.dtype, processes),
         processes=processes,
-        loader=_make_loader(config, train_set, augmentation, processes, workers=workers, device=device),
+        loader=TrainLoader(
+            train_set,
+            imgsz=config.imgsz,
+            batch_size=images_per_process(settings.effective_batch, processes.size),
+            seed=settings.seed,
+            augmentation=augmentation,
+            workers=workers,
+            cache=settings.cache,
+            cache_budget=int(settings.cache_gb * 1e9) or None,
+            rank=processes.rank,
+            world_size=processes.size,
+            pin_memory=device.type == "cuda",
+        ),
         header=_make_header(config, spec, splits, train_set, val_set, start),
         augmentation=augmentation,
         precision=precision.name,
@@ -187,6 +186,8 @@ def training_sets(splits: Splits, config: RunConfig, warnings: list[str]) -> tup
         DataError: there are no training images.
     """
     settings, train_set = config.settings, splits.train
+    if note := unlabelled_note(splits.findings):
+        warnings.append(f"{note}; they are used as images without objects")
     if train_set is None or not len(train_set):
         raise DataError(
             f"{splits.source} has no training images", hint=f"rtdetr validate {splits.source}", code="dataset-empty"
@@ -224,7 +225,6 @@ def _build_model(
     config: RunConfig,
     spec: ModelSpec,
     train_set: Dataset,
-    *,
     device: torch.device,
     pretrained: bool,
     fetching: ShowProgress | None,
@@ -276,31 +276,6 @@ def make_learner(
     )
 
 
-def _make_loader(
-    config: RunConfig,
-    train_set: Dataset,
-    augmentation: Augmentation,
-    processes: ProcessGroup,
-    *,
-    workers: int,
-    device: torch.device,
-) -> TrainLoader:
-    settings = config.settings
-    return TrainLoader(
-        train_set,
-        imgsz=config.imgsz,
-        batch_size=images_per_process(settings.effective_batch, processes.size),
-        seed=settings.seed,
-        augmentation=augmentation,
-        workers=workers,
-        cache=settings.cache,
-        cache_budget=int(settings.cache_gb * 1e9) or None,
-        rank=processes.rank,
-        world_size=processes.size,
-        pin_memory=device.type == "cuda",
-    )
-
-
 def _make_header(
     config: RunConfig, spec: ModelSpec, splits: Splits, train_set: Dataset, val_set: Dataset, start: str
 ) -> ModelHeader:
@@ -314,12 +289,7 @@ def _make_header(
         rounding=config.settings.rounding,
         layers=spec.eval_layers,
         queries=spec.queries,
-        dataset={
-            "name": splits.name,
-            "fingerprint": splits.fingerprint,
-            "train": len(train_set),
-            "val": len(val_set),
-        },
+        dataset={"name": splits.name, "fingerprint": splits.fingerprint, "train": len(train_set), "val": len(val_set)},
         version=__version__,
         extra={"weights": start},
     )
@@ -391,15 +361,13 @@ def refuse_differences(processes: ProcessGroup, facts: Mapping[str, str]) -> Non
         UsageError: it names what differs, and in which process.
     """
     gathered = processes.all_gather(dict(facts))
-    for key, value in gathered[0].items():
-        for rank, other in enumerate(gathered):
+    for rank, other in enumerate(gathered):
+        for key, value in gathered[0].items():
             if other[key] != value:
-                different = "another one" if key == "dataset" else other[key]
                 raise UsageError(
                     f"the processes of the run differ: {key} is {value[:12]} in process 0 "
-                    f"and {different} in process {rank}",
-                    hint="use the same dataset, GPUs and versions on every host"
-                    + (", or --precision fp32" if key == "precision" else ""),
+                    f"and {other[key][:12]} in process {rank}",
+                    hint="use the same dataset, GPUs, versions and --precision on every host",
                     code="team-differs",
                 )
 

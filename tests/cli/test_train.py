@@ -328,13 +328,23 @@ def test_running_out_of_memory_is_one_sentence(data: Path, rtdetr, tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_drawn_val_split_is_reported(data: Path, rtdetr, tmp_path: Path) -> None:
+def test_a_drawn_val_split_is_the_same_in_every_run_and_kept_in_it(data: Path, rtdetr, tmp_path: Path) -> None:
     single = tmp_path / "single.json"
     shutil.copy(data / "train.json", single)
-    ran = rtdetr("train", *SMALL, "--data", single, "--images", data, "--out", tmp_path, "--epochs", 1)
-    assert ran.code == 0, ran.err
-    assert "the dataset has no val split: " in ran.err
-    assert "(seed 0)" in ran.err
+    held_out = []
+    for seed in (0, 1):
+        words = ("--images", data, "--out", tmp_path, "--epochs", 1, "--seed", seed)
+        ran = rtdetr("train", *SMALL, "--data", single, *words)
+        assert ran.code == 0, ran.err
+        assert "the dataset has no val split: " in ran.err
+        run = tmp_path / f"tiny-single-{seed + 1:02d}"
+        held_out.append(json.loads((run / "val_images.json").read_text()))
+    assert held_out[0] == held_out[1]
+    # The run evaluates on the images that it kept, also if another version would choose others.
+    (run / "val_images.json").write_text(json.dumps(held_out[1][:2]))
+    evaluated = rtdetr("eval", run / "best.safetensors", "--json")
+    assert evaluated.code == 0, evaluated.err
+    assert evaluated.json["pictures"] == 2
 
 
 def test_class_rows_are_transferred_by_class_name(finished: Path, data: Path, rtdetr, tmp_path: Path) -> None:
