@@ -57,6 +57,10 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.best = path / BEST  # the model to deploy
+        self.checkpoint = path / CHECKPOINT  # the file to resume from
+        self.config = path / CONFIG  # the resolved settings, as TOML
+        self.report = path / REPORT
         self._log_failed = False
 
     @classmethod
@@ -94,50 +98,19 @@ class RunFolder:
             UsageError: the folder is not a run.
         """
         if not path.is_dir():
-            raise UsageError(
-                f"the run {path} does not exist", hint="--resume takes a folder under runs/", code="run-missing"
-            )
-        if (path / CONFIG).is_file() and not (path / MANIFEST).is_file():
-            raise UsageError(
-                f"the run {path} was killed before it started: it has a {CONFIG} but no {MANIFEST}",
-                hint=f"rtdetr train --config {path / CONFIG} --name {path.name}-again starts it again",
-                code="run-missing",
-            )
-        if all(p.name in (PROBE, LOCK) or p.name.startswith(f".{CONFIG}.") for p in path.iterdir()):
-            raise UsageError(
-                f"{path} is empty: the run was killed before it started",
-                hint=f"rm -r {path}, then repeat the first command: rtdetr train --data DATA ...",
-                code="run-missing",
-            )
-        if not (path / CONFIG).is_file():
-            raise UsageError(
-                f"{path} is not a run of rtdetr train: it has no {CONFIG}",
-                hint="rtdetr train --weights FILE starts a new run from a model file",
-                code="run-missing",
-            )
-        return cls(path)
-
-    # ---- files --------------------------------------------------------------------------------------------------
-
-    @property
-    def best(self) -> Path:
-        """The model to deploy."""
-        return self.path / BEST
-
-    @property
-    def checkpoint(self) -> Path:
-        """The file to resume from."""
-        return self.path / CHECKPOINT
-
-    @property
-    def config(self) -> Path:
-        """The resolved settings, as TOML."""
-        return self.path / CONFIG
-
-    @property
-    def report(self) -> Path:
-        """The HTML report."""
-        return self.path / REPORT
+            problem, hint = f"the run {path} does not exist", "--resume takes a folder under runs/"
+        elif (path / CONFIG).is_file() and (path / MANIFEST).is_file():
+            return cls(path)
+        elif (path / CONFIG).is_file():
+            problem = f"the run {path} was killed before it started: it has a {CONFIG} but no {MANIFEST}"
+            hint = f"rtdetr train --config {path / CONFIG} --name {path.name}-again starts it again"
+        elif all(p.name in (PROBE, LOCK) or p.name.startswith(f".{CONFIG}.") for p in path.iterdir()):
+            problem = f"{path} is empty: the run was killed before it started"
+            hint = f"rm -r {path}, then repeat the first command: rtdetr train --data DATA ..."
+        else:
+            problem = f"{path} is not a run of rtdetr train: it has no {CONFIG}"
+            hint = "rtdetr train --weights FILE starts a new run from a model file"
+        raise UsageError(problem, hint=hint, code="run-missing")
 
     def write(self, name: str, text: str) -> Path:
         """Write a small text file atomically."""
@@ -201,9 +174,11 @@ class RunFolder:
 
     def caveat(self) -> str:
         """Say why this run's model should not be picked without a word; empty if nothing speaks against it."""
-        recorded = (self.path / LOG).is_file() or "finished" in self.manifest()
-        if recorded and not self.finished:
-            return f"unfinished{self._epochs_reached()}"
+        manifest = self.manifest()
+        if ((self.path / LOG).is_file() or "finished" in manifest) and not self.finished:
+            epochs = _as_dict(manifest.get("plan")).get("epochs")
+            done = max(0, len(_read_text(self.path / METRICS).splitlines()) - 1)  # without the heading
+            return "unfinished" + (f", epoch {done}" if done else "") + (f" of {epochs}" if done and epochs else "")
         result = _read_json(self.path / DISCRETE_RESULT)
         if result.get("passed", True):
             return ""
@@ -212,20 +187,9 @@ class RunFolder:
             return f"its discrete sampling lost {drop:.3f} AP, more than --max-drop {limit:g}"
         return "an export of finetune-discrete did not pass its check"
 
-    def _epochs_reached(self) -> str:
-        done = len(_read_text(self.path / METRICS).splitlines()) - 1  # without the heading
-        if done < 1:
-            return ""
-        plan = self.manifest().get("plan")
-        epochs = plan.get("epochs") if isinstance(plan, dict) else None
-        return f", epoch {done}" + (f" of {epochs}" if isinstance(epochs, int) else "")
-
     @property
     def age(self) -> tuple[float, int]:
-        """When the run started, in seconds, and when its model was written, in nanoseconds.
-
-        The time of the model file alone is no answer: storing calibrated thresholds rewrites the file.
-        """
+        """When the run started, in seconds, and when its model was written, which calibrating does again."""
         written = self.best.stat().st_mtime_ns
         try:
             return datetime.fromisoformat(str(self.manifest().get("started"))).timestamp(), written
@@ -259,8 +223,6 @@ class RunFolder:
         finally:
             lock.release()
 
-    # ---- val images ---------------------------------------------------------------------------------------------
-
     def write_val_images(self, names: Sequence[str]) -> None:
         """Store which images the run held out of a dataset without a val split."""
         self.write(VAL_IMAGES, json.dumps(list(names), indent=0) + "\n")
@@ -269,8 +231,6 @@ class RunFolder:
         """Read what `write_val_images` stored; None where the dataset had a val split of its own."""
         names = _parse_json(_read_text(self.path / VAL_IMAGES))
         return [str(name) for name in names] if isinstance(names, list) else None
-
-    # ---- image digests ------------------------------------------------------------------------------------------
 
     def write_digests(self, digests: NDArray[np.uint64]) -> None:
         """Store a digest of each image, by which a changed one can be named; a run can do without them."""
@@ -282,10 +242,9 @@ class RunFolder:
         import numpy as np
 
         try:
-            content = (self.path / IMAGE_DIGESTS).read_bytes()
-        except OSError:
+            return np.frombuffer((self.path / IMAGE_DIGESTS).read_bytes(), "<u8").astype(np.uint64)
+        except (OSError, ValueError):
             return None
-        return np.frombuffer(content, "<u8").astype(np.uint64) if len(content) % 8 == 0 else None
 
     # ---- metrics.csv --------------------------------------------------------------------------------------------
 
@@ -323,12 +282,7 @@ class RunFolder:
     # ---- train.log ----------------------------------------------------------------------------------------------
 
     def log(self, line: str) -> str:
-        """Append a line, with the time, to `train.log`.
-
-        Returns:
-            A warning the first time that this fails, else "". A failed line doesn't end a run: the checkpoint, which
-            a run cannot do without, has its own error.
-        """
+        """Append a line, with the time, to `train.log`; return a warning the first time that this fails, else ""."""
         path = self.path / LOG
         try:
             with path.open("a", encoding="utf-8") as file:
@@ -405,8 +359,11 @@ def _read_text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    document = _parse_json(_read_text(path))
-    return document if isinstance(document, dict) else {}
+    return _as_dict(_parse_json(_read_text(path)))
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _parse_json(text: str) -> Any:

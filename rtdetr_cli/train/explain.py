@@ -47,21 +47,24 @@ def plan_line(plan: Plan, micro_batch: int, processes: int = 1) -> str:
 
 
 def explain_plan(config: RunConfig, plan: Plan, *, images: int) -> tuple[Choice, ...]:
-    """Give the reason for every value of a plan.
-
-    Args:
-        config: the settings that it was made from.
-        plan: of `make_plan`.
-        images: training images.
-    """
-    return (
+    """Give the reason for every value of a plan that `make_plan` made for so many training images."""
+    settings = config.settings
+    length = f"{counted(plan.epochs, 'epoch')} x {plan.steps_per_epoch} ({images} images / {plan.effective_batch})"
+    choices = [
         *_explain_model(config),
-        *_explain_length(config, plan, images),
+        Choice("effective batch", str(plan.effective_batch), config.source("effective_batch")),
+        Choice(
+            "epochs", str(plan.epochs), "published" if keeps_published(config, "epochs") else config.source("epochs")
+        ),
+        Choice("steps", str(plan.total_steps), length),
         *_explain_rate(config, plan),
         _explain_average(config, plan),
         *_explain_augmentation(config, plan),
-        *_explain_cache(config),
-    )
+    ]
+    if settings.cache != "none":
+        budget = f"{settings.cache_gb:g} GB" if settings.cache_gb else "half of the free space"
+        choices.append(Choice("cache", f"{settings.cache}, {budget}", config.source("cache")))
+    return tuple(choices)
 
 
 def plan_warnings(config: RunConfig, plan: Plan, *, images: int) -> tuple[str, ...]:
@@ -110,19 +113,6 @@ def _explain_model(config: RunConfig) -> list[Choice]:
     return [
         Choice("input size", f"{height}x{width}", config.source("imgsz") if settings.imgsz else preset),
         Choice("frozen", ", ".join(parts) or "nothing", reason),
-    ]
-
-
-def _explain_length(config: RunConfig, plan: Plan, images: int) -> list[Choice]:
-    published = keeps_published(config, "epochs")
-    return [
-        Choice("effective batch", str(plan.effective_batch), config.source("effective_batch")),
-        Choice("epochs", str(plan.epochs), "published" if published else config.source("epochs")),
-        Choice(
-            "steps",
-            str(plan.total_steps),
-            f"{counted(plan.epochs, 'epoch')} x {plan.steps_per_epoch} ({images} images / {plan.effective_batch})",
-        ),
     ]
 
 
@@ -209,11 +199,3 @@ def _explain_augmentation(config: RunConfig, plan: Plan) -> list[Choice]:
     else:
         choices.append(Choice("multi-scale", "none", f"preset {config.preset.name} is trained at one size"))
     return choices
-
-
-def _explain_cache(config: RunConfig) -> list[Choice]:
-    settings = config.settings
-    if settings.cache == "none":
-        return []
-    budget = f"{settings.cache_gb:g} GB" if settings.cache_gb else "half of the free space"
-    return [Choice("cache", f"{settings.cache}, {budget}", config.source("cache"))]

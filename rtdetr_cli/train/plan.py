@@ -29,40 +29,24 @@ OFFICIAL_EMA_RAMP = 2000
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A run's schedule. Epochs and steps count from 0; a step is one update of the optimizer.
+    """A run's schedule. Epochs and steps count from 0; a step is one update of the optimizer."""
 
-    Attributes:
-        schedule: `scaled` or `official`.
-        epochs, steps_per_epoch, effective_batch: the run's length; the last batch of an epoch is filled up.
-        lr, lr_backbone: peak learning rates of head and backbone.
-        warmup_steps: steps over which the rate rises linearly.
-        flat_steps: step at which the rate begins to fall; the total for never.
-        final_rate: share of the peak that is left after the fall (a half cosine).
-        ema_age: mean age in steps of the weights in the moving average, once it has grown to it.
-        ema_ramp: until then, the mean age as a share of the steps made so far; 0 for the published formula.
-        augmentation: `none`, `light`, `recipe` or a user's file.
-        strong_until: first epoch without strong augmentation.
-        multi_scale_until: first epoch without multi-scale; 0 for no multi-scale at all.
-        eval_every: epochs between evaluations.
-        scales: (height, width) in pixels that multi-scale draws from; the one in the middle is the input size.
-    """
-
-    schedule: str
+    schedule: str  # `scaled` or `official`
     epochs: int
-    steps_per_epoch: int
+    steps_per_epoch: int  # the last batch of an epoch is filled up
     effective_batch: int
-    lr: float
+    lr: float  # peak of the head
     lr_backbone: float
-    warmup_steps: int
-    flat_steps: int
-    final_rate: float
-    ema_age: float
-    ema_ramp: float
-    augmentation: str
-    strong_until: int
-    multi_scale_until: int
-    eval_every: int
-    scales: tuple[tuple[int, int], ...]
+    warmup_steps: int  # over which the rate rises linearly
+    flat_steps: int  # step at which the rate begins to fall; the total for never
+    final_rate: float  # share of the peak that is left after the fall, a half cosine
+    ema_age: float  # mean age in steps of the weights in the moving average, once it has grown to it
+    ema_ramp: float  # until then, the mean age as a share of the steps made so far; 0 for the published formula
+    augmentation: str  # `none`, `light`, `recipe` or a user's file
+    strong_until: int  # first epoch without strong augmentation
+    multi_scale_until: int  # first epoch without multi-scale; 0 for no multi-scale at all
+    eval_every: int  # epochs
+    scales: tuple[tuple[int, int], ...]  # (height, width) that multi-scale draws from; the middle is the input size
 
     @property
     def total_steps(self) -> int:
@@ -102,7 +86,9 @@ def make_plan(config: RunConfig, *, images: int) -> Plan:
     epochs = published.epochs if keeps_published(config, "epochs") else settings.epochs
     per_epoch = max(1, math.ceil(images / settings.effective_batch))
     total = epochs * per_epoch
-    lr, lr_backbone = _learning_rates(config)
+    optim = config.preset.optim
+    lr = settings.lr if settings.lr is not None else optim.lr * rate_factor(config)
+    lr_backbone = settings.lr_backbone if settings.lr_backbone is not None else lr * (optim.lr_backbone / optim.lr)
 
     if keeps_published(config, "warmup"):
         warmup = published.warmup_steps
@@ -126,7 +112,8 @@ def make_plan(config: RunConfig, *, images: int) -> Plan:
         multi_scale_until = max(epochs - (published.epochs - published.multi_scale_until), half)
     if augmentation == "none":
         strong_until = multi_scale_until = 0
-    height, width = config.imgsz
+    # The sides of each scale are multiples of the stride.
+    scales = [[max(STRIDE, round(side * share / STRIDE) * STRIDE) for side in config.imgsz] for share in SCALES]
     return Plan(
         schedule=settings.schedule,
         epochs=epochs,
@@ -143,7 +130,7 @@ def make_plan(config: RunConfig, *, images: int) -> Plan:
         strong_until=strong_until,
         multi_scale_until=multi_scale_until,
         eval_every=settings.eval_every,
-        scales=tuple((_multiple_of_stride(height * s), _multiple_of_stride(width * s)) for s in SCALES),
+        scales=tuple((height, width) for height, width in scales),
     )
 
 
@@ -181,14 +168,6 @@ def frozen_spec(config: RunConfig) -> ModelSpec:
     return spec
 
 
-def _learning_rates(config: RunConfig) -> tuple[float, float]:
-    settings, optim = config.settings, config.preset.optim
-    lr = settings.lr if settings.lr is not None else optim.lr * rate_factor(config)
-    if settings.lr_backbone is not None:
-        return lr, settings.lr_backbone
-    return lr, lr * (optim.lr_backbone / optim.lr)
-
-
 def _augmentation(config: RunConfig, steps: int) -> str:
     """Return the augmentation.
 
@@ -201,7 +180,3 @@ def _augmentation(config: RunConfig, steps: int) -> str:
     if settings.aug != "auto":
         return settings.aug
     return "recipe" if settings.schedule == "official" or steps >= RECIPE_STEPS else "light"
-
-
-def _multiple_of_stride(side: float) -> int:
-    return max(STRIDE, round(side / STRIDE) * STRIDE)

@@ -7,6 +7,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,14 +69,7 @@ def measure_run(prepared: Prepared, micro_batch: int) -> DryRunResult:
 
 
 def _time_worst_step(prepared: Prepared, plan: Plan, micro_batch: int) -> tuple[int, float]:
-    """Make worst-case steps, with smaller micro-batches where memory runs out, as training would.
-
-    Returns:
-        The micro-batch that fits, and the seconds of a step with it.
-
-    Raises:
-        RtdetrError: not even one image fits.
-    """
+    """Return the micro-batch that fits, halved as in training where memory runs out, and the seconds of a step."""
     learner, most_boxes = prepared.learner, prepared.most_boxes
     while True:
         try:
@@ -112,9 +106,8 @@ def _time_real_steps(prepared: Prepared, micro_batch: int) -> float:
         if learner.device.type == "cuda":
             torch.cuda.synchronize(learner.device)
         times.append(time.monotonic() - began)
-    close = getattr(batches, "close", None)
-    if close is not None:
-        close()
+    if isinstance(batches, Generator):
+        batches.close()
     learner.norms.restore()
     return statistics.median_high(times[1:] or times)  # the first waits for the loader's processes to start
 

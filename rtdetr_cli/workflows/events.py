@@ -16,99 +16,61 @@ from rtdetr_cli.weights.transfer import TransferTable
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """Everything is ready and the first step comes next.
-
-    Attributes:
-        config: the resolved settings.
-        plan, choices: the schedule, and the reasons for it.
-        splits: the dataset.
-        train_images, val_images: used for training and evaluation.
-        folder: of the run; None for a dry run.
-        device, precision, precision_reason, workers, micro_batch, parameters: what it runs on and with.
-        transfer: what the pretrained weights gave, or None.
-        start: where the weights came from, in words.
-        resumed: (epoch, step) that a resumed run continues from, or None.
-        warnings: what a person should know now.
-        processes: that train together.
-        restarted: a resumed run had no checkpoint yet and starts from the beginning.
-    """
+    """Everything is ready and the first step comes next."""
 
     config: RunConfig
     plan: Plan
-    choices: tuple[Choice, ...]
+    choices: tuple[Choice, ...]  # the reasons for the plan
     splits: Splits
     train_images: int
     val_images: int
-    folder: Path | None
+    folder: Path | None  # None for a dry run
     device: str
     precision: str
     precision_reason: str
     workers: int
     micro_batch: int
     parameters: int
-    transfer: TransferTable | None
-    start: str
+    transfer: TransferTable | None  # what the pretrained weights gave
+    start: str  # where the weights came from, in words
     warnings: tuple[str, ...]
     processes: int = 1
-    resumed: tuple[int, int] | None = None
-    restarted: bool = False
+    resumed: tuple[int, int] | None = None  # (epoch, step) that a resumed run continues from
+    restarted: bool = False  # a resumed run had no checkpoint yet and starts from the beginning
 
 
 @dataclass(frozen=True, slots=True)
 class RunFinished:
-    """The run is complete, and this is what it left.
-
-    Attributes:
-        folder, best: on disk.
-        metrics: of the best epoch; None for those that the dataset cannot give.
-        best_epoch: from 0.
-        epochs: trained in total.
-        reason: `done` or `patience`.
-        seconds: of this process.
-        explanation: with `--overfit`, why AP stayed below 0.9; empty if it did not.
-        page: the HTML report; None where none was written.
-        already_finished: a resumed run had finished before, and nothing was done.
-    """
+    """The run is complete, and this is what it left."""
 
     folder: Path
     best: Path
-    metrics: Mapping[str, float | None]
-    best_epoch: int
-    epochs: int
-    reason: str
-    seconds: float
-    explanation: str = ""
-    page: Path | None = None
-    already_finished: bool = False
+    metrics: Mapping[str, float | None]  # of the best epoch; None for those that the dataset cannot give
+    best_epoch: int  # from 0
+    epochs: int  # trained in total
+    reason: str  # `done` or `patience`
+    seconds: float  # of this process
+    explanation: str = ""  # with `--overfit`, why AP stayed below 0.9
+    page: Path | None = None  # the HTML report
+    already_finished: bool = False  # a resumed run had finished before, and nothing was done
 
 
 @dataclass(frozen=True, slots=True)
 class DryRunResult:
-    """What a run would cost, from one worst-case step, some real ones, one evaluation and one export.
+    """What a run would cost, from one worst-case step, some real ones, one evaluation and one export."""
 
-    Attributes:
-        micro_batch: images per forward pass, halved until the worst-case step fitted.
-        step_seconds: of a usual step, with the loader; worst_seconds: of one at the largest scale with the most boxes.
-        evaluation_seconds: of one evaluation.
-        export_seconds: of one export to ONNX; export_bytes: of its file.
-        total_seconds: of the whole run, without the export.
-        memory_bytes: peak of the worst-case step; memory_total: of the device.
-        disk_bytes: that the run will keep; disk_free: on the disk of its folder.
-        metrics: of the evaluation before any training.
-    """
-
-    micro_batch: int
-    step_seconds: float
-    worst_seconds: float
+    micro_batch: int  # images per forward pass, halved until the worst-case step fitted
+    step_seconds: float  # of a usual step, with the loader
+    worst_seconds: float  # of a step at the largest scale with the most boxes
     evaluation_seconds: float
     export_seconds: float
     export_bytes: int
-    total_seconds: float
-    memory_bytes: int
-    memory_total: int
-    disk_bytes: int
+    total_seconds: float  # of the whole run, without the export
+    memory_bytes: int  # peak of the worst-case step
+    memory_total: int  # of the device
+    disk_bytes: int  # that the run will keep
     disk_free: int
-    metrics: Mapping[str, float | None]
+    metrics: Mapping[str, float | None]  # before any training
 
 
 @dataclass(frozen=True, slots=True)

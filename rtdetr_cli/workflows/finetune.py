@@ -86,11 +86,7 @@ def resume(
 ) -> Iterator[Event]:
     """Resume an interrupted run, as if it had never stopped; only RunFinished where nothing is left to do.
 
-    Args:
-        path: the run's folder.
-        flags: what else was given on the command line; must agree with the run.
-        sets: the words of `--set`, likewise.
-        stop: set by a signal handler.
+    `flags` and `sets` are what else was given on the command line, and must agree with the run.
 
     Raises:
         UsageError: the folder is not a run, another process is training it, or a setting has changed.
@@ -143,13 +139,12 @@ def resume(
                 progress = Progress(micro_batch=1)
                 restore(prepared.learner, progress, state, folder if processes.is_main else None)
             del state
-            started = _run_started(prepared, progress, folder)
             if processes.is_main:
                 problem = folder.log(f"resumed at epoch {progress.epoch + 1}, step {progress.step}")
-                started = replace(started, warnings=(*started.warnings, *([problem] if problem else [])))
+                prepared.warnings += [problem] if problem else []
+            at = None if untrained is not None else (progress.epoch, progress.step)
             stop.polled = True
-            resumed = None if untrained is not None else (progress.epoch, progress.step)
-            yield replace(started, resumed=resumed, restarted=untrained is not None)
+            yield replace(_run_started(prepared, progress, folder), resumed=at, restarted=untrained is not None)
             yield from _train(prepared, progress, folder, stop, began, identity)
     processes.close()
 

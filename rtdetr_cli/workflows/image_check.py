@@ -1,14 +1,14 @@
 """Before a run: check every image file, where that is cheap compared with the run itself.
 
-The checks of annotations cost nothing and always run, in `load_splits`. A truncated image, a rotated one or a copy in
-val can be found by decoding only, which may cost as much as an epoch on a GPU. So decoding and a forward pass are
-timed on a few images, and all images are checked if that takes less than a tenth of an epoch.
+A truncated image, a rotated one or a copy in val is found by decoding only, which may cost as much as an epoch on a
+GPU. So decoding and a forward pass are timed on a few images first.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -32,18 +32,8 @@ def check_images_if_cheap(
     images: Path | None,
     imgsz: tuple[int, int],
     device: torch.device,
-    seconds_of: Callable[[Callable[[], None]], float] | None = None,
 ) -> tuple[Finding, ...] | None:
-    """Check every image, if that costs less than a tenth of an epoch.
-
-    Args:
-        source: the dataset as the user named it.
-        train_set: its training images.
-        model: on `device`.
-        images: folder of the images, where the annotations do not say it.
-        imgsz: height and width of the network's input.
-        device: of the training.
-        seconds_of: measures a call; a clock by default.
+    """Check every image of a dataset, if that costs less than a tenth of an epoch with `model`, which is on `device`.
 
     Returns:
         Every finding, or None where the check would have cost too much.
@@ -51,16 +41,13 @@ def check_images_if_cheap(
     Raises:
         DataError: a finding is an error.
     """
-    clock = seconds_of or _seconds
     total = len(train_set)
     samples = list(range(0, total, max(1, total // SAMPLES)))[:SAMPLES]
 
     def decode() -> None:
         for index in samples:
-            try:
+            with suppress(ImageError):  # the check will report it
                 read_image(train_set.path(index))
-            except ImageError:  # the check will report it
-                continue
 
     def forward() -> None:
         batch = torch.zeros(len(samples), 3, *imgsz, device=device).contiguous(memory_format=torch.channels_last)
@@ -73,14 +60,15 @@ def check_images_if_cheap(
             torch.cuda.synchronize(device)
 
     forward()  # the first one also loads kernels
-    if clock(decode) > MAX_SHARE_OF_EPOCH * STEP_PER_FORWARD * clock(forward):
+    if seconds_of(decode) > MAX_SHARE_OF_EPOCH * STEP_PER_FORWARD * seconds_of(forward):
         return None
     report = examine(source, images=images, imgsz=imgsz, queries=model.queries)
     refuse_errors(report.raw)
     return tuple(report.findings)
 
 
-def _seconds(work: Callable[[], None]) -> float:
+def seconds_of(work: Callable[[], None]) -> float:
+    """Return how long a call takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

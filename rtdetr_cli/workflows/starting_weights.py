@@ -33,13 +33,9 @@ def weights_file(word: str) -> Path:
 
 
 def settings_from_weights(weights: str) -> tuple[Path, dict[str, Any]] | None:
-    """Return the settings that a weights file implies: its preset, its input size, and its own sizes.
+    """Return the file that `--weights` names and the settings that it implies: preset, input size, and its own sizes.
 
-    Args:
-        weights: value of `--weights`.
-
-    Returns:
-        The file and its settings; None where it is not a detector's file, or is missing, which is an error later on.
+    None where it is not a detector's file, or is missing, which is an error later on.
 
     Raises:
         ModelError: the file cannot be read.
@@ -73,10 +69,11 @@ def settings_from_weights(weights: str) -> tuple[Path, dict[str, Any]] | None:
 def nearest_preset(spec: ModelSpec, name: str = "") -> Preset:
     """Return the preset of that name, or else the one with the most similar sizes."""
     presets = [load_preset(known) for known in preset_names()]
-    for preset in presets:
-        if preset.name == name:
-            return preset
-    return min(presets, key=lambda p: (p.model.depth != spec.depth, len(size_differences(p.model, spec))))
+
+    def distance(preset: Preset) -> tuple[bool, bool, int]:
+        return preset.name != name, preset.model.depth != spec.depth, len(size_differences(preset.model, spec))
+
+    return min(presets, key=distance)
 
 
 def size_differences(one: ModelSpec, other: ModelSpec) -> dict[str, tuple[Any, Any]]:
@@ -97,13 +94,7 @@ def header_spec(architecture: Mapping[str, Any]) -> ModelSpec | None:
 def load_starting_weights(
     model: RTDETR, config: RunConfig, train_set: Dataset, *, fetching: ShowProgress | None = None
 ) -> tuple[TransferTable, str]:
-    """Fill a model from `--weights`.
-
-    Args:
-        model: initialized.
-        config: of the run.
-        train_set: what it is trained on; its classes are matched by name.
-        fetching: shows the progress of a download.
+    """Fill an initialized model from `--weights`, matching the classes of the training set by name.
 
     Returns:
         Which tensors came from where, and the start in words.
@@ -112,13 +103,16 @@ def load_starting_weights(
         ModelError: the weights cannot be fetched or read, or do not fit.
     """
     weights, preset = config.settings.weights, config.preset
-    if weights == "imagenet":
-        assert preset.imagenet is not None
-        path = _fetch(preset.imagenet, fetching)
-        return load_backbone(model, path), f"ImageNet backbone {path.name}"
-    if weights == "coco":
-        assert preset.weights is not None
-        path = _fetch(preset.weights, fetching)
+    if weights in ("coco", "imagenet"):
+        file = preset.weights if weights == "coco" else preset.imagenet
+        assert file is not None  # `refuse_early` has checked
+        try:
+            path = fetch(file, progress=fetching)
+        except ModelError as error:
+            error.hint += "; or train without pretrained weights: --weights none"
+            raise
+        if weights == "imagenet":
+            return load_backbone(model, path), f"ImageNet backbone {path.name}"
     else:
         path = weights_file(weights)
         if path.is_file() and not is_safetensors(path) and read_published(path).spec is None:
@@ -131,20 +125,8 @@ def load_starting_weights(
     return transfer, path.name
 
 
-def _fetch(file: str, fetching: ShowProgress | None) -> Path:
-    try:
-        return fetch(file, progress=fetching)
-    except ModelError as error:
-        hint = f"{error.hint}; or train without pretrained weights: --weights none"
-        raise ModelError(error.message, hint=hint, code=error.code) from error
-
-
 def _refuse_other_sizes(path: Path, header: ModelHeader, requested: Preset) -> None:
-    """Refuse weights of another architecture, and say which one.
-
-    Raises:
-        ModelError: their sizes are not those of the requested preset.
-    """
+    """Refuse weights of another architecture than the requested preset's, and say which one."""
     spec = header_spec(header.architecture)
     differences = size_differences(requested.model, spec) if spec is not None else {}
     if spec is None or not differences:

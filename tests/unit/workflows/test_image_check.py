@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from rtdetr_cli.config.presets import load_preset
 from rtdetr_cli.datasets.generate import generate_dataset
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.model.build import build_detector
-from rtdetr_cli.workflows.image_check import check_images_if_cheap
+from rtdetr_cli.workflows import image_check
 
 
 @pytest.fixture
@@ -20,14 +22,18 @@ def data(tmp_path: Path) -> Path:
     return generate_dataset(tmp_path / "data", train=6, val=2, imgsz=64)
 
 
-def check(data: Path, costs: list[float] | None = None):
-    train = load_splits(data).train
-    assert train is not None
-    model = build_detector(load_preset("tiny").model, num_classes=5)
-    clock = None if costs is None else lambda work: costs.pop(0)
-    return check_images_if_cheap(
-        data, train, model, images=None, imgsz=(64, 64), device=torch.device("cpu"), seconds_of=clock
-    )
+@pytest.fixture
+def check(data: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], Any]:
+    def run(decoding: float, forward: float) -> Any:
+        costs = [decoding, forward]
+        monkeypatch.setattr(image_check, "seconds_of", lambda work: costs.pop(0))
+        train = load_splits(data).train
+        assert train is not None
+        model = build_detector(load_preset("tiny").model, num_classes=5)
+        cpu = torch.device("cpu")
+        return image_check.check_images_if_cheap(data, train, model, images=None, imgsz=(64, 64), device=cpu)
+
+    return run
 
 
 def truncate(data: Path) -> None:
@@ -36,24 +42,24 @@ def truncate(data: Path) -> None:
     image.write_bytes(content[: len(content) // 2])
 
 
-def test_a_truncated_image_is_refused_before_training(data: Path) -> None:
+def test_a_truncated_image_is_refused_before_training(data: Path, check: Any) -> None:
     truncate(data)
     with pytest.raises(DataError, match="train"):
-        check(data, [0.0, 1.0])
+        check(0.0, 1.0)
 
 
-def test_an_expensive_check_is_skipped(data: Path) -> None:
+def test_an_expensive_check_is_skipped(data: Path, check: Any) -> None:
     truncate(data)
-    assert check(data, [0.31, 1.0]) is None
+    assert check(0.31, 1.0) is None
 
 
-def test_the_limit_is_a_tenth_of_an_epoch(data: Path) -> None:
-    found = check(data, [0.29, 1.0])
+def test_the_limit_is_a_tenth_of_an_epoch(check: Any) -> None:
+    found = check(0.29, 1.0)
     assert found is not None
     assert all(f.severity != "error" for f in found)
 
 
-def test_train_refuses_a_truncated_image(data: Path, rtdetr, tmp_path: Path) -> None:
+def test_train_refuses_a_truncated_image(data: Path, rtdetr: Any, tmp_path: Path) -> None:
     truncate(data)
     ran = rtdetr("train", "--preset", "tiny", "--data", data, "--out", tmp_path / "runs", "--imgsz", 320)
     assert ran.code == 3
