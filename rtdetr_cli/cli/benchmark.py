@@ -9,7 +9,8 @@ import typer
 
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.terminal import JsonFlag
-from rtdetr_cli.errors import RtdetrError, UsageError
+from rtdetr_cli.errors import UsageError
+from rtdetr_cli.files import ensure_writable
 
 if TYPE_CHECKING:
     from rtdetr_cli.datasets.records import Dataset
@@ -63,6 +64,8 @@ def benchmark(
     if swept is not None and out is None:
         out = (files[0].parent if files[0].name == BEST else Path()) / "benchmark"
     dataset = _split(files[0], data, images, split)
+    if out is not None:
+        ensure_writable(out)
 
     rows: list[Row] = []
     with terminal.progress(len(plan.points), "benchmark") as bar:
@@ -81,10 +84,7 @@ def benchmark(
         "environment": workflow.environment(),
     }
     if out is not None:
-        try:
-            saved = report.write_files(out, rows, {"schema_version": terminal.SCHEMA_VERSION, **document})
-        except OSError as error:
-            raise RtdetrError(f"{out} cannot be written: {error.strerror or error}", code="not-writable") from error
+        saved = report.write_files(out, rows, {"schema_version": terminal.SCHEMA_VERSION, **document})
         document["saved"] = {name: str(path) for name, path in saved.items()}
     if as_json:
         terminal.emit_json(document)

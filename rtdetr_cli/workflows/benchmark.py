@@ -107,9 +107,8 @@ def plan_benchmark(
     """Decide what to measure, and refuse what cannot be measured, before anything is exported or timed.
 
     Args:
-        models: model files.
-        backends: for models that are weights, from `parse_backends`; None is all of this machine, or torch with a
-            sweep. An exported model runs in its own.
+        models: model files. An exported model runs in its own backend.
+        backends: for models that are weights; None is all of this machine, or torch with a sweep.
         sweep: from `workflows.sweep.parse_sweep`.
         batch: images per run.
         warmup: runs that are not counted.
@@ -118,7 +117,7 @@ def plan_benchmark(
         threads: CPU threads.
 
     Raises:
-        UsageError: a sweep of an exported file or over values that a model does not have; options that clash.
+        UsageError: options that clash, or a sweep that a model does not allow.
         ModelError: a file that is missing or not a model.
         EnvironmentProblem: a backend that is needed cannot run here.
     """
@@ -167,13 +166,9 @@ def benchmark(
     notify: Callable[[str], None] = lambda text: None,
     resamples: int = 1000,
 ) -> Iterator[Row]:
-    """Measure every point of a plan. Exports go to a temporary folder.
+    """Measure every point of a plan; without a dataset, AP is not measured and a synthetic image is timed.
 
-    Args:
-        plan: from `plan_benchmark`.
-        dataset: the split for AP and for the timed images; None times a synthetic image.
-        notify: called with a line before each export.
-        resamples: of the paired interval of each AP difference.
+    `notify` is called with a line before each export, and `resamples` is for the interval of each AP difference.
     """
     sources = images_to_time(dataset)
     base: tuple[float, Resamples] | None = None

@@ -116,12 +116,7 @@ def drop_constant_columns(table: list[dict[str, object]]) -> tuple[list[dict[str
 
 
 def write_files(folder: Path, rows: Sequence[Row], document: dict[str, Any]) -> dict[str, Path]:
-    """Write the table (Markdown), the document (JSON) and, where AP is known, the plot (PNG).
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the table (Markdown), the document (JSON) and, where AP is known, the plot (PNG) to an existing folder."""
     paths = {"table": folder / "benchmark.md", "json": folder / "benchmark.json"}
     paths["table"].write_text(_markdown(rows), encoding="utf-8")
     paths["json"].write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

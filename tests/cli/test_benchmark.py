@@ -118,6 +118,7 @@ def test_without_a_dataset_only_latency_is_measured(rtdetr: Callable[..., Any], 
         (["--sweep", "layers=4"], 2, "1 to 3 layers"),
         (["--sweep", "imgsz=100"], 2, "not a multiple of 32"),
         (["--data", "nowhere"], 3, "does not exist"),
+        (["--backends", "torch", "--out", "/dev/null/out"], 1, "cannot be written"),
         (["--backends", "torch,tensorrt", "--threads", "2"], 2, "--threads 2 has no effect on TensorRT"),
         (["--backends", "tensorrt", "--device", "cpu"], 2, "does not run on --device cpu"),
     ],
@@ -149,12 +150,17 @@ def test_tensorrt_is_skipped_where_options_exclude_it(model: Path, options: dict
     assert "tensorrt" not in {point.backend for point in plan.points}
 
 
-def test_tensorrt_without_a_gpu_is_refused_before_any_work(
-    rtdetr: Callable[..., Any], model: Path, standin: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def standin_package(standin: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     package = standin.make("11.4.0")
     package.__spec__ = ModuleSpec("tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt", package)
+
+
+@pytest.mark.usefixtures("standin_package")
+def test_tensorrt_without_a_gpu_is_refused_before_any_work(
+    rtdetr: Callable[..., Any], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("rtdetr_cli.export.tensorrt.engine_device", lambda device: None)
     monkeypatch.setattr(benchmark, "measure", lambda *args, **options: pytest.fail("something was measured"))
     ran = rtdetr("benchmark", model, "--backends", "torch,tensorrt")
@@ -162,17 +168,11 @@ def test_tensorrt_without_a_gpu_is_refused_before_any_work(
     assert "no CUDA device" in ran.err
 
 
+@pytest.mark.usefixtures("standin_package")
 def test_tensorrt_measures_the_engine_of_the_float16_graph(
-    rtdetr: Callable[..., Any],
-    model: Path,
-    shapes: Path,
-    standin: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
+    rtdetr: Callable[..., Any], model: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a stand-in for TensorRT, on the CPU. The graph stays float32 for speed."""
-    package = standin.make("11.4.0")
-    package.__spec__ = ModuleSpec("tensorrt", None)
-    monkeypatch.setitem(sys.modules, "tensorrt", package)
     cpu = torch.device("cpu")
     monkeypatch.setattr("rtdetr_cli.export.tensorrt.engine_device", lambda device: cpu)
     monkeypatch.setattr("rtdetr_cli.export.tensorrt.refuse_single", lambda layers: None)
@@ -189,15 +189,17 @@ def test_tensorrt_measures_the_engine_of_the_float16_graph(
     assert row["ap"] is not None
 
 
-def test_an_exported_model_cannot_be_swept(rtdetr: Callable[..., Any], tmp_path: Path) -> None:
-    (tmp_path / "m.onnx").write_bytes(b"x")
-    ran = rtdetr("benchmark", tmp_path / "m.onnx", "--sweep", "layers")
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("m.onnx", ["--sweep", "layers"], "cannot be swept"),
+        ("m.engine", ["--threads", 2], "--threads 2 has no effect"),
+    ],
+)
+def test_refusals_for_exported_models(
+    rtdetr: Callable[..., Any], tmp_path: Path, name: str, words: list[object], message: str
+) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    ran = rtdetr("benchmark", tmp_path / name, *words)
     assert ran.code == 2
-    assert "cannot be swept" in ran.err
-
-
-def test_an_engine_takes_no_threads(rtdetr: Callable[..., Any], tmp_path: Path) -> None:
-    (tmp_path / "m.engine").write_bytes(b"x")
-    ran = rtdetr("benchmark", tmp_path / "m.engine", "--threads", 2)
-    assert ran.code == 2
-    assert "--threads 2 has no effect" in ran.err
+    assert message in ran.err
