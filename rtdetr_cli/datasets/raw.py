@@ -185,10 +185,17 @@ class RawDataset:
         return central[0] if central and self.format not in ("voc", "labelme") else str(self.source)
 
 
+_NO_NAMES = frozenset(
+    {"images", "labels", "annotations", "jpegimages", "data", "dataset", "datasets", "train", "val", "valid", "test"}
+)
+"""Names of folders that don't say which dataset it is."""
+
+
 def new_dataset(name: str, form: str, source: Path, folder: Path, images: Path | None) -> RawDataset:
-    """Return an empty dataset, named like its folder if it has no name."""
+    """Return an empty dataset; without a name it is named like its folder, or the first one above with a real name."""
     roots = (folder,) if images is None else (folder, images)
-    name = name or folder.resolve().name or "dataset"
+    folders = (part for part in reversed(folder.resolve().parts[1:]) if part.lower() not in _NO_NAMES)
+    name = name or next(folders, "dataset")
     return RawDataset(source=source, name=name, format=form, folder=folder, roots=roots, images=images)
 
 

@@ -232,6 +232,13 @@ def test_voc_without_lists_and_in_split_folders(voc: Any, tmp_path: Path) -> Non
     assert sum(len(d) for d in parts(splits).values()) == 6
 
 
+@pytest.mark.parametrize("folder", ["images", "data", "data/train"])
+def test_a_folder_whose_name_says_nothing_takes_the_name_above(coco: Any, tmp_path: Path, folder: str) -> None:
+    moved = tmp_path / "bolts" / folder
+    shutil.copytree(coco.write(), moved)
+    assert load_splits(moved).name == "bolts"
+
+
 def test_two_datasets_in_one_folder_are_refused(coco: Any, voc: Any) -> None:
     folder = voc.write()
     shutil.copy(coco.write() / "train.json", folder / "all.json")
