@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -26,21 +26,6 @@ from rtdetr_cli.runs import CHECKPOINT, PARTIAL_CHECKPOINT, PREVIOUS_CHECKPOINT
 
 MAGIC = b"rtdetr-checkpoint 1\n"
 SEAL_BYTES = 64 + 1 + 20 + 1
-
-
-class _HashingFile:
-    """A file object for `torch.save` that hashes and counts what is written."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.digest, self.length = file, hashlib.sha256(), 0
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        self.length += memoryview(data).nbytes
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------
@@ -82,12 +67,15 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep_previous: bool 
 def _write(path: Path, state: dict[str, Any]) -> None:
     if not has_room(bytes_of(state), shutil.disk_usage(path.parent).free):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path.parent))
-    with path.open("wb") as file:
+    with path.open("w+b") as file:
         file.write(MAGIC + b" " * (SEAL_BYTES - 1) + b"\n")
-        payload = _HashingFile(file)
-        torch.save(state, payload)  # type: ignore[arg-type]
+        start = file.tell()
+        torch.save(state, file)
+        length = file.tell() - start
+        file.seek(start)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(len(MAGIC))
-        file.write(f"{payload.digest.hexdigest()} {payload.length:20d}\n".encode())
+        file.write(f"{digest} {length:20d}\n".encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -109,15 +97,14 @@ def explain_write_failure(folder: Path, what: str) -> Iterator[None]:
     Args:
         folder: the run's.
         what: is being written, for the message.
-
-    Raises:
-        RtdetrError: in place of whatever error the system gave.
     """
     try:
         yield
     except (OSError, RuntimeError, RtdetrError) as error:
         # torch.save and others wrap what the file object raised; the reason is in the cause.
-        cause = _os_error_behind(error)
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
         saved = (folder / CHECKPOINT).exists()
@@ -128,14 +115,6 @@ def explain_write_failure(folder: Path, what: str) -> Iterator[None]:
             hint=f"free some space, then rtdetr train --resume {folder}" if saved else "",
             code="disk-full" if full else "not-writable",
         ) from error
-
-
-def _os_error_behind(error: BaseException | None) -> OSError | None:
-    while error is not None:
-        if isinstance(error, OSError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 # ---- room -------------------------------------------------------------------------------------------------------
@@ -180,8 +159,11 @@ def bytes_of(value: Any) -> int:
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
+def load_checkpoint(folder: Path, *, after_finite_step: bool = False) -> tuple[dict[str, Any], str]:
     """Read `last.ckpt`, or the checkpoint before it if that is damaged.
+
+    With `after_finite_step`, one that was saved right after a skipped step is read only if there is no other: the end
+    of an epoch may have been saved while step after step was being skipped.
 
     Returns:
         The state with all tensors on the CPU, and a warning ("" for none).
@@ -189,39 +171,26 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], str]:
     Raises:
         ModelError: neither can be read.
     """
-    problems = []
+    problems: list[str] = []
+    fallback: dict[str, Any] | None = None
+    warning = ""
     for name in (CHECKPOINT, PREVIOUS_CHECKPOINT):
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{path} does not exist")
-            continue
         try:
-            state = read_checkpoint(path)
+            state = read_checkpoint(folder / name)
         except ModelError as error:
             problems.append(error.message)
+            warning = f"{problems[0]}: continuing from the checkpoint before it"
             continue
-        return state, f"{problems[0]}: continuing from the checkpoint before it" if problems else ""
+        if not (after_finite_step and state["place"]["in_a_row"]):
+            return state, warning
+        fallback = fallback or state
+    if fallback is not None:
+        return fallback, warning
     raise ModelError(
         "; ".join(problems[:1] if "does not exist" in problems[1] else problems),
         hint="a run can be resumed once it has written last.ckpt; rtdetr train --weights starts from a model file",
         code="checkpoint-damaged" if (folder / CHECKPOINT).exists() else "checkpoint-missing",
     )
-
-
-def load_rollback_checkpoint(folder: Path) -> dict[str, Any]:
-    """Read the newest checkpoint that was not saved right after a skipped step; if there is none, the newest.
-
-    The end of an epoch may have been saved while step after step was being skipped.
-    """
-    newest, _ = load_checkpoint(folder)
-    if newest["place"]["in_a_row"] and (folder / PREVIOUS_CHECKPOINT).is_file():
-        try:
-            previous = read_checkpoint(folder / PREVIOUS_CHECKPOINT)
-        except ModelError:
-            return newest
-        if not previous["place"]["in_a_row"]:
-            return previous
-    return newest
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -230,14 +199,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: not a checkpoint, truncated, or changed since it was written.
     """
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist", code="checkpoint-missing")
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise ModelError(f"{path} is not a checkpoint of rtdetr train", code="checkpoint-foreign")
-        seal = file.read(SEAL_BYTES).decode("ascii", "replace").split()
+        seal = file.read(SEAL_BYTES)
         start = file.tell()
-        if len(seal) != 2 or seal[1] != str(os.fstat(file.fileno()).st_size - start):
+        length = os.fstat(file.fileno()).st_size - start
+        if not seal.endswith(f" {length:20d}\n".encode()):
             raise ModelError(f"{path} is truncated", code="checkpoint-damaged")
-        if hashlib.file_digest(file, "sha256").hexdigest() != seal[0]:
+        if not seal.startswith(hashlib.file_digest(file, "sha256").hexdigest().encode()):
             raise ModelError(f"{path} is damaged: checksum mismatch", code="checkpoint-damaged")
         file.seek(start)
         try:

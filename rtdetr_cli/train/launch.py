@@ -68,8 +68,8 @@ def supervise(argv: Sequence[str], devices: Sequence[str]) -> int:
                 child.kill()
         if failed is None:
             return 0
-        if failed.code in STOPPED:
-            if not children[0].error_file.is_file():
+        if failed.code is not None and failed.code in STOPPED:
+            if not children[0].report():
                 return failed.code
             failed = children[0]
         raise failed.error()
@@ -107,18 +107,19 @@ class _Child:
                 # Its own group: Ctrl-C in the terminal reaches the parent only, which forwards it once.
                 start_new_session=os.name == "posix",
             )
-        self.code: int | None = None
 
-    def poll(self) -> int | None:
-        """Return the exit code, 128 + n for a signal; None while it runs."""
+    @property
+    def code(self) -> int | None:
+        """The exit code, 128 + n for a signal; None while it runs."""
         code = self.process.poll()
-        self.code = None if code is None else 128 - code if code < 0 else code
-        return self.code
+        return 128 - code if code is not None and code < 0 else code
 
-    def send(self, number: int) -> None:
-        """Send a signal."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
+    def report(self) -> dict[str, Any]:
+        """Return the error that it reported; empty if it reported none."""
+        try:
+            return dict(json.loads(self.error_file.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
 
     def kill(self) -> None:
         """Kill it, with all processes that it has started."""
@@ -134,8 +135,7 @@ class _Child:
     def error(self) -> RtdetrError:
         """Return the error that it reported, or else how it ended."""
         name = f"process {self.rank} ({self.device})"
-        if self.error_file.is_file():
-            report = json.loads(self.error_file.read_text(encoding="utf-8"))
+        if report := self.report():
             message = report["message"] if self.rank == 0 else f"{name}: {report['message']}"
             failed = ProcessFailed(message, hint=report["hint"], code=report["code"])
             failed.exit_code = int(report["exit_code"])
@@ -143,7 +143,10 @@ class _Child:
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         if lines:
             sys.stderr.write("\n".join(lines[-TAIL_LINES:]) + "\n")
-        how = f"was ended by {_signal_name(self.code)}" if self.code and self.code > 128 else f"failed ({self.code})"
+        how = f"failed ({self.code})"
+        if self.code and self.code > 128:
+            with contextlib.suppress(ValueError):
+                how = f"was ended by {signal.Signals(self.code - 128).name}"
         hint = "the system may have run out of memory; try a smaller --batch" if self.code == 137 else ""
         return ProcessFailed(f"{name} {how}", hint=hint, code="process-failed")
 
@@ -157,7 +160,7 @@ def _watch(children: Sequence[_Child]) -> _Child | None:
     failed: _Child | None = None
     deadline = float("inf")
     while True:
-        running = [c for c in children if c.poll() is None]
+        running = [child for child in children if child.code is None]
         for child in children:
             if child.code and (failed is None or _explains(child) > _explains(failed)):
                 failed = child
@@ -172,11 +175,7 @@ def _explains(child: _Child) -> int:
     """Return how much a failure explains: a signal least, a lost peer little, an error of its own most."""
     if child.code in STOPPED:
         return 0
-    try:
-        lost_peer = json.loads(child.error_file.read_text(encoding="utf-8"))["code"] == "peer-lost"
-    except (OSError, ValueError, KeyError):
-        lost_peer = False
-    return 1 if lost_peer else 2
+    return 1 if child.report().get("code") == "peer-lost" else 2
 
 
 @contextlib.contextmanager
@@ -187,7 +186,7 @@ def _forward_signals(children: Sequence[_Child]) -> Iterator[None]:
     def forward(number: int, frame: FrameType | None) -> None:
         signal.signal(number, kill)
         for child in children:
-            child.send(number)
+            child.process.send_signal(number)
 
     def kill(number: int, frame: FrameType | None) -> None:
         for child in children:
@@ -201,13 +200,6 @@ def _forward_signals(children: Sequence[_Child]) -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def _signal_name(code: int) -> str:
-    try:
-        return signal.Signals(code - 128).name
-    except ValueError:
-        return f"signal {code - 128}"
 
 
 # ---- in the processes that were started ---------------------------------------------------------------------------

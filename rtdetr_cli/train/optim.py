@@ -20,13 +20,10 @@ BETAS = (0.9, 0.999)
 
 
 def parameter_groups(model: nn.Module, optim: OptimSpec, *, lr: float, lr_backbone: float) -> list[dict[str, Any]]:
-    """Group the trainable parameters by learning rate and weight decay.
+    """Group the trainable parameters by learning rate and weight decay; empty groups are left out.
 
     Norms have no weight decay; with `optim.decay_free` = `head-norm-bias`, neither have the biases of encoder and
     decoder. This includes the backbone's norms: the official configurations either say so or freeze them.
-
-    Returns:
-        Groups with `params`, `names`, `lr` (the peak), `weight_decay` and `label`; empty ones are left out.
     """
     norms = {id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
     members_by: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = {}
@@ -38,18 +35,15 @@ def parameter_groups(model: nn.Module, optim: OptimSpec, *, lr: float, lr_backbo
         if optim.decay_free == "head-norm-bias" and not backbone:
             no_decay = no_decay or name.endswith("bias")
         members_by.setdefault((backbone, no_decay), []).append((name, parameter))
-    groups = []
-    for (backbone, no_decay), members in sorted(members_by.items()):
-        groups.append(
-            {
-                "params": [p for _, p in members],
-                "names": [n for n, _ in members],
-                "lr": lr_backbone if backbone else lr,
-                "weight_decay": 0.0 if no_decay else optim.weight_decay,
-                "label": ("backbone" if backbone else "head") + (", no decay" if no_decay else ""),
-            }
-        )
-    return groups
+    return [
+        {
+            "params": [parameter for _, parameter in members],
+            "names": [name for name, _ in members],
+            "lr": lr_backbone if backbone else lr,
+            "weight_decay": 0.0 if no_decay else optim.weight_decay,
+        }
+        for (backbone, no_decay), members in sorted(members_by.items())
+    ]
 
 
 class FusedAdamW:
@@ -68,7 +62,7 @@ class FusedAdamW:
     growth_interval = 2000
 
     def __init__(self, groups: list[dict[str, Any]], *, clip_norm: float, scaled: bool = False) -> None:
-        plain = [{k: v for k, v in g.items() if k not in ("names", "label")} for g in groups]
+        plain = [{k: v for k, v in g.items() if k != "names"} for g in groups]
         self.adamw = torch.optim.AdamW(plain, betas=BETAS, fused=True)
         self.peaks = [float(g["lr"]) for g in groups]
         self.parameters = [p for g in groups for p in g["params"]]

@@ -16,7 +16,7 @@ from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.runs import RunFolder
-from rtdetr_cli.train.checkpoint import load_rollback_checkpoint, save_checkpoint
+from rtdetr_cli.train.checkpoint import load_checkpoint, save_checkpoint
 from rtdetr_cli.train.events import CheckpointSaved, RolledBack, StepDone, StepSkipped
 from rtdetr_cli.train.guard import EVIDENCE_FOLDER
 from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics
@@ -178,7 +178,7 @@ class Checkpoints:
                 hint=f"use a lower --lr or --precision fp32; the batches are in {self.folder.path / EVIDENCE_FOLDER}",
                 code="diverged",
             )
-        state = load_rollback_checkpoint(self.folder.path) if processes.is_main else None
+        state = load_checkpoint(self.folder.path, after_finite_step=True)[0] if processes.is_main else None
         restore(self.learner, progress, processes.broadcast_state(state), self.folder if processes.is_main else None)
         progress.rate_scale = before.rate_scale / 2
         progress.went_back = before.went_back + 1

@@ -32,16 +32,11 @@ class EvaluationStopped(Exception):
 
 
 class StopFlag:
-    """A stop request, set by a signal handler and read by the loop between steps.
-
-    Attributes:
-        signal: the number of the signal; 0 for none.
-        polled: the loop is reading the flag, so a signal need not end the process by itself.
-    """
+    """A stop request, set by a signal handler and read by the loop between steps."""
 
     def __init__(self) -> None:
-        self.signal = 0
-        self.polled = False
+        self.signal = 0  # its number; 0 for none
+        self.polled = False  # the loop is reading the flag, so a signal need not end the process by itself
 
     def __bool__(self) -> bool:
         return self.signal != 0

@@ -69,7 +69,11 @@ def test_keep_previous_without_a_previous_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.read_checkpoint(tmp_path / PREVIOUS_CHECKPOINT)["number"] == 1
 
 
-@pytest.mark.parametrize("at", [-1, 2000, 200, 30])
+# A digit of the length counts as well.
+LENGTH_FIELD_END = len(checkpoint.MAGIC) + checkpoint.SEAL_BYTES - 1
+
+
+@pytest.mark.parametrize("at", [-1, 2000, 200, 30, LENGTH_FIELD_END - 1, LENGTH_FIELD_END - 2, LENGTH_FIELD_END - 20])
 def test_a_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path: Path, at: int) -> None:
     saved(tmp_path, 1, 2)
     flip(tmp_path / CHECKPOINT, at)
