@@ -7,6 +7,7 @@ runtime information, or in a file next to a TensorRT engine.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,77 +28,50 @@ _CHUNK = 1 << 20
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
+PREPROCESSING = {
+    "colour": "RGB",
+    "resize": "stretch",
+    "filter": "bilinear-antialias",
+    "scale": 1 / 255,
+    "mean": None,
+    "std": None,
+    "exif": True,
+}
+"""How images become inputs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """Score thresholds from `eval --calibrate`.
+    """Score thresholds from `eval --calibrate`, and the settings of that evaluation, which older files lack."""
 
-    Attributes:
-        target: `f1` or `precision=0.9`.
-        overall: one threshold for all classes together.
-        per_class: one for each class, in label order.
-        imgsz: (height, width) of the input in the calibration; None in older files, meaning the model's own size.
-        layers, queries: decoder settings in the calibration; None in older files, where they are unknown.
-    """
-
-    target: str
+    target: str  # `f1` or `precision=0.9`
     overall: float
-    per_class: tuple[float, ...]
-    imgsz: tuple[int, int] | None = None
+    per_class: tuple[float, ...]  # in label order
+    imgsz: tuple[int, int] | None = None  # (height, width); None for the model's own
     layers: int | None = None
     queries: int | None = None
 
 
-def _default_preprocessing() -> dict[str, Any]:
-    return {
-        "colour": "RGB",
-        "resize": "stretch",
-        "filter": "bilinear-antialias",
-        "scale": 1 / 255,
-        "mean": None,
-        "std": None,
-        "exif": True,
-    }
-
-
 @dataclass(frozen=True, slots=True)
 class ModelHeader:
-    """Everything that prediction needs besides the tensors.
+    """Everything that prediction needs besides the tensors. Field names are keys of the file."""
 
-    Attributes:
-        names: class names in label order.
-        category_ids: the dataset's own ids in label order.
-        imgsz: (height, width) of the network's input in pixels.
-        architecture: the fields of `config.schema.ModelSpec`.
-        preset: name of the preset, or "" for a model from elsewhere.
-        sampling: `bilinear` or `discrete`.
-        rounding: rounding of discrete sampling: `published` or `nearest`.
-        layers: decoder layers used at inference.
-        queries: object queries used at inference.
-        preprocessing: how images become inputs.
-        thresholds: calibrated score thresholds, or None.
-        metrics: results of the evaluation that chose these weights, such as {"AP": 0.41}.
-        dataset: {"name", "fingerprint", ...} of the training data.
-        identity: sha256 of the tensors (names, types, shapes, bytes); "" until saved.
-        version: version of rtdetr-cli that wrote the file.
-        extra: whatever a format adds, such as the result of the export check.
-    """
-
-    names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    imgsz: tuple[int, int]
-    architecture: dict[str, Any] = field(default_factory=dict)
-    preset: str = ""
+    names: tuple[str, ...]  # in label order
+    category_ids: tuple[int, ...]  # the dataset's own, in label order
+    imgsz: tuple[int, int]  # (height, width) of the network's input in pixels
+    architecture: dict[str, Any] = field(default_factory=dict)  # the fields of `config.schema.ModelSpec`
+    preset: str = ""  # empty for a model from elsewhere
     sampling: str = "bilinear"
     rounding: str = "published"
-    layers: int = 0
+    layers: int = 0  # decoder layers used at inference
     queries: int = 300
-    preprocessing: dict[str, Any] = field(default_factory=_default_preprocessing)
+    preprocessing: dict[str, Any] = field(default_factory=PREPROCESSING.copy)
     thresholds: Thresholds | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    dataset: dict[str, Any] = field(default_factory=dict)
-    identity: str = ""
-    version: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)  # of the evaluation that chose these weights
+    dataset: dict[str, Any] = field(default_factory=dict)  # {"name", "fingerprint", ...} of the training data
+    identity: str = ""  # sha256 of the tensors (names, types, shapes, bytes); empty until saved
+    version: str = ""  # of rtdetr-cli that wrote the file
+    extra: dict[str, Any] = field(default_factory=dict)  # what a format adds, such as the export check
 
     def to_json(self) -> str:
         """Return the header as one line of JSON with sorted keys."""
@@ -136,17 +110,11 @@ class ModelHeader:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The first part of a safetensors file, which says where the tensors are.
+    """The first part of a safetensors file, which says where the tensors are."""
 
-    Attributes:
-        tensors: name to {"dtype", "shape", "data_offsets"}.
-        metadata: the file's metadata.
-        start: offset of the first tensor byte.
-    """
-
-    tensors: dict[str, dict[str, Any]]
+    tensors: dict[str, dict[str, Any]]  # name to {"dtype", "shape", "data_offsets"}
     metadata: dict[str, str]
-    start: int
+    start: int  # offset of the first tensor byte
 
 
 def read_layout(path: Path) -> Layout:
@@ -197,15 +165,7 @@ def read_header(path: Path) -> ModelHeader:
 
 
 def rewrite_header(path: Path, header: ModelHeader) -> ModelHeader:
-    """Replace the header of a model file; the tensors and their identity stay.
-
-    Returns:
-        The header as written, with the file's own identity.
-
-    Raises:
-        ModelError: the file was not written by rtdetr-cli.
-        RtdetrError: the folder cannot be written.
-    """
+    """Replace the header of a model file, and return it as written; the tensors and their identity stay."""
     layout = read_layout(path)
     header = replace(header, identity=read_header(path).identity)
     metadata = {**layout.metadata, METADATA_KEY: header.to_json()}
@@ -214,8 +174,7 @@ def rewrite_header(path: Path, header: ModelHeader) -> ModelHeader:
     with atomic_write(path) as temporary, temporary.open("wb") as out, path.open("rb") as file:
         out.write(len(text).to_bytes(8, "little") + text)
         file.seek(layout.start)
-        while part := file.read(_CHUNK):
-            out.write(part)
+        shutil.copyfileobj(file, out, _CHUNK)
     return header
 
 

@@ -132,7 +132,7 @@ def verify(file: str, path: Path) -> str:
         ModelError: the hash differs, or there is none and the content is not what the name says.
     """
     hint = f"rtdetr weights fetch {file} --force"
-    return _check(find_published(file), path, source=str(path), hint=hint, mismatch_hint=hint)
+    return _check(find_published(file), path, source=str(path), hint=hint)
 
 
 def fetch(file: str, *, force: bool = False, progress: ShowProgress | None = None) -> Path:
@@ -155,18 +155,10 @@ def fetch(file: str, *, force: bool = False, progress: ShowProgress | None = Non
     if path.is_file() and not force:
         verify(file, path)
         return path
-    by_hand = manual_download_hint(entry)
-    accept = f"rtdetr weights fetch {file} --force accepts the new file; or {by_hand}"
     with _write_to_cache(path) as temporary:
         _download(entry, temporary, progress)
-        _check(
-            entry,
-            temporary,
-            source=entry.url,
-            hint=f"nothing was kept; {by_hand}",
-            mismatch_hint=f"nothing was kept; {by_hand if entry.sha256 else accept}",
-            force=force,
-        )
+        accept = f"rtdetr weights fetch {file} --force"
+        _check(entry, temporary, source=entry.url, hint=manual_download_hint(entry), accept=accept, force=force)
     return path
 
 
@@ -184,10 +176,8 @@ def import_file(source: Path, *, force: bool = False) -> Path:
     if not source.is_file():
         raise ModelError(f"{source} does not exist", code="weights-missing")
     entry = find_published(source.name)
-    hint = f"rtdetr weights fetch {entry.file} --force"
-    accept = f"rtdetr weights import {source} --force accepts it in place of the recorded one"
-    mismatch_hint = hint if entry.sha256 else accept
-    _check(entry, source, source=str(source), hint=hint, mismatch_hint=mismatch_hint, force=force)
+    hint, accept = f"rtdetr weights fetch {entry.file} --force", f"rtdetr weights import {source} --force"
+    _check(entry, source, source=str(source), hint=hint, accept=accept, force=force)
     path = weights_folder() / entry.file
     if not (path.exists() and path.samefile(source)):
         with _write_to_cache(path) as temporary:
@@ -203,19 +193,11 @@ def manual_download_hint(entry: Published) -> str:
     )
 
 
-def _check(entry: Published, path: Path, *, source: str, hint: str, mismatch_hint: str, force: bool = False) -> str:
+def _check(entry: Published, path: Path, *, source: str, hint: str, accept: str = "", force: bool = False) -> str:
     """Return a file's hash if it is the expected one; where none is expected, record it if the file loads.
 
-    Args:
-        entry: the published file that `path` should be.
-        path: the file to check.
-        source: where the file came from, for messages: a path or an address.
-        hint: hint of the error.
-        mismatch_hint: hint of the error when only the hash differs.
-        force: expect no recorded hash, only a public one.
-
-    Raises:
-        ModelError: the file is another one.
+    With `force`, only a public hash is expected and no recorded one; `accept` is the command that does so. `source`
+    says in messages where the file came from.
     """
     expected = entry.sha256 if force else expected_sha256(entry.file)
     sha256, problem, code = file_sha256(path), "", "weights-foreign"
@@ -227,11 +209,15 @@ def _check(entry: Published, path: Path, *, source: str, hint: str, mismatch_hin
         problem = _content_problem(entry, path)
     elif sha256 != expected:
         problem = f"checksum mismatch: sha256 is {sha256[:12]}..., expected {expected[:12]}..."
-        code, hint = "weights-hash", mismatch_hint
+        code = "weights-hash"
+        if accept and not entry.sha256:
+            hint = f"{accept} accepts the new file; or {hint}"
     if problem:
         raise ModelError(f"{source} is not the published {entry.file}: {problem}", hint=hint, code=code)
     if not expected:
-        _record_hash(entry.file, sha256)
+        hashes = {**_recorded_hashes(), entry.file: sha256}
+        with _write_to_cache(_hashes_file()) as temporary:
+            temporary.write_text(json.dumps(hashes, indent=1, sort_keys=True), encoding="utf-8")
     return sha256
 
 
@@ -249,40 +235,34 @@ def _content_problem(entry: Published, path: Path) -> str:
 
 
 def _download(entry: Published, to: Path, progress: ShowProgress | None) -> None:
-    """Download a published file.
-
-    Raises:
-        ModelError: there is no connection, the server refuses, or the connection is lost.
-        OSError: the file cannot be written.
-    """
     import requests
 
-    response: requests.Response | None = None
-    total = 0
+    by_hand = manual_download_hint(entry)
     try:
         # Without compression, so that the length that the server gives is that of the file.
-        response = requests.get(entry.url, stream=True, timeout=TIMEOUT, headers={"Accept-Encoding": "identity"})
-        response.raise_for_status()
-        total = int(response.headers.get("Content-Length", 0))
-        display = progress(total or None, f"fetching {entry.file}") if progress else nullcontext()
-        with display as bar, to.open("wb") as file:
-            for part in response.iter_content(CHUNK):
-                file.write(part)
-                if bar is not None:
-                    bar.advance(len(part))
-        if total and to.stat().st_size < total:
-            raise requests.exceptions.ChunkedEncodingError
+        headers = {"Accept-Encoding": "identity"}
+        with requests.get(entry.url, stream=True, timeout=TIMEOUT, headers=headers) as response:
+            response.raise_for_status()
+            total = int(response.headers.get("Content-Length", 0))
+            display = progress(total or None, f"fetching {entry.file}") if progress else nullcontext()
+            with display as bar, to.open("wb") as file:
+                try:
+                    for part in response.iter_content(CHUNK):
+                        file.write(part)
+                        if bar is not None:
+                            bar.advance(len(part))
+                    if file.tell() < total:
+                        raise requests.exceptions.ChunkedEncodingError
+                except requests.exceptions.RequestException as error:
+                    received = f"after {response.raw.tell():,}" + (f" of {total:,}" if total else "")
+                    raise ModelError(
+                        f"{entry.file} was not downloaded: the connection to {entry.url} was lost {received} bytes",
+                        hint=f"try again, or {by_hand}",
+                        code="weights-network",
+                    ) from error
     except requests.exceptions.RequestException as error:
-        by_hand = manual_download_hint(entry)
-        if response is not None and response.ok:
-            received = f"{response.raw.tell():,}" + (f" of {total:,}" if total else "")
-            message = f"{entry.file} was not downloaded: the connection to {entry.url} was lost after {received} bytes"
-            raise ModelError(message, hint=f"try again, or {by_hand}", code="weights-network") from error
         message = f"{entry.file} could not be downloaded from {entry.url}: {_network_problem(error)}"
         raise ModelError(message, hint=by_hand, code="weights-network") from error
-    finally:
-        if response is not None:
-            response.close()
 
 
 def _network_problem(error: Exception) -> str:
@@ -317,17 +297,14 @@ def _write_to_cache(path: Path) -> Iterator[Path]:
 
 
 def _recorded_hashes() -> dict[str, str]:
-    path = weights_folder() / "hashes.json"
+    path = _hashes_file()
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return {str(k): str(v) for k, v in values.items()}
+        return {str(k): str(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
     except FileNotFoundError:
         return {}
     except (ValueError, OSError, AttributeError) as error:
         raise ModelError(f"{path} cannot be read: {error}", hint=f"remove {path}", code="weights-hashes") from error
 
 
-def _record_hash(file: str, sha256: str) -> None:
-    hashes = {**_recorded_hashes(), file: sha256}
-    with _write_to_cache(weights_folder() / "hashes.json") as temporary:
-        temporary.write_text(json.dumps(hashes, indent=1, sort_keys=True), encoding="utf-8")
+def _hashes_file() -> Path:
+    return weights_folder() / "hashes.json"

@@ -18,12 +18,11 @@ from torch import Tensor
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.errors import ModelError, UsageError
 from rtdetr_cli.files import atomic_write
-from rtdetr_cli.model.attention import Rounding, Sampling
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.version import __version__
 from rtdetr_cli.weights.class_names import published_classes
-from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader, read_header, read_layout
+from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader, read_header
 from rtdetr_cli.weights.published import LOADABLE_HINT, is_safetensors, read_published
 
 _TYPE_NAMES = {
@@ -46,15 +45,7 @@ def tensors_identity(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_model(path: Path, state_dict: Mapping[str, Tensor], header: ModelHeader) -> ModelHeader:
-    """Write a model file.
-
-    Args:
-        path: ends in `.safetensors`.
-        state_dict: of `RTDETR`, on any device.
-        header: what the file says about itself; `identity` and `version` are filled in here.
-
-    Returns:
-        The header as written.
+    """Write a model file, and return its header with `identity` and `version` filled in.
 
     Raises:
         RtdetrError: the folder cannot be written.
@@ -103,7 +94,10 @@ def load_model(
 
 def _load_own(path: Path, sampling: str | None) -> tuple[RTDETR, ModelHeader]:
     header = read_header(path)
-    state = _read_safetensors(path)
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", hint="copy it again", code="model-damaged") from error
     if header.identity and tensors_identity(state) != header.identity:
         raise ModelError(
             f"{path} is damaged: checksum mismatch between its tensors and its header",
@@ -115,9 +109,7 @@ def _load_own(path: Path, sampling: str | None) -> tuple[RTDETR, ModelHeader]:
     except (ValueError, TypeError) as error:
         message = f"the architecture in the header of {path} cannot be read: {error}"
         raise ModelError(message, code="model-header") from error
-    method: Any = sampling or header.sampling
-    rounding: Any = header.rounding
-    model = _build_empty(spec, len(header.names), method, rounding)
+    model = _build_empty(spec, len(header.names), sampling or header.sampling, header.rounding)
     load_strictly(model, state, source=str(path))
     model.set_inference(layers=header.layers or None, queries=header.queries or None)
     return model, header
@@ -131,7 +123,7 @@ def _load_published(path: Path, sampling: str | None) -> tuple[RTDETR, ModelHead
             hint=f"start a training from it: rtdetr train --weights {path}",
             code="model-backbone",
         )
-    method: Sampling = "discrete" if sampling == "discrete" else "bilinear"
+    method = sampling or "bilinear"
     model = _build_empty(file.spec, file.num_classes, method, "published")
     load_strictly(model, file.state, source=str(path))
     side = 640
@@ -159,7 +151,7 @@ def _load_published(path: Path, sampling: str | None) -> tuple[RTDETR, ModelHead
     return model, header
 
 
-def _build_empty(spec: ModelSpec, num_classes: int, sampling: Sampling, rounding: Rounding) -> RTDETR:
+def _build_empty(spec: ModelSpec, num_classes: int, sampling: Any, rounding: Any) -> RTDETR:
     """Build a model without initial values, so that loading does not advance torch's random generator."""
     with torch.device("meta"):
         model = build_detector(spec, num_classes=num_classes, sampling=sampling, rounding=rounding)
@@ -168,12 +160,6 @@ def _build_empty(spec: ModelSpec, num_classes: int, sampling: Sampling, rounding
 
 def load_strictly(model: RTDETR, state: Mapping[str, Tensor], *, source: str, hint: str = LOADABLE_HINT) -> None:
     """Load a state dict whose names and shapes must be exactly the model's.
-
-    Args:
-        model: the model to fill.
-        state: tensors by name.
-        source: how messages name the state dict.
-        hint: hint of the error.
 
     Raises:
         ModelError: tensors are missing, unexpected or of another shape; the first three are named.
@@ -192,11 +178,3 @@ def load_strictly(model: RTDETR, state: Mapping[str, Tensor], *, source: str, hi
             f"{source} does not fit the model: {', '.join(problems[:3])}{rest}", hint=hint, code="model-misfit"
         )
     model.load_state_dict(dict(state))
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    read_layout(path)  # gives better messages for truncated and foreign files
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", hint="copy it again", code="model-damaged") from error

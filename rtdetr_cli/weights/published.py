@@ -33,6 +33,15 @@ _PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
 _FOREIGN_BACKBONES = {"backbone.stem.": "HGNetv2", "backbone.base_layer": "DLA", "backbone.model.": "RegNet"}
 
 
+# Patterns over the names of RT-DETR v1, and the names of RT-DETRv2.
+_V2_NAMES = {
+    r"^(encoder\.input_proj\.\d+)\.0\.": r"\1.conv.",
+    r"^(encoder\.input_proj\.\d+)\.1\.": r"\1.norm.",
+    r"^decoder\.enc_output\.0\.": "decoder.enc_output.proj.",
+    r"^decoder\.enc_output\.1\.": "decoder.enc_output.norm.",
+}
+
+
 class PublishedAnchors(NamedTuple):
     """The anchors of a checkpoint, and the side in pixels of the square input that they were made for."""
 
@@ -43,23 +52,14 @@ class PublishedAnchors(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PublishedFile:
-    """A published checkpoint, its tensors under the names of RT-DETRv2.
+    """A published checkpoint, its tensors under the names of RT-DETRv2."""
 
-    Attributes:
-        state: a detector's tensors without the anchors; or a backbone's, without the prefix `backbone.`.
-        spec: the detector's architecture; None for a backbone.
-        num_classes: K; 0 for a backbone.
-        layout: a description such as `RT-DETRv2, ema.module`.
-        tensors_total: number of tensors in the file's state dict.
-        anchors: the file's own anchors; None where it has none, or none of a square input.
-    """
-
-    state: dict[str, Tensor]
-    spec: ModelSpec | None
-    num_classes: int
-    layout: str
-    tensors_total: int
-    anchors: PublishedAnchors | None = None
+    state: dict[str, Tensor]  # a detector's without the anchors; or a backbone's without the prefix `backbone.`
+    spec: ModelSpec | None  # None for a backbone
+    num_classes: int  # 0 for a backbone
+    layout: str  # such as `RT-DETRv2, ema.module`
+    tensors_total: int  # in the file
+    anchors: PublishedAnchors | None = None  # None where the file has none, or none of a square input
 
 
 def is_safetensors(path: Path) -> bool:
@@ -90,7 +90,8 @@ def read_published(path: Path) -> PublishedFile:
     _check_is_rtdetr(state, path)
     version = "RT-DETRv2" if "decoder.enc_output.proj.weight" in state else "RT-DETR v1"
     if version == "RT-DETR v1":
-        state = {_v2_name(n): t for n, t in state.items()}
+        for pattern, name in _V2_NAMES.items():
+            state = {re.sub(pattern, name, n): t for n, t in state.items()}
     anchors = _square_anchors(state.pop("decoder.anchors", None), state.pop("decoder.valid_mask", None))
     try:
         spec = _derive_spec(state)
@@ -172,34 +173,17 @@ def _unpickle(path: Path) -> Any:
 def _find_state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor], str]:
     """Return the state dict in a checkpoint, and where it was: `ema.module`, `model` or `bare`."""
     state, location = content, "bare"
-    if isinstance(content, Mapping):
-        ema = content.get("ema")
-        if isinstance(ema, Mapping) and isinstance(ema.get("module"), Mapping):
-            state, location = ema["module"], "ema.module"
-        elif isinstance(content.get("model"), Mapping):
-            state, location = content["model"], "model"
-    if (
-        not isinstance(state, Mapping)
-        or not state
-        or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items())
-    ):
+    match content:
+        case {"ema": {"module": Mapping() as state}}:
+            location = "ema.module"
+        case {"model": Mapping() as state}:
+            location = "model"
+    is_state = isinstance(state, Mapping) and all(
+        isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()
+    )
+    if not is_state or not state:
         raise ModelError(f"{path} holds no state dict", hint=LOADABLE_HINT, code="model-foreign")
     return dict(state), location
-
-
-_V1_NAMES = (
-    (re.compile(r"^(encoder\.input_proj\.\d+)\.0\."), r"\1.conv."),
-    (re.compile(r"^(encoder\.input_proj\.\d+)\.1\."), r"\1.norm."),
-    (re.compile(r"^decoder\.enc_output\.0\."), "decoder.enc_output.proj."),
-    (re.compile(r"^decoder\.enc_output\.1\."), "decoder.enc_output.norm."),
-)
-
-
-def _v2_name(name: str) -> str:
-    """Return the RT-DETRv2 name of a tensor of RT-DETR v1."""
-    for pattern, replacement in _V1_NAMES:
-        name = pattern.sub(replacement, name)
-    return name
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:

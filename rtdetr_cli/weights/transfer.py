@@ -36,21 +36,13 @@ class ClassRow:
 
 @dataclass(frozen=True, slots=True)
 class TransferTable:
-    """The result of a transfer.
-
-    Attributes:
-        classes: one row for each class of the model.
-        tensors_loaded: number of tensors that were transferred as they are.
-        tensors_total: number of tensors of the model.
-        by_class: names of the tensors that were transferred class by class.
-        reinitialized: names of the tensors that kept their initial values.
-    """
+    """The result of a transfer: the source of each class, numbers of tensors, and names of special ones."""
 
     classes: tuple[ClassRow, ...]
-    tensors_loaded: int
-    tensors_total: int
-    by_class: tuple[str, ...]
-    reinitialized: tuple[str, ...] = ()
+    tensors_loaded: int  # as they are
+    tensors_total: int  # of the model
+    by_class: tuple[str, ...]  # transferred class by class
+    reinitialized: tuple[str, ...] = ()  # kept their initial values
 
     @property
     def matched(self) -> int:
@@ -83,7 +75,11 @@ def transfer_weights(
         ModelError: the source has another architecture.
     """
     initial = model.state_dict()
-    rows = _match_classes(source_names, target_names)
+    labels = {_normalized(name): label for label, name in reversed(list(enumerate(source_names)))}
+    rows = []
+    for name in target_names:
+        label = labels.get(_normalized(name))
+        rows.append(ClassRow(name, None if label is None else source_names[label], label))
     pairs = [(i, row.source_label) for i, row in enumerate(rows) if row.source_label is not None]
     target_labels = torch.tensor([i for i, _ in pairs], dtype=torch.int64)
     source_labels = torch.tensor([j for _, j in pairs], dtype=torch.int64)
@@ -114,17 +110,6 @@ def transfer_weights(
     )
 
 
-def _match_classes(source_names: Sequence[str], target_names: Sequence[str]) -> list[ClassRow]:
-    labels: dict[str, int] = {}
-    for label, name in enumerate(source_names):
-        labels.setdefault(_normalized(name), label)
-    rows = []
-    for name in target_names:
-        label_or_none = labels.get(_normalized(name))
-        rows.append(ClassRow(name, None if label_or_none is None else source_names[label_or_none], label_or_none))
-    return rows
-
-
 def _other_points(name: str, state: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> bool:
     """Tell whether the points per level differ: 2, 4, 6 and 4, 4, 4 give tensors of the same shape."""
     scale = name.partition("cross_attn.")[0] + "cross_attn.num_points_scale"
@@ -148,15 +133,21 @@ def load_backbone(model: RTDETR, path: Path) -> TransferTable:
     source = {n.removeprefix(prefix): t for n, t in file.state.items() if n.startswith(prefix)}
     initial = model.backbone.state_dict()
     misfits = [
-        n
-        for n in {**initial, **source}
-        if not n.endswith(_BATCH_COUNTER)
-        and (n not in source or n not in initial or initial[n].shape != source[n].shape)
+        name
+        for name in {**initial, **source}
+        if not name.endswith(_BATCH_COUNTER)
+        and (name not in source or name not in initial or initial[name].shape != source[name].shape)
     ]
     if misfits:
+        try:
+            depth, width = backbone_depth(source), len(source["conv1.conv1_3.conv.weight"])
+        except (ValueError, KeyError):
+            depth, width = 0, 0
+        models = {name: load_preset(name).model for name in preset_names()}
+        fitting = [f"--preset {n}" for n, spec in models.items() if (spec.depth, spec.width) == (depth, width)]
         raise ModelError(
             f"{path} holds the backbone of another model: {len(misfits)} tensors do not fit, such as {misfits[0]}",
-            hint=_presets_with(source),
+            hint=" or ".join(fitting) or "rtdetr weights list shows the backbone of each preset",
             code="model-misfit",
         )
     loaded = {n: source[n] for n in initial if n in source}
@@ -169,14 +160,3 @@ def load_backbone(model: RTDETR, path: Path) -> TransferTable:
         by_class=(),
         reinitialized=tuple(n for n in names if n.removeprefix("backbone.") not in initial),
     )
-
-
-def _presets_with(backbone: Mapping[str, Tensor]) -> str:
-    """Return the presets that have this backbone, as a hint."""
-    try:
-        depth, width = backbone_depth(backbone), len(backbone["conv1.conv1_3.conv.weight"])
-    except (ValueError, KeyError):
-        depth, width = 0, 0
-    models = {name: load_preset(name).model for name in preset_names()}
-    names = [f"--preset {name}" for name, model in models.items() if (model.depth, model.width) == (depth, width)]
-    return " or ".join(names) or "rtdetr weights list shows the backbone of each preset"
