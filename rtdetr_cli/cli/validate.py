@@ -224,6 +224,7 @@ def _show(report: Report) -> None:
         f"{facts['name']} ({facts['format']}): {counted(facts['pictures'], 'image')} ({splits}), "
         f"{counted(facts['boxes'], 'box')}, {counted(facts['classes'], 'class')}"
         + ("" if report.decoded else "; images not decoded (--fast)")
+        + (f"; unpacked in {report.raw.folder}" if report.raw.source.suffix.lower() == ".zip" else "")
     )
     rows, harmless = [], []
     for code, positions in report.by_code().items():

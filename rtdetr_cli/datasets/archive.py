@@ -52,6 +52,10 @@ def unpack(source: Path) -> Path:
         raise DataError(
             f"{source} cannot be unpacked: {error}", hint="download or pack it again", code="zip-damaged"
         ) from error
+    except OSError as error:
+        raise DataError(
+            f"{source} cannot be read: {error.strerror or error}", hint="check its permissions", code="zip-damaged"
+        ) from error
 
 
 def _check(source: Path, entries: list[zipfile.ZipInfo]) -> int:

@@ -215,10 +215,11 @@ def _assign_splits(layout: Layout, found: Survey, paths: list[str], lists: dict[
     """Assign images to splits by lists of images, or else by the names of their folders or their labels' folders."""
     index = ImageIndex(paths)
     label_files = set(layout.labels.values())
-    named = [(split_of_parts([path.stem]), path) for path in found.files("txt") if path not in label_files]
-    trainval = [("train", path) for path in found.files("txt") if path.stem.lower() == "trainval"]
+    texts = [(folder.path, name) for folder in found.folders for name in folder.files.get("txt", ())]
+    named = [(split, home / name) for home, name in texts if (split := split_of_parts([os.path.splitext(name)[0]]))]
+    trainval = [("train", home / name) for home, name in texts if name.lower() == "trainval.txt"]
     for split, path in [*lists.items(), *named, *trainval]:
-        if split is not None and split not in layout.splits:
+        if split not in layout.splits and path not in label_files:
             names = read_list(path)
             matched = [index.find(name, split) for name in names]
             if 2 * sum(match is not None for match in matched) > len(names):

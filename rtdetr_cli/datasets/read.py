@@ -76,6 +76,7 @@ def _read_file(source: Path, images: Path | None) -> RawDataset:
     if suffix == ".zip":
         folder = unpack(source)
         raw = _read_folder(folder, images)
+        raw.source = source
         raw.findings.add("dataset-unpacked", f"{source} is read from {folder}, where it was unpacked", file=str(source))
         return raw
     if suffix == ".json":

@@ -126,7 +126,7 @@ def repair(report: Report, out: Path, *, keep_unlabelled: bool = False) -> Repai
     }
     # A dataset may have a file of that name itself.
     changes_file = out / (CHANGES_FILE if CHANGES_FILE not in plan.files else f"rtdetr-{CHANGES_FILE}")
-    data = out / plan.destination(raw.source) if raw.source.is_file() else out
+    data = out / plan.destination(raw.source) if raw.source in raw.label_paths.values() else out
     try:
         if rewritten:
             data = write_rewritten(plan)

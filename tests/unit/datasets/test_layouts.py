@@ -640,6 +640,24 @@ def test_a_zip_file_is_unpacked_once(tmp_path: Path) -> None:
     assert read_raw(archive).folder != raw.folder
 
 
+def test_a_zip_file_is_repaired_and_converted(tmp_path: Path, rtdetr: Any) -> None:
+    tree = Tree(tmp_path / "tree")
+    pairs("images/{stem}.jpg", "images/{stem}.json", labelme_json)(tree, ONLY_TRAIN)
+    archive = Path(shutil.make_archive(str(tmp_path / "nuts"), "zip", tree.root))
+    ran = rtdetr("validate", archive, "--fix", tmp_path / "fixed")
+    assert ran.code == 0, ran.err
+    assert "unpacked in" in ran.out
+    assert "(written as COCO)" in ran.out
+    for number, flags in enumerate((["--convert", "yolo"], ["--resplit", "0.5,0.5"])):
+        to = tmp_path / f"out{number}"
+        assert rtdetr("validate", archive, *flags, "--to", to).code == 0
+        assert merged(content(load_splits(to))) == merged(expected(ONLY_TRAIN))
+    pairs("images/{stem}.jpg", "annots/{stem}.xml", voc_xml)(Tree(tmp_path / "voc"), ONLY_TRAIN)
+    archive = Path(shutil.make_archive(str(tmp_path / "voc-nuts"), "zip", tmp_path / "voc"))
+    assert rtdetr("validate", archive, "--fix", tmp_path / "voc-fixed").code == 0
+    check(load_splits(tmp_path / "voc-fixed"), "voc", ONLY_TRAIN)
+
+
 def test_a_zip_file_in_a_folder_that_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import platformdirs
 
