@@ -206,3 +206,20 @@ def test_tensorrt_example(
 
     with pytest.raises(SystemExit, match="raw export"):
         list(example.detect(Raw(), header, image))
+
+
+@pytest.mark.slow
+def test_quickstart_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    program = (
+        f"space = {{}}\nfor source in {sources!r}:\n    exec(source, space)\nassert len(space['detections']) == 4\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    assert (tmp_path / "quickstart/annotated.png").is_file()
+    assert (tmp_path / "quickstart/runs/tiny-shapes-01/export/best.onnx").is_file()
+
+
+def test_quickstart_notebook_is_stored_without_outputs() -> None:
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert all(cell["outputs"] == [] for cell in cells if cell["cell_type"] == "code")

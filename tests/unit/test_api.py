@@ -5,17 +5,24 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import rtdetr_cli
-from rtdetr_cli.errors import EnvironmentProblem, ModelError, UsageError
+from rtdetr_cli.api import Detections, Detector, TrainSettings, load
+from rtdetr_cli.config.settings import declarations
+from rtdetr_cli.errors import DataError, EnvironmentProblem, GateError, ModelError, UsageError
+from rtdetr_cli.export.artefacts import Artefact, Notice
+from rtdetr_cli.export.graph import ExportOptions
 from rtdetr_cli.images.decode import ImageError, read_image
-from rtdetr_cli.api import Detector, load
-from rtdetr_cli.infer.detections import Detections
+from rtdetr_cli.workflows import finetune
+from rtdetr_cli.workflows.events import RunFinished
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +150,108 @@ def test_onnx_gives_the_same_without_torch(detector: Detector, shapes_onnx: Path
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == f"{len(expected[0])} []"
+
+
+def test_folders_patterns_and_known_images(detector: Detector, images: list[Path], tmp_path: Path) -> None:
+    folder = images[0].parent
+    found = detector.predict(folder)
+    assert [d.image for d in found] == images
+    assert all(same(a, b) for a, b in zip(found, detector.predict(images), strict=True))
+    assert len(detector.predict(str(folder / "shapes_0[12]*.png"))) == 2
+    (tmp_path / "odd[1].png").write_bytes(images[0].read_bytes())
+    odd = detector.predict(tmp_path / "odd[1].png")
+    assert odd.class_names == found[0].class_names
+    assert np.array_equal(odd.plot(), detector.predict(read_image(images[0])).plot())
+    assert not np.array_equal(odd.plot(), read_image(images[0]))
+    with pytest.raises(ImageError, match="refused"):
+        detector.predict("http://127.0.0.1:9/a.jpg")
+
+
+def fake_run(folder: Path, configs: list[Any]) -> Callable[..., Iterator[Any]]:
+    """Return a stand-in for `finetune.finetune` that finishes at once with the model in `folder`."""
+
+    def finetune(config: Any, **_: Any) -> Iterator[Any]:
+        configs.append(config)
+        yield RunFinished(folder, folder / "best.safetensors", {"AP": 0.5}, 0, 1, "done", 1.0)
+
+    return finetune
+
+
+def test_train_starts_from_the_model_and_becomes_the_best_one(
+    shapes_model: Path, shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: list[Any] = []
+    monkeypatch.setattr(finetune, "finetune", fake_run(tmp_path, configs))
+    (tmp_path / "best.safetensors").write_bytes(shapes_model.read_bytes())
+    trained = load(shapes_model, device="cpu", imgsz=(128, 160))
+    run = trained.train(shapes_data, epochs=3, quiet=True)
+    assert (run.folder, run.metrics, trained.run) == (tmp_path, {"AP": 0.5}, run)
+    assert (trained.path, trained.imgsz) == (tmp_path / "best.safetensors", (96, 128))
+    settings = configs[0].settings
+    assert (settings.weights, settings.data) == (str(shapes_model), str(shapes_data))
+    assert (settings.epochs, settings.device, settings.imgsz) == (3, "cpu", (128, 160))
+
+    preset = load("tiny")
+    assert repr(preset) == "<Detector, preset tiny>"
+    events = list(preset.train_events(data=shapes_data, sets=["eval_every=2"]))
+    assert events == [preset.run]
+    assert (configs[1].settings.preset, configs[1].settings.eval_every) == ("tiny", 2)
+    assert len(preset.names) == 3
+
+
+def test_training_refused(shapes_model: Path, shapes_onnx: Path, shapes_data: Path) -> None:
+    with pytest.raises(UsageError, match=r"shapes\.onnx is an export, which cannot be trained"):
+        load(shapes_onnx).train_events(shapes_data)
+    with pytest.raises(UsageError, match="device cpu,cpu needs several processes"):
+        load(shapes_model).train_events(shapes_data, device="cpu,cpu")
+    with pytest.raises(UsageError, match="no dataset given"):
+        load("tiny").train()
+    with pytest.raises(UsageError, match=r"unknown preset r8 \(did you mean"):
+        load("r8")
+    with pytest.raises(ModelError, match="preset tiny has no published weights: train it first"):
+        load("tiny").predict(np.zeros((8, 8, 3), np.uint8))
+
+
+def test_train_settings_are_those_of_the_command() -> None:
+    flags = {name for name, setting in declarations().items() if setting.flag} - {"data"}
+    assert set(TrainSettings.__annotations__) == flags
+
+
+def test_evaluate(detector: Detector, shapes_data: Path, shapes_onnx: Path) -> None:
+    done: list[int] = []
+    evaluation = detector.evaluate(shapes_data, progress=done.append)
+    assert sum(done) == 16
+    assert (evaluation.metrics["AP"] or 0) > 0.3
+    onnx = load(shapes_onnx).evaluate(shapes_data, batch=2)
+    assert onnx.metrics["AP"] == pytest.approx(evaluation.metrics["AP"], abs=1e-3)
+    with pytest.raises(DataError, match="gone"):
+        detector.evaluate("gone.json")
+
+
+def test_export(
+    detector: Detector, shapes_onnx: Path, shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = Artefact(tmp_path / "a.failed.onnx", "onnx", "fp32", SimpleNamespace(passed=False, summary="AP lost"))
+    passed = Artefact(tmp_path / "a.onnx", "onnx", "fp32")
+    results, calls = [[passed], [passed, failed]], []
+
+    def export_events(model: Any, header: Any, folder: Path, options: Any, **given: Any) -> Iterator[Any]:
+        calls.append((folder, options, given))
+        yield Notice("writes")
+        yield from results[len(calls) - 1]
+
+    monkeypatch.setattr("rtdetr_cli.export.run.export_events", export_events)
+    events: list[Any] = []
+    assert detector.export(no_gate=True, on_event=events.append) == [passed]
+    assert events == [Notice("writes"), passed]
+    with pytest.raises(GateError, match=r"verification failed: a\.failed\.onnx: AP lost"):
+        detector.export(fp16=True, dynamic=True, imgsz=64, verify=shapes_data, out=tmp_path / "out", tol_ap=0.1)
+    (folder, default, given), (out, options, verified) = calls
+    assert (folder.name, default, given["images"]) == ("export", ExportOptions(), None)
+    assert (out, options) == (tmp_path / "out", ExportOptions(("fp16",), (64, 64), dynamic=True))
+    assert (len(verified["images"]), verified["tol_ap"], verified["device"]) == (16, 0.1, "cpu")
+    with pytest.raises(UsageError, match="is already exported"):
+        load(shapes_onnx).export()
 
 
 def test_supervision(detector: Detector, images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
