@@ -47,11 +47,7 @@ class ExportOptions:
     preprocess: bool = False
 
     def check(self) -> None:
-        """Refuse options that clash, before anything heavy is loaded.
-
-        Raises:
-            UsageError: options that cannot be combined.
-        """
+        """Raise UsageError for options that cannot be combined, before anything heavy is loaded."""
         if self.opset not in OPSETS:
             raise UsageError(
                 f"--opset {self.opset} is not supported: 17 is the first with LayerNormalization, which half precision "
@@ -98,8 +94,8 @@ class DeployGraph(nn.Module):
             orig_target_sizes: (B, 2) int64, (width, height) of the original images; unused when raw.
 
         Returns:
-            labels (B, K) int64, boxes (B, K, 4) xyxy in original pixels, scores (B, K); or logits (B, Q, classes) and
-            boxes (B, Q, 4) cxcywh, 0 to 1.
+            labels (B, K) int64, boxes (B, K, 4) xyxy in original pixels, scores (B, K); or, where raw, logits
+            (B, Q, classes) and boxes (B, Q, 4) cxcywh, 0 to 1.
         """
         main = self.model(images).main
         if self.raw:

@@ -124,15 +124,9 @@ def operators(model: onnx.ModelProto) -> Counter[str]:
 
 
 def audit(model: onnx.ModelProto, *, norms: int, gridsample: bool = False) -> None:
-    """Check a graph for what runtimes are known to get wrong.
+    """Raise ExportError with everything in a graph that runtimes are known to get wrong.
 
-    Args:
-        model: the graph.
-        norms: layer norms of the network, each of which must be one operator.
-        gridsample: whether GridSample is allowed.
-
-    Raises:
-        ExportError: with all problems.
+    `norms` is the number of layer norms of the network, each of which must be one operator.
     """
     counts = operators(model)
     banned = BANNED if gridsample else (*BANNED, "GridSample")
@@ -167,11 +161,7 @@ def embed(model: onnx.ModelProto, header: ModelHeader) -> None:
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
-    """Write the graph as one file, atomically.
-
-    Raises:
-        ExportError: the graph is too large for one file, or not valid.
-    """
+    """Write the graph as one file, atomically; raise ExportError where it is too large or not valid."""
     size = model.ByteSize()
     if size > LARGEST_FILE:
         raise ExportError(f"the graph is {size / 2**30:.1f} GiB, more than the 2 GiB limit of an ONNX file")

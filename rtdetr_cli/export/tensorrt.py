@@ -137,12 +137,8 @@ def build_engine(
 ) -> dict[str, int]:
     """Build an engine from a typed graph on the current GPU; return the number of layers by type.
 
-    Args:
-        onnx_path: the graph.
-        engine_path: where to write the engine.
-        shapes: of the dynamic inputs.
-        cache_path: the timing cache, read if it exists and written back.
-        progress: called with every step, from several threads; returns False to cancel the build.
+    The timing cache is read if it exists and written back. `progress` is called with every step, from several threads,
+    and returns False to cancel the build.
 
     Raises:
         ExportError: TensorRT refused the graph, or the engine is not half precision.
@@ -251,11 +247,7 @@ def floating_type(tensors: list[dict[str, Any]] | None) -> str:
 
 
 def refuse_single(layers: dict[str, int]) -> None:
-    """Refuse an engine that is not half precision.
-
-    Raises:
-        ExportError: too few layers compute in float16.
-    """
+    """Raise ExportError where too few layers compute in float16."""
     floating = layers["half"] + layers["float"]
     if not floating or layers["half"] < MIN_HALF_SHARE * floating:
         raise ExportError(

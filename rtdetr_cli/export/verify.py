@@ -117,15 +117,12 @@ class Reference:
     """A model and the images that its exports are verified on. The model is run once, however many exports follow."""
 
     def __init__(self, backend: Backend, images: Dataset | Sequence[Path], *, max_images: int = MAX_IMAGES) -> None:
-        """Choose the images: all, or `max_images` at even distances.
+        """Choose all of the images, or `max_images` at even distances; raise DataError where there is none.
 
         Args:
             backend: the model, not folded, cast or otherwise changed for deployment.
             images: a split with labels, or paths of images without.
             max_images: how many to use at most.
-
-        Raises:
-            DataError: there is no image.
         """
         if not len(images):
             raise DataError("there is no image to verify the export on", code="no-images")
@@ -136,11 +133,7 @@ class Reference:
         self._predictions: Predictions = {}
 
     def predictions(self) -> Generator[ImageRun, None, Predictions]:
-        """Return the model's predictions, computed on the first call.
-
-        Raises:
-            DataError: no image can be read.
-        """
+        """Return the model's predictions, computed on the first call; raise DataError where no image can be read."""
         self._predictions = self._predictions or (yield from predict(self.backend, self.paths))
         if not self._predictions:
             raise DataError(f"none of the {len(self.paths)} verification images can be read, such as {self.paths[0]}")
@@ -294,11 +287,7 @@ def compare_ap(
 
 
 def average_precision(dataset: Dataset, predictions: Predictions, header: ModelHeader) -> float | None:
-    """Return the AP of predictions, or None where it is undefined.
-
-    Raises:
-        DataError: the dataset has none of the model's classes.
-    """
+    """Return the AP of predictions, or None where it is undefined; raise DataError where no class is in common."""
     dataset = dataset.subset(list(predictions))
     table = DetectionTable.join([DetectionTable.of_image(i, d) for i, d in enumerate(predictions.values())])
     table, *_ = table.in_dataset_labels(map_classes(header.names, dataset).labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ import torch
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import EnvironmentProblem, ExportError
 from rtdetr_cli.export import compare, formats, tensorrt
-from rtdetr_cli.export.artefacts import Artefact, Notice, artefact_files
+from rtdetr_cli.export.artefacts import Artefact, Notice
 from rtdetr_cli.export.formats import Draft, DraftEvents, ExportContext
 from rtdetr_cli.export.graph import ExportOptions
 from rtdetr_cli.export.run import ExportEvent, export_events, export_model
@@ -28,6 +29,7 @@ from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.weights.header import ModelHeader
 
 Loaded = tuple[RTDETR, ModelHeader]
+Export = Callable[[], list[ExportEvent]]
 VERSIONS = ["10.16.1", "11.4.0"]
 SHAPES = {"images": ((1, 3, 96, 128), (4, 3, 96, 128)), "orig_target_sizes": ((1, 2), (4, 2))}
 
@@ -59,17 +61,21 @@ def half_graph(exported: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -
     return source
 
 
+@pytest.fixture
+def export(half_graph: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path) -> Export:
+    """Return a function that exports the float16 graph and its engine."""
+    options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True, batch=4)
+    return lambda: list(export_events(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu"))
+
+
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_verified_engine(
-    version: str, use: Any, half_graph: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path
-) -> None:
+def test_a_verified_engine(version: str, use: Any, export: Export, loaded: Loaded, tmp_path: Path) -> None:
     """It is strongly typed, with the profile, the timing cache and the header that it needs."""
     module = use(version)
     events: list[ExportEvent] = []
-    options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True, batch=4)
     for _ in range(2):
         module.log.clear()
-        events = list(export_events(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu"))
+        events = export()
         engine = events[-1]
         assert isinstance(engine, Artefact)
         assert engine.verdict is not None
@@ -100,14 +106,11 @@ def test_a_verified_engine(
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_an_engine_that_is_not_half_precision(
-    version: str, use: Any, half_graph: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path
-) -> None:
+def test_an_engine_that_is_not_half_precision(version: str, use: Any, export: Export, tmp_path: Path) -> None:
     """A builder that ignores the types of the graph."""
     use(version, precision="single")
-    options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
     with pytest.raises(ExportError, match="not half precision: 0 of"):
-        export_model(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu")
+        export()
     left = {p.name for p in tmp_path.iterdir()}
     assert "m-fp16.onnx" in left
     assert not {"m.engine", "m.unverified.engine", "m.failed.engine"} & left
@@ -127,11 +130,10 @@ def test_a_graph_that_cannot_be_built(
         tensorrt.build_engine(exported["fp16"].path, engine, shapes=SHAPES)
 
 
-def test_without_tensorrt(half_graph: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path) -> None:
+def test_without_tensorrt(export: Export, loaded: Loaded, tmp_path: Path) -> None:
     """The verified graph stays, and the hint has the command for another machine."""
-    options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
     with pytest.raises(EnvironmentProblem) as caught:
-        export_model(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu")
+        export()
     graph, engine = tmp_path / "m-fp16.onnx", tmp_path / "m.engine"
     assert caught.value.exit_code == 7
     assert "TensorRT is not installed" in caught.value.message
@@ -155,28 +157,24 @@ def test_without_tensorrt(half_graph: Artefact, loaded: Loaded, dataset: Dataset
     assert json.loads((tmp_path / "parity.json").read_text())["artefacts"][0]["gate"]["passed"]
 
 
-def test_an_earlier_engine_keeps_its_header(
-    half_graph: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path
-) -> None:
+def test_an_earlier_engine_keeps_its_header(export: Export, tmp_path: Path) -> None:
     engine = tmp_path / "m.engine"
     engine.write_bytes(b"earlier")
     header_path(engine).write_text("earlier header")
-    options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
     with pytest.raises(EnvironmentProblem):
-        export_model(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu")
+        export()
     assert not engine.exists()
     assert (tmp_path / "m.previous.engine").read_bytes() == b"earlier"
     assert header_path(tmp_path / "m.previous.engine").read_text() == "earlier header"
 
 
 def test_no_engine_of_a_graph_that_failed_verification(
-    use: Any, half_graph: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    use: Any, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use("11.4.0")
     (tmp_path / "m.engine").write_bytes(b"earlier")
     monkeypatch.setitem(compare.LIMITS, "fp16", replace(compare.LIMITS["fp16"], matched=1.5))
-    options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
-    events = list(export_events(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu"))
+    events = export()
     assert [event.passed for event in events if isinstance(event, Artefact)] == [False]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m-fp16.failed.onnx", "m.previous.engine", "parity.json"]
     notices = [event.message for event in events if isinstance(event, Notice)]
@@ -185,14 +183,13 @@ def test_no_engine_of_a_graph_that_failed_verification(
 
 
 def test_a_known_fault_of_a_version(
-    use: Any, half_graph: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    use: Any, half_graph: Artefact, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The hint is another graph, not trtexec with the same graph."""
     use("11.4.0")
     monkeypatch.setitem(half_graph.operators, "GridSample", 3)
-    options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
     with pytest.raises(EnvironmentProblem, match="GridSample") as caught:
-        export_model(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu")
+        export()
     assert caught.value.code == "tensorrt-fault"
     assert "without --gridsample" in caught.value.hint
     assert "trtexec" not in caught.value.hint
@@ -209,14 +206,11 @@ def test_the_example_needs_the_header(tmp_path: Path) -> None:
     assert ran.stderr.splitlines() == [f"{header_path(engine)} is missing: copy it next to the engine"]
 
 
-def test_without_a_gpu(
-    use: Any, half_graph: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_gpu(use: Any, export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
     use("11.4.0")
     monkeypatch.setattr(tensorrt, "engine_device", lambda device: None)
-    options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True)
     with pytest.raises(EnvironmentProblem, match="no CUDA device"):
-        export_model(*loaded, tmp_path, options, images=dataset, stem="m", device="cpu")
+        export()
 
 
 def test_a_fixed_batch_needs_no_range_of_shapes() -> None:
@@ -351,10 +345,6 @@ def test_the_standin_is_strict(standin: ModuleType) -> None:
         builder.is_network_supported()
     with pytest.raises(AttributeError):
         builder.create_builder_config().max_workspace_size = 1
-
-
-def test_files_of_an_engine(tmp_path: Path) -> None:
-    assert artefact_files(tmp_path / "m.engine") == [header_path(tmp_path / "m.engine"), tmp_path / "m.engine"]
 
 
 @pytest.mark.gpu
