@@ -76,7 +76,7 @@ def evaluate_model(
     evaluator: str = "hotcoco",
     **overrides: Any,
 ) -> EvaluatedModel:
-    """Evaluate a model file on a split; `overrides` are keywords of `open_backend`: imgsz, layers, queries, sampling."""
+    """Evaluate a model file on a split; `overrides` are imgsz, layers, queries and sampling, as for `open_backend`."""
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.run import evaluate
     from rtdetr_cli.evaluate.source import choose_split
