@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -73,7 +74,9 @@ def refuse_errors(raw: RawDataset) -> None:
         message = f"{raw.name} has {len(errors):,} errors: " + "; ".join(shown)
         if len(errors) > len(shown):
             message += f"; and {len(errors) - len(shown)} more"
-    raise DataError(message, hint=f"rtdetr validate {raw.source}", code=errors[0].code)
+    images = ["--images", str(raw.images)] if raw.images is not None else []
+    hint = shlex.join(["rtdetr", "validate", str(raw.source), *images])
+    raise DataError(message, hint=hint, code=errors[0].code)
 
 
 def unlabelled_note(findings: Iterable[Finding]) -> str:

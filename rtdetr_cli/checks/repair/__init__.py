@@ -89,10 +89,11 @@ def repair(report: Report, out: Path, *, keep_unlabelled: bool = False) -> Repai
     raw = report.raw
     if not raw.splits:
         first = next((f for f in raw.findings if f.severity == "error"), None)
+        code = first.code if first else "split-missing"
         raise DataError(
             f"{raw.name} cannot be repaired: " + (first.message if first else "no split can be read"),
-            hint=f"rtdetr validate {raw.source}",
-            code=first.code if first else "split-missing",
+            hint=f"rtdetr validate --explain {code}",
+            code=code,
         )
     # Without its orientation an image has other borders, so everything is judged again before boxes are clipped.
     rewritten = raw.format in REWRITTEN
@@ -103,7 +104,7 @@ def repair(report: Report, out: Path, *, keep_unlabelled: bool = False) -> Repai
         code, why = next(iter(plan.left_out.values()), ("split-empty", "it has no images"))
         raise DataError(
             f"{raw.name} cannot be repaired, because no image can be used: {why}",
-            hint=f"rtdetr validate {raw.source}",
+            hint=f"rtdetr validate --explain {code}",
             code=code,
         )
     if rewritten:

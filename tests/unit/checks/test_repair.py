@@ -515,8 +515,9 @@ def test_comments_and_unknown_elements_of_xml_survive(voc: Any) -> None:
 
 def test_dataset_without_a_usable_image_is_refused(coco: Any) -> None:
     for path in (coco.folder / "images").iterdir():
-        path.unlink()
+        path.write_bytes(b"")
     folder = coco.write()
-    with pytest.raises(DataError, match="no image can be used"):
+    with pytest.raises(DataError, match="no image can be used") as refused:
         repair(examine(folder), folder.parent / "out")
+    assert refused.value.hint == "rtdetr validate --explain image-empty"
     assert not (folder.parent / "out").exists()
