@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from rtdetr_cli.errors import EnvironmentProblem
 from rtdetr_cli.runs import EVENTS
 from rtdetr_cli.train import loggers
-from rtdetr_cli.train.events import CheckpointSaved, EpochDone, StepDone, TrainingEvent
+from rtdetr_cli.train.events import CheckpointSaved, EpochDone, StepDone
 from rtdetr_cli.train.loggers import Loggers, require_loggers
 
 SETTINGS = {"preset": "tiny", "lr": 1e-4}
@@ -33,22 +35,22 @@ def saved(tmp_path: Path) -> CheckpointSaved:
     return CheckpointSaved(tmp_path / "last.ckpt", "epoch", 0, 0)
 
 
-def reports(first: int, last: int) -> list[TrainingEvent]:
-    """Return what a loop tells of steps `first` to `last - 1`."""
-    told: list[TrainingEvent] = []
+def log(to: Loggers, first: int, last: int) -> None:
+    """Log the events of steps `first` to `last - 1`."""
     for number in range(first, last):
-        told.append(step(number))
+        to.write(step(number))
         if (number + 1) % PER_EPOCH == 0:
-            told.append(epoch(number // PER_EPOCH))
-    return told
+            to.write(epoch(number // PER_EPOCH))
 
 
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+def tensorboard(folder: Path) -> tuple[dict[str, list[tuple[int, float]]], list[str]]:
+    """Return the scalars and the names of the images."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     read = EventAccumulator(str(folder / EVENTS), size_guidance={"scalars": 0})
     read.Reload()
-    return {tag: [(e.step, round(e.value, 5)) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+    tags = read.Tags()
+    return {t: [(e.step, round(e.value, 5)) for e in read.Scalars(t)] for t in tags["scalars"]}, tags["images"]
 
 
 def test_a_missing_package_is_an_error_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,8 +73,7 @@ def test_the_folder_that_wandb_leaves_behind_is_not_a_package(monkeypatch: pytes
 
 def test_no_loggers_leave_no_trace(tmp_path: Path) -> None:
     none = Loggers((), tmp_path, settings=SETTINGS)
-    for report in reports(0, 5):
-        none.write(report)
+    log(none, 0, 5)
     none.finish({"AP": 0.5})
     assert not list(tmp_path.iterdir())
 
@@ -81,42 +82,27 @@ def test_no_loggers_leave_no_trace(tmp_path: Path) -> None:
 def test_tensorboard_has_every_step_once_after_a_kill(tmp_path: Path, killed_after: int, flushed: bool) -> None:
     pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
     first = Loggers(("tensorboard",), tmp_path, settings=SETTINGS)
-    for report in reports(0, 5):
-        first.write(report)
+    log(first, 0, 5)
     first.write(saved(tmp_path))
-    for report in reports(5, killed_after):
-        first.write(report)
+    log(first, 5, killed_after)
     if flushed:
         first.flush()
     else:
         first._loggers["tensorboard"].flush()  # written but not recorded: a kill between the two leaves this
 
     second = Loggers(("tensorboard",), tmp_path, settings=SETTINGS)
-    for report in reports(5, 12):  # the checkpoint was made after step 4
-        second.write(report)
-    second.finish({"AP": 0.2, "AR1": None})
+    log(second, 5, 12)  # the checkpoint was made after step 4
+    plot = tmp_path / "curves.png"
+    Image.new("RGB", (8, 8)).save(plot)
+    second.finish({"AP": 0.2, "AR1": None}, [plot, tmp_path / "missing.png"])
 
-    found = scalars(tmp_path)
+    found, images = tensorboard(tmp_path)
+    assert images == ["curves"]
     assert found["train/loss"] == [(n, 9.0 - n) for n in range(12)]
     assert found["val/AP"] == [(3, 0.0), (7, 0.1), (11, 0.2)]
     assert found["train/loss_vfl"][1] == (1, 0.5)
     assert found["best/AP"] == [(0, 0.2)]
     assert "val/AP50" not in found
-
-
-def test_images_of_the_run_are_logged(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
-    import numpy as np
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    from rtdetr_cli.train.plots import save
-
-    image = save(np.zeros((8, 8, 3), np.uint8), tmp_path / "plots" / "curves.png")
-    logged = Loggers(("tensorboard",), tmp_path, settings=SETTINGS)
-    logged.finish({}, [image, tmp_path / "missing.png"])
-    read = EventAccumulator(str(tmp_path / EVENTS))
-    read.Reload()
-    assert read.Tags()["images"] == ["curves"]
 
 
 def test_mlflow_has_every_step_once_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,11 +114,9 @@ def test_mlflow_has_every_step_once_after_a_kill(tmp_path: Path, monkeypatch: py
     run = tmp_path / "runs" / "tiny-01"
     run.mkdir(parents=True)
     first = Loggers(("mlflow",), run, settings=SETTINGS)
-    for report in reports(0, 10):
-        first.write(report)
+    log(first, 0, 10)
     second = Loggers(("mlflow",), run, settings=SETTINGS)
-    for report in reports(5, 12):
-        second.write(report)
+    log(second, 5, 12)
     second.finish({"AP": 0.2})
     where = second.notices[0].removeprefix("mlflow writes to ")
     client = MlflowClient(tracking_uri=where)
@@ -158,14 +142,15 @@ def test_wandb_stays_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     first = Loggers(("wandb",), tmp_path, settings=SETTINGS)
-    for report in reports(0, 5):
-        first.write(report)
+    log(first, 0, 5)
     first.finish({"AP": 0.1})
+    state = tmp_path / EVENTS / loggers.LOGGED
+    ids = json.loads(state.read_text())["ids"]
     second = Loggers(("wandb",), tmp_path, settings=SETTINGS)
     second.finish({})
     assert "wandb sync" in first.notices[0]
     assert not second.notices
-    assert first._ids == second._ids
+    assert json.loads(state.read_text())["ids"] == ids
     assert len(list((tmp_path / EVENTS / "wandb").glob("offline-run-*"))) >= 1
 
 
@@ -186,8 +171,7 @@ def test_a_failing_logger_is_dropped(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
     logged = Loggers(("tensorboard",), tmp_path, settings=SETTINGS)
     logged._loggers["wandb"] = Failing()
-    for report in reports(0, 3):
-        logged.write(report)
+    log(logged, 0, 3)
     logged.finish({})
     assert logged.notices == ["logging to wandb has stopped, training continues: no route to host"]
-    assert len(scalars(tmp_path)["train/loss"]) == 3
+    assert len(tensorboard(tmp_path)[0]["train/loss"]) == 3

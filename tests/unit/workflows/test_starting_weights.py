@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +148,7 @@ def test_a_backbone_is_loaded_as_one(tmp_path: Path, train_set: Dataset) -> None
 
 @pytest.mark.parametrize("word", ["coco", "imagenet"])
 def test_without_a_network_the_hint_names_all_alternatives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_set: Dataset, make_tiny: Callable[[], RTDETR], word: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_set: Dataset, word: str
 ) -> None:
     monkeypatch.setenv(hub.HOME_VARIABLE, str(tmp_path))
     monkeypatch.setenv(hub.MIRROR_VARIABLE, "http://127.0.0.1:9")  # nothing listens there
@@ -157,7 +156,7 @@ def test_without_a_network_the_hint_names_all_alternatives(
     file = config.preset.weights if word == "coco" else config.preset.imagenet
     assert file is not None
     with pytest.raises(ModelError, match="no connection") as caught:
-        load_starting_weights(make_tiny(), config, train_set)
+        load_starting_weights(built(config), config, train_set)
     assert caught.value.exit_code == 4
     for way in (
         f"http://127.0.0.1:9/{file}",
@@ -166,11 +165,6 @@ def test_without_a_network_the_hint_names_all_alternatives(
         "--weights none",
     ):
         assert way in caught.value.hint
-
-
-@pytest.fixture
-def make_tiny() -> Callable[[], RTDETR]:
-    return lambda: build_detector(load_preset("tiny").model, num_classes=3)
 
 
 def test_a_discrete_model_implies_discrete_sampling(tmp_path: Path) -> None:
