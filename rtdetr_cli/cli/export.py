@@ -101,12 +101,9 @@ def export(
         images, notes = verification_images(verify, path, header)
         for note in notes:
             terminal.say(note)
-    runs = None if images is None else count_image_runs(formats, images)
     folder = out or path.parent / "export"
-    artefacts, error = _render(
-        export_events(loaded, header, folder, options, images=images, stem=path.stem, tol_ap=tol_ap, device=device),
-        runs,
-    )
+    events = export_events(loaded, header, folder, options, images=images, stem=path.stem, tol_ap=tol_ap, device=device)
+    artefacts, error = _render(events, None if images is None else count_image_runs(formats, images))
     if no_gate:
         terminal.warn("--no-gate: these files have not been verified")
     _report(artefacts, error, as_json=as_json)
