@@ -40,11 +40,7 @@ class _PendingStep:
 class NonFiniteGuard:
     """Reads the results of the last step and says which images and loss terms were not finite.
 
-    Args:
-        folder: the run's, for evidence.
-        scaled: float16 with a loss scale.
-        skipped_in_a_row: steps skipped so far, for a resumed run.
-        files: names of the dataset's images.
+    `folder` is the run's, for evidence; `scaled` means float16 with a loss scale; `files` are the names of the images.
     """
 
     def __init__(

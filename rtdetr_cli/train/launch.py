@@ -39,11 +39,7 @@ class ProcessFailed(RtdetrError):
 
 
 def supervise(argv: Sequence[str], devices: Sequence[str]) -> int:
-    """Run `python -m rtdetr_cli ARGV` once for each device and wait for all of them.
-
-    Args:
-        argv: the command line without the program's name; the same for all.
-        devices: one for each process, for messages; a process finds its own by LOCAL_RANK.
+    """Run `python -m rtdetr_cli ARGV` once for each device and wait for all; each finds its own by LOCAL_RANK.
 
     Returns:
         0, or 130 or 143 after a signal.

@@ -55,16 +55,10 @@ class GlobalBatch:
 
 
 class ProcessGroup:
-    """One process among those of a run.
+    """One process among those of a run, on all hosts.
 
-    All methods that communicate must be called by all processes, in the same order.
-
-    Attributes:
-        rank, size: over all hosts.
-        device: of this process, as it is named on the command line.
-
-    Args:
-        shares_device: two processes of this host use one GPU, which NCCL refuses.
+    All methods that communicate must be called by all processes, in the same order. With `shares_device`, two
+    processes of this host use one GPU, which NCCL refuses.
     """
 
     def __init__(self, *, rank: int = 0, size: int = 1, device: str = "auto", shares_device: bool = False) -> None:
@@ -116,10 +110,7 @@ class ProcessGroup:
     def exchange_targets(self, batch: Batch | None, *, stop_signal: int = 0, save_due: bool = False) -> GlobalBatch:
         """Learn the targets of the whole effective batch, and agree on what follows the step.
 
-        Args:
-            batch: of this process; None if it was stopped inside its loader.
-            stop_signal: that this process received, 0 for none.
-            save_due: a checkpoint is due; the main process decides.
+        `batch` is None if this process was stopped inside its loader.
         """
         # Arrays are much faster to pickle than tensors.
         boxes = [one.numpy() for one in batch.boxes_cxcywh] if batch is not None else []

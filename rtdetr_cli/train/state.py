@@ -128,13 +128,9 @@ class Learner:
 
 
 class Checkpoints:
-    """Saves the state of a run, and takes the run back to it.
+    """Saves the state of a run, and takes the run back to it; only the main process writes.
 
-    Args:
-        learner: what learns.
-        progress: where the run stands.
-        folder: where `last.ckpt` goes; only the main process writes.
-        identity: settings and dataset that a resumed run must match.
+    `identity` holds settings and dataset that a resumed run must match.
     """
 
     def __init__(self, learner: Learner, progress: Progress, folder: RunFolder, identity: Mapping[str, Any]) -> None:

@@ -139,12 +139,8 @@ def fetch(file: str, *, force: bool = False, progress: ShowProgress | None = Non
     """Return the path of a published file; download it when it is not in the cache, and check its hash.
 
     A cached file is hashed again at each use. That costs a fraction of loading it, and needs no record of sizes and
-    dates.
-
-    Args:
-        file: a name in `PUBLISHED`.
-        force: download it even when it is cached, and let its hash replace a recorded one (never a public one).
-        progress: starts a display of the downloaded bytes.
+    dates. With `force`, it is downloaded even when it is cached, and its hash replaces a recorded one (never a public
+    one).
 
     Raises:
         ModelError: unknown file, no network, interrupted download, or not the published file (nothing is kept).
@@ -163,11 +159,9 @@ def fetch(file: str, *, force: bool = False, progress: ShowProgress | None = Non
 
 
 def import_file(source: Path, *, force: bool = False) -> Path:
-    """Check a file that was downloaded by other means and copy it into the cache.
+    """Check a file that was downloaded by other means, under its published name, and copy it into the cache.
 
-    Args:
-        source: a file with its published name.
-        force: let its hash replace a recorded one (never a public one).
+    With `force`, its hash replaces a recorded one (never a public one).
 
     Raises:
         ModelError: it does not exist, its name is unknown, or it is not the published file.

@@ -58,18 +58,11 @@ def transfer_weights(
     target_names: Sequence[str],
     source: str = "the weights",
 ) -> TransferTable:
-    """Fill a model from the tensors of another.
+    """Fill an initialized model from the tensors of another, under the names of RT-DETRv2; names are in label order.
 
     All tensors that do not depend on the classes must fit, except those of another number of sampling points, which
     keep their initial values. Class names are compared without case, spaces, `-` and `_`; of equal names in the
     source, the first counts.
-
-    Args:
-        model: the initialized model.
-        state: the source's tensors under the names of RT-DETRv2.
-        source_names: the source's classes in label order.
-        target_names: the model's classes in label order.
-        source: how messages name the source.
 
     Raises:
         ModelError: the source has another architecture.
