@@ -86,11 +86,16 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> list[TrainLoader]:
     return seen
 
 
-def test_the_cache_has_the_given_budget(settings: Callable[..., RunConfig]) -> None:
-    prepared = prepare(settings(cache="ram", cache_gb=0.5))
-    with prepared.loader as loader:
-        assert loader.cache is not None
-        assert loader.cache.budget == 500_000_000
+def test_the_cache_has_the_given_budget(settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def watched(*words: Any, **options: Any) -> TrainLoader:
+        given.update(options)
+        return TrainLoader(*words, **options)
+
+    monkeypatch.setattr("rtdetr_cli.workflows.prepare.TrainLoader", watched)
+    prepare(settings(cache="ram", cache_gb=0.5)).loader.close()
+    assert (given["cache"], given["cache_budget"]) == ("ram", 500_000_000)
 
 
 def test_the_loader_is_closed_when_no_micro_batch_fits(
