@@ -95,7 +95,7 @@ class Detector:
     """
 
     def __init__(self, path: Path | None, preset: str = "", **options: Any) -> None:
-        """Open a model file with the options of `open_backend`; a preset is opened when it is needed."""
+        """Open a model file with the options of `load`; a preset is opened when it is needed."""
         self.path, self.preset, self.options = path, preset, options
         self.run: RunFinished | None = None
         self._backend = None if path is None else open_backend(path, **options)

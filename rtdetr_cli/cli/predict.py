@@ -17,6 +17,7 @@ import typer
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 
 if TYPE_CHECKING:
+    from rtdetr_cli.datasets.records import Splits
     from rtdetr_cli.infer.backend import Backend
     from rtdetr_cli.infer.selection import Selection
     from rtdetr_cli.infer.sources import Source
@@ -75,11 +76,7 @@ def predict(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document per image to stdout.")] = False,
 ) -> None:
-    """Detect objects in images and videos, and write annotated copies.
-
-    Files that cannot be read are reported and skipped; the exit code is then 1.
-    """
-    from rtdetr_cli.cli import terminal
+    """Detect objects in images and videos, and write annotated copies; skip files that cannot be read (exit code 1)."""
     from rtdetr_cli.cli.select import parse_size
     from rtdetr_cli.infer.selection import parse_conf, select_by
     from rtdetr_cli.infer.sources import find_sources
@@ -94,7 +91,7 @@ def predict(
     parse_conf(conf)
     found = find_sources(sources, sys.stdin)
     model = _find_model(weights)
-    dataset = _Dataset(data) if data is not None else None
+    dataset = _load_dataset(data) if data is not None else None
 
     from rtdetr_cli.infer.backend import name_classes, open_backend
     from rtdetr_cli.infer.write import Results, coco_image_ids
@@ -103,41 +100,28 @@ def predict(
         model, device=device, imgsz=size, layers=layers, queries=queries, sampling=sampling, threads=threads
     )
     if dataset is not None and not backend.header.names:
-        name_classes(backend, dataset.names, dataset.category_ids)
+        name_classes(backend, [c.name for c in dataset.categories], [c.id for c in dataset.categories])
     selection = select_by(backend.header, conf=conf, classes=classes, max_det=max_det)
     folder = _make_folder(out, found if save else []) if save or save_json or save_coco or save_txt else None
-    height, width = backend.imgsz
-    terminal.say(f"model {model}  {backend.kind} {height}x{width}  {_count(found)}  conf {selection.description}")
-    if conf == "auto":
-        _check_thresholds(model, backend)
-    results = None
-    if folder is not None:
-        ids = coco_image_ids(found, dataset.image_ids if dataset is not None else None)
-        files = {"lines": save_json, "coco": save_coco, "txt": save_txt, "scores": save_conf}
-        results = Results(folder, names=backend.header.names, image_ids=ids, **files)
+    _show_model(model, backend, selection, found, compare=conf == "auto")
+    files = {"lines": save_json, "coco": save_coco, "txt": save_txt, "scores": save_conf}
+    ids = coco_image_ids(found, None if dataset is None else _image_ids(dataset))
+    results = Results(folder, names=backend.header.names, image_ids=ids, **files) if folder is not None else None
     run = _Run(backend, selection, results, batch=batch, draw_to=folder if save else None, as_json=as_json)
     try:
         run.predict(found)
-    except KeyboardInterrupt:
-        terminal.say(f"interrupted; predicted so far: {run.counted()}, of {_count(found)}")
-        interrupted = True
-    else:
-        interrupted = False
     finally:
         if results is not None:
             results.close()
         if folder is not None and out is None and not any(folder.iterdir()):
             folder.rmdir()  # nothing could be read
-    if run.images > 1:
-        terminal.say(run.summary())
-    if folder is not None and run.images:
-        kinds = {"annotated copies": save, "predictions.jsonl": save_json, "predictions.json": save_coco}
-        written = [kind for kind, wanted in {**kinds, "labels/": save_txt}.items() if wanted]
-        terminal.say(f"results in {folder}: {', '.join(written)}")
-    if interrupted:
-        raise typer.Exit(130)
-    if hint := run.hint(model):
-        terminal.say(terminal.paint("hint:", "36") + " " + hint)
+    kinds = {
+        "annotated copies": save,
+        "predictions.jsonl": save_json,
+        "predictions.json": save_coco,
+        "labels/": save_txt,
+    }
+    run.report(model, folder, [kind for kind, wanted in kinds.items() if wanted])
     _raise_errors(found, run.errors, run.truncated)
 
 
@@ -171,20 +155,34 @@ def _find_model(weights: Path | None) -> Path:
     return hub.fetch(DEFAULT_MODEL, progress=terminal.transfer)
 
 
-class _Dataset:
-    """The class names, category ids and image ids of a dataset."""
+def _load_dataset(data: Path) -> Splits:
+    from rtdetr_cli.checks.load import load_splits
 
-    def __init__(self, data: Path) -> None:
-        from rtdetr_cli.checks.load import load_splits
+    return load_splits(data)
 
-        splits = load_splits(data)
-        self.names = [category.name for category in splits.categories]
-        self.category_ids = [category.id for category in splits.categories]
-        self.image_ids: dict[str, int] = {}
-        for split in (splits.train, splits.val, splits.test):
-            if split is not None:
-                names = (Path(file).name for file in split.file_names)
-                self.image_ids.update(zip(names, split.image_ids.tolist(), strict=True))
+
+def _image_ids(splits: Splits) -> dict[str, int]:
+    """Return the ids of a dataset's images by their file names."""
+    return {
+        Path(file).name: image_id
+        for split in (splits.train, splits.val, splits.test)
+        if split is not None
+        for file, image_id in zip(split.file_names, split.image_ids.tolist(), strict=True)
+    }
+
+
+def _show_model(
+    model: Path, backend: Backend, selection: Selection, sources: Sequence[Source], *, compare: bool
+) -> None:
+    """Print what runs, and warn of stored thresholds that were calibrated with other settings."""
+    from rtdetr_cli.cli import terminal
+    from rtdetr_cli.infer.selection import threshold_mismatch
+
+    size = "x".join(map(str, backend.imgsz))
+    terminal.say(f"model {model}  {backend.kind} {size}  {_count(sources)}  conf {selection.description}")
+    if compare and (mismatch := threshold_mismatch(backend.header, backend.imgsz)) is not None:
+        command = f": rtdetr eval {model} {mismatch[1]} --calibrate f1" if model.suffix == ".safetensors" else ""
+        terminal.warn(mismatch[0] + command)
 
 
 def _make_folder(out: Path | None, drawn: Sequence[Source]) -> Path:
@@ -207,29 +205,12 @@ def _make_folder(out: Path | None, drawn: Sequence[Source]) -> Path:
     return out
 
 
-def _check_thresholds(model: Path, backend: Backend) -> None:
-    """Warn when the stored thresholds were calibrated at another size, or with other layers or queries."""
-    from rtdetr_cli.cli import terminal
-    from rtdetr_cli.infer.selection import threshold_mismatch
-
-    mismatch = threshold_mismatch(backend.header, backend.imgsz)
-    if mismatch is not None:
-        warning, flags = mismatch
-        command = f": rtdetr eval {model} {flags} --calibrate f1" if model.suffix == ".safetensors" else ""
-        terminal.warn(warning + command)
-
-
 class _Run:
     """Predicts sources, prints each result, and counts.
 
-    Attributes:
-        images, frames: number of predicted images, frames included, and number of the frames of videos.
-        classes: number of selected detections of each class.
-        empty: the images and frames without any.
-        overlaps: number of selected detections that overlap a better one of the same image.
-        best_score: the highest score of the requested classes, even below the threshold.
-        truncated: number of videos that end early.
-        errors: one for each source that could not be read.
+    `images` includes the `frames` of videos, `empty` are those without detections, `overlaps` the detections that
+    overlap a better one, `best_score` the highest score of the requested classes, even below the threshold,
+    `truncated` the videos that end early, and `errors` one for each source that could not be read.
     """
 
     def __init__(
@@ -249,30 +230,38 @@ class _Run:
         self.empty: list[str] = []
         self.best_score: float | None = None
         self.errors: list[RtdetrError] = []
+        self.alone = self.interrupted = False
         self.start = time.monotonic()
 
     def predict(self, sources: Sequence[Source]) -> None:
-        """Predict sources in order; videos one by one, the images between them in batches."""
-        for is_video, group in groupby(sources, key=lambda source: source.video):
-            if is_video:
-                for source in group:
-                    self._predict_video(source, alone=len(sources) == 1)
-            else:
-                self._predict_images(list(group), alone=len(sources) == 1)
+        """Predict videos one by one and the images between them in batches, until Ctrl-C."""
+        from rtdetr_cli.cli import terminal
 
-    def _predict_images(self, sources: Sequence[Source], *, alone: bool) -> None:
+        self.alone = len(sources) == 1
+        try:
+            for is_video, group in groupby(sources, key=lambda source: source.video):
+                if is_video:
+                    for source in group:
+                        self._predict_video(source)
+                else:
+                    self._predict_images(list(group))
+        except KeyboardInterrupt:
+            terminal.say(f"interrupted; predicted so far: {self.counted()}, of {_count(sources)}")
+            self.interrupted = True
+
+    def _predict_images(self, sources: Sequence[Source]) -> None:
         from rtdetr_cli.infer.stream import Unreadable, predict_images
 
         events = predict_images(sources, self.backend, self.selection, batch=self.batch, draw_to=self.draw_to)
         with closing(events), _progress(len(sources), "images", show=len(sources) > 1) as advance:
             for event in events:
                 if isinstance(event, Unreadable):
-                    self._add_error(event.error, alone=alone)
+                    self._add_error(event.error)
                 else:
                     self._add(event, print_line=True)
                 advance()
 
-    def _predict_video(self, source: Source, *, alone: bool) -> None:
+    def _predict_video(self, source: Source) -> None:
         from rtdetr_cli.cli import terminal
         from rtdetr_cli.images.decode import ImageError
         from rtdetr_cli.infer.stream import predict_video
@@ -281,13 +270,13 @@ class _Run:
         try:
             video = Video(source.path)
         except ImageError as error:
-            self._add_error(error, alone=alone)
+            self._add_error(error)
             return
         frames, detections, start = 0, 0, time.monotonic()
         with video:
             events = predict_video(source, video, self.backend, self.selection, batch=self.batch, draw_to=self.draw_to)
-            lines = self.as_json
-            with closing(events), _progress(video.frames, source.path.name, lines=lines) as advance:
+            progress = _progress(video.frames, source.path.name, lines=self.as_json)
+            with closing(events), progress as advance:
                 for event in events:
                     frames += 1
                     detections += len(event.detections)
@@ -295,8 +284,7 @@ class _Run:
                     advance()
         if not self.as_json:
             rate = frames / max(time.monotonic() - start, 1e-9)
-            width, height = video.size_wh
-            size = f"{width}x{height}"
+            size = "x".join(map(str, video.size_wh))
             terminal.out(f"{source.path}  {size}  {frames} frames  {detections} detections  {rate:.1f} frames/s")
         if video.truncated:
             self.truncated += 1
@@ -322,14 +310,14 @@ class _Run:
         if print_line and self.as_json:
             terminal.out(json_line(image_document(source, detections, frame=event.frame)))
         elif print_line:
-            width, height = detections.size_wh
-            terminal.out(f"{source}  {width}x{height}  {detections.summary()}  {1000 * event.seconds:.0f} ms")
+            size = "x".join(map(str, detections.size_wh))
+            terminal.out(f"{source}  {size}  {detections.summary()}  {1000 * event.seconds:.0f} ms")
 
-    def _add_error(self, error: RtdetrError, *, alone: bool) -> None:
+    def _add_error(self, error: RtdetrError) -> None:
         from rtdetr_cli.cli import terminal
 
         self.errors.append(error)
-        if not alone:
+        if not self.alone:  # that of a single source ends the command
             terminal.complain(error.message)
 
     def counted(self) -> str:
@@ -338,6 +326,19 @@ class _Run:
 
         numbers = ((self.images - self.frames, "image"), (self.frames, "frame"))
         return " and ".join(counted(n, noun) for n, noun in numbers if n) or "no image"
+
+    def report(self, model: Path, folder: Path | None, written: Sequence[str]) -> None:
+        """Print the summary of several images, what was written, and a hint where one helps."""
+        from rtdetr_cli.cli import terminal
+
+        if self.images > 1:
+            terminal.say(self.summary())
+        if folder is not None and self.images:
+            terminal.say(f"results in {folder}: {', '.join(written)}")
+        if self.interrupted:
+            raise typer.Exit(130)
+        if hint := self.hint(model):
+            terminal.say(terminal.paint("hint:", "36") + " " + hint)
 
     def summary(self) -> str:
         """Return the number of images, seconds and objects of each class, and the images without detections."""

@@ -58,14 +58,7 @@ def open_backend(
 ) -> Backend:
     """Open any model file by its suffix; torch is not loaded for a graph.
 
-    Args:
-        path: `.safetensors`, `.pth`, `.onnx`, `.xml` (OpenVINO) or `.engine` (TensorRT).
-        device: `auto`, `cpu`, or a CUDA device such as `0` or `cuda:0`.
-        imgsz: (height, width) instead of the model's own size; for weights and dynamic graphs.
-        layers: number of decoder layers to use; only for weights, as `queries` and `sampling`.
-        queries: number of queries to use.
-        sampling: `bilinear` or `discrete`, for a published file, which does not say.
-        threads: CPU threads of the runtime; None for the runtime's default.
+    The options are those of `api.load`, except that `imgsz` is (height, width); it is for weights and dynamic graphs.
 
     Raises:
         ModelError: the file is missing, truncated or not a model of this kind.

@@ -14,18 +14,9 @@ from rtdetr_cli.infer.backend import check_model_path
 from rtdetr_cli.infer.graph import FINISHED, IMAGES, RAW, first_line
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
-_TYPE_NAMES = {
-    "f64": "float64",
-    "f32": "float32",
-    "f16": "float16",
-    "bf16": "bfloat16",
-    "fp32": "float32",
-    "fp16": "float16",
-    "float": "float32",
-    "i64": "int64",
-    "i32": "int32",
-    "u8": "uint8",
-}
+# Names of types in safetensors, ONNX and OpenVINO -> numpy's.
+_TYPE_NAMES = {"float": "float32", "bf16": "bfloat16", "f64": "float64", "i64": "int64", "i32": "int32", "u8": "uint8"}
+_TYPE_NAMES |= {"f32": "float32", "fp32": "float32", "f16": "float16", "fp16": "float16"}
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "num_points_scale", "anchors", "valid_mask")
 
 
@@ -48,8 +39,8 @@ def inspect_model(path: Path) -> dict[str, Any]:
     if suffix == ".xml" and path.with_suffix(".bin").is_file():
         size += path.with_suffix(".bin").stat().st_size
     header = facts.pop("header", None)
-    described = asdict(header) if isinstance(header, ModelHeader) else None
-    return {"path": str(path), "format": facts.pop("format"), "bytes": size, **facts, "header": described}
+    document = {"path": str(path), "format": facts.pop("format"), "bytes": size, **facts}
+    return {**document, "header": None if header is None else asdict(header)}
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
@@ -60,7 +51,7 @@ def _safetensors(path: Path) -> dict[str, Any]:
     return {
         "format": "rtdetr-cli model" if text else "safetensors without an rtdetr header",
         **_count_tensors((name, str(entry["dtype"]), entry["shape"]) for name, entry in layout.tensors.items()),
-        "header": _parse_header(text, path),
+        "header": ModelHeader.from_json(text, source=str(path)) if text else None,
     }
 
 
@@ -112,7 +103,7 @@ def _onnx(path: Path) -> dict[str, Any]:
         "outputs": outputs,
         **_count_tensors(("", type_name(t.data_type), t.dims) for t in model.graph.initializer),
         "operators": dict(operators.most_common()),
-        "header": _parse_header(text, path),
+        "header": ModelHeader.from_json(text, source=str(path)) if text else None,
     }
 
 
@@ -165,7 +156,7 @@ def _openvino(path: Path) -> dict[str, Any]:
         "parameters": counts["parameters"],
         "types": counts["types"],
         "operators": dict(Counter(layer.get("type", "?") for layer in layers.values()).most_common()),
-        "header": _parse_header(text, path),
+        "header": ModelHeader.from_json(text, source=str(path)) if text else None,
     }
 
 
@@ -192,10 +183,6 @@ def _engine(path: Path) -> dict[str, Any]:
     }
 
 
-def _parse_header(text: str | None, path: Path) -> ModelHeader | None:
-    return ModelHeader.from_json(text, source=str(path)) if text else None
-
-
 def _graph_format(runtime: str, header: str | None, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> str:
     if header:
         return f"{runtime} graph by rtdetr-cli"
@@ -209,15 +196,10 @@ def _count_tensors(tensors: Iterable[tuple[str, str, Iterable[int]]]) -> dict[st
     types: Counter[str] = Counter()
     parameters = 0
     for name, dtype, shape in tensors:
-        types[_type_name(dtype)] += 1
+        types[_TYPE_NAMES.get(dtype.lower(), dtype.lower())] += 1
         parameters += 0 if name.rsplit(".", 1)[-1] in _BUFFERS else math.prod(shape)
     return {"parameters": parameters, "tensors": types.total(), "types": dict(types.most_common())}
 
 
 def _port(name: str | None, dtype: str, shape: list[Any]) -> dict[str, Any]:
-    return {"name": name, "type": _type_name(dtype), "shape": shape}
-
-
-def _type_name(name: str) -> str:
-    """Return numpy's name of a type."""
-    return _TYPE_NAMES.get(name.lower(), name.lower())
+    return {"name": name, "type": _TYPE_NAMES.get(dtype.lower(), dtype.lower()), "shape": shape}

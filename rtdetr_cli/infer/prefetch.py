@@ -70,12 +70,7 @@ def prefetch(
 ) -> Generator[Prefetched, None, None]:
     """Yield images in order, decoded and stretched ahead of use; one that cannot be read comes with its error.
 
-    Args:
-        images: for `read_source`.
-        hw: height and width of the network's input.
-        threads: as in `read_ahead`.
-        ahead: as in `read_ahead`.
-        keep: yield the originals too.
+    `hw` is the height and width of the network's input; `keep` yields the originals too; see `read_ahead`.
     """
 
     def read(job: tuple[int, ImageSource]) -> Prefetched:

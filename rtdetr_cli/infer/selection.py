@@ -65,11 +65,8 @@ def select_by(
 ) -> Selection:
     """Make a selection from the user's options and the model's header.
 
-    Args:
-        header: the model's class names and calibrated thresholds.
-        conf: a score from 0 to 1, or `auto`: the stored threshold of each class, else 0.5.
-        classes: names of the requested classes, or their numbers for a model without names; None for all.
-        max_det: maximum number of detections per image.
+    `conf` is a score from 0 to 1, or `auto`: the stored threshold of each class, else 0.5. `classes` are names, or
+    numbers for a model without names; None for all.
 
     Raises:
         UsageError: a value is out of range, or the model does not have a class.
@@ -100,10 +97,6 @@ def overlaps(detections: Detections, iou_above: float = 0.7) -> int:
 
 def threshold_mismatch(header: ModelHeader, imgsz: tuple[int, int]) -> tuple[str, str] | None:
     """Compare the settings of the stored thresholds' calibration with those in use, since scores depend on them.
-
-    Args:
-        header: the model's header, with the layers and queries in use.
-        imgsz: (height, width) of the input in use.
 
     Returns:
         A warning, and the flags for `rtdetr eval --calibrate` at the settings in use; None where all agree or nothing
@@ -147,11 +140,7 @@ def parse_conf(conf: float | str) -> float | None:
 
 
 def resolve_classes(words: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
-    """Return the labels of class names, ignoring case where that is unambiguous.
-
-    Args:
-        words: class names, or several names separated by commas.
-        names: the model's class names.
+    """Return the labels of class names, which may be joined by commas, ignoring case where that is unambiguous.
 
     Raises:
         UsageError: names that the model does not have; all are listed.

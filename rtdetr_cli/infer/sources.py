@@ -104,12 +104,7 @@ def _name_of_url(url: str) -> Path:
 
 
 def fetch_image(url: str, *, seconds: float = URL_SECONDS, most_bytes: int = URL_BYTES) -> bytes:
-    """Download an image.
-
-    Args:
-        url: its http or https address.
-        seconds: limit of the whole download.
-        most_bytes: limit of its size.
+    """Download an image, within limits of the time of the whole download and of its size.
 
     Raises:
         ImageError: the server cannot be reached, does not answer in time, refuses, or sends too much.

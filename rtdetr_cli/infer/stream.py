@@ -67,14 +67,7 @@ class Unreadable:
 def detect_images(
     backend: Backend, images: Sequence[ImageSource], *, batch: int = 1, keep: bool = False
 ) -> Generator[Detected, None, None]:
-    """Run a backend over images in order, `batch` at a time.
-
-    Args:
-        backend: the model.
-        images: for `read_source`.
-        batch: images per forward pass.
-        keep: return the originals too.
-    """
+    """Run a backend over images in order, `batch` at a time; `keep` returns the originals too."""
     ahead = max(4, 2 * batch)  # with less than two batches, the network would wait for the rest of each
     threads = 1 if len(images) == 1 else None
     return _run_batches(backend, prefetch(images, backend.imgsz, threads=threads, ahead=ahead, keep=keep), batch)

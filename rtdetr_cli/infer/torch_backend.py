@@ -31,14 +31,9 @@ class TorchBackend:
         imgsz: tuple[int, int] | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
-        """Move a model to a device.
+        """Move a model, which may be in half precision, to a device; `imgsz` replaces the header's (height, width).
 
-        Args:
-            model: its parameters may be in half precision.
-            header: class names, category ids and input size.
-            device: `auto`, `cpu`, `0`, `cuda:1` or a torch device.
-            imgsz: (height, width) instead of the header's.
-            autocast: type for the network; post-processing stays in float32.
+        `autocast` is the type for the network; post-processing stays in float32.
         """
         self.device = device if isinstance(device, torch.device) else choose_device(device)
         self.model = model.to(self.device)
@@ -52,9 +47,7 @@ class TorchBackend:
         weight = next(self.model.parameters())
         inputs = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)  # B H W 3
         inputs = inputs.permute(0, 3, 1, 2).to(weight.dtype).contiguous() / 255  # B 3 H W
-        training = [
-            module for module in self.model.modules() if module.training
-        ]  # without frozen parts, which stay in eval mode
+        training = [m for m in self.model.modules() if m.training]  # without frozen parts, which stay in eval mode
         self.model.eval()
         try:
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
@@ -65,14 +58,7 @@ class TorchBackend:
         sizes = torch.from_numpy(np.asarray(sizes_wh, np.int64)).to(self.device)
         labels, boxes, scores = select_detections(main.logits.float(), main.boxes_cxcywh.float(), sizes)
         return [
-            Detections(
-                boxes_xyxy_px=box,
-                scores=score,
-                labels=label,
-                size_wh=(int(width), int(height)),
-                names=self.header.names,
-                category_ids=self.header.category_ids,
-            )
+            Detections(box, score, label, (int(width), int(height)), self.header.names, self.header.category_ids)
             for label, box, score, (width, height) in zip(
                 labels.cpu().numpy().astype(np.int64, copy=False),
                 boxes.cpu().numpy(),

@@ -104,15 +104,7 @@ class Video:
 
 @contextmanager
 def write_video(path: Path, *, size_wh: tuple[int, int], rate: float) -> Iterator[Callable[[NDArray[np.uint8]], None]]:
-    """Write an `.mp4`, which appears under its name when it is complete.
-
-    Args:
-        path: the file to write.
-        size_wh: width and height of every frame in pixels.
-        rate: frames per second.
-
-    Yields:
-        A function that adds one (H, W, 3) RGB frame.
+    """Write an `.mp4`, which appears under its name when it is complete; give a function that adds one RGB frame.
 
     Raises:
         RtdetrError: OpenCV cannot write the file.

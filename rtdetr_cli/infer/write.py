@@ -99,10 +99,10 @@ class Results:
         scores: bool = False,
         image_ids: Mapping[str, int | str] | None = None,
     ) -> None:
-        """Open the files.
+        """Open the files in an existing folder.
 
         Args:
-            folder: an existing folder.
+            folder: for the files.
             names: class names in label order, for `labels/classes.txt`.
             lines: write `predictions.jsonl`.
             coco: write `predictions.json`.
