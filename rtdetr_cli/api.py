@@ -372,8 +372,8 @@ class Detector:
         if path.suffix.lower() in EXPORT_SUFFIXES:
             raise UsageError(f"{path} is already exported", hint="load the weights that it was exported from")
         from rtdetr_cli.export.artefacts import Artefact
-        from rtdetr_cli.export.graph import ExportOptions
         from rtdetr_cli.export.images import verification_images
+        from rtdetr_cli.export.options import ExportOptions
         from rtdetr_cli.export.run import export_events
         from rtdetr_cli.weights.load import load_model
 

@@ -98,7 +98,8 @@ def shapes_data(shapes: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def shapes_onnx(shapes_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small trained detector as an ONNX graph with an open batch; not gated."""
-    from rtdetr_cli.export.run import ExportOptions, export_model
+    from rtdetr_cli.export.options import ExportOptions
+    from rtdetr_cli.export.run import export_model
     from rtdetr_cli.weights.load import load_model
 
     model, header = load_model(shapes_model)

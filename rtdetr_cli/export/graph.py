@@ -6,73 +6,17 @@ exports, so that a program written for those runs with ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rtdetr_cli.errors import UsageError
+from rtdetr_cli.export.options import ExportOptions
 from rtdetr_cli.infer.graph import FINISHED, IMAGES, RAW, SIZES, TOP_K, GraphSpec, TensorSpec
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.model.postprocess import select_detections
 from rtdetr_cli.weights.header import ModelHeader
 
-OPSETS = (17, 18)
 STRIDES = (8, 16, 32)
-
-
-@dataclass(frozen=True, slots=True)
-class ExportOptions:
-    """What to export.
-
-    Attributes:
-        formats: `onnx`, `fp16`, `openvino` or `trt-fp16`, which comes after `fp16`.
-        imgsz: (height, width) instead of the model's own.
-        batch: the fixed batch size, or the largest one of a dynamic TensorRT engine.
-        dynamic: dynamic batch size.
-        opset: 17 or 18; older ones have no LayerNormalization.
-        gridsample: use the GridSample operator instead of gather.
-        raw: no post-processing: `logits` and `boxes_cxcywh` of all queries.
-        preprocess: accept uint8 images of any size (height x width x RGB) and resize them in the graph.
-    """
-
-    formats: tuple[str, ...] = ("onnx",)
-    imgsz: tuple[int, int] | None = None
-    batch: int = 1
-    dynamic: bool = False
-    opset: int = 18
-    gridsample: bool = False
-    raw: bool = False
-    preprocess: bool = False
-
-    def check(self) -> None:
-        """Raise UsageError for options that cannot be combined, before anything heavy is loaded."""
-        if self.opset not in OPSETS:
-            raise UsageError(
-                f"--opset {self.opset} is not supported: 17 is the first with LayerNormalization, which half precision "
-                "needs, and 18 the newest that is tested",
-                hint="use --opset 18 (the default) or 17",
-                code="opset",
-            )
-        if self.batch < 1:
-            raise UsageError(f"--batch {self.batch} is less than one")
-        if not self.preprocess:
-            return
-        if self.opset < 18:
-            raise UsageError("--preprocess-in-graph needs --opset 18: older Resize cannot antialias", code="opset")
-        if self.raw:
-            raise UsageError("--preprocess-in-graph and --raw exclude each other")
-        if self.dynamic or self.batch > 1:
-            raise UsageError(
-                "--preprocess-in-graph takes one image at a time: images of different sizes cannot be batched",
-                hint="remove --dynamic and --batch",
-            )
-        if "trt-fp16" in self.formats:
-            raise UsageError(
-                "--preprocess-in-graph and --trt-fp16 exclude each other: TensorRT's Resize does not antialias",
-                hint="export twice, or resize images before running the engine",
-            )
 
 
 class DeployGraph(nn.Module):

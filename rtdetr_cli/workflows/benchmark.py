@@ -200,7 +200,7 @@ def benchmark(
 
 def _export(plan: BenchmarkPlan, point: Point, folder: Path) -> Path:
     """Export a model for a backend, unverified, since its AP is measured here."""
-    from rtdetr_cli.export.graph import ExportOptions
+    from rtdetr_cli.export.options import ExportOptions
     from rtdetr_cli.export.run import export_model
     from rtdetr_cli.weights.load import load_model
 

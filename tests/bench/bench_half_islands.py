@@ -29,7 +29,8 @@ from torch import fx
 from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.export.compare import LIMITS, compare_detections
 from rtdetr_cli.export.fp16 import ISLANDS, Accumulating, HalfTwin, halve, module_path, operator_name, traced_program
-from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs, expected_spec
+from rtdetr_cli.export.graph import DeployGraph, count_norms, deployable, example_inputs, expected_spec
+from rtdetr_cli.export.options import ExportOptions
 from rtdetr_cli.export.verify import Reference
 from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.infer.detections import Detections

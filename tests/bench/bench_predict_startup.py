@@ -75,7 +75,8 @@ def export_r18(folder: Path) -> Path:
     import torch
 
     from rtdetr_cli.config.presets import load_preset
-    from rtdetr_cli.export.run import ExportOptions, export_model
+    from rtdetr_cli.export.options import ExportOptions
+    from rtdetr_cli.export.run import export_model
     from rtdetr_cli.model.build import build_detector
     from rtdetr_cli.weights.header import ModelHeader
 

@@ -19,7 +19,7 @@ from rtdetr_cli.api import Detections, Detector, TrainSettings, load
 from rtdetr_cli.config.settings import declarations
 from rtdetr_cli.errors import DataError, EnvironmentProblem, GateError, ModelError, UsageError
 from rtdetr_cli.export.artefacts import Artefact, Notice
-from rtdetr_cli.export.graph import ExportOptions
+from rtdetr_cli.export.options import ExportOptions
 from rtdetr_cli.images.decode import ImageError, read_image
 from rtdetr_cli.workflows import finetune
 from rtdetr_cli.workflows.events import RunFinished

@@ -14,7 +14,8 @@ from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.export import onnx as onnx_file
 from rtdetr_cli.export.artefacts import Artefact
-from rtdetr_cli.export.graph import DeployGraph, ExportOptions
+from rtdetr_cli.export.graph import DeployGraph
+from rtdetr_cli.export.options import ExportOptions
 from rtdetr_cli.export.run import export_model
 from rtdetr_cli.export.verify import Reference
 from rtdetr_cli.infer.torch_backend import TorchBackend

@@ -20,7 +20,8 @@ from rtdetr_cli.errors import ExportError, UsageError
 from rtdetr_cli.export import onnx as onnx_file
 from rtdetr_cli.export.artefacts import Artefact
 from rtdetr_cli.export.compare import LIMITS, compare_detections
-from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs
+from rtdetr_cli.export.graph import DeployGraph, count_norms, deployable, example_inputs
+from rtdetr_cli.export.options import ExportOptions
 from rtdetr_cli.export.run import export_model
 from rtdetr_cli.images.decode import read_image, stretch
 from rtdetr_cli.infer.backend import open_backend

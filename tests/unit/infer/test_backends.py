@@ -249,7 +249,8 @@ def test_raw_graph_gives_the_same_rows(
     reference: list[Detections],
     images: tuple[NDArray[np.uint8], NDArray[np.int64]],
 ) -> None:
-    from rtdetr_cli.export.run import ExportOptions, export_model
+    from rtdetr_cli.export.options import ExportOptions
+    from rtdetr_cli.export.run import export_model
     from rtdetr_cli.weights.load import load_model
 
     model, header = load_model(shapes_model)
