@@ -44,7 +44,6 @@ def build(only: str | None = None) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
-        no_args_is_help=True,
     )
 
     @app.callback()
@@ -85,7 +84,9 @@ def run(argv: Sequence[str]) -> int:
             parameters = command.commands[name].params  # type: ignore[attr-defined]
             known = {flag for p in parameters for flag in (*p.opts, *p.secondary_opts)}
             arguments = translate(name, arguments, known)
-        code = command.main(args=arguments, prog_name="rtdetr", standalone_mode=False)
+        code = command.main(args=arguments or ["--help"], prog_name="rtdetr", standalone_mode=False)
+        if not arguments:  # no command was given, so nothing was done
+            return 2
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("interrupted\n")
@@ -95,9 +96,6 @@ def run(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        if hasattr(error, "format_message") and not error.format_message():  # no arguments: the user wants the help
-            sys.stdout.write(error.ctx.get_help() + "\n" if hasattr(error, "ctx") else "")
-            return 2
         expected = expected_error(error, name)
         if expected is None:
             raise
@@ -105,7 +103,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def expected_error(error: Exception, command: str | None) -> RtdetrError | None:
-    """Return an error that a user may meet, with a message and an exit code; None for a bug."""
+    """Return an error with a message and an exit code for what users can run into; None for a bug."""
     if isinstance(error, RtdetrError):
         return error
     if isinstance(error, ImportError):
@@ -129,7 +127,7 @@ def expected_error(error: Exception, command: str | None) -> RtdetrError | None:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Return whether memory ran out where nobody could retry with less."""
+    """Return whether an error says that memory ran out."""
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from rtdetr_cli.train.memory import is_out_of_memory

@@ -36,7 +36,7 @@ def compare(
 
     options: dict[str, Any] = {"images": images, "split": split, "batch": parse_batch(batch), "device": device}
     if not _is_results(a) and not _is_results(b) and a.resolve() == b.resolve():
-        raise UsageError(f"A and B are both {a}", hint="name two different models", code="same-model")
+        raise UsageError(f"A and B are both {a}", hint="pass two different models", code="same-model")
     name_a, model_a = _evaluate(a, data, **options)
     name_b, model_b = _evaluate(b, model_a.source, **options)
     first, second = model_a.evaluation, model_b.evaluation
@@ -95,14 +95,13 @@ def _evaluate(
 ) -> tuple[str, EvaluatedModel]:
     """Evaluate a model or a file of results; return its name and the evaluation."""
     from rtdetr_cli.cli.evaluation import evaluate_model, evaluate_predictions
-    from rtdetr_cli.cli.select import model_file
-    from rtdetr_cli.runs import BEST
+    from rtdetr_cli.cli.select import model_file, model_name
 
     if _is_results(path):
         return str(path), evaluate_predictions(path, data=data, images=images, split=split)
     file = model_file(path)
     model = evaluate_model(file, data=data, images=images, split=split, **options)
-    return str(file.parent if file.name == BEST else file), model
+    return str(model_name(file)), model
 
 
 def _print_tables(document: dict[str, Any]) -> None:

@@ -71,6 +71,6 @@ def demo(
             ],
             title=f"done in {terminal.duration(seconds)}",
         )
-        terminal.out(f"next  rtdetr predict {work.data / 'images'} --weights {artefact.path}")
-        terminal.out("      rtdetr train --preset r18 --data YOUR.json")
+        terminal.next_step("rtdetr", "predict", work.data / "images", "--weights", artefact.path)
+        terminal.next_step("rtdetr train --preset r18 YOUR_DATA")
     workflow.check_accuracy(metrics)

@@ -36,7 +36,7 @@ def finetune_discrete(
     ] = None,
     *,
     max_drop: Annotated[
-        float, typer.Option(help="Largest loss of AP, from 0 to 1; a larger one exits with code 6.")
+        float, typer.Option(help="Maximum loss of AP (0 to 1); exit with code 6 if it is larger.")
     ] = 0.01,
     resume: Annotated[
         Path | None,
@@ -47,7 +47,9 @@ def finetune_discrete(
 ) -> None:
     """Finetune a model with discrete sampling, and report whether it is worth it."""
     from rtdetr_cli.cli.select import resolve_model
+    from rtdetr_cli.runs import RunFolder
     from rtdetr_cli.weights.header import EXPORT_SUFFIXES
+    from rtdetr_cli.workflows.launching import require_dataset
 
     if not 0 <= max_drop <= 1:
         raise UsageError(f"--max-drop {max_drop:g} is not a fraction from 0 to 1", hint="0.01 is one point of AP")
@@ -56,8 +58,12 @@ def finetune_discrete(
         raise UsageError("--resume takes the model and all settings from the run", hint=hint)
     path = resolve_model(model) if resume is None else None
     if path is not None and path.suffix.lower() in EXPORT_SUFFIXES:
-        hint = "name the model that it was exported from"
+        hint = "pass the model that it was exported from"
         raise UsageError(f"{path} is an exported file, which cannot be trained", hint=hint)
+    if resume is not None:
+        RunFolder.open(resume)
+    if "data" in flags:
+        require_dataset(flags["data"])
 
     from rtdetr_cli.train.stop import stop_on_signals
     from rtdetr_cli.weights.load import load_model
@@ -83,6 +89,8 @@ def finetune_discrete(
         terminal.emit_json(outcome.to_json())
     else:
         show_outcome(outcome)
+        if outcome.passed:
+            terminal.next_step("rtdetr", "export", outcome.run)
     if not outcome.passed:
         message, code = "the verification of an export failed", "parity"
         if outcome.drop > outcome.max_drop:
@@ -123,7 +131,7 @@ def show_outcome(outcome: Outcome) -> None:
         return "" if gap is None else f"{gap.value:+.3f} ({gap.lower:+.3f} to {gap.upper:+.3f})"
 
     terminal.table(
-        ("model", "AP", "95 %", "AP50", "difference to the original"),
+        ("model", "AP", "95%", "AP50", "difference to the original"),
         [
             (row.name, row.ap.value, f"{row.ap.lower:.3f} to {row.ap.upper:.3f}", row.ap50, difference(row.difference))
             for row in outcome.rows

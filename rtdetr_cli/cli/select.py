@@ -23,8 +23,8 @@ def resolve_model(model: Path | None, *, runs: Path = Path("runs")) -> Path:
     candidates = find_runs(runs)
     if not candidates:
         raise ModelError(
-            f"no model is named, and {runs}/ has no run with a model",
-            hint="rtdetr train --preset r18 --data DATA, or name a model file",
+            f"no model given, and {runs}/ has no run with a model",
+            hint="rtdetr train --preset r18 --data DATA, or pass a model file",
             code="run-missing",
         )
     newest = candidates[-1]
@@ -56,13 +56,13 @@ def model_file(model: Path) -> Path:
     if not model.exists():
         from rtdetr_cli.infer.backend import neighbours
 
-        hint = neighbours(model) or f"name a model file ({', '.join(MODEL_SUFFIXES)}) or the folder of a run"
+        hint = neighbours(model) or f"pass a model file ({', '.join(MODEL_SUFFIXES)}) or the folder of a run"
         raise ModelError(f"the model {model} does not exist", hint=hint, code="model-missing")
     suffix = model.suffix.lower()
     if suffix == CHECKPOINT_SUFFIX and RunFolder(model.parent).best.is_file():
         raise ModelError(
             f"{model} is a training checkpoint, which can be resumed but not used as a model",
-            hint=f"name the run: {model.parent}",
+            hint=f"pass the run folder: {model.parent}",
             code="model-foreign",
         )
     if suffix not in MODEL_SUFFIXES:
@@ -76,9 +76,14 @@ def model_file(model: Path) -> Path:
     return model
 
 
+def model_name(model: Path) -> Path:
+    """Return the shortest path that names a model file on a command line: its run folder, or itself."""
+    return model.parent if model.name == BEST else model
+
+
 def _no_model_in(folder: Path) -> ModelError:
     """Return the error for a folder without a model, with a hint that fits what is in it."""
-    hint = "name a model file, or the folder of a run such as runs/NAME"
+    hint = "pass a model file, or the folder of a run such as runs/NAME"
     run, runs = RunFolder(folder), find_runs(folder)
     models = sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in MODEL_SUFFIXES and p.is_file())
     if runs:
@@ -87,7 +92,7 @@ def _no_model_in(folder: Path) -> ModelError:
         message = f"the run {folder} has no {BEST}: no epoch has been evaluated yet"
         hint = f"rtdetr train --resume {folder}" if run.started else hint
     elif models:
-        message, hint = f"the folder {folder} is not a run", f"name the model file: {', '.join(models[:5])}"
+        message, hint = f"the folder {folder} is not a run", f"pass the model file: {', '.join(models[:5])}"
     elif not any(folder.iterdir()):
         message = f"the folder {folder} is empty"
     else:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 @with_setting_flags(TRAIN_FLAGS)
 def train(
     flags: dict[str, Any],
+    dataset: Annotated[
+        Path | None, typer.Argument(metavar="[DATA]", help="Dataset; the same as --data.", show_default=False)
+    ] = None,
     *,
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Resume an interrupted run; needs no other flag.")
@@ -35,17 +38,24 @@ def train(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Finetune a detector on your own images. --data is required, except with --resume."""
+    """Finetune a detector on your own images. DATA is required, except with --resume."""
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.cli.training_output import render
     from rtdetr_cli.errors import UsageError
+    from rtdetr_cli.runs import RunFolder
     from rtdetr_cli.workflows import launching
 
     sets = set_values or []
     if resume is not None and (dry_run or config_file is not None):
         flag = "--dry-run" if dry_run else "--config"
         raise UsageError(f"--resume cannot be combined with {flag}", hint=f"rtdetr train --resume {resume}")
+    if dataset is not None:
+        if (named := flags.get("data")) is not None and Path(named).resolve() != dataset.resolve():
+            raise UsageError(f"two datasets given: {dataset} and --data {named}", hint=f"rtdetr train {dataset}")
+        flags["data"] = str(dataset)
     config, inherited = None, list[str]()
+    if resume is not None and os.environ.get("RANK", "0") == "0":  # before torch is loaded
+        RunFolder.open(resume)
     if resume is None:
         config, weights, inherited = launching.resolve_training(flags, sets=sets, config_file=config_file)
 

@@ -80,6 +80,7 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
                     }
                     if result_on_stdout and not as_json:
                         _show_result(event)
+                        _show_next(event, started)
                     if event.explanation:
                         terminal.warn(f"the images were not overfitted: {event.explanation}")
     finally:
@@ -135,7 +136,7 @@ def _show_data(event: RunStarted) -> None:
     else:
         images = f"{event.train_images:,} train / {event.val_images:,} val images"
     text = f"data  {splits.name}: {images}, {counted(len(splits.categories), 'class')}"
-    # A resumed run was fully checked when it began, so the few findings of reading its labels again say nothing new.
+    # The dataset of a resumed run was checked in full when the run started; reading its labels again adds nothing.
     warnings = 0 if event.resumed else sum(f.severity == "warning" for f in splits.findings)
     _say(text + (f", {counted(warnings, 'warning')} (rtdetr validate)" if warnings else ""))
     if splits.split_made and event.resumed is None and not settings.overfit:
@@ -247,6 +248,15 @@ def _show_result(event: RunFinished) -> None:
         terminal.say("stopped early: no better AP within --patience")
 
 
+def _show_next(event: RunFinished, started: RunStarted | None) -> None:
+    """Print the commands that use the model; a run that had already finished has no image to suggest."""
+    terminal.next_step("rtdetr", "eval", event.folder)
+    if started is not None:
+        dataset = started.splits.val or started.splits.train
+        terminal.next_step("rtdetr", "predict", dataset.path(0), "--weights", event.folder)
+    terminal.next_step("rtdetr", "export", event.folder)
+
+
 def dry_run_warnings(result: DryRunResult) -> list[str]:
     """Return what would stop the run: too little disk space, or too little memory."""
     from rtdetr_cli.train.checkpoint import has_room
@@ -255,7 +265,7 @@ def dry_run_warnings(result: DryRunResult) -> list[str]:
     if not has_room(result.disk_bytes, result.disk_free):
         warnings.append(
             f"the run needs {result.disk_bytes / 1e9:.2f} GB of disk space, but only {result.disk_free / 1e9:.2f} GB "
-            "are free: free some space, or choose another disk with --out DIR"
+            "is free: free some space, or choose another disk with --out DIR"
         )
     if result.memory_bytes > 0.95 * result.memory_total:
         warnings.append(
@@ -285,13 +295,13 @@ def _show_dry_run(result: DryRunResult, started: RunStarted) -> None:
     plan = started.plan
     evaluations = sum(plan.evaluates(epoch) for epoch in range(plan.epochs))
     terminal.table(
-        ("what", "value", "of"),
+        ("quantity", "value", "details"),
         [
-            ("step", f"{result.step_seconds:.2f} s", f"{plan.total_steps} steps"),
+            ("step", f"{result.step_seconds:.2f} s", counted(plan.total_steps, "step")),
             ("largest step", f"{result.worst_seconds:.2f} s", "largest scale, most boxes"),
-            ("evaluation", f"{result.evaluation_seconds:.1f} s", f"{evaluations} of {started.val_images} images"),
+            ("evaluation", f"{result.evaluation_seconds:.1f} s", f"{evaluations} x {counted(started.val_images, 'image')}"),
             ("export", f"{result.export_seconds:.1f} s", f"ONNX, {result.export_bytes / 1e6:.1f} MB"),
-            ("whole run", terminal.duration(result.total_seconds), f"{plan.epochs} epochs"),
+            ("whole run", terminal.duration(result.total_seconds), counted(plan.epochs, "epoch")),
             ("micro-batch", result.micro_batch, f"effective batch {plan.effective_batch}"),
             ("memory", f"{result.memory_bytes / 1e9:.1f} GB", f"{result.memory_total / 1e9:.1f} GB"),
             ("disk", f"{result.disk_bytes / 1e9:.2f} GB", f"{result.disk_free / 1e9:.1f} GB free"),

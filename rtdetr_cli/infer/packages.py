@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from rtdetr_cli.errors import EnvironmentProblem
@@ -25,3 +27,8 @@ def import_package(module: str, title: str) -> Any:
             hint=f"{install} --force-reinstall",
             code="package-broken",
         ) from error
+
+
+def has_package(module: str) -> bool:
+    """Return whether a package is installed, without importing it."""
+    return sys.modules.get(module) is not None or find_spec(module) is not None

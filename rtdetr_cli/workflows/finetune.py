@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from rtdetr_cli.config.run import RunConfig, resolve_run
-from rtdetr_cli.errors import DataError, ModelError, RtdetrError, UsageError
+from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 from rtdetr_cli.evaluate.coco import METRICS
 from rtdetr_cli.infer.torch_backend import choose_device
 from rtdetr_cli.runs import CONFIG, RunFolder, nearest_existing, refuse_existing, timestamp
@@ -37,6 +37,7 @@ from rtdetr_cli.workflows.dry_run import measure_run
 from rtdetr_cli.workflows.evaluator import Evaluator
 from rtdetr_cli.workflows.events import Event, RunFinished, RunStarted
 from rtdetr_cli.workflows.identity import Identity, check_identity, identify, refuse_changes
+from rtdetr_cli.workflows.launching import require_dataset
 from rtdetr_cli.workflows.prepare import Prepared, compile_parts, prepare, resolve_micro_batch, versions
 from rtdetr_cli.workflows.recording import Recorder
 
@@ -231,8 +232,7 @@ def refuse_early(config: RunConfig) -> None:
         require_loggers(settings.log)
         if settings.name:
             refuse_existing(Path(settings.out), settings.name)
-    if not os.path.exists(settings.data):
-        raise DataError(f"the dataset {settings.data} does not exist", code="dataset-missing")
+    require_dataset(settings.data)
     if settings.weights not in ("coco", "imagenet", "none") and not Path(settings.weights).exists():
         raise ModelError(
             f"the weights {settings.weights} do not exist",

@@ -34,10 +34,9 @@ def resolve_training(
     config = resolve_run(flags, sets=sets, config_file=config_file)
     data, weights = config.settings.data, config.settings.weights
     if data is None:
-        hint = "rtdetr train --preset r18 --data my.json"
-        raise UsageError("no dataset given: --data is required", hint=hint, code="data-missing")
-    if not Path(data).exists():
-        raise DataError(f"the dataset {data} does not exist", code="dataset-missing")
+        hint = "rtdetr train my-dataset/ --preset r18"
+        raise UsageError("no dataset given", hint=hint, code="data-missing")
+    require_dataset(data)
     if config.source("preset") != "default" or weights in ("coco", "imagenet", "none"):
         return config, None, []
 
@@ -50,6 +49,12 @@ def resolve_training(
     config = resolve_run(flags, sets=sets, config_file=config_file, inherited=(str(path), values))
     texts = {key: "x".join(map(str, v)) if isinstance(v, tuple) else str(v) for key, v in values.items()}
     return config, path, [f"{key} {text}" for key, text in texts.items() if config.source(key) == str(path)]
+
+
+def require_dataset(data: str | Path) -> None:
+    """Raise DataError if the dataset does not exist."""
+    if not Path(data).exists():
+        raise DataError(f"the dataset {data} does not exist", hint="check the path", code="dataset-missing")
 
 
 def run_processes(config: RunConfig, devices: Sequence[str], *, resume: Path | None, words: Sequence[str] = ()) -> int:

@@ -53,6 +53,50 @@ def test_command_lists_fit_into_80_columns(rtdetr, group: list[str], monkeypatch
         assert [line.split()[0] for line in listed] == list(COMMANDS)
 
 
+def test_without_a_command_the_help_is_printed(rtdetr) -> None:
+    ran = rtdetr()
+    assert (ran.code, ran.err) == (2, "")
+    assert ran.out == rtdetr("--help").out
+    for group, listed in (("presets", "r18"), ("weights", "cache: ")):
+        ran = rtdetr(group)
+        assert (ran.code, ran.err) == (0, "")
+        assert listed in ran.out
+
+
+REFUSED = [
+    ("train --resume gone", "the run gone does not exist"),
+    ("train gone", "the dataset gone does not exist"),
+    ("finetune-discrete --resume gone", "the run gone does not exist"),
+    ("finetune-discrete MODEL --data gone", "the dataset gone does not exist"),
+    ("export gone", "the model gone does not exist"),
+    ("export MODEL --verify gone", "the dataset gone does not exist"),
+    ("export MODEL", "no images to verify on"),
+    ("export MODEL --openvino --no-gate", "OpenVINO is not installed"),
+    ("export MODEL --opset 16", "LayerNormalization"),
+    ("eval MODEL --data gone", "the dataset gone does not exist"),
+    ("benchmark gone", "the model gone does not exist"),
+]
+
+
+def test_refusals_come_before_torch_is_loaded(shapes_model) -> None:
+    """All of them in one fresh interpreter, since each start takes a second."""
+    commands = [line.replace("MODEL", str(shapes_model)).split() for line, _ in REFUSED]
+    code = (
+        "import sys, importlib.util as util\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'openvino' else find(name, *rest)\n"
+        "from rtdetr_cli.cli.app import run\n"
+        f"for words in {commands!r}:\n"
+        "    assert run(words), 'it was not refused'\n"
+        "    assert 'torch' not in sys.modules, words\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    errors = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+    for line, (_, message) in zip(errors, REFUSED, strict=True):
+        assert message in line
+
+
 def test_the_package_runs_as_a_module() -> None:
     ran = subprocess.run([sys.executable, "-m", "rtdetr_cli", "--version"], capture_output=True, text=True, check=True)
     assert ran.stdout.startswith("rtdetr ")

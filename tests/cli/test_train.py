@@ -97,7 +97,7 @@ def test_eval_gives_the_metrics_of_training(finished: Path, data: Path, rtdetr) 
 
 
 def test_output_in_a_pipe(data: Path, rtdetr, tmp_path: Path) -> None:
-    ran = rtdetr("train", *SMALL, "--data", data, "--epochs", 2, "--out", tmp_path)
+    ran = rtdetr("train", data, *SMALL, "--epochs", 2, "--out", tmp_path)
     assert ran.code == 0, ran.err
     lines = ran.err.splitlines()
     assert lines[0].startswith("rtdetr 0.")
@@ -115,6 +115,11 @@ def test_output_in_a_pipe(data: Path, rtdetr, tmp_path: Path) -> None:
     assert "AP50" in ran.out
     assert str(tmp_path / "tiny-shapes-01" / "best.safetensors") in ran.out
     assert "\033" not in ran.err + ran.out
+    run = tmp_path / "tiny-shapes-01"
+    predict, image, *weights = [line.split()[2:] for line in lines if line.startswith("next: ")][1]
+    assert (predict, weights, Path(image).is_file()) == ("predict", ["--weights", str(run)], True)
+    assert f"next: rtdetr eval {run}" in lines
+    assert lines[-1] == f"next: rtdetr export {run}"
 
 
 def test_json_output_is_one_document(data: Path, rtdetr, tmp_path: Path) -> None:
@@ -123,6 +128,7 @@ def test_json_output_is_one_document(data: Path, rtdetr, tmp_path: Path) -> None
     assert ran.json["schema_version"] == 1
     assert ran.json["run"] == str(tmp_path / "x")
     assert set(ran.json["metrics"]) >= {"AP", "AP50"}
+    assert "next: " not in ran.err
 
 
 def test_the_name_of_an_existing_run_is_refused(finished: Path, data: Path, rtdetr) -> None:
@@ -137,7 +143,8 @@ def test_the_name_of_an_existing_run_is_refused(finished: Path, data: Path, rtde
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        ([], 2, "--data is required"),
+        ([], 2, "no dataset given"),
+        (["DATA", "--data", "gone"], 2, "two datasets given"),
         (["--data", "gone.json"], 3, "gone.json does not exist"),
         (["--data", "DATA", "--weights", "gone.pth"], 4, "gone.pth"),
         (["--data", "DATA", "--weights", "coco"], 2, "no such published weights"),
@@ -291,7 +298,7 @@ def test_a_dry_run_measures_and_writes_nothing(data: Path, rtdetr, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("disk_free", "memory_total", "words"),
-    [(10**12, 10**10, []), (10**6, 10**10, ["only 0.00 GB are free"]), (10**12, 2 * 10**9, ["2.0 of 2.0 GB"])],
+    [(10**12, 10**10, []), (10**6, 10**10, ["only 0.00 GB is free"]), (10**12, 2 * 10**9, ["2.0 of 2.0 GB"])],
 )
 def test_a_dry_run_warns_about_too_little_memory_or_disk_space(
     disk_free: int, memory_total: int, words: list[str]
