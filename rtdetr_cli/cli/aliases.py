@@ -33,7 +33,7 @@ MODEL_IS_POSITIONAL = frozenset({"eval", "export", "benchmark", "compare", "info
 
 
 def translate(command: str, arguments: list[str], known: Collection[str]) -> list[str]:
-    """Replace foreign flag names in the words after `rtdetr` by ours; `known` are the flags of the command."""
+    """Replace foreign flag names in the words after `rtdetr` with ours; `known` are the flags of the command."""
     result: list[str] = []
     literal = False
     for word in arguments:

@@ -11,12 +11,13 @@ from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.terminal import JsonFlag
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.files import ensure_writable
+from rtdetr_cli.text import counted
 
 if TYPE_CHECKING:
     from rtdetr_cli.datasets.records import Dataset
     from rtdetr_cli.workflows.benchmark_report import Row
 
-SMALL_AP_LOSS = 0.01  # worth a speed gain to most users
+SMALL_AP_LOSS = 0.01  # most users accept it for a faster model
 
 
 def benchmark(
@@ -30,16 +31,17 @@ def benchmark(
     images: Annotated[Path | None, typer.Option(help="Image folder, if it is not found automatically.")] = None,
     split: Annotated[str, typer.Option(help="Split to evaluate: train, val or test.")] = "val",
     backends: Annotated[
-        str | None, typer.Option(help="Some of torch,onnx,openvino,tensorrt (default: all that are installed).")
+        str | None,
+        typer.Option(help="Backends: torch,onnx,openvino,tensorrt, or some of them (default: all installed)."),
     ] = None,
     sweep: Annotated[
         str | None,
-        typer.Option(help="Measure smaller settings: some of layers,queries,imgsz, or with values: layers=1/3."),
+        typer.Option(help="Measure smaller settings: layers,queries,imgsz, or some of them, or values: layers=1/3."),
     ] = None,
     device: Annotated[str, typer.Option(help="Device: auto, cpu, or a GPU such as 0.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (not with TensorRT).")] = None,
     batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Images per run.")] = 1,
-    warmup: Annotated[int, typer.Option(min=0, help="Warm-up runs, which are not counted.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Warmup runs, which are not counted.")] = 10,
     runs: Annotated[int, typer.Option(min=1, help="Timed runs.")] = 50,
     out: Annotated[
         Path | None, typer.Option(help="Folder for table, JSON and plot (with --sweep: benchmark/ in the run).")
@@ -99,15 +101,16 @@ def _show(rows: list[Row], document: dict[str, Any], *, advise: bool) -> None:
     machine = document["environment"]
     table, constants = drop_constant_columns(table_rows(rows))
     terminal.out(
-        f"{machine['processor']}, {document['threads'] or machine['cores']} threads, batch {document['batch']}, "
-        f"median / 90th percentile of {document['runs']} runs after {document['warmup']} warm-up runs"
+        f"{machine['processor']}, {counted(document['threads'] or machine['cores'], 'thread')}, "
+        f"batch {document['batch']}, median / 90th percentile of {counted(document['runs'], 'run')} "
+        f"after {counted(document['warmup'], 'warmup run')}"
     )
     if constants:
         terminal.out(f"all rows: {constants}")
     terminal.table(list(table[0]), [list(row.values()) for row in table])
     if document["front"]:
         terminal.out(
-            "* no other row is both faster and more accurate; AP differences are to the first row, on the same images"
+            "* no other row is both faster and more accurate; AP is compared with the first row on the same images"
         )
     if advise:
         _advise(rows)
@@ -126,7 +129,7 @@ def _split(model: Path, data: Path | None, images: Path | None, split: str) -> D
     except UsageError as error:
         if error.code != "data-missing":
             raise
-        terminal.warn("no dataset (--data): latency is measured on a synthetic 640x480 image, AP is not measured")
+        terminal.warn("no dataset (--data): latency is measured on a synthetic 480x640 image, AP is not measured")
         return None
     for note in chosen.notes:
         terminal.say(note)
@@ -148,7 +151,7 @@ def _advise(rows: list[Row]) -> None:
         return
     latency, best, gap = min(faster, key=lambda item: item[0])
     terminal.out(
-        f"{1 - latency / base.latency:.0%} faster for {gap.value:+.3f} AP (95 % interval {gap.lower:+.3f} to "
+        f"{1 - latency / base.latency:.0%} faster for {gap.value:+.3f} AP (95% interval {gap.lower:+.3f} to "
         f"{gap.upper:+.3f}): --layers {best.layers} --queries {best.queries} --imgsz {best.size} "
         "with eval, predict or export"
     )

@@ -43,7 +43,7 @@ def evaluate_command(
     ] = None,
     ci: Annotated[
         int,
-        typer.Option(min=0, max=100_000, help="Bootstrap resamples for a 95 % interval of AP, such as 1000; 0: none."),
+        typer.Option(min=0, max=100_000, help="Bootstrap resamples for a 95% interval of AP, such as 1000; 0: none."),
     ] = 0,
     fail_under: Annotated[float | None, typer.Option(help="Exit with code 6 if AP is below this (0 to 1).")] = None,
     save_json: Annotated[Path | None, typer.Option(help="Write the detections as COCO results.")] = None,
@@ -145,7 +145,7 @@ def _report(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    """Compute, print and write what was asked for besides the metrics."""
+    """Compute the requested extras, and print and write everything."""
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.bootstrap import small_split_warning
     from rtdetr_cli.evaluate.error_analysis import analyze_errors
@@ -266,8 +266,8 @@ def _print_metrics(document: dict[str, Any], model: str, interval: Interval | No
 
     dataset, classes = document["dataset"], document["per_class"]
     terminal.out(
-        f"{model} on {dataset['name']} {dataset['split']}: {document['pictures']} images, "
-        f"{document['boxes']} boxes, {len(classes)} classes ({document['evaluator']})"
+        f"{model} on {dataset['name']} {dataset['split']}: {counted(document['pictures'], 'image')}, "
+        f"{counted(document['boxes'], 'box')}, {counted(len(classes), 'class')} ({document['evaluator']})"
     )
     if interval is not None:
         terminal.out(f"AP {interval}")
@@ -277,7 +277,7 @@ def _print_metrics(document: dict[str, Any], model: str, interval: Interval | No
     rows = [[row[key] for key in ("name", "boxes", *rates, "APs", "APm", "APl")] for row in with_boxes]
     titles = ["class", "boxes", "AP", "AP50", "P", "R", "F1", "threshold", "APs", "APm", "APl"]
     if interval is not None:
-        titles.insert(3, "95 %")
+        titles.insert(3, "95%")
         for cells, row in zip(rows, with_boxes, strict=True):
             cells.insert(3, f"± {row['interval']['half']:.3f}" if "interval" in row else None)
     terminal.table(titles, rows, title="By class (precision and recall at the threshold with the best F1)")
@@ -307,7 +307,7 @@ def _print_thresholds(document: dict[str, Any]) -> None:
         return
     points = [
         *thresholds["per_class"],
-        {**overall, "name": "all classes, each at its own", "threshold": None},
+        {**overall, "name": "all classes, each at its own threshold", "threshold": None},
         {**thresholds["one_for_all"], "name": "all classes at one threshold"},
     ]
     terminal.table(

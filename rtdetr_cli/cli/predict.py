@@ -81,7 +81,7 @@ def predict(
     from rtdetr_cli.infer.selection import parse_conf, select_by
     from rtdetr_cli.infer.sources import find_sources
 
-    # Refuse first what can be refused without opening a file.
+    # Check the options before any file is opened.
     size = parse_size(imgsz) if imgsz else None
     _check_options(
         sampling, out, **{"max-det": max_det, "batch": batch, "threads": threads, "layers": layers, "queries": queries}
@@ -174,7 +174,7 @@ def _image_ids(splits: Splits) -> dict[str, int]:
 def _show_model(
     model: Path, backend: Backend, selection: Selection, sources: Sequence[Source], *, compare: bool
 ) -> None:
-    """Print what runs, and warn of stored thresholds that were calibrated with other settings."""
+    """Print the model and its settings; warn of stored thresholds that were calibrated with other settings."""
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.infer.selection import threshold_mismatch
 
@@ -266,6 +266,7 @@ class _Run:
         from rtdetr_cli.images.decode import ImageError
         from rtdetr_cli.infer.stream import predict_video
         from rtdetr_cli.infer.video import Video
+        from rtdetr_cli.text import counted
 
         try:
             video = Video(source.path)
@@ -285,7 +286,8 @@ class _Run:
         if not self.as_json:
             rate = frames / max(time.monotonic() - start, 1e-9)
             size = "x".join(map(str, video.size_wh))
-            terminal.out(f"{source.path}  {size}  {frames} frames  {detections} detections  {rate:.1f} frames/s")
+            amounts = f"{counted(frames, 'frame')}  {counted(detections, 'detection')}"
+            terminal.out(f"{source.path}  {size}  {amounts}  {rate:.1f} frames/s")
         if video.truncated:
             self.truncated += 1
             terminal.warn(f"{source.path} is truncated: it ends after {frames} of {video.frames} frames")
@@ -317,7 +319,7 @@ class _Run:
         from rtdetr_cli.cli import terminal
 
         self.errors.append(error)
-        if not self.alone:  # that of a single source ends the command
+        if not self.alone:  # the error of a single source ends the command
             terminal.complain(error.message)
 
     def counted(self) -> str:
@@ -355,7 +357,7 @@ class _Run:
         return text
 
     def hint(self, model: Path) -> str:
-        """Return what explains a result that nobody wants: nothing detected, or several boxes on one object."""
+        """Explain a poor result: nothing detected, or several boxes on one object; empty if there is none."""
         if not self.images:
             return ""
         total, best = self.classes.total(), self.best_score

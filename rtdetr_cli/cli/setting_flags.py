@@ -29,13 +29,13 @@ SetFlag = Annotated[
 def with_setting_flags(
     names: Iterable[str], *, defaults: Mapping[str, str] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that adds the flags of settings in front of a command's own.
+    """Return a decorator that adds the flags of settings before the command's other flags.
 
-    The command receives those that were given on the command line as its first argument, a dictionary.
+    The command receives the settings given on the command line as a dictionary, its first argument.
 
     Args:
-        names: of the settings.
-        defaults: name -> where the value comes from, for a command with other defaults than the settings have.
+        names: names of the settings.
+        defaults: name -> where the value comes from, for a command whose defaults differ from those of the settings.
     """
     chosen = [declarations()[name] for name in names]
 
@@ -50,13 +50,13 @@ def with_setting_flags(
             }
             command(given, **values)
 
-        _, *own = inspect.signature(command, eval_str=True).parameters.values()
-        arguments = [p for p in own if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+        _, *others = inspect.signature(command, eval_str=True).parameters.values()
+        arguments = [p for p in others if p.kind is not inspect.Parameter.KEYWORD_ONLY]
         parameters = [
             inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
             *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in arguments),
             *(_parameter(setting, (defaults or {}).get(setting.name, "")) for setting in chosen),
-            *(p for p in own if p not in arguments),
+            *(p for p in others if p not in arguments),
         ]
         with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         with_flags.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -66,7 +66,7 @@ def with_setting_flags(
 
 
 def _parameter(setting: Setting, default_elsewhere: str) -> inspect.Parameter:
-    # What is neither a path, a number nor a switch is text until it is validated.
+    # Anything but a path, a number or a switch is passed on as text until it is validated.
     kind: Any = next((k for k in (bool, int, float) if setting.kind in (k, k | None)), str)
     kind = Path if setting.is_path else kind
     option = typer.Option(

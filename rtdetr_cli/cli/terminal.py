@@ -57,7 +57,7 @@ def complain(message: str, hint: str = "") -> None:
 
 
 def next_step(*words: object) -> None:
-    """Write the command that comes next, as its words (quoted where a shell needs it) or as one ready line."""
+    """Write the next command to run, given as separate words (quoted for the shell) or as one line."""
     command = str(words[0]) if len(words) == 1 else shlex.join(map(str, words))
     say(paint("next:", "36") + " " + command)
 
@@ -121,7 +121,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: st
 
 
 def show(value: object) -> str:
-    """Return one table cell: three digits for a fraction, a dash for nothing."""
+    """Return one table cell: three digits for a fraction, a dash for a missing value."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if isinstance(value, float):
@@ -138,7 +138,7 @@ def duration(seconds: float) -> str:
 
 
 def fold(text: str, *, indent: int, first: int = 0) -> str:
-    """Fold a line between words for a terminal; return it whole for a pipe.
+    """Fold a line between words for a terminal; return it unchanged for a pipe.
 
     Args:
         text: the line.
@@ -183,7 +183,7 @@ class _Lines:
         rate = self.done / max(time.monotonic() - self.start, 1e-9)
         if self.in_bytes:
             size = f"{self.done / 1e6:.1f} of {self.total / 1e6:.1f} MB"
-            say(f"{self.what}  {tenths * 10} %  {size}  {rate / 1e6:.1f} MB/s")
+            say(f"{self.what}  {tenths * 10}%  {size}  {rate / 1e6:.1f} MB/s")
         else:
             figures = "".join(f"  {key} {show(value)}" for key, value in facts.items())
             say(f"{self.what} {self.done}/{self.total}  {rate:.1f}/s{figures}")

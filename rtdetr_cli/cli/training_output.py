@@ -294,12 +294,13 @@ def _dry_run_document(result: DryRunResult, started: RunStarted) -> dict[str, An
 def _show_dry_run(result: DryRunResult, started: RunStarted) -> None:
     plan = started.plan
     evaluations = sum(plan.evaluates(epoch) for epoch in range(plan.epochs))
+    images = counted(started.val_images, "image")
     terminal.table(
         ("quantity", "value", "details"),
         [
             ("step", f"{result.step_seconds:.2f} s", counted(plan.total_steps, "step")),
             ("largest step", f"{result.worst_seconds:.2f} s", "largest scale, most boxes"),
-            ("evaluation", f"{result.evaluation_seconds:.1f} s", f"{evaluations} x {counted(started.val_images, 'image')}"),
+            ("evaluation", f"{result.evaluation_seconds:.1f} s", f"{evaluations} x {images}"),
             ("export", f"{result.export_seconds:.1f} s", f"ONNX, {result.export_bytes / 1e6:.1f} MB"),
             ("whole run", terminal.duration(result.total_seconds), counted(plan.epochs, "epoch")),
             ("micro-batch", result.micro_batch, f"effective batch {plan.effective_batch}"),

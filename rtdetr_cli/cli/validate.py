@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MISSING_LABELS = ("drop", "empty")
 FORMATS = ("coco", "yolo", "voc")
 MAX_LEFT_OUT = 10  # images listed after --fix
-FIRST_WIDTH = 140  # of the first place of a finding in the table, in characters
+FIRST_WIDTH = 140  # characters of the column `first`
 CHANGED = {
     "left_out": {"box-zero-size": "box", "label-orphan": "label file"},
     "clipped": {"box-partly-outside": "box", "label-beyond-one": "box"},
@@ -205,7 +205,7 @@ def _show_next(report: Report, images: Path | None, copy: Path | None, failed: b
 
 
 def _fix_command(report: Report, images: Path | None) -> list[str]:
-    """Return the command that writes a repaired copy to a new folder, here or beside the dataset."""
+    """Return the command that writes a repaired copy to a new folder, outside the dataset."""
     home = Path("..") if Path.cwd().is_relative_to(report.raw.folder.resolve()) else Path()
     names = (f"{report.raw.name}-fixed{number or ''}" for number in count())
     out = next(home / name for name in names if not (home / name).exists())
@@ -214,7 +214,7 @@ def _fix_command(report: Report, images: Path | None) -> list[str]:
 
 
 def _show(report: Report) -> None:
-    """Print a table with one row per code, with the first place of the finding; notes without harm share a line."""
+    """Print a table with one row per code and its first finding; harmless notes share a line."""
     from rtdetr_cli.checks.load import format_finding, unlabelled_note
     from rtdetr_cli.datasets.codes import CODES
 
@@ -252,7 +252,7 @@ def _show(report: Report) -> None:
 def _fix(
     report: Report, out: Path, keep_unlabelled: bool, document: dict[str, Any], as_json: bool, strict: bool
 ) -> tuple[bool, Path]:
-    """Write the repaired copy and check it; return whether it still fails, and what to train on."""
+    """Write the repaired copy and check it; return whether it still fails, and the path to train on."""
     from rtdetr_cli.checks.doctor import examine
     from rtdetr_cli.checks.repair import repair
     from rtdetr_cli.checks.repair.rewrite import REWRITTEN
@@ -305,7 +305,7 @@ def _write(
     document: dict[str, Any],
     as_json: bool,
 ) -> Path:
-    """Write the dataset to a new folder, split anew or in another format; return what to train on.
+    """Write the dataset to a new folder, with new splits or in another format; return the path to train on.
 
     Raises:
         DataError: it has errors.
@@ -329,9 +329,9 @@ def _write(
     if fractions is not None:
         from rtdetr_cli.checks.split import resplit
 
-        made = resplit(report, parts, fractions, seed=seed)
-        parts = made.parts
-        facts = {"clusters": made.clusters, "groups": made.groups, "largest_cluster": made.largest, "seed": seed}
+        new = resplit(report, parts, fractions, seed=seed)
+        parts = new.parts
+        facts = {"clusters": new.clusters, "groups": new.groups, "largest_cluster": new.largest, "seed": seed}
     format_name = convert or (report.raw.format if report.raw.format in FORMATS else "coco")
     data = write_dataset(parts, format_name, to)
     counts = {name: len(part) for name, part in parts.items()}

@@ -106,7 +106,7 @@ class RunSettings:
     cache: Literal["none", "ram", "disk"] = _flag(
         "none", "Cache decoded images: none, ram or disk (--set cache_gb=4 limits the size)."
     )
-    cache_gb: Annotated[float, Bounds(ge=0)] = _key(0.0, "Largest cache in GB; 0 uses half of the free space.")
+    cache_gb: Annotated[float, Bounds(ge=0)] = _key(0.0, "Maximum cache size in GB; 0 uses half of the free space.")
     device: str = _flag("auto", "Device: auto, cpu, a GPU such as 0, or several: 0,1.")
     seed: Count = _flag(0, "Random seed.")
     deterministic: bool = _flag(False, "Use gather sampling and deterministic kernels on CUDA.")

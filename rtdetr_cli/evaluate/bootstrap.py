@@ -18,6 +18,7 @@ from rtdetr_cli.errors import DataError
 from rtdetr_cli.evaluate.coco import image_numbers
 from rtdetr_cli.evaluate.matching import TRUE_POSITIVE, box_images, outcomes_at
 from rtdetr_cli.evaluate.table import DetectionTable
+from rtdetr_cli.text import counted
 
 IOUS = tuple(0.5 + 0.05 * step for step in range(10))
 CONFIDENCE = 0.95
@@ -29,7 +30,7 @@ WIDE = 0.05  # half an interval above which a split is called too small
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A number with its 95 % confidence interval."""
+    """A number with its 95% confidence interval."""
 
     value: float
     lower: float
@@ -42,7 +43,7 @@ class Interval:
         return (self.upper - self.lower) / 2
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} ± {self.half_width:.3f} ({CONFIDENCE * 100:.0f} %, {self.images} images)"
+        return f"{self.value:.3f} ± {self.half_width:.3f} ({CONFIDENCE:.0%}, {counted(self.images, 'image')})"
 
     def to_json(self) -> dict[str, float | int]:
         """Return the figures by name."""
@@ -86,7 +87,7 @@ def _interval(value: float, resampled: NDArray[np.float64], images: int) -> Inte
 
     AP of few images is too high, and AP of a resample, which repeats images, is higher again by about as much;
     mirroring cancels the two errors. On synthetic images (20 classes, most of them rare, samples of 100 from 6,000)
-    the interval covered the true AP in 83 % of samples, plain quantiles in 49 %; with 3 classes 91 and 88 %.
+    the interval covered the true AP in 83% of samples, plain quantiles in 49%; with 3 classes 91% and 88%.
     """
     tail = (1 - CONFIDENCE) / 2
     lower, upper = np.quantile(resampled, [tail, 1 - tail]) if len(resampled) else (value, value)
@@ -104,8 +105,8 @@ def draw_weights(images: int, resamples: int) -> NDArray[np.float32]:
 
 def resample(dataset: Dataset, table: DetectionTable, *, resamples: int = 1000) -> Resamples:
     """Compute AP under resamples of the images; raises DataError where there are no boxes."""
-    counted = ~dataset.crowd
-    if not len(dataset) or not counted.any():
+    objects = ~dataset.crowd
+    if not len(dataset) or not objects.any():
         message = f"the {dataset.split} split of {dataset.name} has no boxes, so AP has no interval"
         raise DataError(message, code="empty-split")
     classes = len(dataset.categories)
@@ -115,7 +116,7 @@ def resample(dataset: Dataset, table: DetectionTable, *, resamples: int = 1000) 
     class_offsets = np.searchsorted(table.labels[order], np.arange(classes + 1))
     # (N, K) boxes of each class in each image
     boxes_in = np.zeros((len(dataset), classes), np.float32)
-    np.add.at(boxes_in, (box_images(dataset)[counted], dataset.labels[counted]), 1)
+    np.add.at(boxes_in, (box_images(dataset)[objects], dataset.labels[objects]), 1)
     images_with_class = np.count_nonzero(boxes_in, axis=0)
     ap = np.full((resamples, classes), np.nan)
     weights = draw_weights(len(dataset), resamples)
@@ -187,8 +188,8 @@ def small_split_warning(interval: Interval) -> str:
     if interval.images >= FEW_IMAGES and interval.half_width <= WIDE:
         return ""
     return (
-        f"the split is small: with {interval.images} images AP is known to ± {interval.half_width:.3f} only; "
-        "four times as many images would halve that"
+        f"the split is small: with {counted(interval.images, 'image')}, AP is only known to "
+        f"± {interval.half_width:.3f}; four times as many images would halve that"
     )
 
 
@@ -209,13 +210,13 @@ class Comparison:
     def sentence(self, name_a: str = "A", name_b: str = "B") -> str:
         """Return the result in words."""
         gap, low, high = self.difference.value, self.difference.lower, self.difference.upper
-        images = f"{self.difference.images} images"
+        images = counted(self.difference.images, "image")
         if low == high == 0:
             return f"{name_a} and {name_b} have the same AP on every resample"
         if self.verdict == "b":
-            return f"{name_b} is better than {name_a} by {gap:.3f} AP (95 %: {low:.3f} to {high:.3f}, {images})"
+            return f"{name_b} is better than {name_a} by {gap:.3f} AP (95%: {low:.3f} to {high:.3f}, {images})"
         if self.verdict == "a":
-            return f"{name_a} is better than {name_b} by {-gap:.3f} AP (95 %: {-high:.3f} to {-low:.3f}, {images})"
+            return f"{name_a} is better than {name_b} by {-gap:.3f} AP (95%: {-high:.3f} to {-low:.3f}, {images})"
         advice = ""
         if abs(gap) >= 0.001:
             needed = self.difference.images * (self.difference.half_width / gap) ** 2
@@ -224,7 +225,7 @@ class Comparison:
             advice = f"; a difference of this size needs about {needed:,} images"
         return (
             f"no significant difference: {name_b} minus {name_a} is {gap:+.3f} AP "
-            f"(95 %: {low:+.3f} to {high:+.3f}, {images}){advice}"
+            f"(95%: {low:+.3f} to {high:+.3f}, {images}){advice}"
         )
 
 

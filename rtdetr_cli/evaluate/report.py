@@ -81,7 +81,7 @@ def page_context(
         "counted": counted,
         "css_colour": css_colour,
         "title": f"Evaluation on {dataset.name} {dataset.split}",
-        "made": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        "created": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         "model": model,
         "dataset": dataset,
         "evaluation": evaluation,

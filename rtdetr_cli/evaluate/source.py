@@ -115,7 +115,7 @@ def choose_split(
         if trained is None:
             raise UsageError(
                 "no dataset is named, and the model does not say what it was trained on",
-                hint="name a dataset with --data DATA",
+                hint="pass a dataset with --data DATA",
                 code="data-missing",
             )
         if not trained.source.exists():

@@ -99,7 +99,7 @@ def _name_of_url(url: str) -> Path:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UsageError(f"{url} is not a web address that can be read", hint="http://... or https://... of an image")
     if name.suffix.lower() in VIDEO_SUFFIXES:
-        raise UsageError(f"{url} is a video: only images are read from the web", hint="download it, then name the file")
+        raise UsageError(f"{url} is a video: only images are read from the web", hint="download it, then pass the file")
     return name
 
 

@@ -100,7 +100,7 @@ def table_rows(rows: Sequence[Row]) -> list[dict[str, object]]:
             },
             **({"images/s": f"{row.images_per_second:.1f}"} if row.batch > 1 else {}),
             "AP": row.ap,
-            "AP - first (95 %)": row.difference and f"{row.difference.value:+.3f} ± {row.difference.half_width:.3f}",
+            "AP - first (95%)": row.difference and f"{row.difference.value:+.3f} ± {row.difference.half_width:.3f}",
             "best": "*" if row.front else "",
         }
         for row in rows

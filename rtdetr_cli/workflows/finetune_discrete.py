@@ -274,7 +274,7 @@ def plan_discrete(model: Path, header: ModelHeader, flags: Mapping[str, Any], *,
     if header.sampling == "discrete":
         raise UsageError(
             f"{model} uses discrete sampling already",
-            hint="name the run or model that it was made from; rtdetr train --set sampling=discrete trains it further",
+            hint="pass the run or model that it was made from; rtdetr train --set sampling=discrete trains it further",
             code="already-discrete",
         )
     given = {word.partition("=")[0].strip() for word in sets}
@@ -297,7 +297,7 @@ def plan_discrete(model: Path, header: ModelHeader, flags: Mapping[str, Any], *,
         if trained_with is None:
             raise UsageError(
                 f"no dataset given, and {model.name} does not say what it was trained on",
-                hint="name a dataset with --data DATA",
+                hint="pass a dataset with --data DATA",
                 code="data-missing",
             )
         base["data"] = str(trained_with.source)

@@ -104,7 +104,7 @@ def test_text_and_json_agree(rtdetr: Rtdetr, public: tuple[object, ...]) -> None
     ran = rtdetr(*public, "--ci", 200)
     interval = document["interval"]
     assert interval["lower"] < document["metrics"]["AP"] < interval["upper"]
-    assert f"AP 0.505 ± {interval['half']:.3f} (95 %, 100 images)" in ran.out
+    assert f"AP 0.505 ± {interval['half']:.3f} (95%, 100 images)" in ran.out
     rows = {row["name"]: row for row in document["per_class"]}
     assert "interval" in rows["person"]
     assert "interval" not in rows["umbrella"]  # a single box

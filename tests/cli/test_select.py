@@ -118,11 +118,11 @@ def test_a_discrete_run_that_lost_too_much_ap_is_not_preferred(runs: Path, capsy
 @pytest.mark.parametrize(
     ("files", "message", "hint"),
     [
-        ((), "the folder {} is empty", "name a model file, or the folder of a run such as runs/NAME"),
-        (("notes.txt",), "the folder {} is not a run and has no model", "name a model file, or the folder of a run"),
-        (("x.onnx", "y.xml"), "the folder {} is not a run", "name the model file: {0}/x.onnx, {0}/y.xml"),
+        ((), "the folder {} is empty", "pass a model file, or the folder of a run such as runs/NAME"),
+        (("notes.txt",), "the folder {} is not a run and has no model", "pass a model file, or the folder of a run"),
+        (("x.onnx", "y.xml"), "the folder {} is not a run", "pass the model file: {0}/x.onnx, {0}/y.xml"),
         (("config.toml", "last.ckpt"), "no epoch has been evaluated yet", "rtdetr train --resume {}"),
-        (("config.toml",), "no epoch has been evaluated yet", "name a model file, or the folder of a run"),
+        (("config.toml",), "no epoch has been evaluated yet", "pass a model file, or the folder of a run"),
     ],
 )
 def test_a_folder_without_a_model(files: tuple[str, ...], message: str, hint: str, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_file_of_another_kind_names_the_command_for_it(name: str, hint: str, t
 
 def test_a_training_checkpoint_names_its_run(runs: Path) -> None:
     (runs / "a" / "last.ckpt").write_bytes(b"x")
-    assert refused(runs / "a" / "last.ckpt").hint == f"name the run: {runs / 'a'}"
+    assert refused(runs / "a" / "last.ckpt").hint == f"pass the run folder: {runs / 'a'}"
 
 
 @pytest.mark.parametrize("command", ["info", "eval", "export"])

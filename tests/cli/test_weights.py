@@ -80,7 +80,7 @@ def test_train_shows_the_progress_of_a_download(
     words = ["train", "--data", shapes_data, *QUICK, "--imgsz", 64, "--out", tmp_path / "runs", "--preset", preset]
     ran = rtdetr(*words, "--weights", "imagenet")
     assert ran.code == 0, ran.err
-    assert f"fetching {file}  100 %" in ran.err
+    assert f"fetching {file}  100%" in ran.err
     assert f"from ImageNet backbone {file}" in ran.err
 
 

@@ -48,7 +48,7 @@ def test_four_times_as_many_images_halve_the_interval(make: Any) -> None:
     few, many = resample(dataset, table).interval(value), resample(*four_times).interval(value)
     assert few.lower < value < few.upper
     assert many.half_width == pytest.approx(few.half_width / 2, rel=0.15)
-    assert str(many) == f"{value:.3f} ± {many.half_width:.3f} (95 %, 120 images)"
+    assert str(many) == f"{value:.3f} ± {many.half_width:.3f} (95%, 120 images)"
 
 
 def test_a_class_without_boxes_in_a_resample_is_left_out_of_the_mean(make: Any) -> None:
@@ -75,7 +75,7 @@ def test_compare_with_the_same_and_with_a_better_model(make: Any) -> None:
     better, _ = compare(dataset, (table, truth), (value, 1.0))
     assert better.verdict == "b"
     assert better.probability_b_better == 1
-    assert better.sentence("old", "new").startswith(f"new is better than old by {1 - value:.3f} AP (95 %: ")
+    assert better.sentence("old", "new").startswith(f"new is better than old by {1 - value:.3f} AP (95%: ")
     worse, _ = compare(dataset, (truth, table), (1.0, value))
     assert worse.sentence("old", "new").startswith("old is better than new")
 

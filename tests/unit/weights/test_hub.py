@@ -313,7 +313,7 @@ def test_fetch_shows_progress_and_warns_of_a_changed_file(server: Path, rtdetr, 
     assert ran.code == 0
     lines = [line for line in ran.err.splitlines() if line.startswith(f"fetching {FILE}")]
     assert 2 <= len(lines) <= 10
-    assert re.search(rf"100 %  {len(content) / 1e6:.1f} of {len(content) / 1e6:.1f} MB", lines[-1])
+    assert re.search(rf"100%  {len(content) / 1e6:.1f} of {len(content) / 1e6:.1f} MB", lines[-1])
     assert ran.out.strip() == str(hub.weights_folder() / FILE)
     write(server / FILE, seed=1)
     ran = rtdetr("weights", "fetch", FILE, "--force")
@@ -344,4 +344,4 @@ def test_predict_shows_the_progress_of_its_first_download(
     shutil.copy(image, tmp_path / "a.png")
     ran = rtdetr("predict", "a.png", "--no-save")
     assert ran.code == 0, ran.err
-    assert f"fetching {PINNED}  100 %" in ran.err
+    assert f"fetching {PINNED}  100%" in ran.err
