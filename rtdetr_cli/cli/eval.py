@@ -197,6 +197,22 @@ def _report(
             raise failure
         terminal.complain(failure.message)  # stdout already has its one document
         raise typer.Exit(failure.exit_code)
+    if not as_json and "model" in evaluated.facts:
+        _show_next(Path(evaluated.facts["model"]), evaluated.source)
+
+
+def _show_next(model: Path, dataset: Path) -> None:
+    """Print the command that comes next: export a finetuned model, or finetune a published one."""
+    from rtdetr_cli.cli import terminal
+    from rtdetr_cli.cli.select import model_name
+    from rtdetr_cli.weights.header import EXPORT_SUFFIXES
+
+    if model.suffix.lower() in EXPORT_SUFFIXES:
+        return
+    if model.suffix == ".safetensors":
+        terminal.next_step("rtdetr", "export", model_name(model))
+    else:
+        terminal.next_step("rtdetr", "train", dataset, "--weights", model)
 
 
 def _add_intervals(document: dict[str, Any], evaluation: Evaluation, resamples: int) -> Interval | None:

@@ -14,6 +14,7 @@ from rtdetr_cli.errors import GateError, RtdetrError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from rtdetr_cli.datasets.records import Dataset
     from rtdetr_cli.export.artefacts import Artefact
     from rtdetr_cli.export.run import ExportEvent
 
@@ -52,6 +53,7 @@ def export(
     verify: Annotated[
         Path | None, typer.Option(help="Dataset or folder of images to verify on (default: the run's val split).")
     ] = None,
+    split: Annotated[str, typer.Option(help="Split to verify on: train, val or test.")] = "val",
     tol_ap: Annotated[float, typer.Option(help="Maximum AP difference between model and export.")] = 0.002,
     no_gate: Annotated[bool, typer.Option("--no-gate", help="Skip verification.")] = False,
     device: Annotated[str, typer.Option(help="Device for verification: auto, cpu, or a GPU such as 0.")] = "auto",
@@ -77,15 +79,16 @@ def export(
             f"{path} is already exported", hint="pass the weights that it was exported from: .safetensors or .pth"
         )
 
-    from rtdetr_cli.export.graph import ExportOptions
+    from rtdetr_cli.export.options import ExportOptions
 
     # TensorRT comes last: many machines lack it, and everything else should be finished by then.
     requested = {"onnx": onnx, "fp16": fp16 or trt_fp16, "openvino": openvino, "trt-fp16": trt_fp16}
     formats = tuple(name for name, wanted in requested.items() if wanted) or ("onnx",)
     options = ExportOptions(formats, size, batch, dynamic, opset, gridsample, raw, preprocess)
     options.check()
+    _check_packages(formats)
+    images = None if no_gate else _verification_images(verify, path, split)
 
-    from rtdetr_cli.export.images import verification_images
     from rtdetr_cli.export.run import count_image_runs, export_events
     from rtdetr_cli.infer.selection import threshold_mismatch
     from rtdetr_cli.infer.torch_backend import check_sampling
@@ -96,17 +99,40 @@ def export(
     other_setting = threshold_mismatch(header, size or header.imgsz)
     if other_setting is not None:
         terminal.warn(f"{other_setting[0]}; exported anyway")
-    images = None
-    if not no_gate:
-        images, notes = verification_images(verify, path, header)
-        for note in notes:
-            terminal.say(note)
     folder = out or path.parent / "export"
     events = export_events(loaded, header, folder, options, images=images, stem=path.stem, tol_ap=tol_ap, device=device)
     artefacts, error = _render(events, None if images is None else count_image_runs(formats, images))
     if no_gate:
         terminal.warn("--no-gate: these files have not been verified")
     _report(artefacts, error, as_json=as_json)
+    if images is not None and not raw and not as_json:
+        from rtdetr_cli.datasets.records import Dataset
+
+        image = images.path(0) if isinstance(images, Dataset) else images[0]
+        terminal.next_step("rtdetr", "predict", image, "--weights", artefacts[-1].path)
+
+
+def _check_packages(formats: Sequence[str]) -> None:
+    """Refuse OpenVINO where it is missing; without TensorRT, say that the engine cannot be built here."""
+    from rtdetr_cli.errors import EnvironmentProblem
+    from rtdetr_cli.infer.packages import has_package
+
+    if "openvino" in formats and not has_package("openvino"):
+        hint = "pip install 'rtdetr-cli[openvino]', or leave out --openvino"
+        raise EnvironmentProblem("OpenVINO is not installed", hint=hint, code="package-missing")
+    if "trt-fp16" in formats and not has_package("tensorrt"):
+        terminal.warn("TensorRT is not installed: the other files are written, but no engine is built here")
+
+
+def _verification_images(verify: Path | None, model: Path, split: str) -> Dataset | Sequence[Path]:
+    from rtdetr_cli.export.images import verification_images
+    from rtdetr_cli.weights.header import read_header
+
+    header = read_header(model) if model.suffix == ".safetensors" else None
+    images, notes = verification_images(verify, model, header, split=split)
+    for note in notes:
+        terminal.say(note)
+    return images
 
 
 def _render(events: Iterable[ExportEvent], runs: int | None) -> tuple[list[Artefact], RtdetrError | None]:

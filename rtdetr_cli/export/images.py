@@ -15,21 +15,22 @@ VERIFY_HINT = "--verify DATA or a folder of images; or --no-gate to skip verific
 
 
 def verification_images(
-    verify: Path | None, model: Path, header: ModelHeader
+    verify: Path | None, model: Path, header: ModelHeader | None, *, split: str = "val"
 ) -> tuple[Dataset | Sequence[Path], Sequence[str]]:
     """Return a split with labels, or images without, and notes on how it was chosen.
 
     Args:
         verify: a dataset or a folder of images; None for the dataset that the model was trained with.
         model: path of the model file.
-        header: the model's.
+        header: the model's; None for a file that has none.
+        split: of the dataset.
 
     Raises:
         UsageError: there are no images.
         DataError: the dataset cannot be read.
     """
     try:
-        chosen = choose_split(verify, model=model, header=header)
+        chosen = choose_split(verify, split=split, model=model, header=header)
     except UsageError as error:
         if error.code != "data-missing":
             raise

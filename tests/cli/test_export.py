@@ -58,6 +58,7 @@ def test_export_and_report(rtdetr: Rtdetr, model: Path, shapes_data: Path) -> No
     assert shown.code == 0
     assert "passed" in shown.out
     assert "verify  onnx fp32 on 16 images" in shown.err
+    assert shown.err.splitlines()[-1].endswith(f"--weights {model.parent / 'export/best.onnx'}")
 
 
 @pytest.mark.usefixtures("traced")
@@ -74,6 +75,17 @@ def test_folder_of_images(rtdetr: Rtdetr, model: Path, shapes_data: Path, tmp_pa
     assert verdict["pictures"] == 5
     assert verdict["ap_model"] is None
     assert (out / "best.onnx").is_file()
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_folder_with_labels_is_verified_by_ap(rtdetr: Rtdetr, model: Path, shapes_data: Path) -> None:
+    words = ["export", model, "--dynamic", "--device", "cpu", "--json", "--verify", shapes_data.parent]
+    ran = rtdetr(*words)
+    assert ran.code == 0, ran.err
+    assert ran.json["artefacts"][0]["gate"]["ap_model"] > 0
+    ran = rtdetr(*words, "--split", "test")
+    assert ran.code == 2
+    assert "test split" in ran.json["error"]["message"]
 
 
 @pytest.mark.usefixtures("traced")
