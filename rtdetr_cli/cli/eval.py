@@ -342,7 +342,15 @@ def _print_errors(errors: dict[str, Any]) -> None:
         [[row["kind"], row["count"], row["gain"]] for row in errors["kinds"]],
         title="Errors",
     )
-    terminal.out(f"errors are counted at {errors['thresholds']['origin']}; gains are over all detections")
+    terminal.out(
+        f"errors are counted at {errors['thresholds']['origin']}; gains are over all detections; missed leaves out "
+        "objects that a classification or location error accounts for"
+    )
+    if most := errors["duplicates"]:
+        terminal.out(
+            f"a score of at least {most['score']:.3f} removes {most['removed']} of {counted(most['of'], 'duplicate')} "
+            f"(and {most['correct_removed']} of {counted(most['correct'], 'correct detection')})"
+        )
     empty = errors["empty_pictures"]
     if empty["pictures"]:
         terminal.out(

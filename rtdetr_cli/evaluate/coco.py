@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ EVALUATORS = ("hotcoco", "pycocotools")
 SIZES = ("all", "small", "medium", "large")
 # Square pixels, as COCO defines them: small up to 32 x 32, large from 96 x 96.
 AREA_RANGES = ((0.0, 1e10), (0.0, 1024.0), (1024.0, 9216.0), (9216.0, 1e10))
-PYCOCOTOOLS_LACKS = "the confusion matrix and the AP gained by fixing each kind of error (TIDE) need hotcoco"
+PYCOCOTOOLS_LACKS = "the AP gained by fixing each kind of error (TIDE) needs hotcoco"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,15 +112,6 @@ def coco_metrics(dataset: Dataset, table: DetectionTable, *, evaluator: str = "h
     return CocoResult(
         metrics, curves["precision"], curves["recall"], evaluator, session if evaluator == "hotcoco" else None
     )
-
-
-def without_crowds(dataset: Dataset) -> Dataset:
-    """Return the dataset without its crowd boxes."""
-    keep = ~dataset.crowd
-    kept_before = np.concatenate([[0], np.cumsum(keep)])
-    columns = ("boxes_xyxy_px", "labels", "areas", "crowd", "annotation_ids")
-    offsets = kept_before[dataset.offsets].astype(np.int64)
-    return replace(dataset, offsets=offsets, **{column: getattr(dataset, column)[keep] for column in columns})
 
 
 def image_numbers(dataset: Dataset) -> NDArray[np.int64]:

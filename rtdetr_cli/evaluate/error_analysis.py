@@ -7,6 +7,7 @@ since errors below it are never seen in use.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,6 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.evaluate.classes import listed
-from rtdetr_cli.evaluate.coco import hotcoco_session, without_crowds
 from rtdetr_cli.evaluate.matching import FALSE_POSITIVE, TRUE_POSITIVE, box_images, overlapping_pairs
 from rtdetr_cli.evaluate.run import Evaluation
 
@@ -35,6 +35,7 @@ CORRECT, NOT_COUNTED = -1, -2  # kinds of detections that are no errors; not cou
 _TIDE_NAMES = dict(zip(KINDS, ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss"), strict=True))
 MATCH_IOU, OVERLAP_IOU = 0.5, 0.1
 NEVER_DETECTED_SCORE = 0.05  # a box that nothing overlaps with even this score is "never detected"
+MOST = 0.8  # of the duplicates are below the suggested score
 MAX_SUSPECTS = 100
 RELIABLE_AP50 = 0.5  # of a class whose detections say more about the annotations than about the model
 
@@ -112,16 +113,41 @@ class ErrorAnalysis:
         return {kind: float(gains[name]) for kind, name in _TIDE_NAMES.items()}
 
     @cached_property
-    def confusion(self) -> NDArray[np.int64] | None:
-        """(K + 1, K + 1) boxes by annotated (row) and detected class (column); the last of each is "nothing".
+    def confusion(self) -> NDArray[np.int64]:
+        """(K + 1, K + 1) counts by annotated (row) and detected class (column); the last of each is "nothing".
 
-        None without hotcoco. Crowds and detections in them are left out.
+        It agrees with `counts`: the diagonal is correct, the other cells of two classes are classification errors, the
+        row "nothing" holds all other false positives, and the column "nothing" the missed boxes, without those of a
+        classification error and with those of a location error.
         """
-        if self.evaluation.coco.session is None:
+        dataset, labels = self.evaluation.dataset, self.evaluation.table.labels
+        nothing = len(dataset.categories)
+        correct, confused = self.kinds == CORRECT, self.kinds == CLASSIFICATION
+        annotated = np.full(len(labels), nothing)
+        annotated[correct] = dataset.labels[self.evaluation.matches.matched_box[correct]]
+        annotated[confused] = dataset.labels[self.related_box[confused]]
+        undetected = self.missed.copy()
+        undetected[self.related_box[confused]] = False
+        matrix = np.zeros((nothing + 1, nothing + 1), np.int64)
+        counted = self.kinds != NOT_COUNTED
+        np.add.at(matrix, (annotated[counted], labels[counted]), 1)
+        np.add.at(matrix, (dataset.labels[undetected], nothing), 1)
+        return matrix
+
+    @cached_property
+    def duplicate_threshold(self) -> dict[str, float | int] | None:
+        """The score that removes most duplicates, how many, and how many correct detections; None without any."""
+        duplicates, correct = (self.evaluation.table.scores[self.kinds == kind] for kind in (DUPLICATE, CORRECT))
+        if not len(duplicates):
             return None
-        counted = self.evaluation.table.rows(self.kinds != NOT_COUNTED)
-        session = hotcoco_session(without_crowds(self.evaluation.dataset), counted)
-        return np.asarray(session.confusion_matrix(iou_thr=MATCH_IOU, max_det=10_000)["matrix"], np.int64)
+        score = (math.floor(1000 * np.quantile(duplicates, MOST, method="lower")) + 1) / 1000
+        return {
+            "score": score,
+            "removed": int(np.count_nonzero(duplicates < score)),
+            "of": len(duplicates),
+            "correct_removed": int(np.count_nonzero(correct < score)),
+            "correct": len(correct),
+        }
 
     @cached_property
     def images(self) -> list[ImageErrors]:
@@ -238,8 +264,8 @@ class ErrorAnalysis:
             "suspects_left_out": self.unreliable_classes,
             "suspects": suspects,
         }
-        if self.confusion is not None:
-            document["confusion"] = {"names": [*names, "nothing"], "matrix": self.confusion.tolist()}
+        document["duplicates"] = self.duplicate_threshold
+        document["confusion"] = {"names": [*names, "nothing"], "matrix": self.confusion.tolist()}
         return document
 
 

@@ -180,17 +180,15 @@ def _style_axes(axes: Axes, x: str, y: str) -> None:
 
 
 def _confusion_rows(analysis: ErrorAnalysis) -> list[tuple[str, list[int]]] | None:
-    """Return the name and counts of each row of the matrix, or None: without hotcoco, or with too many classes."""
+    """Return the name and counts of each row of the matrix, or None with too many classes."""
     names = [*analysis.evaluation.dataset.names, "nothing"]
-    if analysis.confusion is None or len(names) > MATRIX_CLASSES + 1:
+    if len(names) > MATRIX_CLASSES + 1:
         return None
     return list(zip(names, analysis.confusion.tolist(), strict=True))
 
 
 def _most_confused(analysis: ErrorAnalysis, limit: int = 12) -> list[tuple[str, str, int]]:
     """Return the commonest (annotated, detected, count) of different classes."""
-    if analysis.confusion is None:
-        return []
     names = analysis.evaluation.dataset.names
     matrix = analysis.confusion[:-1, :-1].copy()
     np.fill_diagonal(matrix, 0)

@@ -8,7 +8,7 @@ import pytest
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError, UsageError
-from rtdetr_cli.evaluate.coco import EVALUATORS, METRICS, coco_metrics, without_crowds
+from rtdetr_cli.evaluate.coco import EVALUATORS, METRICS, coco_metrics
 from rtdetr_cli.evaluate.run import evaluate_table
 from rtdetr_cli.evaluate.table import DetectionTable
 
@@ -31,6 +31,15 @@ PAIR = {
         *(0.386813, 0.593680, 0.595353, 0.639811, 0.566421, 0.564291),
     ),
 }
+
+
+def without_crowds(dataset: Dataset) -> Dataset:
+    """Return the dataset without its crowd boxes."""
+    keep = ~dataset.crowd
+    kept_before = np.concatenate([[0], np.cumsum(keep)])
+    columns = ("boxes_xyxy_px", "labels", "areas", "crowd", "annotation_ids")
+    offsets = kept_before[dataset.offsets].astype(np.int64)
+    return replace(dataset, offsets=offsets, **{column: getattr(dataset, column)[keep] for column in columns})
 
 
 def with_box_areas(dataset: Dataset) -> Dataset:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rtdetr_cli.evaluate.error_analysis import CORRECT, KINDS, analyze_errors
@@ -76,7 +77,6 @@ def test_detections_in_crowds_are_not_errors(make: Any) -> None:
     )
     analysis = analyze_errors(evaluate_table(dataset, make.table([0, 0], [0, 0], [BOX, BOX], [0.9, 0.8])), [0.5])
     assert set(analysis.counts.values()) == {0}
-    assert analysis.confusion is not None
     assert analysis.confusion.sum() == 0
 
 
@@ -89,8 +89,30 @@ def test_the_confusion_matrix(make: Any) -> None:
     )
     analysis = analyze_errors(evaluate_table(dataset, table), [0.5, 0.5])
     # annotated a: detected as a; annotated b: once detected as a, once not (below the threshold); b on background
-    assert analysis.confusion is not None
     assert analysis.confusion.tolist() == [[1, 0, 0], [1, 0, 1], [0, 1, 0]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_confusion_matrix_agrees_with_the_counts(make: Any, seed: int) -> None:
+    dataset, table = make.random(seed=seed, images=20, detections=80)
+    analysis = analyze_errors(evaluate_table(dataset, table), [0.3] * 3)
+    classes, counts = analysis.confusion[:-1, :-1], analysis.counts
+    assert np.trace(classes) == sum(image.true_positives for image in analysis.images)
+    assert classes.sum() - np.trace(classes) == counts["classification"]
+    assert analysis.confusion[-1].sum() == sum(counts[k] for k in ("location", "both", "duplicate", "background"))
+    assert counts["missed"] <= analysis.confusion[:-1, -1].sum() <= analysis.missed.sum()
+
+
+def test_the_score_that_removes_most_duplicates(make: Any) -> None:
+    dataset = make.dataset(images=1, names=("a",), image_index=[0], labels=[0], boxes_xywh=[BOX])
+    scores = [0.9, 0.6, 0.5, 0.4, 0.3, 0.2]
+    analysis = analyze_errors(evaluate_table(dataset, make.table([0] * 6, [0] * 6, [BOX] * 6, scores)), [0.1])
+    assert analysis.counts["duplicate"] == 5
+    assert analysis.duplicate_threshold == {
+        "score": 0.501, "removed": 4, "of": 5, "correct_removed": 0, "correct": 1,
+    }  # fmt: skip
+    one = analyze_errors(evaluate_table(dataset, make.table([0], [0], [BOX], [0.9])), [0.1])
+    assert one.duplicate_threshold is None
 
 
 def test_empty_images_worst_images_and_suspects(make: Any) -> None:
@@ -148,8 +170,7 @@ def test_pycocotools_counts_the_same_kinds_without_gains(make: Any) -> None:
     plain = analyze_errors(evaluate_table(dataset, table, "pycocotools"), [0.3] * 3)
     assert plain.counts == full.counts
     assert plain.gains is None
-    assert plain.confusion is None
-    assert "confusion" not in plain.to_json()
+    assert plain.confusion.tolist() == full.confusion.tolist()
 
 
 def test_stored_thresholds_are_used_before_the_best_f1(make: Any) -> None:
