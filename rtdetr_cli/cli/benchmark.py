@@ -51,6 +51,7 @@ def benchmark(
     """Measure latency (median and 90th percentile, in three parts) and AP."""
     from rtdetr_cli.cli.select import model_file, resolve_model
     from rtdetr_cli.runs import BEST
+    from rtdetr_cli.weights.binding import modification_warning
     from rtdetr_cli.workflows import benchmark as workflow
     from rtdetr_cli.workflows import benchmark_report as report
     from rtdetr_cli.workflows.sweep import parse_sweep
@@ -61,6 +62,9 @@ def benchmark(
     plan = workflow.plan_benchmark(
         files, backends=names, sweep=swept, batch=batch, warmup=warmup, runs=runs, device=device, threads=threads
     )
+    for file in files:
+        if warning := modification_warning(file):
+            terminal.warn(warning)
     for name, reason in plan.skipped.items():
         terminal.say(f"skipping {name}: {reason}")
     if swept is not None and out is None:

@@ -82,11 +82,14 @@ def evaluate_model(
     from rtdetr_cli.evaluate.source import choose_split
     from rtdetr_cli.infer.backend import default_batch, open_backend
     from rtdetr_cli.infer.selection import threshold_mismatch
+    from rtdetr_cli.weights.binding import modification_warning
 
     if data is not None and not data.exists():
         choose_split(data, split=split)  # raises the error of a missing dataset before the model is loaded
     backend = open_backend(path, device=device, **overrides)
     header = backend.header
+    if warning := modification_warning(path, header):
+        terminal.warn(warning)
     selected = choose_split(data, split=split, images=images, model=path, header=header)
     for note in selected.notes:
         terminal.say(note)

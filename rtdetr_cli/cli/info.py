@@ -87,7 +87,7 @@ def _rows(description: dict[str, Any]) -> list[tuple[str, str]]:
         ("metrics", ", ".join(f"{k} {v:.3f}" for k, v in header.get("metrics", {}).items() if v is not None)),
         ("trained on", header.get("dataset", {}).get("name")),
         ("precision", extra.get("precision")),
-        ("export check", _verification(extra.get("gate"))),
+        ("export check", _verification(extra.get("gate"), description.get("verification") or {})),
         ("inputs", _ports(description.get("inputs"))),
         ("outputs", _ports(description.get("outputs"))),
         ("opset", description.get("opset")),
@@ -142,15 +142,19 @@ def _thresholds(stored: dict[str, Any] | None, names: Any) -> str:
     return f"{stored['target']}: overall {stored['overall']:.3f}; {_shorten(per_class)}"
 
 
-def _verification(gate: dict[str, Any] | None) -> str:
-    """Return the result of the export check that a header records."""
+def _verification(gate: dict[str, Any] | None, binding: dict[str, Any]) -> str:
+    """Return the result of the export check that a header records, and whether it is about this file."""
     if not gate:
         return ""
     if gate.get("passed") is None:
         return "not verified"
     matched = gate.get("matched")
     share = f", {matched:.1%} of detections matched" if isinstance(matched, float) else ""
-    return ("passed" if gate["passed"] else "FAILED") + share
+    notes = {"unchanged": "unchanged since", "unbound": "not bound to a verification"}
+    note = notes.get(binding.get("status", ""))
+    if binding.get("status") == "modified":
+        return f"modified after verification ({', '.join(binding['modified'])}), which had passed{share}"
+    return ("passed" if gate["passed"] else "FAILED") + share + (f"; {note}" if note else "")
 
 
 def _ports(ports: list[dict[str, Any]] | None) -> str:

@@ -177,9 +177,12 @@ def _show_model(
     """Print the model and its settings; warn of stored thresholds that were calibrated with other settings."""
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.infer.selection import threshold_mismatch
+    from rtdetr_cli.weights.binding import modification_warning
 
     size = "x".join(map(str, backend.imgsz))
     terminal.say(f"model {model}  {backend.kind} {size}  {_count(sources)}  conf {selection.description}")
+    if warning := modification_warning(model, backend.header):
+        terminal.warn(warning)
     if compare and (mismatch := threshold_mismatch(backend.header, backend.imgsz)) is not None:
         command = f": rtdetr eval {model} {mismatch[1]} --calibrate f1" if model.suffix == ".safetensors" else ""
         terminal.warn(mismatch[0] + command)

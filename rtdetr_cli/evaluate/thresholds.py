@@ -15,6 +15,7 @@ from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import RtdetrError, UsageError
 from rtdetr_cli.evaluate.matching import FALSE_POSITIVE, TRUE_POSITIVE, Matches
 from rtdetr_cli.evaluate.table import DetectionTable
+from rtdetr_cli.weights.binding import rebind_thresholds
 from rtdetr_cli.weights.header import EXPORT_SUFFIXES, ModelHeader, Thresholds, read_header, rewrite_header
 
 EXPORT_ORIGINAL = "export-original"
@@ -228,7 +229,7 @@ def store_thresholds(path: Path, thresholds: Thresholds, label_map: NDArray[np.i
     if label_map is not None:
         per_class = tuple(thresholds.per_class[k] if k >= 0 else thresholds.overall for k in label_map.tolist())
         thresholds = replace(thresholds, per_class=per_class)
-    return rewrite_header(path, replace(read_header(path), thresholds=thresholds))
+    return rewrite_header(path, rebind_thresholds(replace(read_header(path), thresholds=thresholds)))
 
 
 def export_folders(path: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rtdetr_cli.export.verify import Verdict
 from rtdetr_cli.files import atomic_write
-from rtdetr_cli.infer.tensorrt_backend import header_path
+from rtdetr_cli.weights.binding import header_path
 from rtdetr_cli.weights.header import ModelHeader
 
 PARITY_FILE = "parity.json"

@@ -19,13 +19,14 @@ from rtdetr_cli.errors import EnvironmentProblem, ExportError
 from rtdetr_cli.export import fp16, tensorrt
 from rtdetr_cli.export import onnx as onnx_file
 from rtdetr_cli.export.artefacts import NAME_ENDINGS, Artefact, Notice, mark_name, rename_artefact
-from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs, expected_spec
+from rtdetr_cli.export.graph import DeployGraph, count_norms, deployable, example_inputs, expected_spec
+from rtdetr_cli.export.options import ExportOptions
 from rtdetr_cli.files import atomic_write
 from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.infer.graph import GraphSpec, first_line
 from rtdetr_cli.infer.openvino_backend import import_openvino, openvino_core
-from rtdetr_cli.infer.tensorrt_backend import header_path
 from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.weights.binding import header_path
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 ENGINE_BATCH = 8  # the largest batch of a dynamic engine, unless --batch is larger

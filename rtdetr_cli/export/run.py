@@ -16,16 +16,18 @@ from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.export import tensorrt
 from rtdetr_cli.export.artefacts import Artefact, Notice, mark_name, remove_artefact, rename_artefact, write_parity
-from rtdetr_cli.export.compare import compare_interfaces
+from rtdetr_cli.export.compare import compare_interfaces, compare_precision
 from rtdetr_cli.export.formats import WRITERS, ExportContext
-from rtdetr_cli.export.graph import ExportOptions
+from rtdetr_cli.export.options import ExportOptions
 from rtdetr_cli.export.verify import MAX_IMAGES, ImageRun, Reference, Verdict, verify
 from rtdetr_cli.files import ensure_writable
 from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.graph import GraphBackend
+from rtdetr_cli.infer.inspect import graph_precision, inspect_model
 from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.weights.binding import bind, record_verdict
 from rtdetr_cli.weights.header import ModelHeader
 
 ExportEvent = Notice | ImageRun | tensorrt.BuildProgress | Artefact
@@ -125,11 +127,12 @@ def export_format(
     try:
         draft = yield from WRITERS[name](context, path)
         format, precision = draft.header.extra["format"], draft.header.extra["precision"]
-        draft.save(path, with_gate(draft.header, {"passed": None}))
+        draft.save(path, bind(path, draft.header, {"passed": None}))
         if reference is not None:
             yield Notice(f"verify  {format} {precision} on {len(reference.paths)} images")
             candidate = open_draft(path, context)
             problems = compare_interfaces(candidate.spec, context.spec)
+            problems += compare_precision(precision, graph_precision(inspect_model(path)))
             for event in verify(candidate, reference, tol_ap=tol_ap, problems=problems, half_twin=draft.half_twin):
                 if isinstance(event, Verdict):
                     verdict = event
@@ -137,7 +140,7 @@ def export_format(
                     yield event
             del candidate  # it may hold the file open
         if verdict is not None:
-            draft.save(path, with_gate(draft.header, verdict.to_json()))
+            record_verdict(path, draft.header, verdict.to_json())
             if verdict.passed and verdict.weakness:
                 yield Notice(f"warning: {verdict.weakness}")
     except BaseException:
@@ -152,11 +155,6 @@ def export_format(
     for mark in ("failed", "previous"):
         remove_artefact(mark_name(final, mark))
     return Artefact(final, format, precision, verdict, draft.operators)
-
-
-def with_gate(header: ModelHeader, gate: dict[str, Any]) -> ModelHeader:
-    """Return a header with a verdict."""
-    return replace(header, extra={**header.extra, "gate": gate})
 
 
 def open_draft(path: Path, context: ExportContext) -> GraphBackend:

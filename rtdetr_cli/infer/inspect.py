@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from rtdetr_cli.errors import ModelError
 from rtdetr_cli.infer.backend import check_model_path
 from rtdetr_cli.infer.graph import FINISHED, IMAGES, RAW, first_line
+from rtdetr_cli.weights.binding import PARTS, header_path, status
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 # Names of types in safetensors, ONNX and OpenVINO -> numpy's.
@@ -24,7 +26,7 @@ def inspect_model(path: Path) -> dict[str, Any]:
     """Describe any model file but a training checkpoint.
 
     Returns:
-        Plain values: always `path`, `format`, `bytes` and `header` (None where the file has none); depending on the
+        Plain values: always `path`, `format`, `bytes`, `verification` and `header` (None without one); depending on the
         format also `parameters`, `tensors`, `types`, `inputs`, `outputs`, `opset`, `operators`, `layout`...
 
     Raises:
@@ -40,7 +42,21 @@ def inspect_model(path: Path) -> dict[str, Any]:
         size += path.with_suffix(".bin").stat().st_size
     header = facts.pop("header", None)
     document = {"path": str(path), "format": facts.pop("format"), "bytes": size, **facts}
-    return {**document, "header": None if header is None else asdict(header)}
+    state, modified = status(path, header)
+    verification = {"status": state, "modified": [PARTS[name] for name in modified]}
+    return {**document, "verification": verification, "header": None if header is None else asdict(header)}
+
+
+def graph_precision(facts: Mapping[str, Any]) -> str | None:
+    """Return `fp32`, `fp16` or `int8`: what the constants and operators of a graph show; None for an engine.
+
+    Args:
+        facts: from `inspect_model`.
+    """
+    if any(re.fullmatch("QuantizeLinear|FakeQuantize|.*Integer", name) for name in facts.get("operators", {})):
+        return "int8"
+    types = facts.get("types", {})
+    return ("fp16" if "float16" in types else "fp32") if types else None
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
@@ -99,6 +115,7 @@ def _onnx(path: Path) -> dict[str, Any]:
         "format": _graph_format("ONNX", text, inputs, outputs),
         "producer": f"{model.producer_name} {model.producer_version}".strip(),
         "opset": opsets[0] if opsets else None,
+        "weights_outside": any(t.data_location == t.EXTERNAL for t in model.graph.initializer),
         "inputs": inputs,
         "outputs": outputs,
         **_count_tensors(("", type_name(t.data_type), t.dims) for t in model.graph.initializer),
@@ -172,7 +189,7 @@ def _openvino_output(layer: Any, layers: dict[Any, Any], sources: dict[Any, tupl
 
 
 def _engine(path: Path) -> dict[str, Any]:
-    from rtdetr_cli.infer.tensorrt_backend import header_path, read_engine_header
+    from rtdetr_cli.infer.tensorrt_backend import read_engine_header
 
     header = read_engine_header(path)
     return {

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rtdetr_cli.errors import EnvironmentProblem, ModelError
 from rtdetr_cli.infer.graph import IMAGES, GraphBackend, GraphSpec, TensorSpec
 from rtdetr_cli.infer.packages import import_package
+from rtdetr_cli.weights.binding import header_path
 from rtdetr_cli.weights.header import ModelHeader
 
 _TYPES = {
@@ -122,11 +123,6 @@ class TensorrtBackend(GraphBackend):
 def import_tensorrt() -> Any:
     """Import the package."""
     return import_package("tensorrt", "TensorRT")
-
-
-def header_path(engine: Path) -> Path:
-    """Return the path of an engine's header, which is a file of its own: an engine cannot hold metadata."""
-    return engine.with_name(engine.name + ".json")
 
 
 def read_engine_header(engine: Path) -> ModelHeader | None:

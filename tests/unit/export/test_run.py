@@ -17,7 +17,7 @@ from rtdetr_cli.export import formats, run
 from rtdetr_cli.export.artefacts import Artefact, Notice, artefact_files
 from rtdetr_cli.export.compare import Limits, Part
 from rtdetr_cli.export.formats import Draft, DraftEvents, ExportContext
-from rtdetr_cli.export.graph import ExportOptions
+from rtdetr_cli.export.options import ExportOptions
 from rtdetr_cli.export.run import count_image_runs, export_events, export_model
 from rtdetr_cli.export.verify import Verdict
 from rtdetr_cli.infer.backend import open_backend

@@ -20,12 +20,13 @@ from rtdetr_cli.errors import EnvironmentProblem, ExportError
 from rtdetr_cli.export import compare, formats, tensorrt
 from rtdetr_cli.export.artefacts import Artefact, Notice
 from rtdetr_cli.export.formats import Draft, DraftEvents, ExportContext
-from rtdetr_cli.export.graph import ExportOptions
+from rtdetr_cli.export.options import ExportOptions
 from rtdetr_cli.export.run import ExportEvent, export_events, export_model
 from rtdetr_cli.export.tensorrt import BuildProgress
 from rtdetr_cli.infer.graph import TensorSpec
-from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend, header_path, read_engine_header
+from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend, read_engine_header
 from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.weights.binding import header_path
 from rtdetr_cli.weights.header import ModelHeader
 
 Loaded = tuple[RTDETR, ModelHeader]

@@ -22,7 +22,8 @@ from rtdetr_cli.export import onnx as onnx_file
 from rtdetr_cli.export.artefacts import Artefact
 from rtdetr_cli.export.compare import LIMITS, Limits, Part
 from rtdetr_cli.export.fp16 import HalfTwin, halve, traced_program
-from rtdetr_cli.export.graph import DeployGraph, ExportOptions, count_norms, deployable, example_inputs, expected_spec
+from rtdetr_cli.export.graph import DeployGraph, count_norms, deployable, example_inputs, expected_spec
+from rtdetr_cli.export.options import ExportOptions
 from rtdetr_cli.export.verify import ImageRun, Reference, Verdict, images_per_run, verify
 from rtdetr_cli.infer.backend import Backend, open_backend
 from rtdetr_cli.infer.detections import Detections
