@@ -1,9 +1,9 @@
 """The run folder: the names of its files, what they record, and which of several runs is the newest.
 
-No other module names a file of a run. Nothing here needs torch, so that a command can find its model first.
+Only this module names the files of a run. Nothing here needs torch, so that a command can find its model first.
 
-A run records its facts in `manifest.json`: what was asked for, of which dataset, on which machine, and in the end why
-it finished. Runs of version 0.1 say that they finished in `train.log` only; they are read here as well.
+A run records the command line, dataset, machine and plan in `manifest.json`, and why it finished. Runs of version 0.1
+recorded only in `train.log` that they finished; this is understood as well.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class RunFolder:
             )
 
     def caveat(self) -> str:
-        """Say why this run's model should not be picked without a word; empty if nothing speaks against it."""
+        """Return why this run's model should not be chosen silently; empty if there is no reason."""
         manifest = self.manifest()
         if ((self.path / LOG).is_file() or "finished" in manifest) and not self.finished:
             epochs = _as_dict(manifest.get("plan")).get("epochs")
@@ -185,7 +185,7 @@ class RunFolder:
         drop, limit = result.get("drop"), result.get("max_drop")
         if isinstance(drop, (int, float)) and isinstance(limit, (int, float)) and drop > limit:
             return f"its discrete sampling lost {drop:.3f} AP, more than --max-drop {limit:g}"
-        return "an export of finetune-discrete did not pass its check"
+        return "an export of finetune-discrete failed verification"
 
     @property
     def age(self) -> tuple[float, int]:
@@ -233,7 +233,7 @@ class RunFolder:
         return [str(name) for name in names] if isinstance(names, list) else None
 
     def write_digests(self, digests: NDArray[np.uint64]) -> None:
-        """Store a digest of each image, by which a changed one can be named; a run can do without them."""
+        """Store a digest of each image, to report which ones have changed; a failure to write them is ignored."""
         with suppress(OSError):
             (self.path / IMAGE_DIGESTS).write_bytes(digests.astype("<u8").tobytes())
 
@@ -321,10 +321,11 @@ def refuse_existing(out: Path, name: str) -> None:
         UsageError: the name cannot be used.
     """
     if Path(name).name != name or name in (".", ".."):
-        raise UsageError(f"--name {name} is not a folder name", hint="--out DIR sets the folder that holds the runs")
+        hint = "--out DIR sets the folder that holds the runs"
+        raise UsageError(f"--name {name} is not a valid folder name", hint=hint)
     if (out / name).exists():
         raise UsageError(
-            f"the run {out / name} exists",
+            f"the run {out / name} already exists",
             hint=f"choose another --name, or rtdetr train --resume {out / name}",
             code="run-exists",
         )

@@ -31,7 +31,7 @@ class Report:
         raw: the records; boxes are clipped, and unusable ones are gone.
         decoded: whether the images were decoded.
         imgsz: height and width of the network's input, which decide what is tiny.
-        image_info: split -> what decoding each image has shown; empty if they were not decoded.
+        image_info: split -> one result per image; empty if the images were not decoded.
     """
 
     raw: RawDataset
@@ -156,7 +156,7 @@ def examine(
         processes: decode in processes instead of threads if there are many cores; they import the calling program's
             main module, so a script must be guarded by `if __name__ == "__main__"`.
         progress: called with the number of decoded images and of all images.
-        known: path -> what decoding has shown before; these images are not decoded again.
+        known: path -> result of an earlier check; these images are not decoded again.
 
     Raises:
         DataError: there is no dataset at `source`. Faults of an existing dataset are findings.

@@ -171,7 +171,7 @@ def _check_equal_splits(dataset: RawDataset, identical: list[list[Member]]) -> s
     for (a, b), count in shared.items():
         if count == len(dataset.splits[a]) == len(dataset.splits[b]):
             equal.add(frozenset((a, b)))
-            message = f"{b} holds the same {counted(count, 'image')} as {a}"
+            message = f"{b} contains the same {counted(count, 'image')} as {a}"
             dataset.findings.add("split-equal", message, file=dataset.main_file(), spot=Spot(b))
     return equal
 

@@ -33,7 +33,7 @@ from rtdetr_cli.machine import cpu_count
 
 HUGE_PIXELS = 50_000_000
 MIN_FRAMES_KNOWN = 5
-"""Images whose declared size tells what their boxes refer to, from which the majority counts for the others too."""
+"""Images whose declared size shows what their boxes refer to, needed to assume the same of the others."""
 
 _MAX_THREADS = 4
 """With more workers than this, processes are faster: only decoding itself releases the interpreter's lock."""
@@ -53,7 +53,7 @@ _MODES = {
 
 @dataclass(slots=True)
 class ImageInfo:
-    """What decoding one image has shown.
+    """What is known about one image after decoding it.
 
     Attributes:
         fault: code and message of what makes it unusable, or None.
@@ -159,10 +159,10 @@ def check_images(
         workers: images decoded at once; one per core by default.
         processes: use processes instead of threads where that is faster.
         progress: called with the number of decoded images and of all images.
-        known: path -> what decoding has shown before; these images are not decoded again.
+        known: path -> result of an earlier check; these images are not decoded again.
 
     Returns:
-        Split -> what decoding each image has shown.
+        Split -> one result per image.
     """
     paths: dict[str, None] = {}
     for split in raw.splits.values():
@@ -231,8 +231,8 @@ def _report(raw: RawDataset, split: RawSplit, image: int, info: ImageInfo) -> No
 def _label_frames(raw: RawDataset, infos: dict[str, list[ImageInfo]]) -> dict[Member, str]:
     """Return what the boxes of each image with an EXIF orientation refer to: `upright`, `stored`, or "" for unknown.
 
-    The declared size tells, unless it is wrong or the same in both: an orientation of 2 to 4 keeps the size, and so
-    does any orientation of a square image.
+    The declared size decides, unless it is wrong or the same in both cases: an orientation of 2 to 4 keeps the size,
+    and so does any orientation of a square image.
     """
     codes: dict[Member, str] = {}
     for finding, spot in zip(raw.findings, raw.findings.spots, strict=True):
@@ -242,15 +242,15 @@ def _label_frames(raw: RawDataset, infos: dict[str, list[ImageInfo]]) -> dict[Me
     for name, split in raw.splits.items():
         for image in np.flatnonzero(split.usable).tolist():
             info, code = infos[name][image], codes.get((name, image))
-            size_tells = info.orientation in EXIF_SIDEWAYS and info.size_wh[0] != info.size_wh[1]
+            size_differs = info.orientation in EXIF_SIDEWAYS and info.size_wh[0] != info.size_wh[1]
             if info.orientation in EXIF_TRANSPOSES:
-                known = size_tells and bool(split.declared[image]) and code != "image-size"
+                known = size_differs and bool(split.declared[image]) and code != "image-size"
                 frames[name, image] = ("stored" if code == "image-exif-swapped" else "upright") if known else ""
     return frames
 
 
 def labels_are_upright(raw: RawDataset, infos: dict[str, list[ImageInfo]]) -> bool:
-    """Return whether most labels refer to the upright image, among enough images whose size can tell."""
+    """Return whether most labels refer to the upright image, judged by enough images whose size shows it."""
     frames = Counter(_label_frames(raw, infos).values()) if infos else Counter()
     return frames["upright"] > frames["stored"] and frames["upright"] + frames["stored"] >= MIN_FRAMES_KNOWN
 
@@ -266,7 +266,7 @@ def _report_ambiguous_orientations(raw: RawDataset, infos: dict[str, list[ImageI
             split = raw.splits[name]
             raw.findings.add(
                 "image-exif-ambiguous",
-                f"{split.file_names[image]} has EXIF orientation {infos[name][image].orientation}, and nothing shows "
+                f"{split.file_names[image]} has EXIF orientation {infos[name][image].orientation}, and it is unclear "
                 f"whether its boxes refer to the upright image{assumed}",
                 **image_location(raw, split, image),
             )

@@ -80,7 +80,7 @@ def refuse_errors(raw: RawDataset) -> None:
 
 
 def unlabelled_note(findings: Iterable[Finding]) -> str:
-    """Say how many images have no label file, and what that may mean; empty if all have one."""
+    """Return how many images have no label file, and what that may mean; empty if all have one."""
     count = sum(f.code == "label-missing" for f in findings)
     if not count:
         return ""

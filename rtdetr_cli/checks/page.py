@@ -17,7 +17,7 @@ from rtdetr_cli.files import atomic_write
 from rtdetr_cli.images.decode import ImageError, open_image
 from rtdetr_cli.images.draw import css_color
 from rtdetr_cli.page import image_uri, render_page
-from rtdetr_cli.text import printable
+from rtdetr_cli.text import counted, printable
 
 MAX_FINDINGS = 3000
 MAX_IMAGES = 500
@@ -170,7 +170,7 @@ def _finding(report: Report, i: int, images: Images) -> dict[str, Any]:
     missing = ""
     if spot.image >= 0 and image is None:
         usable = report.raw.splits[spot.split].usable[spot.image]
-        missing = f"not shown: the page holds {MAX_IMAGES} images" if usable else "no image to show"
+        missing = f"not shown: the page is limited to {counted(MAX_IMAGES, 'image')}" if usable else "no image to show"
     ids = (("image", finding.image_id), ("annotation", finding.annotation_id))
     return {
         "code": finding.code,

@@ -1,6 +1,6 @@
 """Make splits that do not leak: related images stay in one split, and classes are spread evenly.
 
-`resplit` makes all splits anew; `draw_val` takes a val split from train where a dataset has none.
+`resplit` replaces all splits; `draw_val` takes a val split from train if a dataset has none.
 
 Related images are identical images, nearly identical ones, Roboflow's copies of one image, and the frames of a
 sequence, which are recognized by folder and file names. A sequence too large for one split is cut into blocks of
@@ -47,7 +47,7 @@ _BLOCKS = 20
 
 The number of cuts decides how many images have a neighbor in another split, whatever the length: of 20 blocks a val
 split of a fifth takes four, so at most eight of its images do. With fewer blocks there would be little to choose
-from: if the numbers mean nothing (`IMG_0001` to `IMG_9999`), blocks of 5 % still let the classes be spread evenly.
+from: if the numbers mean nothing (`IMG_0001` to `IMG_9999`), blocks of 5% still let the classes be spread evenly.
 """
 
 _BLOCKS_PER_SEQUENCE = 10

@@ -43,7 +43,7 @@ def demo(
     stage(5, "predict")
     drawn, images, boxes = work.predict()
     stage(6, "export to ONNX, and compare the file with the model")
-    artefact = work.export(tell=lambda text: terminal.say("      " + text))
+    artefact = work.export(notify=lambda text: terminal.say("      " + text))
     seconds = time.monotonic() - start
 
     verdict = artefact.verdict

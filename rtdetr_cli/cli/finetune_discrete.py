@@ -76,7 +76,7 @@ def finetune_discrete(
     else:
         config = plan_discrete(path, load_model(path)[1], flags, sets=set_values or [])
         refuse_early(config)
-    stage = FinetuneDiscrete(path, config, max_drop=max_drop, resuming=resume is not None, tell=terminal.say)
+    stage = FinetuneDiscrete(path, config, max_drop=max_drop, resuming=resume is not None, notify=terminal.say)
     terminal.say(f"start {path}  discrete sampling, rounding {config.settings.rounding}, offsets frozen")
     with terminal.progress(2 * len(stage.val), "before") as bar:
         stage.before(progress=bar.advance)

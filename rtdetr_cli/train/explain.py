@@ -47,16 +47,16 @@ def plan_line(plan: Plan, micro_batch: int, processes: int = 1) -> str:
 
 
 def explain_plan(config: RunConfig, plan: Plan, *, images: int) -> tuple[Choice, ...]:
-    """Give the reason for every value of a plan that `make_plan` made for so many training images."""
+    """Return each value of a plan with its reason; `images` is the number of training images."""
     settings = config.settings
-    length = f"{counted(plan.epochs, 'epoch')} x {plan.steps_per_epoch} ({images} images / {plan.effective_batch})"
+    per_epoch = f"{plan.steps_per_epoch} ({counted(images, 'image')} / {plan.effective_batch})"
     choices = [
         *_explain_model(config),
         Choice("effective batch", str(plan.effective_batch), config.source("effective_batch")),
         Choice(
             "epochs", str(plan.epochs), "published" if keeps_published(config, "epochs") else config.source("epochs")
         ),
-        Choice("steps", str(plan.total_steps), length),
+        Choice("steps", str(plan.total_steps), f"{counted(plan.epochs, 'epoch')} x {per_epoch}"),
         *_explain_rate(config, plan),
         _explain_average(config, plan),
         *_explain_augmentation(config, plan),
@@ -68,7 +68,7 @@ def explain_plan(config: RunConfig, plan: Plan, *, images: int) -> tuple[Choice,
 
 
 def plan_warnings(config: RunConfig, plan: Plan, *, images: int) -> tuple[str, ...]:
-    """Say what in a plan is likely to go wrong."""
+    """Return warnings about what is likely to go wrong with a plan."""
     warnings = []
     total, warmup, batch = plan.total_steps, plan.warmup_steps, plan.effective_batch
     weights = config.settings.weights if config.settings.weights in FEW_STEPS else "coco"
@@ -178,7 +178,7 @@ def _explain_augmentation(config: RunConfig, plan: Plan) -> list[Choice]:
     elif plan.augmentation == "light":
         reason = f"fewer than {RECIPE_STEPS:,} steps: strong crops lower AP in short runs"
     else:
-        reason = f"published; used from {RECIPE_STEPS:,} steps on"
+        reason = f"published; used in runs of at least {RECIPE_STEPS:,} steps"
     choices = [Choice("augmentation", plan.augmentation, reason)]
 
     if plan.augmentation != "none":

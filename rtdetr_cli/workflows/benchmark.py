@@ -108,7 +108,7 @@ def plan_benchmark(
 
     Args:
         models: model files. An exported model runs in its own backend.
-        backends: for models that are weights; None is all of this machine, or torch with a sweep.
+        backends: for models that are weights; None uses all that this machine has, or torch for a sweep.
         sweep: from `workflows.sweep.parse_sweep`.
         batch: images per run.
         warmup: runs that are not counted.
@@ -177,7 +177,7 @@ def benchmark(
             path, setting = point.model, point.setting
             if point.backend != "torch" and path.suffix.lower() not in EXPORT_SUFFIXES:
                 notify(f"{path.name}: exporting for {point.backend}")
-                path, setting = _export(plan, point, Path(folder) / str(number)), Setting()  # which is inside
+                path, setting = _export(plan, point, Path(folder) / str(number)), Setting()  # built into the export
             backend = open_backend(
                 path,
                 device="auto" if point.backend == "openvino" else plan.device,

@@ -1,4 +1,4 @@
-"""Every command in turn on a synthetic dataset: nothing is downloaded, and the model must learn."""
+"""Run every command in turn on a synthetic dataset: nothing is downloaded, and the model must learn."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Demo:
         if self.folder.exists() and not self.folder.is_dir():
             problem = f"{self.folder} is a file, not a folder"
         elif self.folder.is_dir() and any(self.folder.iterdir()) and not (self.data / "train.json").is_file():
-            problem = f"the folder {self.folder} is not empty and holds no earlier demo"
+            problem = f"the folder {self.folder} is not empty and not from an earlier demo"
         if problem:
             raise UsageError(problem, hint="choose another folder: rtdetr demo DIR")
         try:
@@ -99,7 +99,7 @@ class Demo:
         )
         return folder, len(sources), boxes
 
-    def export(self, *, tell: Callable[[str], None]) -> Artefact:
+    def export(self, *, notify: Callable[[str], None]) -> Artefact:
         """Export to ONNX and verify the file on the val images.
 
         Raises:
@@ -108,7 +108,7 @@ class Demo:
         model, header = load_model(self.best)
         for event in export_events(model, header, self.run / EXPORT, images=self.val_set(), stem=self.best.stem):
             if isinstance(event, Notice):
-                tell(event.message)
+                notify(event.message)
             elif isinstance(event, Artefact):
                 artefact = event
         if not artefact.passed:

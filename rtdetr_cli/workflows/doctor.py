@@ -115,7 +115,7 @@ def _name_clash() -> Iterator[Check]:
             "fail" if owned else "warn",
             f"the package rtdetr {version} is installed as well",
             "pip uninstall rtdetr, or run this program as: python -m rtdetr_cli",
-            missing="a program rtdetr that only this package installs" if owned else "",
+            missing="an rtdetr program that belongs to this package alone" if owned else "",
         )
     else:
         program = shutil.which("rtdetr")

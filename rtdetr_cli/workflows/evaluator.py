@@ -13,6 +13,7 @@ from rtdetr_cli.evaluate.classes import map_classes
 from rtdetr_cli.evaluate.run import Evaluation, SplitDetections, detect, evaluate_detections
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.text import counted
 from rtdetr_cli.train import memory
 from rtdetr_cli.train.state import Progress
 from rtdetr_cli.train.stop import EvaluationStopped, StopFlag
@@ -81,14 +82,14 @@ class Evaluator:
 
 
 def explain_overfit(prepared: Prepared, ap: float) -> str:
-    """Say why a model could not overfit a few images; empty if it could."""
+    """Return why a model could not overfit a few images; empty if it could."""
     if ap > OVERFIT_AP:
         return ""
     config, plan, val_set = prepared.config, prepared.plan, prepared.val_set
     reasons = []
     counts, queries = np.diff(val_set.offsets), config.preset.model.queries
     if len(counts) and counts.max() > queries:
-        reasons.append(f"an image has {counts.max()} boxes and the model has {queries} queries")
+        reasons.append(f"an image has {counts.max()} boxes, but the model has only {queries} queries")
     height, width = config.imgsz
     boxes = val_set.boxes_xyxy_px
     if len(boxes):
@@ -102,10 +103,10 @@ def explain_overfit(prepared: Prepared, ap: float) -> str:
             )
         distinct = len(np.unique(np.concatenate([images[:, None], boxes.round(1)], 1), axis=0))
         if distinct < len(boxes):
-            reasons.append(f"{len(boxes) - distinct} boxes are exact copies of another one")
+            reasons.append(f"the annotations contain {counted(len(boxes) - distinct, 'duplicate box')}")
     if plan.total_steps < FEW_STEPS:
         epochs = math.ceil(FEW_STEPS / plan.steps_per_epoch)
-        reasons.append(f"{plan.total_steps} steps are few to overfit (try --epochs {epochs})")
+        reasons.append(f"{counted(plan.total_steps, 'step')}: too few to overfit (try --epochs {epochs})")
     if config.settings.freeze in ("backbone", "encoder"):
         reasons.append(f"--freeze {config.settings.freeze} leaves few parameters to train")
     return "; ".join(reasons) or "the learning rate may not suit these images (try --lr twice as high, or half)"

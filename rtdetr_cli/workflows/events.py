@@ -31,7 +31,7 @@ class RunStarted:
     workers: int
     micro_batch: int
     parameters: int
-    transfer: TransferTable | None  # what the pretrained weights gave
+    transfer: TransferTable | None  # what was taken from the pretrained weights
     start: str  # where the weights came from, in words
     warnings: tuple[str, ...]
     processes: int = 1
@@ -41,7 +41,7 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True)
 class RunFinished:
-    """The run is complete, and this is what it left."""
+    """The run is complete."""
 
     folder: Path
     best: Path
@@ -75,7 +75,7 @@ class DryRunResult:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something that a person should know and that changes nothing."""
+    """A message for the user; it changes nothing in the run."""
 
     text: str
 

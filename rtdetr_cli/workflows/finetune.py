@@ -1,7 +1,7 @@
 """Training from settings to a finished run folder, as a stream of events; the command line renders them.
 
-Refusals come in the order of what they cost: clashing settings, a taken name, a missing file, a missing device, the
-dataset, the weights. The folder is made when nothing can be refused any more.
+The cheapest checks come first: clashing settings, a taken name, a missing file, a missing device, the dataset, the
+weights. The run folder is created after the last check.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def finetune(
         fetching: shows the progress of a download of weights.
 
     Raises:
-        RtdetrError: of every kind; see `train.loop.train` as well.
+        RtdetrError: the run cannot start, or training fails.
     """
     began = time.monotonic()
     refuse_early(config)
@@ -168,7 +168,7 @@ def _train(
     settings, is_main = prepared.config.settings, prepared.processes.is_main
     evaluator = Evaluator(prepared, progress, stop)
     recorder = Recorder(prepared, folder) if is_main else None
-    # Not earlier: each process tries out on its own how much fits into its memory.
+    # Only now, since each process has to measure alone how much fits into its memory.
     learner = prepared.learner.with_synchronized_norms()
 
     def write_best(model: nn.Module, metrics: Mapping[str, float | None], epoch: int) -> None:
@@ -210,7 +210,7 @@ def refuse_early(config: RunConfig) -> None:
     """Refuse what can be refused without reading a dataset or a model.
 
     Raises:
-        RtdetrError: of the kind of what is wrong.
+        RtdetrError: a setting, file, package or device cannot be used.
     """
     settings, preset = config.settings, config.preset
     if settings.data is None:

@@ -1,8 +1,8 @@
-"""The second stage: discrete sampling, trained for a while, and whether it was worth it.
+"""The second stage: finetune with discrete sampling, compare with the original, and recommend one of them.
 
 Discrete sampling reads one pixel for each point, so that a runtime without GridSample can run the detector. Our
-exports need no GridSample either way (they gather the four pixels themselves), so the discrete model has to pay by
-speed on the target, or by running where even the gather cannot. This measures both models and recommends one.
+exports need no GridSample either way (they gather the four pixels themselves), so the discrete model is worthwhile
+only if it is faster on the target, or if the target cannot run the gather either.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class FinetuneDiscrete:
         config: of the training, resolved by `plan_discrete`.
         max_drop: AP that may be lost, 0 to 1.
         resuming: the run exists and is to be resumed.
-        tell: receives a line for each step of an export.
+        notify: called with a line for each step of an export.
     """
 
     def __init__(
@@ -128,9 +128,9 @@ class FinetuneDiscrete:
         *,
         max_drop: float = 0.01,
         resuming: bool = False,
-        tell: Callable[[str], None] = lambda text: None,
+        notify: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.model, self.config, self.max_drop, self.resuming, self.tell = model, config, max_drop, resuming, tell
+        self.model, self.config, self.max_drop, self.resuming, self.notify = model, config, max_drop, resuming, notify
         self.val = training_sets(load_data(config), config, [])[1]
         self.run = Path(config.settings.out) / config.settings.name
         self._device = config.settings.device.partition(",")[0]
@@ -138,7 +138,7 @@ class FinetuneDiscrete:
 
     @property
     def best(self) -> Path:
-        """The model that the training leaves."""
+        """The best model of the training."""
         return RunFolder(self.run).best
 
     @property
@@ -167,10 +167,10 @@ class FinetuneDiscrete:
         """Evaluate the trained model, export both, and compare them.
 
         Raises:
-            RtdetrError: the training left no model.
+            RtdetrError: the training has written no model.
         """
         if not self.best.is_file():
-            raise RtdetrError(f"the training left no {self.best}", hint=f"rtdetr train --resume {self.run}")
+            raise RtdetrError(f"the training has not written {self.best}", hint=f"rtdetr train --resume {self.run}")
         self._evaluations.append(evaluate(open_backend(self.best, device=self._device), self.val, progress=progress))
         rows = self._rows()
         exports = self._exports()
@@ -205,11 +205,11 @@ class FinetuneDiscrete:
         for name, path, folder in (("original", self.model, f"{EXPORT}-original"), ("discrete", self.best, EXPORT)):
             model, header = load_model(path)
             header = replace(header, imgsz=self.config.imgsz)
-            self.tell(f"export  {name}")
+            self.notify(f"export  {name}")
             stem = self.best.stem
             for event in export_events(model, header, self.run / folder, images=self.val, stem=stem, device="cpu"):
                 if isinstance(event, Notice):
-                    self.tell(event.message)
+                    self.notify(event.message)
                 elif isinstance(event, Artefact):
                     artefacts[name] = event
         times = latencies([artefact.path for artefact in artefacts.values()], self.val)
@@ -243,7 +243,7 @@ def recommend(rows: tuple[Row, Row, Row], exports: Sequence[Exported], *, max_dr
         return f"keep the original: discrete sampling costs more than {max_drop:g} AP: {gap}"
     original, discrete = exports[0].milliseconds, exports[1].milliseconds
     pace = "faster" if discrete < original else "slower"
-    if abs(discrete - original) <= EQUAL_SPEED * original * (1 + 1e-9):  # the limit itself is within
+    if abs(discrete - original) <= EQUAL_SPEED * original * (1 + 1e-9):  # the limit is inclusive
         pace = "as fast"
     speed = f"it is {pace} ({discrete:.1f} ms, the original {original:.1f} ms, in ONNX Runtime here)"
     if difference.lower > 0:

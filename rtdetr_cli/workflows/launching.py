@@ -21,7 +21,7 @@ def resolve_training(
 ) -> tuple[RunConfig, Path | None, list[str]]:
     """Resolve the settings of `rtdetr train`.
 
-    Preset, input size and model sizes come from the file of `--weights` where nobody named a preset.
+    Preset, input size and model sizes come from the file of `--weights` unless a preset was given.
 
     Returns:
         The settings; the file of weights that some came from, if any; and these, as `key value`.

@@ -26,6 +26,7 @@ from rtdetr_cli.infer.torch_backend import choose_device
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.runs import RunFolder
+from rtdetr_cli.text import counted
 from rtdetr_cli.train import memory
 from rtdetr_cli.train.explain import Choice, explain_plan, plan_warnings
 from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics, parameter_groups
@@ -63,8 +64,8 @@ class Prepared:
     precision_reason: str
     workers: int
     start: str  # where the weights came from, in words
-    transfer: TransferTable | None  # what the pretrained weights gave
-    warnings: list[str] = field(default_factory=list)  # what a person should know before the run starts
+    transfer: TransferTable | None  # what was taken from the pretrained weights
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def most_boxes(self) -> int:
@@ -104,7 +105,7 @@ def prepare(
         )
     if train_set.crowd.all():
         raise DataError(
-            f"no training image has a box ({len(train_set)} images in {settings.data})",
+            f"no training image has a box ({counted(len(train_set), 'image')} in {settings.data})",
             hint=f"rtdetr validate {settings.data}",
             code="split-no-objects",
         )
@@ -195,7 +196,7 @@ def training_sets(splits: Splits, config: RunConfig, warnings: list[str]) -> tup
     if settings.overfit:
         count = min(settings.overfit, len(train_set))
         if count < settings.overfit:
-            warnings.append(f"--overfit {settings.overfit}: there are only {count} training images")
+            warnings.append(f"--overfit {settings.overfit}: the dataset has only {counted(count, 'training image')}")
         # Repeated, so that an epoch has enough steps to be worth an evaluation.
         repeats = max(1, math.ceil(OVERFIT_STEPS * settings.effective_batch / count))
         few = train_set.subset(range(count))
@@ -229,7 +230,7 @@ def _build_model(
     pretrained: bool,
     fetching: ShowProgress | None,
 ) -> tuple[RTDETR, TransferTable | None, str]:
-    """Build the model with its starting weights; return what they gave and where they came from as well."""
+    """Build the model with its starting weights; return it, what was transferred, and where the weights came from."""
     settings = config.settings
     model = build_detector(
         spec, num_classes=len(train_set.categories), sampling=settings.sampling, rounding=settings.rounding
@@ -259,7 +260,7 @@ def make_learner(
     autocast: torch.dtype | None,
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Learner:
-    """Put optimizer, moving average and losses around a model on its device."""
+    """Wrap a model on its device with its optimizer and moving average."""
     optim = config.preset.optim
     groups = parameter_groups(model, optim, lr=plan.lr, lr_backbone=plan.lr_backbone)
     if not groups:

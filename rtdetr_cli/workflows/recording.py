@@ -1,4 +1,4 @@
-"""What a run leaves for people: the log, plots, loggers' points and the report. A failure in any never ends the run."""
+"""Write a run's log, plots, logger metrics and report. A failure in one of them never ends the run."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Recorder:
         self._notices = self._loggers.notices
 
     def record(self, event: TrainingEvent) -> list[Notice]:
-        """Record one event; return what a person should know."""
+        """Record one event; return notices for the user."""
         if line := log_line(event):
             problem = self._folder.log(line)
             self._notices += [problem] if problem else []
@@ -200,7 +200,7 @@ class Recorder:
 
 
 def log_line(event: TrainingEvent) -> str:
-    """Return what `train.log` says of an event; empty for those that it leaves out."""
+    """Return the line of `train.log` for an event; empty for events that are not logged."""
     match event:
         case EpochDone():
             metrics = event.metrics or {}

@@ -134,10 +134,10 @@ def _refuse_other_sizes(path: Path, header: ModelHeader, requested: Preset) -> N
     nearest = nearest_preset(spec, header.preset)
     hint = "leave out --preset and --set model.*: they are then taken from the file"
     if nearest.name != requested.name:
-        message = f"{path} holds weights of preset {nearest.name}, not of {requested.name}"
+        message = f"{path} has the weights of preset {nearest.name}, not of {requested.name}"
         if not size_differences(nearest.model, spec):
             hint = f"--preset {nearest.name}, or {hint}"
     else:
         sizes = ", ".join(f"{key} {theirs}, not {ours}" for key, (ours, theirs) in list(differences.items())[:3])
-        message = f"{path} holds weights of other sizes: {sizes}"
+        message = f"{path} has weights of other sizes: {sizes}"
     raise ModelError(message, hint=hint, code="model-misfit")

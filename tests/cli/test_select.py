@@ -110,7 +110,7 @@ def test_a_discrete_run_that_lost_too_much_ap_is_not_preferred(runs: Path, capsy
     shutil.rmtree(runs / "a")
     assert newest(runs, capsys) == ("b", f"model b/best.safetensors (the newest run, {lost})")
     (runs / "b" / "discrete.json").write_text(json.dumps({**result, "drop": 0.002}))
-    assert newest(runs, capsys)[1].endswith("(the newest run, an export of finetune-discrete did not pass its check)")
+    assert newest(runs, capsys)[1].endswith("(the newest run, an export of finetune-discrete failed verification)")
     (runs / "b" / "discrete.json").write_text(json.dumps({**result, "passed": True}))
     assert newest(runs, capsys)[1].endswith("(the newest run)")
 

@@ -56,7 +56,7 @@ def test_a_preset_must_match_the_weights(rtdetr, shapes_model: Path, shapes_data
     words = ["train", "--data", shapes_data, *QUICK, "--imgsz", 64, "--out", tmp_path / "runs"]
     ran = rtdetr(*words, "--weights", shapes_model, "--preset", "r18")
     assert ran.code == 4
-    assert "holds weights of preset tiny, not of r18" in ran.err
+    assert "has the weights of preset tiny, not of r18" in ran.err
     assert "leave out --preset" in ran.err
     assert not (tmp_path / "runs").exists()
 
@@ -107,5 +107,5 @@ def test_the_preset_of_a_config_file_must_match_the_weights(
     words = ["train", "--config", tmp_path / "config.toml", *QUICK, "--imgsz", 64, "--out", tmp_path / "runs"]
     ran = rtdetr(*words, "--weights", shapes_model)
     assert ran.code == 4
-    assert "holds weights of preset tiny, not of r18" in ran.err
+    assert "has the weights of preset tiny, not of r18" in ran.err
     assert f"from {shapes_model}" not in ran.err

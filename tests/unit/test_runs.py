@@ -36,13 +36,13 @@ def test_any_dataset_name_makes_a_folder_name(tmp_path: Path, stem: str) -> None
 
 def test_an_existing_name_is_refused(tmp_path: Path) -> None:
     RunFolder.create(tmp_path, name="mine", stem="x")
-    with pytest.raises(UsageError, match=r"the run .*mine exists"):
+    with pytest.raises(UsageError, match=r"the run .*mine already exists"):
         RunFolder.create(tmp_path, name="mine", stem="x")
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", "."])
 def test_a_path_is_not_a_name(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match="not a folder name"):
+    with pytest.raises(UsageError, match="not a valid folder name"):
         RunFolder.create(tmp_path, name=name, stem="x")
 
 
@@ -162,7 +162,7 @@ def test_a_discrete_run_that_lost_too_much_has_a_caveat(tmp_path: Path) -> None:
     for passed, drop, caveat in (
         (True, 0.0, ""),
         (False, 0.034, "its discrete sampling lost 0.034 AP, more than --max-drop 0.01"),
-        (False, 0.002, "an export of finetune-discrete did not pass its check"),
+        (False, 0.002, "an export of finetune-discrete failed verification"),
     ):
         (tmp_path / "discrete.json").write_text(json.dumps({"passed": passed, "drop": drop, "max_drop": 0.01}))
         assert folder.caveat() == caveat

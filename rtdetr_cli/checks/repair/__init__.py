@@ -95,7 +95,7 @@ def repair(report: Report, out: Path, *, keep_unlabelled: bool = False) -> Repai
             hint=f"rtdetr validate --explain {code}",
             code=code,
         )
-    # Without its orientation an image has other borders, so everything is judged again before boxes are clipped.
+    # Resetting the orientation swaps an image's sides, so the dataset is checked again before boxes are clipped.
     rewritten = raw.format in REWRITTEN
     upright, reset = (report, {}) if rewritten else reset_orientations(report)
     plan = Plan(upright, out, keep_unlabelled)

@@ -28,7 +28,7 @@ Tag = tuple[int, bytes]
 
 
 def reset_orientations(report: Report) -> tuple[Report, dict[Path, Tag]]:
-    """Find the images whose orientation has to go, and judge the dataset as it is without it.
+    """Find the images whose orientation must be reset, and check the dataset as it is afterwards.
 
     Returns:
         The new report (the same one if there is no such image), and path -> the edit of the image file.
@@ -178,17 +178,18 @@ def _size(path: Path) -> tuple[int, int]:
 def _leave_out_shared_ids(plan: Plan) -> None:
     """Leave out the images that share their id with one that is left out: the boxes may belong to either."""
     for name, split in plan.report.raw.splits.items():
-        gone = {int(split.image_ids[image]) for split_name, image in plan.left_out if split_name == name}
-        if gone and len(np.unique(split.image_ids)) < len(split):
-            for image in np.flatnonzero(np.isin(split.image_ids, list(gone))).tolist():
-                plan.left_out.setdefault((name, image), ("image-id-duplicate", "shares its id with such an image"))
+        ids = {int(split.image_ids[image]) for split_name, image in plan.left_out if split_name == name}
+        if ids and len(np.unique(split.image_ids)) < len(split):
+            for image in np.flatnonzero(np.isin(split.image_ids, list(ids))).tolist():
+                reason = ("image-id-duplicate", "shares its id with an image that is left out")
+                plan.left_out.setdefault((name, image), reason)
 
 
 # ---- images that are copied
 
 
 def plan_images(plan: Plan, reset: Mapping[Path, Tag]) -> None:
-    """Plan under which name and with which orientation each image is copied."""
+    """Plan the name and the orientation of each copied image."""
     raw = plan.report.raw
     positions: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
     for i, finding, spot in plan.findings():

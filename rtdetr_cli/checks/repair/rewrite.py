@@ -30,7 +30,7 @@ def plan_rewrite(plan: Plan) -> None:
 
 
 def write_rewritten(plan: Plan) -> Path:
-    """Write the images that are kept with their checked boxes; return what to train on."""
+    """Write the images that are not left out, with their checked boxes; return the path to train on."""
     raw = copy(plan.report.raw)
     raw.splits = {
         name: split.select_images(kept, name)

@@ -81,7 +81,7 @@ def _clip_line(line: str, split: RawSplit, image: int, entry: int) -> str:
 
 
 def _plan_yaml(plan: Plan) -> None:
-    """Let the copy's `data.yaml` name the copy: `path` and absolute folders would lead back to the original."""
+    """Make the copy's `data.yaml` refer to the copy: `path` and absolute folders would lead back to the original."""
     raw = plan.report.raw
     base = next(iter(raw.splits.values())).root
     emptied = {key for split in raw.splits if plan.is_emptied(split) for key in SPLIT_KEYS[split]}
@@ -104,7 +104,7 @@ def _plan_yaml(plan: Plan) -> None:
                     continue
                 new = _inside_copy(key.value, node.value, base)
                 if new != node.value:
-                    why = "the copy's files lie beside its data.yaml"
+                    why = "the copy's files are next to its data.yaml"
                     edits.append((node.start_mark.index, node.end_mark.index, new))
                     plan.record("edit", "yolo-path", target, why, old={key.value: node.value}, new={key.value: new})
         for start, end, new in reversed(edits):

@@ -140,7 +140,7 @@ def test_findings_without_an_image_say_why(coco: Any, monkeypatch: pytest.Monkey
         annotation["bbox"] = [20, 20, 0, 10]
     (coco.folder / "images/train_3.jpg").write_bytes(b"")
     missing = {f["missing"] for f in page_context(examine(coco.write()))["findings"]}
-    assert missing >= {"not shown: the page holds 1 images", "no image to show"}
+    assert missing >= {"not shown: the page is limited to 1 image", "no image to show"}
 
 
 def test_page_of_a_dataset_that_cannot_be_read(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_the_reason_for_the_learning_rate(flags: dict[str, Any], sets: list[str]
     ("flags", "value", "reason"),
     [
         ({}, "light", "fewer than 2,000 steps: strong crops lower AP in short runs"),
-        ({"steps": 2000}, "recipe", "published; used from 2,000 steps on"),
+        ({"steps": 2000}, "recipe", "published; used in runs of at least 2,000 steps"),
         ({"overfit": 4}, "none", "--overfit"),
         ({"overfit": 4, "aug": "recipe"}, "recipe", "--aug"),
         ({"overfit": 4, "aug": "auto"}, "light", "fewer than 2,000 steps: strong crops lower AP in short runs"),

@@ -53,7 +53,7 @@ def test_a_run_leaves_plots_points_and_a_report(shapes: Path, tmp_path: Path) ->
             image.load()
     assert end.page == end.folder / "report.html"
     page = end.page.read_text(encoding="utf-8")
-    assert "steps are few to overfit" in end.explanation  # two epochs
+    assert "too few to overfit" in end.explanation  # two epochs
     assert f"did not overfit the images: {end.explanation}" in page.replace("&#39;", "'")
     assert f"{begun.parameters:,}" in page
     assert list((end.folder / EVENTS).glob("events.out.tfevents.*"))

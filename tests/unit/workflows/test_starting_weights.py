@@ -109,7 +109,7 @@ def test_a_published_file_implies_its_preset(tmp_path: Path, name: str) -> None:
 
 def test_weights_of_another_preset_name_it(tiny: Path, train_set: Dataset) -> None:
     config = resolve_run({"preset": "r18", "weights": str(tiny)})
-    with pytest.raises(ModelError, match="holds weights of preset tiny, not of r18") as caught:
+    with pytest.raises(ModelError, match="has the weights of preset tiny, not of r18") as caught:
         load_starting_weights(built(config), config, train_set)
     assert caught.value.hint.startswith("--preset tiny,")
     assert caught.value.exit_code == 4
