@@ -116,6 +116,11 @@ def _show(rows: list[Row], document: dict[str, Any], *, advise: bool) -> None:
         terminal.out(
             "* no other row is both faster and more accurate; AP is compared with the first row on the same images"
         )
+    if any(row.times["total"].unstable for row in rows):
+        terminal.out(
+            "~ unstable in both of two measurements: the runs differ by more than 20%; close other programs, or use "
+            "more --runs"
+        )
     if advise:
         _advise(rows)
     for path in document.get("saved", {}).values():

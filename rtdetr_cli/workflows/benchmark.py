@@ -23,7 +23,7 @@ from rtdetr_cli.machine import cpu_count, cpu_name
 from rtdetr_cli.weights.header import EXPORT_SUFFIXES
 from rtdetr_cli.workflows.benchmark_report import Row
 from rtdetr_cli.workflows.sweep import Setting, sweep_settings
-from rtdetr_cli.workflows.timing import Spread, images_to_time, measure
+from rtdetr_cli.workflows.timing import Spread, images_to_time, measure_steadily
 
 PACKAGES = {"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
 FORMATS = {"onnx": ("onnx",), "openvino": ("openvino",), "tensorrt": ("fp16", "trt-fp16")}  # the last is measured
@@ -184,7 +184,7 @@ def benchmark(
                 threads=plan.threads,
                 **asdict(setting),
             )
-            times = measure(backend, sources, batch=plan.batch, warmup=plan.warmup, runs=plan.runs)
+            times = measure_steadily(backend, sources, batch=plan.batch, warmup=plan.warmup, runs=plan.runs)
             row = _row(plan, point, backend, times)
             if dataset is not None:
                 evaluation = evaluate(backend, dataset, batch=backend.fixed_batch or max(4, plan.batch))

@@ -65,6 +65,7 @@ class Row:
             "imgsz": list(self.imgsz),
             "difference": None if self.difference is None else self.difference.to_json(),
             "pictures_per_second": self.images_per_second,
+            "unstable": self.times["total"].unstable,
         }
 
 
@@ -96,6 +97,7 @@ def table_rows(rows: Sequence[Row]) -> list[dict[str, object]]:
             "queries": row.queries,
             **{
                 f"{name} ms\nmedian / p90": f"{spread.median:.1f} / {spread.p90:.1f}"
+                + (" ~" if name == "total" and spread.unstable else "")
                 for name, spread in zip(("pre", "network", "post", "total"), row.times.values(), strict=True)
             },
             **({"images/s": f"{row.images_per_second:.1f}"} if row.batch > 1 else {}),

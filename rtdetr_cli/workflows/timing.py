@@ -18,21 +18,44 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.images.decode import read_image, stretch
 from rtdetr_cli.infer.backend import Backend
 
 PARTS = ("preprocess", "network", "postprocess", "total")
+UNSTABLE = 0.2
 MAX_IMAGES = 16  # more than one, since a single image would stay in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Median and 90th percentile of single runs, in milliseconds."""
+    """Median and 90th percentile of single runs, in milliseconds.
+
+    `drift` is the difference between the medians of the first and the second half of the runs, as a share of `median`.
+    """
 
     median: float
     p90: float
+    drift: float = 0.0
+
+    @classmethod
+    def of(cls, milliseconds: NDArray[np.float64]) -> Spread:
+        """Return the spread of single runs, in the order in which they ran."""
+        median = float(np.median(milliseconds))
+        halves = [float(np.median(half)) for half in np.array_split(milliseconds, 2) if len(half)]
+        return cls(median, float(np.quantile(milliseconds, 0.9)), abs(halves[0] - halves[-1]) / median)
+
+    @property
+    def unsteadiness(self) -> float:
+        """How far the 90th percentile or the two halves are apart, as a share of the median."""
+        return max(self.p90 / self.median - 1, self.drift)
+
+    @property
+    def unstable(self) -> bool:
+        """Whether the runs differ so much that the median says little."""
+        return self.unsteadiness > UNSTABLE
 
 
 def measure(
@@ -61,9 +84,18 @@ def measure(
             end = time.perf_counter()
             times.append((marks[0] - start, marks[-1] - marks[0], end - marks[-1], end - start))
     columns = 1000 * np.array(times[warmup:]).T
-    return {
-        part: Spread(float(np.median(t)), float(np.quantile(t, 0.9))) for part, t in zip(PARTS, columns, strict=True)
-    }
+    return {part: Spread.of(column) for part, column in zip(PARTS, columns, strict=True)}
+
+
+def measure_steadily(
+    backend: Backend, sources: Sequence[Path | bytes], *, batch: int, warmup: int, runs: int
+) -> dict[str, Spread]:
+    """Measure a backend as `measure` does, a second time if the total is unstable; return the steadier result."""
+    times = measure(backend, sources, batch=batch, warmup=warmup, runs=runs)
+    if times["total"].unstable:
+        again = measure(backend, sources, batch=batch, warmup=warmup, runs=runs)
+        times = min(times, again, key=lambda result: result["total"].unsteadiness)
+    return times
 
 
 def _device_wait(backend: Any) -> Callable[[], None]:

@@ -162,7 +162,7 @@ def test_tensorrt_without_a_gpu_is_refused_before_any_work(
     rtdetr: Callable[..., Any], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rtdetr_cli.export.tensorrt.engine_device", lambda device: None)
-    monkeypatch.setattr(benchmark, "measure", lambda *args, **options: pytest.fail("something was measured"))
+    monkeypatch.setattr(benchmark, "measure_steadily", lambda *args, **options: pytest.fail("something was measured"))
     ran = rtdetr("benchmark", model, "--backends", "torch,tensorrt")
     assert ran.code == 7
     assert "no CUDA device" in ran.err

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from rtdetr_cli.workflows import timing
 from rtdetr_cli.workflows.benchmark import benchmark, plan_benchmark
 from rtdetr_cli.workflows.benchmark_report import Row, drop_constant_columns, mark_front, table_rows
 from rtdetr_cli.workflows.sweep import Setting, parse_sweep, sweep_settings
@@ -42,9 +44,26 @@ def test_table_rows(height: int, width: int, size: str) -> None:
     cells = table_rows([one])[0]
     assert (cells["size"], cells["best"]) == (size, "*")
     spreads = {name.split()[0]: value for name, value in cells.items() if name.endswith("\nmedian / p90")}
-    assert spreads == {"pre": "2.0 / 3.2", "network": "3.0 / 4.2", "post": "4.0 / 5.2", "total": "5.0 / 6.2"}
+    assert spreads == {"pre": "2.0 / 3.2", "network": "3.0 / 4.2", "post": "4.0 / 5.2", "total": "5.0 / 6.2 ~"}
     assert "model" not in cells
     assert "model" in table_rows([one, replace(one, model="other")])[0]
+
+
+def test_unstable_runs_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    steady, slow_end = Spread.of(np.full(10, 5.0)), Spread.of(np.repeat([5.0, 5.0, 7.0, 7.0], 5))
+    assert (steady.drift, steady.unstable) == (0, False)
+    assert (slow_end.drift, slow_end.unstable) == (pytest.approx(1 / 3), True)
+    assert Spread.of(np.array([5.0] * 8 + [7.0] * 2)).unstable, "the 90th percentile is 40% above the median"
+    assert not Spread.of(np.array([5.0])).unstable
+    for results, chosen, calls in (
+        ([steady], steady, 1),
+        ([slow_end, steady], steady, 2),
+        ([slow_end, slow_end], slow_end, 2),
+    ):
+        left = [{"total": spread} for spread in results]
+        monkeypatch.setattr(timing, "measure", lambda *args, left=left, **options: left.pop(0))
+        assert timing.measure_steadily(None, [], batch=1, warmup=0, runs=1) == {"total": chosen}
+        assert len(results) - len(left) == calls
 
 
 def test_settings_equal_in_all_rows_are_no_columns() -> None:
