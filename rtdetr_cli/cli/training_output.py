@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rtdetr_cli.cli import terminal
-from rtdetr_cli.text import counted
+from rtdetr_cli.text import abbreviate, counted
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -160,8 +160,8 @@ def _show_model(event: RunStarted) -> None:
     new = [row.name for row in table.classes if row.source_name is None]
     for title, names in (("transferred by class name", transferred), ("reinitialized", new)):
         if names:
-            _say(f"  {title:<25}  {terminal.some(names)}", indent=29)
-    _say(f"  in  {terminal.some(table.by_class, 3)}")
+            _say(f"  {title:<25}  {abbreviate(names)}", indent=29)
+    _say(f"  in  {abbreviate(table.by_class, 3)}")
 
 
 def epoch_line(event: EpochDone, seconds_left: float) -> str:
@@ -180,7 +180,7 @@ def epoch_line(event: EpochDone, seconds_left: float) -> str:
 def _skipped_line(event: StepSkipped) -> str:
     if event.scale_only:
         return f"step {event.step + 1} skipped: the float16 loss scale was too high and has been halved"
-    files = f" ({terminal.some(event.files, 4)})" if event.files else ""
+    files = f" ({abbreviate(event.files, 4)})" if event.files else ""
     evidence = f"; its batch was saved to {event.evidence}" if event.evidence else ""
     return (
         f"warning: step {event.step + 1} skipped: {event.term} is not finite{files}, "
@@ -251,9 +251,8 @@ def _show_result(event: RunFinished) -> None:
 def _show_next(event: RunFinished, started: RunStarted | None) -> None:
     """Print the commands that use the model; a run that had already finished has no image to suggest."""
     terminal.next_step("rtdetr", "eval", event.folder)
-    if started is not None:
-        dataset = started.splits.val or started.splits.train
-        terminal.next_step("rtdetr", "predict", dataset.path(0), "--weights", event.folder)
+    if started is not None and started.splits.val is not None:
+        terminal.next_step("rtdetr", "predict", started.splits.val.path(0), "--weights", event.folder)
     terminal.next_step("rtdetr", "export", event.folder)
 
 

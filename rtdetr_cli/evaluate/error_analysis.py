@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.datasets.records import Dataset
-from rtdetr_cli.evaluate.classes import listed
 from rtdetr_cli.evaluate.matching import FALSE_POSITIVE, TRUE_POSITIVE, box_images, overlapping_pairs
 from rtdetr_cli.evaluate.run import Evaluation
+from rtdetr_cli.text import abbreviate
 
 KINDS = {
     "classification": "the right place, but the wrong class",
@@ -131,7 +131,7 @@ class ErrorAnalysis:
         matrix = np.zeros((nothing + 1, nothing + 1), np.int64)
         counted = self.kinds != NOT_COUNTED
         np.add.at(matrix, (annotated[counted], labels[counted]), 1)
-        np.add.at(matrix, (dataset.labels[undetected], nothing), 1)
+        matrix[:, nothing] += np.bincount(dataset.labels[undetected], minlength=nothing + 1)
         return matrix
 
     @cached_property
@@ -232,7 +232,7 @@ class ErrorAnalysis:
             return ""
         return (
             f"annotations of classes with an AP50 below {RELIABLE_AP50:g} are not questioned "
-            f"({listed(self.unreliable_classes)}): the model is more likely to be wrong than they are"
+            f"({abbreviate(self.unreliable_classes)}): the model is more likely to be wrong than they are"
         )
 
     def to_json(self) -> dict[str, Any]:
