@@ -1,9 +1,9 @@
-"""Text for people: counts with their nouns, and strings that are safe to print."""
+"""Text for people: counts with their nouns, shortened lists, and strings that are safe to print."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def counted(count: int, singular: str, plural: str = "") -> str:
@@ -16,6 +16,11 @@ def counted(count: int, singular: str, plural: str = "") -> str:
 def tally(counts: Mapping[str, int]) -> str:
     """Return the number of findings of each severity: `0 errors, 1 warning, 88 notes`."""
     return ", ".join(counted(counts[s], "note" if s == "info" else s) for s in ("error", "warning", "info"))
+
+
+def abbreviate(names: Sequence[str], limit: int = 8) -> str:
+    """Return the first names of a list, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def printable(text: str) -> str:

@@ -11,6 +11,7 @@ from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.setting_flags import TRAIN_FLAGS, SetFlag, with_setting_flags
 from rtdetr_cli.cli.terminal import JsonFlag
 from rtdetr_cli.errors import GateError, UsageError
+from rtdetr_cli.text import abbreviate
 
 if TYPE_CHECKING:
     from rtdetr_cli.train.stop import StopFlag
@@ -156,7 +157,7 @@ def show_outcome(outcome: Outcome) -> None:
     for export in outcome.exports:
         ordered = sorted(export.artefact.operators.items(), key=lambda item: (-item[1], item[0]))
         words = [f"{kind} {number}" for kind, number in ordered]
-        terminal.out(f"operators of the {export.name} model  {terminal.some(words, OPERATORS_LISTED)}")
+        terminal.out(f"operators of the {export.name} model  {abbreviate(words, OPERATORS_LISTED)}")
     if any(len(operators) > OPERATORS_LISTED for operators in counts):
         terminal.out(f"all operators  {outcome.run / DISCRETE_RESULT}")
     terminal.out("\n" + outcome.recommendation)

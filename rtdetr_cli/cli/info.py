@@ -10,6 +10,7 @@ import typer
 
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.terminal import JsonFlag
+from rtdetr_cli.text import abbreviate
 
 
 def info(
@@ -75,7 +76,7 @@ def _rows(description: dict[str, Any]) -> list[tuple[str, str]]:
     size, parameters, tensors = description["bytes"], description.get("parameters"), description.get("tensors")
     types = ", ".join(f"{number} {name}" for name, number in description.get("types", {}).items())
     operators = description.get("operators") or {}
-    kinds = terminal.some([f"{number} {name}" for name, number in operators.items()])
+    kinds = abbreviate([f"{number} {name}" for name, number in operators.items()])
     rows: list[tuple[str, object]] = [
         ("format", description["format"]),
         ("layout", description.get("layout")),
@@ -122,7 +123,7 @@ def _header_rows(header: dict[str, Any]) -> list[tuple[str, object]]:
 
 
 def _shorten(values: Any, most: int = 12) -> str:
-    return terminal.some([str(v) for v in values], most)
+    return abbreviate([str(v) for v in values], most)
 
 
 def _architecture(spec: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
+from rtdetr_cli.text import abbreviate, counted
 
 if TYPE_CHECKING:
     from rtdetr_cli.datasets.records import Splits
@@ -269,7 +270,6 @@ class _Run:
         from rtdetr_cli.images.decode import ImageError
         from rtdetr_cli.infer.stream import predict_video
         from rtdetr_cli.infer.video import Video
-        from rtdetr_cli.text import counted
 
         try:
             video = Video(source.path)
@@ -327,8 +327,6 @@ class _Run:
 
     def counted(self) -> str:
         """Return the number of images and frames in words."""
-        from rtdetr_cli.text import counted
-
         numbers = ((self.images - self.frames, "image"), (self.frames, "frame"))
         return " and ".join(counted(n, noun) for n, noun in numbers if n) or "no image"
 
@@ -347,16 +345,14 @@ class _Run:
 
     def summary(self) -> str:
         """Return the number of images, seconds and objects of each class, and the images without detections."""
-        from rtdetr_cli.cli import terminal
         from rtdetr_cli.infer.detections import count_classes
-        from rtdetr_cli.text import counted
 
         seconds = time.monotonic() - self.start
         text = f"{self.counted()} in {seconds:.1f} s: {counted(self.classes.total(), 'object')}"
         if self.classes:
             text += f" ({count_classes(self.classes)})"
         if self.empty and self.classes:
-            text += f"; {len(self.empty)} without detections: {terminal.some(self.empty, 3)}"
+            text += f"; {len(self.empty)} without detections: {abbreviate(self.empty, 3)}"
         return text
 
     def hint(self, model: Path) -> str:
@@ -418,8 +414,6 @@ def _raise_errors(sources: Sequence[Source], errors: Sequence[RtdetrError], trun
 
 def _count(sources: Sequence[Source]) -> str:
     """Return the number of images and videos in words."""
-    from rtdetr_cli.text import counted
-
     videos = sum(source.video for source in sources)
     images = len(sources) - videos
     return " and ".join(counted(n, noun) for n, noun in ((images, "image"), (videos, "video")) if n)

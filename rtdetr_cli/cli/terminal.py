@@ -154,11 +154,6 @@ def fold(text: str, *, indent: int, first: int = 0) -> str:
     return fill(" " * first + text)[first:]
 
 
-def some(names: Sequence[str], most: int = 8) -> str:
-    """Return the first names of a list, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 class Progress(Protocol):
     """Reports how far work has come."""
 

@@ -11,6 +11,7 @@ import typer
 
 from rtdetr_cli.cli.setting_flags import TRAIN_FLAGS, SetFlag, with_setting_flags
 from rtdetr_cli.cli.terminal import JsonFlag
+from rtdetr_cli.text import abbreviate
 
 if TYPE_CHECKING:
     from rtdetr_cli.config.run import RunConfig
@@ -65,7 +66,7 @@ def train(
 
     first_process = not launched() or os.environ["RANK"] == "0"
     if inherited and first_process:
-        terminal.say(f"from {weights}: {terminal.some(inherited, 5)}")
+        terminal.say(f"from {weights}: {abbreviate(inherited, 5)}")
     _start_processes(config, resume, flags, sets, ["--dry-run"] * dry_run + ["--json"] * as_json)
 
     with stop_on_signals() as stop:

@@ -68,14 +68,14 @@ def read_any_layout(source: Path, found: Survey, images: Path | None) -> RawData
             code="format-ambiguous",
         )
     ((kind, files),) = kinds.items()
-    pictures = survey(images) if images is not None else found
-    if kind not in ("coco", "yaml") and not any(folder.images for folder in pictures.folders):
+    image_survey = survey(images) if images is not None else found
+    if kind not in ("coco", "yaml") and not any(folder.images for folder in image_survey.folders):
         raise DataError(
             f"{source} has {_TITLES[kind]} labels but no images: found {found.describe()}",
             hint="pass the folder of the images with --images",
             code="images-missing",
         )
-    raw = _READERS[kind](source, found, pictures, files)
+    raw = _READERS[kind](source, found, image_survey, files)
     if kind in ("voc", "yolo", "labelme") and not raw.splits:
         raise DataError(
             f"{source} has {counted(len(files), _TITLES[kind] + ' label file')}, and no image has the name of one: "
@@ -105,7 +105,7 @@ def _no_labels(source: Path, found: Survey) -> DataError:
     if reasons:
         return DataError(f"{message}; {reasons[0]}", hint="export the labels as COCO or YOLO", code="format-unknown")
     if any(folder.images for folder in found.folders):
-        hint = "put a YOLO text file or a Pascal VOC XML file beside each image, or pass the folder that has both"
+        hint = "put a YOLO text file or a Pascal VOC XML file next to each image, or pass the folder that has both"
         return DataError(f"{message}, but no label files", hint=hint, code="format-unknown")
     return DataError(message, hint="pass the folder with the images and labels", code="format-unknown")
 
@@ -120,14 +120,14 @@ def read_csv_file(source: Path, images: Path | None) -> RawDataset:
 # ---- one reader per format
 
 
-def _start(form: str, source: Path, found: Survey, pictures: Survey) -> RawDataset:
-    images = pictures.root if pictures is not found else None
+def _start(form: str, source: Path, found: Survey, image_survey: Survey) -> RawDataset:
+    images = image_survey.root if image_survey is not found else None
     return new_dataset("", form, source, found.root, images)
 
 
-def _read_voc(source: Path, found: Survey, pictures: Survey, files: list[Path]) -> RawDataset:
-    raw = _start("voc", source, found, pictures)
-    layout = pair_files(found, pictures, files, {})
+def _read_voc(source: Path, found: Survey, image_survey: Survey, files: list[Path]) -> RawDataset:
+    raw = _start("voc", source, found, image_survey)
+    layout = pair_files(found, image_survey, files, {})
     images = {_without_suffix(image): image for image in layout.labels}
     xml_files = {_without_suffix(image): path for image, path in layout.labels.items()}
     xml_files |= {str(path.relative_to(found.root)): path for path in layout.orphans}
@@ -155,16 +155,16 @@ def _note_lists(raw: RawDataset, layout: Layout) -> None:
         raw.findings.add("image-unlisted", message, file=raw.show(layout.lists[0]))
 
 
-def _read_labelme(source: Path, found: Survey, pictures: Survey, files: list[Path]) -> RawDataset:
-    raw = _start("labelme", source, found, pictures)
-    layout = pair_files(found, pictures, files, {})
+def _read_labelme(source: Path, found: Survey, image_survey: Survey, files: list[Path]) -> RawDataset:
+    raw = _start("labelme", source, found, image_survey)
+    layout = pair_files(found, image_survey, files, {})
     _note_lists(raw, layout)
     read_labelme(raw, layout)
     return raw
 
 
-def _read_csv(source: Path, found: Survey, pictures: Survey, files: list[Path]) -> RawDataset:
-    raw = _start("csv", source, found, pictures)
+def _read_csv(source: Path, found: Survey, image_survey: Survey, files: list[Path]) -> RawDataset:
+    raw = _start("csv", source, found, image_survey)
     by_split: dict[str, Path] = {}
     for path in dict.fromkeys(files):
         split = split_of(path.stem) or split_of_parts(path.parent.relative_to(found.root).parts)
@@ -175,11 +175,11 @@ def _read_csv(source: Path, found: Survey, pictures: Survey, files: list[Path]) 
                 code="format-ambiguous",
             )
         by_split.setdefault(split or "train", path)
-    read_csv(raw, by_split, index_images(pictures), pictures.root)
+    read_csv(raw, by_split, index_images(image_survey), image_survey.root)
     return raw
 
 
-def _read_coco(source: Path, found: Survey, pictures: Survey, files: list[Path]) -> RawDataset:
+def _read_coco(source: Path, found: Survey, image_survey: Survey, files: list[Path]) -> RawDataset:
     chosen = choose_coco_files(files, found.root)
     if not chosen:
         names = ", ".join(str(path.relative_to(found.root)) for path in files[:3])
@@ -188,13 +188,13 @@ def _read_coco(source: Path, found: Survey, pictures: Survey, files: list[Path])
             hint=f"pass the one you want, such as {files[0]}",
             code="format-ambiguous",
         )
-    raw = _start("coco", source, found, pictures)
+    raw = _start("coco", source, found, image_survey)
     folders = {split: raw.images or find_image_folder(path, split, found.root) for split, path in chosen.items()}
     read_coco(raw, {split: (path, folders[split]) for split, path in chosen.items()})
     return raw
 
 
-def _read_yaml(source: Path, found: Survey, pictures: Survey, files: list[Path]) -> RawDataset:
+def _read_yaml(source: Path, found: Survey, image_survey: Survey, files: list[Path]) -> RawDataset:
     if len(files) > 1:
         names = ", ".join(str(path.relative_to(found.root)) for path in files[:3])
         raise DataError(
@@ -202,17 +202,17 @@ def _read_yaml(source: Path, found: Survey, pictures: Survey, files: list[Path])
             hint=f"pass the one you want, such as {files[0]}",
             code="format-ambiguous",
         )
-    raw = _start("yolo", source, found, pictures)
+    raw = _start("yolo", source, found, image_survey)
     read_yolo(raw, files[0], raw.images)
     return raw
 
 
-def _read_yolo(source: Path, found: Survey, pictures: Survey, files: list[Path]) -> RawDataset:
+def _read_yolo(source: Path, found: Survey, image_survey: Survey, files: list[Path]) -> RawDataset:
     """Read YOLO labels without a `data.yaml`: class names come from a list, or from `obj.data`."""
-    raw = _start("yolo", source, found, pictures)
+    raw = _start("yolo", source, found, image_survey)
     oddities = Oddities()
     names_file, lists = _darknet(raw, found)
-    layout = pair_files(found, pictures, files, lists)
+    layout = pair_files(found, image_survey, files, lists)
     classes: dict[int, str] = {}
     if names_file is not None:
         shown = raw.show(names_file)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError
+from rtdetr_cli.text import abbreviate, counted
 
 _NAMELESS = re.compile(r"(class[ _-]?)?\d+", re.IGNORECASE)
 
@@ -49,16 +50,18 @@ def map_classes(names: Sequence[str], dataset: Dataset) -> ClassMap:
     only_data = [name for label, name in enumerate(dataset_names) if label not in labels]
     if len(only_model) == len(names):
         raise DataError(
-            f"the model and the dataset {dataset.name} have no class in common: the model has {listed(names)}; "
-            f"the dataset has {listed(dataset_names)}",
+            f"the model and the dataset {dataset.name} have no class in common: the model has {abbreviate(names)}; "
+            f"the dataset has {abbreviate(dataset_names)}",
             hint="use the dataset that the model was trained for, or rename the categories of one of them",
             code="classes-differ",
         )
     notes = []
     if only_model:
-        notes.append(f"{len(only_model)} classes of the model are not in the dataset and ignored: {listed(only_model)}")
+        count = counted(len(only_model), "class")
+        notes.append(f"ignored {count} of the model that the dataset does not have: {abbreviate(only_model)}")
     if only_data:
-        notes.append(f"{len(only_data)} classes of the dataset are unknown to the model: {listed(only_data)}")
+        count = counted(len(only_data), "class")
+        notes.append(f"the model does not know {count} of the dataset: {abbreviate(only_data)}")
     if not notes and not np.array_equal(labels, np.arange(len(dataset_names))):
         notes.append("the model and the dataset order their classes differently: mapped by name")
     return ClassMap(labels, tuple(notes))
@@ -66,8 +69,3 @@ def map_classes(names: Sequence[str], dataset: Dataset) -> ClassMap:
 
 def _normalized(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
-
-
-def listed(names: Sequence[str], limit: int = 8) -> str:
-    """Return the first names of a list, and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

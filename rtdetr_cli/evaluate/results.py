@@ -11,9 +11,9 @@ import numpy as np
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError
-from rtdetr_cli.evaluate.classes import listed
 from rtdetr_cli.evaluate.coco import xywh
 from rtdetr_cli.evaluate.table import DetectionTable
+from rtdetr_cli.text import abbreviate
 
 KEYS = ("image_id", "category_id", "bbox", "score")
 
@@ -78,7 +78,7 @@ def read_results(path: Path, dataset: Dataset) -> DetectionTable:
 
 
 def _distinct(values: Sequence[Any]) -> str:
-    return listed(list(dict.fromkeys(map(str, values))), 5)
+    return abbreviate(list(dict.fromkeys(map(str, values))), 5)
 
 
 def _load(path: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from rtdetr_cli.evaluate.matching import Matches, match
 from rtdetr_cli.evaluate.table import DetectionTable
 from rtdetr_cli.evaluate.thresholds import OperatingPoint, points_at, score_curve
 from rtdetr_cli.infer.backend import Backend
+from rtdetr_cli.text import counted
 from rtdetr_cli.weights.header import Thresholds
 
 
@@ -240,11 +241,11 @@ def evaluate_detections(
     notes = list(classes.notes)
     table, not_finite, unknown = detections.table.in_dataset_labels(classes.labels)
     if not_finite:
-        notes.append(f"{not_finite} detections are NaN or infinite and ignored: the model has diverged")
+        notes.append(f"ignored {counted(not_finite, 'detection')} with NaN or infinite values: the model has diverged")
     if unknown:
         notes.append(
-            f"{unknown} detections have a label beyond the dataset's {len(dataset.categories)} "
-            "classes and are ignored: was the model trained for another dataset?"
+            f"ignored {counted(unknown, 'detection')} with a label beyond the dataset's "
+            f"{counted(len(dataset.categories), 'class')}: was the model trained for another dataset?"
         )
     evaluated, unreadable = dataset, detections.unreadable
     if unreadable:

@@ -24,7 +24,7 @@ def test_the_same_classes_need_no_map(make: Any) -> None:
         (("dog", "cat", "big bird"), [1, 0, 2], "order their classes differently"),
         (("Cat", "DOG", "big_bird"), [0, 1, 2], ""),
         (("dog", "fish"), [1, -1], "fish"),
-        (("dog", "fish"), [1, -1], "2 classes of the dataset are unknown to the model: cat, big bird"),
+        (("dog", "fish"), [1, -1], "the model does not know 2 classes of the dataset: cat, big bird"),
         (("0", "1", "2"), None, "has no class names"),
         (("class 0", "class 1", "class 2"), None, "has no class names"),
         ((), [0, 1, 2], "has no class names"),
