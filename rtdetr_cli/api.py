@@ -434,7 +434,7 @@ def load(
     options |= {"sampling": sampling, "threads": threads}
     if path.is_dir():
         if not (path / BEST).is_file():
-            raise ModelError(f"the folder {path} holds no {BEST}", code="model-missing")
+            raise ModelError(f"the folder {path} has no {BEST}", code="model-missing")
         return Detector(path / BEST, **options)
     if not path.exists() and isinstance(model, str) and not path.suffix and path.name == model:
         from rtdetr_cli.config.presets import load_preset

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 
 class RtdetrError(Exception):
-    """Say what went wrong in one sentence, with a hint that helps.
+    """An error for the user: what went wrong in one sentence, and a hint that helps.
 
     Args:
         message: what is wrong with which value, where (`file:line` when there is one).

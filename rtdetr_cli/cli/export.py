@@ -58,7 +58,7 @@ def export(
     no_gate: Annotated[bool, typer.Option("--no-gate", help="Skip verification.")] = False,
     device: Annotated[str, typer.Option(help="Device for verification: auto, cpu, or a GPU such as 0.")] = "auto",
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Output folder (default: export/ beside the model).")
+        Path | None, typer.Option("--out", "-o", help="Output folder (default: export/ next to the model).")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -68,7 +68,7 @@ def export(
 
     size = parse_size(imgsz) if imgsz else None
     if no_gate and verify is not None:
-        raise UsageError("--verify and --no-gate exclude each other")
+        raise UsageError("--verify and --no-gate cannot be combined")
     if not 0 <= tol_ap <= 1:
         raise UsageError(f"--tol-ap {tol_ap:g} is not a fraction from 0 to 1")
     if out is not None and out.exists() and not out.is_dir():

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(help="Model file to verify: any format, also one made by another tool.")],
+    file: Annotated[Path, typer.Argument(help="Model file to verify: any format, from any tool.")],
     against: Annotated[Path, typer.Option(help="Model that it must agree with: weights, a run folder or an export.")],
     data: Annotated[
         Path | None,

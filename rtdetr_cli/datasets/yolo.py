@@ -116,10 +116,10 @@ def _images(
             if not is_inside(where, dataset.roots) and not is_linked(dataset, where):
                 dataset.findings.add(
                     "image-outside",
-                    f"names {split}: {entry}, which lies outside the dataset's folder",
+                    f"names {split}: {entry}, which is outside the dataset's folder",
                     file=file,
                     spot=Spot(split),
-                    hint="set path: to the folder that holds every split",
+                    hint="set path: to the folder that contains all splits",
                 )
                 return None
             paths += _images_below(where)

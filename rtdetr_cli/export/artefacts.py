@@ -19,7 +19,7 @@ NAME_ENDINGS = {"onnx": ".onnx", "fp16": "-fp16.onnx", "openvino": ".xml", "trt-
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """A step of an export that begins, or something that the user should know."""
+    """A message for the user: the start of a step, or a warning."""
 
     message: str
 

@@ -115,7 +115,7 @@ class ExportContext:
             rename_artefact(path, previous)
             self.renamed[path.name] = previous.name
             yield Notice(
-                f"renamed {path.name} of an earlier export to {previous.name}: this export has no such file that passed"
+                f"renamed {path.name} of an earlier export to {previous.name}: this export has not replaced it"
             )
 
 
@@ -232,7 +232,7 @@ def write_engine(context: ExportContext, path: Path) -> DraftEvents:
         raise EnvironmentProblem(
             f"the engine cannot be built on this machine ({error.message}); the float16 graph {graph.path} is ready",
             hint=f"on the target machine: {tensorrt.trtexec_command(graph.path, final, shapes)}\n"
-            f"copy {header_path(final)} next to the engine: it holds the class names and thresholds\n"
+            f"copy {header_path(final)} next to the engine: it contains the class names and thresholds\n"
             f"that engine is not verified; compare its AP with the model's: rtdetr eval {final} --data DATA",
             code=error.code,
         ) from error

@@ -9,6 +9,7 @@ from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError, UsageError
 from rtdetr_cli.evaluate.source import choose_split
 from rtdetr_cli.infer.sources import find_sources
+from rtdetr_cli.text import counted
 from rtdetr_cli.weights.header import ModelHeader
 
 VERIFY_HINT = "--verify DATA or a folder of images; or --no-gate to skip verification"
@@ -50,8 +51,8 @@ def verification_images(
         raise _no_images(f"the folder {verify} has no images") from None
     images = [source.path for source in sources if not source.video]
     if not images:
-        raise _no_images(f"the folder {verify} has {len(sources)} videos and no images")
-    return images, [f"verify {verify}: {len(images)} images without labels, so AP is not compared"]
+        raise _no_images(f"the folder {verify} has {counted(len(sources), 'video')} and no images")
+    return images, [f"verify {verify}: {counted(len(images), 'image')} without labels, so AP is not compared"]
 
 
 def _no_images(reason: str) -> UsageError:

@@ -47,9 +47,9 @@ class ExportOptions:
         if not self.preprocess:
             return
         if self.opset < 18:
-            raise UsageError("--preprocess-in-graph needs --opset 18: older Resize cannot antialias", code="opset")
+            raise UsageError("--preprocess-in-graph needs --opset 18: Resize cannot antialias before", code="opset")
         if self.raw:
-            raise UsageError("--preprocess-in-graph and --raw exclude each other")
+            raise UsageError("--preprocess-in-graph and --raw cannot be combined")
         if self.dynamic or self.batch > 1:
             raise UsageError(
                 "--preprocess-in-graph takes one image at a time: images of different sizes cannot be batched",
@@ -57,6 +57,6 @@ class ExportOptions:
             )
         if "trt-fp16" in self.formats:
             raise UsageError(
-                "--preprocess-in-graph and --trt-fp16 exclude each other: TensorRT's Resize does not antialias",
+                "--preprocess-in-graph and --trt-fp16 cannot be combined: TensorRT's Resize does not antialias",
                 hint="export twice, or resize images before running the engine",
             )

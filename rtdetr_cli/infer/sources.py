@@ -154,7 +154,7 @@ def _expand(word: str, *, alone: bool) -> list[tuple[Path, Path]]:
         if not files:
             raise DataError(
                 f"the folder {word} contains no images or videos",
-                hint=f"looked for {' '.join(sorted(IMAGE_SUFFIXES) + sorted(VIDEO_SUFFIXES))}",
+                hint=f"supported: {' '.join(sorted(IMAGE_SUFFIXES) + sorted(VIDEO_SUFFIXES))}",
                 code="no-images",
             )
         return [(p, path) for p in files]

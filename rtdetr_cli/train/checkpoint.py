@@ -126,7 +126,7 @@ def run_bytes(learner_state: dict[str, Any]) -> int:
 
 
 def has_room(wanted: int, free: int) -> bool:
-    """Tell whether `wanted` bytes fit into `free`, with a margin."""
+    """Return whether `wanted` bytes fit into `free`, with a margin."""
     return free >= wanted * 1.05 + 2**20
 
 
@@ -216,9 +216,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ModelError(
-                f"{path} holds more than tensors and numbers, or was not written by rtdetr train",
+                f"{path} contains more than tensors and numbers, or was not written by rtdetr train",
                 code="checkpoint-foreign",
             ) from error
     if not isinstance(state, dict):
-        raise ModelError(f"{path} holds no training state", code="checkpoint-foreign")
+        raise ModelError(f"{path} contains no training state", code="checkpoint-foreign")
     return state

@@ -123,7 +123,7 @@ class NonFiniteGuard:
         return replace(skipped, evidence=self._save_evidence(skipped, batch, losses, gradient_norm, loss_scale))
 
     def must_roll_back(self) -> bool:
-        """Tell whether so many steps in a row were skipped that the weights themselves must be at fault."""
+        """Return whether so many steps in a row were skipped that the weights themselves must be at fault."""
         return self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
 
     def reset(self) -> None:

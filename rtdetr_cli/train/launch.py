@@ -202,7 +202,7 @@ def _forward_signals(children: Sequence[_Child]) -> Iterator[None]:
 
 
 def supervised() -> bool:
-    """Tell whether this process was started by `supervise`."""
+    """Return whether this process was started by `supervise`."""
     return ERROR_FILE in os.environ
 
 

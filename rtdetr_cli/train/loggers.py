@@ -239,7 +239,7 @@ class _WeightsAndBiases:
 
 
 def _has_wandb_key() -> bool:
-    """Tell whether wandb has an API key, without calling wandb, which would ask the user for one."""
+    """Return whether wandb has an API key, without calling wandb, which would ask the user for one."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     import netrc

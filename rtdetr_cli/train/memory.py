@@ -29,7 +29,7 @@ def micro_batches(total: int, micro: int) -> list[slice]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error is a failed allocation, on any device."""
+    """Return whether an error is a failed allocation, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     words = ("out of memory", "can't allocate memory", "cannot allocate memory")

@@ -76,7 +76,7 @@ class Plan:
         return max(young, 1 / (1 + self.ema_age))
 
     def evaluates(self, epoch: int) -> bool:
-        """Tell whether this epoch ends with an evaluation."""
+        """Return whether this epoch ends with an evaluation."""
         return (epoch + 1) % self.eval_every == 0 or epoch + 1 == self.epochs
 
 
@@ -135,7 +135,7 @@ def make_plan(config: RunConfig, *, images: int) -> Plan:
 
 
 def keeps_published(config: RunConfig, *keys: str) -> bool:
-    """Tell whether the official schedule decides these settings: it does unless somebody has set one of them."""
+    """Return whether the official schedule decides these settings, because none of them was given."""
     return config.settings.schedule == "official" and not any(map(config.given, keys))
 
 

@@ -207,7 +207,7 @@ def _peer_errors() -> Iterator[None]:
 
 
 def launched() -> bool:
-    """Tell whether this process was started as one of several, by us or by torchrun."""
+    """Return whether this process was started as one of several, by us or by torchrun."""
     named = all(name in os.environ for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
     return named and int(os.environ.get("WORLD_SIZE", "1")) > 1
 

@@ -242,7 +242,7 @@ def _onnx_fields(file: IO[bytes], start: int, end: int) -> Iterator[tuple[int, i
             raise ValueError(f"it has a field of the wire type {wire_type}")
         value_start = file.tell()
         if value_start + length > end:
-            raise ValueError("a field ends behind the end of the file")
+            raise ValueError("a field extends past the end of the file")
         yield tag >> 3, start, value_start, value_start + length
         start = value_start + length
 
@@ -279,5 +279,5 @@ def _openvino_span(data: bytes) -> HeaderSpan:
             return HeaderSpan(found.start(), found.end(), html.unescape(found[1].decode()))
     end = re.search(rb"(</rt_info>\s*)?</net>\s*$", data)  # the runtime information of the model is its last element
     if end is None:
-        raise ValueError("it has no end")
+        raise ValueError("its last element </net> is missing")
     return HeaderSpan(end.start(), end.start(), None)

@@ -224,7 +224,7 @@ def _content_problem(entry: Published, path: Path) -> str:
     except ModelError as error:
         return error.message.replace(str(path), "it")
     if (content.spec is None) != entry.is_backbone:
-        return f"it holds {'a backbone' if content.spec is None else 'a detector'}"
+        return f"it contains {'a backbone' if content.spec is None else 'a detector'}"
     return ""
 
 

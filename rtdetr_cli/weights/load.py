@@ -119,7 +119,7 @@ def _load_published(path: Path, sampling: str | None) -> tuple[RTDETR, ModelHead
     file = read_published(path)
     if file.spec is None:
         raise ModelError(
-            f"{path} holds only the weights of a backbone, not of a detector",
+            f"{path} contains only the weights of a backbone, not of a detector",
             hint=f"start a training from it: rtdetr train --weights {path}",
             code="model-backbone",
         )

@@ -63,7 +63,7 @@ class PublishedFile:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Tell a safetensors file from a torch checkpoint by its content.
+    """Return whether a file is safetensors rather than a torch checkpoint, by its content.
 
     A safetensors file begins with eight bytes of length, whose first byte can equal that of a pickle (in one file of
     32); the opening brace of its JSON follows.
@@ -182,7 +182,7 @@ def _find_state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor], str]:
         isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()
     )
     if not is_state or not state:
-        raise ModelError(f"{path} holds no state dict", hint=LOADABLE_HINT, code="model-foreign")
+        raise ModelError(f"{path} contains no state dict", hint=LOADABLE_HINT, code="model-foreign")
     return dict(state), location
 
 

@@ -104,7 +104,7 @@ def transfer_weights(
 
 
 def _other_points(name: str, state: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> bool:
-    """Tell whether the points per level differ: 2, 4, 6 and 4, 4, 4 give tensors of the same shape."""
+    """Return whether the points per level differ: 2, 4, 6 and 4, 4, 4 give tensors of the same shape."""
     scale = name.partition("cross_attn.")[0] + "cross_attn.num_points_scale"
     if state[name].shape != initial[name].shape:
         return True
@@ -139,7 +139,7 @@ def load_backbone(model: RTDETR, path: Path) -> TransferTable:
         models = {name: load_preset(name).model for name in preset_names()}
         fitting = [f"--preset {n}" for n, spec in models.items() if (spec.depth, spec.width) == (depth, width)]
         raise ModelError(
-            f"{path} holds the backbone of another model: {len(misfits)} tensors do not fit, such as {misfits[0]}",
+            f"{path} has the backbone of another model: {len(misfits)} tensors do not fit, such as {misfits[0]}",
             hint=" or ".join(fitting) or "rtdetr weights list shows the backbone of each preset",
             code="model-misfit",
         )

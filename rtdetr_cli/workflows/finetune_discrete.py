@@ -231,7 +231,7 @@ def latencies(paths: Sequence[Path], dataset: Dataset) -> list[float]:
 
 
 def recommend(rows: tuple[Row, Row, Row], exports: Sequence[Exported], *, max_drop: float) -> str:
-    """Say in plain words which of the two models to deploy."""
+    """Return which of the two models to deploy, and why, as a sentence."""
     before, _, after = rows
     assert after.difference is not None
     difference = after.difference

@@ -124,7 +124,7 @@ def test_bad_input(detector: Detector, tmp_path: Path, shapes_model: Path) -> No
         detector.predict(np.zeros((8, 8, 3), np.uint8), classes=["tomatoe"])
     with pytest.raises(UsageError, match="batch 0"):
         detector.predict(np.zeros((8, 8, 3), np.uint8), batch=0)
-    with pytest.raises(ModelError, match=r"holds no best\.safetensors"):
+    with pytest.raises(ModelError, match=r"has no best\.safetensors"):
         load(tmp_path)
     with pytest.raises(UsageError, match="multiple of 32"):
         load(shapes_model, imgsz=100)

@@ -72,7 +72,7 @@ def test_a_single_missing_file_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message", "hint"),
     [
-        (["empty"], "contains no images", "looked for"),
+        (["empty"], "contains no images", "supported: "),
         (["shots/*.bmp"], "matches no file", "shots contains a.PNG, b.jpg, clip.mp4 and 1 more"),
         (["gone/*/*.jpg"], "matches no file", "the folder gone does not exist"),
         (["*.jpg"], "matches no file", "this folder contains no images or videos"),

@@ -163,7 +163,7 @@ def test_force_replaces_a_wrongly_recorded_hash(server: Path, write: Callable[..
 
 def test_a_detector_is_not_accepted_as_a_backbone(server: Path, write: Callable[..., bytes]) -> None:
     write(server / BACKBONE)
-    with pytest.raises(ModelError, match="holds a detector"):
+    with pytest.raises(ModelError, match="contains a detector"):
         hub.fetch(BACKBONE)
     torch.save(ResNet(depth=10, width=8).state_dict(), server / BACKBONE)
     assert hub.fetch(BACKBONE).is_file()
