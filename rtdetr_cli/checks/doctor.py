@@ -14,8 +14,8 @@ from rtdetr_cli.checks.boxes import check_boxes
 from rtdetr_cli.checks.duplicates import check_duplicates, groups_by_path
 from rtdetr_cli.checks.files import check_files, measure_images
 from rtdetr_cli.checks.images import ImageInfo, check_images, find_duplicates
-from rtdetr_cli.checks.split import VAL_FRACTION, choose_val, report_drawn
 from rtdetr_cli.checks.structure import check_structure, check_train_split
+from rtdetr_cli.checks.val_split import VAL_FRACTION, choose_val, report_drawn
 from rtdetr_cli.datasets.codes import CODES, HARMS
 from rtdetr_cli.datasets.findings import SEVERITIES, Spot
 from rtdetr_cli.datasets.raw import RawDataset

@@ -9,8 +9,8 @@ from pathlib import Path
 from rtdetr_cli.checks.boxes import check_boxes
 from rtdetr_cli.checks.duplicates import check_duplicates, groups_by_path
 from rtdetr_cli.checks.files import check_files, measure_images
-from rtdetr_cli.checks.split import VAL_FRACTION, draw_val
 from rtdetr_cli.checks.structure import check_structure
+from rtdetr_cli.checks.val_split import VAL_FRACTION, draw_val
 from rtdetr_cli.datasets.raw import RawDataset
 from rtdetr_cli.datasets.read import read_raw
 from rtdetr_cli.datasets.records import Finding, Splits

@@ -126,7 +126,7 @@ def _show_start(event: RunStarted) -> None:
 
 
 def _show_data(event: RunStarted) -> None:
-    from rtdetr_cli.checks.split import FEW_VAL_IMAGES
+    from rtdetr_cli.checks.val_split import FEW_VAL_IMAGES
 
     splits, settings = event.splits, event.config.settings
     if settings.overfit:  # the same images, repeated, for training and validation

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rtdetr_cli.checks.load import load_splits
-from rtdetr_cli.checks.split import VAL_FRACTION
+from rtdetr_cli.checks.val_split import VAL_FRACTION
 from rtdetr_cli.datasets.records import Dataset, Splits
 from rtdetr_cli.errors import DataError, UsageError
 from rtdetr_cli.runs import CONFIG, RunFolder
@@ -114,14 +114,14 @@ def choose_split(
     if source is None:
         if trained is None:
             raise UsageError(
-                "no dataset is named, and the model does not say what it was trained on",
+                "no dataset given, and the model does not record what it was trained on",
                 hint="pass a dataset with --data DATA",
                 code="data-missing",
             )
         if not trained.source.exists():
             raise DataError(
                 f"the dataset that the model was trained with, {trained.source}, no longer exists",
-                hint="name another dataset with --data DATA",
+                hint="pass another dataset with --data DATA",
                 code="dataset-missing",
             )
         source, images = trained.source, images or trained.images

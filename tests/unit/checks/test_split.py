@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rtdetr_cli.checks.clusters import assign_clusters, cut_into_blocks, sequences
 from rtdetr_cli.checks.doctor import examine
 from rtdetr_cli.checks.duplicates import members_by_label, merge_groups
-from rtdetr_cli.checks.split import Resplit, assign_clusters, cut_into_blocks, resplit, sequences
+from rtdetr_cli.checks.split import Resplit, resplit
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.datasets.splits import to_splits
 from rtdetr_cli.errors import DataError
