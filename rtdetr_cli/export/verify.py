@@ -39,7 +39,10 @@ from rtdetr_cli.infer.prefetch import prefetch
 from rtdetr_cli.weights.header import ModelHeader
 
 MAX_IMAGES = 200
-MIN_BATCH = 4  # images in a batch whose independence is checked
+MIN_BATCH = 8  # images in a batch whose independence is checked
+SMALL_BATCH = 3  # a dynamic batch is also checked at this size
+PROBE_SIZES = ((640, 480), (300, 500), (1280, 720), (417, 1000))  # width, height
+SQUARE = 1000  # pixels
 MAX_SINGLE_IMAGES = 8  # images that are also run alone: each costs a whole batch where the batch is fixed
 BATCH_SHARE = 0.95  # of detections that must stay the same when only the other images of a batch change
 
@@ -169,13 +172,15 @@ def verify(
         limits = replace(limits, tol_ap=tol_ap)
     expected = yield from reference.predictions()
     paths = [reference.paths[i] for i in expected]
-    contract = check_contract(candidate, reference.backend.header, paths, limits, problems)
     try:
         predictions = yield from predict(candidate, reference.paths)
     except Exception as error:  # each runtime raises its own kind
+        contract = check_contract(candidate, reference.backend.header, paths, limits, problems)
         failed = Part(False, (f"the export does not run: {first_line(error)}",))
         yield Verdict(precision, limits, len(expected), contract, failed, Part(None))
         return
+    outside = check_rows(expected, predictions, len(candidate.header.names))
+    contract = check_contract(candidate, reference.backend.header, paths, limits, [*problems, *outside])
     agreement = compare_detections(list(expected.values()), list(predictions.values()), limits)
     half = None
     if half_twin is not None:
@@ -222,16 +227,33 @@ def check_contract(
     decoded = [read_image(path) for path in paths[:count]]
     rows = np.arange(count) % len(decoded)
     images = np.stack([stretch(image, candidate.imgsz) for image in decoded])[rows]
-    sizes = np.array([(image.shape[1], image.shape[0]) for image in decoded], np.int64)[rows]
+    sizes = np.resize(np.array(PROBE_SIZES, np.int64), (count, 2))  # whatever sizes the images have
     findings = [*compare_headers(candidate.header, header), *problems, *check_batches(candidate, images, sizes, limits)]
     batch = "dynamic" if candidate.fixed_batch is None else candidate.fixed_batch
     return Part(not findings, tuple(findings), {"batch": batch, "probed": count})
 
 
+def check_rows(expected: Predictions, predictions: Predictions, class_count: int) -> list[str]:
+    """Return what is wrong with the labels and the number of rows of an export's detections."""
+    findings = []
+    labels = np.concatenate([d.labels for d in predictions.values()])
+    outside = labels[(labels < 0) | (labels >= class_count)]
+    if len(outside):
+        findings.append(f"the label {outside[0]} is out of range ({class_count} classes: 0-{class_count - 1})")
+    counts = [(len(predictions[i]), len(d)) for i, d in expected.items() if i in predictions]
+    fewer = next(((actual, wanted) for actual, wanted in counts if actual < wanted), None)
+    if fewer is not None:
+        findings.append(f"the export gives {fewer[0]} detections per image, the model {fewer[1]}")
+    return findings
+
+
 def check_batches(
     candidate: Backend, images: NDArray[np.uint8], sizes_wh: NDArray[np.int64], limits: Limits
 ) -> list[str]:
-    """Return what changes with the other images of a batch: alone, in another order, and one image repeated."""
+    """Return what changes with the other images of a batch, and whether boxes follow the size of each image.
+
+    Every image is run alone, in a full batch, in another order and in a small batch; one image is repeated.
+    """
     count = len(images)
     order, single_rows = np.arange(count), spread(count, MAX_SINGLE_IMAGES)
 
@@ -249,12 +271,22 @@ def check_batches(
         together, backwards = run(order), run(order[::-1])[::-1]
         step = f"one image {count} times"
         first, *repeated = run(np.zeros(count, np.int64))
+        step = f"a batch of {SMALL_BATCH}"
+        small = run(order[:SMALL_BATCH]) if candidate.fixed_batch is None else together[:SMALL_BATCH]
+        step = f"a batch of {count} square images"
+        square = candidate.run(images, np.full_like(sizes_wh, SQUARE))
     except Exception as error:  # each runtime raises its own kind
         return [f"{step} does not run: {first_line(error)}"]
+    scaled = [
+        replace(d, boxes_xyxy_px=(d.boxes_xyxy_px * np.tile(size, 2) / SQUARE).astype(np.float32))
+        for d, size in zip(square, sizes_wh, strict=True)
+    ]
     dependent = "images of a batch are not independent"
     shares = {
         f"{dependent} (one alone, and in a batch of {count})": share(single, [together[row] for row in single_rows]),
         f"{dependent} (another order)": share(together, backwards),
+        f"{dependent} (a batch of {SMALL_BATCH}, and of {count})": share(small, together[:SMALL_BATCH]),
+        "the boxes do not scale with the width and height of each image": share(scaled, together),
         f"one image repeated {count} times gives different detections": min(share([first], [d]) for d in repeated),
     }
     return [
@@ -273,6 +305,8 @@ def compare_ap(
         return Part(None, (), {"why_not": "the images have no labels"})
     if not len(dataset.labels):
         return Part(None, (), {"why_not": "none of the images has a labelled object"})
+    if any((d.labels < 0).any() or (d.labels >= len(header.names)).any() for d in predictions.values()):
+        return Part(None, (), {"why_not": "labels are out of range"})
     try:
         before = average_precision(dataset, expected, reference.backend.header)
         after = average_precision(dataset, predictions, header)

@@ -285,7 +285,7 @@ def test_a_repeated_image_with_different_detections(reference: Reference, candid
         return (images * weights).astype(np.uint8)
 
     verdict = failure_of(FaultyBackend(candidate, images=fade), reference)
-    assert any("repeated 4 times" in finding for finding in verdict.contract.findings)
+    assert any("repeated 8 times" in finding for finding in verdict.contract.findings)
 
 
 def test_later_positions_of_a_fixed_batch(reference: Reference, edited: Edit) -> None:
@@ -311,22 +311,82 @@ def test_later_positions_of_a_fixed_batch(reference: Reference, edited: Edit) ->
 
 
 def test_later_positions_of_an_engine(reference: Reference, candidate: Backend) -> None:
-    """The same with a dynamic batch of up to eight, as in the profile of an engine."""
+    """The same with a dynamic batch of up to 16, as in the profile of an engine."""
 
     def blank(images: NDArray[np.uint8], _: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return np.concatenate([images[:4], np.zeros_like(images[4:])])
+        return np.concatenate([images[:8], np.zeros_like(images[8:])])
 
     faulty = FaultyBackend(candidate, images=blank)
-    assert verdict_of(faulty, reference).passed  # its largest batch is not known, so four images are enough
-    faulty.largest_batch = 8
+    assert verdict_of(faulty, reference).passed  # its largest batch is not known, so eight images are enough
+    faulty.largest_batch = 16
     assert failure_of(faulty, reference).failed_parts == ("contract", "agreement", "ap")
 
 
+class FaultyRows(FaultyBackend):
+    """A backend with a fault in what it returns for images of given sizes."""
+
+    def __init__(
+        self, inner: Backend, fault: Callable[[Backend, NDArray[np.uint8], NDArray[np.int64]], list[Detections]]
+    ) -> None:
+        super().__init__(inner)
+        self.fault = fault
+
+    def run(self, images: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> list[Detections]:
+        return self.fault(self.inner, images, sizes_wh)
+
+
+def each(change: Callable[[Detections], Detections]) -> Callable[..., list[Detections]]:
+    """Return a fault that changes the detections of each image."""
+    return lambda inner, images, sizes: [change(d) for d in inner.run(images, sizes)]
+
+
+def wrong_from(position: int) -> Callable[..., list[Detections]]:
+    def blank(inner: Backend, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> list[Detections]:
+        return inner.run(np.concatenate([images[:position], np.zeros_like(images[position:])]), sizes)
+
+    return blank
+
+
+def size_of_the_first(inner: Backend, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> list[Detections]:
+    return inner.run(images, np.repeat(sizes[:1], len(sizes), axis=0))
+
+
+def swapped_sizes(inner: Backend, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> list[Detections]:
+    return inner.run(images, sizes[:, ::-1])
+
+
+def wrong_batch_of_three(inner: Backend, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> list[Detections]:
+    return inner.run(images[::-1] if len(images) == 3 else images, sizes)
+
+
 @pytest.mark.parametrize(
-    ("fixed", "largest", "images"), [(None, None, 4), (1, 1, 4), (3, 3, 6), (8, 8, 8), (None, 16, 16)]
+    ("fault", "part", "finding"),
+    [
+        (wrong_from(4), "contract", "not independent"),
+        (wrong_from(7), "contract", "not independent"),
+        (wrong_batch_of_three, "contract", "a batch of 3"),
+        (size_of_the_first, "contract", "not independent"),
+        (swapped_sizes, "contract", "do not scale with the width and height"),
+        (each(lambda d: replace(d, labels=d.labels + (d.scores < 0.05) * 9)), "contract", "is out of range"),
+        (each(lambda d: d.keep(np.arange(len(d)) < 0.8 * len(d))), "contract", "detections per image"),
+        (each(lambda d: replace(d, scores=d.scores * (d.scores > 0.05))), "agreement", "rank by rank"),
+    ],
+    ids=["fifth", "eighth", "three", "first size", "swapped", "labels", "fewer", "tail"],
+)
+def test_faults_that_the_images_do_not_show(
+    reference: Reference, candidate: Backend, fault: Callable[..., list[Detections]], part: str, finding: str
+) -> None:
+    """All but two of these pass on images of one square size, in small batches, or above the score floor."""
+    verdict = failure_of(FaultyRows(candidate, fault), reference)
+    assert part in verdict.failed_parts
+    assert any(finding in text for text in verdict.parts[part].findings), verdict.summary
+
+
+@pytest.mark.parametrize(
+    ("fixed", "largest", "images"), [(None, None, 8), (1, 1, 8), (3, 3, 9), (8, 8, 8), (None, 16, 16)]
 )
 def test_images_per_run(candidate: Backend, fixed: int | None, largest: int | None, images: int) -> None:
-    """Full batches, and at least four images."""
+    """Full batches, and at least eight images."""
     backend = FaultyBackend(candidate)
     backend.fixed_batch, backend.largest_batch = fixed, largest
     assert images_per_run(backend) == images
