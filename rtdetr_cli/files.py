@@ -38,7 +38,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise RtdetrError(
             f"{path} cannot be written: {error.strerror or error}",
-            hint="choose another folder, or make room",
+            hint="choose another folder, or free some space",
             code="not-writable",
         ) from error
     finally:

@@ -38,11 +38,15 @@ def compare(
     if not _is_results(a) and not _is_results(b) and a.resolve() == b.resolve():
         raise UsageError(f"A and B are both {a}", hint="pass two different models", code="same-model")
     name_a, model_a = _evaluate(a, data, **options)
-    name_b, model_b = _evaluate(b, model_a.source, **options)
+    name_b, model_b = _evaluate(b, model_a.source, known_notes=model_a.notes, **options)
     first, second = model_a.evaluation, model_b.evaluation
+    shared = [note for note in first.notes if note in second.notes]
+    for note in shared:
+        terminal.warn(note)
     for name, evaluation in ((name_a, first), (name_b, second)):
         for note in evaluation.notes:
-            terminal.warn(f"{name}: {note}")
+            if note not in shared:
+                terminal.warn(f"{name}: {note}")
     dataset = first.dataset
     if dataset.image_ids.tolist() != second.dataset.image_ids.tolist():
         raise DataError(
@@ -107,6 +111,7 @@ def _evaluate(
 def _print_tables(document: dict[str, Any]) -> None:
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.coco import METRICS
+    from rtdetr_cli.text import counted
 
     def cell(value: float | None, interval: dict[str, Any] | None = None, *, sign: str = "") -> str:
         if value is None:
@@ -123,12 +128,15 @@ def _print_tables(document: dict[str, Any]) -> None:
     terminal.out(f"A {a['name']}")
     terminal.out(f"B {b['name']}")
     terminal.table(("", "A", "B", "B - A"), rows)
+    with_boxes = [row for row in document["per_class"] if row["boxes"]]
     terminal.table(
         ("class", "boxes", "A", "B", "B - A"),
         [
             [row["name"], row["boxes"], row["a"], row["b"], cell(row["difference"], row["interval"], sign="+")]
-            for row in document["per_class"]
+            for row in with_boxes
         ],
         title="AP by class",
     )
+    if missing := len(document["per_class"]) - len(with_boxes):
+        terminal.out(f"not listed: {counted(missing, 'class')} without boxes in this split\n")
     terminal.out(document["sentence"])

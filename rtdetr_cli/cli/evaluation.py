@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ class EvaluatedModel:
         class_names: the model's; empty for detections from a file.
         overrides: the flags that changed the model, such as `--layers 1 --queries 50`.
         thresholds_warning: says that the stored thresholds were calibrated with other layers, queries or size.
+        notes: how the split was chosen.
     """
 
     evaluation: Evaluation
@@ -30,6 +32,7 @@ class EvaluatedModel:
     class_names: tuple[str, ...] = ()
     overrides: str = ""
     thresholds_warning: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def description(self) -> str:
@@ -74,9 +77,13 @@ def evaluate_model(
     batch: int | None,
     device: str,
     evaluator: str = "hotcoco",
+    known_notes: Sequence[str] = (),
     **overrides: Any,
 ) -> EvaluatedModel:
-    """Evaluate a model file on a split; `overrides` are imgsz, layers, queries and sampling, as for `open_backend`."""
+    """Evaluate a model file on a split; `overrides` are imgsz, layers, queries and sampling, as for `open_backend`.
+
+    `known_notes` are notes on the split that have been printed before.
+    """
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.run import evaluate
     from rtdetr_cli.evaluate.source import choose_split
@@ -92,7 +99,8 @@ def evaluate_model(
         terminal.warn(warning)
     selected = choose_split(data, split=split, images=images, model=path, header=header)
     for note in selected.notes:
-        terminal.say(note)
+        if note not in known_notes:
+            terminal.say(note)
     with terminal.progress(len(selected.dataset), "eval") as bar:
         batch = batch or default_batch(backend, device)
         evaluation = evaluate(backend, selected.dataset, batch=batch, progress=bar.advance, evaluator=evaluator)
@@ -115,4 +123,5 @@ def evaluate_model(
         header.names,
         " ".join(f"{flag} {value}" for flag, value in flags.items() if value),
         mismatch[0] if mismatch else "",
+        selected.notes,
     )

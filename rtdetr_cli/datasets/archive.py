@@ -109,4 +109,4 @@ def _extract(archive: zipfile.ZipFile, targets: list[Path], size: int, source: P
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return target
-    raise RtdetrError(f"{source} {problem}", hint="make room, or unpack it elsewhere", code="not-writable")
+    raise RtdetrError(f"{source} {problem}", hint="free some space, or unpack it elsewhere", code="not-writable")

@@ -91,7 +91,8 @@ def _interval(value: float, resampled: NDArray[np.float64], images: int) -> Inte
     """
     tail = (1 - CONFIDENCE) / 2
     lower, upper = np.quantile(resampled, [tail, 1 - tail]) if len(resampled) else (value, value)
-    return Interval(value, 2 * value - float(upper), 2 * value - float(lower), images)
+    # With few images or APs near 0 the value may lie outside the quantiles; an interval contains its estimate.
+    return Interval(value, min(value, 2 * value - float(upper)), max(value, 2 * value - float(lower)), images)
 
 
 def draw_weights(images: int, resamples: int) -> NDArray[np.float32]:
@@ -187,10 +188,10 @@ def small_split_warning(interval: Interval) -> str:
     """Return a sentence when a split is too small for a useful AP, else an empty string."""
     if interval.images >= FEW_IMAGES and interval.half_width <= WIDE:
         return ""
-    return (
-        f"the split is small: with {counted(interval.images, 'image')}, AP is only known to "
-        f"± {interval.half_width:.3f}; four times as many images would halve that"
-    )
+    small = f"the split is small: with {counted(interval.images, 'image')}, "
+    if interval.half_width < 0.0005:
+        return f"{small}the interval of AP is not reliable" if interval.value else ""
+    return f"{small}AP is only known to ± {interval.half_width:.3f}; four times as many images would halve that"
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,8 @@ def _explain_rate(config: RunConfig, plan: Plan) -> list[Choice]:
         choices.append(Choice("decay", "none", "published: a constant learning rate"))
     else:
         value = f"from step {plan.flat_steps} to {plan.final_rate:.0%}"
-        choices.append(Choice("decay", value, f"half a cosine over the last {1 - plan.flat_steps / total:.0%}"))
+        steps = counted(max(0, total - plan.flat_steps), "step")
+        choices.append(Choice("decay", value, f"half a cosine over the last {steps}"))
     return choices
 
 
@@ -159,11 +160,12 @@ def _explain_average(config: RunConfig, plan: Plan) -> Choice:
         return Choice("EMA", f"decay {published.ema_decay}, ramp {published.ema_warmup} steps", "published")
     share = f"{settings.ema_age:.1%} of the run"
     if settings.ema_age * plan.total_steps < 1:
-        share = f"one step is the minimum, and {share} is less"
+        share = "the minimum"
     return Choice(
         "EMA",
-        f"mean age {counted(round(plan.ema_age), 'step')} (decay {plan.ema_age / (plan.ema_age + 1):.5g})",
-        f"{share}; {plan.ema_ramp:.0%} of the steps so far until step {math.ceil(plan.ema_age / plan.ema_ramp)}",
+        f"decay {plan.ema_age / (plan.ema_age + 1):.5g}",
+        f"averages about the last {counted(round(plan.ema_age), 'step')} ({share}); "
+        f"fewer until step {math.ceil(plan.ema_age / plan.ema_ramp)}",
     )
 
 
@@ -181,7 +183,7 @@ def _explain_augmentation(config: RunConfig, plan: Plan) -> list[Choice]:
         reason = f"published; used in runs of at least {RECIPE_STEPS:,} steps"
     choices = [Choice("augmentation", plan.augmentation, reason)]
 
-    if plan.augmentation != "none":
+    if plan.augmentation not in ("none", "light"):
         if plan.strong_until > plan.epochs - calm_epochs(config, plan.epochs):
             reason = "a run this short keeps it for at least half of the epochs"
         elif keeps_published(config, "calm"):

@@ -239,7 +239,7 @@ def parse_devices(setting: str) -> tuple[str, ...]:
                 hint="--device auto, cpu, 0 (the first GPU) or 0,1 (two GPUs, one process each)",
             )
     if len({d.partition(":")[0] for d in devices}) > 1:
-        raise UsageError(f"--device {setting} mixes kinds of devices", hint="name GPUs only, or cpu only")
+        raise UsageError(f"--device {setting} mixes kinds of devices", hint="use GPUs only, or cpu only")
     return tuple(devices)
 
 

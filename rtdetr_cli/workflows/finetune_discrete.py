@@ -39,6 +39,7 @@ from rtdetr_cli.workflows.timing import images_to_time, measure
 EQUAL_SPEED = 0.05  # share of the original's latency within which the discrete export counts as equally fast
 ROUNDS = 3
 MIN_EPOCHS = 2
+USELESS_AP = 0.05  # below this a model has hardly learned anything, and a comparison says nothing
 DEFAULT_SHARE = 12 / 72  # of the first stage's epochs, for a preset without a published second stage
 
 
@@ -239,8 +240,15 @@ def recommend(rows: tuple[Row, Row, Row], exports: Sequence[Exported], *, max_dr
     failed = [e.name for e in exports if not e.artefact.passed]
     if failed:
         return f"deploy neither model yet: verification failed for the export of: {', '.join(failed)}"
+    if max(before.ap.value, after.ap.value) < USELESS_AP:
+        return (
+            f"deploy neither model: both have hardly learned anything (AP {before.ap.value:.3f} and "
+            f"{after.ap.value:.3f}); train the original for longer first"
+        )
     if before.ap.value - after.ap.value > max_drop:
         return f"keep the original: discrete sampling costs more than {max_drop:g} AP: {gap}"
+    if after.ap.value < USELESS_AP:
+        return f"keep the original: the discrete model has hardly learned anything (AP {after.ap.value:.3f}): {gap}"
     original, discrete = exports[0].milliseconds, exports[1].milliseconds
     pace = "faster" if discrete < original else "slower"
     if abs(discrete - original) <= EQUAL_SPEED * original * (1 + 1e-9):  # the limit is inclusive
@@ -252,7 +260,7 @@ def recommend(rows: tuple[Row, Row, Row], exports: Sequence[Exported], *, max_dr
             "and the original might gain as much from the same training"
         )
     if pace == "faster":
-        cost = "without a measurable loss of AP" if difference.upper >= 0 else "with a real loss of AP"
+        cost = "with a real loss of AP" if difference.upper < 0 else "without a measurable loss of AP"
         return f"deploy the discrete model where speed matters: {speed}, {cost}: {gap}"
     return (
         f"keep the original: the discrete model changes AP by {gap}; {speed}; the original's export needs no "
@@ -296,7 +304,7 @@ def plan_discrete(model: Path, header: ModelHeader, flags: Mapping[str, Any], *,
         trained_with = training_data(model, header)
         if trained_with is None:
             raise UsageError(
-                f"no dataset given, and {model.name} does not say what it was trained on",
+                f"no dataset given, and {model.name} does not record what it was trained on",
                 hint="pass a dataset with --data DATA",
                 code="data-missing",
             )

@@ -175,6 +175,7 @@ def outcome(
         ({"after": 0.502, "times": (10.0, 9.8)}, "keep the original: the discrete model changes AP by +0.002"),
         ({"after": 0.502, "times": (10.0, 10.6)}, "keep the original: the discrete model changes AP by +0.002"),
         ({"after": 0.55, "times": (10.0, 5.0), "passed": False}, "deploy neither model yet"),
+        ({"before": 0.04, "after": 0.045, "times": (10.0, 5.0)}, "deploy neither model: both have hardly learned"),
     ],
 )
 def test_recommendation(facts: dict[str, Any], begins: str) -> None:
