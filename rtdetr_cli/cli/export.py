@@ -106,10 +106,7 @@ def export(
         terminal.warn("--no-gate: these files have not been verified")
     _report(artefacts, error, as_json=as_json)
     if images is not None and not raw and not as_json:
-        from rtdetr_cli.datasets.records import Dataset
-
-        image = images.path(0) if isinstance(images, Dataset) else images[0]
-        terminal.next_step("rtdetr", "predict", image, "--weights", artefacts[-1].path)
+        _show_next(images, artefacts[-1].path)
 
 
 def _check_packages(formats: Sequence[str]) -> None:
@@ -186,6 +183,13 @@ def _report(artefacts: Sequence[Artefact], error: RtdetrError | None, *, as_json
         terminal.complain(each.message, each.hint)
     if errors:
         raise typer.Exit(errors[0].exit_code)
+
+
+def _show_next(images: Dataset | Sequence[Path], export: Path) -> None:
+    from rtdetr_cli.datasets.records import Dataset
+
+    image = images.path(0) if isinstance(images, Dataset) else images[0]
+    terminal.next_step("rtdetr", "predict", image, "--weights", export)
 
 
 def _row(artefact: Artefact) -> tuple[object, ...]:

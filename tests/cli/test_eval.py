@@ -101,6 +101,13 @@ def test_predictions_give_the_published_metrics(rtdetr: Rtdetr, public: tuple[ob
     assert errors["duplicates"]["removed"] >= 0.8 * errors["duplicates"]["of"]
 
 
+def test_the_next_step_is_printed(rtdetr: Rtdetr, run_folder: Path, shapes: Path) -> None:
+    ran = rtdetr("eval", run_folder, "--data", shapes, "--device", "cpu")
+    assert ran.code == 0, ran.err
+    assert ran.err.splitlines()[-1] == f"next: rtdetr export {run_folder}"
+    assert "next: " not in rtdetr("eval", run_folder, "--data", shapes, "--device", "cpu", "--json").err
+
+
 def test_text_and_json_agree(rtdetr: Rtdetr, public: tuple[object, ...]) -> None:
     document = rtdetr(*public, "--ci", 200, "--json").json
     ran = rtdetr(*public, "--ci", 200)
@@ -248,7 +255,9 @@ def test_the_table_of_thresholds_separates_per_class_and_single_thresholds(rtdet
     best = own_run / "best.safetensors"
     rewrite_header(best, replace(read_header(best), thresholds=Thresholds("f1", 0.001, (0.9,) * 5)))
     lines = [line.split() for line in rtdetr("eval", own_run).out.splitlines()]
-    (per_class,) = [line for line in lines if line[:6] == ["all", "classes,", "each", "at", "its", "own"]]
+    (per_class,) = [
+        line[1:] for line in lines if line[:7] == ["all", "classes,", "each", "at", "its", "own", "threshold"]
+    ]
     (single,) = [line for line in lines if line[:5] == ["all", "classes", "at", "one", "threshold"]]
     assert per_class[6] == "-"
     assert single[5] == "0.001"

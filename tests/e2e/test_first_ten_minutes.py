@@ -1,7 +1,7 @@
 """From a labelled folder to a detector with the commands that the tool prints itself, for every layout it reads.
 
-The first command is `rtdetr validate FOLDER` (or the zip file); each further one is a line `next: ...` of the one before. To be fast,
-`SMALL` is appended to `train`, and `CPU` to `predict`.
+The first command is `rtdetr validate FOLDER` (or the zip file); each further one is a line `next: ...` of the one
+before. To be fast, `SMALL` is appended to `train`, and `CPU` to `predict`.
 """
 
 from __future__ import annotations
