@@ -80,7 +80,7 @@ def test_a_file_without_a_header(rtdetr: Rtdetr, exported: Path, shapes_model: P
     assert "has no header" in ran.err
     header = read_export_header(exported)
     assert header is not None
-    assert header.names == ("tomato", "leaf", "plum") or len(header.names) == 3
+    assert len(header.names) == 3
     assert header.extra["gate"]["passed"] is True
 
 
