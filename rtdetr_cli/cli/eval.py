@@ -185,6 +185,8 @@ def _report(
         _print_metrics(document, evaluated.description, interval)
         _print_thresholds(document)
         _print_errors(document["errors"])
+        if html is not None:
+            terminal.say(f"report  {html}")
         if evaluation.seconds:
             seconds = evaluation.seconds["total"]
             terminal.say(f"{terminal.duration(seconds)}, {len(evaluation.dataset) / max(seconds, 1e-9):.1f} images/s")

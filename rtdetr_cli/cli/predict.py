@@ -181,7 +181,7 @@ def _show_model(
     from rtdetr_cli.weights.binding import modification_warning
 
     size = "x".join(map(str, backend.imgsz))
-    terminal.say(f"model {model}  {backend.kind} {size}  {_count(sources)}  conf {selection.description}")
+    terminal.say(f"model {model}  {backend.kind} {size} px  {_count(sources)}  conf {selection.description}")
     if warning := modification_warning(model, backend.header):
         terminal.warn(warning)
     if compare and (mismatch := threshold_mismatch(backend.header, backend.imgsz)) is not None:
@@ -288,7 +288,8 @@ class _Run:
                     advance()
         if not self.as_json:
             rate = frames / max(time.monotonic() - start, 1e-9)
-            size = "x".join(map(str, video.size_wh))
+            width, height = video.size_wh
+            size = f"{height}x{width} px"
             amounts = f"{counted(frames, 'frame')}  {counted(detections, 'detection')}"
             terminal.out(f"{source.path}  {size}  {amounts}  {rate:.1f} frames/s")
         if video.truncated:
@@ -315,7 +316,8 @@ class _Run:
         if print_line and self.as_json:
             terminal.out(json_line(image_document(source, detections, frame=event.frame)))
         elif print_line:
-            size = "x".join(map(str, detections.size_wh))
+            width, height = detections.size_wh
+            size = f"{height}x{width} px"
             terminal.out(f"{source}  {size}  {detections.summary()}  {1000 * event.seconds:.0f} ms")
 
     def _add_error(self, error: RtdetrError) -> None:
@@ -337,7 +339,16 @@ class _Run:
         if self.images > 1:
             terminal.say(self.summary())
         if folder is not None and self.images:
-            terminal.say(f"results in {folder}: {', '.join(written)}")
+            from rtdetr_cli.images.decode import IMAGE_SUFFIXES
+
+            copies = [f for f in folder.iterdir() if f.is_file() and f.suffix.lower() in IMAGE_SUFFIXES]
+            drawn_only = written == ["annotated copies"] and not self.frames
+            if drawn_only and len(copies) == 1:
+                terminal.say(f"annotated image {copies[0]}")
+            elif drawn_only:
+                terminal.say(f"annotated images in {folder}")
+            else:
+                terminal.say(f"results in {folder}: {', '.join(written)}")
         if self.interrupted:
             raise typer.Exit(130)
         if hint := self.hint(model):

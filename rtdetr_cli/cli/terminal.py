@@ -130,7 +130,9 @@ def show(value: object) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration for people: `41 s`, `26 min`, `3 h 05 min`."""
+    """Return a duration for people: `0.4 s`, `41 s`, `26 min`, `3 h 05 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -61,7 +61,7 @@ class Detections:
 
     def __repr__(self) -> str:
         width, height = self.size_wh
-        return f"<Detections {self.summary()}, {width}x{height}>"
+        return f"<Detections {self.summary()}, {height}x{width} px>"
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -94,8 +94,9 @@ class Detections:
             raise UsageError("the image of these detections is not known", hint="pass it: plot(image)", code="no-image")
         pixels = read_source(source)
         if pixels.shape[1::-1] != self.size_wh:
-            (width, height), expected = pixels.shape[1::-1], "x".join(map(str, self.size_wh))
-            raise UsageError(f"the image is {width}x{height}, but these detections are of one of {expected}")
+            height, width = pixels.shape[:2]
+            expected = f"{self.size_wh[1]}x{self.size_wh[0]}"
+            raise UsageError(f"the image is {height}x{width} px, but these detections are of one of {expected} px")
         return draw_boxes(pixels, self.boxes_xyxy_px, self.labels, self.names, scores=self.scores)
 
     def save(

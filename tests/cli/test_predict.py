@@ -47,9 +47,9 @@ def test_one_image(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, im
     ran = rtdetr("predict", images / "shapes_00.png", "--weights", shapes_onnx)
     assert ran.code == 0, ran.err
     (line,) = ran.out.splitlines()
-    assert "shapes_00.png  256x192  " in line
+    assert "shapes_00.png  192x256 px  " in line
     assert line.endswith(" ms")
-    assert "results in runs/predict-01" in ran.err
+    assert "annotated image runs/predict-01/shapes_00.png" in ran.err
     assert "conf 0.450 to 0.550 (stored per class for f1)" in ran.err
     drawn = read_image(here / "runs/predict-01/shapes_00.png")
     original = read_image(images / "shapes_00.png")
@@ -264,7 +264,7 @@ def test_video_is_written_back(rtdetr: Callable[..., Any], here: Path, shapes_on
     writer.release()
     ran = rtdetr("predict", "clip.mp4", "-w", shapes_onnx, "--out", "out", "--batch", 4, "--save-json", "--save-txt")
     assert ran.code == 0, ran.err
-    assert "clip.mp4  256x192  9 frames" in ran.out
+    assert "clip.mp4  192x256 px  9 frames" in ran.out
     lines = [json.loads(line) for line in (here / "out/predictions.jsonl").read_text().splitlines()]
     assert [d["frame"] for d in lines] == list(range(9))
     assert all(d["detections"] for d in lines)
@@ -307,7 +307,7 @@ def test_truncated_video(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Pa
     assert f"warning: cut.avi is truncated: it ends after {len(lines)} of 12 frames" in ran.err
     assert "error: 1 of 1 video is truncated" in ran.err
     assert "results in out" in ran.err
-    assert f"cut.avi  256x192  {len(lines)} frames" in ran.out
+    assert f"cut.avi  192x256 px  {len(lines)} frames" in ran.out
     assert (here / "out/cut.avi").exists() or (here / "out/cut.mp4").exists()
     ran = rtdetr("predict", "cut.avi", images / "shapes_00.png", "whole.avi", *given, "--no-save", "--json")
     assert ran.code == 1

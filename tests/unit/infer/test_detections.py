@@ -27,8 +27,8 @@ GREY = np.full((100, 200, 3), 128, np.uint8)
 
 
 def test_text() -> None:
-    assert repr(FOUND) == "<Detections 1 <dog>, 1 cat, 200x100>"
-    assert repr(EMPTY) == "<Detections no detections, 200x100>"
+    assert repr(FOUND) == "<Detections 1 <dog>, 1 cat, 100x200 px>"
+    assert repr(EMPTY) == "<Detections no detections, 100x200 px>"
 
 
 def test_plot_and_save(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_plot_and_save(tmp_path: Path) -> None:
     assert np.array_equal(read_image(FOUND.save(tmp_path / "new" / "a.png", GREY)), drawn)
     with pytest.raises(UsageError, match="image of these detections is not known"):
         FOUND.plot()
-    with pytest.raises(UsageError, match="the image is 50x50, but these detections are of one of 200x100"):
+    with pytest.raises(UsageError, match="the image is 50x50 px, but these detections are of one of 100x200 px"):
         FOUND.plot(GREY[:50, :50])
     with pytest.raises(UsageError, match=r"must end in \.jpg"):
         FOUND.save(tmp_path / "a.bmp", GREY)
