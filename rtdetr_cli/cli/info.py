@@ -70,6 +70,8 @@ def _arrays(value: object) -> Iterator[Any]:
 
 def _rows(description: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the rows of the table, the most interesting first, without empty ones."""
+    from rtdetr_cli.evaluate.coco import METRICS
+
     header = description.get("header") or {}
     extra = header.get("extra", {})
     source = extra.get("source_identity")
@@ -77,6 +79,7 @@ def _rows(description: dict[str, Any]) -> list[tuple[str, str]]:
     types = ", ".join(f"{number} {name}" for name, number in description.get("types", {}).items())
     operators = description.get("operators") or {}
     kinds = abbreviate([f"{number} {name}" for name, number in operators.items()])
+    sorted_metrics = sorted(header.get("metrics", {}).items(), key=lambda item: (*METRICS, item[0]).index(item[0]))
     rows: list[tuple[str, object]] = [
         ("format", description["format"]),
         ("layout", description.get("layout")),
@@ -85,7 +88,7 @@ def _rows(description: dict[str, Any]) -> list[tuple[str, str]]:
         *(_header_rows(header) if header else [("header", "none: no class names, sizes or thresholds")]),
         ("parameters", f"{parameters / 1e6:.1f} M" if parameters else None),
         ("tensors", f"{tensors} ({types})" if tensors and types else tensors or types),
-        ("metrics", ", ".join(f"{k} {v:.3f}" for k, v in header.get("metrics", {}).items() if v is not None)),
+        ("metrics", ", ".join(f"{k} {v:.3f}" for k, v in sorted_metrics if v is not None)),
         ("trained on", header.get("dataset", {}).get("name")),
         ("precision", extra.get("precision")),
         ("export check", _verification(extra.get("gate"), description.get("verification") or {})),

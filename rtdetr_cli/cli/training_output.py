@@ -171,7 +171,7 @@ def epoch_line(event: EpochDone, seconds_left: float) -> str:
         best = f" (best {event.best_score:.3f} at {event.best_epoch + 1})" if event.best_epoch >= 0 else ""
         parts.append(f"AP {terminal.show(event.metrics.get('AP'))}{best}")
         parts.append(f"AP50 {terminal.show(event.metrics.get('AP50'))}")
-    parts += [f"{event.memory_bytes / 1e9:.1f} GB", terminal.duration(event.seconds)]
+    parts += [f"{event.memory_bytes / 2**30:.1f} GiB", terminal.duration(event.seconds)]
     if event.epoch + 1 < event.epochs:
         parts.append(f"{terminal.duration(seconds_left)} left")
     return "  ".join(parts)
@@ -207,8 +207,8 @@ class _TrainingBar:
         self._bar.start()
 
     def show_step(self, event: StepDone) -> None:
-        rate, memory = 1 / event.seconds, event.memory_bytes / 1e9
-        facts = f"loss {event.loss:.2f}  lr {event.lr:.2g}  {rate:.1f} steps/s  {memory:.1f} GB"
+        rate, memory = 1 / event.seconds, event.memory_bytes / 2**30
+        facts = f"loss {event.loss:.2f}  lr {event.lr:.2g}  {rate:.1f} steps/s  {memory:.1f} GiB"
         self.update(completed=event.step + 1, facts=facts, description=f"epoch {event.epoch + 1}/{self._epochs}")
 
     def update(self, **fields: Any) -> None:
@@ -263,13 +263,13 @@ def dry_run_warnings(result: DryRunResult) -> list[str]:
     warnings = []
     if not has_room(result.disk_bytes, result.disk_free):
         warnings.append(
-            f"the run needs {result.disk_bytes / 1e9:.2f} GB of disk space, but only {result.disk_free / 1e9:.2f} GB "
-            "is free: free some space, or choose another disk with --out DIR"
+            f"the run needs {result.disk_bytes / 2**30:.2f} GiB of disk space, but only "
+            f"{result.disk_free / 2**30:.2f} GiB is free: free some space, or choose another disk with --out DIR"
         )
     if result.memory_bytes > 0.95 * result.memory_total:
         warnings.append(
-            f"the largest step needs {result.memory_bytes / 1e9:.1f} of {result.memory_total / 1e9:.1f} GB: leave room "
-            "with a smaller --batch"
+            f"the largest step needs {result.memory_bytes / 2**30:.1f} of {result.memory_total / 2**30:.1f} GiB: "
+            "leave room with a smaller --batch"
         )
     return warnings
 
@@ -303,8 +303,8 @@ def _show_dry_run(result: DryRunResult, started: RunStarted) -> None:
             ("export", f"{result.export_seconds:.1f} s", f"ONNX, {result.export_bytes / 1e6:.1f} MB"),
             ("whole run", terminal.duration(result.total_seconds), counted(plan.epochs, "epoch")),
             ("micro-batch", result.micro_batch, f"effective batch {plan.effective_batch}"),
-            ("memory", f"{result.memory_bytes / 1e9:.1f} GB", f"{result.memory_total / 1e9:.1f} GB"),
-            ("disk", f"{result.disk_bytes / 1e9:.2f} GB", f"{result.disk_free / 1e9:.1f} GB free"),
+            ("memory", f"{result.memory_bytes / 2**30:.1f} GiB", f"{result.memory_total / 2**30:.1f} GiB"),
+            ("disk", f"{result.disk_bytes / 2**30:.2f} GiB", f"{result.disk_free / 2**30:.1f} GiB free"),
         ],
         title="dry run: nothing was trained or written",
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rtdetr_cli.cli import terminal
+from rtdetr_cli.config.settings import DATA_HELP
 from rtdetr_cli.errors import DataError, UsageError
 from rtdetr_cli.text import counted, suggest, tally
 
@@ -35,7 +36,7 @@ CHANGED = {
 def validate(
     data: Annotated[
         Path | None,
-        typer.Argument(help="COCO JSON, Roboflow folder, YOLO data.yaml or VOC folder.", show_default=False),
+        typer.Argument(help=DATA_HELP, show_default=False),
     ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder of the images, if they are not next to the annotations.")
@@ -219,7 +220,8 @@ def _show(report: Report) -> None:
     from rtdetr_cli.datasets.codes import CODES
 
     facts = report.summary()
-    splits = ", ".join(f"{name} {part['pictures']:,}" for name, part in facts["splits"].items()) or "no split"
+    order = sorted(facts["splits"].items(), key=lambda item: ("train", "val", "test", item[0]).index(item[0]))
+    splits = ", ".join(f"{name} {part['pictures']:,}" for name, part in order) or "no split"
     terminal.out(
         f"{facts['name']} ({facts['format']}): {counted(facts['pictures'], 'image')} ({splits}), "
         f"{counted(facts['boxes'], 'box')}, {counted(facts['classes'], 'class')}"
@@ -230,7 +232,7 @@ def _show(report: Report) -> None:
     for code, positions in report.by_code().items():
         finding = report.findings[positions[0]]
         if finding.severity == "info" and CODES[code].harm == "none":
-            harmless.append(f"{len(positions):,} {code}")
+            harmless.append(f"{CODES[code].title} ({len(positions):,}, {code})")
             continue
         first = format_finding(finding)
         if len(first) > FIRST_WIDTH:

@@ -10,6 +10,7 @@ import typer
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.terminal import JsonFlag
 from rtdetr_cli.errors import ModelError, UsageError
+from rtdetr_cli.text import suggest
 
 app = terminal.command_group("List, fetch, verify and import published weights.")
 
@@ -28,6 +29,14 @@ def _file_name(name: str) -> str:
     from rtdetr_cli.config.presets import load_preset, preset_names
 
     if name not in preset_names():
+        from rtdetr_cli.weights.hub import PUBLISHED
+
+        if name not in PUBLISHED:
+            raise ModelError(
+                f"there is no published file {name}{suggest(name, [*preset_names(), *PUBLISHED])}",
+                hint=f"a preset ({', '.join(preset_names())}), or a file from: rtdetr weights list",
+                code="weights-unknown",
+            )
         return name
     weights = load_preset(name).weights
     if weights is None:
@@ -89,10 +98,10 @@ def verify(as_json: JsonFlag = False) -> None:
             errors.append(error)
     if as_json and not errors:
         terminal.emit_json({"files": rows})
-    elif not as_json:
+    elif not as_json and rows:
         terminal.table(("file", "ok", "sha256"), [(r["file"], "yes" if r["ok"] else "NO", r["sha256"]) for r in rows])
-        if not rows:
-            terminal.say(f"there is no published file in {hub.weights_folder()}")
+    elif not as_json:
+        terminal.say(f"there is no published file in {hub.weights_folder()}")
     if errors:
         raise errors[0]
 
@@ -112,10 +121,13 @@ def import_(
 
 @app.command()
 def path(name: Name, as_json: JsonFlag = False) -> None:
-    """Print the path of a file in the cache, whether or not it is there."""
+    """Print the path of a file in the cache; exit with code 4 if it is not there."""
     from rtdetr_cli.weights import hub
 
-    _print_path(hub.weights_folder() / hub.find_published(_file_name(name)).file, as_json)
+    cached = hub.weights_folder() / hub.find_published(_file_name(name)).file
+    if not cached.is_file():
+        raise ModelError(f"{cached} does not exist", hint=f"rtdetr weights fetch {name}", code="weights-missing")
+    _print_path(cached, as_json)
 
 
 def _print_path(path: Path, as_json: bool, *, recorded: str = "") -> None:

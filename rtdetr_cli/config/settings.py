@@ -17,6 +17,8 @@ from rtdetr_cli.config.image_size import parse_image_size
 
 T = TypeVar("T")
 
+DATA_HELP = "Dataset folder, file or zip: COCO, YOLO, VOC, Labelme or CSV."
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
@@ -78,9 +80,7 @@ def _parse_words(value: Any) -> Any:
 class RunSettings:
     """Every setting of a training run, in the order of the help and of `config.toml`."""
 
-    data: str | None = _flag(
-        None, "Dataset: COCO JSON, Roboflow folder, YOLO data.yaml or VOC folder.", short="-d", is_path=True
-    )
+    data: str | None = _flag(None, DATA_HELP, short="-d", is_path=True)
     images: str | None = _flag(None, "Folder of the images, if they are not next to the annotations.", is_path=True)
     preset: str = _flag("r18", "Preset: tiny, r18, r34, r50m, r50, r101, or the path of a preset file.", short="-p")
     weights: str = _flag("coco", "Weights to start from: coco, imagenet, none, or a run or model file.", short="-w")

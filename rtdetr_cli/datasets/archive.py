@@ -74,7 +74,8 @@ def _check(source: Path, entries: list[zipfile.ZipInfo]) -> int:
     size = sum(entry.file_size for entry in entries)
     if len(entries) > _MAX_FILES or (size > _RATIO_BYTES and size > _MAX_RATIO * source.stat().st_size):
         raise DataError(
-            f"{source} declares {len(entries):,} files with {size / 1e9:,.1f} GB, far more than a dataset of its size",
+            f"{source} declares {len(entries):,} files with {size / 2**30:,.1f} GiB, far more than "
+            "a dataset of its size",
             hint="unpack it yourself and pass the folder",
             code="zip-unsafe",
         )
@@ -88,7 +89,7 @@ def _extract(archive: zipfile.ZipFile, targets: list[Path], size: int, source: P
             target.parent.parent.mkdir(parents=True, exist_ok=True)
             free = free_bytes(target.parent.parent)
             if size + _SPARE_BYTES > free:
-                problem = f"needs {size / 1e9:,.1f} GB, and {target.parent.parent} has {free / 1e9:,.1f} GB free"
+                problem = f"needs {size / 2**30:,.1f} GiB, and {target.parent.parent} has {free / 2**30:,.1f} GiB free"
                 continue
             aside = Path(tempfile.mkdtemp(prefix=f"{target.parent.name}.", dir=target.parent.parent))
         except OSError as error:

@@ -139,7 +139,7 @@ def require_room(folder: Path, wanted: int) -> None:
     free = shutil.disk_usage(folder).free
     if not has_room(wanted, free):
         raise RtdetrError(
-            f"a run needs {wanted / 1e9:.2f} GB in {folder}, but only {free / 1e9:.2f} GB is free",
+            f"a run needs {wanted / 2**30:.2f} GiB in {folder}, but only {free / 2**30:.2f} GiB is free",
             hint="free some space, or choose another disk with --out DIR",
             code="disk-full",
         )

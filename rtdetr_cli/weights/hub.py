@@ -169,6 +169,8 @@ def import_file(source: Path, *, force: bool = False) -> Path:
     """
     if not source.is_file():
         raise ModelError(f"{source} does not exist", code="weights-missing")
+    if source.name not in PUBLISHED and source.suffix.lower() not in (".pth", ".pt", ".safetensors"):
+        raise ModelError(f"{source} is not a weights file (.pth)", hint="rtdetr weights list", code="weights-unknown")
     entry = find_published(source.name)
     hint, accept = f"rtdetr weights fetch {entry.file} --force", f"rtdetr weights import {source} --force"
     _check(entry, source, source=str(source), hint=hint, accept=accept, force=force)

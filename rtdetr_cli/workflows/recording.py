@@ -174,7 +174,7 @@ class Recorder:
             "device": f"{prepared.learner.device}" + (f" x {processes.size}" if processes.distributed else ""),
             "precision": f"{prepared.precision} ({prepared.precision_reason})",
             "parameters": f"{sum(p.numel() for p in prepared.learner.model.parameters()):,}",
-            "peak memory": f"{self._memory / 1e9:.1f} GB",
+            "peak memory": f"{self._memory / 2**30:.1f} GiB",
             "loader processes": str(prepared.workers),
         }
         if self._seconds:
@@ -208,7 +208,7 @@ def log_line(event: TrainingEvent) -> str:
             return (
                 f"epoch {event.epoch + 1}/{event.epochs}  step {event.step}  lr {event.lr:.3g}  "
                 f"loss {event.loss:.4f}{scores}  {event.seconds:.1f} s  waited {event.loader_share:.0%}  "
-                f"{event.memory_bytes / 1e9:.2f} GB"
+                f"{event.memory_bytes / 2**30:.2f} GiB"
             )
         case StepSkipped():
             return (

@@ -298,7 +298,7 @@ def test_a_dry_run_measures_and_writes_nothing(data: Path, rtdetr, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("disk_free", "memory_total", "words"),
-    [(10**12, 10**10, []), (10**6, 10**10, ["only 0.00 GB is free"]), (10**12, 2 * 10**9, ["2.0 of 2.0 GB"])],
+    [(10**12, 10**10, []), (10**6, 10**10, ["only 0.00 GiB is free"]), (10**12, 2 * 10**9, ["1.9 of 1.9 GiB"])],
 )
 def test_a_dry_run_warns_about_too_little_memory_or_disk_space(
     disk_free: int, memory_total: int, words: list[str]

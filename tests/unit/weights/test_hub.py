@@ -294,6 +294,11 @@ def test_import_records_no_hash_of_a_web_page(server: Path, tmp_path: Path, writ
 
 def test_commands(server: Path, rtdetr, write: Callable[..., bytes]) -> None:
     write(server / FILE)
+    ran = rtdetr("weights", "path", "r50")
+    assert (ran.code, ran.out) == (4, "")
+    assert "rtdetr weights fetch r50" in ran.err
+    assert rtdetr("weights", "verify").out == ""
+    assert "a preset (" in rtdetr("weights", "fetch", "r99").err
     assert rtdetr("weights", "fetch", FILE, "--json").json["path"].endswith(FILE)
     listed = {f["file"]: f["here"] for f in rtdetr("weights", "list", "--json").json["files"]}
     assert listed[FILE] is True
