@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -70,3 +71,16 @@ def ensure_writable(folder: Path, *, hint: str = "choose another folder with --o
         raise RtdetrError(
             f"{folder} cannot be written: {error.strerror or error}", hint=hint, code="not-writable"
         ) from error
+
+
+def missing_path_hint(path: Path) -> str:
+    """Return a hint for a path that does not exist: close names in its folder, or whether there is such a folder."""
+    folder = "the current folder" if path.parent == Path() else f"the folder {path.parent}"
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return f"{folder} cannot be read" if path.parent.is_dir() else f"{folder} does not exist either"
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.75)
+    if close:
+        return f"did you mean {' or '.join(str(path.parent / name) for name in close)}?"
+    return f"{folder} has no such file"

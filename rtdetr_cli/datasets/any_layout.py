@@ -87,7 +87,10 @@ def read_any_layout(source: Path, found: Survey, images: Path | None) -> RawData
 
 
 def _container(files: list[Path]) -> Path:
-    return files[0] if len(files) == 1 else files[0].parent
+    if len(files) == 1:
+        return files[0]
+    folder = files[0].parent
+    return folder.parent if folder.name in ("Annotations", "labels") else folder
 
 
 def _no_labels(source: Path, found: Survey) -> DataError:

@@ -29,6 +29,7 @@ from rtdetr_cli.datasets.survey import other_format_of, survey
 from rtdetr_cli.datasets.voc import VocSplit, files_by_stem, listed_name, read_voc
 from rtdetr_cli.datasets.yolo import read_yolo
 from rtdetr_cli.errors import DataError
+from rtdetr_cli.files import missing_path_hint
 from rtdetr_cli.images.decode import IMAGE_SUFFIXES
 
 MAX_LISTED = 5
@@ -58,7 +59,7 @@ def read_raw(source: Path, *, images: Path | None = None) -> RawDataset:
     """
     source = Path(source)
     if not source.exists():
-        raise DataError(f"the dataset {source} does not exist", hint="check the path", code="dataset-missing")
+        raise DataError(f"the dataset {source} does not exist", hint=missing_path_hint(source), code="dataset-missing")
     if images is not None and not images.is_dir():
         raise DataError(f"--images {images} is not a folder", hint="check the path", code="images-missing")
     raw = _read_file(source, images) if source.is_file() else _read_folder(source, images)

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from rtdetr_cli.errors import DataError, UsageError
+from rtdetr_cli.files import missing_path_hint
 from rtdetr_cli.images.decode import IMAGE_SUFFIXES, ImageError
 
 VIDEO_SUFFIXES = frozenset((".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"))
 _SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+_DATASET_SUFFIXES = (".zip", ".json", ".yaml", ".yml", ".csv")
 URL_SECONDS = 30.0
 URL_BYTES = 64_000_000
 
@@ -159,6 +161,12 @@ def _expand(word: str, *, alone: bool) -> list[tuple[Path, Path]]:
             )
         return [(p, path) for p in files]
     if path.exists():
+        if alone and path.suffix.lower() in _DATASET_SUFFIXES:
+            raise DataError(
+                f"{word} is not an image or video",
+                hint=f"datasets are for: rtdetr eval --data {word}, or rtdetr validate {word}",
+                code="image-unreadable",
+            )
         return [(path, path.parent)]
     if glob.has_magic(word):
         matches = sorted(Path(p) for p in glob.glob(word, recursive=True) if Path(p).is_file())
@@ -166,8 +174,7 @@ def _expand(word: str, *, alone: bool) -> list[tuple[Path, Path]]:
             raise DataError(f"the pattern {word} matches no file", hint=_pattern_hint(path), code="no-images")
         return [(p, p.parent) for p in matches]
     if alone:
-        folder = "exists, but has no such file" if path.parent.is_dir() else "does not exist either"
-        raise DataError(f"{word} does not exist", hint=f"the folder {path.parent} {folder}", code="image-missing")
+        raise DataError(f"{word} does not exist", hint=missing_path_hint(path), code="image-missing")
     return [(path, path.parent)]
 
 

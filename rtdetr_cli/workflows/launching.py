@@ -12,6 +12,7 @@ from typing import Any
 
 from rtdetr_cli.config.run import RunConfig, resolve_run
 from rtdetr_cli.errors import DataError, UsageError
+from rtdetr_cli.files import missing_path_hint
 
 COMMAND_LINE = "RTDETR_COMMAND_LINE"
 
@@ -54,7 +55,8 @@ def resolve_training(
 def require_dataset(data: str | Path) -> None:
     """Raise DataError if the dataset does not exist."""
     if not Path(data).exists():
-        raise DataError(f"the dataset {data} does not exist", hint="check the path", code="dataset-missing")
+        hint = missing_path_hint(Path(data))
+        raise DataError(f"the dataset {data} does not exist", hint=hint, code="dataset-missing")
 
 
 def run_processes(config: RunConfig, devices: Sequence[str], *, resume: Path | None, words: Sequence[str] = ()) -> int:

@@ -167,3 +167,11 @@ def test_downloads_that_fail(web: str, page: str, limits: dict[str, Any], code: 
 def test_a_server_that_is_not_there() -> None:
     with pytest.raises(ImageError, match=r"cannot be read: .*refused"):
         fetch_image("http://127.0.0.1:9/a.jpg")
+
+
+@pytest.mark.parametrize("name", ["data.zip", "instances.json"])
+def test_a_dataset_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match="is not an image or video") as caught:
+        find_sources([str(tmp_path / name)])
+    assert "rtdetr validate" in caught.value.hint
