@@ -162,7 +162,7 @@ class Detector:
 
         Args:
             source: the file or web address of an image, a Pillow image, or an array (H, W, 3) uint8 RGB (H, W for
-                grey); a sequence of them; or a folder or pattern of images, whose videos are left out.
+                gray); a sequence of them; or a folder or pattern of images, whose videos are left out.
             conf: minimum score, or `auto`: the thresholds stored in the model for each class, else 0.5.
             classes: names of the classes to return; None for all.
             max_det: maximum detections per image.

@@ -1,6 +1,6 @@
 """Find images that are identical or nearly so: video frames, copies that were resized or compressed again.
 
-For near duplicates each image is reduced to 32x32 grey values, with brightness and contrast normalized. Two of them
+For near duplicates each image is reduced to 32x32 gray values, with brightness and contrast normalized. Two of them
 are compared by their lowest cosine frequencies first; the distance there is a lower bound of the full distance, so
 no near pair is missed.
 """
@@ -22,7 +22,7 @@ from rtdetr_cli.datasets.raw import RawDataset, RawSplit
 from rtdetr_cli.text import counted
 
 THUMBNAIL = 32
-"""Side of the grey thumbnails."""
+"""Side of the gray thumbnails."""
 
 MAX_DIFFERENCE = 0.2
 """Root of one minus the correlation. Copies compressed or resized again stay below 0.1; unrelated images of one
@@ -75,7 +75,7 @@ def near_groups(thumbnails: NDArray[np.uint8]) -> list[list[int]]:
     """Return groups of images that look nearly the same, each in ascending order.
 
     Args:
-        thumbnails: (N, 32, 32) uint8, grey.
+        thumbnails: (N, 32, 32) uint8, gray.
 
     Returns:
         Groups of at least two indices; a chain of small differences ends in one group.

@@ -63,7 +63,7 @@ class ImageInfo:
         orientation: the EXIF value; 0 for none.
         frames: more than 1 if it is animated or has pages.
         digest: of the file's bytes.
-        thumbnail: 32x32 grey values of the upright image.
+        thumbnail: 32x32 gray values of the upright image.
     """
 
     fault: tuple[str, str] | None = None

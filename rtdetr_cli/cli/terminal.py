@@ -94,7 +94,7 @@ def is_terminal(stream: Any = None) -> bool:
 
 
 def paint(text: str, code: str) -> str:
-    """Colour text for a terminal; leave it as it is in a pipe or under NO_COLOR."""
+    """Color text for a terminal; leave it as it is in a pipe or under NO_COLOR."""
     if not is_terminal() or os.environ.get("NO_COLOR"):
         return text
     return f"\033[{code}m{text}\033[0m"

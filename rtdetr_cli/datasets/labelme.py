@@ -121,7 +121,7 @@ def _read_shape(dataset: RawDataset, rows: Rows, shape: Any, labels: dict[str, i
         return report("box-not-number", "has a point that is not two numbers")
     if not all(math.isfinite(value) for pair in pairs for value in pair):
         return report("box-not-finite", "has a point that is not finite")
-    if kind == "circle":  # its centre and a point on it
+    if kind == "circle":  # its center and a point on it
         (x, y), edge = pairs[0], pairs[1]
         radius = math.dist((x, y), edge)
         pairs = [(x - radius, y - radius), (x + radius, y + radius)]

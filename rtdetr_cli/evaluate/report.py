@@ -105,7 +105,7 @@ def page_context(
 
 
 def css_colour(label: int) -> str:
-    """Return the colour of a class for a style sheet, the same as on annotated images."""
+    """Return the color of a class for a style sheet, the same as on annotated images."""
     return "#{:02x}{:02x}{:02x}".format(*class_color(label))
 
 
@@ -139,7 +139,7 @@ def curves_svg(evaluation: Evaluation) -> str:
             right.axvline(evaluation.best.threshold, color=GREY, linewidth=0.8, linestyle=":")
         _style_axes(left, "recall", "precision (IoU 0.5)")
         _style_axes(right, "score threshold", "F1")
-        # Below both plots, which share their colours: inside, curves of a weak model would run through the legend.
+        # Below both plots, which share their colors: inside, curves of a weak model would run through the legend.
         handles, labels = left.get_legend_handles_labels()
         columns = max(1, min(len(labels), 6, LEGEND_LETTERS // (max(map(len, labels)) + 8)))
         figure.legend(

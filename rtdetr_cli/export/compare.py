@@ -49,7 +49,7 @@ class Limits:
 # are a tenth of these limits (tests/bench/bench_half_islands.py).
 LIMITS = {
     "fp32": Limits(matched=0.99, iou=0.95, score_step=0.02, score_error=0.002, box_error=0.005),
-    # The graph's own resize may round a half to the other side, which moves a few samples by one grey level.
+    # The graph's own resize may round a half to the other side, which moves a few samples by one gray level.
     "resized": Limits(matched=0.98, iou=0.9, score_step=0.05, score_error=0.005, box_error=0.01),
     "fp16": Limits(matched=0.95, iou=0.85, score_step=0.10, score_error=0.01, box_error=0.02),
     # Static INT8 was measured at .93 to .99 matched and box errors of .025 to .057, so that the AP decides.

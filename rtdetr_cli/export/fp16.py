@@ -46,7 +46,7 @@ class Island:
 ISLANDS = (
     Island(
         "first convolution",
-        "grey levels divided by 255 are not exact in float16, and every later layer inherits the error: ten times "
+        "gray levels divided by 255 are not exact in float16, and every later layer inherits the error: ten times "
         "the error of any other module, for under one percent of the work",
         lambda path, op: path.endswith("conv1.conv1_1.conv"),
     ),

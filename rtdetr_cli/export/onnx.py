@@ -103,7 +103,7 @@ def strip(model: onnx.ModelProto) -> None:
 
 
 def drop_defaults(model: onnx.ModelProto) -> None:
-    """Remove attributes unknown to opset 17 that have its default behaviour; the converter keeps them."""
+    """Remove attributes unknown to opset 17 that have its default behavior; the converter keeps them."""
     defaults = {"noop_with_empty_axes": 0, "antialias": 0, "keep_aspect_ratio_policy": b"stretch"}
     for node in model.graph.node:
         for attribute in list(node.attribute):
@@ -177,7 +177,7 @@ def save(model: onnx.ModelProto, path: Path) -> None:
 def prepend_preprocessing(model: onnx.ModelProto, imgsz: tuple[int, int]) -> None:
     """Make the graph accept uint8 images, (1, any height, any width, RGB), instead of its float input.
 
-    The resize is bilinear with antialiasing, first across and then down, rounded to whole grey levels in between as
+    The resize is bilinear with antialiasing, first across and then down, rounded to whole gray levels in between as
     in Pillow. The two differ by one level in at most about one sample of a hundred, where a half is rounded.
     """
     graph = model.graph

@@ -303,7 +303,7 @@ def render(
     size = (across.target[1] - across.target[0], down.target[1] - down.target[0])
     enlarged = shown_w <= width and shown_h <= height and min(window) >= 0
     if enlarged and region is not image and window.right <= image_w and window.bottom <= image_h:
-        # Nothing shrinks, so antialiasing has no effect, and OpenCV's bilinear is the same within one grey level in a
+        # Nothing shrinks, so antialiasing has no effect, and OpenCV's bilinear is the same within one gray level in a
         # fifth of the time. A whole image is always stretched exactly as in prediction.
         pixels = np.asarray(cv2.resize(np.asarray(region), size, interpolation=cv2.INTER_LINEAR), np.uint8)
     else:
@@ -364,7 +364,7 @@ def _fade(pixels: NDArray[np.uint8], across: _StretchPlan, down: _StretchPlan, *
     """Divide the soft edge of the image by its weights (`up`), or multiply it back, in place.
 
     In between, the edge has the image's own colors, so that a distortion doesn't turn the black mixed into it into a
-    grey frame.
+    gray frame.
     """
     for plan, axis in ((across, 1), (down, 0)):
         if plan.weights is None:

@@ -1,7 +1,7 @@
 """Read an image as upright RGB, and resize it: the only decoder and the only resize in the project.
 
 Everything reads images through `opened`, so that a file means the same everywhere. Pillow decodes, not OpenCV: on JPEG
-both give the same bits in the same time, but OpenCV silently fills the missing part of a truncated file with grey, and
+both give the same bits in the same time, but OpenCV silently fills the missing part of a truncated file with gray, and
 Pillow's resize is the antialiased one that the published weights were trained with. This module never imports torch.
 """
 
@@ -79,7 +79,7 @@ class ImageError(DataError):
 def read_image(source: Path | bytes, *, reduce_to: tuple[int, int] | None = None) -> NDArray[np.uint8]:
     """Decode an image to (H, W, 3) uint8 RGB, upright.
 
-    EXIF orientation is applied; 16-bit samples keep their high byte; palette, grey and CMYK become RGB; alpha is
+    EXIF orientation is applied; 16-bit samples keep their high byte; palette, gray and CMYK become RGB; alpha is
     dropped, as in the published preprocessing; of an animation only the first frame is read.
 
     Args:
@@ -168,7 +168,7 @@ def usual_suffix(path: Path) -> str:
 def stretch(image: NDArray[np.uint8], hw: tuple[int, int]) -> NDArray[np.uint8]:
     """Resize (H, W, 3) uint8 to height and width `hw`: bilinear, antialiased, without keeping the aspect ratio.
 
-    Equals the published preprocessing. OpenCV's bilinear resize has no antialiasing and differs by 4 grey levels on
+    Equals the published preprocessing. OpenCV's bilinear resize has no antialiasing and differs by 4 gray levels on
     average when it shrinks an image.
     """
     height, width = hw

@@ -64,7 +64,7 @@ def class_color(label: int) -> Color:
         linear = _LMS_TO_RGB @ (_OKLAB_TO_LMS @ lab) ** 3
         if (linear.min() >= -1e-3 and linear.max() <= 1.001) or chroma < 0.01:
             break
-        chroma *= 0.96  # outside sRGB: move towards grey, with the same hue and lightness
+        chroma *= 0.96  # outside sRGB: move towards gray, with the same hue and lightness
     linear = linear.clip(0, 1)
     srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     red, green, blue = np.rint(255 * srgb).astype(int).tolist()

@@ -24,7 +24,7 @@ from rtdetr_cli.infer.sources import is_url
 NOTEBOOK_SIDE = 1024
 """Longest side in pixels of an image that a notebook shows."""
 
-# JPEG's usual chroma subsampling blurs thin coloured lines and small letters.
+# JPEG's usual chroma subsampling blurs thin colored lines and small letters.
 _JPEG = {"format": "JPEG", "quality": 92, "subsampling": 0}
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     ".jpg": _JPEG,

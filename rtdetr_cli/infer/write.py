@@ -55,7 +55,7 @@ def coco_rows(image_id: int | str, detections: Detections) -> list[dict[str, Any
 
 
 def yolo_lines(detections: Detections, *, scores: bool = False) -> str:
-    """Return one image's YOLO label file: label, centre, width and height as fractions of the image, then the score."""
+    """Return one image's YOLO label file: label, center, width and height as fractions of the image, then the score."""
     width, height = detections.size_wh
     lines = []
     for label, score, (x1, y1, x2, y2) in _rows(detections):

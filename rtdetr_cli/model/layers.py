@@ -162,12 +162,12 @@ def add_bounded(residual: Tensor, update: Tensor) -> Tensor:
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Convert boxes (..., 4) from centre and size to corners, in the same unit."""
+    """Convert boxes (..., 4) from center and size to corners, in the same unit."""
     centre, half = boxes[..., :2], boxes[..., 2:] * 0.5
     return torch.cat([centre - half, centre + half], -1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Convert boxes (..., 4) from corners to centre and size, in the same unit."""
+    """Convert boxes (..., 4) from corners to center and size, in the same unit."""
     low, high = boxes[..., :2], boxes[..., 2:]
     return torch.cat([(low + high) * 0.5, high - low], -1)

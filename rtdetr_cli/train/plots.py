@@ -36,7 +36,7 @@ DPI = 110
 INK, FAINT, BACKGROUND = "#1f2430", "#8a90a0", "#ffffff"
 BLUE, ORANGE, GREEN, RED = "#2f6fde", "#e07b16", "#2a9d5c", "#d1403f"
 GAP_PX = 6
-# Column of metrics.csv, name in the legend, colour, line width.
+# Column of metrics.csv, name in the legend, color, line width.
 LOSS_LINES = [
     ("loss", "sum over all layers", INK, 1.9),
     ("loss_vfl", "classes, last layer", BLUE, 1.3),
@@ -123,7 +123,7 @@ def _draw_positions(axes: Axes, boxes: NDArray[np.float64], imgsz: tuple[int, in
     bar = axes.figure.colorbar(heatmap, ax=axes, fraction=0.046, pad=0.03)
     bar.ax.tick_params(labelsize=8, colors=INK)
     bar.outline.set_visible(False)
-    _style_axes(axes, "box centres per cell", x="x, px")
+    _style_axes(axes, "box centers per cell", x="x, px")
 
 
 # ---- curves -----------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def curves_figure(rows: Sequence[Mapping[str, float | None]], *, best_epoch: int
 def _draw_lines(
     axes: Axes, rows: Sequence[Mapping[str, float | None]], lines: Sequence[tuple[str, str, str, float]]
 ) -> float:
-    """Draw columns of the rows, each with its name, colour and width; return the largest finite value, or 0."""
+    """Draw columns of the rows, each with its name, color and width; return the largest finite value, or 0."""
     highest = 0.0
     marker: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(rows) <= 30 else {}
     for key, name, color, width in lines:
@@ -253,7 +253,7 @@ def _titled(image: NDArray[np.uint8], title: str) -> NDArray[np.uint8]:
 
 
 def _grid(tiles: Sequence[NDArray[np.uint8]], *, columns: int, gap: int = GAP_PX) -> NDArray[np.uint8]:
-    """Lay tiles out in rows on white, each centred in its cell."""
+    """Lay tiles out in rows on white, each centered in its cell."""
     if not tiles:
         return np.full((64, 64, 3), 255, np.uint8)
     height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))

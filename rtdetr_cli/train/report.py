@@ -93,7 +93,7 @@ def write_report(
 
 
 def figure_svg(figure: Figure, name: str) -> str:
-    """Return a figure as SVG without a background and in the page's text colour, so that it suits dark pages too.
+    """Return a figure as SVG without a background and in the page's text color, so that it suits dark pages too.
 
     Args:
         figure: drawn with `plots.INK`.

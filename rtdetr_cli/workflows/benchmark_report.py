@@ -140,7 +140,7 @@ def _markdown(rows: Sequence[Row]) -> str:
 
 
 def draw_plot(path: Path, rows: Sequence[Row]) -> None:
-    """Draw AP over latency: a colour per model and backend, the Pareto front connected and labelled."""
+    """Draw AP over latency: a color per model and backend, the Pareto front connected and labelled."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
