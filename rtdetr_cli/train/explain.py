@@ -133,9 +133,11 @@ def _explain_rate(config: RunConfig, plan: Plan) -> list[Choice]:
 
     if keeps_published(config, "flat", "final_rate"):
         choices.append(Choice("decay", "none", "published: a constant learning rate"))
+    elif plan.flat_steps >= total:
+        choices.append(Choice("decay", "none", "the run is too short"))
     else:
         value = f"from step {plan.flat_steps} to {plan.final_rate:.0%}"
-        steps = counted(max(0, total - plan.flat_steps), "step")
+        steps = counted(total - plan.flat_steps, "step")
         choices.append(Choice("decay", value, f"half a cosine over the last {steps}"))
     return choices
 

@@ -8,7 +8,14 @@ import pytest
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError
-from rtdetr_cli.evaluate.bootstrap import compare, draw_weights, resample, small_split_warning
+from rtdetr_cli.evaluate.bootstrap import (
+    Interval,
+    Resamples,
+    compare,
+    draw_weights,
+    resample,
+    small_split_warning,
+)
 from rtdetr_cli.evaluate.coco import coco_metrics
 from rtdetr_cli.evaluate.matching import box_images
 from rtdetr_cli.evaluate.table import DetectionTable
@@ -99,3 +106,14 @@ def test_a_small_split_gives_a_warning_and_a_split_without_boxes_an_error(make: 
     assert "the split is small" in small_split_warning(resample(dataset, table).interval(value))
     with pytest.raises(DataError, match="no boxes"):
         resample(make.dataset(images=3, names=("a",)), DetectionTable.empty())
+
+
+def test_an_interval_contains_its_estimate() -> None:
+    resamples = Resamples(np.full((100, 1), 0.3), 40, np.array([40]))
+    interval = resamples.interval(0.5)
+    assert interval.lower <= interval.value <= interval.upper
+
+
+def test_an_ap_of_zero_gives_no_warning() -> None:
+    assert small_split_warning(Interval(0.0, 0.0, 0.0, 5)) == ""
+    assert "halve" not in small_split_warning(Interval(0.5, 0.5, 0.5, 5))

@@ -84,6 +84,9 @@ def test_the_reason_for_the_augmentation(flags: dict[str, Any], value: str, reas
 
 def test_a_run_of_one_epoch() -> None:
     assert "strong augmentation" not in explain(steps=10, aug="light")
+    config = resolve_run({"preset": "tiny", "epochs": 1, "effective_batch": 16})
+    one_step = explain_plan(config, make_plan(config, images=10), images=10)
+    assert [choice.reason for choice in one_step if choice.name == "decay"] == ["the run is too short"]
     choices = explain(steps=10, aug="recipe")
     assert choices["strong augmentation"].value == "until epoch 1"
     assert choices["strong augmentation"].reason == "a run this short keeps it for at least half of the epochs"
