@@ -121,7 +121,7 @@ def import_(
 
 @app.command()
 def path(name: Name, as_json: JsonFlag = False) -> None:
-    """Print the path of a file in the cache; exit with code 4 if it is not there."""
+    """Print the path of a cached file (exit code 4: not cached)."""
     from rtdetr_cli.weights import hub
 
     cached = hub.weights_folder() / hub.find_published(_file_name(name)).file
