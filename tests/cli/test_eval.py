@@ -303,7 +303,7 @@ def test_a_model_without_a_dataset(rtdetr: Rtdetr, run_folder: Path, shapes: Pat
     lonely = shutil.copy(run_folder / "best.safetensors", tmp_path / "lonely.safetensors")
     ran = rtdetr("eval", lonely)
     assert ran.code == 2
-    assert "no dataset is named" in ran.err
+    assert "no dataset given" in ran.err
     assert rtdetr("eval", lonely, "--data", tmp_path / "nothing").code == 3
     ran = rtdetr("eval", lonely, "--data", shapes, "--split", "test")
     assert ran.code == 3

@@ -99,7 +99,7 @@ def test_metadata(exported: dict[str, Artefact], loaded: Loaded, shapes_model: P
         (ExportOptions(opset=21), "not supported"),
         (ExportOptions(batch=0), "less than one"),
         (ExportOptions(preprocess=True, opset=17), "cannot antialias"),
-        (ExportOptions(preprocess=True, raw=True), "exclude"),
+        (ExportOptions(preprocess=True, raw=True), "cannot be combined"),
         (ExportOptions(preprocess=True, dynamic=True), "one image at a time"),
         (ExportOptions(preprocess=True, formats=("fp16", "trt-fp16")), "does not antialias"),
     ],
