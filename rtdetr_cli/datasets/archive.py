@@ -29,7 +29,7 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EP
 def unpack(source: Path) -> Path:
     """Unpack a zip file into a cache folder beside it, or in the user's cache if that cannot be written.
 
-    The folder's name contains the size and the time of the file, so that another file of that name is unpacked anew.
+    The folder's name contains the size and the time of the file, so that another file of that name is unpacked again.
 
     Raises:
         DataError: it is damaged or encrypted, or could overwrite other files or fill the disk.
