@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rtdetr_cli.workflows.benchmark_report import Row
 
 SMALL_AP_LOSS = 0.01  # most users accept it for a faster model
+EXPORT_FLAGS = {"onnx": "--onnx", "openvino": "--openvino", "tensorrt": "--trt-fp16"}
 
 
 def benchmark(
@@ -95,10 +96,11 @@ def benchmark(
     if as_json:
         terminal.emit_json(document)
     else:
-        _show(rows, document, advise=swept is not None)
+        _show(rows, document)
+        _show_next(rows, dataset, swept=swept is not None)
 
 
-def _show(rows: list[Row], document: dict[str, Any], *, advise: bool) -> None:
+def _show(rows: list[Row], document: dict[str, Any]) -> None:
     """Print the table."""
     from rtdetr_cli.workflows.benchmark_report import drop_constant_columns, table_rows
 
@@ -121,8 +123,6 @@ def _show(rows: list[Row], document: dict[str, Any], *, advise: bool) -> None:
             "~ unstable in both of two measurements: the runs differ by more than 20%; close other programs, or use "
             "more --runs"
         )
-    if advise:
-        _advise(rows)
     for path in document.get("saved", {}).values():
         terminal.say(f"wrote {path}")
 
@@ -145,22 +145,25 @@ def _split(model: Path, data: Path | None, images: Path | None, split: str) -> D
     return chosen.dataset
 
 
-def _advise(rows: list[Row]) -> None:
-    """Suggest the fastest setting of a sweep that loses little AP, with the flags for it."""
-    base, *others = rows
-    faster = [
-        (row.latency, row, row.difference)
-        for row in others
-        if (row.model, row.backend) == (base.model, base.backend)
-        and row.difference is not None
-        and row.difference.value >= -SMALL_AP_LOSS
-        and row.latency < 0.97 * base.latency
-    ]
-    if not faster or not base.ap:
-        return
-    latency, best, gap = min(faster, key=lambda item: item[0])
-    terminal.out(
-        f"{1 - latency / base.latency:.0%} faster for {gap.value:+.3f} AP (95% interval {gap.lower:+.3f} to "
-        f"{gap.upper:+.3f}): --layers {best.layers} --queries {best.queries} --imgsz {best.size} "
-        "with eval, predict or export"
-    )
+def _show_next(rows: list[Row], dataset: Dataset | None, *, swept: bool) -> None:
+    """Print the command that uses the fastest row with little loss of AP; for a sweep, also what its settings gain."""
+    from rtdetr_cli.cli.select import model_name
+    from rtdetr_cli.weights.header import EXPORT_SUFFIXES
+
+    base, top = rows[0], max(row.ap or 0.0 for row in rows)
+    best = min((row for row in rows if (row.ap or 0.0) >= top - SMALL_AP_LOSS), key=lambda row: row.latency)
+    if swept and not top:
+        best = base  # without AP, the smallest setting would always win
+    settings: list[object] = []
+    if swept and (gap := best.difference) is not None and best.latency < 0.97 * base.latency:
+        settings = ["--layers", best.layers, "--queries", best.queries, "--imgsz", best.size]
+        terminal.out(
+            f"{1 - best.latency / base.latency:.0%} faster for {gap.value:+.3f} AP (95% interval {gap.lower:+.3f} to "
+            f"{gap.upper:+.3f}): {' '.join(map(str, settings))} with eval, predict or export"
+        )
+    model = Path(best.model)
+    flag = EXPORT_FLAGS.get(best.backend, "")
+    if model.suffix.lower() not in EXPORT_SUFFIXES and (swept or flag):
+        terminal.next_step("rtdetr", "export", model_name(model), *([flag] if flag else []), *settings)
+    elif dataset is not None:
+        terminal.next_step("rtdetr", "predict", dataset.path(0), "--weights", model_name(model))

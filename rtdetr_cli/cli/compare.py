@@ -88,6 +88,23 @@ def compare(
         _print_tables(document)
     if warning := small_split_warning(max(comparison.a, comparison.b, key=lambda interval: interval.half_width)):
         terminal.warn(warning)
+    if not as_json:
+        _show_next(a, b, comparison.verdict)
+
+
+def _show_next(a: Path, b: Path, verdict: str) -> None:
+    """Print the command that comes next: export the better model, or compare the speed of equally good ones."""
+    from rtdetr_cli.cli import terminal
+    from rtdetr_cli.cli.select import model_file
+    from rtdetr_cli.weights.header import EXPORT_SUFFIXES
+
+    if verdict == "undecided":
+        if not _is_results(a) and not _is_results(b):
+            terminal.next_step("rtdetr", "benchmark", a, b)
+        return
+    better = a if verdict == "a" else b
+    if not _is_results(better) and model_file(better).suffix.lower() not in EXPORT_SUFFIXES:
+        terminal.next_step("rtdetr", "export", better)
 
 
 def _is_results(path: Path) -> bool:

@@ -124,6 +124,21 @@ def predict(
     }
     run.report(model, folder, [kind for kind, wanted in kinds.items() if wanted])
     _raise_errors(found, run.errors, run.truncated)
+    if not as_json and run.classes:
+        _show_next(model)
+
+
+def _show_next(model: Path) -> None:
+    """Print the command that comes next: export a finetuned model, measure an exported one, finetune any other."""
+    from rtdetr_cli.cli import select, terminal
+    from rtdetr_cli.weights.header import EXPORT_SUFFIXES
+
+    if model.suffix.lower() in EXPORT_SUFFIXES:
+        terminal.next_step("rtdetr", "benchmark", model)
+    elif model.suffix == ".safetensors":
+        terminal.next_step("rtdetr", "export", select.model_name(model))
+    else:
+        terminal.next_step("rtdetr", "train", "YOUR_DATA", "--weights", model)
 
 
 def _check_options(sampling: str | None, out: Path | None, **counts: int | None) -> None:

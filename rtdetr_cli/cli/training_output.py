@@ -291,6 +291,8 @@ def _dry_run_document(result: DryRunResult, started: RunStarted) -> dict[str, An
 
 
 def _show_dry_run(result: DryRunResult, started: RunStarted) -> None:
+    from rtdetr_cli.workflows.launching import command_line
+
     plan = started.plan
     evaluations = sum(plan.evaluates(epoch) for epoch in range(plan.epochs))
     images = counted(started.val_images, "image")
@@ -301,12 +303,13 @@ def _show_dry_run(result: DryRunResult, started: RunStarted) -> None:
             ("largest step", f"{result.worst_seconds:.2f} s", "largest scale, most boxes"),
             ("evaluation", f"{result.evaluation_seconds:.1f} s", f"{evaluations} x {images}"),
             ("export", f"{result.export_seconds:.1f} s", f"ONNX, {result.export_bytes / 1e6:.1f} MB"),
-            ("whole run", terminal.duration(result.total_seconds), counted(plan.epochs, "epoch")),
+            ("whole run", f"about {terminal.duration(result.total_seconds)}", counted(plan.epochs, "epoch")),
             ("micro-batch", result.micro_batch, f"effective batch {plan.effective_batch}"),
             ("memory", f"{result.memory_bytes / 2**30:.1f} GiB", f"{result.memory_total / 2**30:.1f} GiB"),
             ("disk", f"{result.disk_bytes / 2**30:.2f} GiB", f"{result.disk_free / 2**30:.1f} GiB free"),
         ],
-        title="dry run: nothing was trained or written",
+        title="dry run: nothing was trained or written; times are estimated from a few measured steps",
     )
     for warning in dry_run_warnings(result):
         terminal.warn(warning)
+    terminal.next_step("rtdetr", *(word for word in command_line()[1:] if word != "--dry-run"))

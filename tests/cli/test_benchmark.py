@@ -19,7 +19,7 @@ from rtdetr_cli.workflows import benchmark
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def untrained_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from rtdetr_cli.datasets.generate import generate_dataset
 
     folder = tmp_path_factory.mktemp("benchmark") / "shapes"
@@ -28,13 +28,13 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(shapes: Path) -> Path:
+def model(untrained_data: Path) -> Path:
     from rtdetr_cli.checks.load import load_splits
     from rtdetr_cli.config.presets import load_preset
     from rtdetr_cli.model.build import build_detector
     from rtdetr_cli.weights.load import save_model
 
-    splits = load_splits(shapes)
+    splits = load_splits(untrained_data)
     assert splits.val is not None
     preset = load_preset("tiny")
     torch.manual_seed(0)
@@ -47,14 +47,14 @@ def model(shapes: Path) -> Path:
         layers=detector.layers,
         queries=detector.queries,
     )
-    path = shapes.parent / "model.safetensors"
+    path = untrained_data.parent / "model.safetensors"
     save_model(path, detector.state_dict(), header)
     return path
 
 
-def test_two_backends(rtdetr: Callable[..., Any], model: Path, shapes: Path) -> None:
+def test_two_backends(rtdetr: Callable[..., Any], model: Path, untrained_data: Path) -> None:
     ran = rtdetr(
-        *("benchmark", model, "--data", shapes, "--backends", "torch,onnx"),
+        *("benchmark", model, "--data", untrained_data, "--backends", "torch,onnx"),
         *("--warmup", 1, "--runs", 3, "--threads", 1, "--json"),
     )
     assert ran.code == 0, ran.err
@@ -73,10 +73,19 @@ def test_two_backends(rtdetr: Callable[..., Any], model: Path, shapes: Path) -> 
 
 
 def test_a_sweep_writes_a_table_a_document_and_a_plot(
-    rtdetr: Callable[..., Any], model: Path, shapes: Path, tmp_path: Path
+    rtdetr: Callable[..., Any], model: Path, untrained_data: Path, tmp_path: Path
 ) -> None:
     ran = rtdetr(
-        *("benchmark", model, "--data", shapes, "--sweep", "layers=1/3,queries=20/100", "--out", tmp_path / "b"),
+        *(
+            "benchmark",
+            model,
+            "--data",
+            untrained_data,
+            "--sweep",
+            "layers=1/3,queries=20/100",
+            "--out",
+            tmp_path / "b",
+        ),
         *("--warmup", 0, "--runs", 2),
     )
     assert ran.code == 0, ran.err
@@ -96,6 +105,19 @@ def test_a_sweep_writes_a_table_a_document_and_a_plot(
     assert cells == [f"{spread['median']:.1f} / {spread['p90']:.1f}" for spread in times.values()]
     for cell in cells:
         assert cell in ran.out
+    assert ran.err.endswith(f"next: rtdetr export {model}\n"), "an untrained model gains nothing from a smaller setting"
+
+
+def test_the_fastest_accurate_row_is_the_next_step(
+    rtdetr: Callable[..., Any], shapes_model: Path, shapes_data: Path
+) -> None:
+    measured = ("--data", shapes_data, "--split", "val", "--warmup", 0, "--runs", 2, "--threads", 1)
+    ran = rtdetr("benchmark", shapes_model, *measured, "--sweep", "queries=1/40")
+    assert ran.code == 0, ran.err
+    assert ran.err.endswith(f"next: rtdetr export {shapes_model}\n"), "with one query, most objects are missed"
+    ran = rtdetr("benchmark", shapes_model, *measured, "--backends", "torch")
+    assert ran.err.splitlines()[-1].endswith(f"--weights {shapes_model}")
+    assert ran.err.splitlines()[-1].startswith(f"next: rtdetr predict {shapes_data.parent}")
 
 
 def test_without_a_dataset_only_latency_is_measured(rtdetr: Callable[..., Any], model: Path) -> None:
@@ -170,7 +192,7 @@ def test_tensorrt_without_a_gpu_is_refused_before_any_work(
 
 @pytest.mark.usefixtures("standin_package")
 def test_tensorrt_measures_the_engine_of_the_float16_graph(
-    rtdetr: Callable[..., Any], model: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+    rtdetr: Callable[..., Any], model: Path, untrained_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a stand-in for TensorRT, on the CPU. The graph stays float32 for speed."""
     cpu = torch.device("cpu")
@@ -181,7 +203,7 @@ def test_tensorrt_measures_the_engine_of_the_float16_graph(
     monkeypatch.setattr("rtdetr_cli.export.fp16.HalfTwin", lambda *args, **options: None)
     monkeypatch.setattr(benchmark, "open_backend", lambda path, **options: TensorrtBackend(path, device=cpu))
     ran = rtdetr(
-        *("benchmark", model, "--data", shapes, "--backends", "tensorrt", "--warmup", 0, "--runs", 1, "--json")
+        *("benchmark", model, "--data", untrained_data, "--backends", "tensorrt", "--warmup", 0, "--runs", 1, "--json")
     )
     assert ran.code == 0, ran.err
     (row,) = ran.json["rows"]

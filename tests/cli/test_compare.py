@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rtdetr_cli.weights.load import load_model, save_model
+
 
 @pytest.fixture
 def worse(eval_pair: Path, tmp_path: Path) -> Path:
@@ -46,6 +48,23 @@ def test_equal_models(rtdetr: Callable[..., Any], eval_pair: Path, tmp_path: Pat
     ran = rtdetr("compare", copy, eval_pair / "detections.json", "--data", eval_pair / "ground_truth.json", "--ci", 100)
     assert ran.code == 0
     assert "A and B have the same AP on every resample" in ran.out
+
+
+def test_the_next_step_is_to_export_the_better_model_or_to_time_both(
+    rtdetr: Callable[..., Any], shapes_model: Path, shapes_data: Path, tmp_path: Path
+) -> None:
+    copy, broken = tmp_path / "copy.safetensors", tmp_path / "broken.safetensors"
+    copy.write_bytes(shapes_model.read_bytes())
+    model, header = load_model(shapes_model)
+    tensors = model.state_dict()
+    biases = [name for name in tensors if "bbox_head" in name and name.endswith("bias")]
+    assert biases
+    save_model(broken, {n: t + 0.2 if n in biases else t for n, t in tensors.items()}, header)
+    given = ("--data", shapes_data, "--split", "val", "--ci", 100, "--device", "cpu")
+    ran = rtdetr("compare", broken, shapes_model, *given)
+    assert ran.err.endswith(f"next: rtdetr export {shapes_model}\n"), ran.err
+    ran = rtdetr("compare", shapes_model, copy, *given)
+    assert ran.err.endswith(f"next: rtdetr benchmark {shapes_model} {copy}\n"), ran.err
 
 
 def test_invalid_comparisons(rtdetr: Callable[..., Any], eval_pair: Path, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -284,10 +286,12 @@ def test_resume_with_damaged_checkpoints(copy: Path, finished: Path, rtdetr) -> 
     assert "is not a checkpoint" in ran.err
 
 
-def test_a_dry_run_measures_and_writes_nothing(data: Path, rtdetr, tmp_path: Path) -> None:
+def test_a_dry_run_measures_and_writes_nothing(data: Path, rtdetr, tmp_path: Path, monkeypatch) -> None:
     words = ["train", *SMALL, "--data", data, "--out", tmp_path / "runs", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", ["rtdetr", *map(str, words)])
     ran = rtdetr(*words)
     assert ran.code == 0, ran.err
+    assert ran.err.endswith(f"next: rtdetr train {shlex.join(map(str, words[1:-1]))}\n")
     for row in ("largest step", "evaluation", "whole run", "memory", "disk"):
         assert row in ran.out
     assert not list(tmp_path.iterdir())
