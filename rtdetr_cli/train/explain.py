@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 
 from rtdetr_cli.config.run import RunConfig
-from rtdetr_cli.text import counted
+from rtdetr_cli.text import abbreviate, counted
 from rtdetr_cli.train.plan import (
     LARGEST_RATE_FACTOR,
-    RECIPE_STEPS,
     Plan,
     calm_epochs,
     frozen_spec,
@@ -18,8 +19,11 @@ from rtdetr_cli.train.plan import (
 )
 
 # Steps below which a run from such weights learns little. Measured for random weights, with `tiny`: 260 steps reach
-# AP 0.5 on blood cells (tests/bench/bench_schedules.py). The others are shares of that, not measured.
+# AP 0.5 on blood cells (docs/learning.md). The others are shares of that, not measured.
 FEW_STEPS = {"coco": 100, "imagenet": 200, "none": 250}
+FEW_BOXES, RARE_SHARE = 10, 0.1  # a class with fewer boxes than this, or than this share of the median class, is rare
+MOST_DETECTIONS = 300  # in an image, with any number of queries
+QUERY_STEP = 50  # suggested numbers of queries are multiples of it
 START = {"coco": "pretrained weights", "imagenet": "an ImageNet backbone", "none": "random weights"}
 
 
@@ -93,6 +97,29 @@ def plan_warnings(config: RunConfig, plan: Plan, *, images: int) -> tuple[str, .
     return tuple(warnings)
 
 
+def explain_rare_classes(boxes: Mapping[str, int]) -> tuple[Choice, ...]:
+    """Return one row that names the rare classes, given the boxes of each class; none if there is no such class."""
+    least = max(FEW_BOXES, RARE_SHARE * median(boxes.values())) if boxes else 0
+    rare = sorted((count, name) for name, count in boxes.items() if count < least)
+    if not rare:
+        return ()
+    named = abbreviate([f"{name} ({counted(count, 'box')})" for count, name in rare])
+    reason = f"fewer than {math.ceil(least)} boxes: not drawn more often, so annotate more images with them"
+    return (Choice("rare classes", named, reason),)
+
+
+def crowding_warnings(most_boxes: int, queries: int) -> tuple[str, ...]:
+    """Return a warning if an image has more boxes than the model can detect objects."""
+    if most_boxes <= min(queries, MOST_DETECTIONS):
+        return ()
+    text = f"an image has {most_boxes:,} boxes, but the model detects at most {min(queries, MOST_DETECTIONS)} objects"
+    enough = min(MOST_DETECTIONS, math.ceil(most_boxes / QUERY_STEP) * QUERY_STEP)
+    remedies = [f"use --set model.queries={enough}"] if enough > queries else []
+    if most_boxes > MOST_DETECTIONS:
+        remedies.append("cut the images into tiles")
+    return (f"{text} ({' and '.join(remedies)})",)
+
+
 def _explain_model(config: RunConfig) -> list[Choice]:
     settings, spec = config.settings, frozen_spec(config)
     preset = f"preset {config.preset.name}"
@@ -150,7 +177,8 @@ def _lr_reason(config: RunConfig) -> str:
         return "published"
     factor = rate_factor(config)
     if factor == 1:
-        return "preset"
+        small = settings.effective_batch < optim.batch
+        return f"preset; the same for effective batches below {optim.batch}" if small else "preset"
     if factor == LARGEST_RATE_FACTOR and settings.effective_batch > factor**2 * optim.batch:
         return f"preset {optim.lr:.3g} x {factor:.3g}, the maximum"
     return f"preset {optim.lr:.3g} x {factor:.3g}, the square root of {settings.effective_batch}/{optim.batch}"
@@ -172,7 +200,7 @@ def _explain_average(config: RunConfig, plan: Plan) -> Choice:
 
 
 def _explain_augmentation(config: RunConfig, plan: Plan) -> list[Choice]:
-    settings = config.settings
+    settings, steps = config.settings, config.preset.recipe_steps
     if settings.aug != "auto":
         reason = config.source("aug")
     elif settings.overfit and not config.given("aug"):
@@ -180,9 +208,9 @@ def _explain_augmentation(config: RunConfig, plan: Plan) -> list[Choice]:
     elif settings.schedule == "official":
         reason = "published"
     elif plan.augmentation == "light":
-        reason = f"fewer than {RECIPE_STEPS:,} steps: strong crops lower AP in short runs"
+        reason = f"fewer than {steps:,} steps (preset {config.preset.name}): strong crops lower AP in short runs"
     else:
-        reason = f"published; used in runs of at least {RECIPE_STEPS:,} steps"
+        reason = f"published; used in runs of at least {steps:,} steps (preset {config.preset.name})"
     choices = [Choice("augmentation", plan.augmentation, reason)]
 
     if plan.augmentation not in ("none", "light"):

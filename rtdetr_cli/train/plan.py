@@ -19,12 +19,8 @@ from rtdetr_cli.config.schema import ModelSpec
 
 # The published scales at 640 pixels, 480 to 800 in steps of 32 with 640 three times, as shares.
 SCALES = tuple(s / 640 for s in (480, 512, 544, 576, 608, 640, 640, 640, 672, 704, 736, 768, 800))
-# From this many steps on the recipe's crops and shrunken images are used. They cost AP in runs of 260 steps (measured,
-# tests/bench/bench_schedules.py --arm recipe:aug=recipe); where they begin to pay is not known: a round number.
-RECIPE_STEPS = 2000
 # Above twice the preset's learning rate the set prediction loss diverges before it gains.
 LARGEST_RATE_FACTOR = 2.0
-OFFICIAL_EMA_RAMP = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +37,8 @@ class Plan:
     flat_steps: int  # step at which the rate begins to fall; the total for never
     final_rate: float  # share of the peak that is left after the fall, a half cosine
     ema_age: float  # mean age in steps of the weights in the moving average, once it has grown to it
-    ema_ramp: float  # until then, the mean age as a share of the steps made so far; 0 for the published formula
+    ema_ramp: float  # until then, the mean age as a share of the steps made so far
+    ema_warmup: int  # steps over which the published formula approaches its decay; 0 for ours
     augmentation: str  # `none`, `light`, `recipe` or a user's file
     strong_until: int  # first epoch without strong augmentation
     multi_scale_until: int  # first epoch without multi-scale; 0 for no multi-scale at all
@@ -69,9 +66,9 @@ class Plan:
         is to be a*t after t updates, then a(t + 1) = (1 - w)(a t + 1), hence w = (1 - a) / (a t + 1); and a constant
         weight w keeps the mean age at (1 - w) / w.
         """
-        if not self.ema_ramp:
+        if self.ema_warmup:
             decay = self.ema_age / (self.ema_age + 1)
-            return 1 - decay * (1 - math.exp(-update / OFFICIAL_EMA_RAMP))
+            return 1 - decay * (1 - math.exp(-update / self.ema_warmup))
         young = (1 - self.ema_ramp) / (self.ema_ramp * (update - 1) + 1)
         return max(young, 1 / (1 + self.ema_age))
 
@@ -99,10 +96,10 @@ def make_plan(config: RunConfig, *, images: int) -> Plan:
     else:
         flat, final_rate = max(warmup, round(settings.flat * total)), settings.final_rate
     if keeps_published(config, "ema_age", "ema_ramp"):
-        age, ramp = published.ema_decay / (1 - published.ema_decay), 0.0
+        age, ramp, ema_warmup = published.ema_decay / (1 - published.ema_decay), 0.0, published.ema_warmup
     else:
         # Below one step there is nothing to average.
-        age, ramp = max(1.0, settings.ema_age * total), settings.ema_ramp
+        age, ramp, ema_warmup = max(1.0, settings.ema_age * total), settings.ema_ramp, 0
 
     augmentation = _augmentation(config, total)
     half = (epochs + 1) // 2  # the calm epochs at the end are never more than half of the run
@@ -126,6 +123,7 @@ def make_plan(config: RunConfig, *, images: int) -> Plan:
         final_rate=final_rate,
         ema_age=age,
         ema_ramp=ramp,
+        ema_warmup=ema_warmup,
         augmentation=augmentation,
         strong_until=strong_until,
         multi_scale_until=multi_scale_until,
@@ -142,12 +140,14 @@ def keeps_published(config: RunConfig, *keys: str) -> bool:
 def rate_factor(config: RunConfig) -> float:
     """Return the factor on the preset's learning rate.
 
-    It is the square root of the effective batch's: Adam divides by the gradient's own size, so what a larger batch
-    changes is the noise, which falls with the square root.
+    Above the preset's batch it is the square root of the effective batch's: Adam divides by the gradient's own size, so
+    what a larger batch changes is the noise, which falls with the square root. Below it the rate stays: a short run on
+    few images loses more by learning slowly than by the noise (docs/learning.md).
     """
     if config.settings.schedule == "official":
         return 1.0
-    return min(LARGEST_RATE_FACTOR, math.sqrt(config.settings.effective_batch / config.preset.optim.batch))
+    root = math.sqrt(config.settings.effective_batch / config.preset.optim.batch)
+    return min(LARGEST_RATE_FACTOR, max(1.0, root))
 
 
 def calm_epochs(config: RunConfig, epochs: int) -> int:
@@ -172,11 +172,12 @@ def _augmentation(config: RunConfig, steps: int) -> str:
     """Return the augmentation.
 
     The recipe was published for long runs. In short ones its crops and shrunken images cost AP: they show objects at
-    sizes and positions that the val split does not have, before the network knows those that it has.
+    sizes and positions that the val split does not have, before the network knows those that it has. A network with
+    more capacity gains from them sooner, so the preset says from which number of steps they are used.
     """
     settings = config.settings
     if settings.overfit and not config.given("aug"):
         return "none"
     if settings.aug != "auto":
         return settings.aug
-    return "recipe" if settings.schedule == "official" or steps >= RECIPE_STEPS else "light"
+    return "recipe" if settings.schedule == "official" or steps >= config.preset.recipe_steps else "light"

@@ -28,7 +28,7 @@ from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.text import counted
 from rtdetr_cli.train import memory
-from rtdetr_cli.train.explain import Choice, explain_plan, plan_warnings
+from rtdetr_cli.train.explain import Choice, crowding_warnings, explain_plan, explain_rare_classes, plan_warnings
 from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics, parameter_groups
 from rtdetr_cli.train.plan import Plan, frozen_spec, make_plan
 from rtdetr_cli.train.precision import choose_precision
@@ -70,7 +70,7 @@ class Prepared:
     @property
     def most_boxes(self) -> int:
         """Largest number of boxes in one training image."""
-        return int(np.diff(self.train_set.offsets).max(initial=1))
+        return _most_boxes(self.train_set)
 
 
 def prepare(
@@ -112,6 +112,10 @@ def prepare(
     plan = make_plan(config, images=len(train_set))
     augmentation = load_augmentation(plan.augmentation)
     warnings += plan_warnings(config, plan, images=len(train_set))
+    warnings += crowding_warnings(_most_boxes(train_set, val_set), spec.queries)
+    boxes = np.bincount(train_set.labels[~train_set.crowd], minlength=len(train_set.names)).tolist()
+    choices = explain_plan(config, plan, images=len(train_set))
+    choices += explain_rare_classes(dict(zip(train_set.names, boxes, strict=True)))
 
     _seed(config, device)
     pretrained = pretrained and processes.is_main
@@ -135,7 +139,7 @@ def prepare(
         train_set=train_set,
         val_set=val_set,
         plan=plan,
-        choices=explain_plan(config, plan, images=len(train_set)),
+        choices=choices,
         learner=make_learner(model, config, spec, plan, device, precision.dtype, processes),
         processes=processes,
         loader=TrainLoader(
@@ -206,6 +210,11 @@ def training_sets(splits: Splits, config: RunConfig, warnings: list[str]) -> tup
     images = "the only image is" if len(train_set) == 1 else "no val split can be drawn, so the training images are"
     warnings.append(f"{images} used for evaluation as well")
     return train_set, replace(train_set, split="val")
+
+
+def _most_boxes(*datasets: Dataset) -> int:
+    """Return the largest number of boxes in one image; at least 1."""
+    return max(int(np.diff(dataset.offsets).max(initial=1)) for dataset in datasets)
 
 
 def _seed(config: RunConfig, device: torch.device) -> None:

@@ -358,23 +358,26 @@ def test_a_drawn_val_split_is_the_same_in_every_run_and_kept_in_it(data: Path, r
     assert evaluated.json["pictures"] == 2
 
 
-def test_class_rows_are_transferred_by_class_name(finished: Path, data: Path, rtdetr, tmp_path: Path) -> None:
-    """One class name differs, so that class is reinitialized; the output says so."""
+def test_a_class_is_added_to_a_trained_detector(finished: Path, data: Path, rtdetr, tmp_path: Path) -> None:
+    """The other classes keep what they have learned, by name; a renamed class counts as new, and the output says so."""
     own = tmp_path / "shapes"
     shutil.copytree(data, own)
     for name in ("train.json", "val.json"):
         document = json.loads((own / name).read_text())
         document["categories"][1]["name"] = "doughnut"
+        document["categories"].append({"id": 99, "name": "comet"})
+        document["annotations"][0]["category_id"] = 99
         (own / name).write_text(json.dumps(document))
     ran = rtdetr("train", *SMALL, "--data", own, "--epochs", 1, "--out", tmp_path, "--weights", finished)
     assert ran.code == 0, ran.err
     transferred = next(line for line in ran.err.splitlines() if "transferred by class name" in line)
     new = next(line for line in ran.err.splitlines() if "reinitialized" in line)
     assert "disc" in transferred
-    assert "doughnut" in new
+    assert "doughnut, comet" in new
     assert "doughnut" not in transferred
     manifest = json.loads((tmp_path / "tiny-shapes-01" / "manifest.json").read_text())
-    assert [row["source_name"] for row in manifest["transfer"]["classes"]].count(None) == 1
+    assert [row["source_name"] for row in manifest["transfer"]["classes"]].count(None) == 2
+    assert read_header(tmp_path / "tiny-shapes-01" / "best.safetensors").names[-1] == "comet"
 
 
 def test_weights_of_another_architecture_are_refused(finished: Path, data: Path, rtdetr, tmp_path: Path) -> None:

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from rtdetr_cli.config.run import resolve_run
-from rtdetr_cli.train.explain import Choice, explain_plan, plan_line, plan_warnings
+from rtdetr_cli.train.explain import (
+    Choice,
+    crowding_warnings,
+    explain_plan,
+    explain_rare_classes,
+    plan_line,
+    plan_warnings,
+)
 from rtdetr_cli.train.plan import make_plan
 
 IMAGES = 160
@@ -57,7 +64,8 @@ def test_every_value_has_a_reason(preset: str, sets: list[str]) -> None:
         ({}, [], "preset"),
         ({"lr": 3e-4}, [], "--lr"),
         ({}, ["lr=3e-4"], "--set"),
-        ({"effective_batch": 8}, [], "preset 0.0001 x 0.707, the square root of 8/16"),
+        ({"effective_batch": 8}, [], "preset; the same for effective batches below 16"),
+        ({"effective_batch": 32}, [], "preset 0.0001 x 1.41, the square root of 32/16"),
         ({"effective_batch": 256}, [], "preset 0.0001 x 2, the maximum"),
         ({}, ["schedule=official"], "published"),
     ],
@@ -69,11 +77,15 @@ def test_the_reason_for_the_learning_rate(flags: dict[str, Any], sets: list[str]
 @pytest.mark.parametrize(
     ("flags", "value", "reason"),
     [
-        ({}, "light", "fewer than 2,000 steps: strong crops lower AP in short runs"),
-        ({"steps": 2000}, "recipe", "published; used in runs of at least 2,000 steps"),
+        ({}, "light", "fewer than 500 steps (preset r18): strong crops lower AP in short runs"),
+        ({"steps": 500}, "recipe", "published; used in runs of at least 500 steps (preset r18)"),
         ({"overfit": 4}, "none", "--overfit"),
         ({"overfit": 4, "aug": "recipe"}, "recipe", "--aug"),
-        ({"overfit": 4, "aug": "auto"}, "light", "fewer than 2,000 steps: strong crops lower AP in short runs"),
+        (
+            {"overfit": 4, "aug": "auto"},
+            "light",
+            "fewer than 500 steps (preset r18): strong crops lower AP in short runs",
+        ),
     ],
 )
 def test_the_reason_for_the_augmentation(flags: dict[str, Any], value: str, reason: str) -> None:
@@ -119,6 +131,39 @@ def test_the_cache_and_its_budget() -> None:
 
 def test_the_plan_on_one_line() -> None:
     plan = make_plan(resolve_run({"preset": "r18", "epochs": 50}), images=IMAGES)
-    expected = "plan  50 epochs x 10 steps, effective batch 16 (4 x 4), lr 0.0001, warmup 25 steps, light augmentation"
+    expected = "plan  50 epochs x 10 steps, effective batch 16 (4 x 4), lr 0.0001, warmup 25 steps, recipe augmentation"
     assert plan_line(plan, 4) == expected
     assert "effective batch 16 (2 x 4 x 2)" in plan_line(plan, 4, processes=2)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "value", "least"),
+    [
+        ({"car": 900, "bus": 800, "tram": 60, "bike": 1000}, "tram (60 boxes)", 85),
+        ({"dent": 9, "scratch": 1, "rust": 12}, "scratch (1 box), dent (9 boxes)", 10),
+    ],
+)
+def test_rare_classes_are_named_in_the_plan(boxes: dict[str, int], value: str, least: int) -> None:
+    (choice,) = explain_rare_classes(boxes)
+    assert choice.value == value
+    assert choice.reason.startswith(f"fewer than {least} boxes: not drawn more often")
+
+
+@pytest.mark.parametrize("boxes", [{}, {"car": 10}, {"car": 100, "bus": 10}])
+def test_without_rare_classes_the_plan_says_nothing(boxes: dict[str, int]) -> None:
+    assert explain_rare_classes(boxes) == ()
+
+
+@pytest.mark.parametrize(
+    ("boxes", "queries", "remedy"),
+    [
+        (101, 100, "(use --set model.queries=150)"),
+        (412, 100, "(use --set model.queries=300 and cut the images into tiles)"),
+        (412, 300, "at most 300 objects (cut the images into tiles)"),
+    ],
+)
+def test_more_boxes_than_queries(boxes: int, queries: int, remedy: str) -> None:
+    (warning,) = crowding_warnings(boxes, queries)
+    assert warning.startswith(f"an image has {boxes} boxes")
+    assert warning.endswith(remedy)
+    assert crowding_warnings(queries, queries) == ()

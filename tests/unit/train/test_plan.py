@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from rtdetr_cli.config.presets import load_preset, preset_names
 from rtdetr_cli.config.run import resolve_run
-from rtdetr_cli.train.plan import RECIPE_STEPS, Plan, make_plan
+from rtdetr_cli.train.plan import Plan, make_plan
 
 LENGTHS = [200, 2_000, 200_000]
 
@@ -78,8 +79,10 @@ def test_the_schedule_has_the_same_shape_at_any_length() -> None:
     assert short.strong_until / short.epochs == long.strong_until / long.epochs
 
 
-@pytest.mark.parametrize(("batch", "factor"), [(16, 1.0), (4, 0.5), (32, math.sqrt(2)), (64, 2.0), (256, 2.0)])
-def test_the_rate_scales_with_the_root_of_the_batch_up_to_a_factor_of_two(batch: int, factor: float) -> None:
+@pytest.mark.parametrize(
+    ("batch", "factor"), [(16, 1.0), (8, 1.0), (1, 1.0), (32, math.sqrt(2)), (64, 2.0), (256, 2.0)]
+)
+def test_the_rate_rises_with_the_root_of_the_batch_up_to_a_factor_of_two(batch: int, factor: float) -> None:
     plan = plan_of(2_000, effective_batch=batch)
     assert plan.lr == pytest.approx(1e-4 * factor)
 
@@ -106,9 +109,22 @@ def test_the_official_schedule_is_the_published_one(name: str) -> None:
         assert 1 - plan.ema_weight(update) == pytest.approx(0.9999 * (1 - math.exp(-update / 2000)), abs=1e-12)
 
 
-def test_short_runs_use_light_augmentation() -> None:
-    assert plan_of(200).augmentation == plan_of(RECIPE_STEPS - 10).augmentation == "light"
-    assert plan_of(RECIPE_STEPS).augmentation == plan_of(200_000).augmentation == "recipe"
+def test_a_preset_can_shorten_the_published_moving_average() -> None:
+    config = resolve_run({"preset": "r18"}, sets=["schedule=official"])
+    official = config.preset.official.model_copy(update={"ema_decay": 0.99, "ema_warmup": 100})
+    short = replace(config, preset=config.preset.model_copy(update={"official": official}))
+    plan = make_plan(short, images=100)
+    for update in (1, 100, 1000):
+        assert 1 - plan.ema_weight(update) == pytest.approx(0.99 * (1 - math.exp(-update / 100)), abs=1e-12)
+
+
+@pytest.mark.parametrize(("preset", "steps"), [("r18", 500), ("r101", 500), ("tiny", 2000)])
+def test_short_runs_use_light_augmentation(preset: str, steps: int) -> None:
+    assert plan_of(200, preset=preset).augmentation == plan_of(steps - 10, preset=preset).augmentation == "light"
+    assert plan_of(steps, preset=preset).augmentation == plan_of(200_000, preset=preset).augmentation == "recipe"
+
+
+def test_a_chosen_augmentation_is_used_at_any_length() -> None:
     assert plan_of(200, aug="recipe").augmentation == "recipe"
     assert plan_of(200_000, aug="none").augmentation == "none"
     official = resolve_run({"preset": "r18", "epochs": 2}, sets=["schedule=official"])
