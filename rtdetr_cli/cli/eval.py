@@ -354,10 +354,10 @@ def _print_errors(errors: dict[str, Any]) -> None:
             f"(and {most['correct_removed']} of {counted(most['correct'], 'correct detection')})"
         )
     empty = errors["empty_pictures"]
-    if empty["pictures"]:
+    if images := empty["pictures"]:
         terminal.out(
-            f"{counted(empty['pictures'], 'image')} without objects: {empty['with_false_positives']} with false "
-            f"positives ({empty['false_positives']} in total)"
+            f"{counted(images, 'image')} without objects: {empty['false_positives'] / images:.2f} false positives per "
+            f"image, in {empty['with_false_positives']} of them"
         )
     worst = [
         f"{row['file']} ({row['missed']} missed, {counted(row['wrong'], 'false positive')})"

@@ -13,6 +13,9 @@ from pathlib import Path
 from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.evaluate.run import Evaluation
 
+SAMPLE_LOSSES = ("train_loss", "val_loss")
+"""The losses of an epoch's metrics: of some training and val images, the same in each epoch, without augmentation."""
+
 
 @dataclass(frozen=True, slots=True)
 class FirstBatch:
@@ -89,7 +92,7 @@ class EpochDone:
     lr: float
     loss: float  # the mean over its steps; NaN if all were skipped
     terms: Mapping[str, float]
-    metrics: Mapping[str, float | None] | None  # of the moving average; None without an evaluation
+    metrics: Mapping[str, float | None] | None  # and `SAMPLE_LOSSES`, of the moving average; None if not evaluated
     improved: bool  # the score is the best so far, and the model was written
     best_score: float
     best_epoch: int  # -1 for none

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from rtdetr_cli.errors import EnvironmentProblem, RtdetrError
 from rtdetr_cli.files import atomic_write
 from rtdetr_cli.runs import EVENTS, PLOTS
-from rtdetr_cli.train.events import CheckpointSaved, EpochDone, StepDone, TrainingEvent
+from rtdetr_cli.train.events import SAMPLE_LOSSES, CheckpointSaved, EpochDone, StepDone, TrainingEvent
 
 LOGGED = "logged.json"
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}
@@ -114,7 +114,8 @@ class Loggers:
         elif isinstance(event, EpochDone) and event.epoch >= self._epochs:
             values = {"epoch/number": event.epoch + 1.0, "epoch/loss": event.loss, "epoch/seconds": event.seconds}
             values |= {f"epoch/{name}": value for name, value in event.terms.items()}
-            values |= {f"val/{name}": v for name, v in (event.metrics or {}).items() if v is not None}
+            known = {name: v for name, v in (event.metrics or {}).items() if v is not None}
+            values |= {f"{'sample' if name in SAMPLE_LOSSES else 'val'}/{name}": v for name, v in known.items()}
             self._add(values, max(0, event.step - 1))  # on the axis of steps, at the last one of the epoch
             self._epochs = event.epoch + 1
         due = time.monotonic() - self._flushed > FLUSH_SECONDS

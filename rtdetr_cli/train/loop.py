@@ -26,6 +26,7 @@ from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.train import memory
 from rtdetr_cli.train.checkpoint import explain_write_failure, require_room, run_bytes
 from rtdetr_cli.train.events import (
+    SAMPLE_LOSSES,
     EpochDone,
     EvaluationStarted,
     FirstBatch,
@@ -54,8 +55,8 @@ class Trainer:
         loader: gives effective batches.
         plan: rates, moving average, augmentation and scales by step and epoch.
         folder: where `metrics.csv` and `last.ckpt` go.
-        evaluate_model: measures a model on the val split without changing it; the evaluation behind the metrics is
-            None in all processes but the main one.
+        evaluate_model: measures a model on the val split without changing it, and its `SAMPLE_LOSSES`; the evaluation
+            behind the metrics is None in all processes but the main one.
         write_best: writes the model to deploy, with its metrics and epoch.
         stop: set by a signal; the current step is finished and saved.
         seed: of the run.
@@ -274,7 +275,7 @@ class Trainer:
         )
         if processes.is_main:
             row = {"epoch": done.epoch + 1, "step": done.step, "lr": done.lr, "loss": done.loss}
-            scores = {name: (metrics or {}).get(name) for name in METRICS}
+            scores = {name: (metrics or {}).get(name) for name in (*METRICS, *SAMPLE_LOSSES)}
             with explain_write_failure(self.folder.path, str(self.folder.path / METRICS_FILE)):
                 self.folder.add_metrics({**row, **scores, **terms})
         yield done

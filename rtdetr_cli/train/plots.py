@@ -43,6 +43,7 @@ LOSS_LINES = [
     ("loss_bbox", "L1, last layer", ORANGE, 1.3),
     ("loss_giou", "GIoU, last layer", GREEN, 1.3),
 ]
+SAMPLE_LINES = [("train_loss", "training images", INK, 1.7), ("val_loss", "val images", RED, 1.7)]
 SCORE_LINES = [("AP50", "AP50", BLUE, 1.4), ("AP75", "AP75", GREEN, 1.1), ("AP", "AP", INK, 2.0)]
 MIN_DETECTIONS = 10
 MAX_BATCH_IMAGES = 16
@@ -133,13 +134,14 @@ def curves_figure(rows: Sequence[Mapping[str, float | None]], *, best_epoch: int
     """Draw the course of training: losses, AP and learning rate per epoch.
 
     Args:
-        rows: of `metrics.csv`: `epoch` (from 1), `loss`, `lr`, `AP`, `AP50`, `AP75` and the loss terms; None where
-            there is no value.
+        rows: of `metrics.csv`: `epoch` (from 1), `loss`, `lr`, `AP`, `AP50`, `AP75`, the loss terms and those of the
+            fixed samples, which older runs lack; None where there is no value.
         best_epoch: from 1; 0 for none.
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure, (losses, scores, rate) = _figure(4.1, [1.15, 1.15, 0.8])
+    sampled = any(row.get(key) is not None for row in rows for key, *_ in SAMPLE_LINES)
+    figure, (losses, *samples, scores, rate) = _figure(4.1, [1.15, 1.15, 1.15, 0.8] if sampled else [1.15, 1.15, 0.8])
     drawn = _draw_lines(losses, rows, LOSS_LINES)
     if drawn:
         losses.set_yscale("log")
@@ -147,6 +149,10 @@ def curves_figure(rows: Sequence[Mapping[str, float | None]], *, best_epoch: int
         losses.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
         losses.tick_params(which="minor", labelsize=8, labelcolor=INK)
     _style_axes(losses, "losses (log scale)", grid="both", legend=bool(drawn), x="epoch")
+
+    for axes in samples:
+        axes.set_ylim(0, _draw_lines(axes, rows, SAMPLE_LINES) * 1.12)
+        _style_axes(axes, "loss without augmentation", grid="both", legend=True, x="epoch")
 
     highest, title = _draw_lines(scores, rows, SCORE_LINES), "AP on the val images"
     best = next((ap for row in rows if row["epoch"] == best_epoch and (ap := row.get("AP")) is not None), None)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from rtdetr_cli.evaluate.run import Evaluation
 
+FLAT = 1.02  # a val loss this close to its lowest value has not risen
 CARDS = METRICS[:9]  # AP by overlap and size, and AR by number of detections
 
 
@@ -77,6 +78,7 @@ def write_report(
         metrics={name: metrics.get(name) for name in CARDS},
         classes=[{**row, "color": css_color(label)} for label, row in enumerate(per_class)],
         threshold=evaluation.best.threshold if evaluation is not None else None,
+        val_loss=val_loss_note(rows),
         curves=figure_svg(plots.curves_figure(rows, best_epoch=best_epoch), "curves"),
         labels=figure_svg(labels, "labels") if labels is not None else "",
         batch=_data_uri(batch),
@@ -90,6 +92,31 @@ def write_report(
     with atomic_write(folder.report) as partial:
         partial.write_text(page, encoding="utf-8")
     return folder.report
+
+
+def val_loss_note(rows: Sequence[Mapping[str, float | None]]) -> str:
+    """Return a sentence on where the val loss stopped improving; empty with fewer than three evaluated epochs.
+
+    Args:
+        rows: of `metrics.csv`.
+    """
+    known = [
+        (int(epoch), train, val)
+        for row in rows
+        if (epoch := row["epoch"]) and (train := row.get("train_loss")) and (val := row.get("val_loss"))
+    ]
+    if len(known) < 3:
+        return ""
+    best, last = min(known, key=lambda row: row[2]), known[-1]
+    if last[2] <= FLAT * best[2]:
+        return f"Val loss did not rise until the end ({last[2]:.2f}; training images {last[1]:.2f}): no overfitting."
+    text = f"Val loss stopped improving at epoch {best[0]} ({best[2]:.2f}, and {last[2]:.2f} at the end)"
+    if last[1] >= best[1]:
+        return f"{text}, and so did that of the training images ({best[1]:.2f} and {last[1]:.2f})."
+    return (
+        f"{text}, while that of the training images fell from {best[1]:.2f} to {last[1]:.2f}: the model overfits from "
+        "there on. More images or stronger augmentation help, more epochs do not."
+    )
 
 
 def figure_svg(figure: Figure, name: str) -> str:

@@ -6,16 +6,22 @@ import math
 import time
 
 import numpy as np
+import torch
 from torch import nn
 
+from rtdetr_cli.batches.loader import Batch, TrainLoader
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.evaluate.classes import map_classes
 from rtdetr_cli.evaluate.run import Evaluation, SplitDetections, detect, evaluate_detections
+from rtdetr_cli.images.augment import NONE
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.text import counted
 from rtdetr_cli.train import memory
+from rtdetr_cli.train.events import SAMPLE_LOSSES
+from rtdetr_cli.train.losses import compute_losses
 from rtdetr_cli.train.state import Progress
+from rtdetr_cli.train.step import move_targets, to_input
 from rtdetr_cli.train.stop import EvaluationStopped, StopFlag
 from rtdetr_cli.workflows.prepare import Prepared
 
@@ -23,6 +29,8 @@ MAX_BATCH = 16
 OVERFIT_AP = 0.9
 FEW_STEPS = 1000
 SMALL_PX = 8
+# Images of the fixed samples: enough to see a trend, and at most a share of an epoch's so that they cost little time.
+SAMPLE_IMAGES, SAMPLE_SHARE = 32, 0.1
 
 
 class Evaluator:
@@ -36,6 +44,7 @@ class Evaluator:
         self.progress = progress
         self.max_batch = MAX_BATCH
         self.stop = stop
+        self._samples: tuple[Batch, ...] = ()
 
     def __call__(self, model: nn.Module) -> tuple[dict[str, float | None], Evaluation | None]:
         """Return the COCO metrics and, in the main process, the evaluation behind them.
@@ -54,18 +63,19 @@ class Evaluator:
             raise EvaluationStopped
         parts = processes.all_gather((share, detected))
         evaluation: Evaluation | None = None
+        metrics: dict[str, float | None] = {}
         if processes.is_main:
             seconds = time.monotonic() - began
             evaluation = evaluate_detections(prepared.val_set, SplitDetections.join(parts), classes, seconds=seconds)
-        metrics: dict[str, float | None] = processes.broadcast(evaluation.metrics if evaluation is not None else None)
+            metrics = evaluation.metrics | self._sample_losses(model)
+        metrics = processes.broadcast(metrics)
         return metrics, evaluation
 
     def _detect(self, backend: TorchBackend, share: Dataset) -> SplitDetections | None:
         """Return the detections in a share of the images; None if a signal came."""
         device = self.prepared.learner.device
         while True:
-            # The batch size may change the last bits: it comes from the run's progress, not from this process.
-            batch = max(1, min(self.max_batch, self.progress.micro_batch))
+            batch = self._batch
             try:
                 return detect(backend, share, batch=batch, progress=self._check_stop)
             except EvaluationStopped:
@@ -75,6 +85,42 @@ class Evaluator:
                     raise
             memory.release(device)
             self.max_batch = memory.halve(batch, where=str(device))
+
+    @property
+    def _batch(self) -> int:
+        """Images per forward pass. It may change the last bits: it comes from the run's progress, not this process."""
+        return max(1, min(self.max_batch, self.progress.micro_batch))
+
+    @torch.inference_mode()
+    def _sample_losses(self, model: RTDETR) -> dict[str, float | None]:
+        """Return the loss of the last layer on a fixed sample of the training and of the val images.
+
+        Without augmentation, so the two can be compared. None with `--overfit`, where both would be the same images.
+        """
+        prepared = self.prepared
+        if prepared.config.settings.overfit:
+            return dict.fromkeys(SAMPLE_LOSSES)
+        if not self._samples:
+            self._samples = tuple(self._sample(dataset) for dataset in (prepared.train_set, prepared.val_set))
+        model.eval()
+        losses: list[float | None] = []
+        for batch in self._samples:
+            boxes, labels = move_targets(prepared.learner.device, batch)
+            count, total = sum(len(one) for one in labels), 0.0
+            for part in memory.micro_batches(len(labels), self._batch):
+                images = batch.images[part].to(prepared.learner.device)
+                outputs = model(to_input(images, prepared.config.imgsz))
+                total += float(sum(compute_losses(outputs, boxes[part], labels[part], num_boxes=count).values()))
+            losses.append(total)
+        return dict(zip(SAMPLE_LOSSES, losses, strict=True))
+
+    def _sample(self, dataset: Dataset) -> Batch:
+        """Load images that are spread evenly over a dataset, as the network sees them at inference."""
+        count = min(SAMPLE_IMAGES, len(dataset), math.ceil(SAMPLE_SHARE * len(self.prepared.train_set)))
+        chosen = dataset.subset(np.linspace(0, len(dataset) - 1, count).astype(np.int64))
+        imgsz = self.prepared.config.imgsz
+        with TrainLoader(chosen, imgsz=imgsz, batch_size=count, seed=0, augmentation=NONE, workers=0) as loader:
+            return next(iter(loader.epoch(0, strong=False)))
 
     def _check_stop(self, done: int) -> None:
         if self.stop:

@@ -172,7 +172,7 @@ def _train(
     learner = prepared.learner.with_synchronized_norms()
 
     def write_best(model: nn.Module, metrics: Mapping[str, float | None], epoch: int) -> None:
-        known = {name: value for name, value in metrics.items() if value is not None}
+        known = {name: value for name in METRICS if (value := metrics.get(name)) is not None}
         header = replace(prepared.header, metrics=known, extra={**prepared.header.extra, "epoch": epoch + 1})
         save_model(folder.best, model.state_dict(), header)
 

@@ -74,6 +74,7 @@ def test_files_of_a_run_folder(finished: Path) -> None:
     rows = list(csv.DictReader((finished / "metrics.csv").read_text().splitlines()))
     assert [r["epoch"] for r in rows] == ["1", "2"]
     assert all(float(r["loss"]) > 0 for r in rows)
+    assert all(float(r[name]) > 0 for r in rows for name in ("train_loss", "val_loss"))
     terms = [k for k in rows[0] if k.startswith("loss_")]
     assert len(terms) == 3 * (1 + 1 + 2 + 1), "main, one aux, two denoising, encoder"
     assert sum(float(rows[0][t]) for t in terms) == pytest.approx(float(rows[0]["loss"]))

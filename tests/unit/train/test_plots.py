@@ -109,6 +109,13 @@ def test_curves_mark_the_best_epoch(tmp_path: Path) -> None:
     plots.save(figure, tmp_path / "curves.png")
 
 
+def test_the_losses_of_training_and_val_images_are_drawn_side_by_side() -> None:
+    sampled = [row | {"train_loss": 1 / n, "val_loss": 2.0} for n, row in enumerate(rows(4), 1)]
+    _, samples, _, _ = plots.curves_figure(sampled).axes
+    assert [line.get_label() for line in samples.lines] == ["training images", "val images"]
+    assert list(samples.lines[0].get_ydata()) == [1, 1 / 2, 1 / 3, 1 / 4]
+
+
 def test_a_nan_loss_leaves_a_gap(tmp_path: Path) -> None:
     broken = rows(4)
     broken[1]["loss"] = math.nan

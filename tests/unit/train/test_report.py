@@ -22,7 +22,7 @@ from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.train import plots
 from rtdetr_cli.train.explain import explain_plan
 from rtdetr_cli.train.plan import make_plan
-from rtdetr_cli.train.report import figure_svg, write_report
+from rtdetr_cli.train.report import figure_svg, val_loss_note, write_report
 
 EVIL = '<script>alert("x")</script> $\\frac$'
 ROWS: list[dict[str, float | None]] = [
@@ -151,3 +151,26 @@ def test_a_browser_renders_it(text: str, tmp_path: Path) -> None:
     found = re.search(r"<title>(\[[\d,]+\])</title>", ran.stdout)
     assert found, ran.stdout[:300]
     assert json.loads(found[1]) == [2, 0, 2]
+
+
+def sampled(train: list[float], val: list[float]) -> list[dict[str, float | None]]:
+    rows: list[dict[str, float | None]] = [{"epoch": 1, "loss": 9.0}]  # an epoch without an evaluation
+    values = zip(train, val, strict=True)
+    return rows + [{"epoch": 2 * i + 2, "train_loss": t, "val_loss": v} for i, (t, v) in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "note"),
+    [
+        ([3, 2, 1, 0.5], [3, 2.5, 2.2, 2.9], "stopped improving at epoch 6 (2.20, and 2.90 at the end), while that of"),
+        ([3, 2, 1, 0.5], [3, 2.5, 2.2, 2.22], "Val loss did not rise until the end (2.22; training images 0.50)"),
+        ([3, 1, 2], [3, 1, 2], "stopped improving at epoch 4 (1.00, and 2.00 at the end), and so did that of"),
+    ],
+)
+def test_the_report_says_where_the_val_loss_stopped_improving(train: list[float], val: list[float], note: str) -> None:
+    assert note in val_loss_note(sampled(train, val))
+
+
+def test_two_evaluations_are_no_trend() -> None:
+    assert val_loss_note(sampled([3, 2], [3, 4])) == ""
+    assert val_loss_note(ROWS) == ""
