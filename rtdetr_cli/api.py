@@ -340,6 +340,8 @@ class Detector:
         onnx: bool = False,
         fp16: bool = False,
         trt_fp16: bool = False,
+        rtx: bool = False,
+        target: str | None = None,
         openvino: bool = False,
         dynamic: bool = False,
         batch: int = 1,
@@ -373,19 +375,24 @@ class Detector:
             raise UsageError(f"{path} is already exported", hint="load the weights that it was exported from")
         from rtdetr_cli.export.artefacts import Artefact
         from rtdetr_cli.export.images import verification_images
-        from rtdetr_cli.export.options import ExportOptions
+        from rtdetr_cli.export.options import ExportOptions, choose_formats
         from rtdetr_cli.export.run import export_events
         from rtdetr_cli.weights.load import load_model
 
-        requested = {"onnx": onnx, "fp16": fp16 or trt_fp16, "openvino": openvino, "trt-fp16": trt_fp16}
-        formats = tuple(name for name, wanted in requested.items() if wanted) or ("onnx",)
+        if target is not None and not rtx:
+            raise UsageError("target is for engines of TensorRT for RTX: add rtx=True")
+        formats = choose_formats(onnx=onnx, fp16=fp16, trt_fp16=trt_fp16, openvino=openvino, rtx=rtx)
         size = _size(imgsz) or self.options.get("imgsz")
         options = ExportOptions(formats, size, batch, dynamic, opset, gridsample, raw, preprocess_in_graph)
         options.check()
+        device = self.options.get("device", "auto")
+        if rtx:
+            from rtdetr_cli.export.tensorrt import rtx_targets
+
+            options = replace(options, targets=rtx_targets(target, device))
         model, header = load_model(path, **{k: self.options.get(k) for k in ("sampling", "layers", "queries")})
         images = None if no_gate else verification_images(Path(verify) if verify else None, path, header)[0]
         folder = path.parent / EXPORT if out is None else Path(out)
-        device = self.options.get("device", "auto")
         artefacts: list[Artefact] = []
         for event in export_events(
             model, header, folder, options, images=images, stem=path.stem, tol_ap=tol_ap, device=device

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from rtdetr_cli.datasets.records import Dataset
     from rtdetr_cli.export.artefacts import Artefact
+    from rtdetr_cli.export.options import ExportOptions
     from rtdetr_cli.export.run import ExportEvent
 
 
@@ -28,6 +30,16 @@ def export(
     trt_fp16: Annotated[
         bool, typer.Option("--trt-fp16", help="TensorRT engine of the float16 graph, built on this machine.")
     ] = False,
+    rtx: Annotated[
+        bool, typer.Option("--rtx", help="Build the engine with TensorRT for RTX, which needs no GPU for that.")
+    ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="With --rtx: GPUs such as sm86 (RTX 30), sm89 (RTX 40), sm120 (RTX 50), comma-separated "
+            "(default: this machine's GPU, or all without one)."
+        ),
+    ] = None,
     openvino: Annotated[
         bool, typer.Option("--openvino", help="OpenVINO .xml and .bin, weights compressed to float16.")
     ] = False,
@@ -63,8 +75,7 @@ def export(
     as_json: JsonFlag = False,
 ) -> None:
     """Export a model and verify that the exported file gives the same detections."""
-    from rtdetr_cli.cli.select import parse_size, resolve_model
-    from rtdetr_cli.weights.header import EXPORT_SUFFIXES
+    from rtdetr_cli.cli.select import parse_size
 
     size = parse_size(imgsz) if imgsz else None
     if no_gate and verify is not None:
@@ -73,40 +84,79 @@ def export(
         raise UsageError(f"--tol-ap {tol_ap:g} is not a fraction from 0 to 1")
     if out is not None and out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file, not a folder")
+    if target is not None and not rtx:
+        raise UsageError("--target is for engines of TensorRT for RTX: add --rtx")
+    path = _unexported(model)
+
+    from rtdetr_cli.export.options import ExportOptions, choose_formats
+
+    formats = choose_formats(onnx=onnx, fp16=fp16, trt_fp16=trt_fp16, openvino=openvino, rtx=rtx)
+    options = ExportOptions(formats, size, batch, dynamic, opset, gridsample, raw, preprocess)
+    options.check()
+    _check_packages(formats)
+    if rtx:
+        from rtdetr_cli.export.tensorrt import rtx_targets
+
+        options = replace(options, targets=rtx_targets(target, device))
+    images = None if no_gate else _verification_images(verify, path, split)
+    _run(
+        path,
+        options,
+        {"sampling": sampling, "layers": layers, "queries": queries},
+        images=images,
+        folder=out or path.parent / "export",
+        tol_ap=tol_ap,
+        device=device,
+        as_json=as_json,
+    )
+
+
+def _unexported(model: Path | None) -> Path:
+    from rtdetr_cli.cli.select import resolve_model
+    from rtdetr_cli.weights.header import EXPORT_SUFFIXES
+
     path = resolve_model(model)
     if path.suffix.lower() in EXPORT_SUFFIXES:
         raise UsageError(
             f"{path} is already exported", hint="pass the weights that it was exported from: .safetensors or .pth"
         )
+    return path
 
-    from rtdetr_cli.export.options import ExportOptions
 
-    # TensorRT comes last: many machines lack it, and everything else should be finished by then.
-    requested = {"onnx": onnx, "fp16": fp16 or trt_fp16, "openvino": openvino, "trt-fp16": trt_fp16}
-    formats = tuple(name for name, wanted in requested.items() if wanted) or ("onnx",)
-    options = ExportOptions(formats, size, batch, dynamic, opset, gridsample, raw, preprocess)
-    options.check()
-    _check_packages(formats)
-    images = None if no_gate else _verification_images(verify, path, split)
-
+def _run(
+    path: Path,
+    options: ExportOptions,
+    setting: dict[str, Any],
+    *,
+    images: Dataset | Sequence[Path] | None,
+    folder: Path,
+    tol_ap: float,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Export, show the progress and print the result; `setting` is the sampling, layers and queries of the model."""
+    from rtdetr_cli.export import tensorrt
     from rtdetr_cli.export.run import count_image_runs, export_events
     from rtdetr_cli.infer.selection import threshold_mismatch
     from rtdetr_cli.infer.torch_backend import check_sampling
     from rtdetr_cli.weights.load import load_model
 
-    check_sampling(path, sampling)
-    loaded, header = load_model(path, sampling=sampling, layers=layers, queries=queries)
-    other_setting = threshold_mismatch(header, size or header.imgsz)
+    check_sampling(path, setting["sampling"])
+    loaded, header = load_model(path, **setting)
+    other_setting = threshold_mismatch(header, options.imgsz or header.imgsz)
     if other_setting is not None:
         terminal.warn(f"{other_setting[0]}; exported anyway")
-    folder = out or path.parent / "export"
     events = export_events(loaded, header, folder, options, images=images, stem=path.stem, tol_ap=tol_ap, device=device)
-    artefacts, error = _render(events, None if images is None else count_image_runs(formats, images))
-    if no_gate:
+    runs = None
+    if images is not None:
+        formats = [f for f in options.formats if f != "rtx-fp16" or tensorrt.runs_here(options.targets, device)]
+        runs = count_image_runs(formats, images)
+    artefacts, error = _render(events, runs)
+    if images is None:
         terminal.warn("--no-gate: these files have not been verified")
     _report(artefacts, error, as_json=as_json)
-    if images is not None and not raw and not as_json:
-        _show_next(images, artefacts[-1].path)
+    if images is not None and not as_json:
+        _show_next(artefacts, path, None if options.raw else images)
 
 
 def _check_packages(formats: Sequence[str]) -> None:
@@ -185,17 +235,22 @@ def _report(artefacts: Sequence[Artefact], error: RtdetrError | None, *, as_json
         raise typer.Exit(errors[0].exit_code)
 
 
-def _show_next(images: Dataset | Sequence[Path], export: Path) -> None:
+def _show_next(artefacts: Sequence[Artefact], model: Path, images: Dataset | Sequence[Path] | None) -> None:
+    """Print how to verify what this machine could not run, else how to use the last file on one of the images."""
     from rtdetr_cli.datasets.records import Dataset
 
-    image = images.path(0) if isinstance(images, Dataset) else images[0]
-    terminal.next_step("rtdetr", "predict", image, "--weights", export)
+    export = artefacts[-1].path
+    if artefacts[-1].pending:
+        terminal.next_step("rtdetr", "verify", export, "--against", model, "--write")
+    elif images is not None:
+        image = images.path(0) if isinstance(images, Dataset) else images[0]
+        terminal.next_step("rtdetr", "predict", image, "--weights", export)
 
 
 def _row(artefact: Artefact) -> tuple[object, ...]:
     name, size = artefact.path.name, f"{artefact.bytes / 1e6:.1f}"
     if artefact.verdict is None:
-        return name, artefact.precision, size, None, None, None, None, "skipped"
+        return name, artefact.precision, size, None, None, None, None, "pending" if artefact.pending else "skipped"
     agreement, ap = artefact.verdict.agreement.figures, artefact.verdict.ap.figures
     score_error = agreement.get("score_error")
     shown_error = None if score_error is None else f"{score_error:.1e}"

@@ -14,7 +14,13 @@ from rtdetr_cli.weights.binding import header_path
 from rtdetr_cli.weights.header import ModelHeader
 
 PARITY_FILE = "parity.json"
-NAME_ENDINGS = {"onnx": ".onnx", "fp16": "-fp16.onnx", "openvino": ".xml", "trt-fp16": ".engine"}
+NAME_ENDINGS = {
+    "onnx": ".onnx",
+    "fp16": "-fp16.onnx",
+    "openvino": ".xml",
+    "trt-fp16": ".engine",
+    "rtx-fp16": "-rtx.engine",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +32,10 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Artefact:
-    """One exported model, in `*.failed.*` where verification failed; `verdict` is None where it was skipped."""
+    """One exported model, in `*.failed.*` where verification failed; `verdict` is None where it was skipped.
+
+    `pending` says why verification has to wait for another machine.
+    """
 
     path: Path
     format: str  # onnx, openvino or tensorrt
@@ -34,6 +43,7 @@ class Artefact:
     verdict: Verdict | None = None
     operators: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    pending: str = ""
 
     @property
     def passed(self) -> bool:
@@ -54,6 +64,7 @@ class Artefact:
             "gate": None if self.verdict is None else self.verdict.to_json(),
             "bytes": self.bytes,
             "seconds": round(self.seconds, 2),
+            **({"pending": self.pending} if self.pending else {}),
         }
 
 

@@ -25,6 +25,7 @@ from rtdetr_cli.files import atomic_write
 from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.infer.graph import GraphSpec, first_line
 from rtdetr_cli.infer.openvino_backend import import_openvino, openvino_core
+from rtdetr_cli.infer.tensorrt_backend import RTX_VERSION, import_tensorrt
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.weights.binding import header_path
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
@@ -128,12 +129,14 @@ class Draft:
         save: writes the file with a header, or only the header where that is a file of its own.
         operators: number of each operator.
         half_twin: runs the same float16 graph in torch.
+        pending: why this machine cannot run it, so that verification has to wait for another.
     """
 
     header: ModelHeader
     save: Callable[[Path, ModelHeader], None]
     operators: dict[str, int]
     half_twin: Backend | None = None
+    pending: str = ""
 
 
 DraftEvents = Generator[Notice | tensorrt.BuildProgress, None, Draft]
@@ -149,9 +152,10 @@ def write_fp16(context: ExportContext, path: Path) -> DraftEvents:
     """Write the float16 graph, and prepare its twin."""
     yield Notice("onnx  float16, sensitive layers float32")
     program = fp16.traced_program(context.graph, context.example_inputs, dynamic=context.options.dynamic)
-    program = fp16.halve(program)
-    islands = [{"name": island.name, "why": island.why} for island in fp16.ISLANDS]
-    draft = onnx_draft(context, context.trace(program), context.header_for("onnx", "fp16", islands=islands))
+    islands = fp16.TURING_ISLANDS if tensorrt.TURING in context.options.targets else fp16.ISLANDS
+    program = fp16.halve(program, functools.partial(fp16.stays_float32, islands=islands))
+    described = [{"name": island.name, "why": island.why} for island in islands]
+    draft = onnx_draft(context, context.trace(program), context.header_for("onnx", "fp16", islands=described))
     spec = expected_spec(replace(context.options, preprocess=False), context.header)
     device = tensorrt.engine_device(context.device) or torch.device("cpu")
     draft.half_twin = fp16.HalfTwin(program, spec, device=device)
@@ -214,10 +218,8 @@ def write_engine(context: ExportContext, path: Path) -> DraftEvents:
         EnvironmentProblem: this machine cannot build it; the graph is ready, and the hint says how to go on.
     """
     graph = context.artefacts["fp16"]
-    dynamic, batch = context.options.dynamic, context.options.batch
-    max_batch = max(batch, ENGINE_BATCH) if dynamic else batch
-    shapes = tensorrt.profile_shapes(context.spec.inputs, max_batch=max_batch)
-    yield Notice(f"tensorrt  strongly typed, batch {'1 to ' if dynamic else ''}{max_batch}")
+    shapes, batches = engine_shapes(context)
+    yield Notice(f"tensorrt  strongly typed, {batches}")
     try:
         version, device = tensorrt.require_tensorrt(context.device, graph.operators)
         layers = yield from tensorrt.build_in_thread(
@@ -240,6 +242,32 @@ def write_engine(context: ExportContext, path: Path) -> DraftEvents:
     return Draft(header, save_engine_header, layers)
 
 
+def write_rtx_engine(context: ExportContext, path: Path) -> DraftEvents:
+    """Build the engine of TensorRT for RTX, for GPUs that need not be in this machine."""
+    graph, targets = context.artefacts["fp16"], context.options.targets
+    shapes, batches = engine_shapes(context)
+    yield Notice(f"tensorrt  for RTX, strongly typed, {batches}, GPUs {', '.join(targets)}")
+    if graph.operators.get("GridSample"):
+        yield Notice(
+            "warning: GridSample gives wrong values in engines of TensorRT since 10.14; TensorRT for RTX may too"
+        )
+    layers = yield from tensorrt.build_in_thread(graph.path, path, shapes=shapes, targets=targets)
+    version = str(import_tensorrt(rtx=True).__version__)
+    facts = {"layers_by_type": layers, "targets": list(targets)}
+    draft = Draft(context.header_for("tensorrt", "fp16", {RTX_VERSION: version}, **facts), save_engine_header, layers)
+    if tensorrt.runs_here(targets, context.device) is None:
+        draft.pending = f"this one has no GPU that it is built for ({', '.join(targets)})"
+    return draft
+
+
+def engine_shapes(context: ExportContext) -> tuple[tensorrt.Shapes, str]:
+    """Return the range of shapes of an engine, and its batch sizes in words."""
+    dynamic, batch = context.options.dynamic, context.options.batch
+    largest = max(batch, ENGINE_BATCH) if dynamic else batch
+    shapes = tensorrt.profile_shapes(context.spec.inputs, max_batch=largest)
+    return shapes, f"batch {'1 to ' if dynamic else ''}{largest}"
+
+
 def save_engine_header(engine: Path, header: ModelHeader) -> None:
     """Write the header of an engine to the file beside it."""
     with atomic_write(header_path(engine)) as temporary:
@@ -251,4 +279,5 @@ WRITERS: dict[str, Callable[[ExportContext, Path], DraftEvents]] = {
     "fp16": write_fp16,
     "openvino": write_openvino,
     "trt-fp16": write_engine,
+    "rtx-fp16": write_rtx_engine,
 }

@@ -41,6 +41,7 @@ class Island:
     name: str
     why: str
     contains: Callable[[str, str], bool]
+    matrix_products: bool = False  # which Turing GPUs cannot compute in float32
 
 
 ISLANDS = (
@@ -64,6 +65,7 @@ ISLANDS = (
         "sampling locations",
         "a location times the map's size must be exact to a fraction of a pixel; float16 steps are 1/16 pixel at 80",
         lambda path, op: path.endswith("sampling_offsets"),
+        matrix_products=True,
     ),
     Island(
         "inverse sigmoid",
@@ -74,18 +76,21 @@ ISLANDS = (
         "box refinement",
         "each layer adds to the box of the one before, so rounding to 11 bits accumulates: a pixel in 2048 per layer",
         lambda path, op: "bbox_head" in path,
+        matrix_products=True,
     ),
     Island(
         "top-k scores",
         "thousands of scores are nearly equal: rounded to float16 they tie, and other queries are selected",
         lambda path, op: "score_head" in path,
+        matrix_products=True,
     ),
 )
+TURING_ISLANDS = tuple(island for island in ISLANDS if not island.matrix_products)
 
 
-def stays_float32(path: str, op: str) -> bool:
+def stays_float32(path: str, op: str, islands: Sequence[Island] = ISLANDS) -> bool:
     """Return whether an operator, by its module's path and its name, belongs to an island."""
-    return any(island.contains(path, op) for island in ISLANDS)
+    return any(island.contains(path, op) for island in islands)
 
 
 def traced_program(module: nn.Module, inputs: Sequence[Tensor], *, dynamic: bool = False) -> fx.GraphModule:

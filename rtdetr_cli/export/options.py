@@ -7,6 +7,24 @@ from dataclasses import dataclass
 from rtdetr_cli.errors import UsageError
 
 OPSETS = (17, 18)
+ENGINES = ("trt-fp16", "rtx-fp16")
+
+
+def choose_formats(
+    *, onnx: bool = False, fp16: bool = False, trt_fp16: bool = False, openvino: bool = False, rtx: bool = False
+) -> tuple[str, ...]:
+    """Return the formats that the flags of an export ask for, ONNX where there is none.
+
+    Engines come last: many machines cannot build them, and everything else should be finished by then.
+    """
+    requested = {
+        "onnx": onnx,
+        "fp16": fp16 or trt_fp16 or rtx,
+        "openvino": openvino,
+        "trt-fp16": trt_fp16 and not rtx,
+        "rtx-fp16": rtx,
+    }
+    return tuple(name for name, wanted in requested.items() if wanted) or ("onnx",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +32,7 @@ class ExportOptions:
     """What to export.
 
     Attributes:
-        formats: `onnx`, `fp16`, `openvino` or `trt-fp16`, which comes after `fp16`.
+        formats: `onnx`, `fp16`, `openvino`, and the engines `trt-fp16` and `rtx-fp16`, which come after `fp16`.
         imgsz: (height, width) instead of the model's own.
         batch: the fixed batch size, or the largest one of a dynamic TensorRT engine.
         dynamic: dynamic batch size.
@@ -22,6 +40,7 @@ class ExportOptions:
         gridsample: use the GridSample operator instead of gather.
         raw: no post-processing: `logits` and `boxes_cxcywh` of all queries.
         preprocess: accept uint8 images of any size (height x width x RGB) and resize them in the graph.
+        targets: GPUs that `rtx-fp16` is built for, such as `sm86`.
     """
 
     formats: tuple[str, ...] = ("onnx",)
@@ -32,6 +51,7 @@ class ExportOptions:
     gridsample: bool = False
     raw: bool = False
     preprocess: bool = False
+    targets: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise UsageError for options that cannot be combined, before anything heavy is loaded."""
@@ -55,8 +75,8 @@ class ExportOptions:
                 "--preprocess-in-graph takes one image at a time: images of different sizes cannot be batched",
                 hint="remove --dynamic and --batch",
             )
-        if "trt-fp16" in self.formats:
+        if set(ENGINES) & set(self.formats):
             raise UsageError(
-                "--preprocess-in-graph and --trt-fp16 cannot be combined: TensorRT's Resize does not antialias",
+                "--preprocess-in-graph and an engine cannot be combined: TensorRT's Resize does not antialias",
                 hint="export twice, or resize images before running the engine",
             )

@@ -18,7 +18,7 @@ from rtdetr_cli.export import tensorrt
 from rtdetr_cli.export.artefacts import Artefact, Notice, mark_name, remove_artefact, rename_artefact, write_parity
 from rtdetr_cli.export.compare import compare_interfaces, compare_precision
 from rtdetr_cli.export.formats import WRITERS, ExportContext
-from rtdetr_cli.export.options import ExportOptions
+from rtdetr_cli.export.options import ENGINES, ExportOptions
 from rtdetr_cli.export.verify import MAX_IMAGES, ImageRun, Reference, Verdict, verify
 from rtdetr_cli.files import ensure_writable
 from rtdetr_cli.infer.backend import open_backend
@@ -89,7 +89,7 @@ def export_events(
     try:
         for name in options.formats:
             started = time.perf_counter()
-            if name == "trt-fp16" and not context.artefacts["fp16"].passed:
+            if name in ENGINES and not context.artefacts["fp16"].passed:
                 yield Notice("tensorrt  skipped: the float16 graph that the engine is built from failed verification")
                 yield from context.set_aside_previous(name)
                 continue
@@ -128,7 +128,9 @@ def export_format(
         draft = yield from WRITERS[name](context, path)
         format, precision = draft.header.extra["format"], draft.header.extra["precision"]
         draft.save(path, bind(path, draft.header, {"passed": None}))
-        if reference is not None:
+        if reference is not None and draft.pending:
+            yield Notice(f"warning: {final.name} must be verified on the target machine: {draft.pending}")
+        elif reference is not None:
             yield Notice(f"verify  {format} {precision} on {len(reference.paths)} images")
             candidate = open_draft(path, context)
             problems = compare_interfaces(candidate.spec, context.spec)
@@ -154,7 +156,8 @@ def export_format(
     rename_artefact(path, final)
     for mark in ("failed", "previous"):
         remove_artefact(mark_name(final, mark))
-    return Artefact(final, format, precision, verdict, draft.operators)
+    pending = draft.pending if reference is not None else ""
+    return Artefact(final, format, precision, verdict, draft.operators, pending=pending)
 
 
 def open_draft(path: Path, context: ExportContext) -> GraphBackend:

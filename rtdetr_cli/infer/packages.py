@@ -10,8 +10,8 @@ from typing import Any
 from rtdetr_cli.errors import EnvironmentProblem
 
 
-def import_package(module: str, title: str) -> Any:
-    """Import an optional package, which has the name of its extra.
+def import_package(module: str, title: str, *, extra: str = "") -> Any:
+    """Import an optional package of an extra, which has the name of the module where it is not given.
 
     Raises:
         EnvironmentProblem: it is not installed, or cannot be imported.
@@ -19,7 +19,7 @@ def import_package(module: str, title: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        install = f"pip install 'rtdetr-cli[{module}]'"
+        install = f"pip install 'rtdetr-cli[{extra or module}]'"
         if isinstance(error, ModuleNotFoundError) and error.name == module:
             raise EnvironmentProblem(f"{title} is not installed", hint=install, code="package-missing") from None
         raise EnvironmentProblem(

@@ -1,4 +1,4 @@
-"""TensorRT 10 and 11. The buffers are torch tensors, since torch is always installed."""
+"""TensorRT 10 and 11, and TensorRT for RTX. The buffers are torch tensors, since torch is always installed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from rtdetr_cli.infer.graph import IMAGES, GraphBackend, GraphSpec, TensorSpec
 from rtdetr_cli.infer.packages import import_package
 from rtdetr_cli.weights.binding import header_path
 from rtdetr_cli.weights.header import ModelHeader
+
+RTX_PACKAGE = "tensorrt-rtx-cu13"
+RTX_VERSION = "tensorrt-rtx"  # the key of its version in a header
+_RTX_MAGIC = b"vtrt"  # first bytes of its engines
 
 _TYPES = {
     "FLOAT": np.float32,
@@ -33,7 +37,9 @@ class TensorrtBackend(GraphBackend):
 
     def open(self, device: Any, threads: int | None) -> GraphSpec:
         """Load the engine on `device`: `auto`, `0`, `cuda:1`, or a torch device for the buffers."""
-        tensorrt = import_tensorrt()
+        header = read_engine_header(self.path)
+        rtx = is_rtx_engine(self.path, header)
+        tensorrt = import_tensorrt(rtx=rtx)
         import torch
 
         from rtdetr_cli.infer.torch_backend import choose_device
@@ -49,6 +55,8 @@ class TensorrtBackend(GraphBackend):
                     hint="use the .onnx or .safetensors file on the CPU",
                     code="device-missing",
                 )
+        if rtx and header is not None and self._device.type == "cuda":
+            check_rtx_engine(self.path, header, str(tensorrt.__version__), gpu_target(self._device))
         self._stream: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
         # The logger and the runtime must live as long as the engine.
         self._logger = tensorrt.Logger(tensorrt.Logger.ERROR)
@@ -73,7 +81,7 @@ class TensorrtBackend(GraphBackend):
             _, _, largest = self._engine.get_tensor_profile_shape(IMAGES, 0)
             max_batch = int(largest[0])
         input_specs, output_specs = map(self._spec, inputs), map(self._spec, self._outputs)
-        return GraphSpec(read_engine_header(self.path), list(input_specs), list(output_specs), max_batch)
+        return GraphSpec(header, list(input_specs), list(output_specs), max_batch)
 
     def _spec(self, name: str) -> TensorSpec:
         shape = tuple(int(n) if n >= 0 else None for n in self._engine.get_tensor_shape(name))
@@ -120,9 +128,57 @@ class TensorrtBackend(GraphBackend):
             return {name: buffer.cpu().numpy().copy() for name, buffer in results.items()}
 
 
-def import_tensorrt() -> Any:
-    """Import the package."""
+def import_tensorrt(*, rtx: bool = False) -> Any:
+    """Import the package, or that of TensorRT for RTX, whose classes have the same names."""
+    if rtx:
+        return import_package("tensorrt_rtx", "TensorRT for RTX", extra="rtx")
     return import_package("tensorrt", "TensorRT")
+
+
+def is_rtx_engine(path: Path, header: ModelHeader | None) -> bool:
+    """Return whether an engine was built by TensorRT for RTX: by its header, or by its first bytes without one."""
+    versions = header.extra.get("versions", {}) if header is not None else {}
+    if "tensorrt" in versions or RTX_VERSION in versions:
+        return RTX_VERSION in versions
+    with path.open("rb") as file:
+        return file.read(len(_RTX_MAGIC)) == _RTX_MAGIC
+
+
+def gpu_target(device: Any) -> str:
+    """Return the compute capability of a GPU as a target, such as `sm86`."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+def check_rtx_engine(path: Path, header: ModelHeader, version: str, target: str) -> None:
+    """Refuse an engine of TensorRT for RTX that cannot run here, before it is loaded.
+
+    Args:
+        path: of the engine.
+        header: the engine's.
+        version: of the installed package.
+        target: of the GPU that it would run on, such as `sm86`.
+
+    Raises:
+        EnvironmentProblem: it was built by another version (`tensorrt-version`), or for other GPUs (`engine-target`).
+    """
+    built_by = header.extra.get("versions", {}).get(RTX_VERSION, version)
+    if built_by != version:
+        raise EnvironmentProblem(
+            f"{path.name} was built by TensorRT for RTX {built_by} and runs in no other version; "
+            f"{version} is installed",
+            hint=f"pip install {RTX_PACKAGE}=={built_by}, or build the engine again",
+            code="tensorrt-version",
+        )
+    targets = header.extra.get("targets") or [target]
+    if target not in targets:
+        raise EnvironmentProblem(
+            f"{path.name} was built for {', '.join(targets)}; this GPU is {target}",
+            hint=f"rtdetr export MODEL --trt-fp16 --rtx --target {target}",
+            code="engine-target",
+        )
 
 
 def read_engine_header(engine: Path) -> ModelHeader | None:

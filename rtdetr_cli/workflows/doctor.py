@@ -38,6 +38,7 @@ NEEDED = {
 OPTIONAL = {
     "openvino": "export --openvino; fast on Intel and AMD processors",
     "tensorrt": "export --trt-fp16",
+    "tensorrt-rtx-cu13": "export --rtx; builds engines for RTX GPUs on any machine",
     "tensorboard": "train --log tensorboard",
     "wandb": "train --log wandb",
     "mlflow": "train --log mlflow",

@@ -159,7 +159,7 @@ def test_without_tensorrt_the_other_formats_are_exported(
     pytest.importorskip("openvino", reason="openvino is not installed")
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setattr("rtdetr_cli.export.fp16.traced_program", lambda graph, *args, **options: graph)
-    monkeypatch.setattr("rtdetr_cli.export.fp16.halve", lambda program: program)
+    monkeypatch.setattr("rtdetr_cli.export.fp16.halve", lambda program, *args: program)
     monkeypatch.setattr("rtdetr_cli.export.fp16.HalfTwin", lambda *args, **options: None)
     monkeypatch.setattr("rtdetr_cli.export.run.compare_precision", lambda *args: [])  # the graph stays float32
     words = ["--trt-fp16", "--openvino", "--dynamic", "--verify", shapes_data, "--device", "cpu"]

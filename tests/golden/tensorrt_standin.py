@@ -35,7 +35,9 @@ class NotSimulated(Exception):
     """A real attribute that the stand-in does not simulate."""
 
 
-def make(version: str, *, precision: str = "as typed", refuse: str = "", plan: bool = True) -> ModuleType:
+def make(
+    version: str, *, precision: str = "as typed", refuse: str = "", plan: bool = True, information: str | None = None
+) -> ModuleType:
     """Return a module for `sys.modules["tensorrt"]`.
 
     Args:
@@ -43,6 +45,7 @@ def make(version: str, *, precision: str = "as typed", refuse: str = "", plan: b
         precision: `as typed`, or `single` for a builder that ignores the graph's types.
         refuse: the error of the parser; empty for none.
         plan: False for a builder that fails.
+        information: what the inspector says instead of the layers.
     """
     names = {key: set(value.split()) for key, value in NAMES[version].items()}
     major = int(version.partition(".")[0])
@@ -75,7 +78,7 @@ def make(version: str, *, precision: str = "as typed", refuse: str = "", plan: b
     def members(real: str) -> Any:
         return enum.IntEnum(real, {n: i for i, n in enumerate(sorted(n for n in names[real] if n.isupper()))})
 
-    DataType, TensorIOMode = members("DataType"), members("TensorIOMode")
+    DataType, TensorIOMode, BuilderFlag = members("DataType"), members("TensorIOMode"), members("BuilderFlag")
     flags, verbosity, formats = (
         members("NetworkDefinitionCreationFlag"),
         members("ProfilingVerbosity"),
@@ -87,6 +90,12 @@ def make(version: str, *, precision: str = "as typed", refuse: str = "", plan: b
         ERROR, WARNING, INFO = 1, 2, 3
 
         def __init__(self, severity: int = 2) -> None:
+            pass
+
+    class ILogger:
+        ERROR, INTERNAL_ERROR = 1, 0
+
+        def __init__(self) -> None:
             pass
 
     class Network(Strict):
@@ -132,6 +141,10 @@ def make(version: str, *, precision: str = "as typed", refuse: str = "", plan: b
 
         def __init__(self) -> None:
             self._profiles: list[Profile] = []
+            self._flags = {BuilderFlag.TF32}  # on by default, as in the real one
+
+        def clear_flag(self, flag: Any) -> None:
+            self._flags.discard(flag)
 
         def add_optimization_profile(self, profile: Profile) -> int:
             self._profiles.append(profile)
@@ -154,7 +167,7 @@ def make(version: str, *, precision: str = "as typed", refuse: str = "", plan: b
     class OnnxParser(Strict):
         real = "OnnxParser"
 
-        def __init__(self, network: Network, logger: Logger) -> None:
+        def __init__(self, network: Network, logger: Any) -> None:
             self._network = network
 
         @property
@@ -173,7 +186,7 @@ def make(version: str, *, precision: str = "as typed", refuse: str = "", plan: b
     class Builder(Strict):
         real = "Builder"
 
-        def __init__(self, logger: Logger) -> None:
+        def __init__(self, logger: Any) -> None:
             pass
 
         def create_network(self, flags: int = 0) -> Network:
@@ -207,6 +220,7 @@ def make(version: str, *, precision: str = "as typed", refuse: str = "", plan: b
             facts = {
                 "shapes": shapes,
                 "typed": network._typed and precision == "as typed",
+                "tf32": BuilderFlag.TF32 in config._flags,
                 "detailed": config.profiling_verbosity == verbosity.DETAILED,
             }
             log.append(("built", facts))
@@ -260,6 +274,8 @@ def make(version: str, *, precision: str = "as typed", refuse: str = "", plan: b
 
         def get_engine_information(self, format: Any) -> str:
             assert format == formats.JSON
+            if information is not None:
+                return information
             model = onnx.shape_inference.infer_shapes(onnx.load_from_string(self._engine._graph))
             kinds = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.output)}
             type_names = {
@@ -325,7 +341,7 @@ def make(version: str, *, precision: str = "as typed", refuse: str = "", plan: b
     class Runtime(Strict):
         real = "Runtime"
 
-        def __init__(self, logger: Logger) -> None:
+        def __init__(self, logger: Any) -> None:
             pass
 
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> Engine | None:
@@ -347,7 +363,8 @@ def make(version: str, *, precision: str = "as typed", refuse: str = "", plan: b
         "NetworkDefinitionCreationFlag": flags,
         "ProfilingVerbosity": verbosity,
         "LayerInformationFormat": formats,
-        "BuilderFlag": members("BuilderFlag"),
+        "BuilderFlag": BuilderFlag,
+        "ILogger": ILogger,
     }.items():
         setattr(module, name, value)
     return module

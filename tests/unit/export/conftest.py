@@ -12,8 +12,10 @@ from torch import nn
 
 from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.datasets.records import Dataset
+from rtdetr_cli.export import formats
 from rtdetr_cli.export import onnx as onnx_file
 from rtdetr_cli.export.artefacts import Artefact
+from rtdetr_cli.export.formats import Draft, DraftEvents, ExportContext
 from rtdetr_cli.export.graph import DeployGraph
 from rtdetr_cli.export.options import ExportOptions
 from rtdetr_cli.export.run import export_model
@@ -53,8 +55,8 @@ def exported(
     pytest.importorskip("openvino", reason="openvino is not installed")
     model, header = loaded
     out = tmp_path_factory.mktemp("exported")
-    formats = ("onnx", "fp16", "openvino")
-    options = ExportOptions(formats=formats, dynamic=True)
+    names = ("onnx", "fp16", "openvino")
+    options = ExportOptions(formats=names, dynamic=True)
     real_trace = onnx_file.trace
 
     def trace(module: nn.Module, *args: Any, **options: Any) -> onnx.ModelProto:
@@ -67,7 +69,21 @@ def exported(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_file, "trace", trace)
         artefacts = export_model(model, header, out, options, images=dataset, stem="shapes", device="cpu")
-    return dict(zip(formats, artefacts, strict=True))
+    return dict(zip(names, artefacts, strict=True))
+
+
+@pytest.fixture
+def half_graph(exported: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -> Artefact:
+    """Copy the float16 graph from a finished export."""
+    source = exported["fp16"]
+
+    def copy_draft(context: ExportContext, path: Path) -> DraftEvents:
+        yield from ()
+        path.write_bytes(source.path.read_bytes())
+        return Draft(context.header_for("onnx", "fp16"), lambda path, header: None, source.operators)
+
+    monkeypatch.setitem(formats.WRITERS, "fp16", copy_draft)
+    return source
 
 
 @pytest.fixture

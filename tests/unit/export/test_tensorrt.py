@@ -17,9 +17,8 @@ import torch
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import EnvironmentProblem, ExportError
-from rtdetr_cli.export import compare, formats, tensorrt
+from rtdetr_cli.export import compare, tensorrt
 from rtdetr_cli.export.artefacts import Artefact, Notice
-from rtdetr_cli.export.formats import Draft, DraftEvents, ExportContext
 from rtdetr_cli.export.options import ExportOptions
 from rtdetr_cli.export.run import ExportEvent, export_events, export_model
 from rtdetr_cli.export.tensorrt import BuildProgress
@@ -49,20 +48,6 @@ def use(standin: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def half_graph(exported: dict[str, Artefact], monkeypatch: pytest.MonkeyPatch) -> Artefact:
-    """Copy the float16 graph from a finished export."""
-    source = exported["fp16"]
-
-    def copy_draft(context: ExportContext, path: Path) -> DraftEvents:
-        yield from ()
-        path.write_bytes(source.path.read_bytes())
-        return Draft(context.header_for("onnx", "fp16"), lambda path, header: None, source.operators)
-
-    monkeypatch.setitem(formats.WRITERS, "fp16", copy_draft)
-    return source
-
-
-@pytest.fixture
 def export(half_graph: Artefact, loaded: Loaded, dataset: Dataset, tmp_path: Path) -> Export:
     """Return a function that exports the float16 graph and its engine."""
     options = ExportOptions(formats=("fp16", "trt-fp16"), dynamic=True, batch=4)
@@ -89,6 +74,7 @@ def test_a_verified_engine(version: str, use: Any, export: Export, loaded: Loade
     assert built["typed"]
     assert built["shapes"]["images"] == ((1, 3, 96, 128), (8, 3, 96, 128), (8, 3, 96, 128))
     assert built["shapes"]["orig_target_sizes"] == ((1, 2), (8, 2), (8, 2))
+    assert not built["tf32"]
     assert dict(module.log)["timing cache"] == b"+1"  # of the first build
     steps = [event for event in events if isinstance(event, BuildProgress)]
     assert steps == [BuildProgress("Building engine", 1, 2), BuildProgress("Building engine", 2, 2)]
@@ -324,13 +310,16 @@ def test_the_build_thread_runs_on_the_chosen_gpu(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_count_types(information: dict[str, Any], counts: dict[str, int]) -> None:
-    assert tensorrt.count_types(json.dumps(information)) == counts
+    assert tensorrt.count_types(information["Layers"]) == counts
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"Layers": 3}'])
-def test_an_engine_without_types(text: str) -> None:
-    with pytest.raises(ExportError):
-        tensorrt.refuse_single(tensorrt.count_types(text))
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"Layers": 3}', '{"Layers": ["names only"]}'])
+def test_an_engine_without_types(text: str, use: Any, exported: dict[str, Artefact], tmp_path: Path) -> None:
+    """Whatever the inspector says instead of types, the engine is refused."""
+    use("11.4.0", information=text)
+    with pytest.raises(ExportError, match=r"types|half precision"):
+        tensorrt.build_engine(exported["fp16"].path, tmp_path / "m.engine", shapes=SHAPES)
+    assert not (tmp_path / "m.engine").exists()
 
 
 def test_the_standin_is_strict(standin: ModuleType) -> None:
