@@ -166,7 +166,7 @@ def curves_figure(rows: Sequence[Mapping[str, float | None]], *, best_epoch: int
     if highest := _draw_lines(rate, rows, [("lr", "", BLUE, 1.5)]):
         rate.set_ylim(0, highest * 1.12)
         rate.yaxis.set_major_formatter("{x:.3g}")
-    _style_axes(rate, "learning rate at the end of the epoch", grid="both", x="epoch")
+    _style_axes(rate, "learning rate", grid="both", x="epoch")
     for axes in figure.axes:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if rows:

@@ -115,7 +115,7 @@ def val_loss_note(rows: Sequence[Mapping[str, float | None]]) -> str:
         return f"{text}, and so did that of the training images ({best[1]:.2f} and {last[1]:.2f})."
     return (
         f"{text}, while that of the training images fell from {best[1]:.2f} to {last[1]:.2f}: the model overfits from "
-        "there on. More images or stronger augmentation help, more epochs do not."
+        "there on. More images or stronger augmentation help more than more epochs."
     )
 
 

@@ -29,8 +29,8 @@ MAX_BATCH = 16
 OVERFIT_AP = 0.9
 FEW_STEPS = 1000
 SMALL_PX = 8
-# Images of the fixed samples: enough to see a trend, and at most a share of an epoch's so that they cost little time.
-SAMPLE_IMAGES, SAMPLE_SHARE = 32, 0.1
+# Images of the fixed samples: enough to see a trend, and a small share of an epoch's, so that they cost little time.
+MIN_SAMPLE, MAX_SAMPLE, SAMPLE_SHARE = 8, 32, 0.1
 
 
 class Evaluator:
@@ -116,7 +116,8 @@ class Evaluator:
 
     def _sample(self, dataset: Dataset) -> Batch:
         """Load images that are spread evenly over a dataset, as the network sees them at inference."""
-        count = min(SAMPLE_IMAGES, len(dataset), math.ceil(SAMPLE_SHARE * len(self.prepared.train_set)))
+        share = math.ceil(SAMPLE_SHARE * len(self.prepared.train_set))
+        count = min(len(dataset), MAX_SAMPLE, max(MIN_SAMPLE, share))
         chosen = dataset.subset(np.linspace(0, len(dataset) - 1, count).astype(np.int64))
         imgsz = self.prepared.config.imgsz
         with TrainLoader(chosen, imgsz=imgsz, batch_size=count, seed=0, augmentation=NONE, workers=0) as loader:
