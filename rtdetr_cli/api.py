@@ -24,6 +24,7 @@ from rtdetr_cli.config.image_size import parse_image_size
 from rtdetr_cli.errors import GateError, ModelError, UsageError
 from rtdetr_cli.infer.backend import Backend, default_batch, open_backend
 from rtdetr_cli.infer.detections import Detections, as_image
+from rtdetr_cli.infer.duplicates import parse_dedupe
 from rtdetr_cli.infer.selection import select_by
 from rtdetr_cli.infer.sources import find_sources, is_url
 from rtdetr_cli.infer.stream import detect_images
@@ -391,6 +392,7 @@ class Detector:
 
             options = replace(options, targets=rtx_targets(target, device))
         model, header = load_model(path, **{k: self.options.get(k) for k in ("sampling", "layers", "queries")})
+        header = header.with_dedupe(self.options.get("dedupe"))
         images = None if no_gate else verification_images(Path(verify) if verify else None, path, header)[0]
         folder = path.parent / EXPORT if out is None else Path(out)
         artefacts: list[Artefact] = []
@@ -418,6 +420,7 @@ def load(
     queries: int | None = None,
     sampling: str | None = None,
     threads: int | None = None,
+    dedupe: float | str | None = None,
 ) -> Detector:
     """Open a model, or name a preset to train.
 
@@ -430,6 +433,7 @@ def load(
         queries: number of queries to use.
         sampling: `bilinear` or `discrete`, for a published file, which does not say.
         threads: CPU threads of the runtime.
+        dedupe: how much to lower the scores of duplicates: `off`, or a number such as 8; None for the model's own.
 
     Raises:
         ModelError: the file is missing, truncated or not a model.
@@ -438,7 +442,7 @@ def load(
     """
     path = Path(model)
     options: dict[str, Any] = {"device": device, "imgsz": _size(imgsz), "layers": layers, "queries": queries}
-    options |= {"sampling": sampling, "threads": threads}
+    options |= {"sampling": sampling, "threads": threads, "dedupe": parse_dedupe(dedupe)}
     if path.is_dir():
         if not (path / BEST).is_file():
             raise ModelError(f"the folder {path} has no {BEST}", code="model-missing")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rtdetr_cli.cli.terminal import DedupeOption
 from rtdetr_cli.errors import GateError, UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def evaluate_command(
     sampling: Annotated[
         str | None, typer.Option(help="Sampling of a published file: bilinear (default) or discrete.")
     ] = None,
+    dedupe: DedupeOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu, or a GPU such as 0.")] = "auto",
     calibrate: Annotated[
         str | None,
@@ -57,9 +59,11 @@ def evaluate_command(
     from rtdetr_cli.cli.select import output_file, parse_size, resolve_model
     from rtdetr_cli.evaluate.coco import PYCOCOTOOLS_LACKS
     from rtdetr_cli.evaluate.thresholds import check_can_store
+    from rtdetr_cli.infer.duplicates import parse_dedupe
 
     size = parse_size(imgsz) if imgsz else None
     overrides: dict[str, Any] = {"layers": layers, "queries": queries, "sampling": sampling, "imgsz": size}
+    overrides["dedupe"] = parse_dedupe(dedupe)
     if predictions is not None:
         _check_predictions(data, MODEL=model, **overrides, calibrate=calibrate)
     _check_options(evaluator, fail_under, calibrate, split)

@@ -80,7 +80,9 @@ def evaluate_model(
     known_notes: Sequence[str] = (),
     **overrides: Any,
 ) -> EvaluatedModel:
-    """Evaluate a model file on a split; `overrides` are imgsz, layers, queries and sampling, as for `open_backend`.
+    """Evaluate a model file on a split.
+
+    `overrides` are imgsz, layers, queries, sampling and dedupe, as for `open_backend`.
 
     `known_notes` are notes on the split that have been printed before.
     """
@@ -88,6 +90,7 @@ def evaluate_model(
     from rtdetr_cli.evaluate.run import evaluate
     from rtdetr_cli.evaluate.source import choose_split
     from rtdetr_cli.infer.backend import default_batch, open_backend
+    from rtdetr_cli.infer.duplicates import gamma_word
     from rtdetr_cli.infer.selection import threshold_mismatch
     from rtdetr_cli.weights.binding import modification_warning
 
@@ -115,6 +118,8 @@ def evaluate_model(
         "sampling": header.sampling,
     }
     flags = {"--layers": layers, "--queries": queries, "--imgsz": "x".join(map(str, imgsz or ()))}
+    if overrides.get("dedupe") is not None:
+        flags["--dedupe"] = gamma_word(overrides["dedupe"])
     mismatch = threshold_mismatch(header, backend.imgsz)
     return EvaluatedModel(
         evaluation,

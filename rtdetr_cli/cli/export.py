@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rtdetr_cli.cli import terminal
-from rtdetr_cli.cli.terminal import JsonFlag
+from rtdetr_cli.cli.terminal import DedupeOption, JsonFlag
 from rtdetr_cli.errors import GateError, RtdetrError, UsageError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def export(
         bool, typer.Option("--gridsample", help="Use the GridSample operator instead of gather.")
     ] = False,
     raw: Annotated[bool, typer.Option("--raw", help="No post-processing: output logits and boxes_cxcywh.")] = False,
+    dedupe: DedupeOption = None,
     preprocess: Annotated[
         bool,
         typer.Option("--preprocess-in-graph", help="Accept uint8 images of any size; resize in the graph."),
@@ -76,6 +77,7 @@ def export(
 ) -> None:
     """Export a model and verify that the exported file gives the same detections."""
     from rtdetr_cli.cli.select import parse_size
+    from rtdetr_cli.infer.duplicates import parse_dedupe
 
     size = parse_size(imgsz) if imgsz else None
     if no_gate and verify is not None:
@@ -86,6 +88,7 @@ def export(
         raise UsageError(f"--out {out} is a file, not a folder")
     if target is not None and not rtx:
         raise UsageError("--target is for engines of TensorRT for RTX: add --rtx")
+    gamma = parse_dedupe(dedupe)
     path = _unexported(model)
 
     from rtdetr_cli.export.options import ExportOptions, choose_formats
@@ -103,6 +106,7 @@ def export(
         path,
         options,
         {"sampling": sampling, "layers": layers, "queries": queries},
+        dedupe=gamma,
         images=images,
         folder=out or path.parent / "export",
         tol_ap=tol_ap,
@@ -128,6 +132,7 @@ def _run(
     options: ExportOptions,
     setting: dict[str, Any],
     *,
+    dedupe: float | None,
     images: Dataset | Sequence[Path] | None,
     folder: Path,
     tol_ap: float,
@@ -143,6 +148,7 @@ def _run(
 
     check_sampling(path, setting["sampling"])
     loaded, header = load_model(path, **setting)
+    header = header.with_dedupe(dedupe)
     other_setting = threshold_mismatch(header, options.imgsz or header.imgsz)
     if other_setting is not None:
         terminal.warn(f"{other_setting[0]}; exported anyway")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rtdetr_cli.cli.terminal import DedupeOption
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 from rtdetr_cli.text import abbreviate, counted
 
@@ -59,6 +60,7 @@ def predict(
     sampling: Annotated[
         str | None, typer.Option(help="Sampling of a published file: bilinear (default) or discrete.")
     ] = None,
+    dedupe: DedupeOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu, or a GPU such as 0.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads of the runtime.")] = None,
     data: Annotated[
@@ -79,6 +81,7 @@ def predict(
 ) -> None:
     """Detect objects in images and videos, and write annotated copies; skip files that cannot be read (exit code 1)."""
     from rtdetr_cli.cli.select import parse_size
+    from rtdetr_cli.infer.duplicates import parse_dedupe
     from rtdetr_cli.infer.selection import parse_conf, select_by
     from rtdetr_cli.infer.sources import find_sources
 
@@ -90,6 +93,7 @@ def predict(
     if save_conf and not save_txt:
         raise UsageError("--save-conf adds scores to the files of --save-txt", hint="--save-txt --save-conf")
     parse_conf(conf)
+    gamma = parse_dedupe(dedupe)
     found = find_sources(sources, sys.stdin)
     model = _find_model(weights)
     dataset = _load_dataset(data) if data is not None else None
@@ -98,7 +102,14 @@ def predict(
     from rtdetr_cli.infer.write import Results, coco_image_ids
 
     backend = open_backend(
-        model, device=device, imgsz=size, layers=layers, queries=queries, sampling=sampling, threads=threads
+        model,
+        device=device,
+        imgsz=size,
+        layers=layers,
+        queries=queries,
+        sampling=sampling,
+        threads=threads,
+        dedupe=gamma,
     )
     if dataset is not None and not backend.header.names:
         name_classes(backend, [c.name for c in dataset.categories], [c.id for c in dataset.categories])

@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on one line.")]
+DedupeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Lower the scores of duplicates: off, or a strength such as 8 (default: the model's own).",
+        metavar="off|GAMMA",
+        show_default=False,
+    ),
+]
 
 
 def command_group(help_text: str) -> typer.Typer:

@@ -27,7 +27,7 @@ class FileCheck:
     """A file and the model that it is verified against, both open.
 
     Attributes:
-        reference: the model at the file's own input size, layers and queries.
+        reference: the model with the file's own input size, layers, queries and rescoring.
         problems: violations of the contract that are known before anything runs.
         foreign: the file has no header, so the model's is assumed.
     """
@@ -74,18 +74,18 @@ def open_pair(path: Path, model: Path, *, device: str = "auto", write: bool = Fa
 
 
 def open_reference(model: Path, candidate: Backend, device: str) -> Backend:
-    """Open the model at the input size, layers and queries of the candidate, so far as the model can be changed."""
+    """Open the model with the input size, layers, queries and rescoring of the candidate, where it can be changed."""
     if model.suffix.lower() in EXPORT_SUFFIXES:
         return open_backend(model, device=device)
     header = candidate.header
     setting: dict[str, Any] = {}
     if header.names:
-        setting = {"layers": header.layers or None, "queries": header.queries}
+        setting = {"layers": header.layers or None, "queries": header.queries, "dedupe": header.dedupe_gamma}
         if model.suffix.lower() != ".safetensors":  # a published file does not state its sampling
             setting["sampling"] = header.sampling
     reference = open_backend(model, device=device, imgsz=candidate.imgsz, **setting)
     changed: dict[str, Any] = {"imgsz": reference.imgsz}
-    changed |= {name: value for name, value in setting.items() if value and name != "sampling"}
+    changed |= {name: value for name, value in setting.items() if value and name not in ("sampling", "dedupe")}
     reference.header = replace(reference.header, **changed)
     return reference
 

@@ -111,7 +111,7 @@ def compare_headers(actual: ModelHeader, expected: ModelHeader) -> list[str]:
         findings.append(f"the class list differs: {', '.join(different)}")
     if actual.category_ids != expected.category_ids:
         findings.append("the category ids differ")
-    settings = ("imgsz", "sampling", "rounding", "layers", "queries", "thresholds")
+    settings = ("imgsz", "sampling", "rounding", "layers", "queries", "thresholds", "dedupe_gamma")
     values = {name: (getattr(actual, name), getattr(expected, name)) for name in settings}
     for key in sorted({*actual.preprocessing, *expected.preprocessing}):
         values[f"preprocessing {key}"] = actual.preprocessing.get(key), expected.preprocessing.get(key)

@@ -58,7 +58,8 @@ class ExportContext:
             rounding=rounding,
         )
         self.folder, self.stem, self.options, self.device = folder, stem, options, device
-        self.graph = DeployGraph(deployable(model, gridsample=options.gridsample), raw=options.raw).eval()
+        folded = deployable(model, gridsample=options.gridsample)
+        self.graph = DeployGraph(folded, raw=options.raw, gamma=self.header.dedupe_gamma).eval()
         self.spec: GraphSpec = expected_spec(options, self.header)
         self.norm_count = count_norms(self.graph, example_inputs(options, self.header.imgsz, batch=1))
         self.artefacts: dict[str, Artefact] = {}

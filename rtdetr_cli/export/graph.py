@@ -22,13 +22,15 @@ STRIDES = (8, 16, 32)
 class DeployGraph(nn.Module):
     """A model from `deployable` with the inputs and outputs of the official exports.
 
-    `raw` is without post-processing: the outputs are logits and boxes of all queries.
+    `raw` is without post-processing: the outputs are logits and boxes of all queries. `gamma` rescores duplicates, see
+    `select_detections`.
     """
 
-    def __init__(self, model: RTDETR, *, raw: bool = False) -> None:
+    def __init__(self, model: RTDETR, *, raw: bool = False, gamma: float = 0.0) -> None:
         super().__init__()
         self.model = model
         self.raw = raw
+        self.gamma = gamma
 
     def forward(self, images: Tensor, orig_target_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
         """Detect objects.
@@ -45,7 +47,8 @@ class DeployGraph(nn.Module):
         if self.raw:
             return main.logits.float(), main.boxes_cxcywh.float()
         assert orig_target_sizes is not None
-        return select_detections(main.logits.float(), main.boxes_cxcywh.float(), orig_target_sizes, TOP_K)
+        logits, boxes = main.logits.float(), main.boxes_cxcywh.float()
+        return select_detections(logits, boxes, orig_target_sizes, TOP_K, gamma=self.gamma)
 
 
 def deployable(model: RTDETR, *, gridsample: bool = False) -> RTDETR:

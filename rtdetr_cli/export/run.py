@@ -81,6 +81,11 @@ def export_events(
     options.check()
     ensure_writable(folder)
     context = ExportContext(model, header, folder, stem, options, device)
+    if options.raw and (gamma := context.header.dedupe_gamma):
+        yield Notice(
+            f"raw  without post-processing, so duplicates are not rescored in the graph (gamma {gamma:g}); "
+            "rtdetr predict does it after the graph"
+        )
     reference = None
     if images is not None:
         reference = Reference(TorchBackend(copy.deepcopy(model), context.header, device=device), images)

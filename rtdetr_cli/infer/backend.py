@@ -26,12 +26,16 @@ class Backend(Protocol):
         imgsz: (height, width) that images must be stretched to.
         fixed_batch: the batch size of a graph that was exported for one, or None. `run` takes any number of images
             either way: it splits and pads them.
+        dedupe: the gamma that duplicates are rescored with, 0 for none; can be changed unless `dedupe_in_graph`.
+        dedupe_in_graph: an exported graph rescores by itself.
     """
 
     header: ModelHeader
     kind: str
     imgsz: tuple[int, int]
     fixed_batch: int | None
+    dedupe: float
+    dedupe_in_graph: bool
 
     def run(self, images: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> list[Detections]:
         """Detect objects in a batch.
@@ -55,10 +59,12 @@ def open_backend(
     queries: int | None = None,
     sampling: str | None = None,
     threads: int | None = None,
+    dedupe: float | None = None,
 ) -> Backend:
     """Open any model file by its suffix; torch is not loaded for a graph.
 
-    The options are those of `api.load`, except that `imgsz` is (height, width); it is for weights and dynamic graphs.
+    The options are those of `api.load`, except that `imgsz` is (height, width), for weights and dynamic graphs, and
+    `dedupe` a gamma, 0 for off.
 
     Raises:
         ModelError: the file is missing, truncated or not a model of this kind.
@@ -78,7 +84,7 @@ def open_backend(
         if threads is not None:
             torch.set_num_threads(threads)
         model, header = load_model(path, sampling=sampling, layers=layers, queries=queries)
-        return TorchBackend(model.eval().fuse(), header, device=torch_device, imgsz=imgsz)
+        return TorchBackend(model.eval().fuse(), header.with_dedupe(dedupe), device=torch_device, imgsz=imgsz)
     for option, value in {"layers": layers, "queries": queries, "sampling": sampling}.items():
         if value is not None:
             export_again = f"rtdetr export MODEL --{option} {value}"
@@ -89,18 +95,18 @@ def open_backend(
     if kind == "onnx":
         from rtdetr_cli.infer.onnx_backend import OnnxBackend
 
-        return OnnxBackend(path, device=device, imgsz=imgsz, threads=threads)
+        return OnnxBackend(path, device=device, imgsz=imgsz, threads=threads, dedupe=dedupe)
     if kind == "openvino":
         from rtdetr_cli.infer.openvino_backend import OpenvinoBackend
 
-        return OpenvinoBackend(path, device=device, imgsz=imgsz, threads=threads)
+        return OpenvinoBackend(path, device=device, imgsz=imgsz, threads=threads, dedupe=dedupe)
     if threads is not None:
         raise UsageError(
             f"--threads {threads} has no effect on {path.name}: TensorRT runs on the GPU", hint="remove --threads"
         )
     from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend
 
-    return TensorrtBackend(path, device=device, imgsz=imgsz)
+    return TensorrtBackend(path, device=device, imgsz=imgsz, dedupe=dedupe)
 
 
 def check_model_path(path: Path) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.errors import ModelError, UsageError
 from rtdetr_cli.infer.detections import Detections
+from rtdetr_cli.infer.duplicates import gamma_word, rescore
 from rtdetr_cli.weights.header import ModelHeader
 
 IMAGES, SIZES = "images", "orig_target_sizes"
@@ -64,13 +65,19 @@ class GraphBackend(ABC):
     largest_batch: int | None
 
     def __init__(
-        self, path: Path, *, device: Any = "auto", imgsz: tuple[int, int] | None = None, threads: int | None = None
+        self,
+        path: Path,
+        *,
+        device: Any = "auto",
+        imgsz: tuple[int, int] | None = None,
+        threads: int | None = None,
+        dedupe: float | None = None,
     ) -> None:
         """Open a graph; for the arguments see `open_backend`.
 
         Raises:
             ModelError: the file cannot be read, or the graph does not follow the contract.
-            UsageError: the graph has another, fixed size.
+            UsageError: the graph has another, fixed size, or rescores duplicates with another gamma by itself.
             EnvironmentProblem: the runtime or the device is missing.
         """
         self.path = path
@@ -103,7 +110,17 @@ class GraphBackend(ABC):
                     code="size",
                 )
             self.imgsz = imgsz
-        self.header = spec.header or ModelHeader(names=(), category_ids=(), imgsz=self.imgsz, extra={"foreign": True})
+        header = spec.header or ModelHeader(names=(), category_ids=(), imgsz=self.imgsz, extra={"foreign": True})
+        self.header = header.with_dedupe(dedupe)
+        self.dedupe = self.header.dedupe_gamma
+        self.dedupe_in_graph = self._finished and header.dedupe_gamma > 0
+        if self.dedupe_in_graph and self.dedupe != header.dedupe_gamma:
+            shown = gamma_word(self.dedupe)
+            raise UsageError(
+                f"--dedupe {shown} does not apply to {path.name}, which was exported with {header.dedupe_gamma:g}",
+                hint=f"rtdetr export MODEL --dedupe {shown}",
+                code="dedupe",
+            )
         self.fixed_batch = shape[0]
         self.largest_batch = shape[0] or spec.max_batch
 
@@ -143,10 +160,13 @@ class GraphBackend(ABC):
         boxes = boxes.reshape(len(images), -1, 4).astype(np.float32, copy=False)
         scores = scores.reshape(len(images), -1).astype(np.float32, copy=False)
         names, ids = self.header.names, self.header.category_ids
-        return [
+        detections = [
             _sort(Detections(box, score, label, (int(width), int(height)), names, ids))
             for label, box, score, (width, height) in zip(labels, boxes, scores, sizes, strict=True)
         ]
+        if self.dedupe and not self.dedupe_in_graph:
+            return [rescore(found, self.dedupe) for found in detections]
+        return detections
 
     def _prepare(self, images: NDArray[np.uint8]) -> NDArray[Any]:
         """Return (N, H, W, 3) uint8 in the graph's own layout and type."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rtdetr_cli.boxes import iou
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.infer.detections import Detections
+from rtdetr_cli.infer.duplicates import gamma_word
 from rtdetr_cli.text import counted
 from rtdetr_cli.weights.header import ModelHeader
 
@@ -117,6 +118,10 @@ def threshold_mismatch(header: ModelHeader, imgsz: tuple[int, int]) -> tuple[str
             calibrated.append(counted(before, singular, plural))
             used.append(counted(now, singular, plural))
             flags.append(f"--{plural} {now}")
+    if stored.dedupe is not None and stored.dedupe != header.dedupe_gamma:
+        calibrated.append(f"--dedupe {gamma_word(stored.dedupe)}")
+        used.append(f"--dedupe {gamma_word(header.dedupe_gamma)}")
+        flags.append(used[-1])
     if not flags:
         return None
     warning = (

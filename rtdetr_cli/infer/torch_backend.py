@@ -21,6 +21,7 @@ class TorchBackend:
 
     kind = "torch"
     fixed_batch: int | None = None
+    dedupe_in_graph = False
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class TorchBackend:
         self.header = header
         self.imgsz = imgsz or header.imgsz
         self.autocast = autocast
+        self.dedupe = header.dedupe_gamma
 
     @torch.inference_mode()
     def run(self, images: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> list[Detections]:
@@ -56,7 +58,9 @@ class TorchBackend:
             for module in training:
                 module.training = True
         sizes = torch.from_numpy(np.asarray(sizes_wh, np.int64)).to(self.device)
-        labels, boxes, scores = select_detections(main.logits.float(), main.boxes_cxcywh.float(), sizes)
+        labels, boxes, scores = select_detections(
+            main.logits.float(), main.boxes_cxcywh.float(), sizes, gamma=self.dedupe
+        )
         return [
             Detections(box, score, label, (int(width), int(height)), self.header.names, self.header.category_ids)
             for label, box, score, (width, height) in zip(

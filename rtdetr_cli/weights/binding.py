@@ -160,6 +160,8 @@ def hashes(path: Path, header: ModelHeader) -> dict[str, str]:
     """Return the hashes that bind a verdict to a file and its header, by the names in `PARTS`."""
     settings = {name: getattr(header, name) for name in _SETTINGS}
     settings |= {name: header.extra.get(name) for name in _SETTINGS_EXTRA}
+    if header.dedupe_gamma:  # files of earlier versions were bound without it
+        settings["dedupe"] = header.dedupe_gamma
     return {
         "file": _hash_file(path),
         "settings": _hash_json(settings),

@@ -7,6 +7,7 @@ runtime information, or in a file next to a TensorRT engine.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -50,6 +51,16 @@ class Thresholds:
     imgsz: tuple[int, int] | None = None  # (height, width); None for the model's own
     layers: int | None = None
     queries: int | None = None
+    dedupe: float | None = None  # gamma of `Dedupe`
+
+
+@dataclass(frozen=True, slots=True)
+class Dedupe:
+    """How duplicates are rescored (see `boxes.rescore_duplicates`), and what that gained on the val split."""
+
+    gamma: float = 0.0  # 0 for off
+    ap: float | None = None  # on val, with this gamma
+    ap_off: float | None = None  # on val, without rescoring
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +78,21 @@ class ModelHeader:
     queries: int = 300
     preprocessing: dict[str, Any] = field(default_factory=PREPROCESSING.copy)
     thresholds: Thresholds | None = None
+    dedupe: Dedupe | None = None  # None for published post-processing, which does not rescore
     metrics: dict[str, float] = field(default_factory=dict)  # of the evaluation that chose these weights
     dataset: dict[str, Any] = field(default_factory=dict)  # {"name", "fingerprint", ...} of the training data
     identity: str = ""  # sha256 of the tensors (names, types, shapes, bytes); empty until saved
     version: str = ""  # of rtdetr-cli that wrote the file
     extra: dict[str, Any] = field(default_factory=dict)  # what a format adds, such as the export check
+
+    @property
+    def dedupe_gamma(self) -> float:
+        """The gamma that duplicates are rescored with; 0 for none."""
+        return self.dedupe.gamma if self.dedupe is not None else 0.0
+
+    def with_dedupe(self, gamma: float | None) -> ModelHeader:
+        """Return the header with another gamma; None leaves it as it is."""
+        return self if gamma in (None, self.dedupe_gamma) else replace(self, dedupe=Dedupe(gamma or 0.0))
 
     def to_json(self) -> str:
         """Return the header as one line of JSON with sorted keys."""
@@ -101,7 +122,13 @@ class ModelHeader:
                     (int(size[0]), int(size[1])) if size else None,
                     int(stored["layers"]) if stored.get("layers") else None,
                     int(stored["queries"]) if stored.get("queries") else None,
+                    stored.get("dedupe"),
                 )
+            if values.get("dedupe"):
+                rescoring = Dedupe(**values["dedupe"])
+                if not 0 <= rescoring.gamma < math.inf:
+                    raise ValueError(f"dedupe has the gamma {rescoring.gamma}")
+                values["dedupe"] = rescoring
             return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             message = f"the header of {source or 'the model'} cannot be read: {error}"

@@ -22,7 +22,7 @@ from rtdetr_cli.weights.binding import (
     status,
     write_export_header,
 )
-from rtdetr_cli.weights.header import ModelHeader, Thresholds, read_header, rewrite_header
+from rtdetr_cli.weights.header import Dedupe, ModelHeader, Thresholds, read_header, rewrite_header
 
 PASSED = {"passed": True, "matched": 1.0}
 
@@ -151,3 +151,18 @@ def test_calibration_signs_the_thresholds_and_nothing_else(shapes_model: Path, t
     assert status(path, renamed) == ("modified", ("settings",))
     flip_last_byte(path)
     assert status(path, renamed) == ("modified", ("file", "settings"))
+
+
+def test_the_rescoring_of_duplicates_is_bound(files: Callable[[str], Path]) -> None:
+    path = files(".onnx")
+    header = header_of(path)
+    published = replace(header, dedupe=None)
+    record_verdict(path, published, PASSED)
+    bound = header_of(path).extra["gate"]["sha256"]["settings"]
+    assert status(path, header_of(path).with_dedupe(8.0)) == ("modified", ("settings",))
+    # What the rescoring gained is a fact about it and no setting; "off" is what files of earlier versions do.
+    assert status(path, replace(header_of(path), dedupe=Dedupe(0.0, 0.5, 0.5)))[0] == "unchanged"
+    record_verdict(path, header.with_dedupe(4.0), PASSED)
+    assert header_of(path).dedupe == Dedupe(4.0)
+    assert header_of(path).extra["gate"]["sha256"]["settings"] != bound
+    assert status(path, header_of(path))[0] == "unchanged"
