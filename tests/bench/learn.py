@@ -5,11 +5,12 @@
     python -m tests.bench.learn --arm recipe --summary               # only the paired differences, from the ledger
     python -m tests.bench.learn --arm default --arm recipe --split test  # once, at the very end
 
-An arm is a list of `--set` words on top of the defaults; `ARMS` names some, `--arm name:key=value,...` adds one. The
-arm `--against` is run as well, and differences are paired with it by set, steps and seed. A run starts from random
-weights and its figures are those of the moving average after the last step: nothing is picked by them. Runs that the
-ledger already has for this code (the last commit of `rtdetr_cli` and `presets`) are not repeated, so a command that was
-cut off goes on where it stopped. Use `--commits` to count the rows of other commits too, where the change between them
+Steps are those of the preset's batch: an arm with half the batch sees the same images in twice the steps. An arm is a
+list of `--set` words on top of the defaults; `ARMS` names some, `--arm name:key=value,...` adds one. The arm
+`--against` is run as well, and differences are paired with it by set, steps and seed. A run starts from random weights
+and its figures are those of the moving average after the last step: nothing is picked by them. Runs that the ledger
+already has for this code (the last commit of `rtdetr_cli` and `presets`) are not repeated, so a command that was cut
+off goes on where it stopped. Use `--commits` to count the rows of other commits too, where the change between them
 cannot matter. docs/learning.md says which arms to believe: screen with seeds 0-2, confirm with 10-14.
 """
 
@@ -131,7 +132,7 @@ def run(job: Job, out: Path, commit: str, device: str) -> Row:
     words = [*job.settings.split(), "plots=false"]
     probe = resolve_run({**flags, "epochs": 1}, sets=words)
     images = len(load_data(probe).train or ())
-    epochs = max(1, round(job.steps / -(-images // probe.settings.effective_batch)))
+    epochs = max(1, round(job.steps / -(-images // probe.preset.optim.batch)))
     config = resolve_run({**flags, "epochs": epochs}, sets=[*words, f"eval_every={epochs}"])
     folder, clock = out / "runs" / name, time.process_time if device == "cpu" else time.monotonic
     times: list[float] = []
