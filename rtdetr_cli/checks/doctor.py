@@ -143,6 +143,7 @@ def examine(
     processes: bool = False,
     progress: Callable[[int, int], None] | None = None,
     known: Mapping[str, ImageInfo] | None = None,
+    keep_truncated: bool = False,
 ) -> Report:
     """Examine a dataset.
 
@@ -157,6 +158,7 @@ def examine(
             main module, so a script must be guarded by `if __name__ == "__main__"`.
         progress: called with the number of decoded images and of all images.
         known: path -> result of an earlier check; these images are not decoded again.
+        keep_truncated: check the boxes of images that decode except for their end too, so that `repair` keeps them.
 
     Raises:
         DataError: there is no dataset at `source`. Faults of an existing dataset are findings.
@@ -165,7 +167,9 @@ def examine(
     check_files(raw)
     report = Report(raw=raw, decoded=decode, imgsz=imgsz)
     if decode:
-        report.image_info = check_images(raw, workers=workers, processes=processes, progress=progress, known=known)
+        report.image_info = check_images(
+            raw, workers=workers, processes=processes, progress=progress, known=known, keep_truncated=keep_truncated
+        )
     else:
         measure_images(raw, all_images=False)
     check_boxes(raw, imgsz=imgsz, queries=queries)

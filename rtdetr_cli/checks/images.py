@@ -27,11 +27,15 @@ from rtdetr_cli.images.decode import (
     ImageError,
     exif_orientation,
     open_image,
+    partly_decoded,
     upright,
 )
 from rtdetr_cli.machine import cpu_count
 
 HUGE_PIXELS = 50_000_000
+MAX_MISSING = 0.25
+"""Fraction of its rows that a truncated image may lack to be kept."""
+
 MIN_FRAMES_KNOWN = 5
 """Images whose declared size shows what their boxes refer to, needed to assume the same of the others."""
 
@@ -60,6 +64,7 @@ class ImageInfo:
         size_wh: width and height of the upright image.
         format: of the content, such as `PNG`.
         mode_codes: codes of the findings about its color mode.
+        missing: fraction of the rows that a truncated image lacks, if it is to be kept.
         orientation: the EXIF value; 0 for none.
         frames: more than 1 if it is animated or has pages.
         digest: of the file's bytes.
@@ -70,6 +75,7 @@ class ImageInfo:
     size_wh: tuple[int, int] = (0, 0)
     format: str = ""
     mode_codes: tuple[str, ...] = ()
+    missing: float | None = None
     orientation: int = 0
     frames: int = 1
     digest: bytes = b""
@@ -112,6 +118,19 @@ def _without_details(path: str, digest: bytes = b"") -> ImageInfo:
         return ImageInfo(fault=(error.code, error.message))
 
 
+def _inspect_truncated(path: str, info: ImageInfo) -> ImageInfo:
+    """Describe an image that cannot be decoded to its end; return `info` if hardly anything is left of it."""
+    try:
+        with partly_decoded(Path(path)) as (image, missing):
+            if missing > MAX_MISSING:
+                return info
+            orientation = exif_orientation(image)
+            size = image.size[::-1] if orientation in EXIF_SIDEWAYS else image.size
+            return ImageInfo(size_wh=size, format=image.format or "", missing=missing, orientation=orientation)
+    except ImageError:
+        return info
+
+
 def _mode_codes(image: Image.Image) -> tuple[str, ...]:
     mode = image.mode
     codes = []
@@ -151,6 +170,7 @@ def check_images(
     processes: bool = False,
     progress: Callable[[int, int], None] | None = None,
     known: Mapping[str, ImageInfo] | None = None,
+    keep_truncated: bool = False,
 ) -> dict[str, list[ImageInfo]]:
     """Decode every image once, however often it is listed, and report what is wrong with it.
 
@@ -160,6 +180,7 @@ def check_images(
         processes: use processes instead of threads where that is faster.
         progress: called with the number of decoded images and of all images.
         known: path -> result of an earlier check; these images are not decoded again.
+        keep_truncated: describe images that decode except for their end like any other, but report them.
 
     Returns:
         Split -> one result per image.
@@ -178,6 +199,9 @@ def check_images(
             by_path[path] = info
             if progress is not None and (len(by_path) % 16 == 0 or len(by_path) == len(paths)):
                 progress(len(by_path), len(paths))
+    for path, info in by_path.items() if keep_truncated else ():
+        if info.fault is not None and info.fault[0] == "image-truncated":
+            by_path[path] = _inspect_truncated(path, info)
     infos: dict[str, list[ImageInfo]] = {}
     for name, split in raw.splits.items():
         infos[name] = [by_path.get(str(split.path(image)), ImageInfo()) for image in range(len(split))]
@@ -209,6 +233,8 @@ def _report(raw: RawDataset, split: RawSplit, image: int, info: ImageInfo) -> No
         code, message = info.fault
         report_unusable(raw, split, image, ImageError(message, code=code))
         return
+    if info.missing is not None:
+        add("image-truncated", f"is truncated: the lowest {info.missing:.0%} of the image is missing")
     report_size(raw, split, image, info.size_wh, sideways=info.orientation in EXIF_SIDEWAYS)
     if not info.format:
         return

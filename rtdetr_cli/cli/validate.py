@@ -60,6 +60,12 @@ def validate(
         str,
         typer.Option(help="Images without a label file in the copy: drop (leave them out) or empty (no objects)."),
     ] = "drop",
+    keep_truncated: Annotated[
+        bool,
+        typer.Option(
+            "--keep-truncated", help="With --fix, keep images of which at most a quarter is missing, in gray."
+        ),
+    ] = False,
     explain: Annotated[str | None, typer.Option(help="Explain the code of a finding; `all` lists the codes.")] = None,
     html: Annotated[
         Path | None,
@@ -84,6 +90,8 @@ def validate(
     if missing_labels not in MISSING_LABELS:
         raise UsageError(f"--missing-labels {missing_labels}: expected drop or empty", hint="--missing-labels drop")
     _refuse_clashes(data, to, fix, writes=convert is not None or fractions is not None)
+    if keep_truncated and (fix is None or fast):
+        raise UsageError("--keep-truncated needs --fix, and images decoded", hint="--fix DIR --keep-truncated")
     if html is not None:
         from rtdetr_cli.cli.select import output_file
 
@@ -93,7 +101,15 @@ def validate(
 
     with ExitStack() as stack:
         progress = _Images(stack).advance
-        report = examine(data, images=images, imgsz=size, decode=not fast, processes=True, progress=progress)
+        report = examine(
+            data,
+            images=images,
+            imgsz=size,
+            decode=not fast,
+            processes=True,
+            progress=progress,
+            keep_truncated=keep_truncated,
+        )
     document: dict[str, Any] = report.to_json()
     failed = _has_failed(report, strict)
     if not as_json:
@@ -107,7 +123,7 @@ def validate(
             terminal.say(f"report  {html}")
     keep_unlabelled, copy = missing_labels == "empty", None
     if fix is not None:
-        failed, copy = _fix(report, fix, keep_unlabelled, document, as_json, strict)
+        failed, copy = _fix(report, fix, keep_unlabelled, keep_truncated, document, as_json, strict)
     if to is not None:
         if not keep_unlabelled:
             document["unlabelled"] = report.drop_images("label-missing")
@@ -252,7 +268,13 @@ def _show(report: Report) -> None:
 
 
 def _fix(
-    report: Report, out: Path, keep_unlabelled: bool, document: dict[str, Any], as_json: bool, strict: bool
+    report: Report,
+    out: Path,
+    keep_unlabelled: bool,
+    keep_truncated: bool,
+    document: dict[str, Any],
+    as_json: bool,
+    strict: bool,
 ) -> tuple[bool, Path]:
     """Write the repaired copy and check it; return whether it still fails, and the path to train on."""
     from rtdetr_cli.checks.doctor import examine
@@ -275,14 +297,14 @@ def _fix(
         form = " (written as COCO)" if report.raw.format in REWRITTEN else ""
         terminal.out(f"repaired copy: {repaired.data}{form}")
         terminal.out(f"changes: {_by_code(repaired.changes) or 'none'} (listed in {repaired.changes_file})")
-        _show_left_out(repaired.left_out)
+        _show_left_out(repaired.left_out, keep_truncated=keep_truncated)
         if repaired.not_repaired:
             terminal.out(f"not repaired: {_by_code(repaired.not_repaired)}")
         terminal.out(f"the copy has {tally(counts)}")
     return _has_failed(report_of_copy, strict), repaired.data
 
 
-def _show_left_out(images: Sequence[LeftOut]) -> None:
+def _show_left_out(images: Sequence[LeftOut], *, keep_truncated: bool) -> None:
     """List the images that are not in the copy, with their boxes."""
     if images:
         boxes = counted(sum(left.boxes for left in images), "box")
@@ -291,6 +313,8 @@ def _show_left_out(images: Sequence[LeftOut]) -> None:
         terminal.out(f"  {left.image} ({left.split}, {counted(left.boxes, 'box')}): {left.code}")
     if len(images) > MAX_LEFT_OUT:
         terminal.out(f"  and {len(images) - MAX_LEFT_OUT:,} more")
+    if not keep_truncated and any(left.code == "image-truncated" for left in images):
+        terminal.say("hint: --keep-truncated keeps truncated images of which at most a quarter is missing")
 
 
 def _by_code(counts: dict[str, int]) -> str:

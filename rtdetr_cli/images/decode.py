@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL import ImageFile as PillowFile
 
 from rtdetr_cli.errors import DataError
 
@@ -151,6 +152,41 @@ class ImageFile:
 def divisor(size_wh: tuple[int, int], hw: tuple[int, int]) -> int:
     """Return the largest of 8, 4, 2, 1 by which an image's sides can be divided and still cover `hw`."""
     return next((d for d in (8, 4, 2) if size_wh[0] // d >= hw[1] and size_wh[1] // d >= hw[0]), 1)
+
+
+@contextmanager
+def partly_decoded(path: Path) -> Iterator[tuple[Image.Image, float]]:
+    """Decode what a truncated file still has, for one thread at a time.
+
+    Yields:
+        The image as it is stored, its missing part gray or black, and the fraction of its rows that lack their end:
+        the last ones whose last pixel has the color of the very last pixel.
+
+    Raises:
+        ImageError: nothing can be decoded.
+    """
+    PillowFile.LOAD_TRUNCATED_IMAGES = True  # Pillow knows no other way than this global
+    try:
+        with opened(path) as file:
+            with _faults(path):
+                image = file._image
+                image.load()
+            ends = np.asarray(image)[:, -1].reshape(image.height, -1)
+            different = np.flatnonzero((ends != ends[-1]).any(axis=1))
+            present = int(different[-1]) + 1 if len(different) else 0
+            yield image, 1 - present / image.height
+    finally:
+        PillowFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def complete_truncated(path: Path) -> None:
+    """Write a truncated file again so that every decoder reads it; sizes, colors and EXIF stay as they are."""
+    with partly_decoded(path) as (image, _):
+        exif = {"exif": image.info["exif"]} if "exif" in image.info else {}
+        jpeg = image.format in ("JPEG", "MPO")
+        whole = io.BytesIO()
+        image.save(whole, "JPEG" if jpeg else image.format, **({"quality": "keep"} if jpeg else {}), **exif)
+    path.write_bytes(whole.getvalue())
 
 
 def image_size(source: Path | bytes) -> tuple[int, int]:

@@ -135,6 +135,19 @@ def test_fix_repairs_a_copy_and_leaves_the_original_alone(rtdetr: Run, data: Pat
     assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in data.parent.iterdir()} == before
 
 
+def test_fix_keeps_truncated_images_by_choice(rtdetr: Run, data: Path, tmp_path: Path) -> None:
+    image = data.parent / "3.jpg"
+    image.write_bytes(image.read_bytes()[:-20])
+    dropped = rtdetr("validate", data, "--fix", tmp_path / "dropped")
+    assert "3.jpg (train, 4 boxes): image-truncated" in dropped.out
+    assert "hint: --keep-truncated keeps" in dropped.err
+    kept = rtdetr("validate", data, "--fix", tmp_path / "kept", "--keep-truncated")
+    assert kept.code == 0, kept.out
+    assert "left out" not in kept.out
+    assert "image-truncated" in kept.out.split("changes: ")[1].splitlines()[0]
+    assert rtdetr("validate", data, "--keep-truncated").code == 2
+
+
 def test_resplit(rtdetr: Run, data: Path, tmp_path: Path) -> None:
     shutil.copy(data.parent / "0.jpg", data.parent / "5.jpg")
     for seed in (0, 1, 2):

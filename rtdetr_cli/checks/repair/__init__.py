@@ -28,6 +28,7 @@ from rtdetr_cli.checks.repair.yolo import plan_yolo
 from rtdetr_cli.datasets.coco_files import CHANGES_FILE
 from rtdetr_cli.datasets.codes import CODES
 from rtdetr_cli.errors import DataError, RtdetrError
+from rtdetr_cli.images.decode import complete_truncated
 
 _HOLDS = (
     "label files, the images they name, lists of images, and texts such as license and readme; "
@@ -168,3 +169,5 @@ def _write(plan: Plan) -> None:
             with open(to, "r+b") as file:
                 file.seek(offset)
                 file.write(tag)
+        if plan.files.get(target) in plan.completed and target not in plan.texts:
+            complete_truncated(to)

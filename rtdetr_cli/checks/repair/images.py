@@ -14,12 +14,13 @@ from PIL import Image
 from rtdetr_cli.checks.doctor import Report, examine
 from rtdetr_cli.checks.images import labels_are_upright
 from rtdetr_cli.checks.repair.plan import BROKEN_FILE, Plan, files_of_one_image
-from rtdetr_cli.images.decode import EXIF_SIDEWAYS, EXIF_TAG, FORMATS, SUFFIXES, ImageError, image_size
+from rtdetr_cli.images.decode import EXIF_SIDEWAYS, EXIF_TAG, EXIF_TRANSPOSES, FORMATS, SUFFIXES, ImageError, image_size
 
 _UNUSABLE = (
     *("image-missing", "image-empty", "image-unreadable", "image-truncated"),
     *("image-bomb", "image-samples", "image-outside"),
 )
+_BOX_MISSING = "the image is truncated, and a box lies in the missing part"
 _OF_MANY = frozenset({"image-size-undeclared", "box-no-area"})
 """Findings that stand for several images, but name only the first."""
 
@@ -105,6 +106,7 @@ def choose_left_out(plan: Plan, before: Report, reset: Mapping[Path, Tag]) -> No
     label_files = files_of_one_image(raw)
     broken_files = {f.file: f.message for f in raw.findings if f.code in BROKEN_FILE and f.file in label_files}
     plan.left_out |= _images_with(plan.report, *_UNUSABLE)
+    _keep_truncated(plan)
     if not plan.keep_unlabelled:
         plan.left_out |= _images_with(plan.report, "label-missing") | plan.left_out
     for (name, image), reason in _images_with(before, "image-exif-swapped").items():
@@ -131,6 +133,23 @@ def choose_left_out(plan: Plan, before: Report, reset: Mapping[Path, Tag]) -> No
     for code in ("image-exif-swapped", "image-exif-ambiguous"):
         plan.repaired_before[code] = len(_images_with(before, code)) - len(_images_with(plan.report, code))
     plan.repaired_before["image-exif-ambiguous"] -= len(plan.assumed)
+
+
+def _keep_truncated(plan: Plan) -> None:
+    """Keep the truncated images that the report describes, unless a box lies in the missing part for the most part."""
+    for name, infos in plan.report.image_info.items():
+        split = plan.report.raw.splits[name]
+        for image, info in enumerate(infos):
+            if info.missing is None:
+                continue
+            centers = split.boxes_xyxy_px[split.box_images == image][:, 1::2].mean(axis=1)
+            # The missing rows are the last ones of the stored image, which may be elsewhere in the upright one.
+            first_missing = 0 if info.orientation in EXIF_TRANSPOSES else (1 - info.missing) * info.size_wh[1]
+            if info.missing and (centers > first_missing).any():
+                plan.left_out[name, image] = ("image-truncated", _BOX_MISSING)
+            else:
+                del plan.left_out[name, image]
+                plan.completed.add(split.path(image))
 
 
 def _leave_out_unknown_frames(plan: Plan) -> None:
@@ -231,6 +250,14 @@ def _plan_image(plan: Plan, name: str, image: int, codes: set[str], tag: Tag | N
             plan.rename(target, wanted, "image-extension")
             target, suffix = wanted, usual
             repaired.add("image-extension")
+    if path in plan.completed:
+        plan.record(
+            "complete",
+            "image-truncated",
+            target,
+            f"{plan.report.image_info[name][image].missing:.0%} of its rows are missing",
+        )
+        repaired.add("image-truncated")
     code, why = "image-exif-swapped", "the labels refer to the image as it is stored"
     if tag is None and "image-exif-invalid" in codes:
         code, why = "image-exif-invalid", "the orientation is not one of 1 to 8"

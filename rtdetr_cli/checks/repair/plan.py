@@ -52,6 +52,7 @@ class Plan:
         files: destination below the copy -> source.
         texts: destination -> text to write in place of the source's.
         orientations: destination of an image -> offset and new bytes of its EXIF orientation.
+        completed: truncated images whose missing part becomes gray in the copy.
         left_out: split and image -> code and reason.
         renamed: split and image -> new file name in the labels.
         changes: the entries of `changes.json`.
@@ -66,6 +67,7 @@ class Plan:
     files: dict[str, Path] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     orientations: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    completed: set[Path] = field(default_factory=set)
     left_out: dict[tuple[str, int], tuple[str, str]] = field(default_factory=dict)
     renamed: dict[tuple[str, int], str] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)

@@ -9,8 +9,10 @@ import numpy as np
 
 from rtdetr_cli.checks.repair.plan import BROKEN_FILE, Plan
 from rtdetr_cli.datasets.codes import CODES
+from rtdetr_cli.datasets.image_names import image_names
 from rtdetr_cli.datasets.splits import to_splits
 from rtdetr_cli.datasets.write import write_dataset
+from rtdetr_cli.images.decode import complete_truncated
 
 REWRITTEN = ("labelme", "csv")
 _NOT_REPAIRED = BROKEN_FILE | {"image-extension", "image-exif-invalid"}
@@ -39,4 +41,9 @@ def write_rewritten(plan: Plan) -> Path:
     }
     splits = to_splits(raw)
     parts = {part.split: part for part in (splits.train, splits.val, splits.test) if part is not None}
-    return write_dataset(parts, "coco", plan.out)
+    data = write_dataset(parts, "coco", plan.out)
+    for name, part in parts.items() if plan.completed else ():
+        for index, image in enumerate(image_names(part, flat=False, stems=False, used=set())):
+            if part.path(index) in plan.completed:
+                complete_truncated(plan.out / name / image)
+    return data

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,6 +19,7 @@ from rtdetr_cli.checks.repair import repair, repairable
 from rtdetr_cli.datasets.codes import CODES
 from rtdetr_cli.datasets.write import write_dataset
 from rtdetr_cli.errors import DataError
+from rtdetr_cli.images.decode import read_image
 from tests.unit.checks.test_faults import BOXES, FILES, IMAGES, VOC, YOLO  # type: ignore[import-not-found]
 
 Plant = Callable[[Any], object]
@@ -300,6 +302,34 @@ def test_image_repair(form: str, code: str, request: Any) -> None:
     folder = {"coco": "images", "yolo": "images/train", "voc": "JPEGImages"}[form]
     _damage_image(builder.folder / folder / "train_1.jpg", code)
     repaired(builder.write(), code)
+
+
+@pytest.mark.parametrize(("suffix", "box_y", "kept"), [(".jpg", 10, True), (".png", 10, True), (".jpg", 64, False)])
+def test_truncated_image_is_kept_by_choice(coco: Any, suffix: str, box_y: int, kept: bool) -> None:
+    """Its missing part becomes gray; an image with a box there is left out, and so is one that lacks too much."""
+    noise = np.random.default_rng(0).integers(0, 255, (72, 96, 3), np.uint8)
+    name = f"train_0{suffix}"
+    coco.image.unlink()
+    Image.fromarray(noise).save(coco.folder / "images" / name)
+    coco.train["images"][0]["file_name"] = name
+    for box in coco.train["annotations"]:
+        if box["image_id"] == coco.train["images"][0]["id"]:
+            box["bbox"] = [10, box_y, 8, 8]
+    folder = coco.write()
+    path = next(folder.rglob(name))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 9 // 10])
+    report = examine(folder, keep_truncated=True)
+    done = repair(report, folder.parent / "out")
+    assert [left.code for left in done.left_out] == ([] if kept else ["image-truncated"])
+    assert not examine(done.data).counts()["error"]
+    if kept:
+        assert done.changes["image-truncated"] == 1
+        decoded = read_image(next((folder.parent / "out").rglob(name)))
+        assert abs(decoded[:48].astype(int) - noise[:48]).mean() < (60 if suffix == ".jpg" else 1)
+        assert decoded.shape == noise.shape
+    path.write_bytes(whole[: len(whole) // 2])
+    assert repair(examine(folder, keep_truncated=True), folder.parent / "half").left_out
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP", "JPEG"])
