@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and where they are cached."""
 
 from __future__ import annotations
 
@@ -10,6 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rtdetr_cli.errors import RtdetrError
+
+HOME_VARIABLE = "RTDETR_CLI_HOME"
+
+
+def cache_folder(name: str) -> Path:
+    """Return a folder of the cache, which need not exist: `$RTDETR_CLI_HOME/NAME`, or one in the user's cache."""
+    if home := os.environ.get(HOME_VARIABLE):
+        return Path(home) / name
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("rtdetr-cli", appauthor=False)) / name
 
 
 @contextlib.contextmanager

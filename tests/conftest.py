@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -57,6 +57,17 @@ def eval_pair() -> Path:
 def parity() -> Path:
     """Reference numbers of the official code."""
     return shared_data("parity")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Unpack zip files into a temporary folder, not into the cache of the user."""
+    from rtdetr_cli.datasets import archive
+
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(archive, "cache_folder", lambda name: folder / name)
+        yield
 
 
 def golden_module(name: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""Unpack a zip file with a dataset, once."""
+"""Unpack a zip file with a dataset, once, into a cache that is cleaned."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from rtdetr_cli.errors import DataError, RtdetrError
+from rtdetr_cli.files import cache_folder
 from rtdetr_cli.machine import free_bytes
 
 _MAX_FILES = 5_000_000
@@ -21,32 +24,39 @@ _RATIO_BYTES = 1 << 30
 """More than that many unpacked bytes may not be more than `_MAX_RATIO` times the zip file; images hardly compress."""
 
 _SPARE_BYTES = 1 << 30
+_UNUSED_DAYS = 30
 _LINK = 0o120000
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTEMPTY)
 """Error numbers that are not the fault of the zip file."""
 
 
 def unpack(source: Path) -> Path:
-    """Unpack a zip file into a cache folder beside it, or in the user's cache if that cannot be written.
+    """Unpack a zip file into the cache, or into a hidden folder beside it if the cache has too little space.
 
-    The folder's name contains the size and the time of the file, so that another file of that name is unpacked again.
+    The folder is named after what the zip file contains, so that the same file is not unpacked again, wherever it is.
+    Folders in the cache that were not used for `_UNUSED_DAYS` are removed when another file is unpacked.
 
     Raises:
         DataError: it is damaged or encrypted, or could overwrite other files or fill the disk.
         RtdetrError: no folder can be written.
     """
-    stat = source.stat()
-    key = hashlib.sha256(f"{source.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    import platformdirs
-
-    caches = (source.resolve().parent, Path(platformdirs.user_cache_dir("rtdetr-cli", appauthor=False)) / "datasets")
-    targets = [cache / f".{source.name}.{key}" / source.stem for cache in caches]
-    done = next((target for target in targets if target.is_dir()), None)
-    if done is not None:
-        return done
+    cache = cache_folder("datasets")
     try:
         with zipfile.ZipFile(source) as archive:
-            size = _check(source, archive.infolist())
+            entries = archive.infolist()
+            contents = "\n".join(f"{e.filename} {e.CRC} {e.file_size} {e.compress_size}" for e in entries)
+            key = hashlib.sha256(contents.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+            targets = [
+                cache / f"{source.stem}-{key}" / source.stem,
+                source.resolve().parent / f".{source.name}.{key}" / source.stem,
+            ]
+            for target in targets:
+                if target.is_dir():
+                    with suppress(OSError):  # of another user
+                        os.utime(target.parent)
+                    return target
+            size = _check(source, entries)
+            _remove_unused(cache)
             return _extract(archive, targets, size, source)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise DataError(
@@ -56,6 +66,14 @@ def unpack(source: Path) -> Path:
         raise DataError(
             f"{source} cannot be read: {error.strerror or error}", hint="check its permissions", code="zip-damaged"
         ) from error
+
+
+def _remove_unused(cache: Path) -> None:
+    """Remove the folders in the cache that were not used for a long time."""
+    with suppress(OSError):
+        for folder in cache.iterdir():
+            if folder.stat().st_mtime < time.time() - _UNUSED_DAYS * 86_400:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check(source: Path, entries: list[zipfile.ZipInfo]) -> int:

@@ -23,7 +23,7 @@ from rtdetr_cli.datasets.coco_files import (
 )
 from rtdetr_cli.datasets.image_paths import SPLIT_WORDS, allow_linked_images, find_moved_images, split_of
 from rtdetr_cli.datasets.label_text import Oddities, is_valid_name, read_text
-from rtdetr_cli.datasets.layouts import datasets_below, is_yolo_yaml
+from rtdetr_cli.datasets.layouts import datasets_below, is_yolo_yaml, label_kinds
 from rtdetr_cli.datasets.raw import RawDataset, new_dataset
 from rtdetr_cli.datasets.survey import other_format_of, survey
 from rtdetr_cli.datasets.voc import VocSplit, files_by_stem, listed_name, read_voc
@@ -78,7 +78,8 @@ def _read_file(source: Path, images: Path | None) -> RawDataset:
         folder = unpack(source)
         raw = _read_folder(folder, images)
         raw.source = source
-        raw.findings.add("dataset-unpacked", f"{source} is read from {folder}, where it was unpacked", file=str(source))
+        message = f"{source} is read from {folder}, where it was unpacked, and which is removed when it is not used"
+        raw.findings.add("dataset-unpacked", message, file=str(source))
         return raw
     if suffix == ".json":
         return _read_coco_file(source, images)
@@ -123,6 +124,9 @@ def _read_folder(folder: Path, images: Path | None) -> RawDataset:
             hint=f"pass one of them, such as {inner[0]}",
             code="format-ambiguous",
         )
+    archives = found.files("zip")
+    if len(archives) == 1 and not label_kinds(found.folders) and not any(f.images for f in found.folders):
+        return _read_file(archives[0], images)
     return read_any_layout(folder, found, images)
 
 

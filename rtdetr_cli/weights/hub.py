@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Protocol
 
 from rtdetr_cli.errors import ModelError, RtdetrError
-from rtdetr_cli.files import atomic_write
+from rtdetr_cli.files import HOME_VARIABLE, atomic_write, cache_folder
 from rtdetr_cli.text import suggest
 
-HOME_VARIABLE = "RTDETR_CLI_HOME"
 MIRROR_VARIABLE = "RTDETR_CLI_MIRROR"
 RELEASES = "https://github.com/lyuwenyu/storage/releases/download"
 TIMEOUT = 30  # seconds without a byte
@@ -92,13 +91,8 @@ PUBLISHED: Mapping[str, Published] = {entry.file: entry for entry in _FILES}
 
 
 def weights_folder() -> Path:
-    """Return the folder of the cache: `$RTDETR_CLI_HOME/weights`, or the user's cache folder."""
-    home = os.environ.get(HOME_VARIABLE)
-    if home:
-        return Path(home) / "weights"
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("rtdetr-cli", appauthor=False)) / "weights"
+    """Return the folder of downloaded weights."""
+    return cache_folder("weights")
 
 
 def find_published(file: str) -> Published:

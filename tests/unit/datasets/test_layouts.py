@@ -636,8 +636,15 @@ def test_a_zip_file_is_unpacked_once(tmp_path: Path) -> None:
     before = marker.stat().st_mtime_ns, marker.stat().st_ino
     assert read_raw(archive).folder == raw.folder
     assert (marker.stat().st_mtime_ns, marker.stat().st_ino) == before
-    os.utime(archive, (1, 1))
+    (tmp_path / "folder").mkdir()
+    copy = shutil.copy(archive, tmp_path / "folder" / "nuts.zip")
+    (tmp_path / "folder/README.md").write_text("nuts")
+    assert read_raw(copy).folder == read_raw(copy.parent).folder == raw.folder, "the same bytes"
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr("more.txt", "x")
+    os.utime(raw.folder.parent, (1, 1))
     assert read_raw(archive).folder != raw.folder
+    assert not raw.folder.exists(), "unused for a long time"
 
 
 def test_a_zip_file_is_repaired_and_converted(tmp_path: Path, rtdetr: Any) -> None:
@@ -658,22 +665,21 @@ def test_a_zip_file_is_repaired_and_converted(tmp_path: Path, rtdetr: Any) -> No
     check(load_splits(tmp_path / "voc-fixed"), "voc", ONLY_TRAIN)
 
 
-def test_a_zip_file_in_a_folder_that_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import platformdirs
-
+def test_a_zip_file_is_unpacked_beside_itself_if_the_cache_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from rtdetr_cli.datasets import archive as module
 
-    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
     make_folder = module.tempfile.mkdtemp
 
     def refuse(prefix: str, dir: Path) -> str:
-        if tmp_path / "cache" not in dir.parents:
+        if dir != tmp_path:
             raise PermissionError(13, "Permission denied")
         return make_folder(prefix=prefix, dir=dir)
 
     monkeypatch.setattr(module.tempfile, "mkdtemp", refuse)
     source = zip_with(tmp_path / "a.zip", ("images/a.jpg", b"x"))
-    assert module.unpack(source).is_relative_to(tmp_path / "cache")
+    assert module.unpack(source).parent.parent == tmp_path
 
 
 LINK = zipfile.ZipInfo("images")
