@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from rtdetr_cli.datasets.coco import read_coco
@@ -19,7 +20,7 @@ from rtdetr_cli.datasets.survey import Survey, edges, other_format, survey
 from rtdetr_cli.datasets.voc import VocSplit, read_voc
 from rtdetr_cli.datasets.yolo import read_yolo, read_yolo_files
 from rtdetr_cli.errors import DataError
-from rtdetr_cli.text import counted
+from rtdetr_cli.text import abbreviate, counted
 
 _TITLES = {
     "voc": "Pascal VOC",
@@ -151,11 +152,18 @@ def _without_suffix(name: str) -> str:
 def _note_lists(raw: RawDataset, layout: Layout) -> None:
     for path in layout.lists:
         raw.label_paths[raw.show(path)] = path
-    if layout.unlisted:
-        subject = f"{counted(len(layout.unlisted), 'image')} with labels {'is' if len(layout.unlisted) == 1 else 'are'}"
-        lists = " and ".join(path.name for path in layout.lists)
-        message = f"{subject} not in {lists}, and not used: {layout.unlisted[0]}"
-        raw.findings.add("image-unlisted", message, file=raw.show(layout.lists[0]))
+    _report_unlisted(raw, layout.unlisted, layout.lists, "image with labels", "images with labels")
+
+
+def _report_unlisted(
+    raw: RawDataset, images: Sequence[str], lists: Sequence[Path], noun: str = "image", plural: str = ""
+) -> None:
+    """Report images that no list names; the lists may be the tables of boxes."""
+    if images:
+        subject = f"{counted(len(images), noun, plural)} {'is' if len(images) == 1 else 'are'}"
+        names = " and ".join(path.name for path in lists)
+        message = f"{subject} not in {names}, and not used: {abbreviate(images, 3)}"
+        raw.findings.add("image-unlisted", message, file=raw.show(lists[0]))
 
 
 def _read_labelme(source: Path, found: Survey, image_survey: Survey, files: list[Path]) -> RawDataset:
@@ -179,6 +187,11 @@ def _read_csv(source: Path, found: Survey, image_survey: Survey, files: list[Pat
             )
         by_split.setdefault(split or "train", path)
     read_csv(raw, by_split, index_images(image_survey), image_survey.root)
+    listed = {name for split in raw.splits.values() for name in split.file_names}
+    homes = {name.rpartition("/")[0] for name in listed}
+    folders = [folder for folder in image_survey.folders if "/".join(folder.parts) in homes]
+    images = ("/".join((*folder.parts, name)) for folder in folders for name in folder.images)
+    _report_unlisted(raw, [image for image in images if image not in listed], list(by_split.values()))
     return raw
 
 

@@ -515,6 +515,21 @@ def test_labelled_images_in_no_list_are_reported(tmp_path: Path) -> None:
     assert message == "1 image with labels is not in train.txt and val.txt, and not used: images/train_0.jpg"
 
 
+def test_images_that_a_csv_file_does_not_name_are_reported(tmp_path: Path) -> None:
+    """They may have no objects, or may never have been labelled."""
+    csv_with("headerless", "images/{stem}.jpg")(Tree(tmp_path), ONLY_TRAIN)
+    table = tmp_path / "annotations.csv"
+    kept = [line for line in table.read_text().splitlines() if "train_0" not in line and "train_1" not in line]
+    table.write_text("\n".join(kept))
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tmp_path / "images/train_0.jpg", tmp_path / "elsewhere/logo.jpg")
+    (finding,) = (f for f in read_raw(tmp_path).findings if f.code == "image-unlisted")
+    assert finding.message == (
+        "2 images are not in annotations.csv, and not used: images/train_0.jpg, images/train_1.jpg"
+    )
+    assert finding.severity == "warning"
+
+
 OTHER = {
     "CVAT XML": ("annotations.xml", "<annotations><version>1.1</version><meta></meta></annotations>"),
     "Supervisely": ("ann/a.jpg.json", '{"size": {}, "objects": [{"classTitle": "nut", "points": {}}]}'),
