@@ -256,6 +256,13 @@ class Detector:
         from rtdetr_cli.train.processes import parse_devices
         from rtdetr_cli.workflows import finetune, launching
 
+        reduced = [name for name in ("layers", "queries", "sampling") if self.options.get(name) is not None]
+        if reduced:
+            raise UsageError(
+                f"{' and '.join(reduced)} of load apply to a model that predicts, not to training",
+                hint="load the model without them; the architecture is set with sets=['model.queries=100']",
+                code="clash",
+            )
         given = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in settings.items()}
         given |= {} if data is None else {"data": os.fspath(data)}
         if resume is not None:
@@ -299,6 +306,7 @@ class Detector:
         split: str = "val",
         batch: int | Literal["auto"] = "auto",
         evaluator: str = "hotcoco",
+        calibrate: str | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Evaluation:
         """Compute the COCO metrics on a split as `rtdetr eval` does.
@@ -309,19 +317,24 @@ class Detector:
             split: `train`, `val` or `test`.
             batch: images per forward pass.
             evaluator: `hotcoco` or `pycocotools`.
+            calibrate: `f1` or `precision=0.9`: find the score threshold of each class for it, and store them in the
+                model file; `predict` uses them from then on.
             progress: called with the number of images done since its last call.
 
         Returns:
             The evaluation: `metrics` by COCO's names, `per_class`, `to_json()`...
 
         Raises:
-            UsageError: no dataset is named and the model does not name one.
+            UsageError: no dataset is named and the model does not name one, or the model cannot store thresholds.
             DataError: the dataset cannot be read, or has no such split.
         """
-        from rtdetr_cli.evaluate import run
+        from rtdetr_cli.evaluate import run, thresholds
         from rtdetr_cli.evaluate.source import choose_split
 
         path, backend = self._model_path(), self.backend
+        if calibrate is not None:
+            thresholds.check_calibration(calibrate, split)
+            thresholds.check_can_store(path)
         chosen = choose_split(
             None if data is None else Path(data),
             split=split,
@@ -331,7 +344,19 @@ class Detector:
         )
         size = default_batch(backend, self.options.get("device", "auto")) if batch == "auto" else batch
         result = run.evaluate(backend, chosen.dataset, batch=size, progress=progress, evaluator=evaluator)
-        return replace(result, notes=(*chosen.notes, *result.notes))
+        notes: tuple[str, ...] = ()
+        if calibrate is not None:
+            _, notes, header = thresholds.calibrate_model(
+                path,
+                result,
+                calibrate,
+                class_names=self.names,
+                imgsz=self.imgsz,
+                layers=self.options.get("layers") or backend.header.layers or None,
+                queries=self.options.get("queries") or backend.header.queries or None,
+            )
+            backend.header = replace(backend.header, thresholds=header.thresholds)
+        return replace(result, notes=(*chosen.notes, *result.notes, *notes))
 
     # ---- export -------------------------------------------------------------------------------------------------
 

@@ -7,14 +7,17 @@ before its function runs, so that the program starts fast.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import typer
 
 from rtdetr_cli.cli.aliases import COMMAND_ALIASES, translate
 from rtdetr_cli.errors import EnvironmentProblem, RtdetrError, UsageError
+from rtdetr_cli.text import suggest
 from rtdetr_cli.version import __version__
 
 # name -> (module below rtdetr_cli.cli, attribute, help), in the order of `rtdetr --help`. The help fits into a terminal
@@ -32,7 +35,7 @@ COMMANDS = {
     "benchmark": ("benchmark", "benchmark", "Measure latency and AP side by side."),
     "compare": ("compare", "compare", "Test whether one model is better than another."),
     "info": ("info", "info", "Show what is inside a model file."),
-    "weights": ("weights", "app", "List, fetch, verify and import published weights."),
+    "weights": ("weights", "app", "Manage published weights: list, fetch, import."),
     "doctor": ("doctor", "doctor", "Check that this machine has what a run needs."),
 }
 
@@ -121,10 +124,18 @@ def expected_error(error: Exception, command: str | None) -> RtdetrError | None:
         hint = "close other programs, or use a smaller --batch, --imgsz or preset"
         return RtdetrError(f"out of memory: {first_line}", hint=hint, code="out-of-memory")
     if hasattr(error, "format_message"):  # a usage error of click; its class depends on the version of typer
-        text = " ".join(error.format_message().split()).rstrip(".")
         hint = f"rtdetr {command} --help" if command else "rtdetr --help"
-        return UsageError(text[:1].lower() + text[1:], hint=hint)
+        return UsageError(_usage_message(error), hint=hint)
     return None
+
+
+def _usage_message(error: Any) -> str:
+    """Return click's message in our style: no capital, no period, and the closest name as `did you mean`."""
+    if (option := getattr(error, "option_name", None)) and hasattr(error, "possibilities"):
+        return f"no such option {option}{suggest(option, error.possibilities or ())}"
+    text = " ".join(error.format_message().split()).rstrip(".")
+    text = re.sub(r"\. Did you mean '([^']+)'.*", r" (did you mean \1?)", text)
+    return text[:1].lower() + text[1:]
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,7 +104,7 @@ def _check_predictions(data: Path | None, **others: object) -> None:
 
 def _check_options(evaluator: str, fail_under: float | None, calibrate: str | None, split: str) -> None:
     from rtdetr_cli.evaluate.coco import EVALUATORS
-    from rtdetr_cli.evaluate.thresholds import parse_target
+    from rtdetr_cli.evaluate.thresholds import check_calibration
 
     if evaluator not in EVALUATORS:
         raise UsageError(f"there is no evaluator {evaluator!r}", hint="--evaluator hotcoco or pycocotools")
@@ -113,14 +113,7 @@ def _check_options(evaluator: str, fail_under: float | None, calibrate: str | No
             f"--fail-under {fail_under:g} is not a fraction from 0 to 1", hint="an AP of 40 is --fail-under 0.4"
         )
     if calibrate is not None:
-        parse_target(calibrate)
-        if split == "train":
-            raise UsageError(
-                "--calibrate cannot use the train split: scores are higher on images that the model was trained on, "
-                "so the thresholds would be too high",
-                hint="--split val, or another dataset with --data",
-                code="calibrate-split",
-            )
+        check_calibration(calibrate, split)
 
 
 def _print_notes(evaluated: EvaluatedModel, *, calibrating: bool) -> None:
@@ -240,15 +233,20 @@ def _add_intervals(document: dict[str, Any], evaluation: Evaluation, resamples: 
 def _calibrate(evaluated: EvaluatedModel, target: str) -> tuple[Thresholds, dict[str, Any]]:
     """Find thresholds, store them in the model, and look for exports that carry other ones."""
     from rtdetr_cli.cli import terminal
-    from rtdetr_cli.evaluate.classes import map_classes
-    from rtdetr_cli.evaluate.thresholds import calibrate, export_folders, stale_exports, store_thresholds
+    from rtdetr_cli.evaluate.thresholds import calibrate_model, export_folders, stale_exports
 
     evaluation, facts = evaluated.evaluation, evaluated.facts
     path = Path(facts["model"])
-    thresholds, notes = calibrate(evaluation.dataset, evaluation.table, evaluation.matches, target)
     height, width = facts["imgsz"]
-    used = replace(thresholds, imgsz=(height, width), layers=facts["layers"], queries=facts["queries"])
-    header = store_thresholds(path, used, map_classes(evaluated.class_names, evaluation.dataset).labels)
+    thresholds, notes, header = calibrate_model(
+        path,
+        evaluation,
+        target,
+        class_names=evaluated.class_names,
+        imgsz=(height, width),
+        layers=facts["layers"],
+        queries=facts["queries"],
+    )
     for note in notes:
         terminal.warn(note)
     stale = [str(export) for export in stale_exports(path, header)]

@@ -46,7 +46,12 @@ def predict(
     ],
     weights: Annotated[
         Path | None,
-        typer.Option("--weights", "-w", help="Model file or run folder (default: the newest run).", show_default=False),
+        typer.Option(
+            "--weights",
+            "-w",
+            help="Model to use: a model file or a run folder (default: the newest run).",
+            show_default=False,
+        ),
     ] = None,
     conf: Annotated[
         str, typer.Option(help="Minimum score; auto: the thresholds stored in the model, else 0.5.")

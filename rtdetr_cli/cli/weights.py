@@ -12,14 +12,16 @@ from rtdetr_cli.cli.terminal import JsonFlag
 from rtdetr_cli.errors import ModelError, UsageError
 from rtdetr_cli.text import suggest
 
-app = terminal.command_group("List, fetch, verify and import published weights.")
+app = terminal.command_group(
+    "Manage the published weights, which train --weights coco and predict download once; without a command, list them."
+)
 
 Name = Annotated[str, typer.Argument(help="A preset such as r18, or the name of a published file.")]
 
 
 @app.callback()
 def root(context: typer.Context) -> None:
-    """Manage the published weights; without a command, list them."""
+    """List the published weights if no command is given."""
     if context.invoked_subcommand is None:
         list_files()
 

@@ -83,7 +83,11 @@ class RunSettings:
     data: str | None = _flag(None, DATA_HELP, short="-d", is_path=True)
     images: str | None = _flag(None, "Folder of the images, if they are not next to the annotations.", is_path=True)
     preset: str = _flag("r18", "Preset: tiny, r18, r34, r50m, r50, r101, or the path of a preset file.", short="-p")
-    weights: str = _flag("coco", "Weights to start from: coco, imagenet, none, or a run or model file.", short="-w")
+    weights: str = _flag(
+        "coco",
+        "Weights to start from: coco or imagenet (published, downloaded once), none, or a run or model file.",
+        short="-w",
+    )
     epochs: Positive = _flag(50, "Passes over the training images.", short="-e")
     batch: Positive | Literal["auto"] = _flag("auto", "Images per forward pass, or auto.", short="-b")
     effective_batch: Positive = _flag(16, "Images per optimizer step (accumulated when they don't fit).")
@@ -136,7 +140,9 @@ class RunSettings:
     ema_ramp: Rate = _key(0.15, "The same mean age early in a run, as a fraction of the steps done so far.")
     calm: Share = _key(0.1, "Fraction of the epochs, at the end, without strong augmentation and multi-scale.")
     eval_every: Positive = _key(1, "Epochs between evaluations; the last epoch is always evaluated.")
-    val_fraction: Rate = _key(0.2, "Fraction of the images drawn for validation if the dataset has no val split.")
+    val_fraction: Rate = _key(
+        0.2, "Fraction of train held out if the dataset has no val split; the same images in every run."
+    )
     checkpoint_minutes: Annotated[float, Bounds(gt=0)] = _key(5.0, "Minutes between checkpoints within an epoch.")
     plots: bool = _key(True, "Draw plots and write report.html.")
     checkpoint_steps: Count = _key(0, "Steps between checkpoints within an epoch; 0 saves by time only.")

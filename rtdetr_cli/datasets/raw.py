@@ -150,7 +150,7 @@ class RawDataset:
         label_paths: path to show -> path on disk, for every label file.
         findings: of the reader, and then of the checks.
         images: the folder given with `--images`.
-        split_made: True if the val split was drawn at random from train.
+        split_made: True if the val split was held out from train.
     """
 
     source: Path

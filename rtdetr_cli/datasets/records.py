@@ -167,7 +167,7 @@ class Splits:
         source: the path that the user gave.
         fingerprint: sha256 over categories, file names, image ids, sizes, boxes, areas; `--resume` requires the same.
         findings: warnings and infos of the checks; errors were raised.
-        split_made: True if the val split was drawn at random from train.
+        split_made: True if the val split was held out from train.
     """
 
     source: Path

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import RtdetrError, UsageError
+from rtdetr_cli.evaluate.classes import map_classes
 from rtdetr_cli.evaluate.matching import FALSE_POSITIVE, TRUE_POSITIVE, Matches
 from rtdetr_cli.evaluate.table import DetectionTable
 from rtdetr_cli.weights.binding import rebind_thresholds
 from rtdetr_cli.weights.header import EXPORT_SUFFIXES, ModelHeader, Thresholds, read_header, rewrite_header
+
+if TYPE_CHECKING:
+    from rtdetr_cli.evaluate.run import Evaluation
 
 EXPORT_ORIGINAL = "export-original"
 USEFUL_F1, USEFUL_RECALL = 0.1, 0.01  # a class whose best threshold gives less is named in a warning
@@ -218,6 +222,52 @@ def check_can_store(path: Path) -> None:
             code="calibrate-kind",
         )
     read_header(path)
+
+
+def calibrate_model(
+    path: Path,
+    evaluation: Evaluation,
+    target: str,
+    *,
+    class_names: Sequence[str],
+    imgsz: tuple[int, int],
+    layers: int | None,
+    queries: int | None,
+) -> tuple[Thresholds, tuple[str, ...], ModelHeader]:
+    """Find the thresholds for an evaluation and store them in the model.
+
+    Args:
+        path: the model file.
+        evaluation: of that model.
+        target: as for `parse_target`.
+        class_names: of the model, in label order.
+        imgsz: height and width that it was evaluated with.
+        layers: decoder layers that it was evaluated with; None if unknown.
+        queries: queries that it was evaluated with; None if unknown.
+
+    Returns:
+        The thresholds in the labels of the dataset, notes for people, and the model's new header.
+    """
+    thresholds, notes = calibrate(evaluation.dataset, evaluation.table, evaluation.matches, target)
+    used = replace(thresholds, imgsz=imgsz, layers=layers, queries=queries)
+    header = store_thresholds(path, used, map_classes(class_names, evaluation.dataset).labels)
+    return thresholds, notes, header
+
+
+def check_calibration(target: str, split: str) -> None:
+    """Refuse an unknown target, and thresholds from images that the model was trained on.
+
+    Raises:
+        UsageError: either.
+    """
+    parse_target(target)
+    if split == "train":
+        raise UsageError(
+            "--calibrate cannot use the train split: scores are higher on images that the model was trained on, "
+            "so the thresholds would be too high",
+            hint="--split val, or another dataset with --data",
+            code="calibrate-split",
+        )
 
 
 def store_thresholds(path: Path, thresholds: Thresholds, label_map: NDArray[np.int64] | None) -> ModelHeader:

@@ -106,7 +106,11 @@ def test_the_package_runs_as_a_module() -> None:
     ("arguments", "code", "message"),
     [
         (["nonsense"], 2, "no such command 'nonsense'"),
-        (["presets", "--nonsense"], 2, "no such option: --nonsense"),
+        (["predct"], 2, "no such command 'predct' (did you mean predict?)"),
+        (["weights", "fetchh"], 2, "no such command 'fetchh' (did you mean fetch?)"),
+        (["presets", "--nonsense"], 2, "no such option --nonsense"),
+        (["train", "--epoch", "3"], 2, "no such option --epoch (did you mean --epochs?)"),
+        (["predict", "--save-jso", "x"], 2, "no such option --save-jso (did you mean --save-json?)"),
         (["presets", "show", "r19"], 2, "did you mean r18?"),
         (["presets", "show", "gone.toml"], 2, "gone.toml does not exist"),
         (["presets", "diff", "r18"], 2, "missing argument"),

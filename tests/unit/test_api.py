@@ -206,6 +206,8 @@ def test_training_refused(shapes_model: Path, shapes_onnx: Path, shapes_data: Pa
         load(shapes_model).train_events(shapes_data, device="cpu,cpu")
     with pytest.raises(UsageError, match="no dataset given"):
         load("tiny").train()
+    with pytest.raises(UsageError, match="queries of load apply to a model that predicts"):
+        load(shapes_model, queries=10).train(shapes_data)
     with pytest.raises(UsageError, match=r"unknown preset r8 \(did you mean"):
         load("r8")
     with pytest.raises(ModelError, match="preset tiny has no published weights: train it first"):
@@ -226,6 +228,22 @@ def test_evaluate(detector: Detector, shapes_data: Path, shapes_onnx: Path) -> N
     assert onnx.metrics["AP"] == pytest.approx(evaluation.metrics["AP"], abs=1e-3)
     with pytest.raises(DataError, match="gone"):
         detector.evaluate("gone.json")
+    with pytest.raises(UsageError, match="not one"):
+        load(shapes_onnx).evaluate(shapes_data, calibrate="f1")
+
+
+def test_calibrated_thresholds_are_stored_and_used(shapes_model: Path, shapes_data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(shapes_model.read_bytes())
+    calibrated = load(path, device="cpu")
+    before = calibrated.header.thresholds
+    with pytest.raises(UsageError, match="train split"):
+        calibrated.evaluate(shapes_data, split="train", calibrate="f1")
+    calibrated.evaluate(shapes_data, calibrate="precision=0.99")
+    stored = load(path, device="cpu").header.thresholds
+    assert calibrated.header.thresholds == stored != before
+    assert stored is not None
+    assert (stored.target, stored.imgsz) == ("precision=0.99", calibrated.imgsz)
 
 
 def test_export(
