@@ -43,6 +43,9 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 
 
+GAMMA = 8.0
+
+
 @dataclass(frozen=True)
 class Job:
     """One run."""
@@ -59,9 +62,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Row(Job):
-    """One line of the ledger; counts are per image, at the threshold that `predict` would use."""
+    """One line of the ledger; counts are per image, at the threshold that `predict` would use.
+
+    Duplicates are rescored with `GAMMA` in every arm; `AP_raw` is without.
+    """
 
     commit: str
+    AP_raw: float
     AP: float
     AP50: float
     APs: float | None
@@ -116,12 +123,7 @@ def data_of(name: str, out: Path) -> Path:
 def run(job: Job, out: Path, commit: str, device: str) -> Row:
     """Train one run, unless its model is there already, and evaluate it."""
     from rtdetr_cli.config.run import resolve_run
-    from rtdetr_cli.evaluate.error_analysis import analyze_errors
-    from rtdetr_cli.evaluate.run import evaluate
-    from rtdetr_cli.evaluate.source import choose_split
-    from rtdetr_cli.infer.torch_backend import TorchBackend
     from rtdetr_cli.train.events import StepDone
-    from rtdetr_cli.weights.load import load_model
     from rtdetr_cli.workflows.finetune import finetune
     from rtdetr_cli.workflows.prepare import load_data
 
@@ -143,13 +145,27 @@ def run(job: Job, out: Path, commit: str, device: str) -> Row:
                 times.append(clock())
         (folder / "last.ckpt").unlink(missing_ok=True)
         (folder / "done").write_text(str((times[-1] - times[0]) / max(1, len(times) - 1)))
+    return measure(job, folder, commit, device)
+
+
+def measure(job: Job, folder: Path, commit: str, device: str) -> Row:
+    """Evaluate the model of a finished run."""
+    from rtdetr_cli.evaluate.error_analysis import analyze_errors
+    from rtdetr_cli.evaluate.run import evaluate
+    from rtdetr_cli.evaluate.source import choose_split
+    from rtdetr_cli.infer.torch_backend import TorchBackend
+    from rtdetr_cli.weights.load import load_model
+
     model, header = load_model(folder / "best.safetensors")
     split = choose_split(None, split=job.split, model=folder / "best.safetensors", header=header).dataset
-    found = evaluate(TorchBackend(model, header, device=device), split)
+    raw, found = (
+        evaluate(TorchBackend(model, header.with_dedupe(gamma), device=device), split) for gamma in (0.0, GAMMA)
+    )
     errors, count = analyze_errors(found), len(found.dataset)
     return Row(
         **asdict(job),
         commit=commit,
+        AP_raw=raw.metrics["AP"] or 0.0,
         AP=found.metrics["AP"] or 0.0,
         AP50=found.metrics["AP50"] or 0.0,
         APs=found.metrics["APs"],
