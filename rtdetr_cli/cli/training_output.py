@@ -244,6 +244,8 @@ def _show_result(event: RunFinished) -> None:
     terminal.out(f"best  {event.best}")
     if event.page is not None:
         terminal.say(f"report  {event.page}")
+    if event.val_loss:
+        terminal.say(f"loss  {event.val_loss}")
     if event.reason == "patience":
         terminal.say("stopped early: no better AP within --patience")
 

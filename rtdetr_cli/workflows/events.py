@@ -52,6 +52,7 @@ class RunFinished:
     seconds: float  # of this process
     explanation: str = ""  # with `--overfit`, why AP stayed below 0.9
     page: Path | None = None  # the HTML report
+    val_loss: str = ""  # where the val loss stopped improving, in a sentence
     already_finished: bool = False  # a resumed run had finished before, and nothing was done
 
 

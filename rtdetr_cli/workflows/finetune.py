@@ -28,6 +28,7 @@ from rtdetr_cli.train.explain import plan_warnings
 from rtdetr_cli.train.loggers import require_loggers
 from rtdetr_cli.train.loop import Trainer
 from rtdetr_cli.train.processes import images_per_process, join_process_group, launched, parse_devices
+from rtdetr_cli.train.report import val_loss_note
 from rtdetr_cli.train.state import Progress, restore
 from rtdetr_cli.train.stop import StopFlag
 from rtdetr_cli.weights.header import read_header
@@ -338,5 +339,6 @@ def _run_finished(folder: RunFolder, reason: str, began: float, **more: Any) -> 
         reason=reason,
         seconds=time.monotonic() - began,
         page=folder.report if folder.report.is_file() else None,
+        val_loss=val_loss_note(folder.metrics()),
         **more,
     )

@@ -100,21 +100,22 @@ def test_eval_gives_the_metrics_of_training(finished: Path, data: Path, rtdetr) 
 
 
 def test_output_in_a_pipe(data: Path, rtdetr, tmp_path: Path) -> None:
-    ran = rtdetr("train", data, *SMALL, "--epochs", 2, "--out", tmp_path)
+    ran = rtdetr("train", data, *SMALL, "--epochs", 3, "--out", tmp_path)
     assert ran.code == 0, ran.err
     lines = ran.err.splitlines()
     assert lines[0].startswith("rtdetr 0.")
     assert lines[1].startswith("model  tiny, 0.1M parameters, from random weights")
     assert lines[2] == "data  shapes: 20 train / 6 val images, 5 classes, 1 warning (rtdetr validate)"
     plan = next(line for line in lines if line.startswith("plan  "))
-    assert "2 epochs x 3 steps" in plan
+    assert "3 epochs x 3 steps" in plan
     assert "effective batch 8 (2 x 4)" in plan
     assert any(line.startswith("warning: ") and "too few to learn" in line for line in lines)
     epochs = [line for line in lines if line.startswith("epoch ")]
-    assert len(epochs) == 2, "one line an epoch in a pipe"
-    assert epochs[0].startswith("epoch 1/2  loss ")
+    assert len(epochs) == 3, "one line an epoch in a pipe"
+    assert epochs[0].startswith("epoch 1/3  loss ")
     assert " left" in epochs[0]
-    assert " left" not in epochs[1]
+    assert " left" not in epochs[2]
+    assert any(line.startswith("loss  Val loss ") for line in lines)
     assert "AP50" in ran.out
     assert str(tmp_path / "tiny-shapes-01" / "best.safetensors") in ran.out
     assert "\033" not in ran.err + ran.out
