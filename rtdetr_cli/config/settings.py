@@ -39,7 +39,6 @@ Positive = Annotated[int, Bounds(gt=0)]
 Rate = Annotated[float, Bounds(gt=0, lt=1)]
 Fraction = Annotated[float, Bounds(ge=0, le=1)]
 Share = Annotated[float, Bounds(ge=0, le=0.9)]
-ClassLoss = Literal["varifocal", "matchability", "ia-bce", "position"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +130,6 @@ class RunSettings:
     )
     schedule: Literal["scaled", "official"] = _key(
         "scaled", "Schedule: scaled to the length of the run, or the official one in steps and epochs."
-    )
-    loss: ClassLoss = _key("varifocal", "Classification loss: varifocal (published), matchability or ia-bce.")
-    one_to_many: Count = _key(
-        0, "Extra queries in training, each box matched with four of them; 0 for none, as published."
     )
     warmup: Share = _key(0.05, "Fraction of the steps used for warmup.")
     flat: Fraction = _key(0.8, "Fraction of the steps after which the learning rate starts to decay.")

@@ -154,7 +154,6 @@ class Decoder(nn.Module):
         self.eval_layers = eval_layers
         self.num_queries = queries
         self.eval_queries = queries
-        self.extra_queries = 0  # one-to-many queries; training only
         self._constants = ConstantCache()
         self._published_anchors: dict[tuple[tuple[int, int], ...], Anchors] = {}
         self.input_proj = nn.ModuleList(ConvNorm(in_channels=feature_dim, out_channels=dim) for _ in num_points)
@@ -213,7 +212,7 @@ class Decoder(nn.Module):
             and the output of the query selection. At inference, the output of the last layer, and None.
         """
         memory, levels = self._tokens(maps)
-        queries = self.num_queries + self.extra_queries if self.training else self.eval_queries
+        queries = self.num_queries if self.training else self.eval_queries
         content, unactivated, encoder_output = self._select(memory, levels, queries)
         attention_mask = None
         if self.training:
@@ -258,10 +257,7 @@ class Decoder(nn.Module):
         content = _select_rows(tokens, best)
         initial = _select_rows(anchors.logits.expand(memory.shape[0], -1, -1), best)
         unactivated = self.enc_bbox_head(content) + initial  # B Q 4, at least float32
-        output = None
-        if self.training:
-            kept = self.num_queries
-            output = LayerOutput(_select_rows(logits, best[:, :kept]), torch.sigmoid(unactivated[:, :kept]))
+        output = LayerOutput(_select_rows(logits, best), torch.sigmoid(unactivated)) if self.training else None
         return content.detach(), unactivated.detach(), output
 
     def _add_denoising(
@@ -270,20 +266,14 @@ class Decoder(nn.Module):
         """Put the denoising queries before the selected ones, and return the attention mask of both."""
         if group is None:
             # Every parameter must get a gradient in every step, so that processes and micro-batches agree.
-            content = content + 0.0 * self.denoising_class_embed.weight.sum().to(content.dtype)
-            if not self.extra_queries:
-                return content, unactivated, None
-            mask = torch.zeros((content.shape[1],) * 2, dtype=torch.bool, device=content.device)
-        else:
-            total = group.size + content.shape[1]  # less than the mask's size when there are fewer tokens than queries
-            mask = group.attention_mask[:total, :total].clone()
-            embedded = self.denoising_class_embed(group.class_ids).to(content.dtype)
-            content = torch.cat([embedded, content], 1)
-            unactivated = torch.cat([group.boxes_unactivated.to(unactivated.dtype), unactivated], 1)
-        if self.extra_queries:
-            start = (0 if group is None else group.size) + self.num_queries
-            mask[:start, start:] = mask[start:, :start] = True
-        return content, unactivated, mask
+            return content + 0.0 * self.denoising_class_embed.weight.sum().to(content.dtype), unactivated, None
+        total = group.size + content.shape[1]  # less than the mask's size when there are fewer tokens than queries
+        embedded = self.denoising_class_embed(group.class_ids).to(content.dtype)
+        return (
+            torch.cat([embedded, content], 1),
+            torch.cat([group.boxes_unactivated.to(unactivated.dtype), unactivated], 1),
+            group.attention_mask[:total, :total],
+        )
 
     def _refine(
         self, x: Tensor, reference: Tensor, memory: Tensor, levels: Levels, attention_mask: Tensor | None

@@ -31,7 +31,6 @@ class Outputs:
         encoder: predictions of the query selection; training only.
         denoising: every layer's predictions for the denoising queries; empty without a group.
         group: the denoising group of the input.
-        many: every layer's predictions of the one-to-many queries, which are matched with `copies` of each box.
     """
 
     main: Prediction
@@ -39,8 +38,6 @@ class Outputs:
     encoder: Prediction | None = None
     denoising: tuple[Prediction, ...] = ()
     group: DenoisingGroup | None = None
-    many: tuple[Prediction, ...] = ()
-    copies: int = 4
 
 
 class RTDETR(nn.Module):
@@ -92,12 +89,7 @@ class RTDETR(nn.Module):
             size = group.size
             denoising = tuple(Prediction(o.logits[:, :size], o.boxes_cxcywh[:, :size]) for o in layers)
             layers = [Prediction(o.logits[:, size:], o.boxes_cxcywh[:, size:]) for o in layers]
-        many: tuple[Prediction, ...] = ()
-        if self.decoder.extra_queries:
-            kept = self.decoder.num_queries
-            many = tuple(Prediction(o.logits[:, kept:], o.boxes_cxcywh[:, kept:]) for o in layers)
-            layers = [Prediction(o.logits[:, :kept], o.boxes_cxcywh[:, :kept]) for o in layers]
-        return Outputs(layers[-1], tuple(layers[:-1]), encoder, denoising, group, many)
+        return Outputs(layers[-1], tuple(layers[:-1]), encoder, denoising, group)
 
     def train(self, mode: bool = True) -> RTDETR:
         """Set the mode; a fused model has no training mode."""

@@ -1,4 +1,4 @@
-"""The training loss of RT-DETRv2: classification (varifocal as published), L1 and GIoU of boxes, for every layer.
+"""The training loss of RT-DETRv2: varifocal classification, L1 and GIoU of boxes, for every layer.
 
 The terms of all layers are computed together, in float32 (or float64 if the model is), whatever the autocast. Nothing
 here waits for the device, and values that are not finite come out as they are.
@@ -12,25 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rtdetr_cli.config.settings import ClassLoss
 from rtdetr_cli.model.denoising import DenoisingGroup
 from rtdetr_cli.model.detector import Outputs, Prediction
 from rtdetr_cli.model.layers import cxcywh_to_xyxy
 from rtdetr_cli.train.matcher import Matches, iou_and_giou, match
 
 VFL_ALPHA, VFL_GAMMA = 0.75, 2.0  # arXiv 2008.13367
-BBOX_WEIGHT, GIOU_WEIGHT = 5.0, 2.0  # that of classification is 1
-MAL_GAMMA = 1.5  # DEIM
-IA_BCE_SHARE, IA_BCE_LEAST = 0.25, 0.01  # of the score in the target, against the IoU; Align-DETR
+BBOX_WEIGHT, GIOU_WEIGHT = 5.0, 2.0  # that of the varifocal loss is 1
 
 
 def compute_losses(
-    outputs: Outputs,
-    boxes_cxcywh: Sequence[Tensor],
-    labels: Sequence[Tensor],
-    *,
-    num_boxes: float,
-    loss: ClassLoss = "varifocal",
+    outputs: Outputs, boxes_cxcywh: Sequence[Tensor], labels: Sequence[Tensor], *, num_boxes: float
 ) -> dict[str, Tensor]:
     """Return every term, weighted; their sum is the loss.
 
@@ -40,11 +32,9 @@ def compute_losses(
         labels: for each image (N,) int64, below K.
         num_boxes: boxes of the effective batch, over all micro-batches and processes; at least 1 is used, so that a
             batch without boxes has a loss too.
-        loss: of the classification.
 
     Returns:
-        `loss_vfl` (whatever the classification loss), `loss_bbox`, `loss_giou` of the last layer, and the same with
-        `_aux_i`, `_dn_i`, `_enc_0`, and `_many_i` for the one-to-many queries.
+        `loss_vfl`, `loss_bbox`, `loss_giou` of the last layer, and the same with `_aux_i`, `_dn_i`, `_enc_0`.
     """
     device = outputs.main.logits.device
     predictions = {"": outputs.main} | {f"_aux_{i}": p for i, p in enumerate(outputs.aux)}
@@ -55,22 +45,13 @@ def compute_losses(
         target_labels = torch.cat(list(labels)).to(device, non_blocking=True)
         matches = match(list(predictions.values()), boxes_cxcywh, labels)
         normalizer = max(float(num_boxes), 1.0)
-        terms = _loss_terms(predictions, matches, target_boxes, target_labels, normalizer, loss)
-        if outputs.many:
-            many = {f"_many_{i}": p for i, p in enumerate(outputs.many)}
-            copies = outputs.copies
-            repeated, repeated_labels = (
-                [one.repeat_interleave(copies, 0) for one in x] for x in (boxes_cxcywh, labels)
-            )
-            matches = match(list(many.values()), repeated, repeated_labels)
-            matches = Matches(matches.rows, matches.targets // copies)
-            terms |= _loss_terms(many, matches, target_boxes, target_labels, normalizer * copies, loss)
+        terms = _loss_terms(predictions, matches, target_boxes, target_labels, normalizer)
         if outputs.denoising and outputs.group is not None:
             group = outputs.group
             denoising = {f"_dn_{i}": p for i, p in enumerate(outputs.denoising)}
             matches = _denoising_matches(group, boxes_cxcywh, len(denoising), device)
             normalizer *= group.num_groups * group.share
-            terms |= _loss_terms(denoising, matches, target_boxes, target_labels, normalizer, loss)
+            terms |= _loss_terms(denoising, matches, target_boxes, target_labels, normalizer)
     return terms
 
 
@@ -80,7 +61,6 @@ def _loss_terms(
     target_boxes: Tensor,
     target_labels: Tensor,
     normalizer: float,
-    loss: ClassLoss,
 ) -> dict[str, Tensor]:
     """Compute the terms of S predictions of one shape, by the suffix of their names, at once."""
     logits = torch.stack([p.logits for p in predictions.values()]).flatten(1, 2)  # (S, B * Q, K)
@@ -91,44 +71,20 @@ def _loss_terms(
     expected = target_boxes.to(dtype)[matches.targets]
     iou, giou = iou_and_giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(expected))
 
-    cells = matches.rows * logits.shape[2] + target_labels[matches.targets]  # one flat index for (row, class)
-    quality = iou.detach()
-    if loss == "position":
-        # Stable-DINO: IoU squared, rescaled so that the best of each image is 1.
-        image = matches.rows // predictions[next(iter(predictions))].logits.shape[1]
-        images = next(iter(predictions.values())).logits.shape[0]
-        best = torch.zeros(len(quality), images, dtype=dtype, device=quality.device)
-        best = best.scatter_reduce(1, image, quality**2, "amax")
-        quality = quality**2 / best.gather(1, image).clamp(min=1e-6)
-    classification = _classification(logits.flatten(1), cells, quality, loss)
+    # One flat index for (row, class): the target score is the IoU where matched and zero elsewhere.
+    cells = matches.rows * logits.shape[2] + target_labels[matches.targets]
+    target = torch.zeros_like(logits).flatten(1).scatter(1, cells, iou.detach())
+    matched = torch.zeros_like(target).scatter(1, cells, 1.0)
+    flat = logits.flatten(1)
+    weight = VFL_ALPHA * flat.detach().sigmoid() ** VFL_GAMMA * (1 - matched) + target
+    vfl = functional.binary_cross_entropy_with_logits(flat, target, weight=weight, reduction="none").sum(1)
 
     by_term = {
-        "loss_vfl": classification / normalizer,
+        "loss_vfl": vfl / normalizer,
         "loss_bbox": BBOX_WEIGHT * (predicted - expected).abs().sum((1, 2)) / normalizer,
         "loss_giou": GIOU_WEIGHT * (1 - giou).sum(1) / normalizer,
     }
     return {name + s: values[i] for i, s in enumerate(predictions) for name, values in by_term.items()}
-
-
-def _classification(logits: Tensor, cells: Tensor, iou: Tensor, loss: ClassLoss) -> Tensor:
-    """Return the classification loss (S,) of logits (S, R * K), of which `cells` (S, M) matched with IoU (S, M)."""
-    p = logits.detach().sigmoid()
-    zeros = torch.zeros_like(logits)
-    matched = zeros.scatter(1, cells, 1.0)
-    if loss == "matchability":
-        target = zeros.scatter(1, cells, iou**MAL_GAMMA)
-        weight = p**MAL_GAMMA * (1 - matched) + matched
-    elif loss == "ia-bce":
-        aim = p.gather(1, cells) ** IA_BCE_SHARE * iou ** (1 - IA_BCE_SHARE)
-        target = zeros.scatter(1, cells, aim.clamp(min=IA_BCE_LEAST))
-        weight = p**2 * (1 - matched) + matched
-    elif loss == "position":
-        target = zeros.scatter(1, cells, iou)
-        weight = 0.75 * p**2 * (1 - matched) + 0.25 * (target - p).abs() ** 2 * matched
-    else:
-        target = zeros.scatter(1, cells, iou)
-        weight = VFL_ALPHA * p**VFL_GAMMA * (1 - matched) + target
-    return functional.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="none").sum(1)
 
 
 def _denoising_matches(

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from rtdetr_cli.config.schema import ModelSpec
-from rtdetr_cli.config.settings import ClassLoss
 from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.runs import RunFolder
@@ -92,7 +91,6 @@ class Learner:
     autocast: torch.dtype | None  # None for float32
     norms: NormStatistics
     processes: ProcessGroup = SINGLE_PROCESS
-    loss: ClassLoss = "varifocal"
     norm_sync: NormSync | None = None  # of the norms that average over all processes
 
     def with_synchronized_norms(self) -> Learner:

@@ -59,7 +59,7 @@ def accumulate_gradients(
         inputs = to_input(images[part], size)
         with torch.autocast(device.type, learner.autocast, enabled=learner.autocast is not None):
             outputs = learner.model(inputs, group.rows(part) if group is not None else None)
-        terms = compute_losses(outputs, boxes[part], labels[part], num_boxes=num_boxes, loss=learner.loss)
+        terms = compute_losses(outputs, boxes[part], labels[part], num_boxes=num_boxes)
         names = tuple(terms)
         stacked = torch.stack(list(terms.values()))
         torch.autograd.backward(stacked.sum() * learner.optimizer.scale)
@@ -154,7 +154,7 @@ def draw_group(learner: Learner, batch: Batch | GlobalBatch, *, step: int, seed:
         batch.boxes_cxcywh,
         batch.labels,
         num_classes=learner.model.num_classes,
-        queries=spec.queries + learner.model.decoder.extra_queries,
+        queries=spec.queries,
         num_positives=spec.denoising,
         label_noise=spec.label_noise,
         box_noise=spec.box_noise,

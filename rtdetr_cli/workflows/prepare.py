@@ -244,7 +244,6 @@ def _build_model(
     model = build_detector(
         spec, num_classes=len(train_set.categories), sampling=settings.sampling, rounding=settings.rounding
     )
-    model.decoder.extra_queries = settings.one_to_many
     transfer, start = None, f"random weights, seed {settings.seed}"
     if pretrained and settings.weights != "none":
         transfer, start = load_starting_weights(model, config, train_set, fetching=fetching)
@@ -284,7 +283,6 @@ def make_learner(
         autocast=autocast,
         norms=NormStatistics(model),
         processes=processes,
-        loss=config.settings.loss,
     )
 
 

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rtdetr_cli.config.settings import ClassLoss
 from rtdetr_cli.model.denoising import DenoisingGroup, draw_denoising
 from rtdetr_cli.model.detector import Outputs, Prediction
 from rtdetr_cli.model.layers import cxcywh_to_xyxy
@@ -157,34 +156,3 @@ def test_a_truncated_denoising_group_is_normalized_by_its_own_boxes() -> None:
     terms = compute_losses(outputs, boxes, labels, num_boxes=50)
     difference = p.boxes_cxcywh[0][group.positives[0]] - boxes[0][group.targets[0]]
     assert terms["loss_bbox_dn_0"].item() == pytest.approx(5 * difference.abs().sum().item() / 10)
-
-
-@pytest.mark.parametrize(
-    ("loss", "expected"),
-    [
-        ("varifocal", 0.5 * 0.836988 + 0.046875 * 0.287682),
-        ("matchability", 0.353553 * 0.287682 + 0.646447 * 1.386294 + 0.125 * 0.287682),
-        ("ia-bce", 0.553341 * 0.287682 + 0.446659 * 1.386294 + 0.0625 * 0.287682),
-        ("position", 0.015625 * 0.287682 + 0.046875 * 0.287682),
-    ],
-)
-def test_classification_losses_by_hand(loss: ClassLoss, expected: float) -> None:
-    """One query has score 0.75 and IoU 0.5 (half as wide as its box), the other is background with score 0.25.
-
-    -ln 0.75 = 0.287682, -ln 0.25 = 1.386294, 0.5^1.5 = 0.353553, 0.75^0.25 * 0.5^0.75 = 0.553341.
-    """
-    logits = torch.tensor([[[3.0], [1 / 3]]], dtype=torch.float64).log()
-    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.9, 0.9, 0.1, 0.1]]], dtype=torch.float64)
-    target = torch.tensor([[0.5, 0.5, 0.4, 0.4]], dtype=torch.float64)
-    outputs = Outputs(Prediction(logits, boxes))
-    terms = compute_losses(outputs, [target], [torch.tensor([0])], num_boxes=1, loss=loss)
-    assert float(terms["loss_vfl"]) == pytest.approx(expected, rel=1e-5)
-
-
-def test_one_to_many_queries_match_each_box_with_its_copies() -> None:
-    """Four queries on two copies of two boxes: each box is matched twice, and the sum is divided by four."""
-    boxes = torch.tensor([[0.2, 0.2, 0.2, 0.2], [0.7, 0.7, 0.2, 0.2]], dtype=torch.float64)
-    main = Prediction(torch.zeros(1, 2, 1, dtype=torch.float64), boxes[None])
-    many = Prediction(torch.zeros(1, 4, 1, dtype=torch.float64), boxes.repeat(2, 1)[None] + 0.01)
-    terms = compute_losses(Outputs(main, many=(many,), copies=2), [boxes], [torch.tensor([0, 0])], num_boxes=2)
-    assert float(terms["loss_bbox_many_0"]) == pytest.approx(5 * 4 * 4 * 0.01 / 4)
