@@ -9,7 +9,7 @@ import typer
 
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.terminal import JsonFlag
-from rtdetr_cli.errors import GateError, RtdetrError, UsageError
+from rtdetr_cli.errors import GateError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,12 +46,13 @@ def verify(
 
     from rtdetr_cli.export.check_file import open_pair, record, verify_pair
     from rtdetr_cli.export.verify import Reference, Verdict
+    from rtdetr_cli.text import counted
 
     pair = open_pair(path, model, device=device, write=write)
     for note in pair.notes:
         terminal.say(note)
     reference = Reference(pair.reference, _images(data, model, pair.reference.header, split))
-    terminal.say(f"verify  {path} against {model} on {len(reference.paths)} images")
+    terminal.say(f"verify  {path} against {model} on {counted(len(reference.paths), 'image')}")
     verdict: Verdict | None = None
     with terminal.progress(2 * len(reference.paths), "verify") as bar:
         for event in verify_pair(pair, reference, tol_ap=tol_ap):
@@ -73,14 +74,10 @@ def verify(
 
 
 def _images(data: Path | None, model: Path, header: ModelHeader, split: str) -> Dataset | Sequence[Path]:
-    from rtdetr_cli.export.images import VERIFY_HINT, verification_images
+    from rtdetr_cli.export.images import verification_images
 
-    try:
-        images, notes = verification_images(data, model, header, split=split)
-    except RtdetrError as error:
-        if error.hint == VERIFY_HINT:  # which names the flags of `rtdetr export`
-            error.hint = "--data DATA, or --data with a folder of images"
-        raise
+    hint = "--data DATA, or --data with a folder of images"
+    images, notes = verification_images(data, model, header, split=split, hint=hint)
     for note in notes:
         terminal.say(note)
     return images

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rtdetr_cli.errors import UsageError
-from rtdetr_cli.export.compare import compare_interfaces, compare_precision
+from rtdetr_cli.export.compare import compare_interfaces, compare_operators, compare_precision
 from rtdetr_cli.export.graph import expected_spec
 from rtdetr_cli.export.options import ExportOptions
-from rtdetr_cli.export.run import full_float32
-from rtdetr_cli.export.verify import ImageRun, Reference, Verdict, verify
+from rtdetr_cli.export.verify import ImageRun, Reference, Verdict, full_float32, verify
 from rtdetr_cli.infer.backend import Backend, open_backend
 from rtdetr_cli.infer.graph import RAW, GraphBackend
 from rtdetr_cli.infer.inspect import graph_precision, inspect_model
@@ -70,6 +69,7 @@ def open_pair(path: Path, model: Path, *, device: str = "auto", write: bool = Fa
     problems = compare_precision(str(candidate.header.extra.get("precision", "fp32")), actual)
     if isinstance(candidate, GraphBackend):
         problems += compare_interfaces(candidate.spec, expected_spec(options_of(candidate), header))
+        problems += compare_operators(facts.get("operators", {}))
     return FileCheck(path, model, candidate, reference, tuple(problems), (), False)
 
 

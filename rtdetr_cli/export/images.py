@@ -16,7 +16,7 @@ VERIFY_HINT = "--verify DATA or a folder of images; or --no-gate to skip verific
 
 
 def verification_images(
-    verify: Path | None, model: Path, header: ModelHeader | None, *, split: str = "val"
+    verify: Path | None, model: Path, header: ModelHeader | None, *, split: str = "val", hint: str = VERIFY_HINT
 ) -> tuple[Dataset | Sequence[Path], Sequence[str]]:
     """Return a split with labels, or images without, and notes on how it was chosen.
 
@@ -25,6 +25,7 @@ def verification_images(
         model: path of the model file.
         header: the model's; None for a file that has none.
         split: of the dataset.
+        hint: of the error where there are no images: which flags name them.
 
     Raises:
         UsageError: there are no images.
@@ -35,12 +36,12 @@ def verification_images(
     except UsageError as error:
         if error.code != "data-missing":
             raise
-        raise _no_images(f"{model.name} does not record what it was trained on") from None
+        raise _no_images(f"{model.name} does not record what it was trained on", hint) from None
     except DataError as error:
         if verify is None:
-            raise DataError(error.message, hint=VERIFY_HINT, code=error.code) from None
+            raise DataError(error.message, hint=hint, code=error.code) from None
         if error.code == "empty-split":
-            raise _no_images(error.message) from None
+            raise _no_images(error.message, hint) from None
         if error.code != "format-unknown" or not verify.is_dir():
             raise
     else:
@@ -48,12 +49,12 @@ def verification_images(
     try:
         sources = find_sources([str(verify)])
     except DataError:
-        raise _no_images(f"the folder {verify} has no images") from None
+        raise _no_images(f"the folder {verify} has no images", hint) from None
     images = [source.path for source in sources if not source.video]
     if not images:
-        raise _no_images(f"the folder {verify} has {counted(len(sources), 'video')} and no images")
+        raise _no_images(f"the folder {verify} has {counted(len(sources), 'video')} and no images", hint)
     return images, [f"verify {verify}: {counted(len(images), 'image')} without labels, so AP is not compared"]
 
 
-def _no_images(reason: str) -> UsageError:
-    return UsageError(f"there are no images to verify on: {reason}", hint=VERIFY_HINT, code="no-images")
+def _no_images(reason: str, hint: str) -> UsageError:
+    return UsageError(f"there are no images to verify on: {reason}", hint=hint, code="no-images")

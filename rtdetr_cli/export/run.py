@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -10,13 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.export import tensorrt
 from rtdetr_cli.export.artefacts import Artefact, Notice, mark_name, remove_artefact, rename_artefact, write_parity
-from rtdetr_cli.export.compare import compare_interfaces, compare_precision
+from rtdetr_cli.export.compare import compare_interfaces, compare_operators, compare_precision
 from rtdetr_cli.export.formats import WRITERS, ExportContext
 from rtdetr_cli.export.options import ENGINES, ExportOptions
 from rtdetr_cli.export.verify import MAX_IMAGES, ImageRun, Reference, Verdict, verify
@@ -27,6 +24,7 @@ from rtdetr_cli.infer.inspect import graph_precision, inspect_model
 from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.text import counted
 from rtdetr_cli.weights.binding import bind, record_verdict
 from rtdetr_cli.weights.header import ModelHeader
 
@@ -89,8 +87,7 @@ def export_events(
     reference = None
     if images is not None:
         reference = Reference(TorchBackend(copy.deepcopy(model), context.header, device=device), images)
-        with full_float32():
-            yield from reference.predictions()
+        yield from reference.predictions()
     try:
         for name in options.formats:
             started = time.perf_counter()
@@ -111,17 +108,6 @@ def export_events(
             write_parity(folder, context.header, list(context.artefacts.values()), context.renamed)
 
 
-@contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Turn off TF32 (cuDNN's default on a GPU), which has 11 bits: the model is the reference."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def export_format(
     context: ExportContext, name: str, reference: Reference | None, tol_ap: float | None
 ) -> Generator[ExportEvent, None, Artefact]:
@@ -136,10 +122,12 @@ def export_format(
         if reference is not None and draft.pending:
             yield Notice(f"warning: {final.name} must be verified on the target machine: {draft.pending}")
         elif reference is not None:
-            yield Notice(f"verify  {format} {precision} on {len(reference.paths)} images")
+            yield Notice(f"verify  {format} {precision} on {counted(len(reference.paths), 'image')}")
             candidate = open_draft(path, context)
             problems = compare_interfaces(candidate.spec, context.spec)
-            problems += compare_precision(precision, graph_precision(inspect_model(path)))
+            facts = inspect_model(path)
+            problems += compare_precision(precision, graph_precision(facts))
+            problems += compare_operators(facts.get("operators", {}))
             for event in verify(candidate, reference, tol_ap=tol_ap, problems=problems, half_twin=draft.half_twin):
                 if isinstance(event, Verdict):
                     verdict = event

@@ -1,12 +1,14 @@
 """Verify an export: run it and its model on the same images, and compare what they detect.
 
-A verdict has three parts. The contract: names, types and shapes of the tensors, class list, preprocessing, and
-images of a batch that do not influence each other. The agreement: matched detections of the model and of the export.
-The AP of both on the same images, where there are labels. Nothing in here knows a file format: it sees two backends.
+A verdict has three parts. The contract: names, types and shapes of the tensors, class list and preprocessing, and on
+synthetic images every row, every batch size and every position in a batch. The agreement: matched detections of the
+model and of the export. The AP of both on the same images, where there are labels. Nothing in here knows a file format:
+it sees two backends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Generator, Iterator, Sequence
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from rtdetr_cli.datasets.records import Dataset
@@ -29,19 +32,21 @@ from rtdetr_cli.export.compare import (
     Part,
     compare_detections,
     compare_headers,
+    compare_rows,
     match_images,
 )
-from rtdetr_cli.images.decode import read_image, stretch
+from rtdetr_cli.export.synthetic import synthetic_image
+from rtdetr_cli.images.decode import stretch
 from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.graph import first_line
 from rtdetr_cli.infer.prefetch import prefetch
+from rtdetr_cli.text import counted
 from rtdetr_cli.weights.header import ModelHeader
 
 MAX_IMAGES = 200
 MIN_BATCH = 8  # images in a batch whose independence is checked
 SMALL_BATCH = 3  # a dynamic batch is also checked at this size
-PROBE_SIZES = ((640, 480), (300, 500), (1280, 720), (417, 1000))  # width, height
 SQUARE = 1000  # pixels
 MAX_SINGLE_IMAGES = 8  # images that are also run alone: each costs a whole batch where the batch is fixed
 BATCH_SHARE = 0.95  # of detections that must stay the same when only the other images of a batch change
@@ -92,7 +97,7 @@ class Verdict:
         text = f"{figures.get('matched', 0):.3f} matched ({figures.get('detections', 0)} detections)"
         if self.ap.passed is not None:
             text += f", AP {self.ap.figures['ap_model']:.3f} -> {self.ap.figures['ap_export']:.3f}"
-        return text + f" on {self.images} images"
+        return text + f" on {counted(self.images, 'image')}"
 
     @property
     def weakness(self) -> str:
@@ -134,13 +139,43 @@ class Reference:
         self.dataset = images.subset(chosen) if isinstance(images, Dataset) else None
         self.paths = [images.path(i) if isinstance(images, Dataset) else images[i] for i in chosen.tolist()]
         self._predictions: Predictions = {}
+        self._synthetic: list[Detections] = []
 
     def predictions(self) -> Generator[ImageRun, None, Predictions]:
         """Return the model's predictions, computed on the first call; raise DataError where no image can be read."""
-        self._predictions = self._predictions or (yield from predict(self.backend, self.paths))
+        if not self._predictions:
+            with full_float32():
+                self._predictions = yield from predict(self.backend, self.paths)
         if not self._predictions:
             raise DataError(f"none of the {len(self.paths)} verification images can be read, such as {self.paths[0]}")
         return self._predictions
+
+    def synthetic(self, count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[Detections]]:
+        """Return the first synthetic images with the model's detections, which are computed once.
+
+        Returns:
+            images (count, H, W, 3), stretched to the model's input; the sizes before (count, 2) as width, height;
+            the detections.
+        """
+        originals = [synthetic_image(number) for number in range(count)]
+        images = np.stack([stretch(image, self.backend.imgsz) for image in originals])
+        sizes = np.array([(image.shape[1], image.shape[0]) for image in originals], np.int64)
+        with full_float32():
+            for start in range(len(self._synthetic), count, MIN_BATCH):
+                rows = slice(start, min(start + MIN_BATCH, count))
+                self._synthetic += self.backend.run(images[rows], sizes[rows])
+        return images, sizes, self._synthetic[:count]
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Turn off TF32 (cuDNN's default on a GPU), which has 11 bits: the model is the reference."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def spread(count: int, maximum: int) -> NDArray[np.int64]:
@@ -171,16 +206,15 @@ def verify(
     if tol_ap is not None:
         limits = replace(limits, tol_ap=tol_ap)
     expected = yield from reference.predictions()
-    paths = [reference.paths[i] for i in expected]
     try:
         predictions = yield from predict(candidate, reference.paths)
     except Exception as error:  # each runtime raises its own kind
-        contract = check_contract(candidate, reference.backend.header, paths, limits, problems)
+        contract = check_contract(candidate, reference, limits, problems)
         failed = Part(False, (f"the export does not run: {first_line(error)}",))
         yield Verdict(precision, limits, len(expected), contract, failed, Part(None))
         return
     outside = check_rows(expected, predictions, len(candidate.header.names))
-    contract = check_contract(candidate, reference.backend.header, paths, limits, [*problems, *outside])
+    contract = check_contract(candidate, reference, limits, [*problems, *outside])
     agreement = compare_detections(list(expected.values()), list(predictions.values()), limits)
     half = None
     if half_twin is not None:
@@ -219,18 +253,22 @@ def images_per_run(backend: Backend) -> int:
     return int(batch * math.ceil(MIN_BATCH / batch))
 
 
-def check_contract(
-    candidate: Backend, header: ModelHeader, paths: Sequence[Path], limits: Limits, problems: Sequence[str]
-) -> Part:
-    """Check an export's header against the model's, and its batches on readable images, repeated to fill a batch."""
+def check_contract(candidate: Backend, reference: Reference, limits: Limits, problems: Sequence[str]) -> Part:
+    """Check an export's header, rows and batches against the model's, on synthetic images."""
     count = images_per_run(candidate)
-    decoded = [read_image(path) for path in paths[:count]]
-    rows = np.arange(count) % len(decoded)
-    images = np.stack([stretch(image, candidate.imgsz) for image in decoded])[rows]
-    sizes = np.resize(np.array(PROBE_SIZES, np.int64), (count, 2))  # whatever sizes the images have
-    findings = [*compare_headers(candidate.header, header), *problems, *check_batches(candidate, images, sizes, limits)]
-    batch = "dynamic" if candidate.fixed_batch is None else candidate.fixed_batch
-    return Part(not findings, tuple(findings), {"batch": batch, "probed": count})
+    findings = [*compare_headers(candidate.header, reference.backend.header), *problems]
+    figures: dict[str, Any] = {"batch": candidate.fixed_batch or "dynamic", "probed": count}
+    if candidate.imgsz == reference.backend.imgsz:  # another size is in the findings already
+        images, sizes, expected = reference.synthetic(count)
+        try:
+            together = candidate.run(images, sizes)
+        except Exception as error:  # each runtime raises its own kind
+            findings.append(f"a batch of {count} does not run: {first_line(error)}")
+        else:
+            different, compared = compare_rows(expected, together, limits)
+            findings += [*different, *check_batches(candidate, images, sizes, together, limits)]
+            figures |= compared
+    return Part(not findings, tuple(findings), figures)
 
 
 def check_rows(expected: Predictions, predictions: Predictions, class_count: int) -> list[str]:
@@ -248,11 +286,16 @@ def check_rows(expected: Predictions, predictions: Predictions, class_count: int
 
 
 def check_batches(
-    candidate: Backend, images: NDArray[np.uint8], sizes_wh: NDArray[np.int64], limits: Limits
+    candidate: Backend,
+    images: NDArray[np.uint8],
+    sizes_wh: NDArray[np.int64],
+    together: Sequence[Detections],
+    limits: Limits,
 ) -> list[str]:
     """Return what changes with the other images of a batch, and whether boxes follow the size of each image.
 
-    Every image is run alone, in a full batch, in another order and in a small batch; one image is repeated.
+    Every image is run alone, in another order and in a small batch, and compared with a full batch (`together`); one
+    image is repeated.
     """
     count = len(images)
     order, single_rows = np.arange(count), spread(count, MAX_SINGLE_IMAGES)
@@ -267,8 +310,8 @@ def check_batches(
     step = "a batch of 1"
     try:
         single = [run(np.array([row]))[0] for row in single_rows]
-        step = f"a batch of {count}"
-        together, backwards = run(order), run(order[::-1])[::-1]
+        step = f"a batch of {count} in another order"
+        backwards = run(order[::-1])[::-1]
         step = f"one image {count} times"
         first, *repeated = run(np.zeros(count, np.int64))
         step = f"a batch of {SMALL_BATCH}"

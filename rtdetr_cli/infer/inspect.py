@@ -103,7 +103,8 @@ def _onnx(path: Path) -> dict[str, Any]:
     while graphs:
         graph = graphs.pop()
         for node in graph.node:
-            operators[node.op_type] += 1
+            tanh = any(a.name == "approximate" and a.s == b"tanh" for a in node.attribute)
+            operators[f"{node.op_type}(tanh)" if tanh else node.op_type] += 1
             graphs.extend(a.g for a in node.attribute if a.HasField("g"))
     opsets = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
     initializers = {initializer.name for initializer in model.graph.initializer}
@@ -172,9 +173,15 @@ def _openvino(path: Path) -> dict[str, Any]:
         "outputs": outputs,
         "parameters": counts["parameters"],
         "types": counts["types"],
-        "operators": dict(Counter(layer.get("type", "?") for layer in layers.values()).most_common()),
+        "operators": dict(Counter(map(_openvino_operator, layers.values())).most_common()),
         "header": ModelHeader.from_json(text, source=str(path)) if text else None,
     }
+
+
+def _openvino_operator(layer: Any) -> str:
+    data = layer.find("data")
+    tanh = data is not None and data.get("approximation_mode", "").lower() == "tanh"
+    return f"{layer.get('type', '?')}{'(tanh)' if tanh else ''}"
 
 
 def _openvino_output(layer: Any, layers: dict[Any, Any], sources: dict[Any, tuple[Any, Any]]) -> dict[str, Any]:

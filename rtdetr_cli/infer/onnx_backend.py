@@ -84,7 +84,8 @@ def _providers(device: str) -> list[Any]:
             code="device-missing",
         )
     index = int(number) if device != "auto" else 0
-    return [("CUDAExecutionProvider", {"device_id": index}), "CPUExecutionProvider"]
+    # TF32, its default, would compute a float32 graph with 11 bits.
+    return [("CUDAExecutionProvider", {"device_id": index, "use_tf32": 0}), "CPUExecutionProvider"]
 
 
 def _reason(error: BaseException) -> str:
