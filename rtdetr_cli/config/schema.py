@@ -32,6 +32,9 @@ class ModelSpec(Schema):
     heads: Positive = Field(8, description="attention heads of encoder and decoder")
     decoder_dim: Positive = Field(256, description="width of the decoder")
     decoder_ffn: Positive = Field(1024, description="feed-forward width of the decoder")
+    decoder: Literal["rtdetrv2", "deim"] = Field(
+        "rtdetrv2", description="form of the decoder; `deim` has SiLU instead of ReLU, and three layers for positions"
+    )
     decoder_layers: Positive = Field(3, description="decoder layers that are trained")
     eval_layers: Positive = Field(3, description="decoder layers used for inference")
     num_points: tuple[Positive, ...] = Field((4, 4, 4), description="sampling points per scale")

@@ -45,6 +45,7 @@ def build_detector(
         eval_layers=spec.eval_layers,
         num_points=spec.num_points,
         queries=spec.queries,
+        form=spec.decoder,
     )
     model = RTDETR(backbone=backbone, encoder=encoder, decoder=decoder)
     model.set_sampling(sampling, rounding)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,11 @@ from torch.nn import functional
 
 from rtdetr_cli.model.attention import DeformableAttention, Levels, Operator, Rounding, Sampling, SelfAttention
 from rtdetr_cli.model.denoising import DenoisingGroup
-from rtdetr_cli.model.layers import MLP, ConstantCache, ConvNorm, add_bounded, inverse_sigmoid
+from rtdetr_cli.model.layers import MLP, Activation, ConstantCache, ConvNorm, add_bounded, inverse_sigmoid
+
+Form = Literal["rtdetrv2", "deim"]
+"""The published decoder, or that of DEIM's RT-DETRv2 (arXiv 2412.04234): SiLU in place of ReLU, and query positions from
+three linear layers instead of two."""
 
 INVALID_ANCHOR = 50.0
 """Logit of anchors too close to the border; its sigmoid is exactly 1 in float32 and float64, as that of infinity."""
@@ -60,8 +64,9 @@ def anchor_table(
 class DecoderLayer(nn.Module):
     """Self-attention among queries, deformable attention to the maps, and a feed-forward network; post-norm."""
 
-    def __init__(self, *, dim: int, heads: int, ffn: int, num_points: Sequence[int]) -> None:
+    def __init__(self, *, dim: int, heads: int, ffn: int, num_points: Sequence[int], act: Activation) -> None:
         super().__init__()
+        self.act = act
         self.self_attn = SelfAttention(dim=dim, heads=heads)
         self.norm1 = nn.LayerNorm(dim)
         self.cross_attn = DeformableAttention(dim=dim, heads=heads, num_points=num_points)
@@ -84,16 +89,18 @@ class DecoderLayer(nn.Module):
         """Refine queries `x` (B, Q, C) with their positions (B, Q, C) and boxes (B, Q, 4)."""
         x = self.norm1(add_bounded(x, self.self_attn(x, positions, attention_mask)))
         x = self.norm2(add_bounded(x, self.cross_attn(x + positions, reference_cxcywh, memory, levels)))
-        return cast(Tensor, self.norm3(add_bounded(x, self.linear2(functional.relu(self.linear1(x))))))
+        return cast(Tensor, self.norm3(add_bounded(x, self.linear2(self.act(self.linear1(x))))))
 
 
 class DecoderStack(nn.Module):
     """The list of layers; a module of its own only for the published parameter names."""
 
-    def __init__(self, *, layers: int, dim: int, heads: int, ffn: int, num_points: Sequence[int]) -> None:
+    def __init__(
+        self, *, layers: int, dim: int, heads: int, ffn: int, num_points: Sequence[int], act: Activation
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            DecoderLayer(dim=dim, heads=heads, ffn=ffn, num_points=num_points) for _ in range(layers)
+            DecoderLayer(dim=dim, heads=heads, ffn=ffn, num_points=num_points, act=act) for _ in range(layers)
         )
 
 
@@ -128,6 +135,7 @@ class Decoder(nn.Module):
         eval_layers: number of layers at inference.
         num_points: number of sampling points of each map.
         queries: number of queries Q.
+        form: activations and the number of layers for query positions.
 
     Attributes:
         eval_layers, eval_queries: layers and queries at inference; `RTDETR.set_inference` changes them.
@@ -145,8 +153,10 @@ class Decoder(nn.Module):
         eval_layers: int,
         num_points: Sequence[int],
         queries: int,
+        form: Form = "rtdetrv2",
     ) -> None:
         super().__init__()
+        act: Activation = functional.silu if form == "deim" else functional.relu
         self.num_classes = num_classes
         self.dim = dim
         self.num_points = tuple(num_points)
@@ -157,14 +167,17 @@ class Decoder(nn.Module):
         self._constants = ConstantCache()
         self._published_anchors: dict[tuple[tuple[int, int], ...], Anchors] = {}
         self.input_proj = nn.ModuleList(ConvNorm(in_channels=feature_dim, out_channels=dim) for _ in num_points)
-        self.decoder = DecoderStack(layers=layers, dim=dim, heads=heads, ffn=ffn, num_points=num_points)
+        self.decoder = DecoderStack(layers=layers, dim=dim, heads=heads, ffn=ffn, num_points=num_points, act=act)
         self.denoising_class_embed = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes)
-        self.query_pos_head = MLP(in_dim=4, hidden_dim=2 * dim, out_dim=dim, layers=2)
+        width, depth = (dim, 3) if form == "deim" else (2 * dim, 2)
+        self.query_pos_head = MLP(in_dim=4, hidden_dim=width, out_dim=dim, layers=depth, act=act)
         self.enc_output = TokenProjection(dim=dim)
         self.enc_score_head = nn.Linear(dim, num_classes)
-        self.enc_bbox_head = MLP(in_dim=dim, hidden_dim=dim, out_dim=4, layers=3)
+        self.enc_bbox_head = MLP(in_dim=dim, hidden_dim=dim, out_dim=4, layers=3, act=act)
         self.dec_score_head = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(layers))
-        self.dec_bbox_head = nn.ModuleList(MLP(in_dim=dim, hidden_dim=dim, out_dim=4, layers=3) for _ in range(layers))
+        self.dec_bbox_head = nn.ModuleList(
+            MLP(in_dim=dim, hidden_dim=dim, out_dim=4, layers=3, act=act) for _ in range(layers)
+        )
         self._initialize()
 
     def _initialize(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Value = TypeVar("Value")
+Activation = Callable[[Tensor], Tensor]
 _CACHE_SIZE = 48
 
 
@@ -99,17 +100,20 @@ def convolution(weight: Tensor, bias: Tensor, *, stride: int = 1) -> nn.Conv2d:
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them."""
+    """Linear layers with an activation between them."""
 
-    def __init__(self, *, in_dim: int, hidden_dim: int, out_dim: int, layers: int) -> None:
+    def __init__(
+        self, *, in_dim: int, hidden_dim: int, out_dim: int, layers: int, act: Activation = functional.relu
+    ) -> None:
         super().__init__()
+        self.act = act
         sizes = [in_dim, *[hidden_dim] * (layers - 1), out_dim]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_dim) to (..., out_dim)."""
         for layer in self.layers[:-1]:
-            x = functional.relu(layer(x))
+            x = self.act(layer(x))
         return cast(Tensor, self.layers[-1](x))
 
 

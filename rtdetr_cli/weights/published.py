@@ -89,6 +89,8 @@ def read_published(path: Path) -> PublishedFile:
         return PublishedFile(state, None, 0, f"ResNet-vd backbone, {location}", total)
     _check_is_rtdetr(state, path)
     version = "RT-DETRv2" if "decoder.enc_output.proj.weight" in state else "RT-DETR v1"
+    if "decoder.query_pos_head.layers.2.weight" in state:
+        version = "RT-DETRv2 of DEIM"
     if version == "RT-DETR v1":
         for pattern, name in _V2_NAMES.items():
             state = {re.sub(pattern, name, n): t for n, t in state.items()}
@@ -231,6 +233,7 @@ def _derive_spec(state: Mapping[str, Tensor]) -> ModelSpec:
         heads=weights.shape[0] // sum(points),
         decoder_dim=weights.shape[1],
         decoder_ffn=state[layer + "linear1.weight"].shape[0],
+        decoder="deim" if "decoder.query_pos_head.layers.2.weight" in state else "rtdetrv2",
         decoder_layers=layers,
         eval_layers=3 if is_r50m else layers,
         num_points=points,
