@@ -15,7 +15,7 @@ from rtdetr_cli.config.validation import validate
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.text import suggest
 
-ORDER = ("tiny", "r18", "r34", "r50m", "r50", "r101")
+ORDER = ("tiny", "r18", "r34", "r50m", "r50", "r101", "hgl", "hgx", "hgh")
 
 
 def preset_folder() -> Path:

@@ -18,10 +18,13 @@ class Schema(BaseModel):
 class ModelSpec(Schema):
     """The sizes of one RT-DETRv2. Field names follow the published configuration where it has one."""
 
-    depth: Literal[10, 18, 34, 50, 101] = Field(
-        18, description="depth of the ResNet-vd backbone; 10 has one block per stage and is ours, for `tiny`"
+    backbone: Literal["resnet", "hgnetv2-l", "hgnetv2-x", "hgnetv2-h"] = Field(
+        "resnet", description="backbone: resnet (ResNet-vd) or an HGNetv2"
     )
-    width: Positive = Field(64, description="channels of the first residual stage; 64 in the published networks")
+    depth: Literal[10, 18, 34, 50, 101] = Field(
+        18, description="depth of a ResNet-vd; 10 has one block per stage and is ours, for `tiny`"
+    )
+    width: Positive = Field(64, description="scale of the backbone's channels; 64 in the published networks")
     freeze_at: int = Field(-1, ge=-1, le=4, description="-1 trains all; 0 freezes the stem; n the stem and n stages")
     freeze_norm: bool = Field(False, description="freeze the batch norms of the backbone")
     hidden_dim: Positive = Field(256, description="width of the encoder")
@@ -48,6 +51,8 @@ class ModelSpec(Schema):
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:
         problems = []
+        if self.backbone != "resnet" and self.depth != 18:
+            problems.append(f"depth {self.depth} is for a ResNet; the backbone is {self.backbone}")
         if self.eval_layers > self.decoder_layers:
             problems.append(f"eval_layers {self.eval_layers} is more than decoder_layers {self.decoder_layers}")
         if len(self.num_points) != 3:

@@ -1,4 +1,4 @@
-"""ResNet-vd, the backbone of RT-DETRv2 (He et al. 2018, "Bag of Tricks", arXiv 1812.01187, variant D).
+"""What backbones share, and ResNet-vd, the backbone of RT-DETRv2 (He et al. 2018, "Bag of Tricks", arXiv 1812.01187, variant D).
 
 The stem has three 3x3 convolutions, the stride of a bottleneck is in its 3x3 convolution, and a strided shortcut has
 an average pool before its 1x1 convolution.
@@ -10,6 +10,7 @@ Departures from the official code: `width` scales every stage, and `depth` 10 ha
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -91,7 +92,58 @@ class Stage(nn.Module):
         return x
 
 
-class ResNet(nn.Module):
+class Backbone(nn.Module):
+    """A stem and four stages; the outputs are the maps of strides 8, 16 and 32.
+
+    Attributes:
+        out_channels: channels of the three maps.
+    """
+
+    out_channels: tuple[int, ...]
+    _frozen_parts = 0
+
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """The stem, which includes any pooling, and the stages."""
+        raise NotImplementedError
+
+    def finish(self, *, freeze_at: int, freeze_norm: bool) -> None:
+        """Freeze what a configuration says, after the modules have been made."""
+        if freeze_norm:
+            freeze_norms(self)
+        self.freeze(freeze_at)
+
+    def freeze(self, at: int) -> None:
+        """Freeze the stem (0), the stem and `at` stages (1 to 4), or nothing (-1)."""
+        self._frozen_parts = at + 1
+        for part in self.parts[: self._frozen_parts]:
+            for parameter in part.parameters():
+                parameter.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Set the mode; frozen parts stay in eval mode."""
+        super().train(mode)
+        for part in self.parts[: self._frozen_parts]:
+            part.eval()
+        return self
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Reduce the stem's output (B, C, H, W) where the stages expect it; most backbones need nothing."""
+        return x
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Map (B, 3, H, W) to three maps (B, C_l, H / s, W / s), s = 8, 16, 32."""
+        stem, *stages = self.parts
+        x = self.pool(stem(images))
+        maps = []
+        for stage in stages:
+            x = stage(x)
+            maps.append(x)
+        return maps[1:]
+
+
+class ResNet(Backbone):
     """The backbone; its outputs are the maps of strides 8, 16 and 32.
 
     Args:
@@ -99,9 +151,6 @@ class ResNet(nn.Module):
         width: channels of the first stage; the other stages and the stem scale with it.
         freeze_at: -1 freezes nothing, 0 the stem, n the stem and n stages.
         freeze_norm: make every batch norm constant.
-
-    Attributes:
-        out_channels: channels of the three maps.
     """
 
     def __init__(self, *, depth: int, width: int = 64, freeze_at: int = -1, freeze_norm: bool = False) -> None:
@@ -125,37 +174,16 @@ class ResNet(nn.Module):
             in_channels = channels * block.expansion
         self.res_layers = nn.ModuleList(stages)
         self.out_channels = tuple(width * 2**i * block.expansion for i in (1, 2, 3))
-        self._frozen_parts = 0
-        if freeze_norm:
-            freeze_norms(self)
-        self.freeze(freeze_at)
+        self.finish(freeze_at=freeze_at, freeze_norm=freeze_norm)
 
-    def freeze(self, at: int) -> None:
-        """Freeze the stem (0), the stem and `at` stages (1 to 4), or nothing (-1)."""
-        self._frozen_parts = at + 1
-        for i, part in enumerate([self.conv1, *self.res_layers]):
-            if i < self._frozen_parts:
-                for parameter in part.parameters():
-                    parameter.requires_grad_(False)
-        self.train(self.training)
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """The stem and the stages."""
+        return [self.conv1, *self.res_layers]
 
-    def train(self, mode: bool = True) -> ResNet:
-        """Set the mode; frozen parts stay in eval mode."""
-        super().train(mode)
-        for part in [self.conv1, *self.res_layers][: self._frozen_parts]:
-            part.eval()
-        return self
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Map (B, 3, H, W) to three maps (B, C_l, H / s, W / s), s = 8, 16, 32."""
-        x: Tensor = self.conv1(images)
-        x = functional.max_pool2d(x, 3, stride=2, padding=1)
-        maps = []
-        for i, stage in enumerate(self.res_layers):
-            x = stage(x)
-            if i > 0:
-                maps.append(x)
-        return maps
+    def pool(self, x: Tensor) -> Tensor:
+        """Halve the stem's output."""
+        return functional.max_pool2d(x, 3, stride=2, padding=1)
 
 
 def freeze_norms(module: nn.Module) -> None:

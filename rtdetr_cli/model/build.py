@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.model.attention import Rounding, Sampling
-from rtdetr_cli.model.backbone import ResNet
+from rtdetr_cli.model.backbone import Backbone, ResNet
 from rtdetr_cli.model.decoder import Decoder
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.model.encoder import HybridEncoder
+from rtdetr_cli.model.hgnet import HGNetV2
+
+
+def build_backbone(spec: ModelSpec) -> Backbone:
+    """Build the backbone of an architecture, with initial values."""
+    if spec.backbone == "resnet":
+        return ResNet(depth=spec.depth, width=spec.width, freeze_at=spec.freeze_at, freeze_norm=spec.freeze_norm)
+    return HGNetV2(name=spec.backbone, width=spec.width, freeze_at=spec.freeze_at, freeze_norm=spec.freeze_norm)
 
 
 def build_detector(
@@ -25,7 +33,7 @@ def build_detector(
         sampling: how the decoder samples the maps; `discrete` freezes the sampling offsets.
         rounding: rounding of discrete sampling.
     """
-    backbone = ResNet(depth=spec.depth, width=spec.width, freeze_at=spec.freeze_at, freeze_norm=spec.freeze_norm)
+    backbone = build_backbone(spec)
     encoder = HybridEncoder(
         in_channels=backbone.out_channels,
         hidden_dim=spec.hidden_dim,

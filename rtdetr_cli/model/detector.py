@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rtdetr_cli.config.image_size import STRIDE
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.model.attention import Operator, Rounding, Sampling
-from rtdetr_cli.model.backbone import ResNet
+from rtdetr_cli.model.backbone import Backbone
 from rtdetr_cli.model.decoder import Decoder, LayerOutput
 from rtdetr_cli.model.denoising import DenoisingGroup
 from rtdetr_cli.model.encoder import HybridEncoder, RepBlock
@@ -49,7 +49,7 @@ class RTDETR(nn.Module):
         deployed: whether it is the result of `fuse`, which cannot be trained.
     """
 
-    def __init__(self, *, backbone: ResNet, encoder: HybridEncoder, decoder: Decoder) -> None:
+    def __init__(self, *, backbone: Backbone, encoder: HybridEncoder, decoder: Decoder) -> None:
         super().__init__()
         self.backbone = backbone
         self.encoder = encoder

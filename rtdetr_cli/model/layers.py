@@ -60,10 +60,13 @@ class ConvNorm(nn.Module):
         out_channels: int,
         kernel: int = 1,
         stride: int = 1,
+        groups: int = 1,
         act: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=(kernel - 1) // 2, bias=False)
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel, stride, padding=(kernel - 1) // 2, groups=groups, bias=False
+        )
         self.norm: nn.Module = nn.BatchNorm2d(out_channels)
         self.act = act if act is not None else nn.Identity()
 
@@ -86,14 +89,16 @@ class ConvNorm(nn.Module):
             return
         weight, bias = self.folded()
         old = self.conv
-        self.conv = convolution(weight.to(old.weight.dtype), bias.to(old.weight.dtype), stride=old.stride[0])
+        dtype = old.weight.dtype
+        self.conv = convolution(weight.to(dtype), bias.to(dtype), stride=old.stride[0], groups=old.groups)
         self.norm = nn.Identity()
 
 
-def convolution(weight: Tensor, bias: Tensor, *, stride: int = 1) -> nn.Conv2d:
-    """Make a convolution with `same` padding from a weight (C', C, k, k) and a bias (C',)."""
+def convolution(weight: Tensor, bias: Tensor, *, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """Make a convolution padded as in `ConvNorm` from a weight (C', C / groups, k, k) and a bias (C',)."""
     out_channels, in_channels, kernel, _ = weight.shape
-    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=(kernel - 1) // 2).to(weight)
+    padding = (kernel - 1) // 2
+    conv = nn.Conv2d(in_channels * groups, out_channels, kernel, stride, padding=padding, groups=groups).to(weight)
     conv.weight.data = weight
     conv.bias.data = bias  # type: ignore[union-attr]
     return conv
