@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rtdetr_cli.cli.terminal import DedupeOption
+from rtdetr_cli.cli.terminal import DedupeOption, OfflineFlag
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 from rtdetr_cli.text import abbreviate, counted
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rtdetr_cli.infer.stream import Predicted
     from rtdetr_cli.infer.write import Results
 
-DEFAULT_MODEL = "rtdetrv2_r18vd_120e_coco_rerun_48.1.pth"
+DEFAULT_MODEL = "r18"
 """The published model that is used when no run has finished yet."""
 
 LOW_SCORE = 0.05
@@ -79,18 +79,21 @@ def predict(
     save_coco: Annotated[bool, typer.Option("--save-coco", help="Write predictions.json as COCO results.")] = False,
     save_txt: Annotated[bool, typer.Option("--save-txt", help="Write labels/NAME.txt as YOLO labels.")] = False,
     save_conf: Annotated[bool, typer.Option("--save-conf", help="Add the score of each box to --save-txt.")] = False,
+    offline: OfflineFlag = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Output folder (default: runs/predict-NN).", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document per image to stdout.")] = False,
 ) -> None:
     """Detect objects in images and videos, and write annotated copies; skip files that cannot be read (exit code 1)."""
+    from rtdetr_cli.cli import terminal
     from rtdetr_cli.cli.select import parse_size
     from rtdetr_cli.infer.duplicates import parse_dedupe
     from rtdetr_cli.infer.selection import parse_conf, select_by
     from rtdetr_cli.infer.sources import find_sources
 
     # Check the options before any file is opened.
+    terminal.forbid_downloads(offline)
     size = parse_size(imgsz) if imgsz else None
     _check_options(
         sampling, out, **{"max-det": max_det, "batch": batch, "threads": threads, "layers": layers, "queries": queries}
@@ -183,8 +186,8 @@ def _find_model(weights: Path | None) -> Path:
             raise
     from rtdetr_cli.weights import hub
 
-    terminal.say(f"runs/ has no finished run: using the published r18 COCO weights ({DEFAULT_MODEL})")
-    return hub.fetch(DEFAULT_MODEL, progress=terminal.transfer)
+    terminal.say(f"runs/ has no finished run: using the published {DEFAULT_MODEL} COCO weights")
+    return hub.fetch(DEFAULT_MODEL, progress=terminal.transfer, notify=terminal.say)
 
 
 def _load_dataset(data: Path) -> Splits:

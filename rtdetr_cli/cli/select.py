@@ -8,7 +8,7 @@ from pathlib import Path
 from rtdetr_cli.config.image_size import parse_image_size
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 from rtdetr_cli.runs import BEST, RunFolder, find_runs
-from rtdetr_cli.weights.header import MODEL_SUFFIXES
+from rtdetr_cli.weights.header import MODEL_SUFFIXES, TRANSFORMERS_TENSORS
 
 CHECKPOINT_SUFFIX = ".ckpt"
 
@@ -43,15 +43,15 @@ def resolve_model(model: Path | None, *, runs: Path = Path("runs")) -> Path:
 
 
 def model_file(model: Path) -> Path:
-    """Return the model file of a path: itself, or the best model of a run folder.
+    """Return the model file of a path: itself, the best model of a run folder, or that of a folder of transformers.
 
     Raises:
         ModelError: there is none, or it is not a known format.
     """
     if model.is_dir():
-        best = RunFolder(model).best
-        if best.is_file():
-            return best
+        for file in (RunFolder(model).best, model / TRANSFORMERS_TENSORS):
+            if file.is_file():
+                return file
         raise _no_model_in(model)
     if not model.exists():
         from rtdetr_cli.infer.backend import neighbours

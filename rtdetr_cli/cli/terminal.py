@@ -34,6 +34,15 @@ DedupeOption = Annotated[
         show_default=False,
     ),
 ]
+OfflineFlag = Annotated[bool, typer.Option("--offline", help="Use cached weights only; never download any.")]
+
+
+def forbid_downloads(offline: bool) -> None:
+    """Apply `--offline` to this process and those that it starts."""
+    if offline:
+        from rtdetr_cli.weights.download import OFFLINE_VARIABLE
+
+        os.environ[OFFLINE_VARIABLE] = "1"
 
 
 def command_group(help_text: str) -> typer.Typer:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rtdetr_cli.cli.setting_flags import TRAIN_FLAGS, SetFlag, with_setting_flags
-from rtdetr_cli.cli.terminal import JsonFlag
+from rtdetr_cli.cli.terminal import JsonFlag, OfflineFlag
 from rtdetr_cli.text import abbreviate
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def train(
             "--dry-run", help="Print the plan, test the largest step, and estimate time, memory and disk space."
         ),
     ] = False,
+    offline: OfflineFlag = False,
     set_values: SetFlag = None,
     config_file: Annotated[
         Path | None, typer.Option("--config", help="TOML file of settings, such as the config.toml of a run.")
@@ -46,6 +47,7 @@ def train(
     from rtdetr_cli.runs import RunFolder
     from rtdetr_cli.workflows import launching
 
+    terminal.forbid_downloads(offline)
     sets = set_values or []
     if resume is not None and (dry_run or config_file is not None):
         flag = "--dry-run" if dry_run else "--config"

@@ -8,15 +8,14 @@ from typing import Annotated
 import typer
 
 from rtdetr_cli.cli import terminal
-from rtdetr_cli.cli.terminal import JsonFlag
-from rtdetr_cli.errors import ModelError, UsageError
-from rtdetr_cli.text import suggest
+from rtdetr_cli.cli.terminal import JsonFlag, OfflineFlag
+from rtdetr_cli.errors import ModelError
 
 app = terminal.command_group(
     "Manage the published weights, which train --weights coco and predict download once; without a command, list them."
 )
 
-Name = Annotated[str, typer.Argument(help="A preset such as r18, or the name of a published file.")]
+Name = Annotated[str, typer.Argument(help="Name from the list, such as r18 or r50-objects365-coco, or a file name.")]
 
 
 @app.callback()
@@ -26,44 +25,40 @@ def root(context: typer.Context) -> None:
         list_files()
 
 
-def _file_name(name: str) -> str:
-    """Return the file name of a preset's COCO weights, or the name itself."""
-    from rtdetr_cli.config.presets import load_preset, preset_names
-
-    if name not in preset_names():
-        from rtdetr_cli.weights.hub import PUBLISHED
-
-        if name not in PUBLISHED:
-            raise ModelError(
-                f"there is no published file {name}{suggest(name, [*preset_names(), *PUBLISHED])}",
-                hint=f"a preset ({', '.join(preset_names())}), or a file from: rtdetr weights list",
-                code="weights-unknown",
-            )
-        return name
-    weights = load_preset(name).weights
-    if weights is None:
-        raise UsageError(f"preset {name} has no published weights", hint="rtdetr weights list")
-    return weights
-
-
 @app.command("list")
 def list_files(as_json: JsonFlag = False) -> None:
-    """List the published files, and which of them are in the cache."""
+    """List the published weights, and which of them are in the cache."""
     from rtdetr_cli.weights import hub
+    from rtdetr_cli.weights.catalogue import catalogue
 
-    folder = hub.weights_folder()
     rows = []
-    for entry in hub.PUBLISHED.values():
-        here, sha256 = (folder / entry.file).is_file(), hub.expected_sha256(entry.file)
-        rows.append({"file": entry.file, "what": entry.description, "here": here, "sha256": sha256})
+    for entry in catalogue().values():
+        path = hub.cached_path(entry.name)
+        here = path.is_file()
+        rows.append({
+            "name": entry.name, "file": entry.file, "what": entry.description, "preset": entry.preset,
+            "data": entry.data, "ap": entry.ap, "version": entry.version, "sampling": entry.sampling,
+            "license": entry.license, "bytes": path.stat().st_size if here else entry.bytes or None, "here": here,
+            "hash": hub.hash_kind(entry.name) or None, "sha256": hub.expected_sha256(entry.name),
+        })  # fmt: skip
+    folder = hub.weights_folder()
     if as_json:
         terminal.emit_json({"folder": str(folder), "files": rows})
         return
     terminal.table(
-        ("file", "content", "cached", "sha256"),
-        [(r["file"], r["what"], "yes" if r["here"] else "-", str(r["sha256"])[:12] or "-") for r in rows],
+        ("name", "preset", "trained on", "AP", "MB", "hash", "cached"),
+        [
+            (r["name"], r["preset"], r["data"], f"{r['ap']:.3f}" if r["ap"] else "-",
+             f"{r['bytes'] / 1e6:.0f}" if r["bytes"] else "-", r["hash"] or "-", "yes" if r["here"] else "-")
+            for r in rows
+        ],
+    )  # fmt: skip
+    licenses = ", ".join(sorted({str(r["license"]) for r in rows}))
+    terminal.out(
+        f"license: {licenses}. AP: published, on COCO val2017 (objects365: on its own val split).\n"
+        "hash: pinned = publicly known; recorded = that of the first copy on this machine.\n"
+        f"cache: {folder}"
     )
-    terminal.out(f"cache: {folder}")
 
 
 @app.command()
@@ -72,31 +67,34 @@ def fetch(
     force: Annotated[
         bool, typer.Option("--force", help="Download the file even if it is cached, and accept a changed file.")
     ] = False,
+    offline: OfflineFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Download a file into the cache and check its hash."""
+    """Download a file into the cache and check it."""
     from rtdetr_cli.weights import hub
 
-    file = _file_name(name)
-    recorded = hub.expected_sha256(file)
-    path = hub.fetch(file, force=force, progress=terminal.transfer)
+    terminal.forbid_downloads(offline)
+    recorded = hub.expected_sha256(name)
+    path = hub.fetch(name, force=force, progress=terminal.transfer, notify=terminal.say)
     _print_path(path, as_json, recorded=recorded)
 
 
 @app.command()
 def verify(as_json: JsonFlag = False) -> None:
-    """Check the hash of every cached file."""
+    """Check the hash and architecture of every cached file."""
     from rtdetr_cli.weights import hub
+    from rtdetr_cli.weights.catalogue import catalogue
 
     rows, errors = [], []
-    for file in hub.PUBLISHED:
-        path = hub.weights_folder() / file
+    for entry in catalogue().values():
+        path = hub.cached_path(entry.name)
         if not path.is_file():
             continue
+        row = {"name": entry.name, "file": entry.file}
         try:
-            rows.append({"file": file, "ok": True, "sha256": hub.verify(file, path)})
+            rows.append({**row, "ok": True, "sha256": hub.verify(entry.name, notify=terminal.say)})
         except ModelError as error:
-            rows.append({"file": file, "ok": False, "sha256": hub.file_sha256(path)})
+            rows.append({**row, "ok": False, "sha256": hub.file_sha256(path)})
             errors.append(error)
     if as_json and not errors:
         terminal.emit_json({"files": rows})
@@ -110,15 +108,19 @@ def verify(as_json: JsonFlag = False) -> None:
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="A published file that was downloaded by other means.")],
+    file: Annotated[Path, typer.Argument(help="A published file that was downloaded by other means, of any name.")],
+    name: Annotated[
+        str, typer.Option("--as", metavar="NAME", help="Which weights it holds, where its tensors fit several.")
+    ] = "",
     force: Annotated[bool, typer.Option("--force", help="Accept a file that differs from the recorded one.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Check the hash of a downloaded file and copy it into the cache."""
+    """Check a downloaded file and copy it into the cache."""
     from rtdetr_cli.weights import hub
 
-    recorded = hub.expected_sha256(file.name)
-    _print_path(hub.import_file(file, force=force), as_json, recorded=recorded)
+    before = hub.recorded_hashes()
+    path = hub.import_file(file, name=name, force=force, notify=terminal.say)
+    _print_path(path, as_json, recorded=before.get(path.name, ""))
 
 
 @app.command()
@@ -126,7 +128,7 @@ def path(name: Name, as_json: JsonFlag = False) -> None:
     """Print the path of a cached file (exit code 4: not cached)."""
     from rtdetr_cli.weights import hub
 
-    cached = hub.weights_folder() / hub.find_published(_file_name(name)).file
+    cached = hub.cached_path(name)
     if not cached.is_file():
         raise ModelError(f"{cached} does not exist", hint=f"rtdetr weights fetch {name}", code="weights-missing")
     _print_path(cached, as_json)

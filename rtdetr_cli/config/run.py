@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, create_model
 
 from rtdetr_cli.config.presets import flatten, load_preset, read_toml
 from rtdetr_cli.config.schema import ModelSpec, OptimSpec, Preset, Schema
-from rtdetr_cli.config.settings import RunSettings, Setting, declarations
+from rtdetr_cli.config.settings import PUBLISHED_WEIGHTS, RunSettings, Setting, declarations
 from rtdetr_cli.config.validation import validate
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.text import suggest
@@ -25,7 +25,7 @@ NAMED: dict[str, tuple[str, ...]] = {
     "data": (),
     "images": (),
     "preset": (),
-    "weights": ("coco", "imagenet", "none"),
+    "weights": (*PUBLISHED_WEIGHTS, "none"),
     "aug": ("auto", "recipe", "light", "none"),
 }
 # Tables of config.toml: the sources of the values, and what the preset holds besides model and learning rates.

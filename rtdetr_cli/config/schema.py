@@ -104,6 +104,9 @@ class Preset(Schema):
     params_m: float = Field(description="parameters in millions, with 80 classes")
     published_ap: float | None = Field(None, description="COCO val2017 AP of the published weights, from 0 to 1")
     weights: str | None = Field(None, description="file name of the published COCO weights")
+    objects365_coco: str | None = Field(
+        None, description="file name of the published weights pretrained on Objects365 and finetuned on COCO"
+    )
     imagenet: str | None = Field(None, description="file name of the published ImageNet backbone")
     imgsz: tuple[Positive, Positive] = Field((640, 640), description="input size in pixels, height first")
     recipe_steps: Count = Field(500, description="steps from which a run uses the recipe's augmentation, else light")

@@ -17,6 +17,9 @@ from rtdetr_cli.config.image_size import parse_image_size
 
 T = TypeVar("T")
 
+PUBLISHED_WEIGHTS = {"coco": "weights", "objects365-coco": "objects365_coco", "imagenet": "imagenet"}
+"""Words of `--weights` that stand for a published file, and the field of a preset that names the file."""
+
 DATA_HELP = "Dataset folder, file or zip: COCO, YOLO, VOC, Labelme or CSV."
 
 
@@ -82,10 +85,13 @@ class RunSettings:
 
     data: str | None = _flag(None, DATA_HELP, short="-d", is_path=True)
     images: str | None = _flag(None, "Folder of the images, if they are not next to the annotations.", is_path=True)
-    preset: str = _flag("r18", "Preset: tiny, r18, r34, r50m, r50, r101, or the path of a preset file.", short="-p")
+    preset: str = _flag(
+        "r18", "Preset: tiny, r18, r34, r50m, r50, r101, hgl, hgx, hgh, or the path of a preset file.", short="-p"
+    )
     weights: str = _flag(
         "coco",
-        "Weights to start from: coco or imagenet (published, downloaded once), none, or a run or model file.",
+        "Weights to start from: coco, objects365-coco or imagenet (published, downloaded once), none, or a run or "
+        "model file.",
         short="-w",
     )
     epochs: Positive = _flag(50, "Passes over the training images.", short="-e")

@@ -12,8 +12,7 @@ from rtdetr_cli.errors import EnvironmentProblem, UsageError
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.model.postprocess import select_detections
-from rtdetr_cli.weights.header import ModelHeader, read_header
-from rtdetr_cli.weights.published import is_safetensors
+from rtdetr_cli.weights.header import ModelHeader, own_header
 
 
 class TorchBackend:
@@ -80,9 +79,9 @@ def check_sampling(path: Path, sampling: str | None) -> None:
         UsageError: the sampling differs.
         ModelError: the file is missing or damaged.
     """
-    if sampling not in ("bilinear", "discrete") or not is_safetensors(path):
+    if sampling not in ("bilinear", "discrete") or (header := own_header(path)) is None:
         return
-    trained = read_header(path).sampling
+    trained = header.sampling
     if trained != sampling:
         raise UsageError(
             f"{path} was trained with {trained} sampling; --sampling {sampling} is for published files only",

@@ -1,4 +1,4 @@
-"""What backbones share, and ResNet-vd, the backbone of RT-DETRv2 (He et al. 2018, "Bag of Tricks", arXiv 1812.01187, variant D).
+"""What backbones share, and ResNet-vd (He et al. 2018, "Bag of Tricks", arXiv 1812.01187, variant D).
 
 The stem has three 3x3 convolutions, the stride of a bottleneck is in its 3x3 convolution, and a strided shortcut has
 an average pool before its 1x1 convolution.

@@ -26,8 +26,8 @@ from rtdetr_cli.model.denoising import DenoisingGroup
 from rtdetr_cli.model.layers import MLP, Activation, ConstantCache, ConvNorm, add_bounded, inverse_sigmoid
 
 Form = Literal["rtdetrv2", "deim"]
-"""The published decoder, or that of DEIM's RT-DETRv2 (arXiv 2412.04234): SiLU in place of ReLU, and query positions from
-three linear layers instead of two."""
+"""The published decoder, or that of DEIM's RT-DETRv2 (arXiv 2412.04234), which has SiLU in place of ReLU and computes
+query positions with three linear layers instead of two."""
 
 INVALID_ANCHOR = 50.0
 """Logit of anchors too close to the border; its sigmoid is exactly 1 in float32 and float64, as that of infinity."""

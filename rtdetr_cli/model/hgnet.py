@@ -26,6 +26,7 @@ LAYERS = 6  # of every block
 class StageSizes(NamedTuple):
     """Channels, number of blocks and kind of one stage."""
 
+    in_channels: int
     channels: int  # of each layer
     out_channels: int
     blocks: int
@@ -33,28 +34,41 @@ class StageSizes(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Channels of the stem, and its four stages."""
+    """Channels of the stem, within and out of it, and the four stages."""
 
-    stem: int
-    stem_out: int
-    stages: tuple[StageSizes, StageSizes, StageSizes, StageSizes]
+    stem: tuple[int, int]
+    stages: tuple[StageSizes, ...]
 
 
-SIZES: dict[str, Sizes] = {
-    "hgnetv2-l": Sizes(32, 48, (
-        StageSizes(48, 128, 1, False), StageSizes(96, 512, 1, False),
-        StageSizes(192, 1024, 3, True), StageSizes(384, 2048, 1, True),
+SIZES: dict[HGNetName, Sizes] = {
+    "hgnetv2-l": Sizes((32, 48), (
+        StageSizes(48, 48, 128, 1, False), StageSizes(128, 96, 512, 1, False),
+        StageSizes(512, 192, 1024, 3, True), StageSizes(1024, 384, 2048, 1, True),
     )),
-    "hgnetv2-x": Sizes(32, 64, (
-        StageSizes(64, 128, 1, False), StageSizes(128, 512, 2, False),
-        StageSizes(256, 1024, 5, True), StageSizes(512, 2048, 2, True),
+    "hgnetv2-x": Sizes((32, 64), (
+        StageSizes(64, 64, 128, 1, False), StageSizes(128, 128, 512, 2, False),
+        StageSizes(512, 256, 1024, 5, True), StageSizes(1024, 512, 2048, 2, True),
     )),
-    "hgnetv2-h": Sizes(48, 96, (
-        StageSizes(96, 192, 2, False), StageSizes(192, 512, 3, False),
-        StageSizes(384, 1024, 6, True), StageSizes(768, 2048, 3, True),
+    "hgnetv2-h": Sizes((48, 96), (
+        StageSizes(96, 96, 192, 2, False), StageSizes(192, 192, 512, 3, False),
+        StageSizes(512, 384, 1024, 6, True), StageSizes(1024, 768, 2048, 3, True),
     )),
 }  # fmt: skip
 """The published sizes, at width 64."""
+
+
+def scaled_sizes(name: HGNetName, width: int) -> Sizes:
+    """Return the sizes of a backbone whose channels are `width` / 64 of the published ones."""
+
+    def scaled(channels: int) -> int:
+        return max(2, channels * width // 64)
+
+    sizes = SIZES[name]
+    stages = tuple(
+        s._replace(in_channels=scaled(s.in_channels), channels=scaled(s.channels), out_channels=scaled(s.out_channels))
+        for s in sizes.stages
+    )
+    return Sizes((scaled(sizes.stem[0]), scaled(sizes.stem[1])), stages)
 
 
 class Stem(nn.Module):
@@ -116,15 +130,14 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """Blocks at one resolution, after a depthwise convolution of stride 2 in all stages but the first."""
 
-    def __init__(self, *, in_channels: int, sizes: StageSizes, downsample: bool) -> None:
+    def __init__(self, *, sizes: StageSizes, downsample: bool) -> None:
         super().__init__()
+        n = sizes.in_channels
         self.downsample: nn.Module = nn.Identity()
         if downsample:
-            self.downsample = ConvNorm(
-                in_channels=in_channels, out_channels=in_channels, kernel=3, stride=2, groups=in_channels
-            )
+            self.downsample = ConvNorm(in_channels=n, out_channels=n, kernel=3, stride=2, groups=n)
         self.blocks = nn.ModuleList(
-            Block(in_channels=in_channels if i == 0 else sizes.out_channels, sizes=sizes, residual=i > 0)
+            Block(in_channels=n if i == 0 else sizes.out_channels, sizes=sizes, residual=i > 0)
             for i in range(sizes.blocks)
         )
 
@@ -148,17 +161,10 @@ class HGNetV2(Backbone):
 
     def __init__(self, *, name: HGNetName, width: int = 64, freeze_at: int = -1, freeze_norm: bool = False) -> None:
         super().__init__()
-        stem, stem_out, stages = SIZES[name]
-        self.stem = Stem(channels=_scaled(stem, width), out_channels=_scaled(stem_out, width))
-        scaled = [
-            s._replace(channels=_scaled(s.channels, width), out_channels=_scaled(s.out_channels, width)) for s in stages
-        ]
-        inputs = [_scaled(stem_out, width), *(s.out_channels for s in scaled)]
-        self.stages = nn.ModuleList(
-            Stage(in_channels=n, sizes=sizes, downsample=i > 0)
-            for i, (n, sizes) in enumerate(zip(inputs, scaled, strict=False))
-        )
-        self.out_channels = tuple(s.out_channels for s in scaled[1:])
+        (channels, out_channels), stages = scaled_sizes(name, width)
+        self.stem = Stem(channels=channels, out_channels=out_channels)
+        self.stages = nn.ModuleList(Stage(sizes=sizes, downsample=i > 0) for i, sizes in enumerate(stages))
+        self.out_channels = tuple(s.out_channels for s in stages[1:])
         self.finish(freeze_at=freeze_at, freeze_norm=freeze_norm)
 
     @property
@@ -172,7 +178,3 @@ def _conv(in_channels: int, out_channels: int, *, kernel: int = 1, stride: int =
     return ConvNorm(
         in_channels=in_channels, out_channels=out_channels, kernel=kernel, stride=stride, groups=groups, act=act
     )
-
-
-def _scaled(channels: int, width: int) -> int:
-    return max(2, channels * width // 64)

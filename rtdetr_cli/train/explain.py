@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from rtdetr_cli.config.run import RunConfig
+from rtdetr_cli.config.settings import PUBLISHED_WEIGHTS
 from rtdetr_cli.text import abbreviate, counted
 from rtdetr_cli.train.plan import (
     LARGEST_RATE_FACTOR,
@@ -17,14 +18,21 @@ from rtdetr_cli.train.plan import (
     keeps_published,
     rate_factor,
 )
+from rtdetr_cli.weights.catalogue import find_by_file
+from rtdetr_cli.weights.hub import hash_kind
 
 # Steps below which a run from such weights learns little. Measured for random weights, with `tiny`: 260 steps reach
 # AP 0.5 on blood cells (docs/learning.md). The others are shares of that, not measured.
-FEW_STEPS = {"coco": 100, "imagenet": 200, "none": 250}
+FEW_STEPS = {"coco": 100, "objects365-coco": 100, "imagenet": 200, "none": 250}
 FEW_BOXES, RARE_SHARE = 10, 0.1  # a class with fewer boxes than this, or than this share of the median class, is rare
 MOST_DETECTIONS = 300  # in an image, with any number of queries
 QUERY_STEP = 50  # suggested numbers of queries are multiples of it
-START = {"coco": "pretrained weights", "imagenet": "an ImageNet backbone", "none": "random weights"}
+START = {
+    "coco": "pretrained weights",
+    "objects365-coco": "pretrained weights",
+    "imagenet": "an ImageNet backbone",
+    "none": "random weights",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +146,22 @@ def _explain_model(config: RunConfig) -> list[Choice]:
         reason = preset if spec == config.preset.model else "random weights"
     height, width = config.imgsz
     return [
+        *_explain_weights(config),
         Choice("input size", f"{height}x{width}", config.source("imgsz") if settings.imgsz else preset),
         Choice("frozen", ", ".join(parts) or "nothing", reason),
     ]
+
+
+def _explain_weights(config: RunConfig) -> list[Choice]:
+    """Return which published file the run starts from, and where it is from; nothing for other weights."""
+    field = PUBLISHED_WEIGHTS.get(config.settings.weights)
+    entry = find_by_file(getattr(config.preset, field) or "") if field else None
+    if entry is None:
+        return []
+    reason = f"from {entry.url}, sha256 {hash_kind(entry.name) or 'unknown'}"
+    if entry.data == "objects365-coco":
+        reason += "; a higher COCO AP does not promise a better result on your images"
+    return [Choice("weights", entry.description, reason)]
 
 
 def _explain_rate(config: RunConfig, plan: Plan) -> list[Choice]:

@@ -25,7 +25,11 @@ EXPORT_SUFFIXES = {".onnx": "onnx", ".xml": "openvino", ".engine": "tensorrt", "
 MODEL_SUFFIXES = (".safetensors", ".pth", ".pt", *EXPORT_SUFFIXES)
 """Suffixes of all files that a command takes as a model."""
 
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
 _CHUNK = 1 << 20
+TRANSFORMERS_TENSORS = "model.safetensors"
+"""The file of tensors in a folder of transformers."""
+
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
@@ -135,6 +139,32 @@ class ModelHeader:
             raise ModelError(message, code="model-header") from error
 
 
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file is safetensors rather than a torch checkpoint, by its content.
+
+    A safetensors file begins with eight bytes of length, whose first byte can equal that of a pickle (in one file of
+    32); the opening brace of its JSON follows.
+
+    Raises:
+        ModelError: the file does not exist or cannot be read.
+    """
+    start = first_bytes(path)
+    return start[8:9] == b"{" or (path.suffix == ".safetensors" and not start.startswith(PICKLE_STARTS))
+
+
+def first_bytes(path: Path) -> bytes:
+    """Return the first 512 bytes of a model file; raises ModelError where there are none to read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(512)
+    except FileNotFoundError:
+        raise ModelError(f"there is no model file {path}", code="model-missing") from None
+    except IsADirectoryError:
+        raise ModelError(f"{path} is a folder, not a model file", code="model-missing") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}", code="model-unreadable") from error
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The first part of a safetensors file, which says where the tensors are."""
@@ -173,6 +203,18 @@ def read_layout(path: Path) -> Layout:
     if end > size:
         raise _truncated(path, size, end)
     return Layout(tensors, metadata, 8 + length)
+
+
+def own_header(path: Path) -> ModelHeader | None:
+    """Return the header of a model file written by rtdetr-cli; None for a file of another maker.
+
+    Raises:
+        ModelError: the file is missing or cannot be read, or is a damaged one of ours.
+    """
+    if not is_safetensors(path):
+        return None
+    text = read_layout(path).metadata.get(METADATA_KEY)
+    return None if text is None else ModelHeader.from_json(text, source=str(path))
 
 
 def read_header(path: Path) -> ModelHeader:

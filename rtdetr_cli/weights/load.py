@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -21,27 +20,11 @@ from rtdetr_cli.files import atomic_write
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.version import __version__
+from rtdetr_cli.weights.catalogue import find_by_file
 from rtdetr_cli.weights.class_names import published_classes
-from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader, read_header
-from rtdetr_cli.weights.published import LOADABLE_HINT, is_safetensors, read_published
-
-_TYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-
-
-def tensors_identity(tensors: Mapping[str, Tensor]) -> str:
-    """Return the identity of a model: the sha256 of its CPU tensors' names, types, shapes and bytes.
-
-    It does not cover the header, so new thresholds do not make a new model.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}\0{_TYPE_NAMES[tensor.dtype]}\0{','.join(map(str, tensor.shape))}\0".encode())
-        if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader, own_header
+from rtdetr_cli.weights.identity import tensors_identity
+from rtdetr_cli.weights.published import LOADABLE_HINT, PublishedFile, read_published
 
 
 def save_model(path: Path, state_dict: Mapping[str, Tensor], header: ModelHeader) -> ModelHeader:
@@ -69,14 +52,15 @@ def load_model(
     """Load a detector, in eval mode, on the CPU.
 
     Args:
-        path: our `.safetensors`, or a published checkpoint of RT-DETRv2 or RT-DETR v1.
-        sampling: `bilinear` or `discrete`; None for the file's own, or bilinear where the file does not say.
+        path: our `.safetensors`, or any file that `read_published` reads.
+        sampling: `bilinear` or `discrete`; None for the file's own, or for that of the published file of this name, or
+            bilinear.
         layers: decoder layers used at inference; None for the file's own.
         queries: object queries used at inference; None for the file's own.
 
     Returns:
         The model, and its header with the inference settings in force. For a published file `header.extra` has
-        `layout`, `source` (file name), `tensors_loaded` and `tensors_total`.
+        `maker`, `layout`, `source` (file name), `tensors_loaded`, `tensors_total`, and `v1` for names of RT-DETR v1.
 
     Raises:
         ModelError: the file is missing, truncated, damaged, unsafe, or holds another architecture.
@@ -85,15 +69,15 @@ def load_model(
     path = Path(path)
     if sampling not in (None, "bilinear", "discrete"):
         raise UsageError(f"sampling {sampling!r} is neither bilinear nor discrete")
-    model, header = _load_own(path, sampling) if is_safetensors(path) else _load_published(path, sampling)
+    own = own_header(path)
+    model, header = _load_published(path, sampling) if own is None else _load_own(path, own, sampling)
     model.set_inference(layers=layers, queries=queries)
     method, rounding = model.sampling
     header = replace(header, layers=model.layers, queries=model.queries, sampling=method, rounding=rounding)
     return model.eval(), header
 
 
-def _load_own(path: Path, sampling: str | None) -> tuple[RTDETR, ModelHeader]:
-    header = read_header(path)
+def _load_own(path: Path, header: ModelHeader, sampling: str | None) -> tuple[RTDETR, ModelHeader]:
     try:
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -123,7 +107,8 @@ def _load_published(path: Path, sampling: str | None) -> tuple[RTDETR, ModelHead
             hint=f"start a training from it: rtdetr train --weights {path}",
             code="model-backbone",
         )
-    method = sampling or "bilinear"
+    published = find_by_file(path.name)
+    method = sampling or (file.header.sampling if file.header else published.sampling if published else "bilinear")
     model = _build_empty(file.spec, file.num_classes, method, "published")
     load_strictly(model, file.state, source=str(path))
     side = 640
@@ -131,24 +116,26 @@ def _load_published(path: Path, sampling: str | None) -> tuple[RTDETR, ModelHead
         side = file.anchors.side
         shapes = [(side // stride, side // stride) for stride in (8, 16, 32)]
         model.decoder.use_published_anchors(shapes, file.anchors.logits, file.anchors.valid)
-    names, category_ids = published_classes(file.num_classes)
-    header = ModelHeader(
-        names=names,
-        category_ids=category_ids,
-        imgsz=(side, side),
+    header = file.header
+    if header is None:
+        names, category_ids = published_classes(file.num_classes)
+        header = ModelHeader(names=names, category_ids=category_ids, imgsz=(side, side), queries=file.spec.queries)
+    header = replace(
+        header,
         architecture=file.spec.model_dump(mode="json"),
         sampling=method,
         layers=file.spec.eval_layers,
-        queries=file.spec.queries,
         identity=tensors_identity(file.state),
-        extra={
-            "layout": file.layout,
-            "source": path.name,
-            "tensors_loaded": file.tensors_total,
-            "tensors_total": file.tensors_total,
-        },
+        extra={**header.extra, **_origin(path, file)},
     )
+    model.set_inference(queries=header.queries)
     return model, header
+
+
+def _origin(path: Path, file: PublishedFile) -> dict[str, object]:
+    origin = {"layout": file.layout, "source": path.name, "maker": file.maker}
+    total = file.tensors_total
+    return {**origin, "tensors_loaded": total, "tensors_total": total, **({"v1": True} if file.is_v1 else {})}
 
 
 def _build_empty(spec: ModelSpec, num_classes: int, sampling: Any, rounding: Any) -> RTDETR:

@@ -16,8 +16,9 @@ from torch import Tensor
 from rtdetr_cli.config.presets import load_preset, preset_names
 from rtdetr_cli.errors import ModelError
 from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.weights.architecture import derive_backbone
 from rtdetr_cli.weights.load import load_strictly
-from rtdetr_cli.weights.published import backbone_depth, read_published
+from rtdetr_cli.weights.published import read_published
 
 _BATCH_COUNTER = "num_batches_tracked"
 _PER_POINT = ("cross_attn.sampling_offsets.", "cross_attn.attention_weights.", "cross_attn.num_points_scale")
@@ -133,11 +134,11 @@ def load_backbone(model: RTDETR, path: Path) -> TransferTable:
     ]
     if misfits:
         try:
-            depth, width = backbone_depth(source), len(source["conv1.conv1_3.conv.weight"])
-        except (ValueError, KeyError):
-            depth, width = 0, 0
-        models = {name: load_preset(name).model for name in preset_names()}
-        fitting = [f"--preset {n}" for n, spec in models.items() if (spec.depth, spec.width) == (depth, width)]
+            found = {k: v for k, v in derive_backbone(source).items() if k not in ("freeze_at", "freeze_norm")}
+        except (ValueError, KeyError, IndexError):
+            found = {"width": 0}
+        models = {name: load_preset(name).model.model_dump() for name in preset_names()}
+        fitting = [f"--preset {n}" for n, spec in models.items() if all(spec[k] == v for k, v in found.items())]
         raise ModelError(
             f"{path} has the backbone of another model: {len(misfits)} tensors do not fit, such as {misfits[0]}",
             hint=" or ".join(fitting) or "rtdetr weights list shows the backbone of each preset",

@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from rtdetr_cli.config.run import RunConfig, resolve_run
+from rtdetr_cli.config.run import NAMED, RunConfig, resolve_run
+from rtdetr_cli.config.settings import PUBLISHED_WEIGHTS
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 from rtdetr_cli.evaluate.coco import METRICS
 from rtdetr_cli.infer.torch_backend import choose_device
@@ -216,10 +217,11 @@ def refuse_early(config: RunConfig) -> None:
     settings, preset = config.settings, config.preset
     if settings.data is None:
         raise UsageError("no dataset given", hint="rtdetr train --data DATA", code="data-missing")
-    if {"coco": preset.weights, "imagenet": preset.imagenet}.get(settings.weights, "") is None:
+    if getattr(preset, PUBLISHED_WEIGHTS.get(settings.weights, "name")) is None:
+        other = "coco, none" if preset.weights else "none"
         raise UsageError(
             f"--weights {settings.weights}: preset {preset.name} has no such published weights",
-            hint="--weights none, or a model file",
+            hint=f"--weights {other}, or a model file",
             code="weights-unknown",
         )
     if isinstance(settings.batch, int) and settings.batch > settings.effective_batch and config.given("batch"):
@@ -234,10 +236,10 @@ def refuse_early(config: RunConfig) -> None:
         if settings.name:
             refuse_existing(Path(settings.out), settings.name)
     require_dataset(settings.data)
-    if settings.weights not in ("coco", "imagenet", "none") and not Path(settings.weights).exists():
+    if settings.weights not in NAMED["weights"] and not Path(settings.weights).exists():
         raise ModelError(
             f"the weights {settings.weights} do not exist",
-            hint="--weights coco, imagenet, none or a file",
+            hint=f"--weights {', '.join(NAMED['weights'])} or a file",
             code="model-missing",
         )
     out = nearest_existing(Path(settings.out))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rtdetr_cli.config.run import RunConfig, resolve_run
+from rtdetr_cli.config.run import NAMED, RunConfig, resolve_run
 from rtdetr_cli.config.schema import ModelSpec, OfficialSchedule
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
@@ -33,7 +33,7 @@ from rtdetr_cli.weights.load import load_model
 from rtdetr_cli.workflows.events import Event, RunFinished
 from rtdetr_cli.workflows.finetune import finetune, resume, run_config
 from rtdetr_cli.workflows.prepare import load_data, training_sets
-from rtdetr_cli.workflows.starting_weights import WORDS, header_spec, nearest_preset, weights_file
+from rtdetr_cli.workflows.starting_weights import header_spec, nearest_preset, weights_file
 from rtdetr_cli.workflows.timing import images_to_time, measure
 
 EQUAL_SPEED = 0.05  # share of the original's latency within which the discrete export counts as equally fast
@@ -334,7 +334,7 @@ def open_stage(run: Path) -> tuple[Path, RunConfig]:
     """
     config = run_config(run)
     settings = config.settings
-    if settings.sampling != "discrete" or settings.weights in WORDS:
+    if settings.sampling != "discrete" or settings.weights in NAMED["weights"]:
         raise UsageError(f"{run} is not a run of finetune-discrete", hint=f"rtdetr train --resume {run}")
     model = weights_file(settings.weights)
     if not model.is_file():

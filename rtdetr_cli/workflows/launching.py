@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rtdetr_cli.config.run import RunConfig, resolve_run
+from rtdetr_cli.config.run import NAMED, RunConfig, resolve_run
 from rtdetr_cli.errors import DataError, UsageError
 from rtdetr_cli.files import missing_path_hint
 
@@ -38,7 +38,7 @@ def resolve_training(
         hint = "rtdetr train my-dataset/ --preset r18"
         raise UsageError("no dataset given", hint=hint, code="data-missing")
     require_dataset(data)
-    if config.source("preset") != "default" or weights in ("coco", "imagenet", "none"):
+    if config.source("preset") != "default" or weights in NAMED["weights"]:
         return config, None, []
 
     from rtdetr_cli.workflows.starting_weights import settings_from_weights

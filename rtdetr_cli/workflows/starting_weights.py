@@ -7,29 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from rtdetr_cli.config.presets import load_preset, preset_names
-from rtdetr_cli.config.run import RunConfig
+from rtdetr_cli.config.run import NAMED, RunConfig
 from rtdetr_cli.config.schema import ModelSpec, Preset
+from rtdetr_cli.config.settings import PUBLISHED_WEIGHTS
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import ModelError
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.runs import RunFolder
-from rtdetr_cli.weights.header import ModelHeader, read_header
-from rtdetr_cli.weights.hub import ShowProgress, fetch
+from rtdetr_cli.weights.architecture import size_differences
+from rtdetr_cli.weights.download import ShowProgress
+from rtdetr_cli.weights.header import TRANSFORMERS_TENSORS, ModelHeader, own_header
+from rtdetr_cli.weights.hub import fetch
 from rtdetr_cli.weights.load import load_model
-from rtdetr_cli.weights.published import is_safetensors, read_published
+from rtdetr_cli.weights.published import read_published
 from rtdetr_cli.weights.transfer import TransferTable, load_backbone, transfer_weights
-
-WORDS = ("coco", "imagenet", "none")
-# Sizes that weights need not share: these give no tensor its shape, or `transfer_weights` reinitializes what differs.
-FREE_SIZES = frozenset({
-    "freeze_at", "freeze_norm", "num_points", "eval_layers", "queries", "denoising", "label_noise", "box_noise",
-})  # fmt: skip
+from rtdetr_cli.weights.transformers_files import is_transformers_folder
 
 
 def weights_file(word: str) -> Path:
     """Return the file that `--weights` names; a run folder stands for its best model."""
     path = Path(word)
-    return RunFolder(path).best if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    return path / TRANSFORMERS_TENSORS if is_transformers_folder(path) else RunFolder(path).best
 
 
 def settings_from_weights(weights: str) -> tuple[Path, dict[str, Any]] | None:
@@ -41,17 +41,20 @@ def settings_from_weights(weights: str) -> tuple[Path, dict[str, Any]] | None:
         ModelError: the file cannot be read.
     """
     path = weights_file(weights)
-    if weights in WORDS or not path.is_file():
+    if weights in NAMED["weights"] or not path.is_file():
         return None
     size: tuple[int, int] | None = None
     settings: dict[str, Any] = {}
-    if is_safetensors(path):
-        header = read_header(path)
+    header = own_header(path)
+    if header is not None:
         spec, name, size = header_spec(header.architecture), header.preset, header.imgsz
         if header.sampling == "discrete":
             settings = {"sampling": header.sampling, "rounding": header.rounding}
     else:
-        spec, name = read_published(path).spec, ""
+        file = read_published(path)
+        spec, name = file.spec, ""
+        if file.header is not None:
+            size = file.header.imgsz
     if spec is None:
         return None
     preset = nearest_preset(spec, name)
@@ -71,15 +74,10 @@ def nearest_preset(spec: ModelSpec, name: str = "") -> Preset:
     presets = [load_preset(known) for known in preset_names()]
 
     def distance(preset: Preset) -> tuple[bool, bool, int]:
-        return preset.name != name, preset.model.depth != spec.depth, len(size_differences(preset.model, spec))
+        other_backbone = (preset.model.backbone, preset.model.depth) != (spec.backbone, spec.depth)
+        return preset.name != name, other_backbone, len(size_differences(preset.model, spec))
 
     return min(presets, key=distance)
-
-
-def size_differences(one: ModelSpec, other: ModelSpec) -> dict[str, tuple[Any, Any]]:
-    """Return the sizes in which two architectures differ, without those that weights need not share."""
-    first, second = one.model_dump(), other.model_dump()
-    return {k: (first[k], second[k]) for k in first if k not in FREE_SIZES and first[k] != second[k]}
 
 
 def header_spec(architecture: Mapping[str, Any]) -> ModelSpec | None:
@@ -103,8 +101,8 @@ def load_starting_weights(
         ModelError: the weights cannot be fetched or read, or do not fit.
     """
     weights, preset = config.settings.weights, config.preset
-    if weights in ("coco", "imagenet"):
-        file = preset.weights if weights == "coco" else preset.imagenet
+    if weights in PUBLISHED_WEIGHTS:
+        file = getattr(preset, PUBLISHED_WEIGHTS[weights])
         assert file is not None  # `refuse_early` has checked
         try:
             path = fetch(file, progress=fetching)
@@ -115,7 +113,7 @@ def load_starting_weights(
             return load_backbone(model, path), f"ImageNet backbone {path.name}"
     else:
         path = weights_file(weights)
-        if path.is_file() and not is_safetensors(path) and read_published(path).spec is None:
+        if path.is_file() and own_header(path) is None and read_published(path).spec is None:
             return load_backbone(model, path), f"backbone {path.name}"
     source, header = load_model(path)
     _refuse_other_sizes(path, header, preset)
