@@ -29,7 +29,7 @@ from rtdetr_cli.infer.selection import select_by
 from rtdetr_cli.infer.sources import find_sources, is_url
 from rtdetr_cli.infer.stream import detect_images
 from rtdetr_cli.runs import BEST, EXPORT
-from rtdetr_cli.weights.header import EXPORT_SUFFIXES, ModelHeader
+from rtdetr_cli.weights.header import EXPORT_SUFFIXES, TRANSFORMERS_TENSORS, ModelHeader
 
 if TYPE_CHECKING:
     import numpy as np
@@ -451,7 +451,8 @@ def load(
 
     Args:
         model: a `.safetensors`, a published `.pth`, an `.onnx`, an OpenVINO `.xml`, a TensorRT `.engine`, a run folder
-            for its best model, or a preset: `tiny`, `r18`, `r34`, `r50m`, `r50`, `r101`, or a preset's `.toml`.
+            for its best model, a folder of transformers, or a preset: `tiny`, `r18`, `r34`, `r50m`, `r50`, `r101`,
+            `hgl`, `hgx`, `hgh`, or a preset's `.toml`.
         device: `auto`, `cpu`, or a GPU such as `0`.
         imgsz: input size instead of the model's own: one number or (height, width), multiples of 32.
         layers: number of decoder layers to use; only for weights, not for exports, as `queries` and `sampling`.
@@ -469,9 +470,10 @@ def load(
     options: dict[str, Any] = {"device": device, "imgsz": _size(imgsz), "layers": layers, "queries": queries}
     options |= {"sampling": sampling, "threads": threads, "dedupe": parse_dedupe(dedupe)}
     if path.is_dir():
-        if not (path / BEST).is_file():
+        files = [path / name for name in (BEST, TRANSFORMERS_TENSORS) if (path / name).is_file()]
+        if not files:
             raise ModelError(f"the folder {path} has no {BEST}", code="model-missing")
-        return Detector(path / BEST, **options)
+        return Detector(files[0], **options)
     if not path.exists() and isinstance(model, str) and not path.suffix and path.name == model:
         from rtdetr_cli.config.presets import load_preset
 

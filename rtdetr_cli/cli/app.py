@@ -32,6 +32,7 @@ COMMANDS = {
     "predict": ("predict", "predict", "Detect objects in images and videos."),
     "export": ("export", "export", "Export to ONNX, OpenVINO or TensorRT, and verify."),
     "verify": ("verify", "verify", "Check that a file detects what a model detects."),
+    "convert": ("convert", "convert", "Write a model in another maker's layout."),
     "benchmark": ("benchmark", "benchmark", "Measure latency and AP side by side."),
     "compare": ("compare", "compare", "Test whether one model is better than another."),
     "info": ("info", "info", "Show what is inside a model file."),

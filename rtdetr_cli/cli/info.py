@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,17 +21,26 @@ def info(
             metavar="[MODEL]", help="Model file or run folder (default: the newest run).", show_default=False
         ),
     ] = None,
+    imgsz: Annotated[
+        str | None, typer.Option(help="Input size of the GFLOPs: 640, or height first 480x640 (default: the model's).")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Describe a model file: classes, sizes, thresholds, metrics, origin, tensors and graph."""
-    from rtdetr_cli.cli.select import CHECKPOINT_SUFFIX, model_file, resolve_model
+    """Describe a model file: maker, variant, classes, sizes, cost, thresholds, metrics, tensors and graph."""
+    from rtdetr_cli.cli.select import CHECKPOINT_SUFFIX, model_file, parse_size, resolve_model
     from rtdetr_cli.infer.inspect import inspect_model
 
+    size = parse_size(imgsz) if imgsz else None
     if model is None:
         path = resolve_model(None)
     else:
         path = model if model.suffix.lower() == CHECKPOINT_SUFFIX and model.is_file() else model_file(model)
     description = (_checkpoint(path) if path.suffix.lower() == CHECKPOINT_SUFFIX else None) or inspect_model(path)
+    if (header := description.get("header")) and header.get("architecture"):
+        from rtdetr_cli.infer.family import family_facts
+        from rtdetr_cli.weights.header import ModelHeader
+
+        description["family"] = family_facts(path, ModelHeader.from_json(json.dumps(header)), size)
     if as_json:
         terminal.emit_json({"model": description})
     else:
@@ -83,6 +93,7 @@ def _rows(description: dict[str, Any]) -> list[tuple[str, str]]:
     rows: list[tuple[str, object]] = [
         ("format", description["format"]),
         ("layout", description.get("layout")),
+        *_family_rows(description.get("family") or {}),
         ("size", f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size:,} bytes"),
         ("note", description.get("note")),
         *(_header_rows(header) if header else [("header", "none: no class names, sizes or thresholds")]),
@@ -105,6 +116,20 @@ def _rows(description: dict[str, Any]) -> list[tuple[str, str]]:
         ("written by", f"rtdetr-cli {header['version']}" if header.get("version") else None),
     ]
     return [(name, str(value)) for name, value in rows if value not in (None, "")]
+
+
+def _family_rows(family: dict[str, Any]) -> list[tuple[str, object]]:
+    if not family:
+        return []
+    published = family["published"]
+    gflops, (height, width) = family["gflops"]["value"], family["gflops"]["imgsz"]
+    return [
+        ("maker", family["maker"]),
+        ("version", family["version"]),
+        ("variant", family["variant"] or "sizes of no preset"),
+        ("published AP", f"{published['ap']:.3f} ({published['name']})" if published and published["ap"] else None),
+        ("GFLOPs", f"{gflops:.1f} at {height}x{width}"),
+    ]
 
 
 def _header_rows(header: dict[str, Any]) -> list[tuple[str, object]]:
@@ -133,9 +158,12 @@ def _architecture(spec: dict[str, Any]) -> str:
     if not spec:
         return ""
     points = ",".join(str(n) for n in spec.get("num_points", ()))
+    backbone = spec.get("backbone", "resnet")
+    backbone = f"ResNet-vd {spec.get('depth')}" if backbone == "resnet" else backbone.replace("hgnet", "HGNet")
+    form = " of DEIM" if spec.get("decoder") == "deim" else ""
     return (
-        f"ResNet-vd {spec.get('depth')}, width {spec.get('width')}; encoder {spec.get('hidden_dim')}; "
-        f"decoder {spec.get('decoder_dim')}, {spec.get('decoder_layers')} layers, points {points}"
+        f"{backbone}, width {spec.get('width')}; encoder {spec.get('hidden_dim')}; "
+        f"decoder{form} {spec.get('decoder_dim')}, {spec.get('decoder_layers')} layers, points {points}"
     )
 
 

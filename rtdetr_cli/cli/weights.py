@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,7 +31,7 @@ def list_files(as_json: JsonFlag = False) -> None:
     from rtdetr_cli.weights import hub
     from rtdetr_cli.weights.catalogue import catalogue
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for entry in catalogue().values():
         path = hub.cached_path(entry.name)
         here = path.is_file()

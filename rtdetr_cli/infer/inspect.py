@@ -64,10 +64,12 @@ def _safetensors(path: Path) -> dict[str, Any]:
 
     layout = read_layout(path)
     text = layout.metadata.get(METADATA_KEY)
+    if text is None:
+        return _published(path)
     return {
-        "format": "rtdetr-cli model" if text else "safetensors without an rtdetr header",
+        "format": "rtdetr-cli model",
         **_count_tensors((name, str(entry["dtype"]), entry["shape"]) for name, entry in layout.tensors.items()),
-        "header": ModelHeader.from_json(text, source=str(path)) if text else None,
+        "header": ModelHeader.from_json(text, source=str(path)),
     }
 
 

@@ -211,6 +211,10 @@ class Decoder(nn.Module):
         finite = torch.where(torch.isfinite(logits), logits, INVALID_ANCHOR)
         self._published_anchors[tuple(shapes)] = Anchors(finite.detach().float(), valid.detach().bool())
 
+    def published_anchors(self, shapes: Sequence[tuple[int, int]]) -> Anchors | None:
+        """Return the anchors that a published file brought for maps of these shapes, if it did."""
+        return self._published_anchors.get(tuple(shapes))
+
     def forward(
         self, maps: Sequence[Tensor], group: DenoisingGroup | None = None
     ) -> tuple[list[LayerOutput], LayerOutput | None]:

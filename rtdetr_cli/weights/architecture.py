@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from rtdetr_cli.config.presets import load_preset, preset_names
@@ -20,7 +21,7 @@ FREE_SIZES = frozenset({
 
 def size_differences(one: ModelSpec, other: ModelSpec) -> dict[str, tuple[object, object]]:
     """Return the sizes in which two architectures differ, without those that weights need not share."""
-    first, second = one.model_dump(), other.model_dump()
+    first, second = ({**spec.model_dump(), "depth_mult": round(3 * spec.depth_mult) / 3} for spec in (one, other))
     return {k: (first[k], second[k]) for k in first if k not in FREE_SIZES and first[k] != second[k]}
 
 
@@ -50,7 +51,7 @@ def derive_backbone(state: Mapping[str, Tensor]) -> dict[str, object]:
     depths = [d for d, counts in BLOCKS.items() if counts == blocks and (d >= 50) == bottleneck]
     if not depths:
         raise ValueError(f"no ResNet has {blocks} blocks")
-    return fields | {"depth": depths[0], "width": state["conv1.conv1_3.conv.weight"].shape[0]}
+    return fields | {"backbone": "resnet", "depth": depths[0], "width": state["conv1.conv1_3.conv.weight"].shape[0]}
 
 
 def derive_spec(state: Mapping[str, Tensor]) -> ModelSpec:
@@ -83,6 +84,12 @@ def derive_spec(state: Mapping[str, Tensor]) -> ModelSpec:
         eval_layers=3 if is_r50m else layers,
         num_points=points,
     )
+
+
+def point_scales(spec: ModelSpec) -> dict[str, Tensor]:
+    """Return the constants of the sampling points, which files of v1 lack."""
+    scale = torch.tensor([1 / n for n in spec.num_points for _ in range(n)])
+    return {f"decoder.decoder.layers.{i}.cross_attn.num_points_scale": scale for i in range(spec.decoder_layers)}
 
 
 def count_modules(state: Mapping[str, Tensor], pattern: str) -> int:

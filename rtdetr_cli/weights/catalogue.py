@@ -13,7 +13,7 @@ from typing import Literal
 from rtdetr_cli.config.presets import load_preset
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.errors import ModelError
-from rtdetr_cli.text import suggest
+from rtdetr_cli.text import counted, suggest
 
 MIRROR_VARIABLE = "RTDETR_CLI_MIRROR"
 RELEASES = "https://github.com/lyuwenyu/storage/releases/download"
@@ -68,7 +68,7 @@ class Published:
         kind = [self.preset]
         kind += ["RT-DETR v1"] if self.version == "v1" else []
         kind += [self.sampling] if self.sampling == "discrete" else []
-        kind += [f"{self.points} sampling points a scale"] if self.points != 4 else []
+        kind += [f"with {counted(self.points, 'sampling point')} a scale"] if self.points != 4 else []
         data = {"coco": "COCO", "objects365": "Objects365", "objects365-coco": "Objects365, then COCO"}[self.data]
         return f"{' '.join(kind)}, {data}" + (f", AP {self.ap:.3f}" if self.ap else "")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from rtdetr_cli.config.image_size import STRIDE
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.errors import ModelError
-from rtdetr_cli.weights.architecture import derive_spec
+from rtdetr_cli.weights.architecture import derive_spec, point_scales
 from rtdetr_cli.weights.header import PICKLE_STARTS, ModelHeader, first_bytes, is_safetensors
 from rtdetr_cli.weights.names import from_official
 from rtdetr_cli.weights.transformers_files import read_transformers
@@ -77,10 +77,11 @@ def read_published(path: Path) -> PublishedFile:
     total = len(state)
     if any(n.startswith(("model.backbone.", "model.encoder.")) for n in state):
         found = read_transformers(path, state)
-        state = {**_point_scales(found.spec), **found.state}
         layout = f"{_version(found.is_v1)} of transformers"
         classes = len(found.header.names)
-        return PublishedFile(state, found.spec, classes, layout, total, None, "transformers", found.is_v1, found.header)
+        return PublishedFile(
+            found.state, found.spec, classes, layout, total, None, "transformers", found.is_v1, found.header
+        )
     if all(n.startswith("module.") for n in state):  # saved from within a data-parallel wrapper
         state = {n.removeprefix("module."): t for n, t in state.items()}
     state, is_v1 = from_official(state)
@@ -98,7 +99,7 @@ def read_published(path: Path) -> PublishedFile:
             hint=LOADABLE_HINT,
             code="model-foreign",
         ) from error
-    state = {**_point_scales(spec), **state}
+    state = {**point_scales(spec), **state}
     if spec.freeze_norm:
         state = {
             n: t for n, t in state.items() if not (n.startswith("backbone.") and n.endswith("num_batches_tracked"))
@@ -110,12 +111,6 @@ def read_published(path: Path) -> PublishedFile:
 
 def _version(is_v1: bool) -> str:
     return "RT-DETR v1" if is_v1 else "RT-DETRv2"
-
-
-def _point_scales(spec: ModelSpec) -> dict[str, Tensor]:
-    """Return the constants of the sampling points, which files of v1 lack."""
-    scale = torch.tensor([1 / n for n in spec.num_points for _ in range(n)])
-    return {f"decoder.decoder.layers.{i}.cross_attn.num_points_scale": scale for i in range(spec.decoder_layers)}
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from rtdetr_cli.files import atomic_write
 from rtdetr_cli.model.backbone import BLOCKS
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.hgnet import LAYERS, SIZES, scaled_sizes
+from rtdetr_cli.weights.architecture import point_scales
 from rtdetr_cli.weights.class_names import COCO_CATEGORY_IDS, COCO_NAMES
 from rtdetr_cli.weights.header import TRANSFORMERS_TENSORS, ModelHeader
 from rtdetr_cli.weights.identity import tensors_identity
@@ -109,7 +110,7 @@ def read_transformers(path: Path, tensors: Mapping[str, Tensor]) -> Transformers
         raise ModelError(message, code="model-foreign") from error
     with torch.device("meta"):
         expected = build_detector(spec, num_classes=classes).state_dict()
-    state = from_transformers(tensors, expected)
+    state = {**point_scales(spec), **from_transformers(tensors, expected)}
     embedding = "decoder.denoising_class_embed.weight"  # absent where the model was trained without denoising
     if embedding not in state:
         state[embedding] = torch.zeros(expected[embedding].shape)

@@ -32,8 +32,8 @@ from rtdetr_cli.train.processes import images_per_process, join_process_group, l
 from rtdetr_cli.train.report import val_loss_note
 from rtdetr_cli.train.state import Progress, restore
 from rtdetr_cli.train.stop import StopFlag
+from rtdetr_cli.weights.download import ShowProgress
 from rtdetr_cli.weights.header import read_header
-from rtdetr_cli.weights.hub import ShowProgress
 from rtdetr_cli.weights.load import save_model
 from rtdetr_cli.workflows.dry_run import measure_run
 from rtdetr_cli.workflows.evaluator import Evaluator

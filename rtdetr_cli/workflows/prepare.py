@@ -36,8 +36,8 @@ from rtdetr_cli.train.processes import SINGLE_PROCESS, ProcessGroup, images_per_
 from rtdetr_cli.train.state import Learner
 from rtdetr_cli.train.step import draw_group, largest_batch, run_largest_step, to_input
 from rtdetr_cli.version import __version__
+from rtdetr_cli.weights.download import ShowProgress
 from rtdetr_cli.weights.header import ModelHeader
-from rtdetr_cli.weights.hub import ShowProgress
 from rtdetr_cli.weights.transfer import TransferTable
 from rtdetr_cli.workflows.image_check import check_images_if_cheap
 from rtdetr_cli.workflows.starting_weights import load_starting_weights, weights_file

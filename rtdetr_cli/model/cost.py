@@ -1,0 +1,33 @@
+"""The cost of one forward pass, counted on shapes alone."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from rtdetr_cli.config.schema import ModelSpec
+from rtdetr_cli.model.build import build_detector
+
+
+def count_gflops(
+    spec: ModelSpec, *, num_classes: int, imgsz: tuple[int, int], layers: int | None = None, queries: int | None = None
+) -> float:
+    """Return the GFLOPs of one image through the deployed network: two per multiplication and addition.
+
+    Products of matrices and convolutions are counted; sampling, norms and activations are not. The published figures
+    also count boxes of tokens that are not selected, which this implementation does not compute.
+
+    Args:
+        spec: the architecture.
+        num_classes: K.
+        imgsz: height and width in pixels.
+        layers: decoder layers used at inference; None for the architecture's own.
+        queries: queries used at inference; None for the architecture's own.
+    """
+    with torch.device("meta"), torch.no_grad():
+        model = build_detector(spec, num_classes=num_classes).eval().fuse()
+        model.set_inference(layers=layers, queries=queries)
+        counter = FlopCounterMode(display=False)
+        with counter:
+            model(torch.empty(1, 3, *imgsz))
+    return float(counter.get_total_flops()) / 1e9
