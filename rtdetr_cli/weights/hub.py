@@ -97,7 +97,7 @@ def fetch(
             hint=manual_download_hint(entry),
             code="weights-offline",
         )
-    part = path.parent.parent / "incomplete" / entry.file
+    part = cache_folder("incomplete") / entry.file
     with _cache_errors(part.parent):
         part.parent.mkdir(parents=True, exist_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -286,8 +286,9 @@ def _record_hash(file: str, sha256: str) -> None:
     path = _hashes_file()
     with _cache_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        (path.parent.parent / "incomplete").mkdir(exist_ok=True)
-        with exclusive(path.parent.parent / "incomplete" / path.name), atomic_write(path) as temporary:
+        lock = cache_folder("incomplete") / path.name
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(lock), atomic_write(path) as temporary:
             hashes = {**recorded_hashes(), file: sha256}
             temporary.write_text(json.dumps(hashes, indent=1, sort_keys=True), encoding="utf-8")
 

@@ -96,6 +96,9 @@ def convert(source: Path, layout: Layout, out: Path, *, sampling: str | None = N
     spec = ModelSpec(**header.architecture)
     v1 = bool(header.extra.get("v1"))
     notes: list[str] = []
+    if layout != "safetensors" and header.dedupe_gamma:
+        notes.append("duplicates are not rescored there: the detections are those of --dedupe off")
+        header = header.with_dedupe(0.0)
     images = [synthetic_image(seed, *size) for seed, size in enumerate(IMAGE_SIZES)]
     expected = detect(model, header, images)
     try:
@@ -105,9 +108,9 @@ def convert(source: Path, layout: Layout, out: Path, *, sampling: str | None = N
             found = detect(*loaded, images)
         elif layout == "official":
             tensors = write_official(out, model, header, v1=v1)
-            loaded = load_model(out, sampling=header.sampling, layers=header.layers, queries=header.queries)
-            found = detect(*loaded, images)
-            notes = official_settings(spec, header)
+            again = load_model(out, sampling=header.sampling, layers=header.layers, queries=header.queries)[0]
+            found = detect(again, header, images)  # the size is not in a file of v1
+            notes += official_settings(spec, header)
         else:
             write_transformers(out, model.state_dict(), spec, header, v1=v1)
             tensors, found = detect_with_transformers(out, header, images)

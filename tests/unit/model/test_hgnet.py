@@ -29,7 +29,7 @@ def test_the_architecture_is_derived_and_the_fused_network_gives_the_same() -> N
     for name, tensor in model.state_dict().items():
         if name.endswith("running_var"):
             tensor.uniform_(0.5, 1.5)
-    assert derive_spec(model.state_dict()) == SPEC
+    assert derive_spec(model.state_dict()) == SPEC.model_copy(update={"queries": 300})  # which no tensor tells
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         expected, got = model(images).main, model.fuse()(images).main

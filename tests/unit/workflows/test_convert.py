@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.errors import GateError, ModelError, UsageError
 from rtdetr_cli.model.build import build_detector
-from rtdetr_cli.weights.header import ModelHeader, Thresholds
+from rtdetr_cli.weights.header import Dedupe, ModelHeader, Thresholds
 from rtdetr_cli.weights.load import load_model, save_model
 from rtdetr_cli.workflows.convert import compare, convert, detect, synthetic_image
 
@@ -98,7 +98,7 @@ def test_the_official_layout_and_back(tmp_path: Path, variant: str) -> None:
     assert ("decoder.anchors" in names) == (variant != "v1")
     assert ("decoder.enc_output.0.weight" in names) == (variant == "v1")
     assert ("backbone.stem.stem2a.conv.1.weight" in names) == (variant == "HGNetv2")
-    assert '"discrete"' in done.notes[0] if variant == "discrete" else "discrete" not in done.notes[0]
+    assert ('"discrete"' in done.notes[-1]) == (variant == "discrete")
     again, original = state_of(out, sampling=header.sampling), state_of(source)
     assert again.keys() == original.keys()
     assert all(torch.equal(tensor, original[name]) for name, tensor in again.items())
@@ -113,6 +113,13 @@ def test_our_own_layout_from_each_of_the_others(tmp_path: Path) -> None:
         out = tmp_path / f"{name}.safetensors"
         assert convert(other, "safetensors", out).agreement.passed
         assert load_model(out)[1].identity == header.identity
+
+
+def test_rescored_duplicates_are_left_to_us(tmp_path: Path) -> None:
+    write(tmp_path / "m.safetensors", dedupe=Dedupe(8.0))
+    assert "--dedupe off" in convert(tmp_path / "m.safetensors", "official", tmp_path / "m.pth").notes[0]
+    assert convert(tmp_path / "m.safetensors", "safetensors", tmp_path / "again.safetensors").notes == ()
+    assert load_model(tmp_path / "again.safetensors")[1].dedupe_gamma == 8
 
 
 def test_deim_and_points_that_differ_go_to_the_official_layout_only(tmp_path: Path) -> None:
