@@ -12,6 +12,7 @@ import typer
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.terminal import JsonFlag
 from rtdetr_cli.text import abbreviate
+from rtdetr_cli.weights.header import EXPORT_SUFFIXES
 
 
 def info(
@@ -36,7 +37,8 @@ def info(
     else:
         path = model if model.suffix.lower() == CHECKPOINT_SUFFIX and model.is_file() else model_file(model)
     description = (_checkpoint(path) if path.suffix.lower() == CHECKPOINT_SUFFIX else None) or inspect_model(path)
-    if (header := description.get("header")) and header.get("architecture"):
+    header = description.get("header")
+    if header and header["architecture"] and path.suffix.lower() not in EXPORT_SUFFIXES:
         from rtdetr_cli.infer.family import family_facts
         from rtdetr_cli.weights.header import ModelHeader
 

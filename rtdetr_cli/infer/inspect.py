@@ -64,12 +64,12 @@ def _safetensors(path: Path) -> dict[str, Any]:
 
     layout = read_layout(path)
     text = layout.metadata.get(METADATA_KEY)
-    if text is None:
+    if text is None and {n.split(".", 1)[0] for n in layout.tensors} & {"model", "decoder", "conv1", "stem"}:
         return _published(path)
     return {
-        "format": "rtdetr-cli model",
+        "format": "rtdetr-cli model" if text else "safetensors without an rtdetr header",
         **_count_tensors((name, str(entry["dtype"]), entry["shape"]) for name, entry in layout.tensors.items()),
-        "header": ModelHeader.from_json(text, source=str(path)),
+        "header": ModelHeader.from_json(text, source=str(path)) if text else None,
     }
 
 

@@ -194,7 +194,8 @@ def _attempt(url: str, part: Path, name: str, progress: ShowProgress | None, lim
             raise _Failure("the connection was lost")
     except requests.exceptions.RequestException as error:
         reason = type(error).__name__
-        raise _Failure(_REASONS.get(reason, reason), final=reason in _HOPELESS) from error
+        unreachable = not begin and _never_connected(error)  # with a part at hand, the network has worked before
+        raise _Failure(_REASONS.get(reason, reason), final=unreachable or reason in _HOPELESS) from error
     except _network_errors() as error:
         raise _Failure("the connection was lost") from error
 
@@ -287,6 +288,14 @@ def _gave_up(failure: _Failure, url: str, part: Path, name: str, hint: str) -> M
         hint=resume + hint,
         code="weights-network",
     )
+
+
+def _never_connected(error: Exception) -> bool:
+    from requests.exceptions import ConnectTimeout
+    from urllib3.exceptions import NewConnectionError
+
+    reason = getattr(error.args[0], "reason", None) if error.args else None
+    return isinstance(error, ConnectTimeout) or isinstance(reason, NewConnectionError)
 
 
 def _network_errors() -> tuple[type[Exception], ...]:

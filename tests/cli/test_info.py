@@ -25,6 +25,11 @@ def test_our_model(rtdetr: Callable[..., Any], shapes_model: Path) -> None:
     assert header["category_ids"] == [3, 7, 20]
     assert header["thresholds"]["per_class"] == [0.5, 0.45, 0.55]
     assert 100_000 < found["parameters"] < 1_000_000
+    family = found["family"]
+    assert (family["maker"], family["version"], family["published"]) == ("rtdetr-cli", "RT-DETRv2", None)
+    assert family["gflops"]["imgsz"] == [96, 128]
+    larger = rtdetr("info", shapes_model, "--imgsz", "192x256", "--json").json["model"]["family"]["gflops"]
+    assert 3 < larger["value"] / family["gflops"]["value"] < 4.1  # four times the pixels, the same queries
     table = rtdetr("info", shapes_model)
     assert table.code == 0
     for text in ("3: tomato, leaf, plum", "3, 7, 20", "96x128 (height x width)", "f1: overall 0.500; tomato 0.500"):
@@ -76,6 +81,7 @@ def test_published_checkpoint(rtdetr: Callable[..., Any], shapes_model: Path, tm
     found = ran.json["model"]
     assert found["format"] == "published checkpoint"
     assert "ema.module" in found["layout"]
+    assert found["family"]["maker"] == "official"
     assert len(found["header"]["names"]) == 3
     backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     torch.save(backbone, tmp_path / "backbone.pth")

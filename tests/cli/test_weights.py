@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from rtdetr_cli.model.backbone import ResNet
-from rtdetr_cli.weights import hub
+from rtdetr_cli.weights import catalogue, hub
 
 QUICK = ["--epochs", "1", "--workers", "0", "--device", "cpu", "--effective-batch", "8", "--set", "plots=false"]
 
@@ -77,11 +78,18 @@ def test_train_shows_the_progress_of_a_download(
     file = "ResNet34_vd_pretrained_from_paddle.pth"
     preset.write_text(text.replace("imgsz =", f'imagenet = "{file}"\nimgsz ='))
     torch.save(ResNet(depth=10, width=24).state_dict(), served / file)
+    entry = catalogue.Published("r34-imagenet", file, str(preset), "imagenet")
+    monkeypatch.setattr(catalogue, "catalogue", lambda: {entry.name: entry})
     words = ["train", "--data", shapes_data, *QUICK, "--imgsz", 64, "--out", tmp_path / "runs", "--preset", preset]
     ran = rtdetr(*words, "--weights", "imagenet")
     assert ran.code == 0, ran.err
     assert f"fetching {file}  100%" in ran.err
     assert f"from ImageNet backbone {file}" in ran.err
+    shutil.rmtree(tmp_path / "runs")
+    ran = rtdetr(*words, "--weights", "imagenet", "--dry-run", "--offline")
+    assert ran.code == 0, ran.err
+    assert "from http://127.0.0.1:" in ran.err
+    assert "sha256 recorded" in ran.err
 
 
 @pytest.mark.parametrize("word", ["coco", "imagenet"])

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
-from torch import Tensor
 
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.train.losses import compute_losses
+from rtdetr_cli.weights.names import from_transformers
 
 transformers = pytest.importorskip("transformers")
 
@@ -20,57 +18,6 @@ SPEC = ModelSpec(
     depth=18, width=16, hidden_dim=64, encoder_ffn=96, expansion=0.5, heads=4, decoder_dim=32, decoder_ffn=48,
     decoder_layers=3, eval_layers=3, num_points=(4, 4, 4), queries=30, denoising=0,
 )  # fmt: skip
-
-# From a name in transformers (left) to ours (right), applied in order.
-NAMES = [
-    (r"^model\.backbone\.model\.embedder\.embedder\.(\d)\.", lambda m: f"backbone.conv1.conv1_{int(m[1]) + 1}."),
-    (r"^model\.backbone\.model\.encoder\.stages\.(\d)\.layers\.(\d)\.", r"backbone.res_layers.\1.blocks.\2."),
-    (r"\.shortcut\.1\.", ".short.conv."),
-    (r"\.shortcut\.", ".short."),
-    (r"\.layer\.(\d)\.", lambda m: f".branch2{'abc'[int(m[1])]}."),
-    (r"\.convolution\.", ".conv."),
-    (r"\.normalization\.", ".norm."),
-    (r"^model\.(encoder|decoder)_input_proj\.(\d)\.0\.", r"\1.input_proj.\2.conv."),
-    (r"^model\.(encoder|decoder)_input_proj\.(\d)\.1\.", r"\1.input_proj.\2.norm."),
-    (r"^model\.encoder\.aifi\.", "encoder.encoder."),
-    (r"^model\.decoder\.layers\.", "decoder.decoder.layers."),
-    (r"^(encoder\..*)self_attn_layer_norm", r"\1norm1"),
-    (r"^(encoder\..*)final_layer_norm", r"\1norm2"),
-    (r"^(decoder\..*)self_attn_layer_norm", r"\1norm1"),
-    (r"encoder_attn_layer_norm", "norm2"),
-    (r"^(decoder\..*)final_layer_norm", r"\1norm3"),
-    (r"encoder_attn\.n_points_scale", "cross_attn.num_points_scale"),
-    (r"encoder_attn\.", "cross_attn."),
-    (r"mlp\.fc(\d)\.", r"linear\1."),
-    (r"self_attn\.o_proj", "self_attn.out_proj"),
-    (r"^model\.decoder\.class_embed\.", "decoder.dec_score_head."),
-    (r"^model\.decoder\.bbox_embed\.", "decoder.dec_bbox_head."),
-    (r"^model\.decoder\.", "decoder."),
-    (r"^model\.enc_output\.0\.", "decoder.enc_output.proj."),
-    (r"^model\.enc_output\.1\.", "decoder.enc_output.norm."),
-    (r"^model\.(enc_|denoising)", r"decoder.\1"),
-    (r"^model\.encoder\.", "encoder."),
-]
-
-
-def carried(theirs: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors, and concatenate the three projections of each self-attention."""
-    state: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in theirs.items():
-        if name.startswith(("class_embed", "bbox_embed")):
-            continue  # duplicates of other tensors
-        for pattern, replacement in NAMES:
-            name = re.sub(pattern, replacement, name)
-        if found := re.fullmatch(r"(.*self_attn\.)([qkv])_proj\.(weight|bias)", name):
-            parts.setdefault(f"{found[1]}in_proj_{found[3]}", {})[found[2]] = tensor
-        else:
-            state[name] = tensor
-    state |= {name: torch.cat([p["q"], p["k"], p["v"]]) for name, p in parts.items()}
-    unused = "decoder.denoising_class_embed.weight"  # transformers has none without denoising
-    state[unused] = wanted[unused]
-    assert state.keys() == wanted.keys()
-    return state
 
 
 def pair(method: str = "default") -> tuple[torch.nn.Module, RTDETR]:
@@ -97,7 +44,10 @@ def pair(method: str = "default") -> tuple[torch.nn.Module, RTDETR]:
                 centre = 1.0 if tensor.ndim == 1 and name.endswith("weight") else 0.0
                 tensor.copy_(centre + spread * torch.randn(tensor.shape, generator=generator))
     ours = build_detector(SPEC, num_classes=CLASSES, sampling="discrete" if method == "discrete" else "bilinear")
-    ours.load_state_dict(carried(theirs.state_dict(), ours.state_dict()))
+    wanted = ours.state_dict()
+    state = from_transformers(theirs.state_dict(), wanted)
+    unused = "decoder.denoising_class_embed.weight"  # transformers has none without denoising
+    ours.load_state_dict({unused: wanted[unused], **state})
     return theirs.double(), ours.double()
 
 

@@ -94,6 +94,12 @@ def test_a_download_that_fails_ends_in_time_and_says_why(
     assert len(behavior.requests) == requests
 
 
+def test_a_server_that_is_not_there_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waited"))
+    with pytest.raises(ModelError, match="no connection"):
+        fetch("http://127.0.0.1:9/x.pth", tmp_path / "incomplete/x.pth")
+
+
 def test_a_later_command_continues(server: tuple[str, Behavior], tmp_path: Path) -> None:
     url, behavior = server
     behavior.faults = [{"cut": 100_000}]

@@ -13,15 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from rtdetr_cli.config.presets import load_preset
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.errors import ModelError, UsageError
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.decoder import anchor_table
 from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.weights.catalogue import find_published
 from rtdetr_cli.weights.class_names import COCO_CATEGORY_IDS, COCO_NAMES, OBJECTS365_NAMES
 from rtdetr_cli.weights.header import ModelHeader
+from rtdetr_cli.weights.hub import content_problem
 from rtdetr_cli.weights.load import load_model, save_model
+from rtdetr_cli.weights.names import to_official
 from rtdetr_cli.weights.published import read_published
 
 IMAGES = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -158,20 +160,29 @@ def test_published_layouts(tmp_path: Path, version: int, layout: str) -> None:
     assert same(model, reference)
 
 
-@pytest.mark.parametrize("name", ["r18", "r34", "r50m", "r50", "r101"])
-def test_architecture_is_derived_for_every_published_model(tmp_path: Path, name: str) -> None:
-    spec = load_preset(name).model
+@pytest.mark.parametrize(
+    "name",
+    ["r18", "r34", "r50m", "r50", "r101", "hgl", "hgx", "hgh", "r18-sp1", "r34-v1", "r50m-v1", "r101-objects365-coco",
+     "r18-objects365"],
+)  # fmt: skip
+def test_every_published_architecture_is_derived(tmp_path: Path, name: str) -> None:
+    entry = find_published(name)
+    classes = entry.classes[-1]
     with torch.device("meta"):
-        state = build_detector(spec, num_classes=80).state_dict()
+        state = build_detector(entry.spec, num_classes=classes).state_dict()
     # Expanded tensors store a single value, so the file stays small.
     small = {n: torch.zeros((), dtype=t.dtype).expand(t.shape) for n, t in state.items()}
-    for i in range(spec.decoder_layers):
-        small[f"decoder.decoder.layers.{i}.cross_attn.num_points_scale"] = torch.full((12,), 0.25)
-    torch.save({"ema": {"module": small}}, tmp_path / "x.pth")
+    for i in range(entry.spec.decoder_layers):
+        constant = torch.full((3 * entry.points,), 1 / entry.points)
+        small[f"decoder.decoder.layers.{i}.cross_attn.num_points_scale"] = constant
+    torch.save({"ema": {"module": to_official(small, v1=entry.version == "v1")}}, tmp_path / "x.pth")
     assert (tmp_path / "x.pth").stat().st_size < 2_000_000
     file = read_published(tmp_path / "x.pth")
-    assert file.spec == spec
-    assert file.num_classes == 80
+    assert file.spec == entry.spec
+    assert {n: t.shape for n, t in file.state.items()} == {n: t.shape for n, t in state.items()}
+    assert content_problem(entry, file) == ""
+    for other in ("r18-v1", "r50", "hgl"):
+        assert bool(content_problem(find_published(other), file)) == (other != name)
 
 
 @pytest.mark.parametrize("points", [(1, 1, 1), (2, 4, 6), (3, 3, 3)])
