@@ -196,7 +196,7 @@ def test_presets_show_describes_every_key(rtdetr) -> None:
 def test_presets_in_json(rtdetr) -> None:
     ran = rtdetr("presets", "list", "--json")
     names = [p["name"] for p in ran.json["presets"]]
-    assert names == ["tiny", "r18", "r34", "r50m", "r50", "r101"]
+    assert names == ["tiny", "r18", "r34", "r50m", "r50", "r101", "hgl", "hgx", "hgh"]
 
 
 def test_presets_diff_shows_the_differences_and_the_reasons(rtdetr) -> None:
