@@ -31,8 +31,9 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.02,))
         thread.start()
-        monkeypatch.setenv(hub.MIRROR_VARIABLE, f"http://127.0.0.1:{running.server_port}")
+        monkeypatch.setenv(catalogue.MIRROR_VARIABLE, f"http://127.0.0.1:{running.server_port}")
         monkeypatch.setenv(hub.HOME_VARIABLE, str(tmp_path / "home"))
+        monkeypatch.setenv(hub.OFFLINE_VARIABLE, "")  # so that `--offline` ends with the test
         yield folder
         running.shutdown()
         thread.join()
@@ -97,7 +98,7 @@ def test_train_without_network(
     rtdetr, shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
 ) -> None:
     monkeypatch.setenv(hub.HOME_VARIABLE, str(tmp_path / "home"))
-    monkeypatch.setenv(hub.MIRROR_VARIABLE, "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv(catalogue.MIRROR_VARIABLE, "http://127.0.0.1:9")  # nothing listens there
     ran = rtdetr("train", "--data", shapes_data, *QUICK, "--out", tmp_path / "runs", "--weights", word)
     assert ran.code == 4
     for text in ("no connection", "http://127.0.0.1:9/", str(tmp_path / "home"), "weights import", "--weights none"):
