@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,11 +101,8 @@ def val_loss_note(rows: Sequence[Mapping[str, float | None]]) -> str:
     Args:
         rows: of `metrics.csv`.
     """
-    known = [
-        (int(epoch), train, val)
-        for row in rows
-        if (epoch := row["epoch"]) and (train := row.get("train_loss")) and (val := row.get("val_loss"))
-    ]
+    columns = [[row.get(name) or math.nan for name in ("epoch", "train_loss", "val_loss")] for row in rows]
+    known = [(int(epoch), train, val) for epoch, train, val in columns if math.isfinite(train + val)]
     if len(known) < 3:
         return ""
     best, last = min(known, key=lambda row: row[2]), known[-1]

@@ -174,3 +174,4 @@ def test_the_report_says_where_the_val_loss_stopped_improving(train: list[float]
 def test_two_evaluations_are_no_trend() -> None:
     assert val_loss_note(sampled([3, 2], [3, 4])) == ""
     assert val_loss_note(ROWS) == ""
+    assert val_loss_note(sampled([3, float("nan"), 2], [3, 4, 5])) == "", "a diverged model has no loss"
