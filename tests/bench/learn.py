@@ -248,8 +248,7 @@ def main() -> None:
         for data in args.set.split(",")
         for name in names
     ]
-    accepted = {commit, *args.commits.split(",")}
-    known = {job_of(row): row for row in read_ledger(args.ledger) if row.commit in accepted}
+    known = finished(read_ledger(args.ledger), {commit, *args.commits.split(",")})
     missing = [] if args.summary else [job for job in wanted if job not in known]
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     out = args.out.resolve()
@@ -262,6 +261,11 @@ def main() -> None:
             known[job_of(row)] = row
             print(f"{row.arm} {row.set} seed {row.seed} {row.steps} steps: AP {row.AP:.3f}", flush=True)
     print(*summarize([known[job] for job in wanted if job in known], args.against), sep="\n")
+
+
+def finished(rows: Sequence[Row], commits: set[str]) -> dict[Job, Row]:
+    """Return the rows of these commits by run; the last one of equal runs counts."""
+    return {job_of(row): row for row in rows if row.commit in commits}
 
 
 def job_of(row: Row) -> Job:

@@ -34,7 +34,7 @@ def row(learn: ModuleType, arm: str, seed: int, ap: float, **more: Any) -> Any:
         "false_positives": 4.5,
         "seconds_per_step": 0.8,
     }
-    return learn.Row(arm=arm, seed=seed, AP=ap, **facts, **{**figures, **more})
+    return learn.Row(**{"arm": arm, "seed": seed, "AP": ap, **facts, **figures, **more})
 
 
 def test_the_ledger_keeps_every_row(learn: ModuleType, tmp_path: Path) -> None:
@@ -57,6 +57,18 @@ def test_other_sets_and_steps_are_not_mixed(learn: ModuleType) -> None:
     cards = [learn.Row(**{**vars(one), "set": "cards", "AP": 0.1}) for one in rows]
     lines = [line for line in learn.summarize([*rows, *cards], "default") if " mal " in line]
     assert [line[-6:] for line in lines] == ["+0.100", "+0.000"]
+
+
+def test_a_run_counts_as_finished_for_its_commit_and_settings_only(learn: ModuleType) -> None:
+    rows = [
+        row(learn, "lr", 0, 0.5),
+        row(learn, "lr", 0, 0.6, commit="b"),
+        row(learn, "lr", 0, 0.7, settings="lr=2e-3"),
+    ]
+    jobs = [learn.job_of(one) for one in rows]
+    assert jobs[0] == jobs[1] != jobs[2]
+    assert learn.finished(rows, {"a"}) == {jobs[0]: rows[0], jobs[2]: rows[2]}
+    assert learn.finished(rows, {"a", "b"})[jobs[0]] == rows[1]
 
 
 @pytest.mark.parametrize(("text", "expected"), [("3", [3]), ("0-2,7", [0, 1, 2, 7])])
