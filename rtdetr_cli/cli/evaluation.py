@@ -89,7 +89,7 @@ def evaluate_model(
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.run import evaluate
     from rtdetr_cli.evaluate.source import choose_split
-    from rtdetr_cli.infer.backend import default_batch, open_backend
+    from rtdetr_cli.infer.backend import CAUTIONS, default_batch, open_backend
     from rtdetr_cli.infer.duplicates import gamma_word
     from rtdetr_cli.infer.selection import threshold_mismatch
     from rtdetr_cli.weights.binding import modification_warning
@@ -98,8 +98,9 @@ def evaluate_model(
         choose_split(data, split=split)  # raises the error of a missing dataset before the model is loaded
     backend = open_backend(path, device=device, **overrides)
     header = backend.header
-    if warning := modification_warning(path, header):
-        terminal.warn(warning)
+    for warning in (CAUTIONS.get(device), modification_warning(path, header)):
+        if warning:
+            terminal.warn(warning)
     selected = choose_split(data, split=split, images=images, model=path, header=header)
     for note in selected.notes:
         if note not in known_notes:

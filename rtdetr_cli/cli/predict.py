@@ -66,7 +66,9 @@ def predict(
         str | None, typer.Option(help="Sampling of a published file: bilinear (default) or discrete.")
     ] = None,
     dedupe: DedupeOption = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, or a GPU such as 0.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, a GPU such as 0, or rtx (experimental): TensorRT for RTX, for ONNX files.")
+    ] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads of the runtime.")] = None,
     data: Annotated[
         Path | None,
@@ -123,7 +125,7 @@ def predict(
         name_classes(backend, [c.name for c in dataset.categories], [c.id for c in dataset.categories])
     selection = select_by(backend.header, conf=conf, classes=classes, max_det=max_det)
     folder = _make_folder(out, found if save else []) if save or save_json or save_coco or save_txt else None
-    _show_model(model, backend, selection, found, compare=conf == "auto")
+    _show_model(model, backend, selection, found, device=device, compare=conf == "auto")
     files = {"lines": save_json, "coco": save_coco, "txt": save_txt, "scores": save_conf}
     ids = coco_image_ids(found, None if dataset is None else _image_ids(dataset))
     results = Results(folder, names=backend.header.names, image_ids=ids, **files) if folder is not None else None
@@ -207,17 +209,19 @@ def _image_ids(splits: Splits) -> dict[str, int]:
 
 
 def _show_model(
-    model: Path, backend: Backend, selection: Selection, sources: Sequence[Source], *, compare: bool
+    model: Path, backend: Backend, selection: Selection, sources: Sequence[Source], *, device: str, compare: bool
 ) -> None:
     """Print the model and its settings; warn of stored thresholds that were calibrated with other settings."""
     from rtdetr_cli.cli import terminal
+    from rtdetr_cli.infer.backend import CAUTIONS
     from rtdetr_cli.infer.selection import threshold_mismatch
     from rtdetr_cli.weights.binding import modification_warning
 
     size = "x".join(map(str, backend.imgsz))
     terminal.say(f"model {model}  {backend.kind} {size} px  {_count(sources)}  conf {selection.description}")
-    if warning := modification_warning(model, backend.header):
-        terminal.warn(warning)
+    for warning in (CAUTIONS.get(device), modification_warning(model, backend.header)):
+        if warning:
+            terminal.warn(warning)
     if compare and (mismatch := threshold_mismatch(backend.header, backend.imgsz)) is not None:
         command = f": rtdetr eval {model} {mismatch[1]} --calibrate f1" if model.suffix == ".safetensors" else ""
         terminal.warn(mismatch[0] + command)

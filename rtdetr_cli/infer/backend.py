@@ -14,6 +14,10 @@ from rtdetr_cli.errors import ModelError, UsageError
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.weights.header import EXPORT_SUFFIXES, MODEL_SUFFIXES, ModelHeader
 
+RTX_DEVICE = "rtx"  # of ONNX files: TensorRT for RTX, by its provider for ONNX Runtime
+CAUTIONS = {RTX_DEVICE: "--device rtx is experimental: it has not been tested on a GPU; compare it with --device cpu"}
+"""What to warn of before a device is used."""
+
 READABLE_SUFFIXES = (*MODEL_SUFFIXES, ".ckpt")  # some tools give a published checkpoint this suffix
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,10 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from rtdetr_cli.errors import EnvironmentProblem, ModelError, UsageError
+from rtdetr_cli.files import cache_folder
+from rtdetr_cli.infer.backend import RTX_DEVICE
 from rtdetr_cli.infer.graph import GraphBackend, GraphSpec, TensorSpec, first_line
+from rtdetr_cli.infer.packages import import_package
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 _TYPES = {
@@ -26,17 +30,23 @@ _TYPES = {
 
 
 class OnnxBackend(GraphBackend):
-    """A graph in ONNX Runtime, on CUDA where its provider is installed, else on the CPU."""
+    """A graph in ONNX Runtime, on CUDA where its provider is installed, else on the CPU.
+
+    On the device `rtx`, TensorRT for RTX compiles it for the GPU when it is opened, and keeps the result in the cache.
+    """
 
     kind = "onnx"
 
     def open(self, device: Any, threads: int | None) -> GraphSpec:
         """Open the graph in a session."""
-        providers = _providers(device)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
+        if device == RTX_DEVICE:
+            cache = cache_folder("tensorrt-rtx")
+            options.add_provider_for_devices(rtx_devices()[:1], {"nv_runtime_cache_path": str(cache)})
+        providers = None if device == RTX_DEVICE else _providers(device)
         try:
             self.session = onnxruntime.InferenceSession(str(self.path), options, providers=providers)
         except Exception as error:  # its exceptions have no common base
@@ -70,13 +80,42 @@ class OnnxBackend(GraphBackend):
             raise ModelError(f"{self.path} fails on a batch of {shape}: {_reason(error)}", code="model-run") from error
 
 
+@functools.cache
+def rtx_devices() -> list[Any]:
+    """Return the GPUs that the provider of TensorRT for RTX runs on; it is registered once in a process.
+
+    Raises:
+        EnvironmentProblem: its package or a driver is missing, or there is no such GPU.
+    """
+    plugin = import_package(
+        "onnxruntime_ep_nv_tensorrt_rtx", "ONNX Runtime's provider of TensorRT for RTX", extra="rtx-onnx"
+    )
+    name = plugin.get_ep_name()
+    try:
+        onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
+        devices = [item for item in onnxruntime.get_ep_devices() if item.ep_name == name]
+    except Exception as error:  # its exceptions have no common base
+        raise _no_rtx_gpu(_reason(error)) from error
+    if not devices:
+        raise _no_rtx_gpu("it finds no GPU that it supports")
+    return devices
+
+
+def _no_rtx_gpu(reason: str) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"TensorRT for RTX cannot run here: {reason}",
+        hint="it needs a GeForce RTX 30 or later and its driver; use --device cpu, or 0 with onnxruntime-gpu",
+        code="device-missing",
+    )
+
+
 def _providers(device: str) -> list[Any]:
     available = onnxruntime.get_available_providers()
     if device == "cpu" or (device == "auto" and "CUDAExecutionProvider" not in available):
         return ["CPUExecutionProvider"]
     number = device.removeprefix("cuda").removeprefix(":") or "0"
     if device != "auto" and not number.isdigit():
-        raise UsageError(f"{device!r} is not a device", hint="--device auto, cpu or 0 (the first GPU)")
+        raise UsageError(f"{device!r} is not a device", hint="--device auto, cpu, 0 (the first GPU) or rtx")
     if "CUDAExecutionProvider" not in available:
         raise EnvironmentProblem(
             f"device {device} needs ONNX Runtime with CUDA; the installed one has {', '.join(available)}",

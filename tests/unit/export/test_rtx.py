@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from rtdetr_cli.config.presets import load_preset, preset_names
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import EnvironmentProblem, ExportError, UsageError
 from rtdetr_cli.export import tensorrt
 from rtdetr_cli.export.artefacts import Artefact, Notice
 from rtdetr_cli.export.options import ENGINES, ExportOptions, choose_formats
-from rtdetr_cli.export.run import export_events
+from rtdetr_cli.export.run import export_events, export_model
 from rtdetr_cli.infer.tensorrt_backend import (
     RTX_VERSION,
     TensorrtBackend,
@@ -23,6 +24,7 @@ from rtdetr_cli.infer.tensorrt_backend import (
     is_rtx_engine,
     read_engine_header,
 )
+from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.weights.header import ModelHeader
 
@@ -175,3 +177,14 @@ def test_formats_of_flags() -> None:
     assert choose_formats(rtx=True) == choose_formats(trt_fp16=True, rtx=True) == ("fp16", "rtx-fp16")
     assert choose_formats(onnx=True, trt_fp16=True) == ("onnx", "fp16", "trt-fp16")
     assert set(ENGINES) == {"trt-fp16", "rtx-fp16"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in preset_names() if name != "tiny"])
+def test_presets(name: str, tmp_path: Path) -> None:
+    """Random weights do: the types are in the graph."""
+    model = build_detector(load_preset(name).model, num_classes=4).eval()
+    header = ModelHeader(("a", "b", "c", "d"), (1, 2, 3, 4), (640, 640), layers=model.layers, queries=model.queries)
+    options = ExportOptions(choose_formats(rtx=True), targets=("sm86", "sm120"))
+    _, engine = export_model(model, header, tmp_path, options, stem=name)
+    assert engine.operators["half"] > 2 * engine.operators["float"] > 0
