@@ -12,14 +12,22 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rtdetr_cli.errors import ModelError, RtdetrError
 from rtdetr_cli.files import HOME_VARIABLE, atomic_write, cache_folder, sync_folder
 from rtdetr_cli.weights.catalogue import MIRROR_VARIABLE, Published, catalogue, find_by_file, find_published
 from rtdetr_cli.weights.download import OFFLINE_VARIABLE, ShowProgress, discard, download, exclusive, offline
+
+if TYPE_CHECKING:
+    from rtdetr_cli.weights.published import PublishedFile
+
+STALE_DAYS = 14
+"""Parts of downloads that nobody has continued for so long are removed."""
 
 Notify = Callable[[str], None]
 """Tells a person one sentence."""
@@ -101,6 +109,7 @@ def fetch(
     with _cache_errors(part.parent):
         part.parent.mkdir(parents=True, exist_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(part.parent)
         with exclusive(part, progress):
             if path.is_file() and not force:  # another process has fetched it
                 verify(name, notify=notify)
@@ -149,6 +158,12 @@ def import_file(source: Path, *, name: str = "", force: bool = False, notify: No
     return path
 
 
+def _remove_stale(folder: Path) -> None:
+    for file in folder.iterdir():
+        if time.time() - file.stat().st_mtime > STALE_DAYS * 86400:
+            file.unlink(missing_ok=True)
+
+
 def manual_download_hint(entry: Published) -> str:
     """Return what to do when a file cannot be downloaded on this machine."""
     return (
@@ -189,12 +204,10 @@ def _recognize(source: Path) -> Published:
     raise ModelError(f"{source} is none of the published files", hint="rtdetr weights list", code="weights-unknown")
 
 
-def content_problem(entry: Published, content: object) -> str:
-    """Return why the content of a file (a `PublishedFile`) cannot be what the catalogue says, or ""."""
+def content_problem(entry: Published, content: PublishedFile) -> str:
+    """Return why the content of a file cannot be what the catalogue says, or ""."""
     from rtdetr_cli.weights.architecture import derive_backbone, matching_preset, size_differences
-    from rtdetr_cli.weights.published import PublishedFile
 
-    assert isinstance(content, PublishedFile)
     spec = content.spec
     if (spec is None) != entry.is_backbone:
         return f"it contains {'a backbone' if spec is None else 'a detector'}"

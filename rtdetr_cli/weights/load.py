@@ -107,8 +107,7 @@ def _load_published(path: Path, sampling: str | None) -> tuple[RTDETR, ModelHead
             hint=f"start a training from it: rtdetr train --weights {path}",
             code="model-backbone",
         )
-    published = find_by_file(path.name)
-    method = sampling or (file.header.sampling if file.header else published.sampling if published else "bilinear")
+    method = sampling or published_sampling(path, file)
     model = _build_empty(file.spec, file.num_classes, method, "published")
     load_strictly(model, file.state, source=str(path))
     side = 640
@@ -130,6 +129,14 @@ def _load_published(path: Path, sampling: str | None) -> tuple[RTDETR, ModelHead
     )
     model.set_inference(queries=header.queries)
     return model, header
+
+
+def published_sampling(path: Path, file: PublishedFile) -> str:
+    """Return the sampling that a file was trained with: what it says, or what was published under its name."""
+    if file.header is not None:
+        return file.header.sampling
+    entry = find_by_file(path.name)
+    return entry.sampling if entry is not None else "bilinear"
 
 
 def _origin(path: Path, file: PublishedFile) -> dict[str, object]:

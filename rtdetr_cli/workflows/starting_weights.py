@@ -18,7 +18,7 @@ from rtdetr_cli.weights.architecture import size_differences
 from rtdetr_cli.weights.download import ShowProgress
 from rtdetr_cli.weights.header import TRANSFORMERS_TENSORS, ModelHeader, own_header
 from rtdetr_cli.weights.hub import fetch
-from rtdetr_cli.weights.load import load_model
+from rtdetr_cli.weights.load import load_model, published_sampling
 from rtdetr_cli.weights.published import read_published
 from rtdetr_cli.weights.transfer import TransferTable, load_backbone, transfer_weights
 from rtdetr_cli.weights.transformers_files import is_transformers_folder
@@ -55,6 +55,8 @@ def settings_from_weights(weights: str) -> tuple[Path, dict[str, Any]] | None:
         spec, name = file.spec, ""
         if file.header is not None:
             size = file.header.imgsz
+        if published_sampling(path, file) == "discrete":
+            settings = {"sampling": "discrete"}
     if spec is None:
         return None
     preset = nearest_preset(spec, name)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 
 from rtdetr_cli.model.backbone import ResNet
 from rtdetr_cli.weights import catalogue, hub
+from tests.unit.weights.server import serve  # type: ignore[import-not-found]
 
 QUICK = ["--epochs", "1", "--workers", "0", "--device", "cpu", "--effective-batch", "8", "--set", "plots=false"]
 
@@ -22,21 +20,13 @@ QUICK = ["--epochs", "1", "--workers", "0", "--device", "cpu", "--effective-batc
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder that a server on loopback offers as the mirror, with an empty cache."""
 
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            pass
-
     folder = tmp_path / "served"
     folder.mkdir()
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as running:
-        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
-        thread.start()
-        monkeypatch.setenv(catalogue.MIRROR_VARIABLE, f"http://127.0.0.1:{running.server_port}")
+    with serve(folder) as (address, _):
+        monkeypatch.setenv(catalogue.MIRROR_VARIABLE, address)
         monkeypatch.setenv(hub.HOME_VARIABLE, str(tmp_path / "home"))
         monkeypatch.setenv(hub.OFFLINE_VARIABLE, "")  # so that `--offline` ends with the test
         yield folder
-        running.shutdown()
-        thread.join()
 
 
 def test_settings_come_from_a_model_file_and_from_a_run(

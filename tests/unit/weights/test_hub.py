@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -232,6 +234,17 @@ def test_a_lost_connection_leaves_nothing_in_the_cache_and_is_continued(
     assert hub.fetch(FILE).read_bytes() == content
     assert behavior.requests[-1][1] == "bytes=40000-"
     assert cached() == ["hashes.json", FILE]
+
+
+def test_old_parts_are_removed(server: Path, write: Callable[..., bytes]) -> None:
+    folder = hub.weights_folder().parent / "incomplete"
+    folder.mkdir(parents=True)
+    for name, days in (("old.pth", 15), ("new.pth", 13)):
+        (folder / name).write_bytes(b"part")
+        os.utime(folder / name, (time.time() - days * 86400,) * 2)
+    write(server / FILE)
+    hub.fetch(FILE)
+    assert cached() == ["hashes.json", "new.pth", FILE]
 
 
 def test_a_file_of_another_length_than_stated_is_not_kept(

@@ -19,6 +19,7 @@ from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.weights.header import Dedupe, ModelHeader, Thresholds
 from rtdetr_cli.weights.load import load_model, save_model
 from rtdetr_cli.workflows.convert import compare, convert, detect, synthetic_image
+from rtdetr_cli.workflows.starting_weights import settings_from_weights
 
 transformers = pytest.importorskip("transformers")
 
@@ -83,6 +84,10 @@ def test_transformers_and_back(tmp_path: Path, variant: str) -> None:
     original = state_of(source)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, original[name]), name
+    path, settings = settings_from_weights(str(out)) or pytest.fail("no settings")
+    assert path == out / "model.safetensors"
+    assert settings["imgsz"] == header.imgsz
+    assert settings.get("sampling", "bilinear") == header.sampling
     unused = {n for n in original if n not in model.state_dict()}
     assert all(".2." in n for n in unused) if header.layers == 2 else not unused
 
