@@ -1,8 +1,8 @@
-"""Memory shared with the worker processes: the dataset, the batches in progress, and decoded images.
+"""Decoded images in memory that is shared with the worker processes.
 
-`SharedBlock` is anonymous memory (or an already deleted file) that a worker inherits by file descriptor. It needs no
-space in `/dev/shm`, which is small in containers, leaves nothing behind however the run ends, and is counted once
-however many processes use it.
+`SharedBlock` is anonymous memory (or an already deleted file) that a worker inherits. It needs no space in `/dev/shm`,
+which is small in containers, leaves nothing behind however the run ends, and is counted once however many processes
+use it.
 
 `ImageCache` keeps decoded images at each scale that was needed, so that an image from the cache has the same bits as
 one decoded again. It fills up in the order of use; nothing is evicted, since every image of an epoch is equally
@@ -17,6 +17,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import reduction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.images.decode import ImageFile, divisor, opened
 from rtdetr_cli.machine import free_bytes
 
-_ALIGNMENT = 64
 _DIVISORS = (1, 2, 4, 8)
 _WIDTH = len(_DIVISORS)  # column of the width in the cache's table; height and "scalable" follow
 _ROW = _WIDTH + 3
@@ -37,8 +36,8 @@ _ROW = _WIDTH + 3
 class SharedBlock:
     """Zeroed bytes shared by this process and the child processes that inherit `fd`.
 
-    It is pickled as the number of the file descriptor, so only a child that inherits that can unpickle it. The pages
-    of its `size` bytes are allocated when they are written. `folder` is that of a file to use in place of memory.
+    The pages of its `size` bytes are allocated when they are written. `folder` is that of a file to use in place of
+    memory. It can be pickled for a process that `multiprocessing` spawns.
     """
 
     def __init__(self, size: int, *, folder: Path | None = None) -> None:
@@ -52,11 +51,12 @@ class SharedBlock:
         os.ftruncate(self.fd, self.size)
         self._open()
 
-    def __getstate__(self) -> tuple[int, int, bool]:
-        return self.fd, self.size, self.in_memory
+    def __getstate__(self) -> tuple[Any, int, bool]:
+        return reduction.DupFd(self.fd), self.size, self.in_memory
 
-    def __setstate__(self, state: tuple[int, int, bool]) -> None:
-        self.fd, self.size, self.in_memory = state
+    def __setstate__(self, state: tuple[Any, int, bool]) -> None:
+        duplicate, self.size, self.in_memory = state
+        self.fd = duplicate.detach()
         self._open()
 
     def _open(self) -> None:
@@ -79,47 +79,6 @@ class SharedBlock:
         except OSError:
             return False
         return True
-
-
-class SharedRecords:
-    """What training needs of a dataset in one shared block: paths, and boxes and labels without crowds."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        objects = ~dataset.crowd
-        before = np.concatenate([[0], np.cumsum(objects)])
-        root = os.fspath(dataset.root)
-        names = [os.fsencode(os.path.join(root, name)) for name in dataset.file_names]
-        arrays: dict[str, NDArray[Any]] = {
-            "offsets": before[dataset.offsets].astype(np.int64),
-            "boxes": dataset.boxes_xyxy_px[objects].astype(np.float64),
-            "labels": dataset.labels[objects].astype(np.int64),
-            "name_ends": np.cumsum([0, *map(len, names)]).astype(np.int64),
-            "names": np.frombuffer(b"".join(names), np.uint8),
-        }
-        self._layout: dict[str, tuple[str, tuple[int, ...], int]] = {}
-        size = 0
-        for key, array in arrays.items():
-            self._layout[key] = (array.dtype.str, array.shape, size)
-            size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self.block = SharedBlock(size)
-        for key, array in arrays.items():
-            self._array(key)[...] = array
-
-    def __len__(self) -> int:
-        return len(self._array("offsets")) - 1
-
-    def _array(self, key: str) -> NDArray[Any]:
-        return self.block.array(*self._layout[key])
-
-    def path(self, index: int) -> Path:
-        """Return the path of one image."""
-        start, stop = self._array("name_ends")[index : index + 2]
-        return Path(os.fsdecode(self._array("names")[start:stop].tobytes()))
-
-    def boxes(self, index: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Return the boxes (N, 4) in xyxy pixels and the labels (N,) of one image, as views."""
-        start, stop = self._array("offsets")[index : index + 2]
-        return self._array("boxes")[start:stop], self._array("labels")[start:stop]
 
 
 class CacheEntry(NamedTuple):
@@ -158,7 +117,6 @@ class ImageCache:
         self._pixels = SharedBlock(self._region_size * regions, folder=folder)
         # offset + 1 for each scale (0: not stored), width, height, 1 + scalable (0: unknown)
         self._rows = SharedBlock(images * _ROW * 8)
-        self.blocks = (self._pixels, self._rows)  # for the workers to inherit
 
     def _row(self, image: int) -> NDArray[np.int64]:
         return self._rows.array(np.int64, (_ROW,), image * _ROW * 8)

@@ -1,56 +1,38 @@
 """Training batches: uint8 images and their boxes, the same for any number of worker processes.
 
-Every random draw depends on (seed, epoch, position in the epoch), so a batch depends only on (seed, epoch, index), not
-on the number of workers, on how many ranks share it, or on what was loaded before. A resumed run gets the same batches.
-
-The worker processes (see `worker`) are not torch's: each batch is divided among all of them, so that the first batch
-of an epoch is ready sooner and few batches need to be in progress, and pixels are passed in one fixed block of shared
-memory instead of one file descriptor per tensor.
+torch's DataLoader loads the batches of an endless sequence of (epoch, index), so the first batches of an epoch are
+loaded while the epoch before it is evaluated. A batch is passed as numpy arrays through a pipe: tensors would need a
+file descriptor each, and space in `/dev/shm`, which is small in containers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
-import math
+import ctypes
+import multiprocessing
 import os
-import pickle
-import queue
 import signal
-import subprocess
 import sys
 import threading
-import weakref
-from collections import deque
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._C import _error_if_any_worker_fails
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from rtdetr_cli.batches.cache import ImageCache, SharedBlock, SharedRecords
-from rtdetr_cli.batches.worker import Example, ExampleLoader, Result, Task, WorkerSetup, epoch_order, send
-from rtdetr_cli.datasets.records import Dataset
+from rtdetr_cli.batches.cache import ImageCache
+from rtdetr_cli.batches.examples import Example, ExampleLoader
+from rtdetr_cli.datasets import records
 from rtdetr_cli.errors import DataError, EnvironmentProblem, RtdetrError
 from rtdetr_cli.images.augment import Augmentation
 from rtdetr_cli.machine import free_bytes
 
-_WORKER_CODE = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from rtdetr_cli.batches.worker import main; main()"
-)
-_EXIT_TIMEOUT_S = 5.0
-CHILD_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    # By default the C library maps and unmaps the megabytes of every image, and a quarter of the time is spent on
-    # clearing pages in the kernel. With these settings it keeps up to this much memory for the next image.
-    "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
-}
-"""Environment variables that are added for the workers; glibc reads them at startup, other systems ignore them."""
+Position = tuple[int, int]  # epoch, and index of a batch in it
 
 
 @dataclass(frozen=True)
@@ -67,29 +49,35 @@ class Batch:
 class TrainLoader:
     """Loads any number of epochs in full batches, with persistent worker processes, or in this process with none.
 
-    Step k uses the images from `k * batch_size * world_size` on in the epoch's order, and each rank a contiguous part
-    of them: together the ranks see the batch of a single process. Crowd boxes are left out.
-
     Args:
+        dataset: crowd boxes are left out.
+        imgsz: height and width in pixels.
         batch_size: images of this rank per optimizer step; the training loop cuts them into micro-batches.
+        seed: of the order and of the augmentation.
+        augmentation: of every image.
+        strong_until: the first epoch without the strong augmentations.
+        workers: number of processes.
         cache: `none`, or `ram` or `disk` to keep decoded images there.
         cache_budget: bytes for the cache; None for half of the free memory or disk space.
+        rank: of this process among the `world_size` processes of the run.
+        world_size: that many ranks share the batches of `world_size * batch_size` images.
         pin_memory: put images into page-locked memory, so that copying them overlaps with the GPU's work.
 
     Raises:
         DataError: the dataset has no images.
-        EnvironmentProblem: worker processes are not supported on this system.
+        EnvironmentProblem: the cache is not supported on this system.
         RtdetrError: there is not enough memory.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: records.Dataset,
         *,
         imgsz: tuple[int, int],
         batch_size: int,
         seed: int,
         augmentation: Augmentation,
+        strong_until: int = sys.maxsize,
         workers: int,
         cache: str = "none",
         cache_budget: int | None = None,
@@ -99,46 +87,105 @@ class TrainLoader:
     ) -> None:
         if not len(dataset):
             raise DataError(f"{dataset.name}: the {dataset.split} split has no images to train on")
-        if workers and os.name != "posix":
-            raise EnvironmentProblem("worker processes need a POSIX system", hint="--workers 0")
-        self._images, self._batch, self._seed = len(dataset), batch_size, seed
-        self._rank, self._world = rank, world_size
-        self._pin = pin_memory and torch.cuda.is_available()
-        self._shape = (batch_size, 3, *imgsz)
-        batch_bytes = math.prod(self._shape)
+        batch_bytes = batch_size * 3 * imgsz[0] * imgsz[1]
         if 2 * batch_bytes > free_bytes(None):
-            raise _no_memory(f"a batch of {batch_size} images of {imgsz[0]}x{imgsz[1]}", batch_bytes)
-        records = SharedRecords(dataset)
+            raise RtdetrError(
+                f"not enough memory for a batch of {batch_size} images of {imgsz[0]}x{imgsz[1]} "
+                f"({batch_bytes / 2**30:.1f} GiB)",
+                hint="use a smaller --effective-batch or --imgsz, or fewer --workers",
+                code="no-memory",
+            )
         self._cache: ImageCache | None = None
         if cache != "none":
+            if os.name != "posix":
+                raise EnvironmentProblem("the image cache is not supported on this system", hint="--cache none")
             largest = 4 * int(dataset.sizes_wh.astype(np.int64).prod(1).sum())  # 3 channels, at scales 1, 1/2, ...
             regions = max(workers, 1)
             self._cache = ImageCache(len(dataset), kind=cache, regions=regions, budget=cache_budget, largest=largest)
-        self._examples = ExampleLoader(records, augmentation, seed, self._cache)
-        self._pool = _WorkerPool(records, augmentation, seed, self._shape, self._cache, workers) if workers else None
+        self._examples = ExampleLoader(
+            dataset=dataset,
+            imgsz=imgsz,
+            batch_size=batch_size,
+            seed=seed,
+            augmentation=augmentation,
+            strong_until=strong_until,
+            cache=self._cache,
+            rank=rank,
+            world_size=world_size,
+        )
+        self._positions = _Positions(len(self))
+        self._loader: DataLoader[_Loaded | RtdetrError] | None
+        with _any_number_of_workers():
+            self._loader = DataLoader(
+                _Batches(self._examples),
+                sampler=self._positions,
+                batch_size=None,
+                num_workers=workers,
+                worker_init_fn=_prepare_worker if workers else None,
+                persistent_workers=workers > 0,
+                pin_memory=pin_memory and torch.cuda.is_available(),
+                # A forked process starts at once, needs little memory and doesn't run the user's program again.
+                multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+                generator=torch.Generator(),  # each iterator draws a seed for its workers, which nothing uses
+            )
+        self._stream: Iterator[_Loaded | RtdetrError] | None = None
+        self._next: Position | None = None  # what the stream gives next
+        self._epochs_begun = 0
+        self._failure: RtdetrError | None = None
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch; every image is used at least once."""
-        return math.ceil(self._images / (self._batch * self._world))
+        return len(self._examples)
 
-    def epoch(self, epoch: int, *, strong: bool, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, from index `start` on.
-
-        The order and the augmentation depend on the number of the `epoch`; `strong` switches the strong augmentations.
 
         Raises:
             DataError: too many images in a row cannot be read.
             RtdetrError: a worker process was killed.
         """
-        tasks = (self._task(epoch, index, strong=strong) for index in range(start, len(self)))
-        if self._pool is None:
-            return map(self._load, tasks)
-        return self._load_in_workers(self._pool, tasks)
+        self._epochs_begun += 1
+        return self._batches(epoch, start, self._epochs_begun)
+
+    def _batches(self, epoch: int, start: int, number: int) -> Iterator[Batch]:
+        for index in range(start, len(self)):
+            if number != self._epochs_begun:
+                raise RuntimeError("another epoch was begun; call `epoch` again with `start` to continue this one")
+            yield self._load((epoch, index))
+
+    def _load(self, position: Position) -> Batch:
+        if self._failure is not None:
+            raise self._failure
+        if self._loader is None:
+            raise RuntimeError("the loader has been closed")
+        try:
+            with _errors_of_workers():
+                if self._stream is None or self._next != position:
+                    self._positions.start = position
+                    with _any_number_of_workers():
+                        self._stream = iter(self._loader)
+                self._next = None
+                loaded = next(self._stream)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            self._failure = RtdetrError(
+                "a worker process of the loader was killed, most likely because memory ran out",
+                hint="use fewer --workers, or --cache none",
+                code="loader-killed",
+            )
+            raise self._failure from error
+        if isinstance(loaded, RtdetrError):
+            raise loaded
+        self._next = self._positions.after(position)
+        for example in loaded.examples:
+            if example.stored is not None and self._cache is not None:
+                self._cache.publish(example.stored)
+        return loaded.batch()
 
     def close(self) -> None:
         """Stop the workers and free their memory; the loader cannot be used afterwards."""
-        if self._pool is not None:
-            self._pool.close()
+        self._stream = self._loader = None
 
     def __enter__(self) -> TrainLoader:
         return self
@@ -146,230 +193,117 @@ class TrainLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _task(self, epoch: int, index: int, *, strong: bool) -> Task:
-        """Return this rank's part of a batch as one task."""
-        first = (index * self._world + self._rank) * self._batch
-        positions = range(first, first + self._batch)
-        order = epoch_order(self._seed, epoch, self._images)
-        # The last batch is filled up from the start of the same order.
-        images = tuple(int(order[p % self._images]) for p in positions)
-        return Task(0, 0, epoch, strong, tuple(range(self._batch)), tuple(positions), images)
 
-    def _load(self, task: Task) -> Batch:
-        """Load a batch in this process."""
-        images = torch.empty(self._shape, dtype=torch.uint8, pin_memory=self._pin)
-        examples = self._examples.load(task, images.numpy())
-        for example in examples:
-            if example.stored is not None and self._cache is not None:
-                self._cache.publish(example.stored)
-        return _batch(images, examples)
+class _Positions(Sampler[Position]):
+    """The positions of all batches from `start` on, epoch after epoch without end."""
 
-    def _load_in_workers(self, pool: _WorkerPool, tasks: Iterator[Task]) -> Iterator[Batch]:
-        epoch = pool.begin_epoch()
-        for task in tasks:
-            pool.submit(task)
-            if pool.full:
-                break
-        while pool.pending:
-            pixels, examples = pool.collect()
-            images = torch.empty(self._shape, dtype=torch.uint8, pin_memory=self._pin)
-            images.numpy()[...] = pixels
-            following = next(tasks, None)
-            if following is not None:
-                pool.submit(following)
-            yield _batch(images, examples)
-            if pool.epochs_begun != epoch:
-                raise RuntimeError("another epoch was begun; call `epoch` again with `start` to continue this one")
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+        self.start: Position = (0, 0)
+
+    def after(self, position: Position) -> Position:
+        epoch, index = position
+        return (epoch, index + 1) if index + 1 < self.batches else (epoch + 1, 0)
+
+    def __iter__(self) -> Iterator[Position]:
+        position = self.start
+        while True:
+            yield position
+            position = self.after(position)
 
 
-def _batch(images: Tensor, examples: list[Example]) -> Batch:
-    return Batch(
-        images,
-        tuple(torch.from_numpy(example.boxes_cxcywh) for example in examples),
-        tuple(torch.from_numpy(example.labels) for example in examples),
-        tuple(example.image for example in examples),
-        tuple(replaced for example in examples for replaced in example.replaced),
-    )
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A batch on its way from a worker; the DataLoader calls `pin_memory`, and leaves an unknown type as it is."""
+
+    images: NDArray[np.uint8] | Tensor
+    examples: list[Example]
+
+    def pin_memory(self) -> _Loaded:
+        return _Loaded(torch.as_tensor(self.images).pin_memory(), self.examples)
+
+    def batch(self) -> Batch:
+        return Batch(
+            torch.as_tensor(self.images),
+            tuple(torch.from_numpy(example.boxes_cxcywh) for example in self.examples),
+            tuple(torch.from_numpy(example.labels) for example in self.examples),
+            tuple(example.image for example in self.examples),
+            tuple(replaced for example in self.examples for replaced in example.replaced),
+        )
 
 
-@dataclass
-class _Pending:
-    """A batch in progress: the slot of its pixels, its examples once loaded, and how many tasks have not returned."""
+class _Batches(Dataset["_Loaded | RtdetrError"]):
+    """Batches by position; an error is returned, since the DataLoader would lose its hint."""
 
-    slot: int
-    examples: list[Example | None]
-    parts_left: int
-    failure: Exception | None = None
+    def __init__(self, examples: ExampleLoader) -> None:
+        self.examples = examples
 
-
-def _no_memory(purpose: str, size: int) -> RtdetrError:
-    return RtdetrError(
-        f"not enough memory for {purpose} ({size / 2**30:.1f} GiB)",
-        hint="use a smaller --effective-batch or --imgsz, or fewer --workers",
-        code="no-memory",
-    )
-
-
-class _WorkerPool:
-    """Worker processes that load each batch together, and the batches in progress."""
-
-    def __init__(
-        self,
-        records: SharedRecords,
-        augmentation: Augmentation,
-        seed: int,
-        shape: tuple[int, int, int, int],
-        cache: ImageCache | None,
-        workers: int,
-    ) -> None:
-        # Enough batches that every worker always has a next image, and at least two for steps of uneven duration.
-        depth = max(2, -(-3 * workers // shape[0]))
-        self._shape = (depth, *shape)
-        slots = SharedBlock(int(np.prod(self._shape)))
-        if not slots.reserve(0, slots.size):
-            raise _no_memory(f"{depth} batches of {shape[0]} images in progress", slots.size)
-        self._slots = slots.array(np.uint8, self._shape)
-        self._free = deque(range(depth))
-        self._cache = cache
-        self._next_worker = itertools.cycle(range(workers))
-        self._next_ticket = itertools.count()
-        self._tickets: dict[int, tuple[_Pending, tuple[int, ...]]] = {}
-        self._death: RtdetrError | None = None
-        self.epochs_begun = 0
-        self.pending: deque[_Pending] = deque()
-        self._results: queue.SimpleQueue[tuple[int, Result | None]] = queue.SimpleQueue()
-        blocks = [records.block, slots, *(cache.blocks if cache is not None else ())]
-        self._children: list[subprocess.Popen[bytes]] = []
-        threads: list[threading.Thread] = []
-        self._finalizer = weakref.finalize(self, _terminate, self._children, threads)
-        environment = os.environ | CHILD_ENVIRONMENT
-        for number in range(workers):
-            child = subprocess.Popen(
-                [sys.executable, "-c", _WORKER_CODE, json.dumps(sys.path)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-                pass_fds=[block.fd for block in blocks],
-                start_new_session=True,  # so that Ctrl-C reaches the training process only
-            )
-            self._children.append(child)
-            thread = threading.Thread(target=_listen, args=(number, child, self._results), daemon=True)
-            thread.start()
-            threads.append(thread)
-        for number in range(workers):
-            self._send(number, WorkerSetup(records, augmentation, seed, slots, self._shape, cache, number))
-
-    @property
-    def full(self) -> bool:
-        """Whether no more batches can be in progress."""
-        return not self._free
-
-    def submit(self, batch: Task) -> None:
-        """Divide a batch among the workers."""
-        slot = self._free.popleft()
-        size = len(batch.rows)
-        parts = min(size, len(self._children))
-        pending = _Pending(slot, [None] * size, parts)
-        self.pending.append(pending)
-        for number in range(parts):
-            part = slice(size * number // parts, size * (number + 1) // parts)
-            ticket = next(self._next_ticket)
-            rows, positions, images = batch.rows[part], batch.positions[part], batch.images[part]
-            self._tickets[ticket] = (pending, rows)
-            self._send(next(self._next_worker), Task(ticket, slot, batch.epoch, batch.strong, rows, positions, images))
-
-    def collect(self) -> tuple[NDArray[np.uint8], list[Example]]:
-        """Wait for the oldest batch; its pixels are valid until the next `submit`."""
-        oldest = self.pending[0]
-        while oldest.parts_left:
-            self._receive()
-        self.pending.popleft()
-        self._free.append(oldest.slot)
-        if oldest.failure is not None:
-            raise oldest.failure
-        return self._slots[oldest.slot], [example for example in oldest.examples if example is not None]
-
-    def begin_epoch(self) -> int:
-        """Discard what is left of an earlier epoch; return the number of epochs begun so far."""
-        while self.pending:
-            while self.pending[0].parts_left:
-                self._receive()
-            self._free.append(self.pending.popleft().slot)
-        self.epochs_begun += 1
-        return self.epochs_begun
-
-    def close(self) -> None:
-        """Stop the workers."""
-        self._finalizer()
-
-    def _send(self, number: int, value: Any) -> None:
+    def __getitem__(self, position: Position) -> _Loaded | RtdetrError:
         try:
-            send(_pipe(self._children[number].stdin), value)
-        except BrokenPipeError:
-            raise self._death_of(number) from None
-        except ValueError:
-            raise RuntimeError("the loader has been closed") from None
-
-    def _receive(self) -> None:
-        """Wait for one result and add it to its batch."""
-        if self._death is not None:
-            raise self._death
-        number, result = self._results.get()
-        if result is None:
-            raise self._death_of(number)
-        pending, rows = self._tickets.pop(result.ticket)
-        pending.parts_left -= 1
-        pending.failure = result.failure or pending.failure
-        for row, example in zip(rows, result.examples, strict=False):
-            pending.examples[row] = example
-            if example.stored is not None and self._cache is not None:
-                self._cache.publish(example.stored)
-
-    def _death_of(self, number: int) -> RtdetrError:
-        """Return why a worker ended."""
-        child = self._children[number]
-        try:
-            status = child.wait(_EXIT_TIMEOUT_S)
-        except subprocess.TimeoutExpired:  # it is alive, but sends data that cannot be read
-            child.kill()
-            status = child.wait()
-        if status == -signal.SIGKILL:
-            message = f"worker process {number} was killed, most likely because memory ran out"
-        else:
-            message = f"worker process {number} ended with status {status}"
-        self._death = RtdetrError(message, hint="use fewer --workers, or --cache none", code="loader-killed")
-        return self._death
+            return _Loaded(*self.examples.load(*position))
+        except RtdetrError as error:
+            return error
 
 
-def _listen(number: int, child: subprocess.Popen[bytes], results: queue.SimpleQueue[tuple[int, Result | None]]) -> None:
-    """Pass on the results of a worker, and None at its end."""
+def _prepare_worker(number: int) -> None:
+    """Set up a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which stops its workers
+    warnings.simplefilter("ignore")  # `rtdetr validate` reports problems of images
+    import cv2
+
+    cv2.setNumThreads(0)  # one core per worker
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    keep_freed_memory()
+    worker = get_worker_info()
+    assert worker is not None
+    assert isinstance(worker.dataset, _Batches)
+    if worker.dataset.examples.cache is not None:
+        worker.dataset.examples.cache.region = number
+
+
+def _exit_with_parent() -> None:
+    """Wait for the end of the training process; torch's own check would still wait for somebody to read the results."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next image; other libraries than glibc's are left alone.
+
+    By default glibc maps and unmaps the megabytes of every image, and a quarter of the time is spent on clearing pages
+    in the kernel.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its upper limit
+        mallopt(-1, 128 << 20)  # M_TRIM_THRESHOLD
+
+
+@contextlib.contextmanager
+def _any_number_of_workers() -> Iterator[None]:
+    """Keep torch from warning about more workers than cores."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
+
+
+@contextlib.contextmanager
+def _errors_of_workers() -> Iterator[None]:
+    """Raise an error at once when a worker ends within this block, and only then.
+
+    torch's handler of SIGCHLD, which this replaces, raises it anywhere: perhaps in the middle of saving a checkpoint,
+    when the system shuts down. Without a handler, this process could wait forever for the rest of a batch.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, lambda number, frame: _error_if_any_worker_fails())
     try:
-        with contextlib.suppress(EOFError, OSError, ValueError, pickle.UnpicklingError):
-            while True:
-                results.put((number, pickle.load(_pipe(child.stdout))))
-    finally:  # whatever happened, nothing must wait for a result that will not come
-        results.put((number, None))
-
-
-def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
-    if stream is None:
-        raise ValueError("not a pipe")
-    return stream
-
-
-def _terminate(children: list[subprocess.Popen[bytes]], threads: list[threading.Thread]) -> None:
-    """Stop the workers, whatever they are doing: they hold no data that could be lost."""
-    for child in children:
-        with contextlib.suppress(OSError):
-            _pipe(child.stdin).close()
-        child.terminate()
-    for child in children:
-        try:
-            child.wait(_EXIT_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-    for thread in threads:
-        thread.join(_EXIT_TIMEOUT_S)
-    for child in children:
-        _pipe(child.stdout).close()
+        _error_if_any_worker_fails()
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)

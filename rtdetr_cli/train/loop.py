@@ -121,8 +121,7 @@ class Trainer:
         if learner.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(learner.device)
         learner.train_mode()
-        strong = progress.epoch < plan.strong_until
-        batches = self.loader.epoch(progress.epoch, strong=strong, start=progress.batch)
+        batches = self.loader.epoch(progress.epoch, start=progress.batch)
         try:
             while progress.batch < plan.steps_per_epoch:
                 started = time.monotonic()

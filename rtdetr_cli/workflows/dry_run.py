@@ -93,7 +93,7 @@ def _time_real_steps(prepared: Prepared, micro_batch: int) -> float:
     learner.optimizer.set_rate(0.0)  # also switches weight decay off
     size = plan.scales[len(plan.scales) // 2]
     times = []
-    batches = prepared.loader.epoch(0, strong=plan.strong_until > 0)
+    batches = prepared.loader.epoch(0)
     for step in range(min(REAL_STEPS, plan.steps_per_epoch)):
         began = time.monotonic()
         batch = next(batches)

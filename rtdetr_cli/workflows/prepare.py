@@ -148,6 +148,7 @@ def prepare(
             batch_size=images_per_process(settings.effective_batch, processes.size),
             seed=settings.seed,
             augmentation=augmentation,
+            strong_until=plan.strong_until,
             workers=workers,
             cache=settings.cache,
             cache_budget=int(settings.cache_gb * 1e9) or None,

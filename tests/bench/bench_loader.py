@@ -3,7 +3,7 @@
     python tests/bench/bench_loader.py [--rounds 5] [--json]
 
 Both read the same JPEG files with the same boxes, draw from the same distributions, and end with a uint8 (3, 640, 640)
-image and its boxes. Each runs in a process of its own, ours with the environment that `TrainLoader` gives its
+image and its boxes. Each runs in a process of its own, ours with the settings of memory that `TrainLoader` gives its
 processes, and all are tied to one core. They take turns, all images at a time, and what counts is the processor
 time that each has used, so other programs on the machine hurt both alike. The images are those of
 `../shared/data/coco21`, brought to 640x480 and to 4000x3000; generated ones where that folder is missing.
@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import cv2
 import numpy as np
@@ -32,8 +33,7 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from rtdetr_cli.batches.loader import CHILD_ENVIRONMENT
-from rtdetr_cli.batches.worker import send
+from rtdetr_cli.batches.loader import keep_freed_memory
 from rtdetr_cli.datasets.generate import generate_image
 from rtdetr_cli.images.augment import RECIPE, augment
 from rtdetr_cli.images.decode import opened
@@ -122,6 +122,8 @@ def serve(name: str) -> None:
     """Answer each list of (case, seed) on standard input with the processor time that it took."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+    if name != "torchvision v2":
+        keep_freed_memory()
     make = WAYS[name]()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -136,14 +138,19 @@ def serve(name: str) -> None:
         send(answers, time.process_time() - begun)
 
 
+def send(stream: IO[bytes], value: object) -> None:
+    """Write one value, which `pickle.load` reads at the other end."""
+    pickle.dump(value, stream, pickle.HIGHEST_PROTOCOL)
+    stream.flush()
+
+
 class Server:
     """One way in a process of its own."""
 
     def __init__(self, name: str) -> None:
-        extra = {} if name == "torchvision v2" else CHILD_ENVIRONMENT
         command = [sys.executable, __file__, "--serve", name]
         self.child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"} | extra
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
 
     def __call__(self, turn: list[tuple[Case, int]]) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import os
-import pickle
 import resource
 from pathlib import Path
 
@@ -14,34 +13,8 @@ import pytest
 from PIL import Image
 
 from rtdetr_cli import machine
-from rtdetr_cli.batches.cache import ImageCache, SharedBlock, SharedRecords
-from rtdetr_cli.datasets.records import Category, Dataset, FlatStrings
+from rtdetr_cli.batches.cache import ImageCache, SharedBlock
 from rtdetr_cli.images.decode import ImageError, open_image
-
-
-def tiny_dataset(root: Path, names: list[str]) -> Dataset:
-    """Image i has i boxes, of which the second is a crowd."""
-    counts = list(range(len(names)))
-    boxes = np.arange(4 * sum(counts), dtype=np.float64).reshape(-1, 4)
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    crowd = np.zeros(len(boxes), np.bool_)
-    crowd[[offsets[i] + 1 for i in range(2, len(names))]] = True
-    return Dataset(
-        name="tiny",
-        split="train",
-        format="coco",
-        root=root,
-        categories=(Category(1, "a"),),
-        file_names=FlatStrings(names),
-        image_ids=np.arange(len(names)),
-        sizes_wh=np.full((len(names), 2), 32, np.int32),
-        offsets=offsets,
-        boxes_xyxy_px=boxes,
-        labels=np.arange(len(boxes)),
-        areas=np.ones(len(boxes)),
-        crowd=crowd,
-        annotation_ids=np.arange(len(boxes)),
-    )
 
 
 @pytest.fixture
@@ -64,9 +37,6 @@ def test_a_block_is_shared_with_a_child_that_inherits_it(on_disk: bool, tmp_path
         os._exit(0)
     os.waitpid(child, 0)
     assert a.tolist() == list(range(100))
-    again = SharedBlock.__new__(SharedBlock)
-    again.__setstate__((os.dup(block.fd), block.size, block.in_memory))
-    assert again.array(np.int64, (100,), 800).tolist() == list(range(100))
 
 
 def test_views_keep_a_block_alive_and_its_descriptor_is_closed() -> None:
@@ -91,25 +61,6 @@ def test_reserve_returns_false_on_a_full_disk(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert block.reserve(4096, 1 << 19)
-
-
-def test_records_keep_paths_boxes_and_labels_but_no_crowds(tmp_path: Path) -> None:
-    names = ["a.jpg", "sub/b c.png", "\udce9.jpg", "ünï.jpg", str(tmp_path / "elsewhere.jpg"), "f.jpg"]
-    dataset = tiny_dataset(tmp_path, names)
-    records = SharedRecords(dataset)
-    assert len(records) == len(names)
-    for i in range(len(names)):
-        assert records.path(i) == dataset.path(i)
-        boxes, labels = records.boxes(i)
-        truth = dataset.annotations(i)
-        assert np.array_equal(boxes, truth.boxes_xyxy_px[~truth.crowd])
-        assert np.array_equal(labels, truth.labels[~truth.crowd])
-    assert len(pickle.dumps(records)) < 2000, "a process is handed a descriptor, not the boxes"
-
-
-def test_records_of_a_dataset_without_boxes(tmp_path: Path) -> None:
-    boxes, labels = SharedRecords(tiny_dataset(tmp_path, ["a.jpg"])).boxes(0)
-    assert (boxes.shape, labels.shape) == ((0, 4), (0,))
 
 
 @pytest.mark.parametrize("kind", ["ram", "disk"])
