@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,11 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from rtdetr_cli.train.events import EpochDone, StepDone, StepSkipped
+    from rtdetr_cli.train.plan import Plan
     from rtdetr_cli.workflows.events import DryRunResult, Event, RunFinished, RunStarted
 
+FIRST_LINE_STEPS, FIRST_LINE_SECONDS = 10, 30.0  # whichever is over first
+LINE_SECONDS = 60.0
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
 
@@ -189,16 +193,19 @@ def _skipped_line(event: StepSkipped) -> str:
 
 
 class _TrainingBar:
-    """A bar of steps on a terminal; nothing in a pipe, where every epoch is one line."""
+    """A bar of steps on a terminal; elsewhere a line soon after the start and one each minute without another line."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._epochs = 0
+        self._plan: Plan | None = None
         self._epoch_seconds: list[float] = []
+        self._step_seconds: list[float] = []
+        self._line_due = 0.0  # in the clock's seconds, after a few steps
 
     def start(self, event: RunStarted) -> None:
-        self._epochs = event.plan.epochs
+        self._plan = event.plan
+        self._line_due = time.monotonic() + FIRST_LINE_SECONDS
         if not terminal.is_terminal() or event.folder is None:
             return
         self._bar = terminal.make_bar()
@@ -207,9 +214,23 @@ class _TrainingBar:
         self._bar.start()
 
     def show_step(self, event: StepDone) -> None:
-        rate, memory = 1 / event.seconds, event.memory_bytes / 2**30
-        facts = f"loss {event.loss:.2f}  lr {event.lr:.2g}  {rate:.1f} steps/s  {memory:.1f} GiB"
-        self.update(completed=event.step + 1, facts=facts, description=f"epoch {event.epoch + 1}/{self._epochs}")
+        assert self._plan is not None
+        self._step_seconds.append(event.seconds)
+        epoch = f"epoch {event.epoch + 1}/{self._plan.epochs}"
+        memory = event.memory_bytes / 2**30
+        if self._bar is not None:
+            facts = f"loss {event.loss:.2f}  lr {event.lr:.2g}  {1 / event.seconds:.1f} steps/s  {memory:.1f} GiB"
+            self.update(completed=event.step + 1, facts=facts, description=epoch)
+            return
+        steps = len(self._step_seconds)
+        if steps == FIRST_LINE_STEPS or (steps > 2 and time.monotonic() > self._line_due):
+            recent = self._step_seconds[1:][-50:]  # the first step is slower than the others
+            mean = sum(recent) / len(recent)
+            left = terminal.duration(mean * (self._plan.total_steps - event.step - 1))
+            self.say(
+                f"step {event.step + 1}/{self._plan.total_steps}  {epoch}  loss {event.loss:.2f}  "
+                f"{self._plan.effective_batch / mean:.3g} images/s  {memory:.1f} GiB  {left} left without evaluation"
+            )
 
     def update(self, **fields: Any) -> None:
         if self._bar is not None and self._task is not None:
@@ -217,6 +238,7 @@ class _TrainingBar:
 
     def say(self, line: str) -> None:
         """Write a line above the bar."""
+        self._line_due = time.monotonic() + LINE_SECONDS
         if self._bar is None:
             terminal.say(line)
         else:

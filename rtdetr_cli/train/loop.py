@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ class Trainer:
         checkpoint_steps: likewise in steps; 0 for none.
         identity: settings and dataset fingerprint that a resumed run must match.
         files: names of the training images, for messages.
+        began: when the run began, for `Checkpoints`.
     """
 
     learner: Learner
@@ -81,10 +82,11 @@ class Trainer:
     checkpoint_steps: int
     identity: Mapping[str, Any]
     files: Sequence[str] | FlatStrings
+    began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         learner, progress, folder = self.learner, self.progress, self.folder
-        self._checkpoints = Checkpoints(learner, progress, folder, self.identity)
+        self._checkpoints = Checkpoints(learner, progress, folder, self.identity, self.began)
         self._guard = NonFiniteGuard(
             folder.path, scaled=learner.optimizer.scaled, skipped_in_a_row=progress.in_a_row, files=self.files
         )

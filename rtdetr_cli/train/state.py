@@ -130,11 +130,15 @@ class Learner:
 class Checkpoints:
     """Saves the state of a run, and takes the run back to it; only the main process writes.
 
-    `identity` holds settings and dataset that a resumed run must match.
+    `identity` holds settings and dataset that a resumed run must match. `began` is when the run began, in the seconds
+    of `time.monotonic`; for a resumed run, when it would have begun without the pause.
     """
 
-    def __init__(self, learner: Learner, progress: Progress, folder: RunFolder, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, learner: Learner, progress: Progress, folder: RunFolder, identity: Mapping[str, Any], began: float
+    ) -> None:
         self.learner, self.progress, self.folder, self.identity = learner, progress, folder, identity
+        self.began = began
         self.saved_at = time.monotonic()
         # A checkpoint written after a skipped step is no state to go back to: the next save replaces it.
         self._saved_after_skipped_step = progress.in_a_row > 0
@@ -153,6 +157,7 @@ class Checkpoints:
                 "learner": self.learner.state_dict(),
                 "generators": _generator_states(),
                 "metrics_offset": self.folder.metrics_offset(),
+                "seconds": time.monotonic() - self.began,
             }
             save_checkpoint(self.folder.path, state, keep_previous=self._saved_after_skipped_step)
         self._saved_after_skipped_step = progress.in_a_row > 0

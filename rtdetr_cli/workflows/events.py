@@ -49,7 +49,7 @@ class RunFinished:
     best_epoch: int  # from 0
     epochs: int  # trained in total
     reason: str  # `done` or `patience`
-    seconds: float  # of this process
+    seconds: float  # of the run, with what happened before it was resumed
     explanation: str = ""  # with `--overfit`, why AP stayed below 0.9
     page: Path | None = None  # the HTML report
     val_loss: str = ""  # where the val loss stopped improving, in a sentence

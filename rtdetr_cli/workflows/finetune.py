@@ -141,6 +141,7 @@ def resume(
             else:
                 progress = Progress(micro_batch=1)
                 restore(prepared.learner, progress, state, folder if processes.is_main else None)
+                began -= state.get("seconds", 0.0)  # which earlier versions did not write
             del state
             if processes.is_main:
                 problem = folder.log(f"resumed at epoch {progress.epoch + 1}, step {progress.step}")
@@ -195,6 +196,7 @@ def _train(
         checkpoint_steps=settings.checkpoint_steps,
         identity=identity.facts,
         files=prepared.train_set.file_names,
+        began=began,
     )
     for event in trainer.train():
         if recorder is not None:

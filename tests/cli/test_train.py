@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from rtdetr_cli.cli.training_output import dry_run_warnings
+from rtdetr_cli.train.checkpoint import load_checkpoint, save_checkpoint
 from rtdetr_cli.weights.header import read_header
 from rtdetr_cli.workflows.events import DryRunResult
 
@@ -179,8 +181,12 @@ def test_a_resumed_run_needs_no_other_flag_and_gives_the_same_result(
     copy: Path, finished: Path, rtdetr, monkeypatch
 ) -> None:
     monkeypatch.chdir("/")
-    ran = rtdetr("train", "--resume", copy)
+    state, _ = load_checkpoint(copy)
+    assert 0 < state["seconds"] < 1000
+    save_checkpoint(copy, state | {"seconds": 5000.0})
+    ran = rtdetr("train", "--resume", copy, "--json")
     assert ran.code == 0, ran.err
+    assert 5000 < ran.json["seconds"] < 6000, "with the time before the pause"
     assert "resumed at epoch 2, step 3" in ran.err
     assert "epoch 2/2" in ran.err
     data_line = next(line for line in ran.err.splitlines() if line.startswith("data  "))
@@ -401,4 +407,8 @@ def test_a_failed_overfit_is_explained(data: Path, rtdetr, tmp_path: Path) -> No
     assert ran.code == 0, ran.err
     assert "data  shapes: 3 images, 54 times per epoch, for training and validation, 5 classes" in ran.err
     assert "were not overfitted" in ran.err
+    early = next(line for line in ran.err.splitlines() if line.startswith("step "))
+    assert re.fullmatch(
+        r"step \d+/21  epoch 1/1  loss [\d.]+  [\d.]+ images/s  [\d.]+ GiB  .+ left without evaluation", early
+    )
     assert "too few to overfit" in ran.err
