@@ -121,7 +121,7 @@ class Evaluator:
         chosen = dataset.subset(np.linspace(0, len(dataset) - 1, count).astype(np.int64))
         imgsz = self.prepared.config.imgsz
         with TrainLoader(chosen, imgsz=imgsz, batch_size=count, seed=0, augmentation=NONE, workers=0) as loader:
-            return next(iter(loader.epoch(0, strong=False)))
+            return next(iter(loader.epoch(0)))
 
     def _check_stop(self, done: int) -> None:
         if self.stop:
