@@ -3,7 +3,7 @@
 The deformable attention samples each level at its own number of points: between pixels (`bilinear`, as in
 `grid_sample`), or at one pixel (`discrete`, which every runtime supports). There are three implementations:
 
-* `grid_sample`: one call per level; the fastest in training.
+* `grid_sample`: one call per level; the fastest on a GPU. On a CPU, sums of rows (`cpu_sampling`) take its place.
 * `gather`: bilinear sampling as one gather of four corners over all levels. It equals `grid_sample` within rounding,
   and serves graphs without GridSample and deterministic training on CUDA.
 * discrete: one gather.
@@ -24,6 +24,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from rtdetr_cli.model.cpu_sampling import sample_bilinear_cpu
 
 Sampling = Literal["bilinear", "discrete"]
 Rounding = Literal["published", "nearest"]
@@ -195,6 +197,8 @@ class DeformableAttention(nn.Module):
             sampled = sample_discrete(value, locations, weights, levels, rounding=self.rounding)
         elif self.operator == "gather":
             sampled = sample_bilinear_gather(value, locations, weights, levels)
+        elif value.device.type == "cpu" and not torch.compiler.is_compiling():  # an exported graph has grid_sample
+            sampled = sample_bilinear_cpu(value, locations, weights, levels)
         else:
             sampled = sample_bilinear(value, locations, weights, levels, self.num_points)
         projected: Tensor = self.output_proj(sampled)

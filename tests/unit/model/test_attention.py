@@ -14,6 +14,7 @@ from rtdetr_cli.model.attention import (
     sample_bilinear_gather,
     sample_discrete,
 )
+from rtdetr_cli.model.cpu_sampling import sample_bilinear_cpu
 
 SHAPES = ((4, 6), (2, 3), (1, 2))  # not square, on purpose
 POINTS = (2, 4, 6)
@@ -64,6 +65,32 @@ def test_bilinear_equals_the_naive_loop(inputs: tuple[Tensor, Tensor, Tensor, Le
     expected = naive(value, locations, weights, "bilinear")
     assert torch.allclose(sample_bilinear(value, locations, weights, levels, POINTS), expected, atol=1e-12)
     assert torch.allclose(sample_bilinear_gather(value, locations, weights, levels), expected, atol=1e-12)
+    assert torch.allclose(sample_bilinear_cpu(value, locations, weights, levels), expected, atol=1e-12)
+
+
+def test_gradients_of_sampling_on_a_cpu_equal_those_of_grid_sample(
+    inputs: tuple[Tensor, Tensor, Tensor, Levels],
+) -> None:
+    *tensors, levels = inputs
+    for tensor in tensors:
+        tensor.requires_grad_()
+    out = sample_bilinear_cpu(*tensors, levels)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    got = torch.autograd.grad(out, tensors, weight)
+    expected = torch.autograd.grad(sample_bilinear(*tensors, levels, POINTS), tensors, weight)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sampling_on_a_cpu_computes_half_precision_in_float32(
+    inputs: tuple[Tensor, Tensor, Tensor, Levels], dtype: torch.dtype
+) -> None:
+    value, locations, weights, levels = inputs
+    value, locations, weights = value.to(dtype), locations.float(), weights.float()
+    got = sample_bilinear_cpu(value, locations, weights, levels)
+    assert got.dtype is dtype
+    assert torch.equal(got, sample_bilinear_cpu(value.float(), locations, weights, levels).to(dtype))
 
 
 @pytest.mark.parametrize("rounding", ["published", "nearest"])
@@ -97,6 +124,9 @@ def test_nan_locations_do_not_crash(inputs: tuple[Tensor, Tensor, Tensor, Levels
     locations[0, 0, 0, 0] = float("nan")
     sample_discrete(value, locations, weights, levels)
     sample_bilinear_gather(value, locations, weights, levels)
+    got = sample_bilinear_cpu(value, locations, weights, levels)
+    assert got[0, 0, :5].isnan().all(), "as with grid_sample"
+    assert got[0, 1:].isfinite().all()
 
 
 def attention(seed: int = 0) -> DeformableAttention:
