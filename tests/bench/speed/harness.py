@@ -1,0 +1,178 @@
+"""Take turns, so that whatever else the machine does hurts both sides alike, and compare round by round."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rtdetr_cli.machine import cpu_count, cpu_name
+
+Turn = Callable[[], "Used | None"]  # does the work once; returns what it used if this process cannot see it
+PACKAGES = ("rtdetr-cli", "torch", "torchvision", "transformers", "pycocotools", "onnxruntime", "openvino", "typer")
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What one turn took: seconds on the clock, and of all processors together; bytes at its peak, 0 for unknown."""
+
+    wall: float
+    cpu: float
+    memory: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the comparisons share."""
+
+    threads: int
+    device: str = "cpu"
+    imgsz: int = 320
+    batch: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One row of the table.
+
+    Attributes:
+        name: for `--only`.
+        title: what is done.
+        peer: what it is compared with.
+        aim: how many times as fast as the peer we want to be; with `at_most`, what share of its time we may take.
+        at_most: show the share of the peer's time, for what is shorter by design.
+        sides: makes ours and the peer's turn; on leaving, what they need is removed.
+        rounds: by default.
+        warmup: rounds that do not count.
+        slow: takes minutes, so it runs only when it is named.
+    """
+
+    name: str
+    title: str
+    peer: str
+    aim: float
+    sides: Callable[[Settings], AbstractContextManager[tuple[Turn, Turn]]]
+    at_most: bool = False
+    rounds: int = 7
+    warmup: int = 1
+    slow: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The outcome of one comparison; seconds are medians, ratios are medians of the rounds' own ratios."""
+
+    name: str
+    title: str
+    peer: str
+    aim: float
+    at_most: bool
+    rounds: int
+    ours_s: float
+    peer_s: float
+    ratio: float
+    lowest: float
+    highest: float
+    cpu_ratio: float
+    memory_share: float | None  # our peak memory over the peer's, where it was measured
+    reached: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        reached = self.ratio <= self.aim if self.at_most else self.ratio >= self.aim
+        object.__setattr__(self, "reached", reached)
+
+
+def take_turn(turn: Turn) -> Used:
+    """Run one turn and return what it used."""
+    before, began = os.times(), time.perf_counter()
+    used = turn()
+    wall, after = time.perf_counter() - began, os.times()
+    return used or Used(wall, sum(after[:4]) - sum(before[:4]))  # with children that have ended
+
+
+def compare(comparison: Comparison, settings: Settings, rounds: int) -> Result:
+    """Let both sides take turns, first one and then the other beginning."""
+    ours: list[Used] = []
+    peer: list[Used] = []
+    with comparison.sides(settings) as (our_turn, their_turn):
+        for number in range(comparison.warmup + rounds):
+            both = [(ours, our_turn), (peer, their_turn)]
+            for results, turn in both if number % 2 else reversed(both):
+                used = take_turn(turn)
+                if number >= comparison.warmup:
+                    results.append(used)
+
+    def ratios(measure: Callable[[Used], float]) -> Iterator[float]:
+        for a, b in zip(ours, peer, strict=True):
+            yield (measure(a) / max(measure(b), 1e-9)) if comparison.at_most else measure(b) / max(measure(a), 1e-9)
+
+    wall = list(ratios(lambda used: used.wall))
+    return Result(
+        name=comparison.name,
+        title=comparison.title,
+        peer=comparison.peer,
+        aim=comparison.aim,
+        at_most=comparison.at_most,
+        rounds=rounds,
+        ours_s=statistics.median(used.wall for used in ours),
+        peer_s=statistics.median(used.wall for used in peer),
+        ratio=statistics.median(wall),
+        lowest=min(wall),
+        highest=max(wall),
+        cpu_ratio=statistics.median(ratios(lambda used: used.cpu)),
+        memory_share=statistics.median(a.memory / b.memory for a, b in zip(ours, peer, strict=True))
+        if all(used.memory for used in (*ours, *peer))
+        else None,
+    )
+
+
+def machine(settings: Settings) -> dict[str, Any]:
+    """Return what the figures depend on."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "-"
+    return {
+        "processor": cpu_name(),
+        "cores": cpu_count(),
+        "threads": settings.threads,
+        "load": round(os.getloadavg()[0], 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": versions,
+    }
+
+
+def document(results: Sequence[Result], skipped: dict[str, str], settings: Settings) -> dict[str, Any]:
+    """Return everything as JSON values."""
+    return {"machine": machine(settings), "results": [asdict(result) for result in results], "skipped": skipped}
+
+
+def table(results: Sequence[Result], skipped: dict[str, str], settings: Settings) -> str:
+    """Return a Markdown table, and what it was measured on."""
+    lines = [
+        "| what | compared with | ours | theirs | figure | rounds | processor time | aim |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        memory = f"; {r.memory_share:.2f} of the memory" if r.memory_share is not None else ""
+        unit = " of the time" if r.at_most else " times as fast"
+        aim = f"{'under' if r.at_most else ''} {r.aim:g}{'' if r.reached else ', missed'}".strip()
+        figures = f"{r.ratio:.2f}{unit}{memory} | {r.lowest:.2f} to {r.highest:.2f} | {r.cpu_ratio:.2f}"
+        lines.append(f"| {r.title} | {r.peer} | {r.ours_s:.3g} s | {r.peer_s:.3g} s | {figures} | {aim} |")
+    lines += [f"\nskipped {name}: {reason}" for name, reason in skipped.items()]
+    facts = machine(settings)
+    packages = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
+    lines.append(
+        f"\n{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads, load {facts['load']}; "
+        f"python {facts['python']}, {packages}"
+    )
+    return "\n".join(lines)

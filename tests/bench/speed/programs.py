@@ -1,0 +1,167 @@
+"""Whole commands, each in a process of its own, from the start of the interpreter to its end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tests.bench.speed.harness import Comparison, Settings, Turn
+from tests.bench.speed.steps import EARLIER, ROOT, earlier_tree
+
+IMAGES = 200  # for the comparison of backends
+
+
+def run(command: Sequence[object], *, tree: Path = ROOT, threads: int = 0) -> None:
+    """Run a Python program with the package of `tree`, and raise CalledProcessError if it fails."""
+    more = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=tree,
+        env=os.environ | {"PYTHONPATH": str(tree)} | more,
+        capture_output=True,
+        check=True,
+    )
+
+
+def export_r18(folder: Path) -> tuple[Path, Path]:
+    """Write an r18 with values drawn from a seed, which don't matter for the time, and its ONNX file."""
+    import torch
+
+    from rtdetr_cli.config.presets import load_preset
+    from rtdetr_cli.export.options import ExportOptions
+    from rtdetr_cli.export.run import export_model
+    from rtdetr_cli.model.build import build_detector
+    from rtdetr_cli.weights.header import ModelHeader
+    from rtdetr_cli.weights.load import save_model
+
+    torch.manual_seed(0)
+    preset = load_preset("r18")
+    header = ModelHeader(
+        names=tuple(f"thing {i}" for i in range(80)),
+        category_ids=tuple(range(80)),
+        imgsz=(640, 640),
+        architecture=preset.model.model_dump(mode="json"),
+    )
+    model = build_detector(preset.model, num_classes=80).eval()
+    save_model(folder / "r18.safetensors", model.state_dict(), header)
+    return folder / "r18.safetensors", export_model(model, header, folder, ExportOptions(), stem="r18")[0].path
+
+
+def write_images(folder: Path, count: int) -> Path:
+    """Write JPEG images of 640x480."""
+    folder.mkdir()
+    for number in range(count):
+        levels = np.random.default_rng(number).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        image = Image.fromarray(levels).resize((640, 480), Image.Resampling.BICUBIC)
+        image.save(folder / f"{number:03d}.jpg", quality=92)
+    return folder
+
+
+_NETWORK = """
+import sys, torch, numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+inputs = session.get_inputs()
+session.run(None, {i.name: numpy.zeros([1, 3, 640, 640], "float32") for i in inputs})
+"""
+
+
+@contextmanager
+def predict_sides(_: Settings) -> Iterator[tuple[Turn, Turn]]:
+    """Give `rtdetr predict` on one image with an ONNX file, and importing torch and running the file once."""
+    with tempfile.TemporaryDirectory() as folder:
+        _, file = export_r18(Path(folder))
+        images = write_images(Path(folder) / "images", 1)
+        command = ["-m", "rtdetr_cli", "predict", images, "--weights", file, "--out", Path(folder) / "out"]
+        yield partial(run, command), partial(run, ["-c", _NETWORK, file])
+
+
+@contextmanager
+def backend_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
+    """Give `rtdetr predict` on many images with `--backend auto`, whose export is made before, and with torch."""
+    import openvino  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as folder:
+        model, _ = export_r18(Path(folder))
+        images = write_images(Path(folder) / "images", IMAGES)
+        command = ["-m", "rtdetr_cli", "predict", images, "--weights", model, "--device", "cpu", "--no-draw"]
+        yield tuple(
+            partial(run, [*command, "--out", Path(folder) / name, "--backend", name], threads=settings.threads)
+            for name in ("auto", "torch")
+        )  # type: ignore[misc]
+
+
+@contextmanager
+def help_sides(_: Settings) -> Iterator[tuple[Turn, Turn]]:
+    """Give `rtdetr --help` and that of a Typer app with as many commands that do nothing."""
+    from rtdetr_cli.cli.app import COMMANDS
+
+    with tempfile.TemporaryDirectory() as folder:
+        lines = ["import typer", "app = typer.Typer(rich_markup_mode=None)"]
+        for number in range(len(COMMANDS)):
+            lines += ["@app.command()", f"def command{number}(source: str, many: int = 1):", "    'Do one thing.'"]
+        program = Path(folder) / "bare.py"
+        program.write_text("\n".join([*lines, "app()"]))
+        yield partial(run, ["-m", "rtdetr_cli", "--help"]), partial(run, [program, "--help"])
+
+
+@contextmanager
+def demo_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
+    """Give the whole demo, and that of an earlier commit of ours."""
+    with tempfile.TemporaryDirectory() as folder, earlier_tree() as tree:
+        numbers = iter(range(1000))
+
+        def turn(where: Path) -> None:
+            target = Path(folder) / str(next(numbers))
+            run(["-m", "rtdetr_cli", "demo", target, "--json"], tree=where, threads=settings.threads)
+
+        yield partial(turn, ROOT), partial(turn, tree)
+
+
+COMPARISONS = (
+    Comparison(
+        name="help",
+        title="`rtdetr --help`",
+        peer="a bare Typer app with as many commands",
+        aim=1.3,
+        at_most=True,
+        sides=help_sides,
+        rounds=11,
+    ),
+    Comparison(
+        name="predict-onnx",
+        title="`rtdetr predict` on one image, r18 ONNX at 640",
+        peer="importing torch and running the file",
+        aim=0.5,
+        at_most=True,
+        sides=predict_sides,
+        rounds=5,
+    ),
+    Comparison(
+        name="backend-auto",
+        title=f"`rtdetr predict --backend auto` on {IMAGES} images, r18 at 640, exported before",
+        peer="`--backend torch`",
+        aim=2.5,
+        sides=backend_sides,
+        rounds=3,
+        slow=True,
+    ),
+    Comparison(
+        name="demo",
+        title="the demo",
+        peer=f"our commit {EARLIER}",
+        aim=1.15,
+        sides=demo_sides,
+        rounds=1,
+        warmup=0,
+        slow=True,
+    ),
+)

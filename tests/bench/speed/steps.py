@@ -1,0 +1,338 @@
+"""The network: a training step, its losses, and a prediction, beside transformers and an earlier commit of ours."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from rtdetr_cli.batches.loader import Batch
+from rtdetr_cli.config.run import resolve_run
+from rtdetr_cli.model.build import build_detector
+from rtdetr_cli.model.detector import Outputs, Prediction
+from rtdetr_cli.train.losses import compute_losses
+from rtdetr_cli.train.plan import make_plan
+from rtdetr_cli.train.precision import choose_precision
+from rtdetr_cli.train.step import accumulate_gradients, draw_group, to_input
+from rtdetr_cli.workflows.prepare import make_learner
+from tests.bench.speed.harness import Comparison, Settings, Turn, Used
+
+CLASSES, BOXES = 80, 8
+EARLIER = "ffe60e9"  # a commit of before the work on speed
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def make_batch(count: int, side: int, *, boxes: int = BOXES, classes: int = CLASSES) -> Batch:
+    """Return images of noise with `boxes` boxes each."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+    corners = tuple(torch.rand((boxes, 4), generator=generator) * 0.3 + 0.2 for _ in range(count))
+    labels = tuple(torch.randint(0, classes, (boxes,), generator=generator) for _ in range(count))
+    return Batch(images, corners, labels, tuple(range(count)), ())
+
+
+def our_step(batch: Batch, *, preset: str, classes: int, device: torch.device, autocast: torch.dtype | None) -> Turn:
+    """Return one step of ours: from uint8 images to changed weights, and to the moving average."""
+    side = batch.images.shape[-1]
+    config = resolve_run({"preset": preset, "imgsz": (side, side), "effective_batch": len(batch.labels)})
+    plan = make_plan(config, images=1000)
+    spec = config.preset.model
+    torch.manual_seed(0)
+    model = build_detector(spec, num_classes=classes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    learner = make_learner(model, config, spec, plan, device, autocast)
+    learner.train_mode()
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        group = draw_group(learner, batch, step=count, seed=0)
+        _, terms = accumulate_gradients(
+            learner,
+            batch,
+            rows=[slice(0, len(batch.labels))],
+            size=(side, side),
+            group=group,
+            num_boxes=float(sum(map(len, batch.labels))),
+        )
+        learner.optimizer.step(terms.sum())
+        learner.average.update(plan.ema_weight(count + 1))
+        learner.optimizer.zero_grad()
+        count += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return step
+
+
+def peer_model(device: torch.device, *, decoder_layers: int = 3) -> Any:
+    """Return the detector of transformers with the sizes of r18 and random weights."""
+    import transformers
+
+    backbone = transformers.RTDetrResNetConfig(
+        depths=[2, 2, 2, 2],
+        hidden_sizes=[64, 128, 256, 512],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    config = transformers.RTDetrV2Config(
+        backbone_config=backbone,
+        encoder_in_channels=[128, 256, 512],
+        hidden_expansion=0.5,
+        decoder_layers=decoder_layers,
+        num_labels=CLASSES,
+        num_denoising=100,
+        freeze_backbone_batch_norms=False,
+    )
+    torch.manual_seed(0)
+    return transformers.RTDetrV2ForObjectDetection(config).to(device)
+
+
+def their_step(batch: Batch, device: torch.device) -> Turn:
+    """Return one step of transformers: float32, its default, with fused AdamW and the same clipping; no average."""
+    model = peer_model(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    targets = [
+        {"class_labels": labels.to(device), "boxes": boxes.to(device)}
+        for labels, boxes in zip(batch.labels, batch.boxes_cxcywh, strict=True)
+    ]
+    size = (int(batch.images.shape[-2]), int(batch.images.shape[-1]))
+
+    def step() -> None:
+        model(pixel_values=to_input(batch.images.to(device), size), labels=targets).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return step
+
+
+@contextmanager
+def step_sides(settings: Settings, *, own_precision: bool) -> Iterator[tuple[Turn, Turn]]:
+    """Give a step of r18, in float32 or in the type that `--precision auto` takes here, and that of transformers."""
+    torch.set_num_threads(settings.threads)
+    device = torch.device(settings.device)
+    batch = make_batch(settings.batch, settings.imgsz)
+    autocast = choose_precision("auto", device).dtype if own_precision else None
+    yield (
+        our_step(batch, preset="r18", classes=CLASSES, device=device, autocast=autocast),
+        their_step(batch, device),
+    )
+
+
+@contextmanager
+def loss_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
+    """Give matching and loss with gradients, for 16 images of 60 boxes and six decoder layers."""
+    from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
+
+    torch.set_num_threads(settings.threads)
+    layers, images, queries = 6, 16, 300
+    batch = make_batch(images, 8, boxes=60)
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(layers + 1, images, queries, CLASSES, generator=generator).requires_grad_()
+    boxes = (torch.rand(layers + 1, images, queries, 4, generator=generator) * 0.3 + 0.2).requires_grad_()
+    config = peer_model(torch.device("cpu"), decoder_layers=layers).config
+    targets = [
+        {"class_labels": labels, "boxes": corners}
+        for labels, corners in zip(batch.labels, batch.boxes_cxcywh, strict=True)
+    ]
+
+    def backward(loss: Tensor) -> None:
+        torch.autograd.grad(loss, [logits, boxes])
+
+    def ours() -> None:
+        predictions = [Prediction(logits[i], boxes[i]) for i in range(layers + 1)]
+        outputs = Outputs(main=predictions[-1], aux=tuple(predictions[1:-1]), encoder=predictions[0])
+        terms = compute_losses(outputs, batch.boxes_cxcywh, batch.labels, num_boxes=float(images * 60))
+        backward(torch.stack(list(terms.values())).sum())
+
+    def theirs() -> None:
+        loss, _, _ = RTDetrForObjectDetectionLoss(
+            logits[-1],
+            targets,
+            torch.device("cpu"),
+            boxes[-1],
+            config,
+            outputs_class=logits[1:].transpose(0, 1),
+            outputs_coord=boxes[1:].transpose(0, 1),
+            enc_topk_logits=logits[0],
+            enc_topk_bboxes=boxes[0],
+        )
+        backward(loss)
+
+    yield ours, theirs
+
+
+@contextmanager
+def prediction_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
+    """Give a forward pass on one image of 640 px, as each is used to predict: ours with its norms folded."""
+    torch.set_num_threads(settings.threads)
+    device = torch.device(settings.device)
+    image = to_input(make_batch(1, 640).images.to(device), (640, 640))
+    spec = resolve_run({"preset": "r18"}).preset.model
+    ours = build_detector(spec, num_classes=CLASSES).eval().fuse().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    theirs = peer_model(device).eval()
+
+    def turn(model: Callable[..., Any]) -> None:
+        with torch.inference_mode():
+            model(image)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    yield partial(turn, ours), partial(turn, theirs)
+
+
+@contextmanager
+def earlier_tree() -> Iterator[Path]:
+    """Check out the earlier commit into a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="speed-") as folder:
+        archive = subprocess.run(["git", "archive", EARLIER], cwd=ROOT, capture_output=True, check=True)
+        subprocess.run(["tar", "-x"], cwd=folder, input=archive.stdout, check=True)
+        yield Path(folder)
+
+
+@contextmanager
+def tiny_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
+    """Give a step of `tiny` at 192 px, batch 16, in the default precision, and that of an earlier commit of ours."""
+    with earlier_tree() as tree:
+        here = StepServer(ROOT, "from tests.bench.speed.steps import tiny_step as make", settings.threads)
+        there = StepServer(tree, EARLIER_STEP, settings.threads)
+        try:
+            yield here, there
+        finally:
+            here.close()
+            there.close()
+
+
+def tiny_step() -> Turn:
+    """Return a step of `tiny`, in the precision that is chosen on this machine."""
+    device = torch.device("cpu")
+    autocast = choose_precision("auto", device).dtype
+    return our_step(make_batch(16, 192), preset="tiny", classes=CLASSES, device=device, autocast=autocast)
+
+
+EARLIER_STEP = f"""
+from rtdetr_cli.config.run import resolve_run
+from rtdetr_cli.data.loader import Batch
+from rtdetr_cli.model.build import build_detector
+from rtdetr_cli.train.loop import accumulate, step_denoising
+from rtdetr_cli.train.plan import make_plan
+from rtdetr_cli.train.precision import choose_precision
+from rtdetr_cli.workflows.prepare import make_learner
+
+def make():
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (16, 3, 192, 192), dtype=torch.uint8, generator=random)
+    boxes = tuple(torch.rand(({BOXES}, 4), generator=random) * 0.3 + 0.2 for _ in range(16))
+    labels = tuple(torch.randint(0, {CLASSES}, ({BOXES},), generator=random) for _ in range(16))
+    batch = Batch(images, boxes, labels, tuple(range(16)), ())
+    config = resolve_run({{"preset": "tiny", "imgsz": (192, 192), "effective_batch": 16}})
+    plan, spec = make_plan(config, pictures=1000), config.preset.model
+    cpu = torch.device("cpu")
+    model = build_detector(spec, num_classes={CLASSES}).to(memory_format=torch.channels_last)
+    learner = make_learner(model, config, spec, plan, cpu, choose_precision("auto", cpu).dtype)
+    learner.train_mode()
+
+    def step():
+        group = step_denoising(learner, batch, step=0, seed=0)
+        rows, count = [slice(0, 16)], float({BOXES} * 16)
+        terms = accumulate(learner, batch, rows=rows, size=(192, 192), group=group, num_boxes=count)[1]
+        learner.stepper.step(terms.sum())
+        learner.average.update(0.5)
+        learner.stepper.zero_grad()
+
+    return step
+"""
+
+_SERVE = """
+import sys, torch
+torch.set_num_threads({threads})
+{code}
+step = make()
+for _ in sys.stdin:
+    step()
+    print("done", flush=True)
+"""
+
+
+class StepServer:
+    """Steps in a process with another copy of the package; each turn is one step."""
+
+    def __init__(self, tree: Path, code: str, threads: int) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _SERVE.format(threads=threads, code=code)],
+            cwd=tree,
+            env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(threads)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.times = psutil.Process(self.process.pid).cpu_times
+
+    def __call__(self) -> Used | None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        before, began = self.times(), time.perf_counter()
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "done\n", "the process has ended; its error is above"
+        after = self.times()
+        return Used(time.perf_counter() - began, after.user + after.system - before.user - before.system)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+COMPARISONS = (
+    Comparison(
+        name="step",
+        title="training step of r18, float32",
+        peer="transformers, float32",
+        aim=1.2,
+        sides=partial(step_sides, own_precision=False),
+    ),
+    Comparison(
+        name="step-default",
+        title="training step of r18, default precision",
+        peer="transformers, its default (float32)",
+        aim=2.1,
+        sides=partial(step_sides, own_precision=True),
+    ),
+    Comparison(
+        name="step-tiny",
+        title="training step of tiny, 192 px, batch 16, default precision",
+        peer=f"our commit {EARLIER}",
+        aim=1.25,
+        sides=tiny_sides,
+        rounds=15,
+    ),
+    Comparison(
+        name="loss",
+        title="matching and loss of 16 images with 60 boxes, 6 layers",
+        peer="transformers",
+        aim=4.0,
+        sides=loss_sides,
+    ),
+    Comparison(
+        name="predict-torch",
+        title="prediction of r18 at 640, one image, float32",
+        peer="transformers",
+        aim=1.25,
+        sides=prediction_sides,
+        rounds=15,
+    ),
+)
