@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rtdetr_cli.cli.terminal import DedupeOption
+from rtdetr_cli.cli.terminal import BackendOption, DedupeOption
 from rtdetr_cli.errors import GateError, UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def evaluate_command(
     ] = None,
     dedupe: DedupeOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu, or a GPU such as 0.")] = "auto",
+    runtime: BackendOption = "torch",
     calibrate: Annotated[
         str | None,
         typer.Option(help="Find score thresholds for f1 or precision=0.9 and store them in the model."),
@@ -79,7 +80,7 @@ def evaluate_command(
         path = resolve_model(model)
         if calibrate is not None:
             check_can_store(path)
-        evaluated = evaluate_model(path, batch=batch_size, device=device, **common, **overrides)
+        evaluated = evaluate_model(path, batch=batch_size, device=device, runtime=runtime, **common, **overrides)
     _print_notes(evaluated, calibrating=calibrate is not None)
     if evaluator == "pycocotools":
         terminal.say(PYCOCOTOOLS_LACKS)

@@ -77,26 +77,45 @@ def evaluate_model(
     batch: int | None,
     device: str,
     evaluator: str = "hotcoco",
+    runtime: str = "torch",
     known_notes: Sequence[str] = (),
     **overrides: Any,
 ) -> EvaluatedModel:
     """Evaluate a model file on a split.
 
-    `overrides` are imgsz, layers, queries, sampling and dedupe, as for `open_backend`.
-
-    `known_notes` are notes on the split that have been printed before.
+    Args:
+        path: of the model.
+        data: for `choose_split`, as `images` and `split`.
+        images: folder of the images.
+        split: its name.
+        batch: images per forward pass; None for a default.
+        device: as for `open_backend`.
+        evaluator: hotcoco or pycocotools.
+        runtime: of `--backend`.
+        known_notes: notes on the split that have been printed before.
+        overrides: imgsz, layers, queries, sampling and dedupe, as for `open_backend`.
     """
     from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.run import evaluate
     from rtdetr_cli.evaluate.source import choose_split
     from rtdetr_cli.infer.backend import CAUTIONS, default_batch, open_backend
     from rtdetr_cli.infer.duplicates import gamma_word
+    from rtdetr_cli.infer.exported import MANY_IMAGES, choose_file
     from rtdetr_cli.infer.selection import threshold_mismatch
     from rtdetr_cli.weights.binding import modification_warning
 
     if data is not None and not data.exists():
         choose_split(data, split=split)  # raises the error of a missing dataset before the model is loaded
-    backend = open_backend(path, device=device, **overrides)
+    opened, why = choose_file(
+        runtime,
+        path,
+        images=MANY_IMAGES,  # a split has many
+        device=device,
+        changed=any(value is not None for value in overrides.values()),
+    )
+    if why:
+        terminal.say(why)
+    backend = open_backend(opened, device=device, **overrides)
     header = backend.header
     for warning in (CAUTIONS.get(device), modification_warning(path, header)):
         if warning:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rtdetr_cli.cli.terminal import DedupeOption, OfflineFlag
+from rtdetr_cli.cli.terminal import BackendOption, DedupeOption, OfflineFlag
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 from rtdetr_cli.text import abbreviate, counted
 
@@ -69,6 +69,7 @@ def predict(
     device: Annotated[
         str, typer.Option(help="auto, cpu, a GPU such as 0, or rtx (experimental): TensorRT for RTX, for ONNX files.")
     ] = "auto",
+    runtime: BackendOption = "torch",
     threads: Annotated[int | None, typer.Option(help="CPU threads of the runtime.")] = None,
     data: Annotated[
         Path | None,
@@ -109,10 +110,20 @@ def predict(
     dataset = _load_dataset(data) if data is not None else None
 
     from rtdetr_cli.infer.backend import name_classes, open_backend
+    from rtdetr_cli.infer.exported import MANY_IMAGES, choose_file
     from rtdetr_cli.infer.write import Results, coco_image_ids
 
-    backend = open_backend(
+    opened, why = choose_file(
+        runtime,
         model,
+        images=max(len(found), MANY_IMAGES * any(source.video for source in found)),
+        device=device,
+        changed=any(option is not None for option in (size, layers, queries, sampling, gamma)),
+    )
+    if why:
+        terminal.say(why)
+    backend = open_backend(
+        opened,
         device=device,
         imgsz=size,
         layers=layers,

@@ -34,6 +34,15 @@ DedupeOption = Annotated[
         show_default=False,
     ),
 ]
+BackendOption = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        help="Runtime for weights: torch, or auto to use a verified float32 export in export/ next to them "
+        "when there are many images.",
+        metavar="torch|auto",
+    ),
+]
 OfflineFlag = Annotated[bool, typer.Option("--offline", help="Use cached weights only; never download any.")]
 
 

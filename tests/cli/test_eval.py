@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from rtdetr_cli.evaluate.thresholds import stale_exports, store_thresholds
+from rtdetr_cli.weights.binding import read_export_header, record_verdict
 from rtdetr_cli.weights.header import ModelHeader, Thresholds, read_header, rewrite_header
 from rtdetr_cli.weights.load import tensors_identity
 
@@ -182,6 +183,20 @@ def test_a_run_is_evaluated_on_its_own_dataset(rtdetr: Rtdetr, run_folder: Path,
     assert ran.json["model"]["kind"] == "torch"
     again = rtdetr("eval", "--data", shapes, "--predictions", results, "--json")
     assert again.json["metrics"] == pytest.approx(ran.json["metrics"], abs=1e-4)
+
+
+def test_a_verified_export_is_evaluated_with_backend_auto(rtdetr: Rtdetr, onnx_file: Path, own_run: Path) -> None:
+    file = own_run / "export" / onnx_file.name
+    shutil.copy(onnx_file, file)
+    header = read_export_header(file)
+    assert header is not None
+    record_verdict(file, header, {"passed": True})
+    command = ("eval", own_run, "--device", "cpu", "--json")
+    with_torch, chosen = rtdetr(*command), rtdetr(*command, "--backend", "auto")
+    assert (with_torch.code, chosen.code) == (0, 0), chosen.err
+    assert f"backend  onnx: {file} was verified" in chosen.err
+    assert (with_torch.json["kind"], chosen.json["kind"]) == ("torch", "onnx")
+    assert chosen.json["metrics"]["AP"] == pytest.approx(with_torch.json["metrics"]["AP"], abs=1e-4)
 
 
 def test_layers_queries_size_and_split(rtdetr: Rtdetr, run_folder: Path) -> None:

@@ -135,7 +135,7 @@ def test_the_loader_is_closed_when_output_fails(
     with pytest.raises(OSError, match="the terminal is gone") as caught:
         training_output.render(finetune(settings()))
     assert caught.tb is not None
-    assert len(closed) == 1
+    assert len(closed) == 3, "the loader of the run, and two of sampled images"
 
 
 # ---- signals ----------------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def test_a_finished_run_has_nothing_left_to_do(
     settings: Callable[..., RunConfig], closed: list[TrainLoader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (end,) = [e for e in finetune(settings()) if isinstance(e, RunFinished)]
-    assert len(closed) == 1
+    assert len(closed) == 3, "the loader of the run, and two of sampled images"
     manifest = RunFolder(end.folder).manifest()
     assert manifest["finished"] == "done"
     assert manifest["ended"] >= manifest["started"]
