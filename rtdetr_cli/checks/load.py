@@ -94,4 +94,4 @@ def format_finding(finding: Finding) -> str:
     location = f"{finding.file}:{finding.line}" if finding.file and finding.line else finding.file
     if not location or finding.message.startswith(f"{location} "):
         return finding.message
-    return f"{location} {finding.message}"
+    return f"{location}: {finding.message}"

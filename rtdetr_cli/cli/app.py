@@ -45,6 +45,7 @@ def build(only: str | None = None) -> typer.Typer:
     """Build the application, with all commands or only with the one that is going to run."""
     app = typer.Typer(
         help="Finetune RT-DETRv2 on your own images, and deploy it.",
+        epilog="Start with: rtdetr validate YOUR_DATA. Most commands print the next one at the end.",
         add_completion=True,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
         rich_markup_mode=None,

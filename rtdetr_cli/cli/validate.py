@@ -80,7 +80,7 @@ def validate(
         _explain(explain, as_json)
         return 0
     if data is None:
-        raise UsageError("no dataset given", hint="rtdetr validate my.json", code="usage")
+        raise UsageError("no dataset given", hint="rtdetr validate my-dataset/", code="usage")
     from rtdetr_cli.cli.select import parse_size
 
     size = parse_size(imgsz)
