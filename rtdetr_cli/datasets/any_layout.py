@@ -12,9 +12,9 @@ from rtdetr_cli.datasets.coco_files import choose_coco_files, find_image_folder
 from rtdetr_cli.datasets.csv_boxes import read_csv
 from rtdetr_cli.datasets.data_yaml import DataYaml
 from rtdetr_cli.datasets.image_paths import index_images, split_of, split_of_parts
-from rtdetr_cli.datasets.label_text import Oddities, read_text
+from rtdetr_cli.datasets.label_text import CLASS_LISTS, Oddities, read_text
 from rtdetr_cli.datasets.labelme import read_labelme
-from rtdetr_cli.datasets.layouts import CLASS_LISTS, Layout, label_kinds, pair_files, read_list
+from rtdetr_cli.datasets.layouts import Layout, label_kinds, pair_files, read_list
 from rtdetr_cli.datasets.raw import RawDataset, new_dataset
 from rtdetr_cli.datasets.survey import Survey, edges, other_format, survey
 from rtdetr_cli.datasets.voc import VocSplit, read_voc

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.datasets.findings import Findings, Spot
 from rtdetr_cli.datasets.image_names import copy_image, image_names
-from rtdetr_cli.datasets.json_text import JSONFault, explain_fault, line_of, lines_of, walk_object
-from rtdetr_cli.datasets.label_text import MAX_BYTES, TRUNCATED_HINT, Oddities, is_valid_name, read_text
+from rtdetr_cli.datasets.json_text import JSONFault, lines_of, report_fault, walk_object
+from rtdetr_cli.datasets.label_text import MAX_BYTES, Oddities, is_valid_name, read_text
 from rtdetr_cli.datasets.raw import RawDataset, RawSplit
 from rtdetr_cli.datasets.records import Category, Dataset
 from rtdetr_cli.text import counted
@@ -155,9 +155,7 @@ def _read_document(
             },
         )
     except JSONFault as fault:
-        message, position, truncated = explain_fault(text, fault)
-        hint = TRUNCATED_HINT if truncated else ""
-        findings.add(fault.code, message, file=file, line=line_of(text, position), hint=hint)
+        report_fault(findings, text, fault, file)
         return None
     absent = [key for key in ("images", "categories") if key not in keys]
     if absent:

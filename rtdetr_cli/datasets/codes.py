@@ -28,7 +28,7 @@ class Code:
     severity: str
     title: str
     explanation: str
-    hint: str
+    hint: str = "nothing needs to be done"
     repair: str = ""
     harm: str = "none"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from rtdetr_cli.datasets.findings import Spot
 from rtdetr_cli.datasets.image_paths import ImageIndex
 from rtdetr_cli.datasets.label_text import MAX_BYTES, Oddities, is_valid_name, read_text
-from rtdetr_cli.datasets.raw import RawDataset, RawSplit, Rows
+from rtdetr_cli.datasets.raw import RawBox, RawDataset, RawSplit, Rows
 from rtdetr_cli.datasets.records import Category
 from rtdetr_cli.datasets.survey import edges
 from rtdetr_cli.images.decode import IMAGE_SUFFIXES
@@ -166,7 +166,7 @@ class _Table:
         for number, (path, size, _) in enumerate(self.images.values()):
             rows.add_image(path, image_id=first_id + number, size_wh=size, label_file=self.file)
         for name, corners, label, line in self.boxes:
-            rows.add_box(self.positions[name], corners, labels[label], line=line, entry=line - 1)
+            rows.boxes.append(RawBox(self.positions[name], corners, labels[label], line=line, entry=line - 1))
         split = rows.split(self.split, root)
         split.label_files = [self.file]
         split.image_labels[:] = 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rtdetr_cli.datasets.json_text import JSONFault, line_of, scan_value
+from rtdetr_cli.datasets.json_text import JSONFault, report_fault, scan_value
 from rtdetr_cli.datasets.label_text import MAX_BYTES, Oddities, read_text
 from rtdetr_cli.datasets.raw import RawDataset
 from rtdetr_cli.datasets.records import Dataset
@@ -75,7 +75,7 @@ def read_ids(dataset: RawDataset, folder: Path, oddities: Oddities) -> IdsFile:
     try:
         document, _ = scan_value(text, len(text) - len(text.lstrip(" \t\r\n")))
     except JSONFault as fault:
-        dataset.findings.add(fault.code, fault.message, file=file, line=line_of(text, fault.position))
+        report_fault(dataset.findings, text, fault, file)
         return IdsFile()
     if not isinstance(document, dict):
         return IdsFile()

@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rtdetr_cli.datasets.findings import Findings
+from rtdetr_cli.datasets.label_text import TRUNCATED_HINT
+
 _BLANK = re.compile(r"[ \t\n\r]*").match
 _scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 _WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
@@ -148,21 +151,23 @@ def lines_of(text: str, positions: array[int]) -> NDArray[np.int32]:
     return (np.searchsorted(ends, where) + 1).astype(np.int32)
 
 
-def explain_fault(text: str, fault: JSONFault) -> tuple[str, int, bool]:
-    """Return the message of a fault, its position, and whether the file is truncated.
+def report_fault(findings: Findings, text: str, fault: JSONFault, file: str) -> None:
+    """Add a finding for a fault in a file.
 
     Where a file is truncated, the parser complains about whatever it expected there, which doesn't help anybody.
     """
     end = len(text.rstrip())
-    if not end:
-        return "is empty", 0, True
+    message, position, hint = f"{fault.message} (column {_column(text, fault.position)})", fault.position, ""
     rest = text[fault.position : end]
     # What is left is the start of a value, of an escape, or nothing; for an open string the parser names its start.
     short = len(rest) < len(r"\u00e4") and not set(rest) & set("]}")
     open_string = fault.message.startswith("unterminated string") and not rest.endswith("}")
-    if fault.code == "file-malformed" and (short or open_string or any(word.startswith(rest) for word in _WORDS)):
-        return f"ends at line {line_of(text, end)}, column {_column(text, end)}: the file is truncated", end, True
-    return f"{fault.message} (column {_column(text, fault.position)})", fault.position, False
+    if not end:
+        message, position, hint = "is empty", 0, TRUNCATED_HINT
+    elif fault.code == "file-malformed" and (short or open_string or any(word.startswith(rest) for word in _WORDS)):
+        message = f"ends at line {line_of(text, end)}, column {_column(text, end)}: the file is truncated"
+        position, hint = end, TRUNCATED_HINT
+    findings.add(fault.code, message, file=file, line=line_of(text, position), hint=hint)
 
 
 def _column(text: str, position: int) -> int:

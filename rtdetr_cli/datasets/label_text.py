@@ -15,6 +15,9 @@ MAX_BYTES = 4 << 30
 MAX_SMALL_BYTES = 64 << 20
 """The limit for the label file of one image, a list of images or a `data.yaml`."""
 
+CLASS_LISTS = ("obj.names", "classes.txt", "labels.txt", "class_names.txt", "predefined_classes.txt")
+"""Files with one class name per line."""
+
 TRUNCATED_HINT = "copy, download or export the file again"
 
 

@@ -7,10 +7,10 @@ from collections import Counter
 from typing import Any
 
 from rtdetr_cli.datasets.findings import Spot
-from rtdetr_cli.datasets.json_text import JSONFault, explain_fault, line_of, scan_value
-from rtdetr_cli.datasets.label_text import TRUNCATED_HINT, Oddities, is_valid_name, read_text
+from rtdetr_cli.datasets.json_text import JSONFault, report_fault, scan_value
+from rtdetr_cli.datasets.label_text import Oddities, is_valid_name, read_text
 from rtdetr_cli.datasets.layouts import Layout
-from rtdetr_cli.datasets.raw import RawDataset, Rows
+from rtdetr_cli.datasets.raw import RawBox, RawDataset, Rows
 from rtdetr_cli.datasets.records import Category
 from rtdetr_cli.text import counted
 
@@ -76,9 +76,7 @@ def _parse(dataset: RawDataset, text: str, file: str) -> dict[str, Any]:
             return document
         dataset.findings.add("file-malformed", "has no list of shapes: it is not a Labelme file", file=file, line=1)
     except JSONFault as fault:
-        message, position, truncated = explain_fault(text, fault)
-        hint = TRUNCATED_HINT if truncated else ""
-        dataset.findings.add(fault.code, message, file=file, line=line_of(text, position), hint=hint)
+        report_fault(dataset.findings, text, fault, file)
     return {}
 
 
@@ -126,5 +124,5 @@ def _read_shape(dataset: RawDataset, rows: Rows, shape: Any, labels: dict[str, i
         radius = math.dist((x, y), edge)
         pairs = [(x - radius, y - radius), (x + radius, y + radius)]
     xs, ys = [x for x, _ in pairs], [y for _, y in pairs]
-    rows.add_box(spot.image, (min(xs), min(ys), max(xs), max(ys)), labels[label], line=0, entry=spot.entry)
+    rows.boxes.append(RawBox(spot.image, (min(xs), min(ys), max(xs), max(ys)), labels[label], line=0, entry=spot.entry))
     return kind

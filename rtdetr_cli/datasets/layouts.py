@@ -14,11 +14,10 @@ from pathlib import Path
 
 from rtdetr_cli.datasets.csv_boxes import is_box_table
 from rtdetr_cli.datasets.image_paths import ImageIndex, split_of_parts
-from rtdetr_cli.datasets.label_text import MAX_SMALL_BYTES, is_valid_name
+from rtdetr_cli.datasets.label_text import CLASS_LISTS, MAX_SMALL_BYTES, is_valid_name
 from rtdetr_cli.datasets.survey import Folder, Survey, edges
 from rtdetr_cli.errors import DataError
 
-CLASS_LISTS = ("obj.names", "classes.txt", "labels.txt", "class_names.txt", "predefined_classes.txt")
 _MASKS = re.compile(r"segmentation|mask|trimap|depth", re.IGNORECASE)
 _NUMBER = rb"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
 _YOLO_LINE = re.compile(rb"\s*\d+(\.0*)?(\s+" + _NUMBER + rb"){4,}\s*", re.IGNORECASE)

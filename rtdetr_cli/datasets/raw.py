@@ -199,16 +199,18 @@ def new_dataset(name: str, form: str, source: Path, folder: Path, images: Path |
     return RawDataset(source=source, name=name, format=form, folder=folder, roots=roots, images=images)
 
 
-class _Box(NamedTuple):
+class RawBox(NamedTuple):
+    """One box for `Rows`; `beyond` means that it was already reported to extend beyond the image."""
+
     image: int
     box_xyxy_px: tuple[float, float, float, float]
     label: int
     line: int
     entry: int
-    area: float
-    crowd: bool
-    annotation_id: int | None
-    beyond: bool
+    area: float = float("nan")
+    crowd: bool = False
+    annotation_id: int | None = None
+    beyond: bool = False
 
 
 @dataclass(slots=True)
@@ -220,7 +222,7 @@ class Rows:
     image_ids: list[int] = field(default_factory=list)
     sizes_wh: list[tuple[int, int]] = field(default_factory=list)
     image_labels: list[int] = field(default_factory=list)
-    boxes: list[_Box] = field(default_factory=list)
+    boxes: list[RawBox] = field(default_factory=list)
 
     def add_image(self, file_name: str, *, image_id: int, size_wh: tuple[int, int], label_file: str) -> int:
         """Add an image and return its index; an empty `label_file` means none."""
@@ -232,21 +234,10 @@ class Rows:
         self.image_labels.append(len(self.label_files) - 1 if label_file else -1)
         return len(self.file_names) - 1
 
-    def add_box(
-        self,
-        image: int,
-        box_xyxy_px: tuple[float, float, float, float],
-        label: int,
-        *,
-        line: int,
-        entry: int,
-        area: float = float("nan"),
-        crowd: bool = False,
-        annotation_id: int | None = None,
-        beyond: bool = False,
-    ) -> None:
-        """Add a box; `beyond` means that it was already reported to extend beyond the image."""
-        self.boxes.append(_Box(image, box_xyxy_px, label, line, entry, area, crowd, annotation_id, beyond))
+    def number_images(self, first_id: int) -> None:
+        """Number the images from `first_id` if two of them have the same id."""
+        if len(set(self.image_ids)) != len(self.image_ids):
+            self.image_ids = list(range(first_id, first_id + len(self.image_ids)))
 
     def split(self, name: str, root: Path) -> RawSplit:
         """Return everything as flat arrays; boxes are numbered unless all have unique ids."""

@@ -21,7 +21,7 @@ from rtdetr_cli.datasets.findings import Findings, Spot
 from rtdetr_cli.datasets.ids_file import BoxFacts, IdsFile, image_facts, read_ids, write_ids
 from rtdetr_cli.datasets.image_names import copy_image, image_names
 from rtdetr_cli.datasets.label_text import Oddities, is_valid_name, read_text
-from rtdetr_cli.datasets.raw import RawDataset, Rows
+from rtdetr_cli.datasets.raw import RawBox, RawDataset, Rows
 from rtdetr_cli.datasets.records import Category, Dataset
 from rtdetr_cli.images.decode import IMAGE_SUFFIXES
 from rtdetr_cli.text import counted
@@ -222,8 +222,7 @@ class _SplitReader:
         """Return the rows of all images."""
         for position, label in enumerate(labels):
             self._image(position, label)
-        if len(set(self.rows.image_ids)) != len(self.rows.image_ids):
-            self.rows.image_ids = list(range(self.first_id, self.first_id + len(labels)))
+        self.rows.number_images(self.first_id)
         for (folder, actual), places in self.folders.items():
             others = len(places) - 1
             more = f" (and {others:,} more)" if others else ""
@@ -314,15 +313,17 @@ class _SplitReader:
             )
             return
         width, height = self.rows.sizes_wh[image]
-        self.rows.add_box(
-            image,
-            (corners[0], corners[1], corners[2], corners[3]),
-            label,
-            line=line,
-            entry=entry,
-            area=facts.area_fraction * width * height if width and height else float("nan"),
-            crowd=facts.crowd,
-            annotation_id=facts.annotation_id,
+        self.rows.boxes.append(
+            RawBox(
+                image,
+                (corners[0], corners[1], corners[2], corners[3]),
+                label,
+                line=line,
+                entry=entry,
+                area=facts.area_fraction * width * height if width and height else float("nan"),
+                crowd=facts.crowd,
+                annotation_id=facts.annotation_id,
+            )
         )
 
 

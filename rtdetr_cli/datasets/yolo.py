@@ -10,6 +10,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from os.path import normpath
 from pathlib import Path
@@ -24,22 +25,20 @@ from rtdetr_cli.datasets.findings import Findings, Spot
 from rtdetr_cli.datasets.ids_file import BoxFacts, IdsFile, image_facts, read_ids, write_ids
 from rtdetr_cli.datasets.image_names import copy_image, image_names
 from rtdetr_cli.datasets.image_paths import ImageIndex, index_images, is_linked, report_moved, split_of_parts
-from rtdetr_cli.datasets.label_text import Oddities, is_valid_name, read_text
-from rtdetr_cli.datasets.raw import RawDataset, Rows
+from rtdetr_cli.datasets.label_text import CLASS_LISTS, Oddities, is_valid_name, read_text
+from rtdetr_cli.datasets.raw import RawBox, RawDataset, Rows
 from rtdetr_cli.datasets.records import Category, Dataset
-from rtdetr_cli.datasets.survey import is_inside, survey
+from rtdetr_cli.datasets.survey import edges, is_inside, survey
 from rtdetr_cli.images.decode import IMAGE_SUFFIXES
 from rtdetr_cli.text import counted
 
 _ROUNDING = 1e-3
 _MAX_SAMPLED_FILES = 500
-_MAX_SAMPLED_CHARACTERS = 1 << 16
-"""Label files, and characters of each, that are read to find out whether there are keypoints."""
+"""Label files that are read to find out whether there are keypoints."""
 
 _MIN_POSE_COLUMNS = 11
 _NEARLY_ALL = 0.9
 _SLACK = 0.01
-_CLASS_FILES = frozenset({"classes.txt", "labels.txt", "obj.names"})
 
 
 def read_yolo(dataset: RawDataset, path: Path, images: Path | None) -> None:
@@ -255,8 +254,7 @@ def _read_split(
             facts = [BoxFacts()] * len(lines)
         for (number, line), box_facts in zip(lines, facts, strict=True):
             _read_line(context, rows, image, line, box_facts, Spot(split, image, number), file)
-    if len(set(rows.image_ids)) != len(rows.image_ids):
-        rows.image_ids = list(range(first_id, first_id + len(rows.image_ids)))
+    rows.number_images(first_id)
     return rows
 
 
@@ -314,16 +312,18 @@ def _read_line(
         area = abs(sum(xs[i - 1] * ys[i] - xs[i] * ys[i - 1] for i in range(len(xs)))) / 2
     if beyond:
         report("label-beyond-one", f"has the coordinate {(high if high > 1 else low):g}, which is not in 0 to 1")
-    rows.add_box(
-        image,
-        box,
-        label,
-        line=spot.entry + 1,
-        entry=spot.entry,
-        area=area if math.isnan(facts.area_fraction) else facts.area_fraction,
-        crowd=facts.crowd,
-        annotation_id=facts.annotation_id,
-        beyond=beyond,
+    rows.boxes.append(
+        RawBox(
+            image,
+            box,
+            label,
+            line=spot.entry + 1,
+            entry=spot.entry,
+            area=area if math.isnan(facts.area_fraction) else facts.area_fraction,
+            crowd=facts.crowd,
+            annotation_id=facts.annotation_id,
+            beyond=beyond,
+        )
     )
 
 
@@ -356,55 +356,29 @@ def _guess_keypoints(dataset: RawDataset, config: DataYaml, label_files: list[Pa
 
 
 def _numbers(label: Path) -> list[list[float]]:
-    """Return the lines of a label file that are numbers; `_read_line` reports the others."""
-    if not label.is_file():  # reading a pipe would wait for ever
-        return []
-    try:
-        with open(label, encoding="utf-8", errors="replace") as file:
-            lines = file.read(_MAX_SAMPLED_CHARACTERS).splitlines()
-    except OSError:
-        return []
+    """Return the lines at the ends of a label file that are numbers; `_read_line` reports the others."""
     rows = []
-    for line in lines:
-        try:
-            row = [float(word) for word in line.split()]
-        except ValueError:
-            continue
-        if row and all(map(math.isfinite, row)):
-            rows.append(row)
-    return rows
+    for line in edges(label).splitlines():
+        with suppress(ValueError):
+            rows.append([float(word) for word in line.split()])
+    return [row for row in rows if row and all(map(math.isfinite, row))]
 
 
 def _point_size(table: NDArray[np.float64]) -> int:
-    """Return how many numbers each keypoint has (2, or 3 with its visibility), or 0 if these are polygons.
-
-    Args:
-        table: (L, 5 + P) lines of one length.
-    """
-    middle, size, rest = table[:, 1:3], table[:, 3:5], table[:, 5:]
-    low, high = middle - size / 2, middle + size / 2
-    boxes = np.all((size > 0) & (low > -_SLACK) & (high < 1 + _SLACK), axis=1)
-    for each in (3, 2):
-        if rest.shape[1] % each:
-            continue
-        points = rest.reshape(len(table), -1, each)
-        # Keypoints without a label are at 0, 0.
-        labelled = np.any(points[..., :2] != 0, axis=2)
-        room = _SLACK + 0.05 * size[:, None]
-        inside = np.all((points[..., :2] >= low[:, None] - room) & (points[..., :2] <= high[:, None] + room), axis=2)
-        fits = boxes & np.all(inside | ~labelled, axis=1)
-        if np.mean(fits) < _NEARLY_ALL:
-            continue
-        if each == 3 and np.isin(points[..., 2], (0, 1, 2)).all():
-            return 3
-        if each == 2:
-            # A small polygon passes all of these tests, since a corner that is taken for a width and height is large.
-            # But then it lies among the other corners.
-            first, last = points.min(axis=1), points.max(axis=1)
-            room = (last - first) / 2
-            corner = np.all((size >= first - room) & (size <= last + room), axis=1)
-            return 2 if np.mean(corner) < 0.5 else 0
-    return 0
+    """Return how many numbers each keypoint has (2, or 3 with its visibility); 0 if these (L, 5 + P) are polygons."""
+    rest = table[:, 5:]
+    if rest.shape[1] % 3 == 0 and np.isin(rest[:, 2::3], (0, 1, 2)).all():
+        return 3
+    if rest.shape[1] % 2:
+        return 0
+    points, center, size = rest.reshape(len(table), -1, 2), table[:, None, 1:3], table[:, None, 3:5]
+    inside = np.all(abs(points - center) <= 0.55 * size + _SLACK, axis=2)
+    unlabelled = np.all(points == 0, axis=2)
+    # A small polygon passes this test too, since a corner that is taken for a width and height is large. But then it
+    # lies among the other corners.
+    first, last = points.min(axis=1), points.max(axis=1)
+    corner = np.all(abs(table[:, 3:5] - (first + last) / 2) <= last - first, axis=1)
+    return 2 if np.mean(np.all(inside | unlabelled, axis=1)) >= _NEARLY_ALL and np.mean(corner) < 0.5 else 0
 
 
 # ---- files without an image
@@ -417,7 +391,7 @@ def _report_orphans(dataset: RawDataset) -> None:
     for folder in sorted({path.parent for path in used}):
         images: set[str] | None = None
         for name in sorted(_listing(folder)):
-            if not name.endswith(".txt") or name in _CLASS_FILES or folder / name in known:
+            if not name.endswith(".txt") or name in CLASS_LISTS or folder / name in known:
                 continue
             if images is None:
                 images = _stems_of(folder)
