@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from rtdetr_cli.datasets.labelme import read_labelme
 from rtdetr_cli.datasets.layouts import Layout, label_kinds, pair_files, read_list
 from rtdetr_cli.datasets.raw import RawDataset, new_dataset
 from rtdetr_cli.datasets.survey import Survey, edges, other_format, survey
-from rtdetr_cli.datasets.voc import VocSplit, read_voc
+from rtdetr_cli.datasets.voc import read_voc
 from rtdetr_cli.datasets.yolo import read_yolo, read_yolo_files
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.text import abbreviate, counted
@@ -42,8 +41,14 @@ _MAX_CLASSES = 10_000
 _PAIR = re.compile(r"^\s*(\w+)\s*=\s*(.*?)\s*$", re.MULTILINE)
 
 
-def read_any_layout(source: Path, found: Survey, images: Path | None) -> RawDataset:
-    """Read the one dataset in a folder that has none of the usual layouts.
+def read_any_layout(source: Path, found: Survey, images: Path | None, *, kind: str = "") -> RawDataset:
+    """Read the one dataset in a folder.
+
+    Args:
+        source: the folder.
+        found: its survey.
+        images: folder of the images, if it is not to be found.
+        kind: the format, if it is known.
 
     Raises:
         DataError: there are no labels, no images, or labels of several formats.
@@ -58,6 +63,8 @@ def read_any_layout(source: Path, found: Survey, images: Path | None) -> RawData
         kinds.pop("yolo", None)
     if len(kinds) > 1:
         kinds.pop("csv", None)  # often a list of what is in the other files
+    if kind:
+        kinds = {kind: kinds[kind]}
     if not kinds:
         raise _no_labels(source, found)
     if len(kinds) > 1:
@@ -132,21 +139,9 @@ def _start(form: str, source: Path, found: Survey, image_survey: Survey) -> RawD
 def _read_voc(source: Path, found: Survey, image_survey: Survey, files: list[Path]) -> RawDataset:
     raw = _start("voc", source, found, image_survey)
     layout = pair_files(found, image_survey, files, {})
-    images = {_without_suffix(image): image for image in layout.labels}
-    xml_files = {_without_suffix(image): path for image, path in layout.labels.items()}
-    xml_files |= {str(path.relative_to(found.root)): path for path in layout.orphans}
-    home = Counter(path.parent for path in files).most_common(1)[0][0]
     _note_lists(raw, layout)
-    splits = {}
-    for split, listed in layout.splits.items():
-        names = [_without_suffix(name) for name in listed]
-        splits[split] = VocSplit(names, home, layout.root, xml_files, images | dict(zip(names, listed, strict=True)))
-    read_voc(raw, splits)
+    read_voc(raw, layout)
     return raw
-
-
-def _without_suffix(name: str) -> str:
-    return name[: len(name) - len(Path(name).suffix)]
 
 
 def _note_lists(raw: RawDataset, layout: Layout) -> None:

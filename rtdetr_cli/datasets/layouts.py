@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rtdetr_cli.datasets.csv_boxes import is_box_table
-from rtdetr_cli.datasets.image_paths import ImageIndex, split_of_parts
+from rtdetr_cli.datasets.image_paths import SPLIT_WORDS, ImageIndex, split_of_parts
 from rtdetr_cli.datasets.label_text import CLASS_LISTS, MAX_SMALL_BYTES, is_valid_name
 from rtdetr_cli.datasets.survey import Folder, Survey, edges
 from rtdetr_cli.errors import DataError
@@ -22,6 +22,8 @@ _MASKS = re.compile(r"segmentation|mask|trimap|depth", re.IGNORECASE)
 _NUMBER = rb"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
 _YOLO_LINE = re.compile(rb"\s*\d+(\.0*)?(\s+" + _NUMBER + rb"){4,}\s*", re.IGNORECASE)
 _COLUMN = re.compile(r"\s+(-1|0|1)$")
+"""The second column in a list of Pascal VOC: whether a class is present."""
+
 _SAMPLED = 8
 _MAX_COCO_FILES = 50
 """Folders with more JSON files than that have one per image."""
@@ -213,21 +215,29 @@ def _distance(labels: tuple[str, ...], images: tuple[str, ...]) -> tuple[bool, i
 def _assign_splits(layout: Layout, found: Survey, paths: list[str], lists: dict[str, Path]) -> None:
     """Assign images to splits by lists of images, or else by the names of their folders or their labels' folders."""
     index = ImageIndex(paths)
+    orphans = {path.stem: path for path in layout.orphans}
     label_files = set(layout.labels.values())
     texts = [(folder.path, name) for folder in found.folders for name in folder.files.get("txt", ())]
+    texts.sort(key=lambda text: text[0].name != "Main")  # VOC has lists for other tasks beside `ImageSets/Main/`
     named = [(split, home / name) for home, name in texts if (split := split_of_parts([os.path.splitext(name)[0]]))]
     trainval = [("train", home / name) for home, name in texts if name.lower() == "trainval.txt"]
     for split, path in [*lists.items(), *named, *trainval]:
         if split not in layout.splits and path not in label_files:
-            names = read_list(path)
-            matched = [index.find(name, split) for name in names]
-            if 2 * sum(match is not None for match in matched) > len(names):
-                layout.splits[split] = [match or name for match, name in zip(matched, names, strict=True)]
+            names = [(line, _COLUMN.sub("", line)) for line in read_list(path)]
+            matched = [index.find(line, split) or index.find(name, split) for line, name in names]
+            known = sum(match is not None or name in orphans for match, (_, name) in zip(matched, names, strict=True))
+            if 2 * known > len(names) or path.parent.name == "Main":
+                layout.splits[split] = [match or name for match, (_, name) in zip(matched, names, strict=True)]
                 layout.lists.append(path)
+                for (_, name), image in zip(names, layout.splits[split], strict=True):
+                    if image not in layout.labels and name in orphans:  # its image is missing, or in another case
+                        layout.labels[image] = orphans.pop(name)
+    layout.orphans = sorted(orphans.values())
     if layout.splits:
+        layout.splits = {split: layout.splits[split] for split in SPLIT_WORDS if split in layout.splits}
         layout.unlisted = sorted(layout.labels.keys() - {name for names in layout.splits.values() for name in names})
         return
-    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    splits: dict[str, list[str]] = {split: [] for split in SPLIT_WORDS}
     for image in paths:
         split = split_of_parts(image.split("/")[:-1])
         if split is None and image in layout.labels:
@@ -237,8 +247,8 @@ def _assign_splits(layout: Layout, found: Survey, paths: list[str], lists: dict[
 
 
 def read_list(path: Path) -> list[str]:
-    """Return the names in a list of images, without the second column of Pascal VOC (1, 0, -1)."""
+    """Return the lines of a list of images."""
     if not path.is_file() or path.stat().st_size > MAX_SMALL_BYTES:
         return []
     lines = path.read_bytes().decode("utf-8-sig", "replace").splitlines()
-    return [_COLUMN.sub("", line.strip()) for line in lines if line.strip() and is_valid_name(line.strip())]
+    return [line.strip() for line in lines if line.strip() and is_valid_name(line.strip())]

@@ -7,7 +7,7 @@ function returns a `Match`. Any other folder is surveyed, and its label files ar
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rtdetr_cli.datasets.any_layout import read_any_layout, read_csv_file
@@ -22,15 +22,12 @@ from rtdetr_cli.datasets.coco_files import (
     is_coco_json,
 )
 from rtdetr_cli.datasets.image_paths import SPLIT_WORDS, allow_linked_images, find_moved_images, split_of
-from rtdetr_cli.datasets.label_text import Oddities, is_valid_name, read_text
 from rtdetr_cli.datasets.layouts import datasets_below, is_yolo_yaml, label_kinds
 from rtdetr_cli.datasets.raw import RawDataset, new_dataset
 from rtdetr_cli.datasets.survey import other_format_of, survey
-from rtdetr_cli.datasets.voc import VocSplit, files_by_stem, listed_name, read_voc
 from rtdetr_cli.datasets.yolo import read_yolo
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.files import missing_path_hint
-from rtdetr_cli.images.decode import IMAGE_SUFFIXES
 
 MAX_LISTED = 5
 _SUPPORTED = "a COCO JSON file, a YOLO data.yaml, a CSV file, a zip file or the folder of a dataset"
@@ -94,8 +91,8 @@ def _read_file(source: Path, images: Path | None) -> RawDataset:
 
 def _read_folder(folder: Path, images: Path | None) -> RawDataset:
     """Read the one dataset that a folder contains."""
-    if folder.name == "Annotations" and any(folder.glob("*.xml")):
-        return _read_voc_folder(folder.parent, folder, images)
+    if folder.name == "Annotations" and (voc := _find_voc(folder.parent)) is not None:
+        return voc.read(images)
     matches = _matches(folder)
     if len(matches) > 1:
         evidence = " and ".join(f"{m.format} ({m.evidence.relative_to(folder) or '.'})" for m in matches)
@@ -249,60 +246,10 @@ def _read_yolo_file(path: Path, images: Path | None, *, source: Path | None = No
 
 
 def _find_voc(folder: Path) -> Match | None:
-    """Match a folder with `Annotations/`, here or in `VOCdevkit/VOC2007`, or with XML files in each split's folder."""
-    for candidate in (folder, *sorted(folder.glob("VOC2*")), *sorted(folder.glob("VOCdevkit/VOC2*"))):
-        annotations = candidate / "Annotations"
-        if annotations.is_dir() and ((candidate / "ImageSets" / "Main").is_dir() or any(annotations.glob("*.xml"))):
-            break
-    else:
-        if not any(any(path.glob("*.xml")) for path in _split_folders(folder).values()):
-            return None
-        candidate = folder
-    return Match("voc", candidate, lambda images: _read_voc_folder(candidate, folder, images))
-
-
-def _read_voc_folder(folder: Path, source: Path, images: Path | None) -> RawDataset:
-    raw = new_dataset("", "voc", source, folder, images)
-    read_voc(raw, _voc_splits(raw, folder, images))
-    return raw
-
-
-def _voc_splits(raw: RawDataset, folder: Path, images: Path | None) -> dict[str, VocSplit]:
-    """Return the splits: those of `ImageSets/Main/`, the folders of the splits, or all images as train."""
-    xml_folder = folder / "Annotations"
-    if not xml_folder.is_dir():  # one folder per split, with images and XML files in it
-        return {split: _voc_split(path, images or path) for split, path in _split_folders(folder).items()}
-    image_folder = images or next(
-        (folder / name for name in ("JPEGImages", "images", "Images") if (folder / name).is_dir()), folder
-    )
-    whole = _voc_split(xml_folder, image_folder)
-    splits: dict[str, VocSplit] = {}
-    lists = folder / "ImageSets" / "Main"
-    oddities = Oddities()
-    trainval = {} if (lists / "train.txt").is_file() else {"train": lists / "trainval.txt"}
-    for split, path in {**{s: lists / f"{s}.txt" for s in SPLITS}, **trainval}.items():
-        if not path.is_file():
-            continue
-        shown = raw.show(path)
-        raw.label_paths[shown] = path
-        text = read_text(path, shown, raw.findings, oddities)
-        names = []
-        for number, line in enumerate((text or "").split("\n"), 1):
-            name = listed_name(line, whole.xml_files)
-            if is_valid_name(name):
-                names.append(name)
-            elif name:
-                raw.findings.add("file-malformed", f"has the name {name[:40]!r}", file=shown, line=number)
-        splits[split] = replace(whole, names=names)
-    oddities.report(raw.findings)
-    return splits or {"train": whole}
-
-
-def _voc_split(xml_folder: Path, image_folder: Path) -> VocSplit:
-    """Return all images of a folder as a split."""
-    images = files_by_stem(image_folder, IMAGE_SUFFIXES)
-    xml_files = {stem: xml_folder / name for stem, name in files_by_stem(xml_folder, (".xml",)).items()}
-    return VocSplit(list(images), xml_folder, image_folder, xml_files, images)
+    """Match a folder with XML files in `Annotations/`."""
+    if not any((folder / "Annotations").glob("*.xml")):
+        return None
+    return Match("voc", folder, lambda images: read_any_layout(folder, survey(folder), images, kind="voc"))
 
 
 _FORMATS = (_find_yolo, _find_roboflow, _find_voc, _find_coco)

@@ -6,7 +6,6 @@ file doesn't say which; the difference is at most one pixel.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from rtdetr_cli.datasets.findings import Findings, Spot
 from rtdetr_cli.datasets.ids_file import BoxFacts, IdsFile, image_facts, read_ids, write_ids
 from rtdetr_cli.datasets.image_names import copy_image, image_names
 from rtdetr_cli.datasets.label_text import Oddities, is_valid_name, read_text
+from rtdetr_cli.datasets.layouts import Layout
 from rtdetr_cli.datasets.raw import RawBox, RawDataset, Rows
 from rtdetr_cli.datasets.records import Category, Dataset
 from rtdetr_cli.images.decode import IMAGE_SUFFIXES
@@ -35,55 +35,31 @@ _MAX_TAGS = 4_000_000
 
 
 @dataclass(slots=True)
-class VocSplit:
-    """One split on disk.
+class _LabelFile:
+    """The label file of one image: its path for people, its text, and its root; all empty if there is no such file.
 
-    Attributes:
-        names: names without suffix, in order.
-        xml_folder: where the XML file of a name is expected.
-        images_folder: the folder that `images` are relative to.
-        xml_files: name -> XML file, also of names that are not in this split.
-        images: name -> image, likewise.
+    `image` has no suffix if there is no such image.
     """
 
-    names: list[str]
-    xml_folder: Path
-    images_folder: Path
-    xml_files: dict[str, Path]
-    images: dict[str, str]
-
-    def xml_file(self, name: str) -> Path | None:
-        """Return the XML file of a name; None if there is none."""
-        path = self.xml_files.get(name, self.xml_folder / f"{name}.xml")
-        return path if name in self.xml_files or path.is_file() else None
-
-
-@dataclass(slots=True)
-class _LabelFile:
-    """The label file of one image: its path for people, its text, and its root; all empty if there is no such file."""
-
-    name: str
+    image: str
     file: str = ""
     text: str = ""
     root: Element | None = None
 
 
-def read_voc(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
+def read_voc(dataset: RawDataset, layout: Layout) -> None:
     """Read every split's XML files into `dataset`; classes come from a class list, or are sorted by name."""
     oddities = Oddities()
     files: dict[str, list[_LabelFile]] = {}
-    for split, on_disk in splits.items():
-        files[split] = []
-        for name in on_disk.names:
-            path = on_disk.xml_file(name)
-            if path is None:
-                files[split].append(_LabelFile(name))
-                continue
-            file = dataset.show(path)
-            dataset.label_paths[file] = path
-            text = read_text(path, file, dataset.findings, oddities)
-            root = _parse(text, file, dataset.findings) if text is not None else None
-            files[split].append(_LabelFile(name, file, text or "", root))
+    for split, images in layout.splits.items():
+        files[split] = [_LabelFile(image) for image in images]
+        for label in files[split]:
+            if (path := layout.labels.get(label.image)) is not None:
+                label.file = dataset.show(path)
+                dataset.label_paths[label.file] = path
+                text = read_text(path, label.file, dataset.findings, oddities)
+                if text is not None:
+                    label.text, label.root = text, _parse(text, label.file, dataset.findings)
     names = _used_classes(files)
     listed = _class_list(dataset, oddities)
     ids = read_ids(dataset, dataset.folder, oddities)
@@ -94,19 +70,24 @@ def read_voc(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
         classes = names if listed is None else listed
         dataset.categories = tuple(Category(i, name) for i, name in enumerate(classes, 1))
     first_id = 1
-    for split, on_disk in splits.items():
-        rows = _SplitReader(dataset, split, on_disk, ids, first_id).read(files[split])
-        dataset.splits[split] = rows.split(split, on_disk.images_folder)
-        first_id += len(on_disk.names)
-    _report_orphans(dataset, splits)
-
-
-def _report_orphans(dataset: RawDataset, splits: dict[str, VocSplit]) -> None:
-    """Report XML files that belong to no split and to no image."""
-    listed = {name for on_disk in splits.values() for name in (*on_disk.names, *on_disk.images)}
-    orphans = {path for on_disk in splits.values() for name, path in on_disk.xml_files.items() if name not in listed}
-    for path in sorted(orphans):
+    for split, labels in files.items():
+        root = _move_to_folder(labels, layout.root)
+        rows = _SplitReader(dataset, split, root, ids, first_id).read(labels)
+        dataset.splits[split] = rows.split(split, root)
+        first_id += len(labels)
+    for path in layout.orphans:
         dataset.findings.add("label-orphan", "has no image", file=dataset.show(path))
+
+
+def _move_to_folder(labels: list[_LabelFile], root: Path) -> Path:
+    """Name the images relative to their folder if they share one, and return the folder that their names start from."""
+    folders = {label.image.rpartition("/")[0] for label in labels if is_image(label.image)}
+    if len(folders) != 1:
+        return root
+    (folder,) = folders
+    for label in labels:
+        label.image = label.image.removeprefix(f"{folder}/")
+    return root / folder
 
 
 def listed_name(line: str, known: Container[str]) -> str:
@@ -126,20 +107,6 @@ def listed_name(line: str, known: Container[str]) -> str:
 def is_image(name: str) -> bool:
     """Return whether a file counts as an image, by its suffix."""
     return Path(name).suffix.lower() in IMAGE_SUFFIXES
-
-
-def files_by_stem(folder: Path, suffixes: Container[str]) -> dict[str, str]:
-    """Return stem -> name of the files in a folder that have one of these suffixes, the first by name if several do."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError:
-        return {}
-    stems: dict[str, str] = {}
-    for name in names:
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() in suffixes:
-            stems.setdefault(stem, name)
-    return stems
 
 
 def _parse(text: str, file: str, findings: Findings) -> Element | None:
@@ -210,9 +177,9 @@ def _integer(element: Element, path: str) -> int | None:
 class _SplitReader:
     """Reads the images and boxes of one split."""
 
-    def __init__(self, dataset: RawDataset, split: str, on_disk: VocSplit, ids: IdsFile, first_id: int) -> None:
+    def __init__(self, dataset: RawDataset, split: str, root: Path, ids: IdsFile, first_id: int) -> None:
         self.dataset, self.findings = dataset, dataset.findings
-        self.split, self.on_disk, self.ids, self.first_id = split, on_disk, ids, first_id
+        self.split, self.root, self.ids, self.first_id = split, root, ids, first_id
         self.labels = {category.name: label for label, category in enumerate(dataset.categories)}
         self.rows = Rows()
         self.folders: dict[tuple[str, str], list[tuple[str, int]]] = {}
@@ -239,12 +206,12 @@ class _SplitReader:
         return self.rows
 
     def _image(self, position: int, label: _LabelFile) -> None:
-        name, root, spot = label.name, label.root, Spot(self.split, position)
+        file_name, root, spot = label.image, label.root, Spot(self.split, position)
+        stem = file_name.removesuffix(PurePosixPath(file_name).suffix) if is_image(file_name) else file_name
         declared = _text(root, "filename") if root is not None else ""
-        file_name = self.on_disk.images.get(name)
-        if file_name is None:
-            usable = Path(declared).stem == Path(name).name and is_valid_name(declared)
-            file_name = declared if usable else f"{name}.jpg"
+        if stem == file_name:
+            usable = Path(declared).stem == Path(stem).name and is_valid_name(declared)
+            file_name = declared if usable else f"{stem}.jpg"
         elif declared and declared.replace("\\", "/").rpartition("/")[2] != Path(file_name).name:
             message = f"has <filename>{declared}</filename>, but its image is {file_name}"
             line = _line(label.text, "<filename")
@@ -255,18 +222,18 @@ class _SplitReader:
             if not (0 < size[0] < 1 << 31 and 0 < size[1] < 1 << 31):
                 size = (0, 0)
             folder = _text(root, "folder")
-            actual = (self.on_disk.images_folder / file_name).parent.name
+            actual = (self.root / file_name).parent.name
             if folder and folder.replace("\\", "/").rstrip("/").rpartition("/")[2] != actual:
                 self.folders.setdefault((folder, actual), []).append((label.file, position))
         elif not label.file:
             self.findings.add(
                 "label-missing",
-                f"{file_name} has no XML file ({self.dataset.show(self.on_disk.xml_folder / Path(name).name)}.xml)",
-                file=self.dataset.show(self.on_disk.images_folder / file_name),
+                f"{file_name} has no XML file",
+                file=self.dataset.show(self.root / file_name),
                 image_id=self.first_id + position,
                 spot=spot,
             )
-        image_id, facts = self.ids.image(self.split, name)
+        image_id, facts = self.ids.image(self.split, stem)
         image = self.rows.add_image(
             file_name,
             image_id=self.first_id + position if image_id is None else image_id,

@@ -238,7 +238,7 @@ def _plan_image(plan: Plan, name: str, image: int, codes: set[str], tag: Tag | N
     split = raw.splits[name]
     path = split.path(image)
     target, suffix, repaired = plan.destination(path), "", set()
-    if "image-name-case" in codes and raw.format in ("yolo", "voc"):
+    if "image-name-case" in codes and raw.format == "yolo":
         wanted = plan.destination(split.root / split.label_names[image])
         plan.rename(target, wanted, "image-name-case")
         target = wanted

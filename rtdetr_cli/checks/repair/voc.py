@@ -99,7 +99,7 @@ def plan_voc(plan: Plan) -> None:
             opened(finding.file).clip(spot.entry, corners, code, why)
         elif code == "image-size":
             opened(finding.file).set(code, why, **_size(raw.splits[spot.split], spot.image))
-        elif code == "voc-filename" and (name := _file_name(raw.splits[spot.split], spot.image)).isprintable():
+        elif code == "voc-filename" and (name := raw.splits[spot.split].path(spot.image).name).isprintable():
             opened(finding.file).set(code, why, filename=name)
         else:
             continue
@@ -115,11 +115,6 @@ def plan_voc(plan: Plan) -> None:
 def _size(split: RawSplit, image: int) -> dict[str, str]:
     width, height = split.sizes_wh[image].tolist()
     return {"size__width": str(width), "size__height": str(height)}
-
-
-def _file_name(split: RawSplit, image: int) -> str:
-    """Return the file name in the copy, which is the one in the labels where the disk has another case."""
-    return Path(split.label_names.get(image, split.file_names[image])).name
 
 
 def _create(plan: Plan, split: RawSplit, image: int, why: str) -> None:
