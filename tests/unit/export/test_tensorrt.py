@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,15 +31,14 @@ from rtdetr_cli.weights.header import ModelHeader
 Loaded = tuple[RTDETR, ModelHeader]
 Export = Callable[[], list[ExportEvent]]
 VERSIONS = ["10.16.1", "11.4.0"]
-SHAPES = {"images": ((1, 3, 96, 128), (4, 3, 96, 128)), "orig_target_sizes": ((1, 2), (4, 2))}
 
 
 @pytest.fixture
 def use(standin: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that replaces the package by a stand-in, and the GPU by the CPU."""
 
-    def replace_package(version: str, **options: Any) -> ModuleType:
-        module: ModuleType = standin.make(version, **options)
+    def replace_package(version: str) -> ModuleType:
+        module: ModuleType = standin.make(version)
         monkeypatch.setitem(sys.modules, "tensorrt", module)
         monkeypatch.setattr(tensorrt, "engine_device", lambda device: torch.device("cpu"))
         return module
@@ -90,31 +89,6 @@ def test_a_verified_engine(version: str, use: Any, export: Export, loaded: Loade
         "parity.json",
         "tensorrt.cache",
     ]
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_an_engine_that_is_not_half_precision(version: str, use: Any, export: Export, tmp_path: Path) -> None:
-    """A builder that ignores the types of the graph."""
-    use(version, precision="single")
-    with pytest.raises(ExportError, match="not half precision: 0 of"):
-        export()
-    left = {p.name for p in tmp_path.iterdir()}
-    assert "m-fp16.onnx" in left
-    assert not {"m.engine", "m.unverified.engine", "m.failed.engine"} & left
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"refuse": "no importer for Foo"}, "no importer for Foo"), ({"plan": False}, "cannot build the engine")],
-)
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_graph_that_cannot_be_built(
-    version: str, options: dict[str, Any], message: str, use: Any, exported: dict[str, Artefact], tmp_path: Path
-) -> None:
-    use(version, **options)
-    engine = tmp_path / "m.engine"
-    with pytest.raises(ExportError, match=message):
-        tensorrt.build_engine(exported["fp16"].path, engine, shapes=SHAPES)
 
 
 def test_without_tensorrt(export: Export, loaded: Loaded, tmp_path: Path) -> None:
@@ -314,12 +288,14 @@ def test_count_types(information: dict[str, Any], counts: dict[str, int]) -> Non
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"Layers": 3}', '{"Layers": ["names only"]}'])
-def test_an_engine_without_types(text: str, use: Any, exported: dict[str, Artefact], tmp_path: Path) -> None:
+def test_an_engine_without_types(text: str) -> None:
     """Whatever the inspector says instead of types, the engine is refused."""
-    use("11.4.0", information=text)
+    inspector = SimpleNamespace(get_engine_information=lambda format: text)
+    engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: engine)
+    package = SimpleNamespace(Runtime=lambda logger: runtime, LayerInformationFormat=SimpleNamespace(JSON=1))
     with pytest.raises(ExportError, match=r"types|half precision"):
-        tensorrt.build_engine(exported["fp16"].path, tmp_path / "m.engine", shapes=SHAPES)
-    assert not (tmp_path / "m.engine").exists()
+        tensorrt.refuse_single(tensorrt.count_types(tensorrt.inspect_layers(package, None, b"", "TensorRT 11")))
 
 
 def test_the_standin_is_strict(standin: ModuleType) -> None:
