@@ -41,8 +41,11 @@ COMMANDS = {
 }
 
 
-def build(only: str | None = None) -> typer.Typer:
-    """Build the application, with all commands or only with the one that is going to run."""
+def build(only: str | None = None, *, names_only: bool = False) -> typer.Typer:
+    """Build the application, with all commands or only with the one that is going to run.
+
+    `names_only` leaves out their options, which take most of the time and which the list of commands doesn't show.
+    """
     app = typer.Typer(
         help="Finetune RT-DETRv2 on your own images, and deploy it.",
         epilog="Start with: rtdetr validate YOUR_DATA. Most commands print the next one at the end.",
@@ -61,12 +64,19 @@ def build(only: str | None = None) -> typer.Typer:
     for name, (module_name, attribute, short) in COMMANDS.items():
         if only is not None and name != only:
             continue
+        if names_only:
+            app.command(name=name, short_help=short)(_without_options)
+            continue
         target = getattr(import_module(f"rtdetr_cli.cli.{module_name}"), attribute)
         if isinstance(target, typer.Typer):
             app.add_typer(target, name=name, short_help=short)
         else:
             app.command(name=name, short_help=short)(target)
     return app
+
+
+def _without_options() -> None:
+    """Stand in for a command that is only listed."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -80,10 +90,13 @@ def run(argv: Sequence[str]) -> int:
         return 0
     arguments[:1] = [COMMAND_ALIASES.get(word, word) for word in arguments[:1]]
     name = arguments[0] if arguments and arguments[0] in COMMANDS else None
-    if "_RTDETR_COMPLETE" in os.environ:  # a shell that asks for completions passes the words in the environment
+    completing = (
+        "_RTDETR_COMPLETE" in os.environ
+    )  # a shell that asks for completions passes the words in the environment
+    if completing:
         name = None
     try:
-        command = typer.main.get_command(build(name))
+        command = typer.main.get_command(build(name, names_only=name is None and not completing))
         if name is None:  # typer puts groups last
             command.commands = {n: command.commands[n] for n in COMMANDS}  # type: ignore[attr-defined]
         else:
