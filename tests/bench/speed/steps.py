@@ -20,7 +20,7 @@ from torch import Tensor
 from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.config.run import resolve_run
 from rtdetr_cli.model.build import build_detector
-from rtdetr_cli.model.detector import Outputs, Prediction
+from rtdetr_cli.model.detector import RTDETR, Outputs, Prediction
 from rtdetr_cli.train.losses import compute_losses
 from rtdetr_cli.train.plan import make_plan
 from rtdetr_cli.train.precision import choose_precision
@@ -42,8 +42,19 @@ def make_batch(count: int, side: int, *, boxes: int = BOXES, classes: int = CLAS
     return Batch(images, corners, labels, tuple(range(count)), ())
 
 
-def our_step(batch: Batch, *, preset: str, classes: int, device: torch.device, autocast: torch.dtype | None) -> Turn:
-    """Return one step of ours: from uint8 images to changed weights, and to the moving average."""
+def our_step(
+    batch: Batch,
+    *,
+    preset: str,
+    classes: int,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    prepare: Callable[[RTDETR], None] | None = None,
+) -> Turn:
+    """Return one step of ours: from uint8 images to changed weights, and to the moving average.
+
+    `prepare` changes the model before the first step.
+    """
     side = batch.images.shape[-1]
     config = resolve_run({"preset": preset, "imgsz": (side, side), "effective_batch": len(batch.labels)})
     plan = make_plan(config, images=1000)
@@ -52,6 +63,8 @@ def our_step(batch: Batch, *, preset: str, classes: int, device: torch.device, a
     model = build_detector(spec, num_classes=classes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     learner = make_learner(model, config, spec, plan, device, autocast)
     learner.train_mode()
+    if prepare is not None:
+        prepare(learner.model)
     count = 0
 
     def step() -> None:
