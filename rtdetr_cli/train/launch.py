@@ -4,6 +4,10 @@
 several hosts is started by torchrun itself. The parent makes no steps: it holds the store where the processes meet,
 forwards signals, and raises the error of the first process that failed.
 
+torch's own launcher (`torch.distributed.launcher`, 2.14) was weighed and does not keep what this promises: once one
+process has ended, it kills the others after 30 seconds, even if the main process is still saving; it reports the first
+process that ended, which often only lost a peer; and it has no exit code for a run that was stopped.
+
 A process notices the end of its parent by the end of its standard input. It then finishes its step, saves and exits, as
 if it had been terminated.
 """
