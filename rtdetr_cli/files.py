@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -35,7 +36,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     aside: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        # The name may be as long as the file system allows already.
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".part", dir=path.parent)
         os.close(handle)
         aside = Path(name)
         yield aside
@@ -50,12 +52,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise RtdetrError(
             f"{path} cannot be written: {error.strerror or error}",
-            hint="choose another folder, or free some space",
+            hint="free some space, or choose another folder" if is_full(error) else "choose another folder",
             code="not-writable",
         ) from error
     finally:
         if aside is not None:
             aside.unlink(missing_ok=True)
+
+
+def is_full(error: OSError) -> bool:
+    """Return whether an error says that the disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,7 +8,6 @@ recorded only in `train.log` that they finished; this is understood as well.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -20,7 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rtdetr_cli.errors import RtdetrError, UsageError
+from rtdetr_cli import documents as doc
+from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 from rtdetr_cli.files import atomic_write
 
 if TYPE_CHECKING:
@@ -96,11 +96,12 @@ class RunFolder:
 
         Raises:
             UsageError: the folder is not a run.
+            ModelError: its `manifest.json` is damaged.
         """
         if not path.is_dir():
             problem, hint = f"the run {path} does not exist", "--resume takes a folder under runs/"
         elif (path / CONFIG).is_file() and (path / MANIFEST).is_file():
-            return cls(path)
+            return cls(path).checked()
         elif (path / CONFIG).is_file():
             problem = f"the run {path} was killed before it started: it has a {CONFIG} but no {MANIFEST}"
             hint = f"rtdetr train --config {path / CONFIG} --name {path.name}-again starts it again"
@@ -122,11 +123,40 @@ class RunFolder:
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         """Write `manifest.json`."""
-        self.write(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, default=str) + "\n")
+        # ASCII, since the name of a file can hold bytes that are not UTF-8.
+        self.write(MANIFEST, json.dumps(manifest, indent=1, default=str) + "\n")
 
     def manifest(self) -> dict[str, Any]:
         """Read `manifest.json`; empty where there is none, or where it is damaged."""
-        return _read_json(self.path / MANIFEST)
+        with suppress(OSError, ValueError):
+            return self._read_manifest()
+        return {}
+
+    def checked(self) -> RunFolder:
+        """Return this run, whose manifest can be read.
+
+        Raises:
+            ModelError: it cannot.
+        """
+        try:
+            self._read_manifest()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise self.damaged(MANIFEST, str(reason)) from error
+        return self
+
+    def damaged(self, name: str, reason: str) -> ModelError:
+        """Return an error that says which file of the run cannot be read, and what is still usable."""
+        hint = "start it again: rtdetr train --data DATA ..."
+        if self.best.is_file():
+            hint = (
+                f"{self.best} is still usable: rtdetr train --weights {self.path} --data DATA starts a new run from it"
+            )
+        return ModelError(f"{self.path / name} is damaged: {reason}", hint=hint, code="run-damaged")
+
+    def _read_manifest(self) -> dict[str, Any]:
+        document = doc.parse_json(doc.read_bounded(self.path / MANIFEST))
+        return _table(document) | doc.read_fields(document, _MANIFEST)
 
     def mark_finished(self, reason: str) -> None:
         """Record that the run is over; `reason` is `done` or `patience`."""
@@ -176,7 +206,7 @@ class RunFolder:
         """Return why this run's model should not be chosen silently; empty if there is no reason."""
         manifest = self.manifest()
         if ((self.path / LOG).is_file() or "finished" in manifest) and not self.finished:
-            epochs = _as_dict(manifest.get("plan")).get("epochs")
+            epochs = manifest.get("plan", {}).get("epochs")
             done = max(0, len(_read_text(self.path / METRICS).splitlines()) - 1)  # without the heading
             return "unfinished" + (f", epoch {done}" if done else "") + (f" of {epochs}" if done and epochs else "")
         result = _read_json(self.path / DISCRETE_RESULT)
@@ -229,8 +259,11 @@ class RunFolder:
 
     def val_images(self) -> list[str] | None:
         """Read what `write_val_images` stored; None where the dataset had a val split of its own."""
-        names = _parse_json(_read_text(self.path / VAL_IMAGES))
-        return [str(name) for name in names] if isinstance(names, list) else None
+        with suppress(OSError, ValueError):
+            return list(
+                doc.sequence(doc.string, longest=10_000_000)(doc.parse_json(doc.read_bounded(self.path / VAL_IMAGES)))
+            )
+        return None
 
     def write_digests(self, digests: NDArray[np.uint64]) -> None:
         """Store a digest of each image, to report which ones have changed; a failure to write them is ignored."""
@@ -242,7 +275,7 @@ class RunFolder:
         import numpy as np
 
         try:
-            return np.frombuffer((self.path / IMAGE_DIGESTS).read_bytes(), "<u8").astype(np.uint64)
+            return np.frombuffer(doc.read_bounded(self.path / IMAGE_DIGESTS), "<u8").astype(np.uint64)
         except (OSError, ValueError):
             return None
 
@@ -276,8 +309,9 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, float | None]]:
         """Read `metrics.csv`: one row per epoch, None where there is no value."""
-        rows = csv.DictReader(_read_text(self.path / METRICS).splitlines())
-        return [{key: float(value) if value else None for key, value in row.items()} for row in rows]
+        heading, *rows = (_read_text(self.path / METRICS) or "\n").splitlines()
+        columns = heading.split(",")
+        return [dict(zip(columns, map(_number, row.split(",")), strict=False)) for row in rows]
 
     # ---- train.log ----------------------------------------------------------------------------------------------
 
@@ -354,21 +388,35 @@ def make_numbered(out: Path, stem: str) -> Path:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return doc.read_bounded(path).decode("utf-8", "replace")
     except OSError:
         return ""
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return _as_dict(_parse_json(_read_text(path)))
+    """Read an object; empty where there is none."""
+    with suppress(OSError, ValueError):
+        return _table(doc.parse_json(doc.read_bounded(path)))
+    return {}
 
 
-def _as_dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _parse_json(text: str) -> Any:
+def _number(value: str) -> float | None:
     try:
-        return json.loads(text)
+        return float(value)
     except ValueError:
         return None
+
+
+_table = doc.table(lambda value: value)
+_MANIFEST: dict[str, doc.Reader[Any]] = {
+    "started": doc.string,
+    "finished": doc.optional(doc.one_of("", "done", "patience")),
+    "versions": doc.table(doc.string),
+    "dataset": _table,
+    "weights": doc.string,
+    "precision": doc.string,
+    "micro_batch": doc.optional(doc.integer(1, 1 << 20)),
+    "identity": doc.optional(doc.table(_table)),
+    "plan": _table,
+}
+"""The fields that are read again, with what they may be; a run of version 0.1 has fewer."""

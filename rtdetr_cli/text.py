@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 def counted(count: int, singular: str, plural: str = "") -> str:
@@ -28,6 +31,25 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable_lines(text: str) -> str:
+    """Return `text` with line breaks and tabs as they are, and what would control a terminal escaped."""
+    return _CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def json_text(value: Any) -> str:
+    """Return JSON on one line, in which what would control a terminal is escaped as JSON does.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+    # In JSON, such characters can only be inside of strings.
+    return _CONTROL.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

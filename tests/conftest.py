@@ -17,6 +17,8 @@ import pytest
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("NO_COLOR", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# A bug must end a test with its traceback: see `cli.unexpected`.
+os.environ.setdefault("RTDETR_CLI_TRACEBACK", "1")
 # Before torch is loaded: see `cli.app.run`.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -16,6 +16,7 @@ from typing import Any
 import typer
 
 from rtdetr_cli.cli.aliases import COMMAND_ALIASES, translate
+from rtdetr_cli.cli.unexpected import unexpected_error
 from rtdetr_cli.errors import EnvironmentProblem, RtdetrError, UsageError
 from rtdetr_cli.text import suggest
 from rtdetr_cli.version import __version__
@@ -115,10 +116,7 @@ def run(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        expected = expected_error(error, name)
-        if expected is None:
-            raise
-        return report(expected, as_json="--json" in arguments)
+        return report(expected_error(error, name) or unexpected_error(error, arguments), as_json="--json" in arguments)
 
 
 def expected_error(error: Exception, command: str | None) -> RtdetrError | None:

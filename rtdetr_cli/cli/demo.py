@@ -28,7 +28,7 @@ def demo(
     work = workflow.Demo(folder, epochs=epochs)
 
     def stage(number: int, text: str) -> None:
-        terminal.say(terminal.paint(f"[{number}/6]", "36;1") + " " + text)
+        terminal.say(text, label=f"[{number}/6]", color="36;1")
 
     stage(1, f"generate a dataset: {workflow.TRAIN_IMAGES} training images, {workflow.VAL_IMAGES} validation images")
     work.make_dataset()

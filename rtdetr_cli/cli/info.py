@@ -57,13 +57,15 @@ def _checkpoint(path: Path) -> dict[str, Any] | None:
         if file.read(len(MAGIC)) != MAGIC:
             return None
     state = read_checkpoint(path)
-    arrays = list(_arrays(state))
+    arrays, place = list(_arrays(state)), state.get("place")
     return {
         "path": str(path),
         "format": "training checkpoint",
         "bytes": path.stat().st_size,
         "note": f"for resuming only: rtdetr train --resume {path.parent}; predict with best.safetensors instead",
-        "place": {str(k): v for k, v in state.get("place", {}).items() if isinstance(v, int | float | str)},
+        "place": {str(k): v for k, v in place.items() if isinstance(v, int | float | str)}
+        if isinstance(place, dict)
+        else {},
         "tensors": len(arrays),
         "tensor_bytes": sum(int(array.nbytes) for array in arrays),
         "parts": sorted(str(key) for key in state),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -16,7 +18,7 @@ import typer
 
 from rtdetr_cli.cli.terminal import BackendOption, DedupeOption, OfflineFlag
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
-from rtdetr_cli.text import abbreviate, counted
+from rtdetr_cli.text import abbreviate, counted, printable
 
 if TYPE_CHECKING:
     from rtdetr_cli.datasets.records import Splits
@@ -105,6 +107,8 @@ def predict(
         raise UsageError("--save-conf adds scores to the files of --save-txt", hint="--save-txt --save-conf")
     parse_conf(conf)
     gamma = parse_dedupe(dedupe)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a file name need not be UTF-8
     found = find_sources(sources, sys.stdin)
     model = _find_model(weights)
     dataset = _load_dataset(data) if data is not None else None
@@ -240,7 +244,7 @@ def _show_model(
 
 def _make_folder(out: Path | None, drawn: Sequence[Source]) -> Path:
     """Create the output folder; refuse one in which an annotated copy would replace its original."""
-    from rtdetr_cli.infer.write import saved_name
+    from rtdetr_cli.infer.write import MARKER, RESULT_FILES, saved_name
     from rtdetr_cli.runs import make_numbered
 
     if out is None:
@@ -254,7 +258,15 @@ def _make_folder(out: Path | None, drawn: Sequence[Source]) -> Path:
                 hint="choose another folder, or --no-save",
                 code="out-is-source",
             )
+    planned = [out / saved_name(source) for source in drawn] + [out / name for name in RESULT_FILES]
+    if not (out / MARKER).exists() and (taken := next((path for path in planned if os.path.lexists(path)), None)):
+        raise UsageError(
+            f"--out {out} has a file {taken.name} that rtdetr predict did not write, and would replace",
+            hint="choose another folder",
+            code="out-in-use",
+        )
     out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).touch()
     return out
 
 
@@ -340,7 +352,7 @@ class _Run:
             width, height = video.size_wh
             size = f"{height}x{width} px"
             amounts = f"{counted(frames, 'frame')}  {counted(detections, 'detection')}"
-            terminal.out(f"{source.path}  {size}  {amounts}  {rate:.1f} frames/s")
+            terminal.out(printable(f"{source.path}  {size}  {amounts}  {rate:.1f} frames/s"))
         if video.truncated:
             self.truncated += 1
             terminal.warn(f"{source.path} is truncated: it ends after {frames} of {video.frames} frames")
@@ -367,7 +379,7 @@ class _Run:
         elif print_line:
             width, height = detections.size_wh
             size = f"{height}x{width} px"
-            terminal.out(f"{source}  {size}  {detections.summary()}  {1000 * event.seconds:.0f} ms")
+            terminal.out(printable(f"{source}  {size}  {detections.summary()}  {1000 * event.seconds:.0f} ms"))
 
     def _add_error(self, error: RtdetrError) -> None:
         from rtdetr_cli.cli import terminal
@@ -386,7 +398,7 @@ class _Run:
         from rtdetr_cli.cli import terminal
 
         if self.images > 1:
-            terminal.say(self.summary())
+            terminal.say(printable(self.summary()))
         if folder is not None and self.images:
             from rtdetr_cli.images.decode import IMAGE_SUFFIXES
 
@@ -401,7 +413,7 @@ class _Run:
         if self.interrupted:
             raise typer.Exit(130)
         if hint := self.hint(model):
-            terminal.say(terminal.paint("hint:", "36") + " " + hint)
+            terminal.give_hint(hint)
 
     def summary(self) -> str:
         """Return the number of images, seconds and objects of each class, and the images without detections."""

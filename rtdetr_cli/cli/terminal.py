@@ -5,7 +5,6 @@ rich is imported only where it draws, so that printing a line of text or JSON do
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
@@ -19,6 +18,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
+
+from rtdetr_cli.text import json_text, printable, printable_lines
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -64,40 +65,46 @@ def command_group(help_text: str) -> typer.Typer:
     )
 
 
-def say(text: str) -> None:
-    """Write a line for people."""
-    sys.stderr.write(text + "\n")
+def say(text: str, *, label: str = "", color: str = "") -> None:
+    """Write a line for people, after a colored label; control characters from files and names are escaped."""
+    start = paint(label, color) + " " if label else ""
+    sys.stderr.write(start + printable_lines(text) + "\n")
     sys.stderr.flush()
 
 
 def warn(text: str) -> None:
     """Write a warning for people."""
-    say(paint("warning:", "33") + " " + text)
+    say(text, label="warning:", color="33")
 
 
 def complain(message: str, hint: str = "") -> None:
     """Write an error and its hint for people."""
-    say(paint("error:", "31;1") + " " + message)
+    say(printable(message), label="error:", color="31;1")
     if hint:
-        say("\n" + paint("hint:", "36") + " " + hint)
+        say("")
+        give_hint(hint)
+
+
+def give_hint(text: str) -> None:
+    """Write a hint for people."""
+    say(text, label="hint:", color="36")
 
 
 def next_step(*words: object) -> None:
     """Write the next command to run, given as separate words (quoted for the shell) or as one line."""
     command = str(words[0]) if len(words) == 1 else shlex.join(map(str, words))
-    say(paint("next:", "36") + " " + command)
+    say(command, label="next:", color="36")
 
 
 def out(text: str) -> None:
-    """Write a line of the result."""
-    sys.stdout.write(text + "\n")
+    """Write a line of the result; control characters from files and names are escaped."""
+    sys.stdout.write(printable_lines(text) + "\n")
     sys.stdout.flush()
 
 
 def emit_json(document: dict[str, Any]) -> None:
     """Write the result as one JSON document on one line; NaN and infinity become null."""
-    text = json.dumps(finite({"schema_version": SCHEMA_VERSION, **document}), ensure_ascii=False, default=str)
-    out(text.encode("utf-8", "replace").decode("utf-8"))
+    out(json_text(finite({"schema_version": SCHEMA_VERSION, **document})))
 
 
 def finite(value: Any) -> Any:
@@ -133,17 +140,19 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: st
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False)
+    heading = Text(printable(title)) if title else None
+    drawn = Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", title_style="bold", pad_edge=False)
     for position, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[position], int | float | None) for row in rows)
-        drawn.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+        drawn.add_column(Text(printable(name)), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*(Text(show(value)) for value in row))
+        drawn.add_row(*(Text(printable(show(value))) for value in row))
     # Nothing may be folded in a pipe: programs and `grep` read whole rows.
     console = Console(file=sys.stdout, width=None if is_terminal(sys.stdout) else 10_000, highlight=False)
     with console.capture() as captured:
         console.print(drawn)
-    out("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    sys.stdout.write("".join(line.rstrip() + "\n" for line in captured.get().split("\n")[:-1]))
+    sys.stdout.flush()
 
 
 def show(value: object) -> str:
@@ -173,6 +182,7 @@ def fold(text: str, *, indent: int, first: int = 0) -> str:
         indent: columns in front of each line after the first.
         first: columns of the first line that are taken already.
     """
+    text = printable(text)
     if not is_terminal():
         return text
     width = max(40, shutil.get_terminal_size().columns)

@@ -7,7 +7,8 @@ from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rtdetr_cli.cli import terminal
-from rtdetr_cli.text import abbreviate, counted
+from rtdetr_cli.cli.unexpected import remember_run
+from rtdetr_cli.text import abbreviate, counted, printable_lines
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -37,6 +38,7 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
             match event:
                 case workflow.RunStarted():
                     started = event
+                    remember_run(event.folder)
                     _show_start(event)
                     bar.start(event)
                 case training.EvaluationStarted():
@@ -244,7 +246,7 @@ class _TrainingBar:
         else:
             from rich.text import Text
 
-            self._bar.console.print(Text(line), soft_wrap=True)
+            self._bar.console.print(Text(printable_lines(line)), soft_wrap=True)
 
     def seconds_left(self, event: EpochDone) -> float:
         """Estimate from the last epochs of this process, without the first, which is slower than the others."""

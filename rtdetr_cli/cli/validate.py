@@ -15,7 +15,7 @@ import typer
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.config.settings import DATA_HELP
 from rtdetr_cli.errors import DataError, UsageError
-from rtdetr_cli.text import counted, suggest, tally
+from rtdetr_cli.text import counted, printable, suggest, tally
 
 if TYPE_CHECKING:
     from rtdetr_cli.checks.doctor import Report
@@ -214,7 +214,7 @@ def _show_next(report: Report, images: Path | None, copy: Path | None, failed: b
         terminal.next_step("rtdetr", *(("validate", copy) if failed else ("train", "--data", copy)))
     elif not failed:
         if repairable(report):
-            terminal.say(f"hint: {shlex.join(_fix_command(report, images))} writes a repaired copy")
+            terminal.give_hint(f"{shlex.join(_fix_command(report, images))} writes a repaired copy")
         folder = () if images is None else ("--images", images)
         terminal.next_step("rtdetr", "train", "--data", report.raw.source, *folder)
     elif repairable(report):
@@ -239,7 +239,7 @@ def _show(report: Report) -> None:
     order = sorted(facts["splits"].items(), key=lambda item: ("train", "val", "test", item[0]).index(item[0]))
     splits = ", ".join(f"{name} {part['pictures']:,}" for name, part in order) or "no split"
     terminal.out(
-        f"{facts['name']} ({facts['format']}): {counted(facts['pictures'], 'image')} ({splits}), "
+        f"{printable(facts['name'])} ({facts['format']}): {counted(facts['pictures'], 'image')} ({splits}), "
         f"{counted(facts['boxes'], 'box')}, {counted(facts['classes'], 'class')}"
         + ("" if report.decoded else "; images not decoded (--fast)")
         + (f"; unpacked in {report.raw.folder}" if report.raw.source.suffix.lower() == ".zip" else "")
@@ -264,7 +264,7 @@ def _show(report: Report) -> None:
     if note := unlabelled_note(report.findings):
         terminal.warn(f"{note}; copies leave them out, unless --missing-labels empty keeps them without objects")
     if rows:
-        terminal.say(f"hint: rtdetr validate --explain {rows[0][1]}")
+        terminal.give_hint(f"rtdetr validate --explain {rows[0][1]}")
 
 
 def _fix(

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from rtdetr_cli.config.schema import Preset
 from rtdetr_cli.config.settings import RunSettings
 from rtdetr_cli.config.validation import validate
+from rtdetr_cli.documents import read_bounded
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.text import suggest
 
@@ -61,17 +62,17 @@ def read_toml(path: Path) -> dict[str, Any]:
         UsageError: it cannot be read, or is not TOML (with the line).
     """
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
+        return tomllib.loads(read_bounded(path).decode())
     except OSError as error:
         raise UsageError(
             f"{path} cannot be read: {error.strerror}",
             hint="for an example, see the config.toml of any run: runs/NAME/config.toml",
             code="config-unreadable",
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or deep lists
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UsageError(
-            f"{path} is not valid TOML: {error}",
+            f"{path} is not valid TOML: {reason}",
             hint="write one setting per line, such as epochs = 50; for an example, see runs/NAME/config.toml",
             code="config-malformed",
         ) from error

@@ -89,7 +89,8 @@ class RunConfig:
         }
         settings = {key: value for key, value in flatten(self.settings).items() if value is not None}
         header = f"# Resolved settings of one run of rtdetr train. preset: {self.preset.name}\n"
-        return header + tomli_w.dumps({**settings, **tables})
+        # TOML has no DEL in a text, and tomli_w does not escape it.
+        return header + tomli_w.dumps({**settings, **tables}).replace("\x7f", "\\u007f")
 
 
 def _flag(key: str) -> str:
@@ -124,7 +125,7 @@ def parse_set(words: Sequence[str]) -> dict[str, Any]:
             raise UsageError(f"--set {word} is not key=value", hint="--set schedule=official", code="set-malformed")
         try:
             values[key.strip()] = tomllib.loads(f"v = {text}")["v"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             values[key.strip()] = text
     return values
 

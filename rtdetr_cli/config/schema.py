@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rtdetr_cli.config.settings import Count, Fraction, Positive, Rate
+from rtdetr_cli.config.settings import MAX_LAYERS, MAX_QUERIES, Bounds, Count, Fraction, Positive, Queries, Rate
+
+Width = Annotated[int, Bounds(gt=0, le=16_384)]
+Layers = Annotated[int, Bounds(gt=0, le=MAX_LAYERS)]
 
 
 class Schema(BaseModel):
@@ -24,29 +27,31 @@ class ModelSpec(Schema):
     depth: Literal[10, 18, 34, 50, 101] = Field(
         18, description="depth of a ResNet-vd; 10 has one block per stage and is ours, for `tiny`"
     )
-    width: Positive = Field(64, description="scale of the backbone's channels; 64 in the published networks")
+    width: Width = Field(64, description="scale of the backbone's channels; 64 in the published networks")
     freeze_at: int = Field(-1, ge=-1, le=4, description="-1 trains all; 0 freezes the stem; n the stem and n stages")
     freeze_norm: bool = Field(False, description="freeze the batch norms of the backbone")
-    hidden_dim: Positive = Field(256, description="width of the encoder")
-    encoder_ffn: Positive = Field(1024, description="feed-forward width of the encoder's attention layer")
-    encoder_layers: Positive = Field(1, description="attention layers on the stride-32 feature map")
+    hidden_dim: Width = Field(256, description="width of the encoder")
+    encoder_ffn: Width = Field(1024, description="feed-forward width of the encoder's attention layer")
+    encoder_layers: Layers = Field(1, description="attention layers on the stride-32 feature map")
     expansion: float = Field(1.0, gt=0, le=1, description="hidden width of the fusion blocks, as a fraction")
-    depth_mult: float = Field(1.0, gt=0, description="re-parameterized blocks per fusion block, divided by 3")
-    heads: Positive = Field(8, description="attention heads of encoder and decoder")
-    decoder_dim: Positive = Field(256, description="width of the decoder")
-    decoder_ffn: Positive = Field(1024, description="feed-forward width of the decoder")
+    depth_mult: float = Field(1.0, gt=0, le=16, description="re-parameterized blocks per fusion block, divided by 3")
+    heads: Width = Field(8, description="attention heads of encoder and decoder")
+    decoder_dim: Width = Field(256, description="width of the decoder")
+    decoder_ffn: Width = Field(1024, description="feed-forward width of the decoder")
     decoder: Literal["rtdetrv2", "deim"] = Field(
         "rtdetrv2", description="form of the decoder; `deim` has SiLU instead of ReLU, and three layers for positions"
     )
-    decoder_layers: Positive = Field(3, description="decoder layers that are trained")
-    eval_layers: Positive = Field(3, description="decoder layers used for inference")
-    num_points: tuple[Positive, ...] = Field((4, 4, 4), description="sampling points per scale")
-    queries: Positive = Field(300, description="object queries")
-    denoising: Count = Field(100, description="denoising queries per image; 0 disables denoising")
+    decoder_layers: Layers = Field(3, description="decoder layers that are trained")
+    eval_layers: Layers = Field(3, description="decoder layers used for inference")
+    num_points: tuple[Layers, ...] = Field((4, 4, 4), description="sampling points per scale")
+    queries: Queries = Field(300, description="object queries")
+    denoising: Annotated[int, Bounds(ge=0, le=MAX_QUERIES)] = Field(
+        100, description="denoising queries per image; 0 disables denoising"
+    )
     label_noise: Fraction = Field(
         0.5, description="fraction of denoising labels eligible for noise; half of those change"
     )
-    box_noise: float = Field(1.0, ge=0, description="noise of the denoising boxes, in half side lengths")
+    box_noise: float = Field(1.0, ge=0, le=100, description="noise of the denoising boxes, in half side lengths")
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:
@@ -74,12 +79,12 @@ class OptimSpec(Schema):
 
     lr: Rate = Field(1e-4, description="learning rate at the preset's batch")
     lr_backbone: Rate = Field(1e-4, description="learning rate of the backbone")
-    weight_decay: float = Field(1e-4, ge=0, description="weight decay of AdamW")
+    weight_decay: float = Field(1e-4, ge=0, le=1, description="weight decay of AdamW")
     decay_free: Literal["norm", "head-norm", "head-norm-bias"] = Field(
         "head-norm", description="parameters without weight decay"
     )
     batch: Positive = Field(16, description="effective batch that the learning rates belong to")
-    clip_norm: float = Field(0.1, gt=0, description="gradients are clipped to this global norm")
+    clip_norm: float = Field(0.1, gt=0, le=1e6, description="gradients are clipped to this global norm")
     why: str = Field("", description="why these learning rates")
 
 

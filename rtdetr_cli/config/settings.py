@@ -25,7 +25,10 @@ DATA_HELP = "Dataset folder, file or zip: COCO, YOLO, VOC, Labelme or CSV."
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The smallest and largest value of a number, which pydantic reads when it builds a validator."""
+    """The smallest and largest value of a number, which pydantic reads when it builds a validator.
+
+    Every integer has a largest value, so that a slip of the finger is refused and does not fill the memory.
+    """
 
     ge: float | None = None
     gt: float | None = None
@@ -37,8 +40,15 @@ class Bounds:
         return handler(source) | {name: bound for name, bound in bounds.items() if bound is not None}
 
 
-Count = Annotated[int, Bounds(ge=0)]
-Positive = Annotated[int, Bounds(gt=0)]
+MAX_LAYERS = 64
+MAX_QUERIES = 10_000
+
+Count = Annotated[int, Bounds(ge=0, le=10**9)]
+Positive = Annotated[int, Bounds(gt=0, le=10**9)]
+Epochs = Annotated[int, Bounds(gt=0, le=100_000)]
+Batch = Annotated[int, Bounds(gt=0, le=65_536)]
+Processes = Annotated[int, Bounds(ge=0, le=256)]
+Queries = Annotated[int, Bounds(gt=0, le=MAX_QUERIES)]
 Rate = Annotated[float, Bounds(gt=0, lt=1)]
 Fraction = Annotated[float, Bounds(ge=0, le=1)]
 Share = Annotated[float, Bounds(ge=0, le=0.9)]
@@ -94,9 +104,9 @@ class RunSettings:
         "model file.",
         short="-w",
     )
-    epochs: Positive = _flag(50, "Passes over the training images.", short="-e")
-    batch: Positive | Literal["auto"] = _flag("auto", "Images per forward pass, or auto.", short="-b")
-    effective_batch: Positive = _flag(16, "Images per optimizer step (accumulated when they don't fit).")
+    epochs: Epochs = _flag(50, "Passes over the training images.", short="-e")
+    batch: Batch | Literal["auto"] = _flag("auto", "Images per forward pass, or auto.", short="-b")
+    effective_batch: Batch = _flag(16, "Images per optimizer step (accumulated when they don't fit).")
     imgsz: tuple[int, int] | None = _flag(
         None, "Input size in pixels: 640, or height first 480x640.", unset="the preset's", parse=_parse_size
     )
@@ -112,13 +122,15 @@ class RunSettings:
         "auto", "Floating-point precision: auto, fp32, bf16 or fp16."
     )
     compile: bool = _flag(False, "Compile the backbone and the encoder.")
-    workers: Count | Literal["auto"] = _flag("auto", "Processes that load images, or auto.")
+    workers: Processes | Literal["auto"] = _flag("auto", "Processes that load images, or auto.")
     cache: Literal["none", "ram", "disk"] = _flag(
         "none", "Cache decoded images: none, ram or disk (--set cache_gb=4 limits the size)."
     )
-    cache_gb: Annotated[float, Bounds(ge=0)] = _key(0.0, "Maximum cache size in GB; 0 uses half of the free space.")
+    cache_gb: Annotated[float, Bounds(ge=0, le=1e6)] = _key(
+        0.0, "Maximum cache size in GB; 0 uses half of the free space."
+    )
     device: str = _flag("auto", "Device: auto, cpu, a GPU such as 0, or several: 0,1.")
-    seed: Count = _flag(0, "Random seed.")
+    seed: Annotated[int, Bounds(ge=0, le=2**53)] = _flag(0, "Random seed.")
     deterministic: bool = _flag(False, "Use gather sampling and deterministic kernels on CUDA.")
     patience: Count = _flag(0, "Stop after this many evaluations without a better AP; 0 never stops early.")
     overfit: Count = _flag(0, "Overfit the first N images (sanity check); 0 trains on all.", metavar="N")
@@ -149,7 +161,9 @@ class RunSettings:
     val_fraction: Rate = _key(
         0.2, "Fraction of train held out if the dataset has no val split; the same images in every run."
     )
-    checkpoint_minutes: Annotated[float, Bounds(gt=0)] = _key(5.0, "Minutes between checkpoints within an epoch.")
+    checkpoint_minutes: Annotated[float, Bounds(gt=0, le=1e6)] = _key(
+        5.0, "Minutes between checkpoints within an epoch."
+    )
     plots: bool = _key(True, "Draw plots and write report.html.")
     checkpoint_steps: Count = _key(0, "Steps between checkpoints within an epoch; 0 saves by time only.")
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from rtdetr_cli.documents import shown
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.text import suggest
 
@@ -48,11 +49,11 @@ def _problems(schema: type[BaseModel], error: ValidationError, written: Mapping[
             where = where or name
             yield f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"])
         else:
-            words, numbers = _allowed_values(node)
+            words, numbers = _allowed_values(node, item["input"])
             *first, last = [*words, *numbers] or [item["msg"]]
             expected = f"{', '.join(first)} or {last}" if first else last
-            where = where or f"{name} = {item['input']!r}"
-            yield f"{where}: expected {expected}{suggest(str(item['input']), words)}"
+            where = where or f"{name} = {shown(item['input'])}"
+            yield f"{where}: expected {expected}{suggest(shown(item['input']), words)}"
 
 
 def _find_field(document: Mapping[str, Any], keys: list[str]) -> tuple[str, Mapping[str, Any]]:
@@ -71,14 +72,17 @@ def _find_field(document: Mapping[str, Any], keys: list[str]) -> tuple[str, Mapp
     return ".".join(path), node
 
 
-def _allowed_values(node: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the words that a field allows, and its kinds of numbers and text, such as `an integer >= 1`."""
+def _allowed_values(node: Mapping[str, Any], value: Any) -> tuple[list[str], list[str]]:
+    """Return the words that a field allows, and its kinds of numbers and text, such as `an integer >= 1`.
+
+    The largest integer is named only if `value` is larger, since few people care.
+    """
     words: list[str] = []
     kinds: list[str] = []
     for part in node.get("anyOf", [node]):
         kind = part.get("type")
         if kind == "array":
-            item_words, item_kinds = _allowed_values(part.get("items") or part["prefixItems"][0])
+            item_words, item_kinds = _allowed_values(part.get("items") or part["prefixItems"][0], value)
             words += item_words
             length = f"{part['maxItems']} numbers" if "maxItems" in part else "a list"
             kinds += [f"{length}, each {item}" for item in item_kinds]
@@ -87,13 +91,13 @@ def _allowed_values(node: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         elif kind == "boolean":
             words += ["true", "false"]
         elif kind in ("integer", "number"):
-            kinds.append(_number(part))
+            kinds.append(_number(part, value))
         elif kind == "string":
             kinds.append("text")
     return words, kinds
 
 
-def _number(part: Mapping[str, Any]) -> str:
+def _number(part: Mapping[str, Any], value: Any) -> str:
     """Return a kind of number: `an integer >= 1`, `a number > 0 and < 1`."""
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = {sign: part[name] for name, sign in signs.items() if name in part}
@@ -102,4 +106,18 @@ def _number(part: Mapping[str, Any]) -> str:
         name = "an integer"
         if ">" in bounds:
             bounds = {">=": bounds.pop(">") + 1, **bounds}
-    return f"{name} {' and '.join(f'{sign} {bound:g}' for sign, bound in bounds.items())}".rstrip()
+        largest = bounds.get("<=", bounds.get("<"))
+        if largest is not None and not _exceeds(value, largest):
+            bounds = {sign: bound for sign, bound in bounds.items() if sign not in ("<=", "<")}
+    return f"{name} {' and '.join(f'{sign} {_bound(bound)}' for sign, bound in bounds.items())}".rstrip()
+
+
+def _exceeds(value: Any, largest: float) -> bool:
+    try:
+        return float(value) >= largest
+    except (TypeError, ValueError, OverflowError):
+        return type(value) is int
+
+
+def _bound(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) and abs(value) < 1e16 else f"{value:g}"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rtdetr_cli.datasets.findings import Findings, Spot
 from rtdetr_cli.datasets.image_names import copy_image, image_names
 from rtdetr_cli.datasets.json_text import JSONFault, lines_of, report_fault, walk_object
-from rtdetr_cli.datasets.label_text import MAX_BYTES, Oddities, is_valid_name, read_text
+from rtdetr_cli.datasets.label_text import MAX_BYTES, Oddities, is_valid_class, is_valid_name, read_text
 from rtdetr_cli.datasets.raw import RawDataset, RawSplit
 from rtdetr_cli.datasets.records import Category, Dataset
 from rtdetr_cli.text import counted
@@ -184,7 +184,7 @@ def _categories(documents: dict[str, tuple[_Document, str]], findings: Findings)
             key = id_key(identifier)
             name = entry.get("name") if isinstance(entry, dict) else None
             usable_id = isinstance(key, int) or (isinstance(identifier, str) and is_valid_name(identifier.strip()))
-            if key is None or not usable_id or not isinstance(name, str) or not is_valid_name(name):
+            if key is None or not usable_id or not isinstance(name, str) or not is_valid_class(name):
                 findings.add(
                     "category-malformed",
                     f"the category {_short(entry)} lacks an id or a name",

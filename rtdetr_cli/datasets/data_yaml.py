@@ -20,6 +20,7 @@ from rtdetr_cli.text import counted
 SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 _MAX_YAML_BYTES = 1 << 20
 _MAX_BRACKETS = 100
+_MAX_VALUES = 1_000_000
 _BRACKET = re.compile(r"[\[\]{}]")
 _ID = re.compile(r"-?[0-9]{1,19}")
 
@@ -113,11 +114,13 @@ def _parse(text: str, file: str, findings: Findings) -> dict[Any, Any] | None:
         if _brackets(text) > _MAX_BRACKETS:
             raise RecursionError
         document = yaml.load(text, _PlainLoader)
+        if not _is_bounded(document):
+            raise RecursionError
         if isinstance(document, dict):
             return document
         code, message = "file-malformed", "contains no keys: it is not a data.yaml"
     except RecursionError:
-        code, message = "file-bounds", "is nested too deeply"
+        code, message = "file-bounds", "is nested too deeply, or its aliases repeat too much"
     except _RepeatedKey as error:
         code, message, mark = "file-repeated-key", str(error.problem), error.problem_mark
     except yaml.YAMLError as error:
@@ -136,6 +139,20 @@ def _brackets(text: str) -> int:
         depth = depth + 1 if mark in "[{" else max(0, depth - 1)
         deepest = max(deepest, depth)
     return deepest
+
+
+def _is_bounded(document: Any) -> bool:
+    """Return whether a document is of a reasonable size when every alias is replaced by what it stands for."""
+    waiting = [document]
+    for _ in range(_MAX_VALUES):
+        if not waiting:
+            return True
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+    return False
 
 
 def _class_names(document: dict[Any, Any], file: str, text: str, findings: Findings) -> dict[int, str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ MAX_SMALL_BYTES = 64 << 20
 
 CLASS_LISTS = ("obj.names", "classes.txt", "labels.txt", "class_names.txt", "predefined_classes.txt")
 """Files with one class name per line."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 TRUNCATED_HINT = "copy, download or export the file again"
 
@@ -46,11 +48,12 @@ def read_text(
 ) -> str | None:
     """Return the text of a file without its byte order mark; None, and a finding, if it cannot be read."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would block forever
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe would block forever
             findings.add("file-missing", "is not a regular file", file=shown)
             return None
         with open(path, "rb") as file:
-            data = file.read(limit + 1)
+            data = file.read(min(found.st_size, limit) + 1)  # which is allocated at once
     except FileNotFoundError:
         findings.add("file-missing", "does not exist", file=shown)
         return None
@@ -79,6 +82,11 @@ def read_text(
     if b"\r\n" in data:
         oddities.crlf.append(shown)
     return text
+
+
+def is_valid_class(name: str) -> bool:
+    """Return whether a class can have this name: as a file can, and it can be written as UTF-8."""
+    return is_valid_name(name) and (name.isascii() or not _SURROGATE.search(name))
 
 
 def is_valid_name(name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rtdetr_cli.datasets.findings import Spot
 from rtdetr_cli.datasets.json_text import JSONFault, report_fault, scan_value
-from rtdetr_cli.datasets.label_text import Oddities, is_valid_name, read_text
+from rtdetr_cli.datasets.label_text import Oddities, is_valid_class, read_text
 from rtdetr_cli.datasets.layouts import Layout
 from rtdetr_cli.datasets.raw import RawBox, RawDataset, Rows
 from rtdetr_cli.datasets.records import Category
@@ -88,7 +88,7 @@ def _shapes(document: dict[str, Any]) -> list[Any]:
 def _label(shape: Any) -> str:
     """Return the class of a shape; empty if it has none."""
     label = shape.get("label") if isinstance(shape, dict) else None
-    return label.strip() if isinstance(label, str) and is_valid_name(label.strip()) else ""
+    return label.strip() if isinstance(label, str) and is_valid_class(label.strip()) else ""
 
 
 def _side(document: dict[str, Any], key: str) -> int:

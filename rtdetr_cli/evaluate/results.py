@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rtdetr_cli.datasets.records import Dataset
+from rtdetr_cli.documents import require_regular
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.evaluate.coco import xywh
 from rtdetr_cli.evaluate.table import DetectionTable
@@ -83,12 +84,15 @@ def _distinct(values: Sequence[Any]) -> str:
 
 def _load(path: Path) -> list[dict[str, Any]]:
     try:
+        require_regular(path)
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"the results file {path} does not exist", code="results-missing") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno} is not JSON: {error.msg}", code="results-malformed") from error
-    except (UnicodeDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", code="results-unreadable") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, or too deep
         raise DataError(f"{path} is not JSON: {error}", code="results-malformed") from error
     if isinstance(document, dict):  # a whole COCO file whose annotations have scores
         document = document.get("annotations", document.get("predictions"))

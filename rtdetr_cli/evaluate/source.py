@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from rtdetr_cli import documents as doc
 from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.checks.val_split import VAL_FRACTION
+from rtdetr_cli.config.presets import read_toml
 from rtdetr_cli.datasets.records import Dataset, Splits
 from rtdetr_cli.errors import DataError, UsageError
 from rtdetr_cli.runs import CONFIG, RunFolder
 from rtdetr_cli.weights.header import ModelHeader
+
+_SETTINGS: dict[str, doc.Reader[Any]] = {
+    "data": doc.string,
+    "images": doc.string,
+    "val_fraction": doc.number,
+    "seed": doc.integer(0, (1 << 63) - 1),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +65,17 @@ def training_data(model: Path, header: ModelHeader | None = None) -> TrainingDat
     """
     for folder in (model.parent, model.parent.parent):
         try:
-            settings = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            settings = doc.read_fields(read_toml(folder / CONFIG), _SETTINGS)
+        except (UsageError, ValueError):
             continue
         if settings.get("data"):
             images, run = settings.get("images"), RunFolder(folder)
             return TrainingData(
                 _resolve(Path(settings["data"]), folder),
                 _resolve(Path(images), folder) if images else None,
-                float(settings.get("val_fraction", VAL_FRACTION)),
+                settings.get("val_fraction", VAL_FRACTION),
                 run.val_images(),
-                int(settings.get("seed", 0)) if run.is_old else None,
+                settings.get("seed", 0) if run.is_old else None,
             )
     source = (header.dataset if header else {}).get("source")
     return TrainingData(Path(str(source))) if source else None

@@ -194,14 +194,15 @@ def verify(
     """Run the whole check of one export against its model. The verdict is the last event.
 
     Args:
-        candidate: the export, opened from its file. One that resizes in the graph is given whole images.
-        reference: the model and the images. The limits are those of the less precise of the two, as the headers state.
+        candidate: the export, opened from its file; its header states the precision, which chooses the limits. One
+            that resizes in the graph is given whole images.
+        reference: the model and the images.
         tol_ap: maximum AP difference, instead of the limits' own.
         problems: violations of the contract that the caller knows already, such as of `compare_interfaces`.
         half_twin: for float16, a backend that really computes in float16 (see `export.fp16`).
     """
     precision = str(candidate.header.extra.get("precision", "fp32"))
-    limits = LIMITS[max(map(_limits_of, (candidate, reference.backend)), key=list(LIMITS).index)]
+    limits = LIMITS["resized" if _takes_whole_images(candidate) and precision == "fp32" else precision]
     if tol_ap is not None:
         limits = replace(limits, tol_ap=tol_ap)
     expected = yield from reference.predictions()
@@ -236,11 +237,6 @@ def predict(backend: Backend, paths: Sequence[Path]) -> Generator[ImageRun, None
             predictions[item.position] = found
             yield ImageRun()
     return predictions
-
-
-def _limits_of(backend: Backend) -> str:
-    precision = str(backend.header.extra.get("precision", "fp32"))
-    return "resized" if _takes_whole_images(backend) and precision == "fp32" else precision
 
 
 def _takes_whole_images(backend: Backend) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from rtdetr_cli.documents import parse_json, read_bounded
 from rtdetr_cli.errors import UsageError
 
 
@@ -75,14 +76,16 @@ def _compose(pipeline: str) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path).decode()
         if path.suffix.lower() in (".yaml", ".yml"):
             import yaml
 
             document = yaml.safe_load(text)
         else:
-            document = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
+            document = parse_json(text)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise UsageError(f"{path} cannot be read as JSON: {error}") from None
     except Exception as error:  # yaml.YAMLError, which can only be named where yaml is imported
         raise UsageError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL import ImageFile as PillowFile
 
+from rtdetr_cli.documents import NotRegularError, require_regular
 from rtdetr_cli.errors import DataError
 
 MAX_PIXELS = 178_956_970
@@ -109,6 +110,8 @@ def opened(source: Path | bytes) -> Iterator[ImageFile]:
     """
     with ExitStack() as stack:
         with _faults(source):
+            if isinstance(source, Path):
+                require_regular(source)
             stream = io.BytesIO(source) if isinstance(source, bytes) else source
             image = stack.enter_context(Image.open(stream, formats=FORMATS))
             if image.width * image.height > MAX_PIXELS:
@@ -271,6 +274,8 @@ def _faults(source: Path | bytes) -> Iterator[None]:
         raise ImageError(f"{name} does not exist", code="image-missing") from None
     except IsADirectoryError:
         raise ImageError(f"{name} is a folder, not an image") from None
+    except NotRegularError:
+        raise ImageError(f"{name} is a pipe or a device, not an image file") from None
     except PermissionError:
         raise ImageError(f"{name} cannot be read: permission denied") from None
     except Image.DecompressionBombError:

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from rtdetr_cli.documents import require_regular
 from rtdetr_cli.errors import ModelError, UsageError
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.weights.header import EXPORT_SUFFIXES, MODEL_SUFFIXES, ModelHeader
@@ -127,7 +128,11 @@ def check_model_path(path: Path) -> None:
         raise ModelError(f"{path} is a folder, not a model file", code="model-missing")
     if not path.exists():
         raise ModelError(f"{path} does not exist", hint=neighbours(path), code="model-missing")
-    if path.stat().st_size == 0:
+    try:
+        size = require_regular(path)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}", code="model-unreadable") from error
+    if size == 0:
         raise ModelError(f"{path} is empty", code="model-truncated")
 
 

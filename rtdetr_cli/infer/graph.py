@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rtdetr_cli.config.image_size import LARGEST
 from rtdetr_cli.errors import ModelError, UsageError
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.duplicates import gamma_word, rescore
@@ -27,6 +28,7 @@ FINISHED = ("labels", "boxes", "scores")
 RAW = ("logits", "boxes_cxcywh")
 FOREIGN_SIZE = (640, 640)
 TOP_K = 300
+MAX_BATCH = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,13 @@ class GraphBackend(ABC):
             raise ModelError(f"{path}: the input {IMAGES} has {len(shape)} dimensions, not 4", code="model-foreign")
         self._channels_last = self._image_input.dtype == np.uint8 and shape[3] == 3
         fixed = (shape[1], shape[2]) if self._channels_last else (shape[2], shape[3])
+        too_large = any(side is not None and side > LARGEST for side in fixed) or (shape[0] or 0) > MAX_BATCH
+        if too_large or (not self._channels_last and shape[1] not in (3, None)):
+            raise ModelError(
+                f"{path}: the input {IMAGES} has the shape {'x'.join(str(n or '?') for n in shape)}, which no batch of "
+                "RGB images has",
+                code="model-foreign",
+            )
         default = spec.header.imgsz if spec.header is not None else FOREIGN_SIZE
         self.imgsz = (fixed[0] or default[0], fixed[1] or default[1])
         if imgsz is not None and imgsz != self.imgsz:
@@ -152,21 +161,45 @@ class GraphBackend(ABC):
         if self._size_input is not None:
             feeds[SIZES] = sizes.astype(self._size_input.dtype)
         outputs = self.infer(feeds)
+        names = FINISHED if self._finished else RAW
+        self._check_outputs([outputs[name] for name in names], names, len(images))
         if self._finished:
             labels, boxes, scores = (outputs[name] for name in FINISHED)
         else:
             labels, boxes, scores = finish_raw(outputs[RAW[0]], outputs[RAW[1]], sizes)
-        labels = labels.reshape(len(images), -1).astype(np.int64, copy=False)
-        boxes = boxes.reshape(len(images), -1, 4).astype(np.float32, copy=False)
-        scores = scores.reshape(len(images), -1).astype(np.float32, copy=False)
-        names, ids = self.header.names, self.header.category_ids
+        labels = labels.astype(np.int64, copy=False)
+        with np.errstate(over="ignore"):  # a number that float32 cannot hold becomes infinite, and is not shown
+            boxes, scores = boxes.astype(np.float32, copy=False), scores.astype(np.float32, copy=False)
+        classes, ids = self.header.names, self.header.category_ids
         detections = [
-            _sort(Detections(box, score, label, (int(width), int(height)), names, ids))
+            _sort(Detections(box, score, label, (int(width), int(height)), classes, ids))
             for label, box, score, (width, height) in zip(labels, boxes, scores, sizes, strict=True)
         ]
         if self.dedupe and not self.dedupe_in_graph:
             return [rescore(found, self.dedupe) for found in detections]
         return detections
+
+    def _check_outputs(self, arrays: Sequence[NDArray[Any]], names: Sequence[str], count: int) -> None:
+        """Check the outputs of a batch against the contract, so that what follows can rely on it.
+
+        Raises:
+            ModelError: an output is not numeric, or the shapes do not belong together.
+        """
+        for name, array in zip(names, arrays, strict=True):
+            if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf":
+                raise ModelError(f"{self.path}: the output {name} is not numeric", code="model-run")
+        first, boxes = arrays[0].shape, arrays[1].shape
+        rows = first[:2]
+        dimensions = 2 if self._finished else 3
+        fits = len(first) == dimensions and first[0] == count and boxes == (*rows, 4) and first[-1] + self._finished > 0
+        if not fits or any(array.shape != rows for array in arrays[2:]):
+            listed = ", ".join(f"{name} {array.shape}" for name, array in zip(names, arrays, strict=True))
+            raise ModelError(
+                f"{self.path}: the outputs do not fit a batch of {count}: {listed}",
+                hint=f"expected {names[0]} (N, K{', C' * (not self._finished)}), {names[1]} (N, K, 4)"
+                + f", {FINISHED[2]} (N, K)" * self._finished,
+                code="model-run",
+            )
 
     def _prepare(self, images: NDArray[np.uint8]) -> NDArray[Any]:
         """Return (N, H, W, 3) uint8 in the graph's own layout and type."""

@@ -10,15 +10,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rtdetr_cli.documents import read_bounded
 from rtdetr_cli.errors import ModelError
 from rtdetr_cli.infer.backend import check_model_path
 from rtdetr_cli.infer.graph import FINISHED, IMAGES, RAW, first_line
-from rtdetr_cli.weights.binding import PARTS, header_path, status
+from rtdetr_cli.weights.binding import PARTS, header_path, read_export_header, status
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 # Names of types in safetensors, ONNX and OpenVINO -> numpy's.
 _TYPE_NAMES = {"float": "float32", "bf16": "bfloat16", "f64": "float64", "i64": "int64", "i32": "int32", "u8": "uint8"}
 _TYPE_NAMES |= {"f32": "float32", "fp32": "float32", "f16": "float16", "fp16": "float16"}
+_MAX_TENSOR = 1 << 50
+MAX_XML_BYTES = 1 << 28
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "num_points_scale", "anchors", "valid_mask")
 
 
@@ -68,7 +71,7 @@ def _safetensors(path: Path) -> dict[str, Any]:
         return _published(path)
     return {
         "format": "rtdetr-cli model" if text else "safetensors without an rtdetr header",
-        **_count_tensors((name, str(entry["dtype"]), entry["shape"]) for name, entry in layout.tensors.items()),
+        **_count_tensors(path, ((name, entry["dtype"], entry["shape"]) for name, entry in layout.tensors.items())),
         "header": ModelHeader.from_json(text, source=str(path)) if text else None,
     }
 
@@ -79,7 +82,7 @@ def _published(path: Path) -> dict[str, Any]:
 
     file = read_published(path)
     tensors = ((name, str(tensor.dtype).removeprefix("torch."), tensor.shape) for name, tensor in file.state.items())
-    facts = {"format": "published checkpoint", "layout": file.layout, **_count_tensors(tensors)}
+    facts = {"format": "published checkpoint", "layout": file.layout, **_count_tensors(path, tensors)}
     facts["tensors"] = file.tensors_total
     if file.spec is not None:
         facts["header"] = load_model(path)[1]
@@ -113,7 +116,6 @@ def _onnx(path: Path) -> dict[str, Any]:
     text = metadata.get(METADATA_KEY)
     inputs = [_onnx_port(v) for v in model.graph.input if v.name not in initializers]
     outputs = [_onnx_port(v) for v in model.graph.output]
-    type_name = onnx.TensorProto.DataType.Name
     return {
         "format": _graph_format("ONNX", text, inputs, outputs),
         "producer": f"{model.producer_name} {model.producer_version}".strip(),
@@ -121,18 +123,24 @@ def _onnx(path: Path) -> dict[str, Any]:
         "weights_outside": any(t.data_location == t.EXTERNAL for t in model.graph.initializer),
         "inputs": inputs,
         "outputs": outputs,
-        **_count_tensors(("", type_name(t.data_type), t.dims) for t in model.graph.initializer),
+        **_count_tensors(path, (("", _onnx_type(t.data_type), t.dims) for t in model.graph.initializer)),
         "operators": dict(operators.most_common()),
         "header": ModelHeader.from_json(text, source=str(path)) if text else None,
     }
 
 
 def _onnx_port(value: Any) -> dict[str, Any]:
-    import onnx
-
     tensor = value.type.tensor_type
     shape = [d.dim_value if d.HasField("dim_value") else (d.dim_param or "?") for d in tensor.shape.dim]
-    return _port(value.name, onnx.TensorProto.DataType.Name(tensor.elem_type), shape)
+    return _port(value.name, _onnx_type(tensor.elem_type), shape)
+
+
+def _onnx_type(number: int) -> str:
+    """Return the name of an ONNX type; `type 99` for one that this version does not know."""
+    import onnx
+
+    types = onnx.TensorProto.DataType
+    return str(types.Name(number)) if number in types.values() else f"type {number}"
 
 
 def _openvino(path: Path) -> dict[str, Any]:
@@ -140,8 +148,8 @@ def _openvino(path: Path) -> dict[str, Any]:
     from defusedxml.common import DefusedXmlException
 
     try:
-        net = ElementTree.parse(path).getroot()
-    except (ElementTree.ParseError, DefusedXmlException) as error:
+        net = ElementTree.fromstring(read_bounded(path, limit=MAX_XML_BYTES))
+    except (ElementTree.ParseError, DefusedXmlException, LookupError, ValueError, OSError) as error:
         raise ModelError(
             f"{path} is not an OpenVINO model, or is truncated: {error}",
             hint="export it again",
@@ -161,13 +169,12 @@ def _openvino(path: Path) -> dict[str, Any]:
         elif kind in ("Parameter", "Const") and data is not None:
             element_type, shape = data.get("element_type", "?"), data.get("shape", "").split(",")
             if kind == "Parameter":
-                dimensions = [int(n) if n.strip().isdigit() else "?" for n in shape]
-                inputs.append(_port(layer.get("name"), element_type, dimensions))
+                inputs.append(_port(layer.get("name"), element_type, _dimensions(shape)))
             else:
-                constants.append(("", element_type, [int(n) for n in shape if n.strip().isdigit()]))
+                constants.append(("", element_type, [n for n in _dimensions(shape) if isinstance(n, int)]))
     entry = net.find(f"rt_info/{METADATA_KEY}")
     text = entry.get("value") if entry is not None else None
-    counts = _count_tensors(constants)
+    counts = _count_tensors(path, constants)
     return {
         "format": _graph_format("OpenVINO", text, inputs, outputs),
         "weights": path.with_suffix(".bin").name if path.with_suffix(".bin").is_file() else "missing",
@@ -189,18 +196,20 @@ def _openvino_operator(layer: Any) -> str:
 def _openvino_output(layer: Any, layers: dict[Any, Any], sources: dict[Any, tuple[Any, Any]]) -> dict[str, Any]:
     """Describe an output, whose type and shape are those of the port that it is connected to."""
     source, port_id = sources.get(layer.get("id"), (None, None))
-    port = next((p for p in layers[source].iter("port") if p.get("id") == port_id), None) if source else None
+    port = next((p for p in layers[source].iter("port") if p.get("id") == port_id), None) if source in layers else None
     if port is None:
         return _port(layer.get("name") or "", "?", [])
-    dimensions = [d.text or "" for d in port.iter("dim")]
     name = port.get("names") or layer.get("name") or ""
-    return _port(name.split(",")[0], port.get("precision", "?"), [int(d) if d.isdigit() else "?" for d in dimensions])
+    return _port(name.split(",")[0], port.get("precision", "?"), _dimensions(d.text or "" for d in port.iter("dim")))
+
+
+def _dimensions(texts: Iterable[str]) -> list[int | str]:
+    """Return dimensions as numbers, and `?` for those that are not numbers."""
+    return [int(text) if re.fullmatch(r"\s*[0-9]{1,18}\s*", text) else "?" for text in texts]
 
 
 def _engine(path: Path) -> dict[str, Any]:
-    from rtdetr_cli.infer.tensorrt_backend import read_engine_header
-
-    header = read_engine_header(path)
+    header = read_export_header(path)
     return {
         "format": "TensorRT engine",
         "note": "runs only on the kind of GPU and the TensorRT version that built it",
@@ -217,13 +226,16 @@ def _graph_format(runtime: str, header: str | None, inputs: list[dict[str, Any]]
     return f"{runtime} graph, foreign, " + ("of the published contract" if follows else "not of the published contract")
 
 
-def _count_tensors(tensors: Iterable[tuple[str, str, Iterable[int]]]) -> dict[str, Any]:
+def _count_tensors(path: Path, tensors: Iterable[tuple[str, str, Iterable[int]]]) -> dict[str, Any]:
     """Count tensors (name, type, shape) by type, and the parameters in them without buffers."""
     types: Counter[str] = Counter()
     parameters = 0
     for name, dtype, shape in tensors:
         types[_TYPE_NAMES.get(dtype.lower(), dtype.lower())] += 1
-        parameters += 0 if name.rsplit(".", 1)[-1] in _BUFFERS else math.prod(shape)
+        size = math.prod(shape)
+        if not 0 <= size < _MAX_TENSOR:
+            raise ModelError(f"{path} has a tensor of an impossible shape", code="model-unreadable")
+        parameters += 0 if name.rsplit(".", 1)[-1] in _BUFFERS else size
     return {"parameters": parameters, "tensors": types.total(), "types": dict(types.most_common())}
 
 

@@ -49,19 +49,22 @@ class OnnxBackend(GraphBackend):
         providers = None if device == RTX_DEVICE else _providers(device)
         try:
             self.session = onnxruntime.InferenceSession(str(self.path), options, providers=providers)
+            text = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+            inputs, outputs = [
+                [self._spec(value) for value in values]
+                for values in (self.session.get_inputs(), self.session.get_outputs())
+            ]
+        except ModelError:
+            raise
         except Exception as error:  # its exceptions have no common base
             raise ModelError(
                 f"{self.path} does not open in ONNX Runtime {onnxruntime.__version__}: {_reason(error)}",
                 hint="the file is truncated or not an ONNX model; export it again",
                 code="model-unreadable",
             ) from error
-        text = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-        self._outputs = [value.name for value in self.session.get_outputs()]
-        return GraphSpec(
-            header=ModelHeader.from_json(text, source=str(self.path)) if text else None,
-            inputs=[self._spec(value) for value in self.session.get_inputs()],
-            outputs=[self._spec(value) for value in self.session.get_outputs()],
-        )
+        self._outputs = [item.name for item in outputs]
+        header = ModelHeader.from_json(text, source=str(self.path)) if text else None
+        return GraphSpec(header, inputs, outputs)
 
     def _spec(self, value: Any) -> TensorSpec:
         if value.type not in _TYPES:

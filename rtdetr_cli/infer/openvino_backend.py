@@ -51,7 +51,9 @@ class OpenvinoBackend(GraphBackend):
             inputs, outputs = [_spec(value) for value in model.inputs], [_spec(value) for value in model.outputs]
             self._outputs = [item.name for item in outputs]
             self._compiled = core.compile_model(model, name, settings)
-        except RuntimeError as error:
+        except ModelError:
+            raise
+        except Exception as error:  # also a name that is not UTF-8, or a type that numpy does not have
             raise ModelError(
                 f"{self.path} does not open in OpenVINO: {first_line(error)}",
                 hint="the file is truncated or not an OpenVINO model; export it again",

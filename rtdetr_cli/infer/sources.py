@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
+import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -65,19 +67,37 @@ def find_sources(words: Sequence[str], listed: Iterable[str] = ()) -> list[Sourc
     if not found:
         raise DataError("the list on stdin is empty", hint="ls images/*.jpg | rtdetr predict -", code="no-images")
     sources: dict[str, Source] = {}
-    used_names: set[str] = set()
+    names = _Names()
     for path, base, url in found:
         key = url or os.path.abspath(path)  # symbolic links are not resolved
         if key in sources:
             continue
         stem = path.relative_to(base).with_suffix("") if path.is_relative_to(base) else Path(path.stem)
-        name, number = stem, 1
-        while str(name).casefold() in used_names:
-            number += 1
-            name = stem.with_name(f"{stem.name}_{number}")
-        used_names.add(str(name).casefold())
-        sources[key] = Source(path, name, path.suffix.lower() in VIDEO_SUFFIXES, url)
+        video = path.suffix.lower() in VIDEO_SUFFIXES
+        sources[key] = Source(path, names.unique(stem, video=video), video, url)
     return list(sources.values())
+
+
+class _Names:
+    """Names of results that are in use: also those of a video's frames, and of the list of classes."""
+
+    def __init__(self) -> None:
+        self._used, self._videos = {"classes"}, set[str]()
+
+    def unique(self, stem: Path, *, video: bool) -> Path:
+        """Return a name as it is, or with a number that makes it different from all earlier ones."""
+        for number in itertools.count(1):
+            name = stem if number == 1 else stem.with_name(f"{stem.name}_{number}")
+            folded = str(name).casefold()
+            frame = re.fullmatch(r"(.*)_[0-9]{6,}", folded, re.DOTALL)
+            is_frame = frame is not None and frame[1] in self._videos
+            has_frames = video and any(re.fullmatch(re.escape(folded) + "_[0-9]{6,}", used) for used in self._used)
+            if folded not in self._used and not is_frame and not has_frames:
+                self._used.add(folded)
+                if video:
+                    self._videos.add(folded)
+                return name
+        raise AssertionError("unreachable")
 
 
 def is_url(word: str) -> bool:

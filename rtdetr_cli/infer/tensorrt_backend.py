@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rtdetr_cli.errors import EnvironmentProblem, ModelError
 from rtdetr_cli.infer.graph import IMAGES, GraphBackend, GraphSpec, TensorSpec
 from rtdetr_cli.infer.packages import import_package
-from rtdetr_cli.weights.binding import header_path
+from rtdetr_cli.weights.binding import read_export_header
 from rtdetr_cli.weights.header import ModelHeader
 
 RTX_PACKAGE = "tensorrt-rtx-cu13"
@@ -37,7 +37,7 @@ class TensorrtBackend(GraphBackend):
 
     def open(self, device: Any, threads: int | None) -> GraphSpec:
         """Load the engine on `device`: `auto`, `0`, `cuda:1`, or a torch device for the buffers."""
-        header = read_engine_header(self.path)
+        header = read_export_header(self.path)
         rtx = is_rtx_engine(self.path, header)
         tensorrt = import_tensorrt(rtx=rtx)
         import torch
@@ -179,9 +179,3 @@ def check_rtx_engine(path: Path, header: ModelHeader, version: str, target: str)
             hint=f"rtdetr export MODEL --trt-fp16 --rtx --target {target}",
             code="engine-target",
         )
-
-
-def read_engine_header(engine: Path) -> ModelHeader | None:
-    """Return an engine's header, or None when it has none."""
-    path = header_path(engine)
-    return ModelHeader.from_json(path.read_text(encoding="utf-8"), source=str(path)) if path.is_file() else None

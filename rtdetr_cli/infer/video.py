@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rtdetr_cli.documents import require_regular
 from rtdetr_cli.errors import EnvironmentProblem, RtdetrError
 from rtdetr_cli.files import atomic_write
 from rtdetr_cli.images.decode import ImageError
@@ -19,6 +22,35 @@ MIN_SHARE = 0.95
 
 MAX_MISSING_FRAMES = 2
 """A video of which no more than this number of frames is missing is complete."""
+
+
+_CONTAINER = re.compile(
+    rb"....(ftyp|moov|mdat|wide|free|skip)|RIFF....AVI |\x1a\x45\xdf\xa3|\x00\x00\x01[\xb3\xba]|\x30\x26\xb2\x75|FLV|"
+    rb"\x47.{187}\x47|....\x47.{191}\x47",
+    re.DOTALL,
+)
+"""How MP4, AVI, Matroska, MPEG, WMV, FLV and transport streams begin."""
+
+
+def _require_container(path: Path) -> None:
+    """Refuse a file that does not begin like a video: FFmpeg would take text for a list of other files to play.
+
+    Raises:
+        ImageError: it is missing, or not a video.
+    """
+    try:
+        os.fsencode(path).decode()
+        require_regular(path)
+        with path.open("rb") as file:
+            start = file.read(512)
+    except FileNotFoundError:
+        raise ImageError(f"{path} does not exist", code="image-missing") from None
+    except UnicodeDecodeError:
+        raise ImageError(f"{path} cannot be opened as a video: its name is not UTF-8; rename it") from None
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read: {error.strerror}", code="video-unreadable") from None
+    if not _CONTAINER.match(start):
+        raise ImageError(f"{path} is not a video", code="video-unreadable")
 
 
 class Video:
@@ -38,6 +70,7 @@ class Video:
             ImageError: the file is missing, or OpenCV cannot decode it.
             EnvironmentProblem: OpenCV is not installed.
         """
+        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # our own error says what is wrong with the file
         try:
             import cv2
         except ImportError:
@@ -46,13 +79,13 @@ class Video:
                 hint="pip install opencv-python-headless",
                 code="package-missing",
             ) from None
-        if not path.is_file():
-            raise ImageError(f"{path} does not exist", code="image-missing")
+        _require_container(path)
         log = cv2.utils.logging
         level = log.getLogLevel()
-        log.setLogLevel(log.LOG_LEVEL_SILENT)  # our own error says what is wrong with the file
+        log.setLogLevel(log.LOG_LEVEL_SILENT)
         try:
-            self._capture: Any = cv2.VideoCapture(str(path))
+            # An absolute path is not taken for an address or for the name of a camera.
+            self._capture: Any = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG)
         finally:
             log.setLogLevel(level)
         first = self._decode()

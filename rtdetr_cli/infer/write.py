@@ -10,8 +10,13 @@ from typing import Any
 from rtdetr_cli.files import atomic_write
 from rtdetr_cli.infer.detections import Detections, category_id, class_name
 from rtdetr_cli.infer.sources import Source
+from rtdetr_cli.text import json_text, printable
 
 SCHEMA_VERSION = 1
+RESULT_FILES = ("predictions.jsonl", "predictions.json", "labels")
+MARKER = ".rtdetr-predict"
+"""An empty file in a folder of results: what is in the folder may be replaced by new results."""
+
 # Two runtimes do not agree to more digits than these.
 _PIXEL_DIGITS, _SCORE_DIGITS = 2, 5
 _SAVED_AS = {".jpg": ".jpg", ".jpeg": ".jpg", ".jpe": ".jpg", ".jfif": ".jpg", ".png": ".png", ".webp": ".webp"}
@@ -37,8 +42,7 @@ def image_document(image: str, detections: Detections, *, frame: int | None = No
 
 def json_line(document: Mapping[str, Any]) -> str:
     """Return a document as one line of JSON with the schema's version."""
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **document}, ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "replace").decode("utf-8")  # a file name can hold bytes that are not UTF-8
+    return json_text({"schema_version": SCHEMA_VERSION, **document})
 
 
 def coco_rows(image_id: int | str, detections: Detections) -> list[dict[str, Any]]:
@@ -112,7 +116,9 @@ class Results:
         """
         self.folder, self.names, self.txt, self.scores = folder, tuple(names), txt, scores
         self.image_ids = dict(image_ids or {})
-        self._lines = (folder / "predictions.jsonl").open("w", encoding="utf-8") if lines else None
+        if lines:
+            (folder / "predictions.jsonl").unlink(missing_ok=True)  # which may be a link to a file elsewhere
+        self._lines = (folder / "predictions.jsonl").open("x", encoding="utf-8") if lines else None
         self._rows: list[dict[str, Any]] | None = [] if coco else None
 
     def add(self, source: Source, detections: Detections, *, frame: int | None = None) -> None:
@@ -132,7 +138,7 @@ class Results:
         if self._rows is not None:
             _write_text(self.folder / "predictions.json", json.dumps(self._rows))
         if self.txt and self.names:
-            _write_text(self.folder / "labels" / "classes.txt", "".join(f"{name}\n" for name in self.names))
+            _write_text(self.folder / "labels" / "classes.txt", "".join(f"{printable(name)}\n" for name in self.names))
 
 
 def coco_image_ids(sources: Sequence[Source], by_file: Mapping[str, int] | None = None) -> dict[str, int | str]:

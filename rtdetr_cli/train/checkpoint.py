@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from rtdetr_cli.errors import ModelError, RtdetrError
-from rtdetr_cli.files import sync_folder
+from rtdetr_cli.files import is_full, sync_folder
 from rtdetr_cli.runs import CHECKPOINT, PARTIAL_CHECKPOINT, PREVIOUS_CHECKPOINT
 
 MAGIC = b"rtdetr-checkpoint 1\n"
@@ -108,11 +107,12 @@ def explain_write_failure(folder: Path, what: str) -> Iterator[None]:
         if cause is None:
             raise
         saved = (folder / CHECKPOINT).exists()
-        full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = is_full(cause)
+        remedy = "free some space" if full else f"make {folder} writable"
         raise RtdetrError(
             f"{what} could not be written: {'the disk is full' if full else cause.strerror or cause}; "
             + (f"the last good checkpoint in {folder} is untouched" if saved else "there is no checkpoint yet"),
-            hint=f"free some space, then rtdetr train --resume {folder}" if saved else "",
+            hint=f"{remedy}, then rtdetr train --resume {folder}" if saved else "",
             code="disk-full" if full else "not-writable",
         ) from error
 
@@ -200,7 +200,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ModelError: not a checkpoint, truncated, or changed since it was written.
     """
     if not path.is_file():
-        raise ModelError(f"{path} does not exist", code="checkpoint-missing")
+        problem = "is not a file" if path.exists() else "does not exist"
+        raise ModelError(f"{path} {problem}", code="checkpoint-missing")
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise ModelError(f"{path} is not a checkpoint of rtdetr train", code="checkpoint-foreign")
@@ -214,7 +215,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         file.seek(start)
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except Exception as error:  # whatever a pickle that is not ours provokes
             raise ModelError(
                 f"{path} contains more than tensors and numbers, or was not written by rtdetr train",
                 code="checkpoint-foreign",

@@ -13,17 +13,21 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from rtdetr_cli import documents as doc
 from rtdetr_cli.errors import EnvironmentProblem, RtdetrError
 from rtdetr_cli.files import atomic_write
 from rtdetr_cli.runs import EVENTS, PLOTS
 from rtdetr_cli.train.events import SAMPLE_LOSSES, CheckpointSaved, EpochDone, StepDone, TrainingEvent
 
 LOGGED = "logged.json"
+_COUNT = doc.integer(0, 1 << 50)
+_LOGGED: dict[str, doc.Reader[Any]] = {"ids": doc.table(doc.text), "step": _COUNT, "epoch": _COUNT}
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}
 FLUSH_SECONDS = 2.0
 PROJECT = "rtdetr"
@@ -82,10 +86,12 @@ class Loggers:
         if not names:
             return
         self._state.parent.mkdir(parents=True, exist_ok=True)
-        state = json.loads(self._state.read_text(encoding="utf-8")) if self._state.is_file() else {}
-        self._ids: dict[str, str] = dict(state.get("ids", {}))
+        state: dict[str, Any] = {}
+        with suppress(OSError, ValueError):  # a new run, or a damaged file: everything is logged again
+            state = doc.read_fields(doc.parse_json(doc.read_bounded(self._state)), _LOGGED)
+        self._ids: dict[str, str] = state.get("ids", {})
         # Number of steps and epochs that every logger has received.
-        self._steps, self._epochs = int(state.get("step", 0)), int(state.get("epoch", 0))
+        self._steps, self._epochs = state.get("step", 0), state.get("epoch", 0)
         for name in names:
             if name == "tensorboard":
                 self._loggers[name] = _TensorBoard(folder, settings, first_step=self._steps)

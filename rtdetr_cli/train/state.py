@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from rtdetr_cli.config.schema import ModelSpec
-from rtdetr_cli.errors import RtdetrError
+from rtdetr_cli.documents import integer, shown
+from rtdetr_cli.errors import ModelError, RtdetrError
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.train.checkpoint import load_checkpoint, save_checkpoint
@@ -191,11 +192,35 @@ class Checkpoints:
 
 
 def restore(learner: Learner, progress: Progress, state: Mapping[str, Any], folder: RunFolder | None) -> None:
-    """Load a checkpoint, and remove the rows of `metrics.csv` written since, if a folder is given."""
-    learner.load_state_dict(state["learner"])
-    for key, value in state["place"].items():
-        setattr(progress, key, dict(value) if isinstance(value, dict) else value)
-    saved = state["generators"]
+    """Load a checkpoint, and remove the rows of `metrics.csv` written since, if a folder is given.
+
+    Raises:
+        ModelError: it is not the state of such a run.
+    """
+    try:
+        learner.load_state_dict(state["learner"])
+        known = asdict(progress)
+        for key, value in state["place"].items():
+            if type(value) is not type(known[key]):
+                raise TypeError(f"{key} is {shown(value)}")
+            setattr(progress, key, dict(value) if isinstance(value, dict) else value)
+        _set_generators(state["generators"])
+        offset = integer(0, 1 << 50)(state["metrics_offset"])
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+        where = f"the checkpoint in {folder.path}" if folder is not None else "the checkpoint"
+        again = "rtdetr train --weights RUN --data DATA starts a new run from its best model"
+        raise ModelError(
+            f"{where} does not hold the state of this run: {' '.join(str(error).split())[:200]}",
+            hint=again.replace("RUN", str(folder.path)) if folder is not None else "",
+            code="checkpoint-foreign",
+        ) from error
+    if folder is not None:
+        folder.truncate_metrics(offset)
+
+
+def _set_generators(saved: Mapping[str, Any]) -> None:
     torch.set_rng_state(saved["torch"])
     if torch.cuda.is_available() and len(saved["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(saved["cuda"])
@@ -203,8 +228,6 @@ def restore(learner: Learner, progress: Progress, state: Mapping[str, Any], fold
     np.random.set_state((name, keys.numpy(), *rest))
     version, words, gauss_next = saved["python"]
     random.setstate((version, tuple(words), gauss_next))
-    if folder is not None:
-        folder.truncate_metrics(state["metrics_offset"])
 
 
 def _generator_states() -> dict[str, Any]:

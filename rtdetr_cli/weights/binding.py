@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from rtdetr_cli.documents import read_bounded
 from rtdetr_cli.errors import ModelError
 from rtdetr_cli.files import atomic_write
 from rtdetr_cli.machine import cpu_count
-from rtdetr_cli.weights.header import EXPORT_SUFFIXES, METADATA_KEY, ModelHeader, read_layout, rewrite_header
+from rtdetr_cli.weights.header import EXPORT_SUFFIXES, HASHES, METADATA_KEY, ModelHeader, read_layout, rewrite_header
 
-HASHES = "sha256"  # the key of the hashes in a verdict
 PARTS = {"file": "graph or weights", "settings": "classes or settings", "thresholds": "thresholds"}
 """What each hash covers, in words."""
 
@@ -32,6 +32,7 @@ _SETTINGS = ("names", "category_ids", "imgsz", "sampling", "rounding", "layers",
 _SETTINGS_EXTRA = ("precision", "preprocess_in_graph")
 _CHUNK = 8 << 20  # bytes hashed at once: several threads share the work
 
+_MAX_FIELDS = 100_000  # of one message: a model has some dozens
 _METADATA_FIELD = 14  # `metadata_props` of an ONNX ModelProto
 _XML_HEADER = re.compile(rb"<%s value=\"([^\"]*)\"\s*/>" % METADATA_KEY.encode())
 
@@ -64,9 +65,8 @@ def find_header(path: Path) -> HeaderSpan:
             with path.open("rb") as file:
                 return _onnx_span(file, path.stat().st_size)
         beside = header_path(path)
-        text = beside.read_text(encoding="utf-8") if beside.is_file() else None
-        return HeaderSpan(0, 0, text)
-    except (ValueError, IndexError) as error:
+        return HeaderSpan(0, 0, read_bounded(beside).decode() if beside.is_file() else None)
+    except (ValueError, IndexError, OSError) as error:
         raise ModelError(
             f"{path} is truncated or not a model: {error}", hint="export it again", code="model-unreadable"
         ) from error
@@ -229,7 +229,9 @@ def _onnx_span(file: IO[bytes], size: int) -> HeaderSpan:
 
 def _onnx_fields(file: IO[bytes], start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """Yield number, start, start of the value, and end of each field of a protobuf message."""
-    while start < end:
+    for _ in range(_MAX_FIELDS):
+        if start >= end:
+            return
         file.seek(start)
         tag = _read_varint(file)
         wire_type = tag & 7
@@ -247,6 +249,7 @@ def _onnx_fields(file: IO[bytes], start: int, end: int) -> Iterator[tuple[int, i
             raise ValueError("a field extends past the end of the file")
         yield tag >> 3, start, value_start, value_start + length
         start = value_start + length
+    raise ValueError("it has too many fields")
 
 
 def _read_varint(file: IO[bytes]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -249,7 +250,7 @@ def _continues(response: requests.Response, begin: int) -> bool:
 
 def _source(url: str, response: requests.Response, begin: int) -> _Source:
     stated = response.headers.get("Content-Length", "")
-    length = int(stated) if stated.isdigit() else 0
+    length = int(stated) if re.fullmatch("[0-9]{1,15}", stated) else 0
     tag = response.headers.get("ETag", "")
     validator = response.headers.get("Last-Modified", "") if not tag or tag.startswith("W/") else tag
     resumable = response.status_code == 206 or response.headers.get("Accept-Ranges", "") == "bytes"

@@ -7,16 +7,22 @@ runtime information, or in a file next to a TensorRT engine.
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rtdetr_cli import documents as doc
+from rtdetr_cli.config.image_size import parse_image_size
+from rtdetr_cli.config.settings import MAX_LAYERS, MAX_QUERIES
+from rtdetr_cli.documents import Reader, parse_json, read_fields, require_regular, shown
 from rtdetr_cli.errors import ModelError
 from rtdetr_cli.files import atomic_write
 
 METADATA_KEY = "rtdetr"
+HASHES = "sha256"
+"""The key of the hashes in a verdict, see `weights.binding`."""
+
 HEADER_VERSION = 1
 
 EXPORT_SUFFIXES = {".onnx": "onnx", ".xml": "openvino", ".engine": "tensorrt", ".plan": "tensorrt"}
@@ -110,33 +116,93 @@ class ModelHeader:
             ModelError: the text is not a header.
         """
         try:
-            document = json.loads(text)
-            values = {f.name: document[f.name] for f in fields(cls) if f.name in document}
-            values["names"] = tuple(str(n) for n in values["names"])
-            values["category_ids"] = tuple(int(i) for i in values["category_ids"])
-            height, width = values["imgsz"]
-            values["imgsz"] = (int(height), int(width))
-            if values.get("thresholds"):
-                stored = values["thresholds"]
-                size = stored.get("imgsz")
-                values["thresholds"] = Thresholds(
-                    str(stored["target"]),
-                    float(stored["overall"]),
-                    tuple(float(t) for t in stored["per_class"]),
-                    (int(size[0]), int(size[1])) if size else None,
-                    int(stored["layers"]) if stored.get("layers") else None,
-                    int(stored["queries"]) if stored.get("queries") else None,
-                    stored.get("dedupe"),
-                )
-            if values.get("dedupe"):
-                rescoring = Dedupe(**values["dedupe"])
-                if not 0 <= rescoring.gamma < math.inf:
-                    raise ValueError(f"dedupe has the gamma {rescoring.gamma}")
-                values["dedupe"] = rescoring
-            return cls(**values)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            values = read_fields(parse_json(text), _FIELDS, required=("names", "category_ids", "imgsz"))
+            if len(values["names"]) != len(values["category_ids"]):
+                raise ValueError("names and category_ids differ in length")
+        except ValueError as error:
             message = f"the header of {source or 'the model'} cannot be read: {error}"
             raise ModelError(message, code="model-header") from error
+        return cls(**values)
+
+
+def _size(value: Any) -> tuple[int, int]:
+    if not isinstance(value, list):
+        raise ValueError(f"{shown(value)} is not a list of height and width")
+    return parse_image_size(value)
+
+
+def _read_architecture(value: Any) -> dict[str, Any]:
+    """Read the sizes of a model; whether a model can have them is checked where it is built."""
+    sizes = doc.table(doc.plain)(value)
+    doc.sequence(doc.plain)(sizes.get("num_points", []))
+    return sizes
+
+
+def _gamma(value: Any) -> float:
+    gamma = doc.number(value)
+    if gamma < 0:
+        raise ValueError(f"{gamma} is negative")
+    return gamma
+
+
+_THRESHOLDS: dict[str, Reader[Any]] = {
+    "target": doc.text,
+    "overall": doc.number,
+    "per_class": doc.sequence(doc.number),
+    "imgsz": doc.optional(_size),
+    "layers": doc.optional(doc.integer(1, MAX_LAYERS)),
+    "queries": doc.optional(doc.integer(1, MAX_QUERIES)),
+    "dedupe": doc.optional(_gamma),
+}
+_DEDUPE: dict[str, Reader[Any]] = {"gamma": _gamma, "ap": doc.optional(doc.number), "ap_off": doc.optional(doc.number)}
+_VERDICT: dict[str, Reader[Any]] = {"passed": doc.optional(doc.boolean), HASHES: doc.table(doc.text)}
+_EXTRA: dict[str, Reader[Any]] = {
+    "gate": doc.optional(lambda value: read_fields(value, _VERDICT)),
+    "versions": doc.table(doc.plain),
+    "epoch": doc.integer(0, 1 << 40),
+    "targets": doc.optional(doc.sequence(doc.text)),
+}
+
+
+def _read_thresholds(value: Any) -> Thresholds | None:
+    if not value:
+        return None
+    return Thresholds(**read_fields(value, _THRESHOLDS, required=("target", "overall", "per_class")))
+
+
+def _read_extra(value: Any) -> dict[str, Any]:
+    extra = doc.table(doc.plain)(value)
+    read_fields(extra, _EXTRA)
+    return extra
+
+
+_FIELDS: dict[str, Reader[Any]] = {
+    "names": doc.sequence(doc.text),
+    "category_ids": doc.sequence(doc.integer(-(1 << 63), (1 << 63) - 1)),
+    "imgsz": _size,
+    "architecture": _read_architecture,
+    "preset": doc.text,
+    "sampling": doc.one_of("bilinear", "discrete"),
+    "rounding": doc.one_of("published", "nearest"),
+    "layers": doc.integer(0, MAX_LAYERS),
+    "queries": doc.integer(0, MAX_QUERIES),
+    "preprocessing": doc.table(doc.plain),
+    "thresholds": _read_thresholds,
+    "dedupe": lambda value: Dedupe(**read_fields(value, _DEDUPE)) if value else None,
+    "metrics": doc.table(doc.optional(doc.number)),
+    "dataset": doc.table(doc.plain),
+    "identity": doc.text,
+    "version": doc.text,
+    "extra": _read_extra,
+}
+
+
+_count = doc.integer(0, 1 << 50)
+_ENTRY: dict[str, Reader[Any]] = {
+    "dtype": doc.text,
+    "shape": doc.sequence(_count, longest=16),
+    "data_offsets": doc.sequence(_count, longest=2),
+}
 
 
 def is_safetensors(path: Path) -> bool:
@@ -155,6 +221,7 @@ def is_safetensors(path: Path) -> bool:
 def first_bytes(path: Path) -> bytes:
     """Return the first 512 bytes of a model file; raises ModelError where there are none to read."""
     try:
+        require_regular(path)
         with path.open("rb") as file:
             return file.read(512)
     except FileNotFoundError:
@@ -181,7 +248,7 @@ def read_layout(path: Path) -> Layout:
         ModelError: the file is missing, truncated, or not a safetensors file.
     """
     try:
-        size = path.stat().st_size
+        size = require_regular(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= length <= _MAX_HEADER_BYTES:
@@ -194,10 +261,11 @@ def read_layout(path: Path) -> Layout:
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}", code="model-unreadable") from error
     try:
-        tensors = json.loads(text)
-        metadata = {str(k): str(v) for k, v in tensors.pop("__metadata__", {}).items()}
-        ends = [int(entry["data_offsets"][1]) for entry in tensors.values()]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        tensors = parse_json(text)
+        metadata = doc.table(doc.text)(tensors.pop("__metadata__", {}))
+        tensors = {name: read_fields(entry, _ENTRY, required=tuple(_ENTRY)) for name, entry in tensors.items()}
+        ends = [entry["data_offsets"][1] for entry in tensors.values()]
+    except (ValueError, AttributeError, IndexError):
         raise _not_safetensors(path) from None
     end = 8 + length + max(ends, default=0)
     if end > size:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rtdetr_cli import documents as doc
 from rtdetr_cli.errors import ModelError, RtdetrError
 from rtdetr_cli.files import HOME_VARIABLE, atomic_write, cache_folder, sync_folder
 from rtdetr_cli.weights.catalogue import MIRROR_VARIABLE, Published, catalogue, find_by_file, find_published
@@ -310,10 +311,10 @@ def recorded_hashes() -> dict[str, str]:
     """Return the hash of every file that was recorded on this machine, by file name."""
     path = _hashes_file()
     try:
-        return {str(k): str(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
+        return doc.table(doc.text)(doc.parse_json(doc.read_bounded(path)))
     except FileNotFoundError:
         return {}
-    except (ValueError, OSError, AttributeError) as error:
+    except (ValueError, OSError) as error:
         raise ModelError(f"{path} cannot be read: {error}", hint=f"remove {path}", code="weights-hashes") from error
 
 

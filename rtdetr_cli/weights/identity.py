@@ -1,4 +1,4 @@
-"""The identity of a model: a hash of its tensors."""
+"""What a tensor in a model file may be, and the identity of a model: a hash of its tensors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,34 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from rtdetr_cli.documents import shown
+from rtdetr_cli.errors import ModelError
+
+MAX_BYTES = 1 << 30
+"""Of one tensor; the largest model has a third of that in all."""
+
 _TYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+
+
+def check_tensors(tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Refuse tensors that are not plain arrays of numbers.
+
+    Raises:
+        ModelError: one is sparse, without data, of an unsupported type, or too large.
+    """
+    for name, tensor in tensors.items():
+        problem = ""
+        if tensor.dtype not in _TYPE_NAMES:
+            problem = f"has the unsupported type {str(tensor.dtype).removeprefix('torch.')}"
+        elif tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_quantized:
+            problem = "is not a plain array"
+        elif tensor.nbytes > MAX_BYTES:  # a small file can hold a tensor that repeats one number
+            problem = "is too large"
+        if problem:
+            raise ModelError(f"{source} cannot be loaded: {shown(name)} {problem}", code="model-damaged")
 
 
 def tensors_identity(tensors: Mapping[str, Tensor]) -> str:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rtdetr_cli.config.schema import ModelSpec
+from rtdetr_cli.config.validation import validate
 from rtdetr_cli.errors import ModelError, UsageError
 from rtdetr_cli.files import atomic_write
 from rtdetr_cli.model.build import build_detector
@@ -23,7 +24,7 @@ from rtdetr_cli.version import __version__
 from rtdetr_cli.weights.catalogue import find_by_file
 from rtdetr_cli.weights.class_names import published_classes
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader, own_header
-from rtdetr_cli.weights.identity import tensors_identity
+from rtdetr_cli.weights.identity import check_tensors, tensors_identity
 from rtdetr_cli.weights.published import LOADABLE_HINT, PublishedFile, read_published
 
 
@@ -82,6 +83,7 @@ def _load_own(path: Path, header: ModelHeader, sampling: str | None) -> tuple[RT
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}", hint="copy it again", code="model-damaged") from error
+    check_tensors(state, source=str(path))
     if header.identity and tensors_identity(state) != header.identity:
         raise ModelError(
             f"{path} is damaged: checksum mismatch between its tensors and its header",
@@ -89,13 +91,16 @@ def _load_own(path: Path, header: ModelHeader, sampling: str | None) -> tuple[RT
             code="model-damaged",
         )
     try:
-        spec = ModelSpec(**header.architecture)
-    except (ValueError, TypeError) as error:
-        message = f"the architecture in the header of {path} cannot be read: {error}"
-        raise ModelError(message, code="model-header") from error
-    model = _build_empty(spec, len(header.names), sampling or header.sampling, header.rounding)
-    load_strictly(model, state, source=str(path))
-    model.set_inference(layers=header.layers or None, queries=header.queries or None)
+        spec = validate(ModelSpec, header.architecture, source="the architecture in the header")
+        if not header.names:
+            raise UsageError("it has no classes")
+    except UsageError as error:
+        raise ModelError(f"{path} cannot be loaded: {error.message}", code="model-header") from error
+    model = _load_into(spec, state, len(header.names), sampling or header.sampling, header.rounding, source=str(path))
+    try:
+        model.set_inference(layers=header.layers or None, queries=header.queries or None)
+    except UsageError as error:
+        raise ModelError(f"the header of {path} is wrong: {error.message}", code="model-header") from error
     return model, header
 
 
@@ -108,8 +113,7 @@ def _load_published(path: Path, sampling: str | None) -> tuple[RTDETR, ModelHead
             code="model-backbone",
         )
     method = sampling or published_sampling(path, file)
-    model = _build_empty(file.spec, file.num_classes, method, "published")
-    load_strictly(model, file.state, source=str(path))
+    model = _load_into(file.spec, file.state, file.num_classes, method, "published", source=str(path))
     side = 640
     if file.anchors is not None:
         side = file.anchors.side
@@ -145,15 +149,29 @@ def _origin(path: Path, file: PublishedFile) -> dict[str, object]:
     return {**origin, "tensors_loaded": total, "tensors_total": total, **({"v1": True} if file.is_v1 else {})}
 
 
-def _build_empty(spec: ModelSpec, num_classes: int, sampling: Any, rounding: Any) -> RTDETR:
-    """Build a model without initial values, so that loading does not advance torch's random generator."""
+def _load_into(
+    spec: ModelSpec, state: Mapping[str, Tensor], num_classes: int, sampling: Any, rounding: Any, *, source: str
+) -> RTDETR:
+    """Build a model without initial values, so that loading does not advance torch's random generator.
+
+    It takes memory only after the state dict was found to fit: what a header says costs nothing.
+    """
     with torch.device("meta"):
         model = build_detector(spec, num_classes=num_classes, sampling=sampling, rounding=rounding)
-    return model.to_empty(device="cpu")
+    check_fit(model, state, source=source)
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(dict(state))
+    return model
 
 
 def load_strictly(model: RTDETR, state: Mapping[str, Tensor], *, source: str, hint: str = LOADABLE_HINT) -> None:
-    """Load a state dict whose names and shapes must be exactly the model's.
+    """Load a state dict that fits exactly, see `check_fit`."""
+    check_fit(model, state, source=source, hint=hint)
+    model.load_state_dict(dict(state))
+
+
+def check_fit(model: RTDETR, state: Mapping[str, Tensor], *, source: str, hint: str = LOADABLE_HINT) -> None:
+    """Check that a state dict has exactly the model's names and shapes.
 
     Raises:
         ModelError: tensors are missing, unexpected or of another shape; the first three are named.
@@ -166,9 +184,13 @@ def load_strictly(model: RTDETR, state: Mapping[str, Tensor], *, source: str, hi
         for n in expected
         if n in state and expected[n].shape != state[n].shape
     ]
+    problems += [
+        f"{n} has the type {state[n].dtype} where the model has {expected[n].dtype}"
+        for n in expected
+        if n in state and expected[n].is_floating_point() != state[n].is_floating_point()
+    ]
     if problems:
         rest = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ModelError(
             f"{source} does not fit the model: {', '.join(problems[:3])}{rest}", hint=hint, code="model-misfit"
         )
-    model.load_state_dict(dict(state))

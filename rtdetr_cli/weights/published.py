@@ -11,6 +11,7 @@ import math
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.errors import ModelError
 from rtdetr_cli.weights.architecture import derive_spec, point_scales
 from rtdetr_cli.weights.header import PICKLE_STARTS, ModelHeader, first_bytes, is_safetensors
+from rtdetr_cli.weights.identity import check_tensors
 from rtdetr_cli.weights.names import from_official
 from rtdetr_cli.weights.transformers_files import read_transformers
 
@@ -74,6 +76,7 @@ def read_published(path: Path) -> PublishedFile:
         state, location = _load_safetensors(path), "safetensors"
     else:
         state, location = _find_state_dict(_unpickle(path), path)
+    check_tensors(state, source=str(path))
     total = len(state)
     if any(n.startswith(("model.backbone.", "model.encoder.")) for n in state):
         found = read_transformers(path, state)
@@ -89,11 +92,13 @@ def read_published(path: Path) -> PublishedFile:
         if mark in state and not any(n.startswith("decoder.") for n in state):
             return PublishedFile(state, None, 0, f"{kind} backbone, {location}", total)
     _check_is_rtdetr(state, path)
-    anchors = _square_anchors(state.pop("decoder.anchors", None), state.pop("decoder.valid_mask", None))
     try:
+        anchors = _square_anchors(state.pop("decoder.anchors", None), state.pop("decoder.valid_mask", None))
         spec = derive_spec(state)
         num_classes = state["decoder.enc_score_head.weight"].shape[0]
-    except (KeyError, IndexError, ValueError, ZeroDivisionError, OverflowError) as error:
+        if num_classes == 0:
+            raise ValueError("it has no classes")
+    except (LookupError, ValueError, ArithmeticError, TypeError) as error:
         raise ModelError(
             f"{path} looks like an RT-DETR, but its architecture cannot be derived from its tensors ({error})",
             hint=LOADABLE_HINT,
@@ -145,11 +150,14 @@ def _unpickle(path: Path) -> Any:
         kind = "a web page, not a model file" if start.lstrip()[:1] == b"<" else "not a model file"
         raise ModelError(f"{path} is {kind}", hint=LOADABLE_HINT, code="model-foreign")
     try:
+        if start.startswith(b"PK"):
+            with zipfile.ZipFile(path) as archive:  # torch stores; a small compressed file could fill the memory
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("compressed")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old storage types
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError,
-            OSError) as error:  # fmt: skip
+    except Exception as error:  # whatever a damaged pickle provokes
         unsafe = "Unsupported global" in str(error) or "weights_only" in str(error).lower()
         if isinstance(error, pickle.UnpicklingError) and unsafe:
             name = re.search(r"GLOBAL (\S+)", str(error))
@@ -174,9 +182,7 @@ def _find_state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor], str]:
             location = "ema.module"
         case {"model": Mapping() as state}:
             location = "model"
-    is_state = isinstance(state, Mapping) and all(
-        isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()
-    )
+    is_state = isinstance(state, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items())
     if not is_state or not state:
         raise ModelError(f"{path} contains no state dict", hint=LOADABLE_HINT, code="model-foreign")
     return dict(state), location

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rtdetr_cli.config.schema import ModelSpec
+from rtdetr_cli.documents import parse_json, read_bounded
 from rtdetr_cli.errors import ModelError
 from rtdetr_cli.files import atomic_write
 from rtdetr_cli.model.backbone import BLOCKS
@@ -164,12 +165,10 @@ def write_transformers(
 def _read_json(path: Path) -> dict[str, Any] | None:
     """Return the object in a JSON file, or None where there is no such file."""
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes")
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(read_bounded(path, limit=_MAX_JSON_BYTES))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}", hint="download it again", code="model-damaged") from error
     if not isinstance(document, dict):
         raise ModelError(f"{path} is not a JSON object", hint="download it again", code="model-damaged")

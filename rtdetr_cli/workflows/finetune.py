@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from rtdetr_cli.config.image_size import STRIDE
 from rtdetr_cli.config.run import NAMED, RunConfig, resolve_run
 from rtdetr_cli.config.settings import PUBLISHED_WEIGHTS
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
@@ -219,6 +220,8 @@ def refuse_early(config: RunConfig) -> None:
     settings, preset = config.settings, config.preset
     if settings.data is None:
         raise UsageError("no dataset given", hint="rtdetr train --data DATA", code="data-missing")
+    if max(config.imgsz) == STRIDE:  # its coarsest feature map is a single value, which batch norm cannot learn from
+        raise UsageError(f"--imgsz {STRIDE} is too small for training", hint=f"--imgsz {2 * STRIDE}", code="size")
     if getattr(preset, PUBLISHED_WEIGHTS.get(settings.weights, "name")) is None:
         other = "coco, none" if preset.weights else "none"
         raise UsageError(

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rtdetr_cli import documents as doc
 from rtdetr_cli.config.presets import flatten
 from rtdetr_cli.config.run import NAMED, RunConfig, absolute, parse_set, resolve_run
 from rtdetr_cli.datasets.fingerprint import image_digests
 from rtdetr_cli.errors import DataError, UsageError
-from rtdetr_cli.runs import RunFolder
+from rtdetr_cli.runs import CHECKPOINT, RunFolder
 from rtdetr_cli.text import counted
 from rtdetr_cli.workflows.prepare import Prepared
 
@@ -80,8 +81,14 @@ def check_identity(saved: Mapping[str, Any], now: Identity, path: Path) -> None:
         DataError: the dataset differs.
     """
     folder = RunFolder(path)
-    before, after = saved["dataset"], now.facts["dataset"]
-    changed = [key for key in after if before[key] != after[key]]
+    try:
+        saved = doc.table(doc.table(lambda value: value))(saved)
+        before, after = saved["dataset"], now.facts["dataset"]
+        changed = [key for key in after if before[key] != after[key]]
+        saved["settings"], saved["plan"]
+    except (ValueError, KeyError) as error:
+        reason = f"what it says about dataset and settings is incomplete ({error})"
+        raise folder.damaged(CHECKPOINT, reason) from None
     if changed:
         counts = [key for key in changed if key not in ("fingerprint", IMAGES)]
         digests = folder.digests()

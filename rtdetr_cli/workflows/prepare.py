@@ -120,6 +120,8 @@ def prepare(
     _seed(config, device)
     pretrained = pretrained and processes.is_main
     model, transfer, start = _build_model(config, spec, train_set, device, pretrained, fetching)
+    if run is not None:  # its tensors come from the checkpoint, and started where the run did
+        start = run.manifest().get("weights", start)
     if pretrained:  # the images of a resumed run were checked when it started
         findings = check_images_if_cheap(
             Path(str(settings.data)),

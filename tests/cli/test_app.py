@@ -218,3 +218,50 @@ def test_json_output_replaces_nan_and_infinity() -> None:
     from rtdetr_cli.cli.terminal import finite
 
     assert json.dumps(finite({"a": float("nan"), "b": [float("inf"), 1.5]})) == '{"a": null, "b": [null, 1.5]}'
+
+
+def test_a_bug_becomes_one_sentence_and_a_file_with_the_traceback(
+    rtdetr, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rtdetr_cli.cli import unexpected
+
+    def fail(*_: object) -> None:
+        raise ValueError("two\nlines \x1b[2J")
+
+    monkeypatch.setattr("rtdetr_cli.config.presets.load_preset", fail)
+    with pytest.raises(ValueError, match="two"):
+        rtdetr("presets", "show", "r18")
+
+    monkeypatch.delenv("RTDETR_CLI_TRACEBACK")
+    monkeypatch.setenv("RTDETR_CLI_HOME", str(tmp_path / "cache"))
+    for folder in (None, tmp_path / "run"):
+        unexpected.remember_run(folder)
+        ran = rtdetr("presets", "show", "r18")
+        assert ran.code == 1
+        (path,) = (folder or tmp_path / "cache/tracebacks").glob("traceback-*.txt")
+        assert ran.err.startswith(f"error: unexpected ValueError: two lines \\x1b[2J; the traceback is in {path}\n")
+        assert "report it" in ran.err
+        assert "in fail" in path.read_text()
+    assert rtdetr("presets", "show", "r18", "--json").json["error"]["code"] == "unexpected"
+    unexpected.remember_run(None)
+
+
+def test_what_reaches_the_screen_cannot_control_it(capfd: pytest.CaptureFixture[str]) -> None:
+    from rtdetr_cli.cli import terminal
+
+    attack = "a\x1b[2J\x9b31m\x7f\u202e\udcff"
+    shown = "a\\x1b[2J\\x9b31m\\x7f\\u202e\\udcff"
+    terminal.out(f"{attack}\nnext line")
+    terminal.table((attack,), [(attack + "\n[/bold]",)], title=attack + "[/red]")
+    out, _ = capfd.readouterr()
+    assert out.startswith(f"{shown}\nnext line\n")
+    assert out.count(shown) == 4
+    assert "\\n[/bold]" in out
+    assert "[/red]" in out
+    terminal.complain(attack + "\nerror: forged", attack)
+    _, err = capfd.readouterr()
+    assert err == f"error: {shown}\\nerror: forged\n\nhint: {shown}\n"
+    terminal.emit_json({"name": attack})
+    out, _ = capfd.readouterr()
+    assert out.isascii()
+    assert json.loads(out)["name"] == attack

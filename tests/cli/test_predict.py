@@ -107,7 +107,7 @@ def test_image_from_the_web(rtdetr: Callable[..., Any], here: Path, shapes_onnx:
     document = documents(ran)[0]
     local = documents(rtdetr("predict", images / "shapes_00.png", "-w", shapes_onnx, "--no-save", "--json"))[0]
     assert document == {**local, "image": page}
-    assert [path.name for path in (here / "out").iterdir()] == ["shapes_00.png"]
+    assert [path.name for path in (here / "out").glob("[!.]*")] == ["shapes_00.png"]
 
 
 def test_interrupted_run_names_what_was_written(
@@ -212,7 +212,7 @@ def test_unreadable_images_are_skipped(rtdetr: Callable[..., Any], here: Path, s
         assert f"error: {name} " in ran.err
     assert "3 of 4 images and 1 video could not be read; the others were processed" in ran.err
     assert "Traceback" not in ran.err
-    assert sorted(p.name for p in (here / "out").iterdir()) == ["a.png", "d.png", "predictions.jsonl"]
+    assert sorted(p.name for p in (here / "out").glob("[!.]*")) == ["a.png", "d.png", "predictions.jsonl"]
     as_json = rtdetr("predict", "in", "-w", shapes_onnx, "--no-save", "--json")
     assert as_json.code == 1
     assert [sorted(d) for d in documents(as_json)][-1] == ["error", "schema_version"]
@@ -250,7 +250,7 @@ def test_video_is_written_back(rtdetr: Callable[..., Any], here: Path, shapes_on
     while copy.read()[0]:
         read += 1
     assert read == 9
-    assert sorted(p.name for p in (here / "out").iterdir()) == ["clip.mp4", "labels", "predictions.jsonl"]
+    assert sorted(p.name for p in (here / "out").glob("[!.]*")) == ["clip.mp4", "labels", "predictions.jsonl"]
     as_json = rtdetr("predict", "clip.mp4", "-w", shapes_onnx, "--no-save", "--json")
     assert [d["frame"] for d in documents(as_json)] == list(range(9))
 

@@ -35,8 +35,18 @@ class NotSimulated(Exception):
     """A real attribute that the stand-in does not simulate."""
 
 
-def make(version: str) -> ModuleType:
-    """Return a module for `sys.modules["tensorrt"]`; `version` is a key of `tensorrt_names.json`."""
+def make(
+    version: str, *, precision: str = "as typed", refuse: str = "", plan: bool = True, information: str | None = None
+) -> ModuleType:
+    """Return a module for `sys.modules["tensorrt"]`.
+
+    Args:
+        version: a key of `tensorrt_names.json`.
+        precision: `as typed`, or `single` for a builder that ignores the graph's types.
+        refuse: the error of the parser; empty for none.
+        plan: False for a builder that fails.
+        information: what the inspector says instead of the layers.
+    """
     names = {key: set(value.split()) for key, value in NAMES[version].items()}
     major = int(version.partition(".")[0])
     module = ModuleType("tensorrt")
@@ -148,16 +158,30 @@ def make(version: str) -> ModuleType:
             assert isinstance(cache, TimingCache)
             return not ignore_mismatch
 
+    class ParserError(Strict):
+        real = "ParserError"
+
+        def desc(self) -> str:
+            return refuse
+
     class OnnxParser(Strict):
         real = "OnnxParser"
 
         def __init__(self, network: Network, logger: Any) -> None:
             self._network = network
 
+        @property
+        def num_errors(self) -> int:
+            return 1 if refuse else 0
+
+        def get_error(self, index: int) -> ParserError:
+            assert index < self.num_errors
+            return ParserError()
+
         def parse(self, model: bytes, path: str | None = None) -> bool:
             onnx.checker.check_model(bytes(model))
             self._network._graph = bytes(model)
-            return True
+            return not refuse
 
     class Builder(Strict):
         real = "Builder"
@@ -191,10 +215,14 @@ def make(version: str) -> ModuleType:
                 config.progress_monitor.phase_finish("Timing")
                 assert config.progress_monitor.step_complete("Building engine", 1)
                 config.progress_monitor.phase_finish("Building engine")
-            if dynamic_inputs != set(shapes):  # like the real one, needs a profile for every dynamic input
+            if not plan or dynamic_inputs != set(shapes):  # like the real one, needs a profile for every dynamic input
                 return None
-            assert config.profiling_verbosity == verbosity.DETAILED
-            facts = {"shapes": shapes, "typed": network._typed, "tf32": BuilderFlag.TF32 in config._flags}
+            facts = {
+                "shapes": shapes,
+                "typed": network._typed and precision == "as typed",
+                "tf32": BuilderFlag.TF32 in config._flags,
+                "detailed": config.profiling_verbosity == verbosity.DETAILED,
+            }
             log.append(("built", facts))
             return Memory(MAGIC + json.dumps(facts).encode() + b"\0" + network._graph)
 
@@ -245,12 +273,30 @@ def make(version: str) -> ModuleType:
             self._engine = engine
 
         def get_engine_information(self, format: Any) -> str:
-            """Return a layer for every constant, by its type."""
             assert format == formats.JSON
-            names = {onnx.TensorProto.FLOAT: "Float", onnx.TensorProto.FLOAT16: "Half"}
-            constants = onnx.load_from_string(self._engine._graph).graph.initializer
-            layers = [{"Outputs": [{"DataType": names.get(tensor.data_type, "Int64")}]} for tensor in constants]
-            return json.dumps({"Layers": layers})
+            if information is not None:
+                return information
+            model = onnx.shape_inference.infer_shapes(onnx.load_from_string(self._engine._graph))
+            kinds = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.output)}
+            type_names = {
+                onnx.TensorProto.FLOAT: "Float",
+                onnx.TensorProto.FLOAT16: "Half",
+                onnx.TensorProto.INT64: "Int64",
+            }
+            layers: list[Any] = []
+            for node in model.graph.node:
+                name = node.output[0]
+                if not self._engine._facts["detailed"]:
+                    layers.append(node.name or name)
+                    continue
+                kind = type_names.get(kinds.get(name, 0), "Bool")
+                kind = "Float" if kind == "Half" and not self._engine._facts["typed"] else kind
+                long = {"Float": "Row major linear FP32 format", "Half": "Row major linear FP16 format"}.get(kind, kind)
+                tensor = {"Format": long, "DataType": kind} if major >= 11 else {"Format/Datatype": long}
+                layers.append({"Name": name, "LayerType": node.op_type, "Outputs": [{"Name": name, **tensor}]})
+            bindings = [*self._engine._inputs, *self._engine._outputs]
+            io = {"I/O Tensors": [{"Name": n} for n in bindings]} if major >= 11 else {"Bindings": bindings}
+            return json.dumps({"Layers": layers, **io})
 
     class Engine(Strict):
         real = "ICudaEngine"

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rtdetr_cli.errors import RtdetrError, UsageError
+from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 from rtdetr_cli.runs import RunFolder, find_runs, next_name
 
 # ---- new folders ------------------------------------------------------------------------------------------------
@@ -54,6 +54,33 @@ def test_an_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 # ---- existing folders -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"plan": 3}', b'{"finished": {}}', b'{"micro_batch": "x"}',
+     b'{"versions": {"torch": 2}}', b'{"identity": [1]}', b'{"started": 9}', b'{"a": ' + b"9" * 5000 + b"}"],
+    ids=lambda content: str(content[:20]),
+)  # fmt: skip
+def test_a_damaged_manifest_is_named_with_what_is_still_usable(tmp_path: Path, content: bytes) -> None:
+    run = RunFolder.create(tmp_path, name="r", stem="")
+    run.write("config.toml", "")
+    run.best.write_bytes(b"x")
+    (run.path / "manifest.json").write_bytes(content)
+    assert isinstance(run.manifest(), dict)  # a list of runs is not the place for an error
+    assert run.age
+    run.caveat()
+    with pytest.raises(ModelError, match=r"manifest\.json is damaged") as caught:
+        RunFolder.open(run.path)
+    assert "best.safetensors is still usable" in caught.value.hint
+
+
+def test_damaged_metrics_are_read_as_far_as_they_go(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, name="r", stem="")
+    run.write("metrics.csv", "epoch,AP\n1,0.5\n2,x,3,4\n\0\n3\n")
+    assert run.metrics()[:2] == [{"epoch": 1.0, "AP": 0.5}, {"epoch": 2.0, "AP": None}]
+    run.write("metrics.csv", "")
+    assert run.metrics() == []
 
 
 def test_a_missing_folder_is_not_a_run(tmp_path: Path) -> None:

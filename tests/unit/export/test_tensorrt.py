@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,22 +23,23 @@ from rtdetr_cli.export.options import ExportOptions
 from rtdetr_cli.export.run import ExportEvent, export_events, export_model
 from rtdetr_cli.export.tensorrt import BuildProgress
 from rtdetr_cli.infer.graph import TensorSpec
-from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend, read_engine_header
+from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend
 from rtdetr_cli.model.detector import RTDETR
-from rtdetr_cli.weights.binding import header_path
+from rtdetr_cli.weights.binding import header_path, read_export_header
 from rtdetr_cli.weights.header import ModelHeader
 
 Loaded = tuple[RTDETR, ModelHeader]
 Export = Callable[[], list[ExportEvent]]
 VERSIONS = ["10.16.1", "11.4.0"]
+SHAPES = {"images": ((1, 3, 96, 128), (4, 3, 96, 128)), "orig_target_sizes": ((1, 2), (4, 2))}
 
 
 @pytest.fixture
 def use(standin: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that replaces the package by a stand-in, and the GPU by the CPU."""
 
-    def replace_package(version: str) -> ModuleType:
-        module: ModuleType = standin.make(version)
+    def replace_package(version: str, **options: Any) -> ModuleType:
+        module: ModuleType = standin.make(version, **options)
         monkeypatch.setitem(sys.modules, "tensorrt", module)
         monkeypatch.setattr(tensorrt, "engine_device", lambda device: torch.device("cpu"))
         return module
@@ -91,6 +92,31 @@ def test_a_verified_engine(version: str, use: Any, export: Export, loaded: Loade
     ]
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_engine_that_is_not_half_precision(version: str, use: Any, export: Export, tmp_path: Path) -> None:
+    """A builder that ignores the types of the graph."""
+    use(version, precision="single")
+    with pytest.raises(ExportError, match="not half precision: 0 of"):
+        export()
+    left = {p.name for p in tmp_path.iterdir()}
+    assert "m-fp16.onnx" in left
+    assert not {"m.engine", "m.unverified.engine", "m.failed.engine"} & left
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"refuse": "no importer for Foo"}, "no importer for Foo"), ({"plan": False}, "cannot build the engine")],
+)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_graph_that_cannot_be_built(
+    version: str, options: dict[str, Any], message: str, use: Any, exported: dict[str, Artefact], tmp_path: Path
+) -> None:
+    use(version, **options)
+    engine = tmp_path / "m.engine"
+    with pytest.raises(ExportError, match=message):
+        tensorrt.build_engine(exported["fp16"].path, engine, shapes=SHAPES)
+
+
 def test_without_tensorrt(export: Export, loaded: Loaded, tmp_path: Path) -> None:
     """The verified graph stays, and the hint has the command for another machine."""
     with pytest.raises(EnvironmentProblem) as caught:
@@ -109,7 +135,7 @@ def test_without_tensorrt(export: Export, loaded: Loaded, tmp_path: Path) -> Non
     assert str(header_path(engine)) in copy
     assert f"rtdetr eval {engine} --data" in check
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m-fp16.onnx", "m.engine.json", "parity.json"]
-    header = read_engine_header(engine)
+    header = read_export_header(engine)
     assert header is not None
     assert (header.names, header.category_ids) == (loaded[1].names, loaded[1].category_ids)
     assert header.thresholds == loaded[1].thresholds
@@ -288,14 +314,12 @@ def test_count_types(information: dict[str, Any], counts: dict[str, int]) -> Non
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"Layers": 3}', '{"Layers": ["names only"]}'])
-def test_an_engine_without_types(text: str) -> None:
+def test_an_engine_without_types(text: str, use: Any, exported: dict[str, Artefact], tmp_path: Path) -> None:
     """Whatever the inspector says instead of types, the engine is refused."""
-    inspector = SimpleNamespace(get_engine_information=lambda format: text)
-    engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
-    runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: engine)
-    package = SimpleNamespace(Runtime=lambda logger: runtime, LayerInformationFormat=SimpleNamespace(JSON=1))
+    use("11.4.0", information=text)
     with pytest.raises(ExportError, match=r"types|half precision"):
-        tensorrt.refuse_single(tensorrt.count_types(tensorrt.inspect_layers(package, None, b"", "TensorRT 11")))
+        tensorrt.build_engine(exported["fp16"].path, tmp_path / "m.engine", shapes=SHAPES)
+    assert not (tmp_path / "m.engine").exists()
 
 
 def test_the_standin_is_strict(standin: ModuleType) -> None:

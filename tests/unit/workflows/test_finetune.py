@@ -20,9 +20,10 @@ from rtdetr_cli.datasets.generate import generate_dataset
 from rtdetr_cli.errors import DataError, EnvironmentProblem, ModelError, RtdetrError, UsageError
 from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.train import loggers, memory
-from rtdetr_cli.train.checkpoint import load_checkpoint, read_checkpoint
+from rtdetr_cli.train.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from rtdetr_cli.train.events import EpochDone, StepDone
 from rtdetr_cli.train.stop import Interrupted, StopFlag, stop_on_signals
+from rtdetr_cli.weights.header import read_header
 from rtdetr_cli.workflows import dry_run
 from rtdetr_cli.workflows import finetune as workflow
 from rtdetr_cli.workflows.events import DryRunResult, Notice, RunFinished, RunStarted
@@ -368,6 +369,44 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     assert begun.transfer is not None
     assert isinstance(list(events)[-1], RunFinished)
     assert results(runs / "killed") == results(runs / "other")
+
+
+def test_a_run_killed_in_its_first_epoch_names_the_weights_that_it_started_from(
+    settings: Callable[..., RunConfig],
+) -> None:
+    (end,) = (e for e in finetune(settings(epochs=1)) if isinstance(e, RunFinished))
+
+    def config(name: str) -> RunConfig:
+        return settings("checkpoint_steps=1", name=name, weights=str(end.best), epochs=1)
+
+    (whole,) = (e for e in finetune(config("whole")) if isinstance(e, RunFinished))
+    stop = StopFlag()
+
+    def train_one_step() -> None:
+        for event in finetune(config("killed"), stop=stop):
+            if isinstance(event, StepDone):
+                stop.signal = signal.SIGTERM
+
+    with pytest.raises(Interrupted):
+        train_one_step()
+    folder = whole.folder.with_name("killed")
+    assert not RunFolder(folder).best.exists()
+    list(resume(folder))
+    assert read_header(folder / "best.safetensors").extra["weights"] == "best.safetensors"
+    assert results(folder) == results(whole.folder)
+
+
+def test_a_checkpoint_with_parts_of_another_kind_is_refused(settings: Callable[..., RunConfig]) -> None:
+    folder = interrupted(settings())
+    whole = read_checkpoint(folder / "last.ckpt")
+    for part, value in (
+        ("identity", {"dataset": 3}), ("identity", {}), ("place", {"epoch": "x"}), ("place", {"gone": 1}),
+        ("learner", {}), ("generators", {"torch": 3}), ("metrics_offset", -1), ("metrics_offset", None),
+    ):  # fmt: skip
+        save_checkpoint(folder, {**whole, part: value})
+        (folder / ".last.ckpt.previous").unlink()
+        with pytest.raises(ModelError, match=r"last\.ckpt|checkpoint"):
+            list(resume(folder))
 
 
 def test_a_run_that_lost_its_checkpoint_does_not_start_again(settings: Callable[..., RunConfig]) -> None:
