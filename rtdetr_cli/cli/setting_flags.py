@@ -21,7 +21,7 @@ SetFlag = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="Any setting, such as schedule=official or optim.clip_norm=1 (repeatable). `rtdetr presets show NAME` "
-        "lists model.* and optim.*; the config.toml of a run lists all settings.",
+        "lists model.*, optim.* and official.*; the config.toml of a run lists all settings.",
     ),
 ]
 

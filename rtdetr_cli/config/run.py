@@ -28,6 +28,7 @@ NAMED: dict[str, tuple[str, ...]] = {
     "weights": (*PUBLISHED_WEIGHTS, "none"),
     "aug": ("auto", "recipe", "light", "none"),
 }
+TABLES = ("model", "optim", "official")  # of a preset, whose values a run can change
 # Tables of config.toml: the sources of the values, and what the preset holds besides model and learning rates.
 PROVENANCE = "provenance"
 PRESET = "rest_of_preset"
@@ -69,6 +70,13 @@ class RunConfig:
         """Return whether the user chose this value, by whatever means."""
         return self.source(key) not in ("default", "preset")
 
+    def values(self) -> dict[str, Any]:
+        """Return the value of every dotted key: the settings and the preset's tables."""
+        values = flatten(self.settings)
+        for name in TABLES:
+            values |= flatten(getattr(self.preset, name), f"{name}.")
+        return values
+
     def anchored(self) -> RunConfig:
         """Return the same run with absolute paths, so that it can be resumed from another folder."""
         given = {key: getattr(self.settings, key) for key in NAMED}
@@ -82,8 +90,7 @@ class RunConfig:
         `provenance` says who chose a value: the schedule may replace one that nobody chose.
         """
         tables = {
-            "model": self.preset.model.model_dump(),
-            "optim": self.preset.optim.model_dump(),
+            **self.preset.model_dump(include={"model", "optim"}),
             PRESET: self.preset.model_dump(exclude={"model", "optim"}, exclude_none=True),
             PROVENANCE: {key: source for key, source in self.provenance.items() if self.given(key)},
         }
@@ -141,7 +148,7 @@ def resolve_run(
 
     Args:
         flags: setting -> value, only those given on the command line.
-        sets: the words of `--set`: keys of `RunSettings`, or `model.*` and `optim.*` of the preset.
+        sets: the words of `--set`: keys of `RunSettings`, or of the preset's `TABLES`, such as `optim.lr`.
         config_file: TOML with the same keys.
         inherited: name of a source of settings that nobody wrote down, and those settings.
 
@@ -181,10 +188,8 @@ def resolve_run(
     settings = {key: value for key, value in values.items() if key in SETTINGS}
     _derive(settings, preset, provenance)
     config = _validated(settings, preset, provenance, written)
-    for key in (*flatten(config.preset.model, "model."), *flatten(config.preset.optim, "optim.")):
-        provenance.setdefault(key, "preset")
-    for key in SETTINGS:
-        provenance.setdefault(key, "default")
+    for key in config.values():
+        provenance.setdefault(key, "default" if key in SETTINGS else "preset")
     return config
 
 
@@ -201,14 +206,14 @@ def _preset_values(named: str, resolved: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_unknown(
     values: Mapping[str, Any], preset: Mapping[str, Any], named: str, provenance: Mapping[str, str]
 ) -> None:
-    tables = {name: list(preset[name]) for name in ("model", "optim")}
+    tables = {name: list(preset[name]) for name in TABLES}
     known = [*SETTINGS, *(f"{name}.{key}" for name, keys in tables.items() for key in keys)]
     unknown = {key: suggest(key, known) for key in values if key not in known}
     if not unknown:
         return
     without_suggestion = {key.partition(".")[0] for key, near in unknown.items() if not near}
     lists = [f"keys of {name}: {', '.join(keys)}" for name, keys in tables.items() if name in without_suggestion]
-    lists.append(f"rtdetr presets show {named} lists model.* and optim.*, rtdetr train --help the flags")
+    lists.append(f"rtdetr presets show {named} lists model.*, optim.* and official.*, rtdetr train --help the flags")
     raise UsageError(
         "; ".join(f"unknown key {key}{near} ({provenance[key]})" for key, near in unknown.items()),
         hint="; ".join(lists),

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.config.presets import flatten
 from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.evaluate.coco import METRICS
 from rtdetr_cli.files import atomic_write
@@ -60,8 +59,7 @@ def write_report(
     per_class: Sequence[Mapping[str, Any]] = ()
     if evaluation is not None:
         metrics, per_class, warnings = evaluation.metrics, evaluation.per_class, [*warnings, *evaluation.notes]
-    values = flatten(config.settings) | flatten(config.preset.model, "model.") | flatten(config.preset.optim, "optim.")
-    settings = [(key, _format_setting(value), config.source(key)) for key, value in values.items()]
+    settings = [(key, _format_setting(value), config.source(key)) for key, value in config.values().items()]
     page = render_page(
         "run.html",
         title=f"{folder.path.name}: {data.get('name', 'run')}",

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli import documents as doc
-from rtdetr_cli.config.presets import flatten
 from rtdetr_cli.config.run import NAMED, RunConfig, absolute, parse_set, resolve_run
 from rtdetr_cli.datasets.fingerprint import image_digests
 from rtdetr_cli.errors import DataError, UsageError
@@ -155,9 +154,7 @@ def refuse_changes(config: RunConfig, flags: Mapping[str, Any], sets: Sequence[s
 
 
 def _values(config: RunConfig) -> dict[str, Any]:
-    preset = config.preset
-    values = flatten(config.settings) | flatten(preset.model, "model.") | flatten(preset.optim, "optim.")
-    return values | {"imgsz": config.imgsz}
+    return config.values() | {"imgsz": config.imgsz}
 
 
 def _is_same_file(one: object, other: object) -> bool:

@@ -39,6 +39,13 @@ ARMS: dict[str, tuple[str, ...]] = {
     "light": ("aug=light",),
     "recipe": ("aug=recipe",),
     "official": ("schedule=official",),
+    "official-mended": (
+        "schedule=official",
+        "official.warmup_steps=50",
+        "official.ema_decay=0.99",
+        "official.ema_warmup=100",
+        "precision=fp32",
+    ),
     "official-warmup": ("schedule=official", "warmup=0.05"),
 }
 

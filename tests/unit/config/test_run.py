@@ -27,8 +27,17 @@ def test_flag_over_set_over_file_over_preset_over_default(tmp_path: Path) -> Non
 
 def test_every_value_has_a_source() -> None:
     run = resolve_run({"preset": "tiny", "data": "d.json"})
-    keys = [*SETTINGS, *flatten(run.preset.model, "model."), *flatten(run.preset.optim, "optim.")]
-    assert set(keys) == set(run.provenance)
+    tables = {"model.": run.preset.model, "optim.": run.preset.optim, "official.": run.preset.official}
+    keys = [key for prefix, table in tables.items() for key in flatten(table, prefix)]
+    assert set(run.provenance) == {*SETTINGS, *keys}
+    assert run.values()["official.epochs"] == 120
+
+
+def test_the_published_schedule_can_be_changed(tmp_path: Path) -> None:
+    run = resolve_run({"preset": "r18"}, sets=["official.warmup_steps=50"])
+    assert (run.preset.official.warmup_steps, run.source("official.warmup_steps")) == (50, "--set")
+    (tmp_path / "config.toml").write_text(run.to_toml())
+    assert resolve_run({}, config_file=tmp_path / "config.toml").preset == run.preset
 
 
 def test_config_toml_gives_the_same_run_again(tmp_path: Path) -> None:
