@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rtdetr_cli.datasets.coco import read_coco
-from rtdetr_cli.datasets.coco_files import choose_coco_files, find_image_folder
+from rtdetr_cli.datasets.coco_files import ROBOFLOW_FILE, choose_coco_files, find_image_folder
 from rtdetr_cli.datasets.csv_boxes import read_csv
 from rtdetr_cli.datasets.data_yaml import DataYaml
 from rtdetr_cli.datasets.image_paths import index_images, split_of, split_of_parts
 from rtdetr_cli.datasets.label_text import CLASS_LISTS, Oddities, read_text
 from rtdetr_cli.datasets.labelme import read_labelme
-from rtdetr_cli.datasets.layouts import Layout, label_kinds, pair_files, read_list
+from rtdetr_cli.datasets.layouts import DATA_YAMLS, Layout, label_kinds, pair_files, read_list
 from rtdetr_cli.datasets.raw import RawDataset, new_dataset
 from rtdetr_cli.datasets.survey import Survey, edges, other_format, survey
 from rtdetr_cli.datasets.voc import read_voc
@@ -41,30 +41,28 @@ _MAX_CLASSES = 10_000
 _PAIR = re.compile(r"^\s*(\w+)\s*=\s*(.*?)\s*$", re.MULTILINE)
 
 
-def read_any_layout(source: Path, found: Survey, images: Path | None, *, kind: str = "") -> RawDataset:
+def read_any_layout(source: Path, found: Survey, images: Path | None, kinds: dict[str, list[Path]]) -> RawDataset:
     """Read the one dataset in a folder.
 
     Args:
         source: the folder.
         found: its survey.
         images: folder of the images, if it is not to be found.
-        kind: the format, if it is known.
+        kinds: format -> label files.
 
     Raises:
         DataError: there are no labels, no images, or labels of several formats.
     """
-    kinds = label_kinds(found.folders)
+    kinds = dict(kinds)
     holds_labels = any(path.parent == source for paths in kinds.values() for path in paths)
-    if holds_labels and images is None and not any(folder.images for folder in found.folders):
+    if not {"coco", "yaml"} & kinds.keys() and holds_labels and images is None and not _holds_images(found):
         around = survey(source.resolve().parent)  # the folder of the labels was given
-        if any(folder.images for folder in around.folders):
+        if _holds_images(around):
             found, kinds = around, label_kinds(survey(source.resolve()).folders)
     if "yaml" in kinds:
         kinds.pop("yolo", None)
     if len(kinds) > 1:
         kinds.pop("csv", None)  # often a list of what is in the other files
-    if kind:
-        kinds = {kind: kinds[kind]}
     if not kinds:
         raise _no_labels(source, found)
     if len(kinds) > 1:
@@ -77,7 +75,7 @@ def read_any_layout(source: Path, found: Survey, images: Path | None, *, kind: s
         )
     ((kind, files),) = kinds.items()
     image_survey = survey(images) if images is not None else found
-    if kind not in ("coco", "yaml") and not any(folder.images for folder in image_survey.folders):
+    if kind not in ("coco", "yaml") and not _holds_images(image_survey):
         raise DataError(
             f"{source} has {_TITLES[kind]} labels but no images: found {found.describe()}",
             hint="pass the folder of the images with --images",
@@ -92,6 +90,10 @@ def read_any_layout(source: Path, found: Survey, images: Path | None, *, kind: s
             code="images-missing",
         )
     return raw
+
+
+def _holds_images(found: Survey) -> bool:
+    return any(folder.images for folder in found.folders)
 
 
 def _container(files: list[Path]) -> Path:
@@ -191,7 +193,8 @@ def _read_csv(source: Path, found: Survey, image_survey: Survey, files: list[Pat
 
 
 def _read_coco(source: Path, found: Survey, image_survey: Survey, files: list[Path]) -> RawDataset:
-    chosen = choose_coco_files(files, found.root)
+    usual = ([p for p in files if p.parent == home] for home in (found.root, found.root / "annotations"))
+    chosen = next(filter(None, (choose_coco_files(group, found.root) for group in (*usual, files) if group)), {})
     if not chosen:
         names = ", ".join(str(path.relative_to(found.root)) for path in files[:3])
         raise DataError(
@@ -199,13 +202,16 @@ def _read_coco(source: Path, found: Survey, image_survey: Survey, files: list[Pa
             hint=f"pass the one you want, such as {files[0]}",
             code="format-ambiguous",
         )
-    raw = _start("coco", source, found, image_survey)
+    roboflow = any(path.name == ROBOFLOW_FILE for path in chosen.values())
+    raw = _start("roboflow" if roboflow else "coco", source, found, image_survey)
     folders = {split: raw.images or find_image_folder(path, split, found.root) for split, path in chosen.items()}
     read_coco(raw, {split: (path, folders[split]) for split, path in chosen.items()})
     return raw
 
 
 def _read_yaml(source: Path, found: Survey, image_survey: Survey, files: list[Path]) -> RawDataset:
+    files = [path for path in files if path.parent == found.root] or files
+    files = [path for path in files if path.name in DATA_YAMLS][:1] or files
     if len(files) > 1:
         names = ", ".join(str(path.relative_to(found.root)) for path in files[:3])
         raise DataError(
@@ -213,8 +219,14 @@ def _read_yaml(source: Path, found: Survey, image_survey: Survey, files: list[Pa
             hint=f"pass the one you want, such as {files[0]}",
             code="format-ambiguous",
         )
-    raw = _start("yolo", source, found, image_survey)
-    read_yolo(raw, files[0], raw.images)
+    return read_yaml_file(files[0], source, found.root, image_survey.root if image_survey is not found else None)
+
+
+def read_yaml_file(path: Path, source: Path, folder: Path, images: Path | None) -> RawDataset:
+    """Read a `data.yaml` of a dataset in `folder`, where the user named `source`."""
+    name = path.stem if path.stem not in ("data", "dataset") else ""
+    raw = new_dataset(name, "yolo", source, folder, images)
+    read_yolo(raw, path, images)
     return raw
 
 

@@ -21,7 +21,7 @@ _WORD = re.compile(r"[a-z]+")
 
 def is_coco_json(path: Path) -> bool:
     """Return whether a JSON file may be COCO and not, say, a configuration or a list of results."""
-    if path.name in (ROBOFLOW_FILE, IDS_FILE, CHANGES_FILE):
+    if path.name in (IDS_FILE, CHANGES_FILE):
         return False
     text = edges(path)
     named = any(key in text for key in (b'"images"', b'"annotations"', b'"categories"'))
@@ -29,15 +29,20 @@ def is_coco_json(path: Path) -> bool:
 
 
 def choose_coco_files(files: list[Path], root: Path) -> dict[str, Path]:
-    """Return split -> file for the COCO files below a folder: a single one as train, or a set that has a train file."""
+    """Return split -> file for the COCO files below a folder: a single one as train, or a set that has a train file.
+
+    Roboflow's files lie in the folder of their split, and need no train file.
+    """
     if len(files) == 1:
-        return {"train": files[0]}
+        split = split_of(files[0].parent.name) if files[0].name == ROBOFLOW_FILE and files[0].parent != root else None
+        return {split or "train": files[0]}
     by_kind: dict[str, dict[str, Path]] = {}
     for path in files:
         split = split_of(path.stem) or split_of_parts(path.parent.relative_to(root).parts)
         if split is not None:
             by_kind.setdefault(coco_kind(path), {}).setdefault(split, path)
-    complete = [kind for kind, members in by_kind.items() if "train" in members]
+    roboflow = coco_kind(Path(ROBOFLOW_FILE))
+    complete = [kind for kind, members in by_kind.items() if "train" in members or kind == roboflow]
     if not complete:
         return {}
     kind = next((kind for kind in complete if "instances" in kind), complete[0])

@@ -12,12 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rtdetr_cli.datasets.coco_files import ROBOFLOW_FILE, is_coco_json
 from rtdetr_cli.datasets.csv_boxes import is_box_table
-from rtdetr_cli.datasets.image_paths import SPLIT_WORDS, ImageIndex, split_of_parts
+from rtdetr_cli.datasets.image_paths import SPLIT_WORDS, ImageIndex, split_of, split_of_parts
 from rtdetr_cli.datasets.label_text import CLASS_LISTS, MAX_SMALL_BYTES, is_valid_name
 from rtdetr_cli.datasets.survey import Folder, Survey, edges
 from rtdetr_cli.errors import DataError
 
+DATA_YAMLS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 _MASKS = re.compile(r"segmentation|mask|trimap|depth", re.IGNORECASE)
 _NUMBER = rb"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
 _YOLO_LINE = re.compile(rb"\s*\d+(\.0*)?(\s+" + _NUMBER + rb"){4,}\s*", re.IGNORECASE)
@@ -60,8 +62,8 @@ def label_kinds(folders: Iterable[Folder]) -> dict[str, list[Path]]:
             "voc": folder.with_suffix("xml") if _any(folder.with_suffix("xml"), rb"<annotation[\s>]") else [],
             "yolo": texts if _is_yolo(texts) else [],
             "labelme": tables if _any(tables, rb'"shapes"\s*:') else [],
-            "coco": [path for path in tables if _is_coco(path)] if len(tables) <= _MAX_COCO_FILES else [],
-            "yaml": [path for path in folder.with_suffix("yaml", "yml") if is_yolo_yaml(path)],
+            "coco": [path for path in tables if _is_coco(path, folder)] if len(tables) <= _MAX_COCO_FILES else [],
+            "yaml": [path for path in folder.with_suffix("yaml", "yml") if _is_yolo_yaml(path, folder)],
             "csv": [path for path in folder.with_suffix("csv") if is_box_table(path)],
         }
         for kind, paths in found.items():
@@ -70,10 +72,31 @@ def label_kinds(folders: Iterable[Folder]) -> dict[str, list[Path]]:
     return kinds
 
 
-def is_yolo_yaml(path: Path) -> bool:
-    """Return whether a YAML file looks like a `data.yaml`."""
+def usual_kinds(kinds: dict[str, list[Path]], found: Survey) -> dict[str, list[Path]]:
+    """Return the formats that have label files in the usual place of their format."""
+    root = found.root
+    places = {
+        "yaml": (root,),
+        "coco": (root, root / "annotations"),
+        "voc": (root / "Annotations",),
+    }
+    return {
+        kind: files
+        for kind, files in kinds.items()
+        if any(
+            path.parent in places.get(kind, ())
+            or (path.name == ROBOFLOW_FILE and path.parent.parent == root and split_of(path.parent.name))
+            for path in files
+        )
+    }
+
+
+def _is_yolo_yaml(path: Path, folder: Folder) -> bool:
+    """Return whether a YAML file looks like a `data.yaml`, or is called so."""
     text = edges(path)
-    return re.search(rb"^names\s*:", text, re.MULTILINE) is not None and b"train" in text
+    return (not folder.parts and path.name in DATA_YAMLS) or (
+        re.search(rb"^names\s*:", text, re.MULTILINE) is not None and b"train" in text
+    )
 
 
 def datasets_below(found: Survey) -> list[Path]:
@@ -110,9 +133,13 @@ def _any(paths: list[Path], pattern: bytes) -> bool:
     return any(re.search(pattern, edges(path)) for path in _sample(paths))
 
 
-def _is_coco(path: Path) -> bool:
+def _is_coco(path: Path, folder: Folder) -> bool:
+    """Return whether a JSON file is COCO; in the usual folders a broken one will do."""
+    if folder.parts in ((), ("annotations",)):
+        return is_coco_json(path)
     text = edges(path)
-    return b'"images"' in text and (b'"annotations"' in text or b'"categories"' in text)
+    complete = b'"images"' in text and (b'"annotations"' in text or b'"categories"' in text)
+    return path.name == ROBOFLOW_FILE or (complete and is_coco_json(path))
 
 
 def _is_yolo(paths: list[Path]) -> bool:

@@ -531,6 +531,7 @@ def test_images_that_a_csv_file_does_not_name_are_reported(tmp_path: Path) -> No
 
 
 OTHER = {
+    "CVAT XML (Annotations/": ("Annotations/a.xml", "<annotations><version>1.1</version></annotations>"),
     "CVAT XML": ("annotations.xml", "<annotations><version>1.1</version><meta></meta></annotations>"),
     "Supervisely": ("ann/a.jpg.json", '{"size": {}, "objects": [{"classTitle": "nut", "points": {}}]}'),
     "Label Studio": ("export.json", '[{"annotations": [{"result": [{"value": {"rectanglelabels": ["nut"]}}]}]}]'),
