@@ -340,6 +340,18 @@ def test_a_split_without_boxes_has_no_ap(rtdetr: Rtdetr, tmp_path: Path) -> None
     assert "AP is not defined" in ran.err
 
 
+def test_false_positives_on_images_without_objects(rtdetr: Rtdetr, tmp_path: Path) -> None:
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": 80, "height": 60} for i in (1, 2)]
+    content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    found = [{"image_id": 1, "category_id": 1, "bbox": [x, 5, 10, 10], "score": 0.9} for x in (5, 25, 45)]
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    files = ("--data", tmp_path / "data.json", "--predictions", tmp_path / "results.json")
+    ran = rtdetr("eval", *files, "--split", "train")
+    assert ran.code == 0, ran.err
+    assert "2 images without objects: 1.50 false positives per image, in 1 of them" in ran.out
+
+
 def test_outputs_are_checked_before_the_work(rtdetr: Rtdetr, run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for flag in ("--save-json", "--html"):
