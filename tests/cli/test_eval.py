@@ -347,7 +347,7 @@ def test_false_positives_on_images_without_objects(rtdetr: Rtdetr, tmp_path: Pat
     (tmp_path / "data.json").write_text(json.dumps(content))
     (tmp_path / "results.json").write_text(json.dumps(found))
     files = ("--data", tmp_path / "data.json", "--predictions", tmp_path / "results.json")
-    ran = rtdetr("eval", *files, "--split", "train")
+    ran = rtdetr("eval", *files)
     assert ran.code == 0, ran.err
     assert "2 images without objects: 1.50 false positives per image, in 1 of them" in ran.out
 
