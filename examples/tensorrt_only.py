@@ -1,4 +1,4 @@
-"""Run an exported engine with TensorRT; numpy holds the images, Pillow reads them, libcudart copies them.
+"""Run an engine with TensorRT, or TensorRT for RTX; numpy holds the images, Pillow reads them, libcudart copies them.
 
     python examples/tensorrt_only.py runs/r18-mine-01/export/best.engine image.jpg
 
@@ -6,6 +6,7 @@ Class names, thresholds and the input size are in the file beside the engine: `b
 """
 
 import ctypes
+import importlib
 import json
 import os
 import sys
@@ -36,8 +37,7 @@ def detect(engine, header, path):
             raise MemoryError(f"not enough device memory for {name}")
         cuda.cudaMemcpy(pointers[name], ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), to_device)
         context.set_tensor_address(name, pointers[name].value)
-    if not context.execute_async_v3(0):
-        raise RuntimeError("TensorRT could not run the engine")
+    context.execute_async_v3(0) or sys.exit("TensorRT could not run the engine")
     for name, array in arrays.items():
         cuda.cudaMemcpy(ctypes.c_void_p(array.ctypes.data), pointers[name], ctypes.c_size_t(array.nbytes), to_host)
         cuda.cudaFree(pointers[name])
@@ -51,9 +51,9 @@ if __name__ == "__main__":
     if len(sys.argv) != 3 or not all(map(os.path.isfile, sys.argv[1:])):
         sys.exit("usage: python examples/tensorrt_only.py MODEL.engine IMAGE (with MODEL.engine.json beside it)")
     os.path.isfile(sys.argv[1] + ".json") or sys.exit(f"{sys.argv[1]}.json is missing: copy it next to the engine")
-    import tensorrt
-
     with open(sys.argv[1], "rb") as plan, open(sys.argv[1] + ".json", encoding="utf-8") as beside:
+        header = json.load(beside)
+        tensorrt = importlib.import_module("tensorrt_rtx" if "targets" in header["extra"] else "tensorrt")
         loaded = tensorrt.Runtime(tensorrt.Logger()).deserialize_cuda_engine(plan.read())
-        for name, category, score, *box in detect(loaded, json.load(beside), sys.argv[2]):
+        for name, category, score, *box in detect(loaded, header, sys.argv[2]):
             print(f"{name} ({category}) {score:.3f} [{', '.join(f'{v:.1f}' for v in box)}]")

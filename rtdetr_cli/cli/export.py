@@ -174,7 +174,9 @@ def _check_packages(formats: Sequence[str]) -> None:
         hint = "pip install 'rtdetr-cli[openvino]', or leave out --openvino"
         raise EnvironmentProblem("OpenVINO is not installed", hint=hint, code="package-missing")
     if "trt-fp16" in formats and not has_package("tensorrt"):
-        terminal.warn("TensorRT is not installed: the other files are written, but no engine is built here")
+        terminal.warn(
+            "TensorRT is not installed: no engine is built here; --rtx builds one for GeForce RTX on any machine"
+        )
 
 
 def _verification_images(verify: Path | None, model: Path, split: str) -> Dataset | Sequence[Path]:

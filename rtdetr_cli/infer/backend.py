@@ -78,6 +78,10 @@ def open_backend(
     """
     check_model_path(path)
     kind = EXPORT_SUFFIXES.get(path.suffix.lower())
+    if device == RTX_DEVICE and kind != "onnx":
+        raise UsageError(
+            f"--device {device} is for ONNX files, and {path.name} is none", hint="rtdetr export MODEL --onnx"
+        )
     if kind is None:
         import torch
 

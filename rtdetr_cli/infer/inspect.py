@@ -209,10 +209,16 @@ def _dimensions(texts: Iterable[str]) -> list[int | str]:
 
 
 def _engine(path: Path) -> dict[str, Any]:
+    from rtdetr_cli.infer.tensorrt_backend import RTX_VERSION
+
     header = read_export_header(path)
+    note = "runs only on the kind of GPU and the TensorRT version that built it"
+    if header is not None and header.extra.get("targets"):
+        version = header.extra["versions"][RTX_VERSION]
+        note = f"runs on {', '.join(header.extra['targets'])}, with version {version} of TensorRT for RTX and no other"
     return {
         "format": "TensorRT engine",
-        "note": "runs only on the kind of GPU and the TensorRT version that built it",
+        "note": note,
         "header_file": header_path(path).name if header is not None else "missing",
         "header": header,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,11 @@ def test_engine_shows_its_header(rtdetr: Callable[..., Any], shapes_model: Path,
     found = rtdetr("info", tmp_path / "m.engine", "--json").json["model"]
     assert found["format"] == "TensorRT engine"
     assert found["header"]["names"] == ["tomato", "leaf", "plum"]
+    extra = {"targets": ["sm86", "sm89"], "versions": {"tensorrt-rtx": "1.7.1"}}
+    (tmp_path / "m.engine.json").write_text(replace(read_header(shapes_model), extra=extra).to_json())
+    assert "sm86, sm89, with version 1.7.1 of TensorRT for RTX" in " ".join(
+        rtdetr("info", tmp_path / "m.engine").out.split()
+    )
 
 
 def test_safetensors_from_elsewhere(rtdetr: Callable[..., Any], tmp_path: Path) -> None:

@@ -55,6 +55,12 @@ def test_without_a_fitting_gpu(shapes_onnx: Path, tmp_path: Path, monkeypatch: p
     assert registered == [("Rtx", "librtx.so")]
 
 
+def test_files_that_are_not_onnx(shapes_model: Path, rtdetr: Callable[..., Any]) -> None:
+    ran = rtdetr("predict", shapes_model, "--weights", shapes_model, "--device", "rtx")
+    assert ran.code == 2
+    assert "--device rtx is for ONNX files" in ran.err
+
+
 def test_a_name_that_is_no_device(shapes_onnx: Path, rtdetr: Callable[..., Any]) -> None:
     ran = rtdetr("predict", shapes_onnx, "--weights", shapes_onnx, "--device", "rtx9")
     assert ran.code == 2
