@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from rtdetr_cli import documents as doc
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
-from rtdetr_cli.files import atomic_write
+from rtdetr_cli.files import atomic_write, missing_path_hint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,7 +99,7 @@ class RunFolder:
             ModelError: its `manifest.json` is damaged.
         """
         if not path.is_dir():
-            problem, hint = f"the run {path} does not exist", "--resume takes a folder under runs/"
+            problem, hint = f"the run {path} does not exist", missing_path_hint(path)
         elif (path / CONFIG).is_file() and (path / MANIFEST).is_file():
             return cls(path).checked()
         elif (path / CONFIG).is_file():
