@@ -262,7 +262,7 @@ def _read_yolo(source: Path, found: Survey, image_survey: Survey, files: list[Pa
 
 def _darknet(raw: RawDataset, found: Survey) -> tuple[Path | None, dict[str, Path]]:
     """Return the list of class names and the lists of images, which `obj.data` names if there is one."""
-    texts = {path.name: path for path in found.files("txt", "names")}
+    texts = {path.name: path for path in found.files("txt", "names", "labels")}
     lists, named = {}, None
     for path in found.files("data"):
         raw.label_paths[raw.show(path)] = path

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -220,18 +220,22 @@ def _base(dataset: RawDataset, document: dict[Any, Any], path: Path, file: str, 
     value = document.get("path")
     if not isinstance(value, str) or value in ("", ".", "./") or not is_valid_name(value):
         return home
+    named = PurePosixPath(value.replace("\\", "/")).name
+    # ultralytics has the file beside the dataset's folder, and `path: ../datasets/NAME`.
+    base, used = (
+        (home / named, f"the folder {named} beside") if named and (home / named).is_dir() else (home, "the folder of")
+    )
     for candidate in (home / value, Path(value)):
         # With the root of the disk as its folder, a dataset would search all of it for images.
         if candidate.is_dir() and candidate.resolve() != Path(candidate.resolve().anchor):
-            dataset.roots = (*dataset.roots, candidate)
-            return candidate
-    dataset.findings.add(
-        "yolo-path",
-        f"has path: {value[:200]}, which does not exist; the folder of the file is used",
-        file=file,
-        line=_line(text, "path"),
-    )
-    return home
+            base, used = candidate, ""
+            break
+    if used:
+        message = f"has path: {value[:200]}, which does not exist; {used} the file is used"
+        dataset.findings.add("yolo-path", message, file=file, line=_line(text, "path"))
+    if base != home:
+        dataset.roots = (*dataset.roots, base)
+    return base
 
 
 def _count(value: Any) -> int | None:

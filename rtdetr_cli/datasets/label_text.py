@@ -16,7 +16,10 @@ MAX_BYTES = 4 << 30
 MAX_SMALL_BYTES = 64 << 20
 """The limit for the label file of one image, a list of images or a `data.yaml`."""
 
-CLASS_LISTS = ("obj.names", "classes.txt", "labels.txt", "class_names.txt", "predefined_classes.txt")
+CLASS_LISTS = (
+    *("obj.names", "_darknet.labels", "classes.txt", "labels.txt", "class_names.txt"),
+    "predefined_classes.txt",
+)
 """Files with one class name per line."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 

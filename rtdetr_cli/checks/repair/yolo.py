@@ -102,7 +102,7 @@ def _plan_yaml(plan: Plan) -> None:
             for node in value.value if isinstance(value, yaml.SequenceNode) else (value,):
                 if not isinstance(key, yaml.ScalarNode) or not isinstance(node, yaml.ScalarNode):
                     continue
-                new = _inside_copy(key.value, node.value, base)
+                new = _inside_copy(key.value, node.value, base, path.parent)
                 if new != node.value:
                     why = "the copy's files are next to its data.yaml"
                     edits.append((node.start_mark.index, node.end_mark.index, new))
@@ -115,9 +115,11 @@ def _plan_yaml(plan: Plan) -> None:
                 plan.repaired.add(i)
 
 
-def _inside_copy(key: str, value: str, base: Path) -> str:
+def _inside_copy(key: str, value: str, base: Path, home: Path) -> str:
+    """Return a value of the file in the folder `home` that leads to the copy; other splits' paths start from `base`."""
     if key == "path":
-        return value if value in ("", ".", "./", "null", "~") else "."
+        inside = os.path.relpath(base.absolute(), home.absolute())
+        return value if value in ("", ".", "./", "null", "~") else "." if inside.startswith("..") else inside
     if any(key in keys for keys in SPLIT_KEYS.values()) and os.path.isabs(value):
         inside = os.path.relpath(normpath(value), normpath(base.absolute()))
         return value if inside.startswith("..") else inside

@@ -249,6 +249,19 @@ SPLIT = {  # layouts that keep train and val
         ),
     ),
     "darknet": ("yolo", darknet),
+    "darknet from Roboflow": (
+        "yolo",
+        pairs("{split}/{stem}.jpg", "{split}/{stem}.txt", yolo_text, train___darknet_dot_labels=NAMES),
+    ),
+    "yaml beside a folder, with the path of another machine": (
+        "yolo",
+        pairs(
+            "nuts/images/{split}/{stem}.jpg",
+            "nuts/labels/{split}/{stem}.txt",
+            yolo_text,
+            nuts_dot_yaml="path: ../datasets/nuts\ntrain: images/train\nval: images/val\nnames: [bolt, nut]\n",
+        ),
+    ),
     "yaml in a folder of its own": (
         "yolo",
         pairs(
@@ -308,6 +321,16 @@ WHOLE = {  # layouts without splits
     "voc capital suffixes": ("voc", pairs("JPEGImages/{stem}.JPG", "Annotations/{stem}.XML", voc_xml)),
     "voc deep images": ("voc", pairs("a/b/{stem}.jpg", "annotations/{stem}.xml", voc_xml)),
     "yolo": ("yolo", pairs("images/{stem}.jpg", "labels/{stem}.txt", yolo_text, classes_dot_txt=NAMES)),
+    "yolo from Label Studio": (
+        "yolo",
+        pairs(
+            "images/{stem}.jpg",
+            "labels/{stem}.txt",
+            yolo_text,
+            classes_dot_txt=NAMES,
+            notes_dot_json=json.dumps({"categories": [{"id": 0, "name": "bolt"}], "info": {"year": 2026}}),
+        ),
+    ),
     "yolo with capital folders": (
         "yolo",
         pairs("Images/{stem}.JPG", "Labels/{stem}.txt", yolo_text, obj_dot_names=NAMES),
@@ -808,9 +831,9 @@ def test_blood_cells_in_every_layout(
     assert raw.format == form
     assert sum(len(split) for split in raw.splits.values()) == len(data)
     for path in root.rglob("*"):
-        if path.name in ("classes.txt", "obj.names"):
+        if path.name in ("classes.txt", "obj.names", "_darknet.labels"):
             path.write_text("Platelets\nRBC\nWBC\n")
-        elif path.name == "data.yaml":
+        elif path.suffix == ".yaml":
             path.write_text(path.read_text().replace("[bolt, nut]", "[Platelets, RBC, WBC]"))
     found = content(load_splits(root))
     assert merged(found) == merged(expected(data))
