@@ -292,7 +292,15 @@ def _print_metrics(document: dict[str, Any], model: str, interval: Interval | No
     )
     if interval is not None:
         terminal.out(f"AP {interval}")
-    terminal.table(METRICS, [[document["metrics"][name] for name in METRICS]])
+    dedupe = document["dedupe"]
+    rows = [[document["metrics"][name] for name in METRICS]]
+    titles = list(METRICS)
+    if dedupe["without"] is not None:
+        titles = ["duplicates", *METRICS]
+        rows = [[f"rescored ({dedupe['gamma']:g})", *rows[0]], ["as they are", *map(dedupe["without"].get, METRICS)]]
+    terminal.table(titles, rows)
+    if dedupe["gamma"] and dedupe["without"] is None:
+        terminal.out(f"duplicates are rescored in the graph (gamma {dedupe['gamma']:g})")
     rates = ("AP", "AP50", "precision", "recall", "f1", "threshold")
     with_boxes = [row for row in classes if row["boxes"]]
     rows = [[row[key] for key in ("name", "boxes", *rates, "APs", "APm", "APl")] for row in with_boxes]
@@ -351,6 +359,9 @@ def _print_errors(errors: dict[str, Any]) -> None:
         f"errors are counted at {errors['thresholds']['origin']}; gains are over all detections; missed leaves out "
         "objects that a classification or location error accounts for"
     )
+    if (before := errors["duplicates_without_dedupe"]) is not None:
+        left = next(row["count"] for row in errors["kinds"] if row["kind"] == "duplicate")
+        terminal.out(f"{counted(left, 'duplicate')} left, {before} without rescoring")
     if most := errors["duplicates"]:
         terminal.out(
             f"a score of at least {most['score']:.3f} removes {most['removed']} of {counted(most['of'], 'duplicate')} "

@@ -136,6 +136,7 @@ def evaluate_model(
         "layers": layers or header.layers or None,
         "queries": queries or header.queries,
         "sampling": header.sampling,
+        "dedupe": backend.dedupe,
     }
     flags = {"--layers": layers, "--queries": queries, "--imgsz": "x".join(map(str, imgsz or ()))}
     if overrides.get("dedupe") is not None:

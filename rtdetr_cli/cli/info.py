@@ -137,6 +137,9 @@ def _family_rows(family: dict[str, Any]) -> list[tuple[str, object]]:
 
 
 def _header_rows(header: dict[str, Any]) -> list[tuple[str, object]]:
+    from rtdetr_cli.infer.duplicates import describe_dedupe
+    from rtdetr_cli.weights.header import Dedupe
+
     names, ids = header["names"], header["category_ids"]
     sampling = header["sampling"]
     if sampling == "discrete":
@@ -150,6 +153,7 @@ def _header_rows(header: dict[str, Any]) -> list[tuple[str, object]]:
         ("decoder layers", header["layers"]),
         ("queries", header["queries"]),
         ("sampling", sampling),
+        ("duplicates", describe_dedupe(Dedupe(**header["dedupe"]) if header.get("dedupe") else None)),
         ("thresholds", _thresholds(header["thresholds"], names)),
     ]
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.unexpected import remember_run
+from rtdetr_cli.infer.duplicates import describe_dedupe
+from rtdetr_cli.infer.selection import describe_thresholds
 from rtdetr_cli.text import abbreviate, counted, printable_lines
 
 if TYPE_CHECKING:
@@ -80,6 +83,8 @@ def render(events: Iterator[Event], *, as_json: bool = False, result_on_stdout: 
                         "best_epoch": event.best_epoch + 1,
                         "epochs": event.epochs,
                         "stopped": event.reason,
+                        "dedupe": None if event.dedupe is None else asdict(event.dedupe),
+                        "thresholds": None if event.thresholds is None else asdict(event.thresholds),
                         "seconds": round(event.seconds, 1),
                         "explanation": event.explanation or None,
                         "already_finished": event.already_finished,
@@ -265,6 +270,10 @@ def _show_result(event: RunFinished) -> None:
     best_epoch = f"{event.best_epoch + 1} of {event.epochs}"
     metrics = [event.metrics.get(name) for name in METRICS]
     terminal.table((*METRICS, "best epoch", "time"), [(*metrics, best_epoch, terminal.duration(event.seconds))])
+    if event.dedupe is not None:
+        terminal.out(f"duplicates  {describe_dedupe(event.dedupe)}")
+    if event.thresholds is not None:
+        terminal.out(f"threshold  {describe_thresholds(event.thresholds)}")
     terminal.out(f"best  {event.best}")
     if event.page is not None:
         terminal.say(f"report  {event.page}")

@@ -150,6 +150,12 @@ class ErrorAnalysis:
         }
 
     @cached_property
+    def duplicates_without_dedupe(self) -> int | None:
+        """How many duplicates there are at the same thresholds without rescoring; None where that is not known."""
+        before = self.evaluation.without_dedupe
+        return None if before is None else analyze_errors(before, self.thresholds.tolist()).counts["duplicate"]
+
+    @cached_property
     def images(self) -> list[ImageErrors]:
         """The counts of each image, in the order of the dataset."""
         dataset, image_index = self.evaluation.dataset, self.evaluation.table.image_index
@@ -265,6 +271,7 @@ class ErrorAnalysis:
             "suspects": suspects,
         }
         document["duplicates"] = self.duplicate_threshold
+        document["duplicates_without_dedupe"] = self.duplicates_without_dedupe
         document["confusion"] = {"names": [*names, "nothing"], "matrix": self.confusion.tolist()}
         return document
 

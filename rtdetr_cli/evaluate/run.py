@@ -35,6 +35,8 @@ class Evaluation:
         notes: what a reader must know: mapped classes, dropped detections, a split without boxes.
         unreadable: (file name, reason) of the images that were left out.
         seconds: spent in the network and in total; empty for detections from a file.
+        dedupe: the gamma that duplicates were rescored with, 0 for none.
+        without_dedupe: the same without rescoring; None without any, or where an exported graph rescores.
     """
 
     dataset: Dataset
@@ -44,6 +46,8 @@ class Evaluation:
     notes: tuple[str, ...] = ()
     unreadable: tuple[tuple[str, str], ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    dedupe: float = 0.0
+    without_dedupe: Evaluation | None = None
 
     @property
     def metrics(self) -> dict[str, float | None]:
@@ -117,6 +121,8 @@ class Evaluation:
             "notes": list(self.notes),
             "unreadable": [{"file": name, "reason": reason} for name, reason in self.unreadable],
         }
+        before = self.without_dedupe
+        document["dedupe"] = {"gamma": self.dedupe, "without": None if before is None else dict(before.metrics)}
         if self.seconds:
             document["seconds"] = dict(self.seconds)
         if self.thresholds is not None:
@@ -148,6 +154,17 @@ def evaluate_table(
     if dataset.crowd.all():
         notes = (*notes, f"the {dataset.split} split of {dataset.name} has no boxes, so AP is not defined")
     return Evaluation(dataset, table, result, notes=notes)
+
+
+def rescore_evaluation(evaluation: Evaluation, gamma: float, overlap: NDArray[np.float64] | None = None) -> Evaluation:
+    """Evaluate the same detections with the scores of duplicates lowered.
+
+    `overlap` is the table's `overlap_with_better`, where it is known.
+    """
+    overlap = evaluation.table.overlap_with_better() if overlap is None else overlap
+    table = evaluation.table.rescored(gamma, overlap)
+    result = coco_metrics(evaluation.dataset, table, evaluator=evaluation.coco.evaluator)
+    return replace(evaluation, table=table, coco=result, dedupe=gamma, without_dedupe=evaluation)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -207,7 +224,8 @@ def evaluate(
 ) -> Evaluation:
     """Run a model over a split and evaluate its detections.
 
-    Images that cannot be read are left out, counted and named; classes are mapped by name.
+    Images that cannot be read are left out, counted and named; classes are mapped by name. Where the backend rescores
+    duplicates, and not inside a graph, the evaluation without rescoring is kept as well.
 
     Raises:
         DataError: the split is empty, no image can be read, or no class has the same name.
@@ -215,11 +233,20 @@ def evaluate(
     require_images(dataset)
     classes = map_classes(backend.header.names, dataset)
     start = time.perf_counter()
-    detections = detect(backend, dataset, batch=batch, progress=progress)
+    gamma = backend.dedupe
+    if not backend.dedupe_in_graph:
+        backend.dedupe = 0.0
+    try:
+        detections = detect(backend, dataset, batch=batch, progress=progress)
+    finally:
+        backend.dedupe = gamma
     seconds = time.perf_counter() - start
-    return evaluate_detections(
+    evaluation = evaluate_detections(
         dataset, detections, classes, seconds=seconds, thresholds=backend.header.thresholds, evaluator=evaluator
     )
+    if not gamma or backend.dedupe_in_graph:
+        return replace(evaluation, dedupe=gamma)
+    return rescore_evaluation(evaluation, gamma)
 
 
 def evaluate_detections(

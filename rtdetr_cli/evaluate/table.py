@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from rtdetr_cli import boxes
 from rtdetr_cli.infer.detections import Detections
 
 
@@ -56,6 +57,18 @@ class DetectionTable:
     def rows(self, keep: NDArray[np.bool_] | NDArray[np.int64]) -> DetectionTable:
         """Return the rows selected by a mask or by positions."""
         return DetectionTable(self.image_index[keep], self.labels[keep], self.scores[keep], self.boxes_xyxy_px[keep])
+
+    def overlap_with_better(self) -> NDArray[np.float64]:
+        """Return (D,) the highest IoU of each row with a better one of its image and class; rows as from `join`."""
+        starts = np.flatnonzero(np.diff(self.image_index, prepend=-1))
+        overlap = np.zeros(len(self))
+        for start, end in zip(starts, [*starts[1:], len(self)], strict=True):
+            overlap[start:end] = boxes.overlap_with_better(self.boxes_xyxy_px[start:end], self.labels[start:end])
+        return overlap
+
+    def rescored(self, gamma: float, overlap: NDArray[np.float64]) -> DetectionTable:
+        """Return the rows with the scores of duplicates lowered, see `boxes.rescore_duplicates`."""
+        return self.join([replace(self, scores=boxes.rescore_duplicates(self.scores, overlap, gamma))])
 
     def in_dataset_labels(self, label_map: NDArray[np.int64] | None) -> tuple[DetectionTable, int, int]:
         """Return a model's finite detections of the dataset's classes, in the dataset's labels.

@@ -16,6 +16,7 @@ from rtdetr_cli.errors import RtdetrError, UsageError
 from rtdetr_cli.evaluate.classes import map_classes
 from rtdetr_cli.evaluate.matching import FALSE_POSITIVE, TRUE_POSITIVE, Matches
 from rtdetr_cli.evaluate.table import DetectionTable
+from rtdetr_cli.text import abbreviate
 from rtdetr_cli.weights.binding import rebind_thresholds
 from rtdetr_cli.weights.header import EXPORT_SUFFIXES, ModelHeader, Thresholds, read_header, rewrite_header
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from rtdetr_cli.evaluate.run import Evaluation
 
 EXPORT_ORIGINAL = "export-original"
+MIN_BOXES = 30
+"""A threshold of its own needs this many boxes of a class: F1 on fewer is decided by single detections."""
 USEFUL_F1, USEFUL_RECALL = 0.1, 0.01  # a class whose best threshold gives less is named in a warning
 
 
@@ -160,12 +163,12 @@ def parse_target(text: str) -> float:
 
 
 def calibrate(
-    dataset: Dataset, table: DetectionTable, matches: Matches, target: str
+    dataset: Dataset, table: DetectionTable, matches: Matches, target: str, *, min_boxes: int = MIN_BOXES
 ) -> tuple[Thresholds, tuple[str, ...]]:
     """Find the score threshold for each class and for all classes together; see `ScoreCurve.best_point`.
 
-    A class that is not in the split, or never detected, gets the overall threshold. The notes say where the target was
-    not met, and name the classes that `f1` cannot serve.
+    A class with fewer than `min_boxes` boxes in the split, or that is never detected, gets the overall threshold. The
+    notes say where the target was not met, and name the classes that `f1` cannot serve.
 
     Raises:
         UsageError: there is no such target.
@@ -188,7 +191,13 @@ def calibrate(
         notes.append("no object of the split was detected at any score; the threshold stays 0.5")
     per_class: list[float] = []
     weak: list[str] = []
+    rare: list[str] = []
+    counts = np.bincount(dataset.labels[matches.counted[0]], minlength=len(dataset.names)).tolist()
     for label, name in enumerate(dataset.names):
+        if 0 < counts[label] < min_boxes:
+            per_class.append(overall)
+            rare.append(f"{name} ({counts[label]})")
+            continue
         point = point_of(label, name)
         per_class.append(overall if point.threshold is None else point.threshold)
         if point.threshold is None:
@@ -196,6 +205,10 @@ def calibrate(
             notes.append(f"{name} {reason} in the split: it gets the overall threshold")
         elif not precision and ((point.f1 or 0) < USEFUL_F1 or (point.recall or 0) < USEFUL_RECALL):
             weak.append(name)
+    if rare:
+        notes.append(
+            f"fewer than {min_boxes} boxes in the split, so the overall threshold is used for {abbreviate(rare)}"
+        )
     if weak:
         notes.append(
             f"{', '.join(weak)}: even the best threshold gives an F1 below {USEFUL_F1:g} or detects fewer than "
@@ -249,7 +262,7 @@ def calibrate_model(
         The thresholds in the labels of the dataset, notes for people, and the model's new header.
     """
     thresholds, notes = calibrate(evaluation.dataset, evaluation.table, evaluation.matches, target)
-    used = replace(thresholds, imgsz=imgsz, layers=layers, queries=queries)
+    used = replace(thresholds, imgsz=imgsz, layers=layers, queries=queries, dedupe=evaluation.dedupe)
     header = store_thresholds(path, used, map_classes(class_names, evaluation.dataset).labels)
     return thresholds, notes, header
 
@@ -271,15 +284,23 @@ def check_calibration(target: str, split: str) -> None:
 
 
 def store_thresholds(path: Path, thresholds: Thresholds, label_map: NDArray[np.int64] | None) -> ModelHeader:
-    """Write thresholds, in the labels of a dataset, into a model's header, and return it.
+    """Write thresholds, in the labels of a dataset, into a model's header, and return it; see `in_model_order`.
 
-    The tensors and the identity stay the same. `label_map` is as in `classes.ClassMap`; a class that the dataset does
-    not have gets the overall threshold.
+    The tensors and the identity stay the same.
     """
-    if label_map is not None:
-        per_class = tuple(thresholds.per_class[k] if k >= 0 else thresholds.overall for k in label_map.tolist())
-        thresholds = replace(thresholds, per_class=per_class)
+    thresholds = in_model_order(thresholds, label_map)
     return rewrite_header(path, rebind_thresholds(replace(read_header(path), thresholds=thresholds)))
+
+
+def in_model_order(thresholds: Thresholds, label_map: NDArray[np.int64] | None) -> Thresholds:
+    """Return thresholds, in the labels of a dataset, in those of a model.
+
+    `label_map` is as in `classes.ClassMap`; a class that the dataset does not have gets the overall threshold.
+    """
+    if label_map is None:
+        return thresholds
+    per_class = tuple(thresholds.per_class[k] if k >= 0 else thresholds.overall for k in label_map.tolist())
+    return replace(thresholds, per_class=per_class)
 
 
 def export_folders(path: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import numpy as np
 from rtdetr_cli.boxes import overlap_with_better, rescore_duplicates
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.infer.detections import Detections
+from rtdetr_cli.weights.header import Dedupe
 
 LARGEST_GAMMA = 100.0
 
@@ -35,6 +36,18 @@ def parse_dedupe(value: float | str | None) -> float | None:
 def gamma_word(gamma: float) -> str:
     """Return a gamma as `--dedupe` takes it."""
     return f"{gamma:g}" if gamma else "off"
+
+
+def describe_dedupe(dedupe: Dedupe | None) -> str:
+    """Return how a model rescores duplicates, and what that gained, in words."""
+    if dedupe is None:
+        return "not rescored, as published"
+    text = f"rescored (gamma {dedupe.gamma:g})" if dedupe.gamma else "not rescored"
+    if dedupe.ap is None or dedupe.ap_off is None:
+        return text
+    if not dedupe.gamma:
+        return f"{text}: it did not raise AP on val ({dedupe.ap_off:.3f})"
+    return f"{text}: AP on val {dedupe.ap:.3f}, without {dedupe.ap_off:.3f}"
 
 
 def rescore(detections: Detections, gamma: float) -> Detections:

@@ -14,7 +14,7 @@ from rtdetr_cli.errors import UsageError
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.duplicates import gamma_word
 from rtdetr_cli.text import counted
-from rtdetr_cli.weights.header import ModelHeader
+from rtdetr_cli.weights.header import ModelHeader, Thresholds
 
 DEFAULT_THRESHOLD = 0.5
 
@@ -84,10 +84,18 @@ def select_by(
         return Selection(labels=labels, max_det=max_det, description=description)
     per_class = np.array(stored.per_class, np.float32)
     if len(per_class) != len(header.names) or not len(per_class):
-        return Selection(stored.overall, None, labels, max_det, f"{stored.overall:.3f} (stored for {stored.target})")
-    span = f"{per_class.min():.3f} to {per_class.max():.3f}" if len(per_class) > 1 else f"{per_class[0]:.3f}"
-    description = f"{span} (stored per class for {stored.target})"
-    return Selection(stored.overall, per_class, labels, max_det, description)
+        stored = replace(stored, per_class=())
+    description = f"{describe_thresholds(stored)}, stored in the model"
+    return Selection(stored.overall, per_class if stored.per_class else None, labels, max_det, description)
+
+
+def describe_thresholds(thresholds: Thresholds) -> str:
+    """Return the thresholds of a model and what they are for, in words."""
+    target = "best F1" if thresholds.target == "f1" else thresholds.target.replace("=", " ")
+    values = thresholds.per_class or (thresholds.overall,)
+    if max(values) - min(values) < 1e-9:
+        return f"{values[0]:.3f} ({target})"
+    return f"{min(values):.3f} to {max(values):.3f} by class ({target})"
 
 
 def overlaps(detections: Detections, iou_above: float = 0.7) -> int:

@@ -57,7 +57,7 @@ class Trainer:
         folder: where `metrics.csv` and `last.ckpt` go.
         evaluate_model: measures a model on the val split without changing it, and its `SAMPLE_LOSSES`; the evaluation
             behind the metrics is None in all processes but the main one.
-        write_best: writes the model to deploy, with its metrics and epoch.
+        write_best: writes the model to deploy, with its evaluation and epoch; called in the main process.
         stop: set by a signal; the current step is finished and saved.
         seed: of the run.
         patience: evaluated epochs without a better score before training stops; 0 for never.
@@ -74,7 +74,7 @@ class Trainer:
     plan: Plan
     folder: RunFolder
     evaluate_model: Callable[[nn.Module], tuple[Metrics, Evaluation | None]]
-    write_best: Callable[[nn.Module, Metrics, int], None]
+    write_best: Callable[[nn.Module, Evaluation, int], None]
     stop: StopFlag
     seed: int
     patience: int
@@ -110,9 +110,9 @@ class Trainer:
             if not epoch_complete:
                 continue  # training went back to a checkpoint, perhaps of an earlier epoch
             metrics, evaluation, improved = yield from self._evaluate()
-            if improved and is_main:
+            if improved and evaluation is not None:
                 with explain_write_failure(self.folder.path, str(self.folder.best)):
-                    self.write_best(self.learner.average.module, metrics or {}, progress.epoch)
+                    self.write_best(self.learner.average.module, evaluation, progress.epoch)
             yield from self._end_epoch(metrics, evaluation, improved)
         yield TrainingDone(progress.finished or "done", progress.epoch, progress.best_score, progress.best_epoch)
 

@@ -11,6 +11,7 @@ from rtdetr_cli.datasets.records import Splits
 from rtdetr_cli.train.events import TrainingEvent
 from rtdetr_cli.train.explain import Choice
 from rtdetr_cli.train.plan import Plan
+from rtdetr_cli.weights.header import Dedupe, Thresholds
 from rtdetr_cli.weights.transfer import TransferTable
 
 
@@ -50,6 +51,8 @@ class RunFinished:
     epochs: int  # trained in total
     reason: str  # `done` or `patience`
     seconds: float  # of the run, with what happened before it was resumed
+    dedupe: Dedupe | None = None  # how the model rescores duplicates; None for a run of an earlier version
+    thresholds: Thresholds | None = None  # that `predict` uses
     explanation: str = ""  # with `--overfit`, why AP stayed below 0.9
     page: Path | None = None  # the HTML report
     val_loss: str = ""  # where the val loss stopped improving, in a sentence

@@ -22,6 +22,8 @@ from rtdetr_cli.config.run import NAMED, RunConfig, resolve_run
 from rtdetr_cli.config.settings import PUBLISHED_WEIGHTS
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 from rtdetr_cli.evaluate.coco import METRICS
+from rtdetr_cli.evaluate.post_processing import fit_post_processing
+from rtdetr_cli.evaluate.run import Evaluation
 from rtdetr_cli.infer.torch_backend import choose_device
 from rtdetr_cli.runs import CONFIG, RunFolder, nearest_existing, refuse_existing, timestamp
 from rtdetr_cli.train.checkpoint import load_checkpoint, promote_previous
@@ -175,10 +177,10 @@ def _train(
     # Only now, since each process has to measure alone how much fits into its memory.
     learner = prepared.learner.with_synchronized_norms()
 
-    def write_best(model: nn.Module, metrics: Mapping[str, float | None], epoch: int) -> None:
-        known = {name: value for name in METRICS if (value := metrics.get(name)) is not None}
-        header = replace(prepared.header, metrics=known, extra={**prepared.header.extra, "epoch": epoch + 1})
-        save_model(folder.best, model.state_dict(), header)
+    def write_best(model: nn.Module, evaluation: Evaluation, epoch: int) -> None:
+        assert recorder is not None
+        header, recorder.best = fit_post_processing(prepared.header, evaluation)
+        save_model(folder.best, model.state_dict(), replace(header, extra={**header.extra, "epoch": epoch + 1}))
 
     if settings.compile:
         compile_parts(learner.model)
@@ -344,6 +346,8 @@ def _run_finished(folder: RunFolder, reason: str, began: float, **more: Any) -> 
         best_epoch=int(header.extra.get("epoch", 0)) - 1,
         epochs=len(folder.metrics()),
         reason=reason,
+        dedupe=header.dedupe,
+        thresholds=header.thresholds,
         seconds=time.monotonic() - began,
         page=folder.report if folder.report.is_file() else None,
         val_loss=val_loss_note(folder.metrics()),

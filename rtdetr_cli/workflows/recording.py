@@ -44,6 +44,7 @@ class Recorder:
     """Records the events of the training loop in the main process of a run.
 
     Attributes:
+        best: the evaluation of the best model so far, with its rescoring; None until this process has one.
         explanation: once training is done, why `--overfit` fell short; empty if it did not.
     """
 
@@ -54,7 +55,7 @@ class Recorder:
         self._prepared, self._folder = prepared, folder
         # With --overfit the training set repeats a few images, which the val set has once.
         self._train_set = replace(prepared.val_set, split="train") if settings.overfit else prepared.train_set
-        self._best: Evaluation | None = None
+        self.best: Evaluation | None = None
         self._slow_loader_reported = False
         self._seconds: list[float] = []
         self._loader_shares: list[float] = []
@@ -91,8 +92,6 @@ class Recorder:
     def _record_epoch(self, event: EpochDone) -> None:
         self._seconds.append(event.seconds)
         self._loader_shares.append(event.loader_share)
-        if event.improved:
-            self._best = event.evaluation
         # The first epoch of a process waits for the loader to start.
         slow = event.loader_share > SLOW_LOADER_SHARE and len(self._seconds) > 1
         if slow and not self._slow_loader_reported:
@@ -117,7 +116,7 @@ class Recorder:
         self._draw(plots.CURVES, lambda: self._draw_curves(event.best_epoch))
         self._draw("the report", lambda: self._write_report(event))
         images = [self._path(name) for name in (plots.LABELS, plots.BATCH, plots.CURVES, plots.PREDICTIONS)]
-        self._loggers.finish(self._best.metrics if self._best is not None else {}, images)
+        self._loggers.finish(self.best.metrics if self.best is not None else {}, images)
 
     def _draw_labels(self) -> None:
         plots.save(plots.labels_figure(self._train_set, self._prepared.config.imgsz), self._path(plots.LABELS))
@@ -134,15 +133,15 @@ class Recorder:
 
     def _write_report(self, event: TrainingDone) -> None:
         prepared, batch = self._prepared, self._path(plots.BATCH)
-        if self._best is None and self._folder.best.is_file():
+        if self.best is None and self._folder.best.is_file():
             # The best epoch was trained by an earlier process, before the run was interrupted.
             model, header = load_model(self._folder.best)
-            self._best = evaluate(TorchBackend(model, header, device=prepared.learner.device), prepared.val_set)
+            self.best = evaluate(TorchBackend(model, header, device=prepared.learner.device), prepared.val_set)
         predictions = None
-        if self._best is not None:
-            threshold = self._best.best.threshold
+        if self.best is not None:
+            threshold = self.best.best.threshold
             predictions = plots.predictions_image(
-                self._best.dataset, self._best.table, threshold=0.5 if threshold is None else threshold
+                self.best.dataset, self.best.table, threshold=0.5 if threshold is None else threshold
             )
             plots.save(predictions, self._path(plots.PREDICTIONS))
         write_report(
@@ -151,7 +150,7 @@ class Recorder:
             epochs=prepared.plan.epochs,
             choices=prepared.choices,
             best_epoch=event.best_epoch + 1,
-            evaluation=self._best,
+            evaluation=self.best,
             data={
                 "name": prepared.splits.name,
                 "training images": f"{len(self._train_set):,}",

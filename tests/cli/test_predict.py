@@ -36,7 +36,7 @@ def test_one_image(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, im
     assert "shapes_00.png  192x256 px  " in line
     assert line.endswith(" ms")
     assert "annotated image runs/predict-01/shapes_00.png" in ran.err
-    assert "conf 0.450 to 0.550 (stored per class for f1)" in ran.err
+    assert "conf 0.450 to 0.550 by class (best F1), stored in the model" in ran.err
     assert ran.err.endswith(f"next: rtdetr benchmark {shapes_onnx}\n")
     drawn = read_image(here / "runs/predict-01/shapes_00.png")
     original = read_image(images / "shapes_00.png")

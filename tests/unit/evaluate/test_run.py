@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.evaluate.run import evaluate, evaluate_table
+from rtdetr_cli.images.decode import read_image, stretch
+from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.weights.header import ModelHeader, Thresholds
 
@@ -23,6 +26,7 @@ class Oracle:
     kind = "torch"
     fixed_batch = None
     imgsz = (64, 96)
+    dedupe_in_graph = False
 
     def __init__(self, dataset: Dataset, names: tuple[str, ...] = NAMES, thresholds: Thresholds | None = None) -> None:
         self.dataset = dataset
@@ -30,6 +34,7 @@ class Oracle:
         self.header = ModelHeader(names, tuple(range(len(names))), self.imgsz, thresholds=thresholds)
         self.batches: list[int] = []
         self.gives_nan = False
+        self.dedupe = 0.0
 
     def run(self, images: np.ndarray, sizes_wh: np.ndarray) -> list[Detections]:
         assert images.shape[1:] == (*self.imgsz, 3)
@@ -135,3 +140,19 @@ def test_pycocotools_replaces_a_missing_hotcoco_with_a_note(make: Any, monkeypat
     assert evaluation.coco.evaluator == "pycocotools"
     assert evaluation.metrics == pytest.approx(expected)
     assert any("TIDE" in note for note in evaluation.notes)
+
+
+def test_the_evaluation_with_and_without_rescoring_of_duplicates(shapes_model: Path, shapes_data: Path) -> None:
+    val = load_splits(shapes_data, split_single=False).val
+    assert val is not None
+    backend = open_backend(shapes_model, device="cpu", dedupe=8.0)
+    evaluation = evaluate(backend, val)
+    assert backend.dedupe == evaluation.dedupe == 8.0
+    image, size_wh = read_image(val.path(0)), val.sizes_wh[:1].astype(np.int64)
+    (shown,) = backend.run(stretch(image, backend.imgsz)[None], size_wh)
+    rows = evaluation.table.rows(evaluation.table.image_index == 0)
+    assert rows.scores == pytest.approx(shown.scores, abs=1e-5)
+    assert evaluation.without_dedupe is not None
+    published = evaluate(open_backend(shapes_model, device="cpu"), val)
+    assert evaluation.without_dedupe.metrics == published.metrics
+    assert published.without_dedupe is None

@@ -19,7 +19,9 @@ from rtdetr_cli.errors import EnvironmentProblem, ModelError, UsageError
 from rtdetr_cli.images.decode import read_image, stretch
 from rtdetr_cli.infer.backend import check_model_path, name_classes, open_backend
 from rtdetr_cli.infer.detections import Detections
+from rtdetr_cli.infer.duplicates import parse_dedupe
 from rtdetr_cli.infer.graph import finish_raw
+from rtdetr_cli.weights.binding import read_export_header, write_export_header
 
 SCORE, PIXELS = 1e-4, 0.05  # differences of float32 summation order
 
@@ -192,6 +194,40 @@ def test_options_that_do_not_apply_to_a_graph(tmp_path: Path, options: dict[str,
     path = foreign_graph(tmp_path / "foreign.onnx")
     with pytest.raises(UsageError, match=message):
         open_backend(path, **options)  # type: ignore[arg-type]
+
+
+def test_duplicates_are_rescored_after_a_graph_that_does_not_do_it(tmp_path: Path) -> None:
+    path = foreign_graph(tmp_path / "foreign.onnx")
+    grey, size = np.full((1, 64, 96, 3), 51, np.uint8), np.array([[200, 100]])
+    (before,) = open_backend(path).run(grey, size)
+    backend = open_backend(path, dedupe=1.0)
+    (after,) = backend.run(grey, size)
+    # The boxes of class 7 have an IoU of 1/4: the weaker one, 0.125, loses a quarter.
+    assert before.scores == pytest.approx([0.25, 0.2, 0.125], abs=1e-3)
+    assert after.scores == pytest.approx([0.25, 0.2, 0.09375], abs=1e-3)
+    assert (backend.dedupe, backend.dedupe_in_graph, backend.header.dedupe_gamma) == (1.0, False, 1.0)
+
+
+def test_a_graph_that_rescores_duplicates_cannot_be_changed(tmp_path: Path, shapes_onnx: Path) -> None:
+    path = tmp_path / "with_gamma.onnx"
+    shutil.copy(shapes_onnx, path)
+    header = read_export_header(path)
+    assert header is not None
+    write_export_header(path, header.with_dedupe(8.0))
+    backend = open_backend(path, dedupe=8.0)
+    assert (backend.dedupe, backend.dedupe_in_graph) == (8.0, True)
+    for gamma, shown in ((4.0, "--dedupe 4"), (0.0, "--dedupe off")):
+        with pytest.raises(UsageError, match=f"{shown} does not apply to with_gamma.onnx.*exported with 8") as caught:
+            open_backend(path, dedupe=gamma)
+        assert caught.value.hint == f"rtdetr export MODEL {shown}"
+
+
+@pytest.mark.parametrize(("value", "gamma"), [(None, None), ("off", 0.0), (0, 0.0), ("8", 8.0), (2.5, 2.5)])
+def test_values_of_dedupe(value: float | str | None, gamma: float | None) -> None:
+    assert parse_dedupe(value) == gamma
+    for wrong in ("on", "", "-1", "nan", "inf", "1e9"):
+        with pytest.raises(UsageError, match="neither off nor a number"):
+            parse_dedupe(wrong)
 
 
 def test_sampling_of_our_own_model_cannot_be_changed(tmp_path: Path, shapes_model: Path) -> None:

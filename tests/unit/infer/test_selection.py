@@ -46,12 +46,28 @@ def test_thresholds(conf: float | str, thresholds: Thresholds | None, scores: li
 
 
 @pytest.mark.parametrize(
+    ("thresholds", "description"),
+    [
+        (Thresholds("f1", 0.2, (0.25,) * 4), "0.250 (best F1), stored in the model"),
+        (Thresholds("f1", 0.2, ()), "0.200 (best F1), stored in the model"),
+        (Thresholds("precision=0.9", 0.2, (0.95, 0.4, 0.3, 0.05)), "0.050 to 0.950 by class (precision 0.9), stored"),
+        (None, "0.5 (no thresholds stored in the model)"),
+    ],
+)
+def test_the_threshold_in_use_is_described(thresholds: Thresholds | None, description: str) -> None:
+    assert select_by(header(thresholds=thresholds)).description.startswith(description)
+    assert select_by(header(thresholds=thresholds), conf="0.5").description == "0.5"
+
+
+@pytest.mark.parametrize(
     ("stored", "expected"),
     [
         ({}, None),
         ({"imgsz": (640, 640), "layers": 6, "queries": 300}, None),
         ({"imgsz": (480, 640)}, ("480x640 and are used at 640x640,", "--imgsz 640x640")),
         ({"layers": 1, "queries": 300}, ("1 layer and are used at 6 layers,", "--layers 6")),
+        ({"dedupe": 0.0}, None),
+        ({"dedupe": 8.0}, ("calibrated at --dedupe 8 and are used at --dedupe off,", "--dedupe off")),
         ({"imgsz": (32, 32), "queries": 1}, ("32x32, 1 query and are", "--imgsz 640x640 --queries 300")),
     ],
 )
