@@ -151,10 +151,11 @@ class DeformableAttention(nn.Module):
 
     def _initialize(self) -> None:
         """Point the heads in different directions, each point one step further (Deformable DETR)."""
-        angles = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
+        # On the CPU, since arithmetic on `meta` would make torch import its compiler.
+        angles = torch.arange(self.heads, dtype=torch.float32, device="cpu") * (2 * math.pi / self.heads)
         directions = torch.stack([angles.cos(), angles.sin()], -1)
         directions = directions / directions.abs().amax(-1, keepdim=True)  # H 2
-        steps = torch.cat([torch.arange(1, n + 1) for n in self.num_points]).float()
+        steps = torch.cat([torch.arange(1, n + 1, device="cpu") for n in self.num_points]).float()
         nn.init.zeros_(self.sampling_offsets.weight)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_((directions[:, None] * steps[None, :, None]).flatten())

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.model.attention import Rounding, Sampling
 from rtdetr_cli.model.backbone import Backbone, ResNet
@@ -9,6 +14,27 @@ from rtdetr_cli.model.decoder import Decoder
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.model.encoder import HybridEncoder
 from rtdetr_cli.model.hgnet import HGNetV2
+
+
+class _WithoutNormal(TorchFunctionMode):
+    """Skip normal values: on `meta`, they would make torch import its compiler, which takes 1.7 s."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "normal_":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def build_shapes(spec: ModelSpec, *, num_classes: int, **options: Any) -> RTDETR:
+    """Build a detector on `meta`: names and shapes without values. The options are those of `build_detector`.
+
+    It does not advance torch's random generator.
+    """
+    with torch.device("meta"), _WithoutNormal():
+        return build_detector(spec, num_classes=num_classes, **options)
 
 
 def build_backbone(spec: ModelSpec) -> Backbone:

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rtdetr_cli.config.schema import ModelSpec
-from rtdetr_cli.model.build import build_detector
+from rtdetr_cli.model.build import build_shapes
 
 
 def count_gflops(
@@ -25,8 +25,8 @@ def count_gflops(
         layers: decoder layers used at inference; None for the architecture's own.
         queries: queries used at inference; None for the architecture's own.
     """
+    model = build_shapes(spec, num_classes=num_classes).eval()
     with torch.device("meta"), torch.no_grad():
-        model = build_detector(spec, num_classes=num_classes).eval()
         model.set_inference(layers=layers, queries=queries)
         counter = FlopCounterMode(display=False)
         with counter:

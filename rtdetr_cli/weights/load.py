@@ -18,7 +18,7 @@ from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.config.validation import validate
 from rtdetr_cli.errors import ModelError, UsageError
 from rtdetr_cli.files import atomic_write
-from rtdetr_cli.model.build import build_detector
+from rtdetr_cli.model.build import build_shapes
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.version import __version__
 from rtdetr_cli.weights.catalogue import find_by_file
@@ -152,14 +152,14 @@ def _origin(path: Path, file: PublishedFile) -> dict[str, object]:
 def _load_into(
     spec: ModelSpec, state: Mapping[str, Tensor], num_classes: int, sampling: Any, rounding: Any, *, source: str
 ) -> RTDETR:
-    """Build a model without initial values, so that loading does not advance torch's random generator.
+    """Build a model without initial values, and fill it.
 
-    It takes memory only after the state dict was found to fit: what a header says costs nothing.
+    It takes memory only after the state dict was found to fit: what a header says costs nothing. torch's `to_empty`
+    would do, but it imports symbolic shapes.
     """
-    with torch.device("meta"):
-        model = build_detector(spec, num_classes=num_classes, sampling=sampling, rounding=rounding)
+    model = build_shapes(spec, num_classes=num_classes, sampling=sampling, rounding=rounding)
     check_fit(model, state, source=source)
-    model = model.to_empty(device="cpu")
+    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # type: ignore[no-untyped-call]
     model.load_state_dict(dict(state))
     return model
 

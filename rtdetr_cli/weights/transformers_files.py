@@ -22,7 +22,7 @@ from rtdetr_cli.documents import parse_json, read_bounded
 from rtdetr_cli.errors import ModelError
 from rtdetr_cli.files import atomic_write
 from rtdetr_cli.model.backbone import BLOCKS
-from rtdetr_cli.model.build import build_detector
+from rtdetr_cli.model.build import build_shapes
 from rtdetr_cli.model.hgnet import LAYERS, SIZES, scaled_sizes
 from rtdetr_cli.weights.architecture import point_scales
 from rtdetr_cli.weights.class_names import COCO_CATEGORY_IDS, COCO_NAMES
@@ -109,8 +109,7 @@ def read_transformers(path: Path, tensors: Mapping[str, Tensor]) -> Transformers
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         message = f"{config_path} does not describe an RT-DETR that rtdetr can load: {error}"
         raise ModelError(message, code="model-foreign") from error
-    with torch.device("meta"):
-        expected = build_detector(spec, num_classes=classes).state_dict()
+    expected = build_shapes(spec, num_classes=classes).state_dict()
     state = {**point_scales(spec), **from_transformers(tensors, expected)}
     embedding = "decoder.denoising_class_embed.weight"  # absent where the model was trained without denoising
     if embedding not in state:

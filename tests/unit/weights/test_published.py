@@ -4,6 +4,8 @@ import collections
 import os
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -311,3 +313,15 @@ def test_loading_is_strict(tmp_path: Path, name: str, tensor: Tensor | None) -> 
     torch.save(state, tmp_path / "x.pth")
     with pytest.raises(ModelError, match=re.escape(name)):
         load_model(tmp_path / "x.pth")
+
+
+@pytest.mark.slow
+def test_loading_does_not_import_the_compiler(tmp_path: Path) -> None:
+    """It would take longer than everything else that a prediction does."""
+    torch.save(published_state(SMALL_SQUARE), tmp_path / "x.pth")
+    code = (
+        "import sys; from pathlib import Path; from rtdetr_cli.weights.load import load_model\n"
+        f"load_model(Path({str(tmp_path / 'x.pth')!r}))\n"
+        "assert not {'torch._dynamo', 'torch._inductor', 'sympy'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
