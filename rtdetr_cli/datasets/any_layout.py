@@ -19,7 +19,7 @@ from rtdetr_cli.datasets.survey import Survey, edges, other_format, survey
 from rtdetr_cli.datasets.voc import read_voc
 from rtdetr_cli.datasets.yolo import read_yolo, read_yolo_files
 from rtdetr_cli.errors import DataError
-from rtdetr_cli.text import abbreviate, counted
+from rtdetr_cli.text import abbreviate, counted, printable
 
 _TITLES = {
     "voc": "Pascal VOC",
@@ -116,7 +116,12 @@ def _no_labels(source: Path, found: Survey) -> DataError:
         return DataError(message, hint=f"pass the zip file: {archives[0]}", code="format-unknown")
     reasons = [reason for suffix, reason in _NEAREST.items() if found.files(suffix)]
     if reasons:
-        return DataError(f"{message}; {reasons[0]}", hint="export the labels as COCO or YOLO", code="format-unknown")
+        reason = reasons[0]
+        if reason == _NEAREST["csv"]:
+            table = found.files("csv")[0]
+            header = edges(table).decode("utf-8-sig", "replace").split("\n", 1)[0].strip()
+            reason += f": {table.name} has {printable(header)[:80]}"
+        return DataError(f"{message}; {reason}", hint="export the labels as COCO or YOLO", code="format-unknown")
     if any(folder.images for folder in found.folders):
         hint = "put a YOLO text file or a Pascal VOC XML file next to each image, or pass the folder that has both"
         return DataError(f"{message}, but no label files", hint=hint, code="format-unknown")

@@ -181,6 +181,7 @@ _OTHER_FORMATS: tuple[tuple[str, str, str, str], ...] = (
     ("json", r'"coordinates"\s*:\s*\{', "CreateML JSON", "export the labels as COCO or YOLO"),
     ("json", r'"(data_row|DataRow ID|Labeled Data)"', "Labelbox JSON", "convert it to COCO with Labelbox's converter"),
     ("ndjson", r"", "Labelbox NDJSON", "convert it to COCO with Labelbox's converter"),
+    ("jsonl", r'"file_name"', "Hugging Face metadata", "export the dataset as COCO, or with YOLO labels"),
     ("csv", r"region_shape_attributes", "a VGG Image Annotator (VIA) CSV", "export the project as COCO"),
     ("csv", r"rle|EncodedPixels", "a CSV of run-length encoded masks", "convert the masks to boxes, as COCO or CSV"),
     ("tfrecord", r"", "TFRecord", "export the dataset as COCO, YOLO or Pascal VOC instead"),

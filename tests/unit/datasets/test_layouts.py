@@ -559,6 +559,7 @@ OTHER = {
     "Supervisely": ("ann/a.jpg.json", '{"size": {}, "objects": [{"classTitle": "nut", "points": {}}]}'),
     "Label Studio": ("export.json", '[{"annotations": [{"result": [{"value": {"rectanglelabels": ["nut"]}}]}]}]'),
     "VIA": ("via.json", '{"_via_img_metadata": {}}'),
+    "Hugging Face metadata": ("images/metadata.jsonl", '{"file_name": "a.jpg", "objects": {"bbox": []}}\n'),
     "a VGG Image Annotator (VIA) CSV": ("via.csv", "filename,region_count,region_shape_attributes\n"),
     "CreateML": ("a.json", '[{"image": "a.jpg", "annotations": [{"label": "x", "coordinates": {"x": 1}}]}]'),
     "TFRecord": ("train.tfrecord", "x"),
@@ -595,6 +596,9 @@ def test_the_error_lists_what_was_found(tmp_path: Path) -> None:
         "found 6 XML files in annots/ and 6 images in images/" in message
     )
     assert "no <annotation> element" in message
+    tree.image("b/images/x.jpg", ONLY_TRAIN[0])
+    tree.text("b/train.csv", "image_id,width,height,bbox\n")
+    assert refusal(tmp_path / "b").message.endswith(": train.csv has image_id,width,height,bbox")
 
 
 def test_images_without_labels_and_labels_without_images(tmp_path: Path) -> None:
