@@ -81,11 +81,11 @@ class _SampleRows(torch.autograd.Function):
         order = torch.sort(index, stable=True).indices
         counts = torch.bincount(index, minlength=len(rows))
         row_grad = functional.embedding_bag(
-            torch.div(order, samples, rounding_mode="floor"),
+            torch.div(order, samples, rounding_mode="trunc"),
             grad,
             counts.cumsum(0) - counts,
             mode="sum",
-            per_sample_weights=by_row.flatten()[order],
+            per_sample_weights=by_row.flatten().index_select(0, order),  # far faster than indexing
         )
         value_grad = row_grad.reshape(batch, heads, tokens, channels).transpose(1, 2).to(ctx.dtypes[0])
 
