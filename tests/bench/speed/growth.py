@@ -2,7 +2,8 @@
 
     python -m tests.bench.speed.growth OUT [--only NAME ...] [--rounds 3]
 
-Writes `growth.json`, `growth.svg` and `growth.md` into the folder OUT. Each point is a median, and the exponent is the
+Writes `growth.json`, `growth.svg` and `growth.md` into the folder OUT after each axis; what an earlier call measured
+there is kept. Each point is a median, and the exponent is the
 slope of the last two points on logarithmic axes: 1 is proportional. All points of an axis are measured in each round,
 in turn, so that other work on the machine hurts them alike.
 """
@@ -90,13 +91,13 @@ def validation(value: int, folder: Path) -> Work:
 
 
 def loading(value: int, folder: Path) -> Work:
-    """Return an epoch of 512 images at 320 px with so many workers."""
+    """Return an epoch of 256 images at 320 px with so many workers."""
     data = folder / "images"
     if not data.exists():
         generate_dataset(data, train=64, val=2, imgsz=(480, 640), seed=0)
     train = load_splits(data).train
     assert train is not None
-    train = train.subset(list(range(64)) * 8)
+    train = train.subset(list(range(64)) * 4)
     loader = TrainLoader(train, imgsz=(320, 320), batch_size=8, seed=0, augmentation=RECIPE, workers=value)
     epochs = iter(range(1000))
     return lambda: [list(loader.epoch(next(epochs))), None][1]
@@ -107,7 +108,7 @@ AXES = (
     Axis("side", "training step", "pixels per side", (96, 128, 192, 256, 320), partial(step, what="side")),
     Axis("boxes", "training step", "boxes per image", (10, 30, 100, 300, 1000), partial(step, what="boxes")),
     Axis("classes", "training step", "classes", (3, 20, 80, 300, 1200), partial(step, what="classes")),
-    Axis("workers", "loading 512 images", "workers", (1, 2, 4), loading),
+    Axis("workers", "loading 256 images", "workers", (1, 2, 4), loading),
     Axis("eval-images", "evaluation", "images", (250, 500, 1000, 2000), partial(evaluation, what="images")),
     Axis("eval-dets", "evaluation", "detections per image", (25, 50, 100, 200), partial(evaluation, what="per_image")),
     Axis("eval-classes", "evaluation", "classes", (3, 20, 80, 300, 1200), partial(evaluation, what="classes")),
@@ -204,15 +205,19 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    measured = []
+    file = arguments.out / "growth.json"
+    known = json.loads(file.read_text())["axes"] if file.exists() else []
+    found = {axis["name"]: Measured(**axis) for axis in known}
     for axis in AXES:
-        if arguments.only is None or axis.name in arguments.only:
-            measured.append(measure(axis, arguments.rounds))
-            print(table(measured[-1:]).splitlines()[-1], flush=True)
-    facts = {"machine": machine(Settings(threads=1)), "axes": [asdict(axis) for axis in measured]}
-    (arguments.out / "growth.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (arguments.out / "growth.md").write_text(table(measured))
-    plot(measured, arguments.out / "growth.svg")
+        if arguments.only is not None and axis.name not in arguments.only:
+            continue
+        found[axis.name] = measure(axis, arguments.rounds)
+        print(table([found[axis.name]]).splitlines()[-1], flush=True)
+        measured = [found[axis.name] for axis in AXES if axis.name in found]
+        facts = {"machine": machine(Settings(threads=1)), "axes": [asdict(axis) for axis in measured]}
+        file.write_text(json.dumps(facts, indent=1) + "\n")
+        (arguments.out / "growth.md").write_text(table(measured))
+        plot(measured, arguments.out / "growth.svg")
 
 
 if __name__ == "__main__":
