@@ -38,7 +38,8 @@ NEEDED = {
 OPTIONAL = {
     "openvino": "export --openvino; fast on Intel and AMD processors",
     "tensorrt": "export --trt-fp16",
-    "tensorrt-rtx-cu13": "export --rtx; builds engines for RTX GPUs on any machine",
+    "tensorrt-rtx-cu13": "export --rtx: engines for GeForce RTX, built on any machine",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu13": "predict --device rtx (experimental)",
     "tensorboard": "train --log tensorboard",
     "wandb": "train --log wandb",
     "mlflow": "train --log mlflow",

@@ -17,15 +17,16 @@ from rtdetr_cli.export import tensorrt
 from rtdetr_cli.export.artefacts import Artefact, Notice
 from rtdetr_cli.export.options import ENGINES, ExportOptions, choose_formats
 from rtdetr_cli.export.run import export_events, export_model
+from rtdetr_cli.infer.onnx_backend import OnnxBackend
 from rtdetr_cli.infer.tensorrt_backend import (
     RTX_VERSION,
     TensorrtBackend,
     check_rtx_engine,
     is_rtx_engine,
-    read_engine_header,
 )
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.weights.binding import read_export_header
 from rtdetr_cli.weights.header import ModelHeader
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
@@ -60,7 +61,7 @@ def test_an_engine_for_other_machines(
     assert any("must be verified on the target" in event.message for event in events if isinstance(event, Notice))
     assert any(isinstance(event, tensorrt.BuildProgress) for event in events)
     assert engine.operators["half"] > 3 * engine.operators["float"] > 0
-    header = read_engine_header(engine.path)
+    header = read_export_header(engine.path)
     assert header is not None
     assert header.names == loaded[1].names
     assert header.extra["targets"] == ["sm86", "sm120"]
@@ -76,6 +77,37 @@ def test_an_engine_for_other_machines(
         "m-rtx.engine.json",
         "parity.json",
     ]
+
+
+def test_an_engine_for_this_machine(
+    half_graph: Artefact,
+    loaded: Loaded,
+    dataset: Dataset,
+    gpu: Callable[[int, int], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is verified at once; only running it, which needs the GPU, is left to ONNX Runtime here."""
+    gpu(8, 6)
+    opened: list[tuple[str, torch.device]] = []
+
+    def open_engine(path: Path, device: torch.device) -> OnnxBackend:
+        opened.append((path.name, device))
+        return OnnxBackend(half_graph.path, device="cpu")
+
+    monkeypatch.setattr("rtdetr_cli.export.run.TensorrtBackend", open_engine)
+    options = ExportOptions(("fp16", "rtx-fp16"), dynamic=True, targets=tensorrt.rtx_targets())
+    images = dataset.subset([0, 1])
+    events = export_events(*loaded, tmp_path, options, images=images, stem="m", device="cpu")
+    *_, engine = [event for event in events if isinstance(event, Artefact)]
+    assert engine.verdict is not None
+    assert engine.passed, engine.verdict.summary
+    assert not engine.pending
+    assert opened == [("m-rtx.unverified.engine", torch.device("cuda", 0))]
+    header = read_export_header(engine.path)
+    assert header is not None
+    assert header.extra["targets"] == ["sm86"]
+    assert header.extra["gate"]["passed"] is True
 
 
 def test_a_float32_graph_is_refused(exported: dict[str, Artefact], tmp_path: Path) -> None:
