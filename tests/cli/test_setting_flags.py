@@ -13,7 +13,7 @@ from rtdetr_cli.cli.setting_flags import TRAIN_FLAGS, with_setting_flags
 from rtdetr_cli.config.settings import declarations
 
 COMMAND_ONLY = {
-    "train": {"dataset", "resume", "dry_run", "set_values", "config_file", "as_json"},
+    "train": {"dataset", "resume", "dry_run", "set_values", "config_file", "as_json", "offline"},
     "finetune-discrete": {"model", "max_drop", "resume", "set_values", "as_json"},
 }
 NOT_IN_SECOND_STAGE = {"preset", "weights", "overfit"}
