@@ -30,7 +30,7 @@ def family_facts(path: Path, header: ModelHeader, imgsz: tuple[int, int] | None 
     from rtdetr_cli.model.cost import count_gflops
 
     spec = ModelSpec(**header.architecture)
-    variant = matching_preset(spec)
+    variant = matching_preset(spec.model_copy(update={"decoder": "rtdetrv2"}))  # DEIM's have the same sizes
     size = imgsz or header.imgsz
     gflops = count_gflops(
         spec, num_classes=len(header.names), imgsz=size, layers=header.layers or None, queries=header.queries

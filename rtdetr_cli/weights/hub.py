@@ -202,7 +202,11 @@ def _recognize(source: Path) -> Published:
             hint=f"rtdetr weights import {source} --as {fitting[0].name}",
             code="weights-ambiguous",
         )
-    raise ModelError(f"{source} is none of the published files", hint="rtdetr weights list", code="weights-unknown")
+    raise ModelError(
+        f"{source} is none of the published files",
+        hint="rtdetr weights list shows them; other models need no import: --weights FILE",
+        code="weights-unknown",
+    )
 
 
 def content_problem(entry: Published, content: PublishedFile) -> str:

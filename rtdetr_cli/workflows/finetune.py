@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from rtdetr_cli.config.image_size import STRIDE
+from rtdetr_cli.config.presets import load_preset, preset_names
 from rtdetr_cli.config.run import NAMED, RunConfig, resolve_run
 from rtdetr_cli.config.settings import PUBLISHED_WEIGHTS
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
@@ -224,11 +225,12 @@ def refuse_early(config: RunConfig) -> None:
         raise UsageError("no dataset given", hint="rtdetr train --data DATA", code="data-missing")
     if max(config.imgsz) == STRIDE:  # its coarsest feature map is a single value, which batch norm cannot learn from
         raise UsageError(f"--imgsz {STRIDE} is too small for training", hint=f"--imgsz {2 * STRIDE}", code="size")
-    if getattr(preset, PUBLISHED_WEIGHTS.get(settings.weights, "name")) is None:
-        other = "coco, none" if preset.weights else "none"
+    field = PUBLISHED_WEIGHTS.get(settings.weights)
+    if field is not None and getattr(preset, field) is None:
+        having = ", ".join(name for name in preset_names() if getattr(load_preset(name), field))
         raise UsageError(
             f"--weights {settings.weights}: preset {preset.name} has no such published weights",
-            hint=f"--weights {other}, or a model file",
+            hint=f"--weights none, or a model file, or one of the presets that have them: {having}",
             code="weights-unknown",
         )
     if isinstance(settings.batch, int) and settings.batch > settings.effective_batch and config.given("batch"):

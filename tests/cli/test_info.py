@@ -72,6 +72,8 @@ def test_openvino_without_its_package(
 def test_published_checkpoint(rtdetr: Callable[..., Any], shapes_model: Path, tmp_path: Path) -> None:
     import torch
 
+    from rtdetr_cli.config.presets import load_preset
+    from rtdetr_cli.model.build import build_shapes
     from rtdetr_cli.weights.load import load_model
 
     model, _ = load_model(shapes_model)
@@ -83,6 +85,16 @@ def test_published_checkpoint(rtdetr: Callable[..., Any], shapes_model: Path, tm
     assert found["format"] == "published checkpoint"
     assert "ema.module" in found["layout"]
     assert found["family"]["maker"] == "official"
+    deim = load_preset("r18").model.model_copy(update={"decoder": "deim"})
+    small = {
+        n: torch.zeros((), dtype=t.dtype).expand(t.shape)
+        for n, t in build_shapes(deim, num_classes=80).state_dict().items()
+    }
+    for i in range(3):
+        small[f"decoder.decoder.layers.{i}.cross_attn.num_points_scale"] = torch.full((12,), 0.25)
+    torch.save(small, tmp_path / "deim.pth")
+    family = rtdetr("info", tmp_path / "deim.pth", "--imgsz", 64, "--json").json["model"]["family"]
+    assert (family["maker"], family["variant"], family["published"]["ap"]) == ("DEIM", "r18", 0.49)
     assert len(found["header"]["names"]) == 3
     backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     torch.save(backbone, tmp_path / "backbone.pth")
