@@ -189,16 +189,14 @@ def summarize(rows: Sequence[Row], against: str) -> Iterator[str]:
     groups: dict[tuple[str, ...], dict[int, Row]] = {}
     for row in rows:
         groups.setdefault((row.preset, str(row.imgsz), row.set, str(row.steps), row.split, row.arm), {})[row.seed] = row
-    columns = f"{'AP':>6} {'AP50':>6} {'dup':>6} {'FP':>6} {'s/step':>7}"
-    yield f"{'preset, size, set, steps, split':<32} {'arm':<16} {columns}  difference"
+    columns = {"AP_raw": "raw", "AP": "AP", "AP50": "AP50", "duplicates": "dup", "false_positives": "FP"}
+    columns |= {"seconds_per_step": "s/step"}
+    heading = " ".join(f"{title:>6}" for title in columns.values())
+    yield f"{'preset, size, set, steps, split':<32} {'arm':<16} {heading}  difference"
     for key, by_seed in sorted(groups.items()):
         *where, arm = key
-        mean = {
-            name: statistics.mean(getattr(row, name) for row in by_seed.values())
-            for name in ("AP", "AP50", "duplicates", "false_positives", "seconds_per_step")
-        }
-        line = f"{' '.join(where):<32} {arm:<16} {mean['AP']:6.3f} {mean['AP50']:6.3f} {mean['duplicates']:6.2f} "
-        line += f"{mean['false_positives']:6.2f} {mean['seconds_per_step']:7.3f}  "
+        means = [statistics.mean(getattr(row, name) for row in by_seed.values()) for name in columns]
+        line = f"{' '.join(where):<32} {arm:<16} {' '.join(f'{mean:6.3f}' for mean in means)}  "
         base = groups.get((*where, against), {})
         differences = [by_seed[seed].AP - base[seed].AP for seed in sorted(by_seed.keys() & base.keys())]
         if arm == against or not differences:
