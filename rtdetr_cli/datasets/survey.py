@@ -92,7 +92,7 @@ def survey(root: Path) -> Survey:
     """List the files of a folder and of the folders below it; folders that links lead to count as well."""
     result = Survey(root, [])
     waiting, seen, count = [Folder(root, ())], set[str](), 0
-    for folder in waiting:
+    for position, folder in enumerate(waiting):
         real = os.path.realpath(folder.path)
         if real in seen:
             continue
@@ -105,7 +105,10 @@ def survey(root: Path) -> Survey:
                         continue
                     if entry.is_dir():
                         if len(folder.parts) < _MAX_DEPTH and (not entry.is_symlink() or _follows(entry.path, root)):
-                            waiting.append(Folder(folder.path / entry.name, (*folder.parts, entry.name)))
+                            # Labels are listed even if there are too many images.
+                            first = entry.name.lower() == "annotations"
+                            below = Folder(folder.path / entry.name, (*folder.parts, entry.name))
+                            waiting.insert(position + 1 if first else len(waiting), below)
                         continue
                     suffix = os.path.splitext(entry.name)[1].lower()
                     if suffix in IMAGE_SUFFIXES:

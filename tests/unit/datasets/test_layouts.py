@@ -613,6 +613,16 @@ def test_images_without_labels_and_labels_without_images(tmp_path: Path) -> None
     assert "found no files" in refusal(tmp_path / "c").message
 
 
+def test_coco_is_found_beside_more_images_than_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rtdetr_cli.datasets import survey as module
+
+    coco_with(lambda s: f"{s.stem}.jpg", "a/{stem}.jpg", "annotations/labels.json")(Tree(tmp_path), ONLY_TRAIN)
+    monkeypatch.setattr(module, "_MAX_FILES", 3)
+    assert len(read_raw(tmp_path).splits["train"]) == len(ONLY_TRAIN)
+    (tmp_path / "annotations/labels.json").unlink()
+    assert "more than a million files" in refusal(tmp_path).message
+
+
 def test_several_datasets_are_listed(tmp_path: Path) -> None:
     pairs("a/images/{stem}.jpg", "a/annots/{stem}.xml", voc_xml)(Tree(tmp_path), ONLY_TRAIN)
     pairs("b/images/{stem}.jpg", "b/labels/{stem}.txt", yolo_text)(Tree(tmp_path), ONLY_TRAIN)
