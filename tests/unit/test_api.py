@@ -270,6 +270,8 @@ def test_export(
     assert (len(verified["images"]), verified["tol_ap"], verified["device"]) == (16, 0.1, "cpu")
     with pytest.raises(UsageError, match="is already exported"):
         load(shapes_onnx).export()
+    with pytest.raises(UsageError, match="add rtx=True"):
+        detector.export(trt_fp16=True, target="sm86")
 
 
 def test_supervision(detector: Detector, images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
