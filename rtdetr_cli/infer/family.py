@@ -50,13 +50,12 @@ def family_facts(path: Path, header: ModelHeader, imgsz: tuple[int, int] | None 
 
 
 def known_file(path: Path) -> Published | None:
-    """Return the catalogue entry of a file by its hash, pinned or recorded, or by its name."""
-    by_name = find_by_file(path.name)
-    if by_name is not None and not by_name.sha256:
-        return by_name
-    sizes = {entry.bytes for entry in catalogue().values() if entry.bytes}
+    """Return the catalogue entry of a file by its hash, pinned or recorded; by its name where no hash is known."""
     recorded = recorded_hashes()
-    if path.stat().st_size not in sizes and not recorded:
+    by_name = find_by_file(path.name)
+    if by_name is not None and not by_name.sha256 and by_name.file not in recorded:
+        return by_name
+    if not recorded and path.stat().st_size not in {entry.bytes for entry in catalogue().values()}:
         return None
     sha256 = file_sha256(path)
     return next((e for e in catalogue().values() if sha256 in (e.sha256, recorded.get(e.file))), None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 
 @dataclass
@@ -48,7 +49,7 @@ def make_handler(behavior: Behavior) -> type[BaseHTTPRequestHandler]:
             if fault.get("silent"):
                 behavior.released.wait(5)
                 return
-            path = behavior.folder / self.path.lstrip("/")
+            path = behavior.folder / urlsplit(self.path).path.lstrip("/")  # a proxy is sent the whole address
             if not path.is_file():
                 self.send_error(404)
                 return

@@ -100,6 +100,19 @@ def test_a_server_that_is_not_there_is_asked_once(tmp_path: Path, monkeypatch: p
         fetch("http://127.0.0.1:9/x.pth", tmp_path / "incomplete/x.pth")
 
 
+def test_a_proxy_from_the_environment_is_used(
+    server: tuple[str, Behavior], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, behavior = server
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", url.removesuffix("/x.pth"))
+    part = tmp_path / "incomplete/x.pth"
+    fetch("http://weights.invalid/x.pth", part)
+    assert part.read_bytes() == CONTENT
+    assert behavior.asked == ["http://weights.invalid/x.pth"]
+
+
 def test_a_later_command_continues(server: tuple[str, Behavior], tmp_path: Path) -> None:
     url, behavior = server
     behavior.faults = [{"cut": 100_000}]

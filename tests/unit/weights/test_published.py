@@ -138,8 +138,9 @@ SMALL_SQUARE = ModelSpec(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("layout", ["ema.module", "model", "bare", "wrapped"])
+@pytest.mark.parametrize(
+    ("version", "layout"), [(2, "ema.module"), (1, "ema.module"), (2, "model"), (1, "bare"), (2, "wrapped")]
+)
 def test_published_layouts(tmp_path: Path, version: int, layout: str) -> None:
     state = published_state(SMALL_SQUARE, version=version)
     content: Any = {

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rtdetr_cli import load
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.errors import GateError, ModelError, UsageError
 from rtdetr_cli.model.build import build_detector
@@ -246,5 +247,6 @@ def test_command(tmp_path: Path, rtdetr: Callable[..., Any]) -> None:
     described = rtdetr("info", out, "--json").json["model"]
     assert (described["family"]["maker"], described["family"]["version"]) == ("transformers", "RT-DETRv2")
     assert described["header"]["names"] == list(NAMES)
+    assert load(out, device="cpu").names == NAMES
     with pytest.raises(UsageError):
         convert(source, "hf", out)
