@@ -11,7 +11,7 @@ import typer
 from rtdetr_cli.cli.app import COMMANDS, build
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ["README.md", "presets/README.md", "docs/learning.md"]
+DOCUMENTS = ["README.md", "presets/README.md", "docs/learning.md", "docs/speed.md"]
 
 
 @pytest.fixture(scope="module")

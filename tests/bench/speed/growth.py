@@ -4,8 +4,8 @@
 
 Writes `growth.json`, `growth.svg` and `growth.md` into the folder OUT after each axis; what an earlier call measured
 there is kept. Each point is a median, and the exponent is the
-slope of the last two points on logarithmic axes: 1 is proportional. All points of an axis are measured in each round,
-in turn, so that other work on the machine hurts them alike.
+slope of the last two points on logarithmic axes: 1 is proportional. Seconds are those of the processor, on one core,
+since they suffer least from other work on the machine; those of `workers` are on the clock.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import json
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,7 +30,7 @@ from rtdetr_cli.datasets.generate import generate_dataset
 from rtdetr_cli.evaluate.coco import coco_metrics
 from rtdetr_cli.images.augment import RECIPE
 from tests.bench.speed.data import make_detections
-from tests.bench.speed.harness import Settings, machine
+from tests.bench.speed.harness import Settings, machine, take_turn
 from tests.bench.speed.steps import make_batch, our_step
 
 Work = Callable[[], None]
@@ -144,10 +143,9 @@ def measure(axis: Axis, rounds: int) -> Measured:
         works = [axis.prepare(value, Path(folder)) for value in axis.values]
         for number in range(rounds + 1):
             for position, work in enumerate(works):
-                began = time.perf_counter()
                 if number:
-                    work()
-                    seconds[position].append(time.perf_counter() - began)
+                    used = take_turn(work)
+                    seconds[position].append(used.wall if axis.name == "workers" else used.cpu)
                 else:
                     memory.append(peak_growth(work))
     medians = [statistics.median(times) for times in seconds]
@@ -177,6 +175,7 @@ def plot(axes: Sequence[Measured], path: Path) -> None:
         drawn.minorticks_off()
         low, high = min(axis.seconds), max(axis.seconds)
         drawn.set_ylim(low / 2, high * 2)
+        drawn.set_yticks([low, high], [f"{low:.2g}", f"{high:.2g}"])
         drawn.set_title(f"{axis.title}: exponent {axis.exponent:.2f}", fontsize=10)
         if axis.memory:
             twin = drawn.twinx()

@@ -21,15 +21,18 @@ IMAGES = 200  # for the comparison of backends
 
 
 def run(command: Sequence[object], *, tree: Path = ROOT, threads: int = 0) -> None:
-    """Run a Python program with the package of `tree`, and raise CalledProcessError if it fails."""
+    """Run a Python program with the package of `tree`; raise RuntimeError with its output if it fails."""
     more = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    subprocess.run(
+    ran = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=tree,
         env=os.environ | {"PYTHONPATH": str(tree)} | more,
         capture_output=True,
-        check=True,
+        text=True,
+        check=False,
     )
+    if ran.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command[:4]))} failed:\n{ran.stderr[-3000:]}")
 
 
 def export_r18(folder: Path) -> tuple[Path, Path]:
@@ -69,8 +72,8 @@ def write_images(folder: Path, count: int) -> Path:
 _NETWORK = """
 import sys, torch, numpy, onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-inputs = session.get_inputs()
-session.run(None, {i.name: numpy.zeros([1, 3, 640, 640], "float32") for i in inputs})
+types = {"tensor(float)": "float32", "tensor(int64)": "int64"}
+session.run(None, {i.name: numpy.ones(i.shape, types[i.type]) for i in session.get_inputs()})
 """
 
 
