@@ -114,10 +114,9 @@ def read_transformers(path: Path, tensors: Mapping[str, Tensor]) -> Transformers
     embedding = "decoder.denoising_class_embed.weight"  # absent where the model was trained without denoising
     if embedding not in state:
         state[embedding] = torch.zeros(expected[embedding].shape)
-    is_coco = names == COCO_NAMES
     header = ModelHeader(
         names=names,
-        category_ids=COCO_CATEGORY_IDS if is_coco else tuple(range(classes)),
+        category_ids=COCO_CATEGORY_IDS if names == COCO_NAMES else tuple(range(classes)),
         imgsz=imgsz,
         sampling=sampling,
         queries=spec.queries,
@@ -233,6 +232,8 @@ def _backbone_fields(backbone: Mapping[str, Any]) -> dict[str, Any]:
 def _class_names(config: Mapping[str, Any], classes: int) -> tuple[str, ...]:
     labels = config.get("id2label") or {}
     names = tuple(str(labels.get(str(i), f"class {i}")) for i in range(classes))
+    if classes == len(COCO_NAMES) and sum(a == b for a, b in zip(names, COCO_NAMES, strict=True)) > classes // 2:
+        return COCO_NAMES  # the published folders say `sofa`, `aeroplane`... for a few classes
     if len(set(names)) < classes:
         names = tuple(f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names))
     return names

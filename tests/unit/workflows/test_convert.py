@@ -17,8 +17,10 @@ from rtdetr_cli import load
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.errors import GateError, ModelError, UsageError
 from rtdetr_cli.model.build import build_detector
+from rtdetr_cli.weights.class_names import COCO_CATEGORY_IDS, COCO_NAMES
 from rtdetr_cli.weights.header import Dedupe, ModelHeader, Thresholds
 from rtdetr_cli.weights.load import load_model, save_model
+from rtdetr_cli.weights.transformers_files import write_transformers
 from rtdetr_cli.workflows.convert import compare, convert, detect, synthetic_image
 from rtdetr_cli.workflows.starting_weights import settings_from_weights
 
@@ -176,6 +178,18 @@ def test_our_facts_do_not_outlive_other_weights(tmp_path: Path) -> None:
     assert header.category_ids == (0, 1, 2)
 
 
+def test_classes_of_coco_have_its_own_names_and_ids(tmp_path: Path) -> None:
+    spec = SPEC.model_copy(update={"decoder_layers": 2, "eval_layers": 2})
+    torch.manual_seed(0)
+    state = build_detector(spec, num_classes=80).state_dict()
+    names = tuple({"couch": "sofa", "airplane": "aeroplane"}.get(n, n) for n in COCO_NAMES)
+    header = ModelHeader(names=names, category_ids=tuple(range(80)), imgsz=(96, 96), layers=2, queries=20)
+    write_transformers(tmp_path / "hf", state, spec, header, v1=False)
+    (tmp_path / "hf/rtdetr.json").unlink()
+    got = load_model(tmp_path / "hf/model.safetensors")[1]
+    assert (got.names, got.category_ids) == (COCO_NAMES, COCO_CATEGORY_IDS)
+
+
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
@@ -195,8 +209,6 @@ def test_a_folder_that_cannot_be_followed_is_refused(tmp_path: Path, file: str, 
     folder = tmp_path / "hf"
     write(tmp_path / "m.safetensors")
     model, header = load_model(tmp_path / "m.safetensors")
-    from rtdetr_cli.weights.transformers_files import write_transformers
-
     write_transformers(folder, model.state_dict(), SPEC, header, v1=False)
     path = folder / file
     if change is None:
