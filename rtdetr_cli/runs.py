@@ -319,7 +319,7 @@ class RunFolder:
         """Append a line, with the time, to `train.log`; return a warning the first time that this fails, else ""."""
         path = self.path / LOG
         try:
-            with path.open("a", encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # names of files
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
         except OSError as error:
             if self._log_failed:

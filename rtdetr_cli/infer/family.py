@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rtdetr_cli.config.schema import ModelSpec
-from rtdetr_cli.weights.architecture import matching_preset
+from rtdetr_cli.weights.architecture import checked_spec, matching_preset
 from rtdetr_cli.weights.catalogue import Published, catalogue, find_by_file
 from rtdetr_cli.weights.header import ModelHeader
 from rtdetr_cli.weights.hub import file_sha256, recorded_hashes
@@ -29,7 +28,7 @@ def family_facts(path: Path, header: ModelHeader, imgsz: tuple[int, int] | None 
     """
     from rtdetr_cli.model.cost import count_gflops
 
-    spec = ModelSpec(**header.architecture)
+    spec = checked_spec(header, str(path))
     variant = matching_preset(spec.model_copy(update={"decoder": "rtdetrv2"}))  # DEIM's have the same sizes
     size = imgsz or header.imgsz
     gflops = count_gflops(

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from rtdetr_cli.config.presets import load_preset, preset_names
 from rtdetr_cli.config.schema import ModelSpec
+from rtdetr_cli.config.validation import validate
+from rtdetr_cli.errors import ModelError, UsageError
 from rtdetr_cli.model.backbone import BLOCKS
 from rtdetr_cli.model.hgnet import SIZES
+from rtdetr_cli.weights.header import ModelHeader
 
 # Sizes that give no tensor its shape: training settings, and what `transfer_weights` reinitializes.
 FREE_SIZES = frozenset({
@@ -115,3 +118,23 @@ def _points_per_level(state: Mapping[str, Tensor], outputs: int) -> tuple[int, i
     if len(levels) != 3 or sum(levels) != len(scales):
         raise ValueError(f"sampling points {levels} do not make three levels of {len(scales)}")
     return (levels[0], levels[1], levels[2])
+
+
+def checked_spec(header: ModelHeader, source: str) -> ModelSpec:
+    """Return the architecture that a header states, with the layers and queries that it has at least.
+
+    Raises:
+        ModelError: no such model exists.
+    """
+    try:
+        spec = validate(ModelSpec, header.architecture, source="the architecture in the header")
+    except UsageError as error:
+        raise ModelError(f"{source} cannot be loaded: {error.message}", code="model-header") from error
+    problems = {
+        "it has no classes": not header.names,
+        f"it uses {header.layers} decoder layers of {spec.decoder_layers}": header.layers > spec.decoder_layers,
+        f"it uses {header.queries} queries of {spec.queries}": header.queries > spec.queries,
+    }
+    if wrong := [problem for problem, found in problems.items() if found]:
+        raise ModelError(f"the header of {source} is wrong: {'; '.join(wrong)}", code="model-header")
+    return spec

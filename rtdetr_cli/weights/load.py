@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rtdetr_cli.config.schema import ModelSpec
-from rtdetr_cli.config.validation import validate
 from rtdetr_cli.errors import ModelError, UsageError
 from rtdetr_cli.files import atomic_write
 from rtdetr_cli.model.build import build_shapes
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.version import __version__
+from rtdetr_cli.weights.architecture import checked_spec
 from rtdetr_cli.weights.catalogue import find_by_file
 from rtdetr_cli.weights.class_names import published_classes
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader, own_header
@@ -90,17 +90,9 @@ def _load_own(path: Path, header: ModelHeader, sampling: str | None) -> tuple[RT
             hint="copy it again from where it was made",
             code="model-damaged",
         )
-    try:
-        spec = validate(ModelSpec, header.architecture, source="the architecture in the header")
-        if not header.names:
-            raise UsageError("it has no classes")
-    except UsageError as error:
-        raise ModelError(f"{path} cannot be loaded: {error.message}", code="model-header") from error
+    spec = checked_spec(header, str(path))
     model = _load_into(spec, state, len(header.names), sampling or header.sampling, header.rounding, source=str(path))
-    try:
-        model.set_inference(layers=header.layers or None, queries=header.queries or None)
-    except UsageError as error:
-        raise ModelError(f"the header of {path} is wrong: {error.message}", code="model-header") from error
+    model.set_inference(layers=header.layers or None, queries=header.queries or None)
     return model, header
 
 

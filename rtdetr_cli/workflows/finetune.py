@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from rtdetr_cli.config.image_size import STRIDE
-from rtdetr_cli.config.presets import load_preset, preset_names
+from rtdetr_cli.config.presets import flatten, load_preset, preset_names
 from rtdetr_cli.config.run import NAMED, RunConfig, resolve_run
 from rtdetr_cli.config.settings import PUBLISHED_WEIGHTS
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
@@ -223,6 +223,12 @@ def refuse_early(config: RunConfig) -> None:
     settings, preset = config.settings, config.preset
     if settings.data is None:
         raise UsageError("no dataset given", hint="rtdetr train --data DATA", code="data-missing")
+    if names := _not_utf8(config):
+        raise UsageError(
+            f"the settings of a run are written as UTF-8, which this is not: {', '.join(names)}",
+            hint="rename the folder or file",
+            code="not-utf8",
+        )
     if max(config.imgsz) == STRIDE:  # its coarsest feature map is a single value, which batch norm cannot learn from
         raise UsageError(f"--imgsz {STRIDE} is too small for training", hint=f"--imgsz {2 * STRIDE}", code="size")
     field = PUBLISHED_WEIGHTS.get(settings.weights)
@@ -263,6 +269,12 @@ def refuse_early(config: RunConfig) -> None:
         for device in devices:
             choose_device(device)
         images_per_process(settings.effective_batch, len(devices))
+
+
+def _not_utf8(config: RunConfig) -> list[str]:
+    """Return the settings whose text cannot be written as UTF-8."""
+    texts = [value for value in flatten(config.anchored().settings).values() if isinstance(value, str)]
+    return [text for text in texts if text.encode("utf-8", "replace").decode() != text]
 
 
 # ---- parts ------------------------------------------------------------------------------------------------------

@@ -189,6 +189,7 @@ def prepare(shared: Path) -> None:
     """Write what the commands read: two datasets, a trained run, and a server with the published weights."""
     from rtdetr_cli.datasets.generate import generate_dataset
     from rtdetr_cli.weights import hub
+    from rtdetr_cli.weights.catalogue import find_published
 
     if not (shared / "r").exists():
         generate_dataset(shared / "data", train=24, val=6, imgsz=64)
@@ -214,8 +215,9 @@ def prepare(shared: Path) -> None:
         (shared / "mirror").mkdir()
         (shared / "mirror" / DOWNLOAD).write_bytes(Random(0).randbytes(40 << 20))
     # The file stands for the published one, whose bytes are not on this machine.
-    entry = hub.PUBLISHED[DOWNLOAD]
+    entry = find_published(DOWNLOAD)
     object.__setattr__(entry, "sha256", hub.file_sha256(shared / "mirror" / DOWNLOAD))
+    object.__setattr__(entry, "bytes", (shared / "mirror" / DOWNLOAD).stat().st_size)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(shared / "mirror"))
     handler.log_message = lambda *_: None  # type: ignore[attr-defined]
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
