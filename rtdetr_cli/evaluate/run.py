@@ -302,6 +302,8 @@ def _in_dataset_order(
         return None
     if labels is None:
         return thresholds if len(thresholds.per_class) == classes else None
+    if len(thresholds.per_class) != len(labels):
+        return None
     per_class = [thresholds.overall] * classes
     for model_label, label in enumerate(labels.tolist()):
         if label >= 0:

@@ -317,15 +317,15 @@ class Graphs:
             if not good and random.random() < 0.2:
                 values = np.full(shape, random.choice((np.nan, np.inf, -1e30, 1e30, -5, 999)))
             with np.errstate(all="ignore"):
-                array = np.full(shape, "x", object) if dtype is object else values.astype(dtype)
+                array = np.full(shape, "x", object) if dtype.kind == "O" else values.astype(dtype)
             if not good and random.random() < 0.05:
-                name = random.choice(ODD_TEXTS)
+                name = random.choice(ODD_TEXTS).encode("utf-8", "replace").decode()
             nodes.append(
                 helper.make_node(
                     "Constant",
                     [],
                     [name],
-                    value=numpy_helper.from_array(array, name.encode("utf-8", "replace").decode()),
+                    value=numpy_helper.from_array(array, name),
                 )
             )
             outputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), shape))
