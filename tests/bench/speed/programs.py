@@ -35,8 +35,11 @@ def run(command: Sequence[object], *, tree: Path = ROOT, threads: int = 0) -> No
         raise RuntimeError(f"{' '.join(map(str, command[:4]))} failed:\n{ran.stderr[-3000:]}")
 
 
-def export_r18(folder: Path) -> tuple[Path, Path]:
-    """Write an r18 with values drawn from a seed, which don't matter for the time, and its ONNX file."""
+def export_preset(folder: Path, *, preset: str = "r18", verify_on: Sequence[Path] | None = None) -> tuple[Path, Path]:
+    """Write a model with values drawn from a seed, which don't matter for the time, and its ONNX file.
+
+    With images to verify on, OpenVINO is exported too.
+    """
     import torch
 
     from rtdetr_cli.config.presets import load_preset
@@ -44,19 +47,26 @@ def export_r18(folder: Path) -> tuple[Path, Path]:
     from rtdetr_cli.export.run import export_model
     from rtdetr_cli.model.build import build_detector
     from rtdetr_cli.weights.header import ModelHeader
-    from rtdetr_cli.weights.load import save_model
+    from rtdetr_cli.weights.load import load_model, save_model
 
     torch.manual_seed(0)
-    preset = load_preset("r18")
+    spec = load_preset(preset).model
+    model = build_detector(spec, num_classes=80).eval()
     header = ModelHeader(
         names=tuple(f"thing {i}" for i in range(80)),
         category_ids=tuple(range(80)),
         imgsz=(640, 640),
-        architecture=preset.model.model_dump(mode="json"),
+        architecture=spec.model_dump(mode="json"),
+        preset=preset,
+        layers=model.layers,
+        queries=model.queries,
     )
-    model = build_detector(preset.model, num_classes=80).eval()
-    save_model(folder / "r18.safetensors", model.state_dict(), header)
-    return folder / "r18.safetensors", export_model(model, header, folder, ExportOptions(), stem="r18")[0].path
+    path = folder / f"{preset}.safetensors"
+    save_model(path, model.state_dict(), header)
+    model, header = load_model(path)  # with its identity
+    options = ExportOptions(formats=("onnx",) if verify_on is None else ("onnx", "openvino"))
+    made = export_model(model, header, folder / "export", options, images=verify_on, stem=preset, device="cpu")
+    return path, made[0].path
 
 
 def write_images(folder: Path, count: int) -> Path:
@@ -81,7 +91,7 @@ session.run(None, {i.name: numpy.ones(i.shape, types[i.type]) for i in session.g
 def predict_sides(_: Settings) -> Iterator[tuple[Turn, Turn]]:
     """Give `rtdetr predict` on one image with an ONNX file, and importing torch and running the file once."""
     with tempfile.TemporaryDirectory() as folder:
-        _, file = export_r18(Path(folder))
+        _, file = export_preset(Path(folder))
         images = write_images(Path(folder) / "images", 1)
         command = ["-m", "rtdetr_cli", "predict", images, "--weights", file, "--out", Path(folder) / "out"]
         yield partial(run, command), partial(run, ["-c", _NETWORK, file])
@@ -92,10 +102,13 @@ def backend_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
     """Give `rtdetr predict` on many images with `--backend auto`, whose export is made before, and with torch."""
     import openvino  # noqa: F401
 
+    from rtdetr_cli.infer.exported import verified_export
+
     with tempfile.TemporaryDirectory() as folder:
-        model, _ = export_r18(Path(folder))
         images = write_images(Path(folder) / "images", IMAGES)
-        command = ["-m", "rtdetr_cli", "predict", images, "--weights", model, "--device", "cpu", "--no-draw"]
+        model, _ = export_preset(Path(folder), verify_on=sorted(images.iterdir())[:4])
+        assert verified_export(model) is not None, "the export has failed verification"
+        command = ["-m", "rtdetr_cli", "predict", images, "--weights", model, "--device", "cpu", "--no-save"]
         yield tuple(
             partial(run, [*command, "--out", Path(folder) / name, "--backend", name], threads=settings.threads)
             for name in ("auto", "torch")
