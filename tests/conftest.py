@@ -19,6 +19,8 @@ os.environ.setdefault("NO_COLOR", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # A bug must end a test with its traceback: see `cli.unexpected`.
 os.environ.setdefault("RTDETR_CLI_TRACEBACK", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before torch is loaded: see `cli.app.run`.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

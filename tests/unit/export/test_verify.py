@@ -29,6 +29,7 @@ from rtdetr_cli.infer.backend import Backend, open_backend
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.inspect import inspect_model
 from rtdetr_cli.infer.torch_backend import TorchBackend
+from rtdetr_cli.model.attention import Levels, sample_bilinear
 from rtdetr_cli.model.detector import RTDETR, Outputs, Prediction
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
@@ -440,7 +441,11 @@ def test_gridsample_with_aligned_corners(reference: Reference, loaded: Loaded, m
     def other(*args: object, align_corners: bool) -> Tensor:
         return grid_sample(*args, align_corners=not align_corners)  # type: ignore[arg-type]
 
+    def sample(value: Tensor, locations: Tensor, weights: Tensor, levels: Levels) -> Tensor:
+        return sample_bilinear(value, locations, weights, levels, [locations.shape[3] // len(levels.shapes)] * 3)
+
     monkeypatch.setattr("rtdetr_cli.model.attention.functional.grid_sample", other)
+    monkeypatch.setattr("rtdetr_cli.model.attention.sample_bilinear_cpu", sample)
     assert "agreement" in failure_of(TorchBackend(*loaded, device="cpu"), reference).failed_parts
 
 
