@@ -90,6 +90,9 @@ def test_the_model_file_holds_everything_that_prediction_needs(finished: Path, d
     assert (header.imgsz, header.preset, header.layers) == ((64, 64), "tiny", 2)
     assert header.thresholds is not None
     assert header.thresholds.target == "f1"
+    assert header.dedupe is not None
+    assert header.thresholds.dedupe == header.dedupe_gamma
+    assert header.metrics["AP"] == header.dedupe.ap
     assert all((header.version, header.identity, header.dataset["fingerprint"]))
     assert header.metrics["AP"] >= 0
 
