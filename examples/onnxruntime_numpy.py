@@ -2,7 +2,8 @@
 
     python examples/onnxruntime_numpy.py runs/tiny-demo-01/export/best.onnx image.jpg
 
-Class names, thresholds and the input size are in the file. The output equals that of `rtdetr predict`.
+Class names, thresholds and the input size are in the file, or in a labels.json beside it, which may be edited. The
+output equals that of `rtdetr predict`.
 """
 
 import json
@@ -15,11 +16,16 @@ from PIL import Image, ImageOps
 
 
 def load(path):
-    """Return a session, the header stored in the file, and the threshold of each class."""
+    """Return a session, the class names and other settings, and the threshold of each class."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     if "labels" not in {output.name for output in session.get_outputs()}:
         sys.exit(f"{path} is a raw export, without post-processing: export it without --raw")
-    header = json.loads(session.get_modelmeta().custom_metadata_map.get("rtdetr") or sys.exit(f"{path} has no header"))
+    text = session.get_modelmeta().custom_metadata_map.get("rtdetr") or sys.exit(f"{path} has no header")
+    beside = os.path.join(os.path.dirname(path), "labels.json")
+    if os.path.isfile(beside):
+        with open(beside, encoding="utf-8") as file:
+            text = file.read()
+    header = json.loads(text)
     stored = header["thresholds"]
     thresholds = stored["per_class"] if stored else [0.5] * len(header["names"])
     return session, header, np.array(thresholds, np.float32)
@@ -27,7 +33,10 @@ def load(path):
 
 def detect(session, header, thresholds, path):
     """Return (name, category id, score, x1, y1, x2, y2) of each object, best first, in pixels of the image."""
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith("I;16"):  # of 16 bits, the high byte
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    image = image.convert("RGB")
     width, height = image.size
     if session.get_inputs()[0].type == "tensor(uint8)":  # exported with --preprocess-in-graph
         images = np.asarray(image)[None]
@@ -39,18 +48,22 @@ def detect(session, header, thresholds, path):
     copies = batch if isinstance(batch, int) else 1  # a fixed batch must be filled
     feeds = {"images": np.repeat(images, copies, 0), "orig_target_sizes": np.array([[width, height]] * copies)}
     labels, boxes, scores = (out[0] for out in session.run(["labels", "boxes", "scores"], feeds))
-    keep = scores >= thresholds[labels]
-    boxes = boxes[keep].clip(0, [width, height, width, height])
-    for label, score, box in list(zip(labels[keep], scores[keep], boxes, strict=True))[:100]:
+    boxes = boxes.clip(0, [width, height, width, height])
+    keep = (scores >= thresholds[labels]) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    for label, score, box in list(zip(labels[keep], scores[keep], boxes[keep], strict=True))[:100]:
         yield (header["names"][label], header["category_ids"][label], float(score), *map(float, box))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    arguments = sys.argv[1:]
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "model.onnx")  # in a folder of --bundle
+    if len(arguments) == 1 and os.path.isfile(beside):
+        arguments = [beside, *arguments]
+    if len(arguments) != 2:
         sys.exit("usage: python examples/onnxruntime_numpy.py MODEL.onnx IMAGE")
-    for path in sys.argv[1:]:
+    for path in arguments:
         if not os.path.isfile(path):
             sys.exit(f"{path} is not a file")
-    model = load(sys.argv[1])
-    for name, category, score, *box in detect(*model, sys.argv[2]):
+    model = load(arguments[0])
+    for name, category, score, *box in detect(*model, arguments[1]):
         print(f"{name} ({category}) {score:.3f} [{', '.join(f'{v:.1f}' for v in box)}]")

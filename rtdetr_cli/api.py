@@ -369,6 +369,7 @@ class Detector:
         rtx: bool = False,
         target: str | None = None,
         openvino: bool = False,
+        int8: bool = False,
         dynamic: bool = False,
         batch: int = 1,
         imgsz: Size | None = None,
@@ -377,12 +378,16 @@ class Detector:
         raw: bool = False,
         preprocess_in_graph: bool = False,
         verify: PathLike | None = None,
-        tol_ap: float = 0.002,
+        tol_ap: float | None = None,
+        calibration: PathLike | None = None,
+        calibration_images: int = 32,
+        keep_float: Sequence[str] = (),
         no_gate: bool = False,
         out: PathLike | None = None,
+        bundle: PathLike | None = None,
         on_event: Callable[[ExportEvent], None] | None = None,
     ) -> list[Artefact]:
-        """Export to ONNX (the default), OpenVINO or TensorRT, and verify each file as `rtdetr export` does.
+        """Export to ONNX (the default), INT8, OpenVINO or TensorRT, and verify each file as `rtdetr export` does.
 
         The keywords are the flags of the command, which `rtdetr export --help` describes; `on_event` is called with
         everything that happens.
@@ -399,18 +404,22 @@ class Detector:
         path = self._model_path()
         if path.suffix.lower() in EXPORT_SUFFIXES:
             raise UsageError(f"{path} is already exported", hint="load the weights that it was exported from")
+        from rtdetr_cli.export import images as image_choice
         from rtdetr_cli.export.artefacts import Artefact
-        from rtdetr_cli.export.images import verification_images
+        from rtdetr_cli.export.bundle import check_bundle, write_bundle
         from rtdetr_cli.export.options import ExportOptions, choose_formats
         from rtdetr_cli.export.run import export_events
         from rtdetr_cli.weights.load import load_model
 
         if target is not None and not rtx:
             raise UsageError("target is for engines of TensorRT for RTX: add rtx=True")
-        formats = choose_formats(onnx=onnx, fp16=fp16, trt_fp16=trt_fp16, openvino=openvino, rtx=rtx)
+        formats = choose_formats(onnx=onnx, fp16=fp16, trt_fp16=trt_fp16, openvino=openvino, rtx=rtx, int8=int8)
         size = _size(imgsz) or self.options.get("imgsz")
         options = ExportOptions(formats, size, batch, dynamic, opset, gridsample, raw, preprocess_in_graph)
+        options = replace(options, float_parts=tuple(keep_float))
         options.check()
+        if bundle is not None:
+            check_bundle(Path(bundle), options)
         device = self.options.get("device", "auto")
         if rtx:
             from rtdetr_cli.export.tensorrt import rtx_targets
@@ -418,11 +427,22 @@ class Detector:
             options = replace(options, targets=rtx_targets(target, device))
         model, header = load_model(path, **{k: self.options.get(k) for k in ("sampling", "layers", "queries")})
         header = header.with_dedupe(self.options.get("dedupe"))
-        images = None if no_gate else verification_images(Path(verify) if verify else None, path, header)[0]
+        dataset = Path(verify) if verify else None
+        images = None if no_gate else image_choice.verification_images(dataset, path, header)[0]
+        calibrate_on: Sequence[Path] = ()
+        if int8:
+            source = Path(calibration) if calibration else None
+            calibrate_on, _ = image_choice.calibration_images(source, dataset, path, header, images)
         folder = path.parent / EXPORT if out is None else Path(out)
         artefacts: list[Artefact] = []
         for event in export_events(
-            model, header, folder, options, images=images, stem=path.stem, tol_ap=tol_ap, device=device
+            *(model, header, folder, options),
+            images=images,
+            stem=path.stem,
+            tol_ap=tol_ap,
+            device=device,
+            calibration=calibrate_on,
+            calibration_images=calibration_images,
         ):
             if on_event is not None:
                 on_event(event)
@@ -433,6 +453,8 @@ class Detector:
             raise GateError(
                 f"verification failed: {'; '.join(failed)}", hint=f"see {folder}/parity.json", code="parity"
             )
+        if bundle is not None:
+            write_bundle(Path(bundle), artefacts, images)
         return artefacts
 
 

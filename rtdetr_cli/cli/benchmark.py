@@ -9,12 +9,15 @@ import typer
 
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.terminal import JsonFlag
-from rtdetr_cli.errors import UsageError
+from rtdetr_cli.errors import RtdetrError, UsageError
 from rtdetr_cli.files import ensure_writable
 from rtdetr_cli.text import counted
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rtdetr_cli.datasets.records import Dataset
+    from rtdetr_cli.workflows.benchmark import BenchmarkPlan, Failure
     from rtdetr_cli.workflows.benchmark_report import Row
 
 SMALL_AP_LOSS = 0.01  # most users accept it for a faster model
@@ -33,7 +36,9 @@ def benchmark(
     split: Annotated[str, typer.Option(help="Split to evaluate: train, val or test.")] = "val",
     backends: Annotated[
         str | None,
-        typer.Option(help="Backends: torch,onnx,openvino,tensorrt, or some of them (default: all installed)."),
+        typer.Option(
+            help="Backends: torch,onnx,onnx-int8,openvino,openvino-int8,tensorrt, or some (default: all installed)."
+        ),
     ] = None,
     sweep: Annotated[
         str | None,
@@ -66,19 +71,18 @@ def benchmark(
     for file in files:
         if warning := modification_warning(file):
             terminal.warn(warning)
-    for name, reason in plan.skipped.items():
-        terminal.say(f"skipping {name}: {reason}")
     if swept is not None and out is None:
         out = (files[0].parent if files[0].name == BEST else Path()) / "benchmark"
     dataset = _split(files[0], data, images, split)
+    plan, calibration = _calibration(plan, files[0], data, dataset, requested=names is not None)
+    for name, reason in plan.skipped.items():
+        terminal.say(f"skipping {name}: {reason}")
     if out is not None:
         ensure_writable(out)
 
-    rows: list[Row] = []
-    with terminal.progress(len(plan.points), "benchmark") as bar:
-        for row in workflow.benchmark(plan, dataset, notify=terminal.say):
-            rows.append(row)
-            bar.advance(1, ms=row.latency, AP=row.ap)
+    rows, failures = _measure(plan, dataset, calibration)
+    if not rows:
+        raise failures[0].error
     rows = report.mark_front(rows)
     document: dict[str, Any] = {
         "rows": [row.to_json() for row in rows],
@@ -89,6 +93,7 @@ def benchmark(
         "threads": threads,
         "pictures": None if dataset is None else len(dataset),
         "environment": workflow.environment(),
+        "failed": [failure.to_json() for failure in failures],
     }
     if out is not None:
         saved = report.write_files(out, rows, {"schema_version": terminal.SCHEMA_VERSION, **document})
@@ -97,7 +102,51 @@ def benchmark(
         terminal.emit_json(document)
     else:
         _show(rows, document)
-        _show_next(rows, dataset, swept=swept is not None)
+        if not failures:
+            _show_next(rows, dataset, swept=swept is not None)
+    for failure in failures:
+        terminal.complain(f"{failure.point.backend}: {failure.error.message}", failure.error.hint)
+    if failures:
+        raise typer.Exit(failures[0].error.exit_code)
+
+
+def _measure(
+    plan: BenchmarkPlan, dataset: Dataset | None, calibration: Sequence[Path]
+) -> tuple[list[Row], list[Failure]]:
+    """Measure every point, and print each as soon as it is known."""
+    from rtdetr_cli.workflows.benchmark import Failure, benchmark
+
+    rows: list[Row] = []
+    failures: list[Failure] = []
+    with terminal.progress(len(plan.points), "benchmark") as bar:
+        for result in benchmark(plan, dataset, calibration=calibration, notify=terminal.say):
+            if isinstance(result, Failure):
+                failures.append(result)
+                terminal.warn(f"{result.point.backend} failed: {result.error.message}")
+                bar.advance(1)
+            else:
+                rows.append(result)
+                terminal.say(result.summary)
+                bar.advance(1, ms=result.latency, AP=result.ap)
+    return rows, failures
+
+
+def _calibration(
+    plan: BenchmarkPlan, model: Path, data: Path | None, dataset: Dataset | None, *, requested: bool
+) -> tuple[BenchmarkPlan, Sequence[Path]]:
+    """Return the images to calibrate INT8 on; where there are none, a plan without INT8 if it was not requested."""
+    from rtdetr_cli.export.images import calibration_images
+    from rtdetr_cli.weights.header import read_header
+
+    if not plan.int8:
+        return plan, ()
+    header = read_header(model) if model.suffix == ".safetensors" else None
+    try:
+        return plan, calibration_images(None, data, model, header, dataset)[0]
+    except RtdetrError as error:
+        if requested:
+            raise
+        return plan.without_int8(error.message), ()
 
 
 def _show(rows: list[Row], document: dict[str, Any]) -> None:

@@ -45,6 +45,16 @@ BackendOption = Annotated[
     ),
 ]
 OfflineFlag = Annotated[bool, typer.Option("--offline", help="Use cached weights only; never download any.")]
+TolApFlag = Annotated[
+    float | None,
+    typer.Option(
+        "--tol-ap",
+        min=0,
+        max=1,
+        help="Maximum AP difference between model and export (default: 0.002, or 0.01 for INT8).",
+        show_default=False,
+    ),
+]
 
 
 def forbid_downloads(offline: bool) -> None:

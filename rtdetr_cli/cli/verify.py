@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rtdetr_cli.cli import terminal
-from rtdetr_cli.cli.terminal import JsonFlag
+from rtdetr_cli.cli.terminal import JsonFlag, TolApFlag
 from rtdetr_cli.errors import GateError, UsageError
 
 if TYPE_CHECKING:
@@ -28,9 +28,7 @@ def verify(
         typer.Option("--data", "-d", help="Dataset or folder of images (default: the data that MODEL was trained on)."),
     ] = None,
     split: Annotated[str, typer.Option(help="Split to verify on: train, val or test.")] = "val",
-    tol_ap: Annotated[
-        float | None, typer.Option(help="Maximum AP difference (default: 0.002, or 0.01 for INT8).", show_default=False)
-    ] = None,
+    tol_ap: TolApFlag = None,
     write: Annotated[bool, typer.Option("--write", help="Record the verdict in the header of FILE.")] = False,
     device: Annotated[str, typer.Option(help="Device: auto, cpu, or a GPU such as 0.")] = "auto",
     as_json: JsonFlag = False,
@@ -38,8 +36,6 @@ def verify(
     """Check that a file gives the same detections as a model; exit with code 6 where it does not."""
     from rtdetr_cli.cli.select import model_file
 
-    if tol_ap is not None and not 0 <= tol_ap <= 1:
-        raise UsageError(f"--tol-ap {tol_ap:g} is not a fraction from 0 to 1")
     path, model = model_file(file), model_file(against)
     if path.resolve() == model.resolve():
         raise UsageError(f"{path} cannot be verified against itself")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from rtdetr_cli.weights.header import ModelHeader
 PARITY_FILE = "parity.json"
 NAME_ENDINGS = {
     "onnx": ".onnx",
+    "int8": "-int8.onnx",
     "fp16": "-fp16.onnx",
     "openvino": ".xml",
+    "openvino-int8": "-int8.xml",
     "trt-fp16": ".engine",
     "rtx-fp16": "-rtx.engine",
 }
@@ -31,19 +33,39 @@ class Notice:
 
 
 @dataclass(frozen=True, slots=True)
+class PartCost:
+    """What an INT8 file would detect with one more part in float; `ap` is None without labels."""
+
+    part: str
+    matched: float
+    ap: float | None
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        ap = "" if self.ap is None else f"AP {self.ap:.3f}, "
+        return f"with the {self.part} in float32: {ap}{self.matched:.3f} matched"
+
+
+@dataclass(frozen=True, slots=True)
 class Artefact:
     """One exported model, in `*.failed.*` where verification failed; `verdict` is None where it was skipped.
 
-    `pending` says why verification has to wait for another machine.
+    Attributes:
+        pending: why verification has to wait for another machine.
+        costs: of a failed INT8 file, what keeping each part in float would give, the best first.
+        latencies_ms: of an INT8 file, the medians of the float network and of its own.
     """
 
     path: Path
     format: str  # onnx, openvino or tensorrt
-    precision: str  # fp32 or fp16
+    precision: str  # fp32, fp16 or int8
     verdict: Verdict | None = None
     operators: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     pending: str = ""
+    costs: tuple[PartCost, ...] = ()
+    latencies_ms: tuple[float, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -65,6 +87,8 @@ class Artefact:
             "bytes": self.bytes,
             "seconds": round(self.seconds, 2),
             **({"pending": self.pending} if self.pending else {}),
+            **({"part_costs": [asdict(cost) for cost in self.costs]} if self.costs else {}),
+            **dict(zip(("float_latency_ms", "latency_ms"), self.latencies_ms, strict=False)),
         }
 
 

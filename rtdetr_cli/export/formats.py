@@ -1,4 +1,4 @@
-"""Write a model in each format: ONNX, ONNX float16, OpenVINO, TensorRT."""
+"""Write a model in each format: ONNX, ONNX float16, OpenVINO, INT8 of both, TensorRT."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import copy
 import functools
 import platform
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from rtdetr_cli import __version__
 from rtdetr_cli.errors import EnvironmentProblem, ExportError
-from rtdetr_cli.export import fp16, tensorrt
+from rtdetr_cli.export import fp16, int8, tensorrt
 from rtdetr_cli.export import onnx as onnx_file
 from rtdetr_cli.export.artefacts import NAME_ENDINGS, Artefact, Notice, mark_name, rename_artefact
 from rtdetr_cli.export.graph import DeployGraph, count_norms, deployable, example_inputs, expected_spec
@@ -27,6 +27,7 @@ from rtdetr_cli.infer.graph import GraphSpec, first_line
 from rtdetr_cli.infer.openvino_backend import import_openvino, openvino_core
 from rtdetr_cli.infer.tensorrt_backend import RTX_VERSION, import_tensorrt
 from rtdetr_cli.model.detector import RTDETR
+from rtdetr_cli.text import counted
 from rtdetr_cli.weights.binding import header_path
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
@@ -41,12 +42,20 @@ class ExportContext:
         graph: the model, ready to be traced.
         spec: the tensors that each file must have.
         norm_count: layer norms that the graph must have.
+        calibration: the images to calibrate INT8 on; None where no INT8 is exported.
         artefacts: the formats that are done, by name.
         renamed: old and new name of files of earlier exports.
     """
 
     def __init__(
-        self, model: RTDETR, header: ModelHeader, folder: Path, stem: str, options: ExportOptions, device: str
+        self,
+        model: RTDETR,
+        header: ModelHeader,
+        folder: Path,
+        stem: str,
+        options: ExportOptions,
+        device: str,
+        calibration: int8.Calibration | None = None,
     ) -> None:
         sampling, rounding = model.sampling
         self.header = replace(
@@ -58,6 +67,7 @@ class ExportContext:
             rounding=rounding,
         )
         self.folder, self.stem, self.options, self.device = folder, stem, options, device
+        self.calibration = calibration
         folded = deployable(model, gridsample=options.gridsample)
         self.graph = DeployGraph(folded, raw=options.raw, gamma=self.header.dedupe_gamma).eval()
         self.spec: GraphSpec = expected_spec(options, self.header)
@@ -81,6 +91,12 @@ class ExportContext:
         model = onnx_file.trace(module, self.example_inputs, spec=self.spec, opset=self.options.opset)
         onnx_file.audit(model, norms=self.norm_count, gridsample=self.options.gridsample)
         return model
+
+    @property
+    def calibration_set(self) -> int8.Calibration:
+        """The images to calibrate INT8 on."""
+        assert self.calibration is not None
+        return self.calibration
 
     def final_path(self, name: str) -> Path:
         """Return the path of a format that passes verification."""
@@ -131,6 +147,7 @@ class Draft:
         operators: number of each operator.
         half_twin: runs the same float16 graph in torch.
         pending: why this machine cannot run it, so that verification has to wait for another.
+        alternatives: for INT8, what makes the same draft with one more part in float, by the name of the part.
     """
 
     header: ModelHeader
@@ -138,6 +155,7 @@ class Draft:
     operators: dict[str, int]
     half_twin: Backend | None = None
     pending: str = ""
+    alternatives: Mapping[str, Callable[[], Draft]] = field(default_factory=dict)
 
 
 DraftEvents = Generator[Notice | tensorrt.BuildProgress, None, Draft]
@@ -178,14 +196,26 @@ def onnx_draft(context: ExportContext, model: onnx.ModelProto, header: ModelHead
 def write_openvino(context: ExportContext, path: Path) -> DraftEvents:
     """Write OpenVINO's `.xml` and `.bin`, weights compressed to float16, the header in the runtime information."""
     yield Notice("openvino  float16-compressed weights")
-    openvino = import_openvino()
-    version = str(openvino.__version__)
+    return openvino_draft(context, read_float_openvino(context), "fp16")
+
+
+def read_float_openvino(context: ExportContext) -> Any:
+    """Return the float32 graph as an OpenVINO model."""
     try:
-        model = openvino_core().read_model(context.float_onnx.SerializeToString())
-        if context.options.preprocess:
-            model = with_openvino_resize(openvino, model)
+        return openvino_core().read_model(context.float_onnx.SerializeToString())
     except RuntimeError as error:
+        version = import_openvino().__version__
         raise ExportError(f"OpenVINO {version} cannot read the graph: {first_line(error)}") from error
+
+
+def openvino_draft(context: ExportContext, model: Any, precision: str, **facts: Any) -> Draft:
+    """Return the draft of an OpenVINO model."""
+    openvino = import_openvino()
+    if context.options.preprocess:
+        try:
+            model = with_openvino_resize(openvino, model)
+        except RuntimeError as error:
+            raise ExportError(f"OpenVINO cannot add the preprocessing: {first_line(error)}") from error
 
     def save(path: Path, header: ModelHeader) -> None:
         model.set_rt_info(header.to_json(), [METADATA_KEY])
@@ -196,7 +226,57 @@ def write_openvino(context: ExportContext, path: Path) -> DraftEvents:
 
     counts = Counter(node.get_type_name() for node in model.get_ops())
     operators = {k: v for k, v in sorted(counts.items()) if k not in ("Constant", "Parameter", "Result")}
-    return Draft(context.header_for("openvino", "fp16", {"openvino": version}), save, operators)
+    header = context.header_for("openvino", precision, {"openvino": str(openvino.__version__)}, **facts)
+    return Draft(header, save, operators)
+
+
+def write_int8(context: ExportContext, path: Path) -> DraftEvents:
+    """Write the ONNX graph with INT8 convolutions."""
+
+    def draft(floats: Sequence[int8.Part], facts: dict[str, Any]) -> Draft:
+        model = int8.quantize_onnx(context.float_onnx, context.calibration_set, context.spec, floats)
+        return onnx_draft(context, model, context.header_for("onnx", "int8", **facts))
+
+    return (yield from int8_draft(context, "onnx", int8.ONNX_FLOATS, draft))
+
+
+def write_openvino_int8(context: ExportContext, path: Path) -> DraftEvents:
+    """Write the OpenVINO model with INT8 operators."""
+
+    def draft(floats: Sequence[int8.Part], facts: dict[str, Any]) -> Draft:
+        float_model = read_float_openvino(context)
+        model = int8.quantize_openvino(float_model, context.calibration_set, context.spec, floats)
+        return openvino_draft(context, model, "int8", **facts)
+
+    return (yield from int8_draft(context, "openvino", int8.OPENVINO_FLOATS, draft))
+
+
+def int8_draft(
+    context: ExportContext,
+    format: str,
+    floats: Sequence[int8.Part],
+    draft: Callable[[Sequence[int8.Part], dict[str, Any]], Draft],
+) -> DraftEvents:
+    """Return the draft of an INT8 format, with a way to make it with one more part in float.
+
+    `draft` makes one from the parts that stay float and what the header says about them.
+    """
+    count = len(context.calibration_set)
+    yield Notice(f"{format}  int8, calibrated on {counted(count, 'image')}")
+    requested = [part for part in int8.PARTS if part.name in context.options.float_parts]
+    floats = [*floats, *(replace(part, why="requested") for part in requested)]
+    for part in floats:
+        yield Notice(f"{format}  int8, float32: {part.name} ({part.why})")
+
+    def make(parts: Sequence[int8.Part]) -> Draft:
+        named = [{"name": part.name, "why": part.why} for part in parts]
+        return draft(parts, {"float_parts": named, "calibration_images": count})
+
+    result = make(floats)
+    names = {part.name for part in floats}
+    rest = [part for part in int8.PARTS if part.name not in names]
+    result.alternatives = {part.name: functools.partial(make, [*floats, part]) for part in rest}
+    return result
 
 
 def with_openvino_resize(openvino: Any, model: Any) -> Any:
@@ -277,8 +357,10 @@ def save_engine_header(engine: Path, header: ModelHeader) -> None:
 
 WRITERS: dict[str, Callable[[ExportContext, Path], DraftEvents]] = {
     "onnx": write_onnx,
+    "int8": write_int8,
     "fp16": write_fp16,
     "openvino": write_openvino,
+    "openvino-int8": write_openvino_int8,
     "trt-fp16": write_engine,
     "rtx-fp16": write_rtx_engine,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import logging
 import warnings
@@ -61,6 +62,7 @@ def trace(module: nn.Module, inputs: Sequence[Tensor], *, spec: GraphSpec, opset
             model: onnx.ModelProto = program.model_proto
     except Exception as error:
         raise ExportError(f"torch {torch.__version__} cannot export the model to ONNX: {first_line(error)}") from error
+    name_by_module(model)
     strip(model)
     if opset != TRACED_OPSET:
         drop_defaults(model)
@@ -90,6 +92,17 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+def name_by_module(model: onnx.ModelProto) -> None:
+    """Put the path of the module that a node comes from before its name: `model.backbone.conv1/node_conv2d`.
+
+    Quantization selects nodes by it, in OpenVINO too, which keeps the names.
+    """
+    for node in model.graph.node:
+        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+        modules = ast.literal_eval(scopes)[:-1]  # the last is the operator
+        node.name = f"{modules[-1] if modules else ''}/{node.name}"
 
 
 def strip(model: onnx.ModelProto) -> None:
@@ -167,8 +180,8 @@ def save(model: onnx.ModelProto, path: Path) -> None:
         raise ExportError(f"the graph is {size / 2**30:.1f} GiB, more than the 2 GiB limit of an ONNX file")
     data = model.SerializeToString()
     try:
-        onnx.checker.check_model(data)
-    except onnx.checker.ValidationError as error:
+        onnx.checker.check_model(data, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"the exported graph is not valid ONNX: {first_line(error)}") from error
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)

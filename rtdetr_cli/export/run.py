@@ -9,25 +9,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rtdetr_cli.datasets.records import Dataset
-from rtdetr_cli.errors import RtdetrError
+from rtdetr_cli.errors import ExportError, ModelError, RtdetrError, UsageError
 from rtdetr_cli.export import tensorrt
 from rtdetr_cli.export.artefacts import Artefact, Notice, mark_name, remove_artefact, rename_artefact, write_parity
 from rtdetr_cli.export.compare import compare_interfaces, compare_operators, compare_precision
 from rtdetr_cli.export.formats import WRITERS, ExportContext
-from rtdetr_cli.export.options import ENGINES, ExportOptions
+from rtdetr_cli.export.images import CALIBRATION_HINT
+from rtdetr_cli.export.int8 import FEW_IMAGES, Calibration, measure_costs
+from rtdetr_cli.export.options import CALIBRATION_IMAGES, ENGINES, FLOAT_FORMATS, ExportOptions
 from rtdetr_cli.export.verify import MAX_IMAGES, ImageRun, Reference, Verdict, verify
 from rtdetr_cli.files import ensure_writable
 from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.graph import GraphBackend
 from rtdetr_cli.infer.inspect import graph_precision, inspect_model
 from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend
+from rtdetr_cli.infer.timing import images_to_time, latencies
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.text import counted
 from rtdetr_cli.weights.binding import bind, record_verdict
 from rtdetr_cli.weights.header import ModelHeader
 
+SOURCES = {**FLOAT_FORMATS, **dict.fromkeys(ENGINES, "fp16")}
 ExportEvent = Notice | ImageRun | tensorrt.BuildProgress | Artefact
 
 
@@ -49,6 +55,8 @@ def export_events(
     stem: str = "model",
     tol_ap: float | None = None,
     device: str = "auto",
+    calibration: Sequence[Path] = (),
+    calibration_images: int = CALIBRATION_IMAGES,
 ) -> Iterator[ExportEvent]:
     """Export a model and verify every file against it.
 
@@ -65,6 +73,8 @@ def export_events(
         stem: of the file names.
         tol_ap: maximum AP difference, 0 to 1.
         device: of the model and of ONNX Runtime during verification; a GPU is also where the engine is built.
+        calibration: images of the train split, on which INT8 is calibrated.
+        calibration_images: how many of them to use at most.
 
     Yields:
         What happens; each artefact as soon as it has its name, since a later format may raise.
@@ -78,7 +88,8 @@ def export_events(
     options = options or ExportOptions()
     options.check()
     ensure_writable(folder)
-    context = ExportContext(model, header, folder, stem, options, device)
+    calibrated = yield from calibrate(options, calibration, options.imgsz or header.imgsz, calibration_images)
+    context = ExportContext(model, header, folder, stem, options, device, calibrated)
     if options.raw and (gamma := context.header.dedupe_gamma):
         yield Notice(
             f"raw  without post-processing, so duplicates are not rescored in the graph (gamma {gamma:g}); "
@@ -91,8 +102,9 @@ def export_events(
     try:
         for name in options.formats:
             started = time.perf_counter()
-            if name in ENGINES and not context.artefacts["fp16"].passed:
-                yield Notice("tensorrt  skipped: the float16 graph that the engine is built from failed verification")
+            source = context.artefacts.get(SOURCES.get(name, ""))
+            if source is not None and not source.passed:
+                yield Notice(f"{name}  skipped: {source.path.name}, which it is made from, failed verification")
                 yield from context.set_aside_previous(name)
                 continue
             artefact = yield from export_format(context, name, reference, tol_ap)
@@ -134,6 +146,9 @@ def export_format(
                 else:
                     yield event
             del candidate  # it may hold the file open
+        elif path.suffix in (".onnx", ".xml"):
+            run_once(path, context)
+        times = yield from compare_latency(context, name, path)
         if verdict is not None:
             record_verdict(path, draft.header, verdict.to_json())
             if verdict.passed and verdict.weakness:
@@ -145,12 +160,50 @@ def export_format(
         failed = mark_name(final, "failed")
         rename_artefact(path, failed)
         yield from context.set_aside_previous(name)
-        return Artefact(failed, format, precision, verdict, draft.operators)
+        assert reference is not None
+        costs = yield from measure_costs(draft.alternatives, reference, final.suffix)
+        return Artefact(failed, format, precision, verdict, draft.operators, costs=costs, latencies_ms=times)
     rename_artefact(path, final)
     for mark in ("failed", "previous"):
         remove_artefact(mark_name(final, mark))
     pending = draft.pending if reference is not None else ""
-    return Artefact(final, format, precision, verdict, draft.operators, pending=pending)
+    return Artefact(final, format, precision, verdict, draft.operators, pending=pending, latencies_ms=times)
+
+
+def run_once(path: Path, context: ExportContext) -> None:
+    """Open and run a file that is not verified; raise ExportError where it does not run."""
+    try:
+        backend = open_draft(path, context)
+        height, width = backend.imgsz
+        backend.run(np.zeros((1, height, width, 3), np.uint8), np.array([[width, height]]))
+    except ModelError as error:
+        raise ExportError(f"the exported file does not run: {error.message}") from error
+
+
+def calibrate(
+    options: ExportOptions, paths: Sequence[Path], imgsz: tuple[int, int], count: int
+) -> Generator[Notice, None, Calibration | None]:
+    """Read the images to calibrate INT8 on; return None where no INT8 is exported."""
+    if not options.int8:
+        return None
+    if not paths:
+        raise UsageError("INT8 needs images to calibrate on", hint=CALIBRATION_HINT, code="no-images")
+    calibration = Calibration(paths, imgsz, count)
+    if len(calibration) < FEW_IMAGES:
+        yield Notice(
+            f"warning: INT8 is calibrated on {counted(len(calibration), 'image')} only: {CALIBRATION_IMAGES} give a "
+            "better file (--calibration, --calibration-images)"
+        )
+    return calibration
+
+
+def compare_latency(context: ExportContext, name: str, path: Path) -> Generator[Notice, None, tuple[float, ...]]:
+    """Return the milliseconds of the float file's network and of an INT8 file's; nothing for other formats."""
+    source = context.artefacts.get(FLOAT_FORMATS.get(name, ""))
+    if source is None:
+        return ()
+    yield Notice(f"measure  latency of {source.path.name} and its INT8 version")
+    return tuple(latencies([open_draft(file, context) for file in (source.path, path)], images_to_time(None)))
 
 
 def open_draft(path: Path, context: ExportContext) -> GraphBackend:

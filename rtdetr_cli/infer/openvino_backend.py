@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -86,17 +87,22 @@ def _core(openvino: ModuleType) -> Any:
 
 
 def import_openvino() -> Any:
-    """Import the package without its telemetry.
-
-    On import, openvino reports over the network that it was imported, unless openvino_telemetry cannot be imported;
-    then it uses a stub of its own.
-    """
-    if "openvino" in sys.modules:
+    """Import the package without its telemetry."""
+    with without_telemetry():
         return import_package("openvino", "OpenVINO")
+
+
+@contextmanager
+def without_telemetry() -> Iterator[None]:
+    """Hide openvino_telemetry from imports.
+
+    On import, openvino reports over the network that it was imported, and so does nncf, unless openvino_telemetry
+    cannot be imported; then they use stubs of their own.
+    """
     telemetry = sys.modules.get("openvino_telemetry")
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     try:
-        return import_package("openvino", "OpenVINO")
+        yield
     finally:
         del sys.modules["openvino_telemetry"]
         if telemetry is not None:

@@ -1,7 +1,7 @@
 """Measure latency and AP of models, on every backend or at several settings of one model.
 
 AP is of the whole split, by the same backend with the same settings as the latency. How latency is measured is
-described in `workflows.timing`.
+described in `infer.timing`.
 """
 
 from __future__ import annotations
@@ -15,27 +15,55 @@ from pathlib import Path
 from typing import Any
 
 from rtdetr_cli.datasets.records import Dataset
-from rtdetr_cli.errors import EnvironmentProblem, UsageError
+from rtdetr_cli.errors import EnvironmentProblem, RtdetrError, UsageError
 from rtdetr_cli.evaluate.bootstrap import Resamples, resample
 from rtdetr_cli.evaluate.run import evaluate
 from rtdetr_cli.infer.backend import Backend, check_model_path, open_backend
+from rtdetr_cli.infer.graph import first_line
+from rtdetr_cli.infer.timing import Spread, images_to_time, measure_steadily
 from rtdetr_cli.machine import cpu_count, cpu_name
 from rtdetr_cli.weights.header import EXPORT_SUFFIXES
 from rtdetr_cli.workflows.benchmark_report import Row
 from rtdetr_cli.workflows.sweep import Setting, sweep_settings
-from rtdetr_cli.workflows.timing import Spread, images_to_time, measure_steadily
 
-PACKAGES = {"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
-FORMATS = {"onnx": ("onnx",), "openvino": ("openvino",), "tensorrt": ("fp16", "trt-fp16")}  # the last is measured
+PACKAGES = {
+    "torch": "torch",
+    "onnx": "onnxruntime",
+    "onnx-int8": "onnxruntime",
+    "openvino": "openvino",
+    "openvino-int8": "nncf",
+    "tensorrt": "tensorrt",
+}
+"""The backends, INT8 as one of its own, and the package that each needs."""
+FORMATS = {
+    "onnx": ("onnx",),
+    "onnx-int8": ("int8",),
+    "openvino": ("openvino",),
+    "openvino-int8": ("openvino-int8",),
+    "tensorrt": ("fp16", "trt-fp16"),
+}
+"""What is exported for each; the last file is measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One measurement: a model on a backend at a setting."""
+    """One measurement: a model on one of the backends of `PACKAGES` at a setting."""
 
     model: Path
     backend: str
     setting: Setting
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A point that could not be measured, and why."""
+
+    point: Point
+    error: RtdetrError
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"model": str(self.point.model), "backend": self.point.backend, "error": self.error.message}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +77,17 @@ class BenchmarkPlan:
     runs: int
     device: str
     threads: int | None
+
+    @property
+    def int8(self) -> bool:
+        """Whether a point needs images to calibrate on."""
+        return any(point.backend.endswith("-int8") for point in self.points)
+
+    def without_int8(self, reason: str) -> BenchmarkPlan:
+        """Return the plan with the points that need calibration skipped for a reason."""
+        left = tuple(point for point in self.points if not point.backend.endswith("-int8"))
+        names = dict.fromkeys(point.backend for point in self.points if point not in left)
+        return replace(self, points=left, skipped={**self.skipped, **dict.fromkeys(names, reason)})
 
 
 def parse_backends(text: str) -> list[str]:
@@ -163,42 +202,57 @@ def benchmark(
     plan: BenchmarkPlan,
     dataset: Dataset | None,
     *,
+    calibration: Sequence[Path] = (),
     notify: Callable[[str], None] = lambda text: None,
     resamples: int = 1000,
-) -> Iterator[Row]:
-    """Measure every point of a plan; without a dataset, AP is not measured and a synthetic image is timed.
+) -> Iterator[Row | Failure]:
+    """Measure every point of a plan, whatever happens to the others.
 
-    `notify` is called with a line before each export, and `resamples` is for the interval of each AP difference.
+    Args:
+        plan: from `plan_benchmark`.
+        dataset: split for AP; without one, AP is not measured and a synthetic image is timed.
+        calibration: images to calibrate INT8 on.
+        notify: called with a line before each export.
+        resamples: for the interval of each AP difference.
     """
     sources = images_to_time(dataset)
     base: tuple[float, Resamples] | None = None
     with tempfile.TemporaryDirectory(prefix="rtdetr-benchmark-") as folder:
         for number, point in enumerate(plan.points):
-            path, setting = point.model, point.setting
-            if point.backend != "torch" and path.suffix.lower() not in EXPORT_SUFFIXES:
-                notify(f"{path.name}: exporting for {point.backend}")
-                path, setting = _export(plan, point, Path(folder) / str(number)), Setting()  # built into the export
-            backend = open_backend(
-                path,
-                device="auto" if point.backend == "openvino" else plan.device,
-                threads=plan.threads,
-                **asdict(setting),
-            )
-            times = measure_steadily(backend, sources, batch=plan.batch, warmup=plan.warmup, runs=plan.runs)
-            row = _row(plan, point, backend, times)
-            if dataset is not None:
-                evaluation = evaluate(backend, dataset, batch=backend.fixed_batch or max(4, plan.batch))
-                row = replace(row, ap=evaluation.metrics["AP"], metrics=evaluation.metrics)
-                if row.ap is not None:
-                    drawn = resample(evaluation.dataset, evaluation.table, resamples=resamples)
-                    if base is None:
-                        base = row.ap, drawn
-                    else:
-                        row = replace(row, difference=drawn.interval(row.ap - base[0], minus=base[1]))
-            yield row
+            try:
+                backend = _open(plan, point, Path(folder) / str(number), calibration, notify)
+                times = measure_steadily(backend, sources, batch=plan.batch, warmup=plan.warmup, runs=plan.runs)
+                row = _row(plan, point, backend, times)
+                if dataset is not None:
+                    evaluation = evaluate(backend, dataset, batch=backend.fixed_batch or max(4, plan.batch))
+                    row = replace(row, ap=evaluation.metrics["AP"], metrics=evaluation.metrics)
+                    if row.ap is not None:
+                        drawn = resample(evaluation.dataset, evaluation.table, resamples=resamples)
+                        if base is None:
+                            base = row.ap, drawn
+                        else:
+                            row = replace(row, difference=drawn.interval(row.ap - base[0], minus=base[1]))
+            except RtdetrError as error:
+                yield Failure(point, error)
+            except Exception as error:  # each runtime raises its own kind
+                yield Failure(point, RtdetrError(f"{type(error).__name__}: {first_line(error)}"))
+            else:
+                yield row
 
 
-def _export(plan: BenchmarkPlan, point: Point, folder: Path) -> Path:
+def _open(
+    plan: BenchmarkPlan, point: Point, folder: Path, calibration: Sequence[Path], notify: Callable[[str], None]
+) -> Backend:
+    """Open the model of a point in its backend; weights are exported first, to `folder`."""
+    path, setting = point.model, point.setting
+    if point.backend != "torch" and path.suffix.lower() not in EXPORT_SUFFIXES:
+        notify(f"{path.name}: exporting for {point.backend}")
+        path, setting = _export(plan, point, folder, calibration), Setting()  # built into the export
+    device = "auto" if point.backend.startswith("openvino") else plan.device
+    return open_backend(path, device=device, threads=plan.threads, **asdict(setting))
+
+
+def _export(plan: BenchmarkPlan, point: Point, folder: Path, calibration: Sequence[Path]) -> Path:
     """Export a model for a backend, unverified, since its AP is measured here."""
     from rtdetr_cli.export.options import ExportOptions
     from rtdetr_cli.export.run import export_model
@@ -206,16 +260,22 @@ def _export(plan: BenchmarkPlan, point: Point, folder: Path) -> Path:
 
     detector, header = load_model(point.model, layers=point.setting.layers, queries=point.setting.queries)
     options = ExportOptions(FORMATS[point.backend], point.setting.imgsz, plan.batch)
-    return export_model(detector, header, folder, options, stem=point.model.stem, device=plan.device)[-1].path
+    files = export_model(
+        *(detector, header, folder, options), stem=point.model.stem, device=plan.device, calibration=calibration
+    )
+    return files[-1].path
 
 
 def _row(plan: BenchmarkPlan, point: Point, backend: Backend, times: dict[str, Spread]) -> Row:
     header = backend.header
     foreign = not header.names
+    precision = str(header.extra.get("precision", "fp32")) if point.backend != "torch" else "fp32"
+    if backend.kind == "openvino" and precision == "fp16":  # of the weights in the file; it computes in float32
+        precision = "fp32"
     return Row(
         model=str(point.model),
-        backend=point.backend,
-        precision=str(header.extra.get("precision", "fp32")) if point.backend in ("onnx", "tensorrt") else "fp32",
+        backend=backend.kind,
+        precision=precision,
         device=device_name(backend),
         imgsz=backend.imgsz,
         layers=None if foreign else (point.setting.layers or header.layers or None),
@@ -241,7 +301,7 @@ def device_name(backend: Any) -> str:
 def environment() -> dict[str, Any]:
     """Return what the figures depend on: processor, cores, system and package versions."""
     versions = {}
-    for package in (*PACKAGES.values(), "numpy", "pillow"):
+    for package in dict.fromkeys((*PACKAGES.values(), "numpy", "pillow")):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rtdetr_cli.evaluate.bootstrap import Interval
+from rtdetr_cli.infer.timing import Spread
 from rtdetr_cli.text import counted
-from rtdetr_cli.workflows.timing import Spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Row:
     """One measurement.
 
     Attributes:
-        precision: of the network: `fp32` or `fp16`.
+        precision: of the network: `fp32`, `fp16` or `int8`.
         imgsz: (height, width).
         layers, queries: that were used; None for a foreign graph, which does not state them.
         times: `timing.PARTS` to their spread.
@@ -57,6 +57,16 @@ class Row:
         """The input size as `640` or `480x640`."""
         height, width = self.imgsz
         return str(height) if height == width else f"{height}x{width}"
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        settings = [self.backend, self.precision, self.size]
+        settings += [counted(self.layers, "layer")] if self.layers else []
+        settings += [counted(self.queries, "query", "queries")] if self.queries else []
+        ap = "" if self.ap is None else f", AP {self.ap:.3f}"
+        unstable = " (unstable)" if self.times["total"].unstable else ""
+        return f"{' '.join(settings)}: {self.latency:.1f} ms{unstable}{ap}"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

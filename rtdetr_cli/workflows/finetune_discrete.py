@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 
 from rtdetr_cli.config.run import NAMED, RunConfig, resolve_run
 from rtdetr_cli.config.schema import ModelSpec, OfficialSchedule
-from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 from rtdetr_cli.evaluate.bootstrap import Interval, compare, resample
 from rtdetr_cli.evaluate.run import Evaluation, evaluate
@@ -25,6 +23,7 @@ from rtdetr_cli.evaluate.source import training_data
 from rtdetr_cli.export.artefacts import Artefact, Notice
 from rtdetr_cli.export.run import export_events
 from rtdetr_cli.infer.backend import open_backend
+from rtdetr_cli.infer.timing import images_to_time, latencies
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.runs import DISCRETE_RESULT, EXPORT, RunFolder, next_name, settings_file
 from rtdetr_cli.train.stop import StopFlag
@@ -34,10 +33,8 @@ from rtdetr_cli.workflows.events import Event, RunFinished
 from rtdetr_cli.workflows.finetune import finetune, resume, run_config
 from rtdetr_cli.workflows.prepare import load_data, training_sets
 from rtdetr_cli.workflows.starting_weights import header_spec, nearest_preset, weights_file
-from rtdetr_cli.workflows.timing import images_to_time, measure
 
 EQUAL_SPEED = 0.05  # share of the original's latency within which the discrete export counts as equally fast
-ROUNDS = 3
 MIN_EPOCHS = 2
 USELESS_AP = 0.05  # below this a model has hardly learned anything, and a comparison says nothing
 DEFAULT_SHARE = 12 / 72  # of the first stage's epochs, for a preset without a published second stage
@@ -213,22 +210,9 @@ class FinetuneDiscrete:
                     self.notify(event.message)
                 elif isinstance(event, Artefact):
                     artefacts[name] = event
-        times = latencies([artefact.path for artefact in artefacts.values()], self.val)
+        backends = [open_backend(artefact.path, device="cpu") for artefact in artefacts.values()]
+        times = latencies(backends, images_to_time(self.val))
         return tuple(Exported(*pair, ms) for pair, ms in zip(artefacts.items(), times, strict=True))
-
-
-def latencies(paths: Sequence[Path], dataset: Dataset) -> list[float]:
-    """Return the median milliseconds of the network for each graph, batch 1, in ONNX Runtime on the CPU.
-
-    The graphs take turns, so that other load on the machine slows all of them equally.
-    """
-    backends = [open_backend(path, device="cpu") for path in paths]
-    sources = images_to_time(dataset)
-    rounds = [
-        [measure(backend, sources, batch=1, warmup=3, runs=10)["network"].median for backend in backends]
-        for _ in range(ROUNDS)
-    ]
-    return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
 def recommend(rows: tuple[Row, Row, Row], exports: Sequence[Exported], *, max_drop: float) -> str:

@@ -72,6 +72,41 @@ def test_two_backends(rtdetr: Callable[..., Any], model: Path, untrained_data: P
     assert ran.json["front"]
 
 
+def test_one_failure_does_not_lose_the_other_rows(
+    rtdetr: Callable[..., Any], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that the runtime raises; rows are printed as they are measured, and INT8 among them."""
+    real_export = benchmark._export
+
+    def export(plan: Any, point: Any, *args: Any) -> Path:
+        if point.backend == "onnx":
+            raise ValueError("the runtime broke\nin many lines")
+        return real_export(plan, point, *args)
+
+    monkeypatch.setattr(benchmark, "_export", export)
+    words = ["--backends", "torch,onnx,onnx-int8", "--warmup", 0, "--runs", 1, "--threads", 1]
+    ran = rtdetr("benchmark", model, "--data", model.parent / "shapes", *words, "--json")
+    assert ran.code == 1
+    assert [(row["backend"], row["precision"]) for row in ran.json["rows"]] == [("torch", "fp32"), ("onnx", "int8")]
+    (failed,) = ran.json["failed"]
+    assert (failed["backend"], failed["error"]) == ("onnx", "ValueError: the runtime broke")
+    lines = ran.err.splitlines()
+    measured = [next(i for i, line in enumerate(lines) if text in line) for text in ("torch fp32", "onnx int8")]
+    assert measured[0] < lines.index("warning: onnx failed: ValueError: the runtime broke") < measured[1]
+
+
+def test_int8_needs_images_to_calibrate_on(rtdetr: Callable[..., Any], model: Path) -> None:
+    """Without --data there are none: exit with code 2 where it was requested, else it is skipped with the reason."""
+    ran = rtdetr("benchmark", model, "--backends", "onnx-int8")
+    assert ran.code == 2
+    assert "no images to calibrate INT8 on" in ran.err
+    plan = benchmark.plan_benchmark([model], device="cpu")
+    left = plan.without_int8("none")
+    assert plan.int8
+    assert not left.int8
+    assert left.skipped["onnx-int8"] == "none"
+
+
 def test_a_sweep_writes_a_table_a_document_and_a_plot(
     rtdetr: Callable[..., Any], model: Path, untrained_data: Path, tmp_path: Path
 ) -> None:

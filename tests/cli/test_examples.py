@@ -51,7 +51,7 @@ def load(name: str) -> ModuleType:
 def test_examples_are_short_and_import_only_what_they_name(name: str, packages: set[str]) -> None:
     path = EXAMPLES / f"{name}.py"
     assert imported(path) == packages
-    assert len(path.read_text().splitlines()) < 60
+    assert len(path.read_text().splitlines()) < 70
 
 
 def predicted(rtdetr: Callable[..., Any], model: Path, image: Path) -> list[dict[str, Any]]:

@@ -192,7 +192,7 @@ def test_without_tensorrt_the_other_formats_are_exported(
         (["--preprocess-in-graph", "--dynamic"], 2, "one image at a time"),
         (["--preprocess-in-graph", "--trt-fp16"], 2, "antialias"),
         (["--verify", "x", "--no-gate"], 2, "cannot be combined"),
-        (["--tol-ap", "20"], 2, "fraction"),
+        (["--tol-ap", "20"], 2, "--tol-ap"),
         (["--verify", "nowhere"], 3, "nowhere"),
         (["--sampling", "nearest", "--no-gate"], 2, "sampling"),
         (["--sampling", "discrete", "--no-gate"], 2, "rtdetr finetune-discrete"),

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rtdetr_cli.workflows import timing
+from rtdetr_cli.infer import timing
+from rtdetr_cli.infer.timing import PARTS, Spread
 from rtdetr_cli.workflows.benchmark import benchmark, plan_benchmark
 from rtdetr_cli.workflows.benchmark_report import Row, drop_constant_columns, mark_front, table_rows
 from rtdetr_cli.workflows.sweep import Setting, parse_sweep, sweep_settings
-from rtdetr_cli.workflows.timing import PARTS, Spread
 
 
 def row(milliseconds: float, ap: float | None) -> Row:

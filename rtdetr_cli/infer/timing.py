@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from rtdetr_cli.infer.backend import Backend
 
 PARTS = ("preprocess", "network", "postprocess", "total")
 UNSTABLE = 0.2
+ROUNDS = 3  # in which the networks of a comparison take turns
 MAX_IMAGES = 16  # more than one, since a single image would stay in the processor's cache
 
 
@@ -96,6 +98,21 @@ def measure_steadily(
         again = measure(backend, sources, batch=batch, warmup=warmup, runs=runs)
         times = min(times, again, key=lambda result: result["total"].unsteadiness)
     return times
+
+
+def latencies(backends: Sequence[Backend], sources: Sequence[Path | bytes]) -> list[float]:
+    """Return the median milliseconds of one run of each network, with full batches.
+
+    The networks take turns, so that other load on the machine slows all of them equally.
+    """
+    rounds = [
+        [
+            measure(backend, sources, batch=backend.fixed_batch or 1, warmup=2, runs=6)["network"].median
+            for backend in backends
+        ]
+        for _ in range(ROUNDS)
+    ]
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
 def _device_wait(backend: Any) -> Callable[[], None]:

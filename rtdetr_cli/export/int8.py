@@ -1,0 +1,212 @@
+"""INT8 graphs, quantized by ONNX Runtime, or by NNCF for OpenVINO, and calibrated on images of the train split."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import itertools
+import logging
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from rtdetr_cli.errors import DataError, ExportError
+from rtdetr_cli.export.artefacts import Notice, PartCost
+from rtdetr_cli.export.compare import LIMITS, match_images
+from rtdetr_cli.export.onnx import quiet
+from rtdetr_cli.export.options import INT8_PARTS
+from rtdetr_cli.export.verify import Reference, average_precision, predict, spread
+from rtdetr_cli.infer.backend import open_backend
+from rtdetr_cli.infer.graph import IMAGES, SIZES, GraphSpec, first_line
+from rtdetr_cli.infer.openvino_backend import without_telemetry
+from rtdetr_cli.infer.packages import import_package
+from rtdetr_cli.infer.prefetch import prefetch
+
+if TYPE_CHECKING:
+    from rtdetr_cli.export.formats import Draft
+
+FEW_IMAGES = 8
+
+Result = TypeVar("Result")
+Feeds = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of the network; `contains` decides by the path of a node's module and the operator's name."""
+
+    name: str
+    contains: Callable[[str, str], bool]
+    why: str = ""  # it stays float
+
+
+PARTS = tuple(
+    Part(name, functools.partial(lambda prefix, path, op: path.startswith(prefix), f"model.{name}"))
+    for name in INT8_PARTS
+)
+"""The parts that can be kept in float by name."""
+
+FIRST_CONVOLUTION = Part(
+    "the first convolution",
+    lambda path, op: path.endswith("conv1.conv1_1.conv"),
+    "quantizing it raises the error of the boxes by a quarter, for under one percent of the work",
+)
+ONNX_FLOATS = (
+    FIRST_CONVOLUTION,
+    Part(
+        "everything but convolutions",
+        lambda path, op: op != "Conv",
+        "quantized matrix products raise the error of the boxes by two thirds and save 6% of the time; quantized sums, "
+        "pools and concatenations double it and save nothing",
+    ),
+)
+OPENVINO_FLOATS = (FIRST_CONVOLUTION,)
+"""What stays float, chosen by tests/bench/bench_int8.py."""
+
+
+class Calibration:
+    """Images to calibrate on, stretched to the input size, in memory."""
+
+    def __init__(self, paths: Sequence[Path], imgsz: tuple[int, int], count: int) -> None:
+        """Read up to `count` images at even distances; raise DataError where none can be read."""
+        chosen = [paths[i] for i in spread(len(paths), count).tolist()]
+        items = [item for item in prefetch(chosen, imgsz) if item.image is not None]
+        if not items:
+            raise DataError(f"none of the {len(chosen)} calibration images can be read, such as {chosen[0]}")
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def feeds(self, spec: GraphSpec) -> Iterator[Feeds]:
+        """Yield batches for a float graph with the inputs of `spec`; a fixed batch is filled from the start again."""
+        batch = spec.inputs[0].shape[0] or 1
+        for first in range(0, len(self._items), batch):
+            items = list(itertools.islice(itertools.cycle(self._items), first, first + batch))
+            images = np.stack([item.image for item in items if item.image is not None])
+            feeds: Feeds = {IMAGES: np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / 255}
+            if len(spec.inputs) > 1:
+                feeds[SIZES] = np.array([item.size_wh for item in items], np.int64)
+            yield feeds
+
+
+def in_any(parts: Sequence[Part], name: str, op: str) -> bool:
+    """Return whether a node belongs to one of the parts; `export.onnx.name_by_module` put its module into its name."""
+    return any(part.contains(name.partition("/")[0], op) for part in parts)
+
+
+def quantize_onnx(
+    model: onnx.ModelProto, calibration: Calibration, spec: GraphSpec, floats: Sequence[Part]
+) -> onnx.ModelProto:
+    """Return a graph with quantized convolutions: weights per channel, activations with fixed ranges.
+
+    Args:
+        model: the float graph, without preprocessing; it is not changed.
+        calibration: the images.
+        spec: the inputs of the graph.
+        floats: parts that stay float32.
+
+    Raises:
+        ExportError: ONNX Runtime cannot quantize the graph.
+    """
+    from onnxruntime import quantization
+
+    batches = calibration.feeds(spec)
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+        def get_next(self) -> Feeds | None:
+            return next(batches, None)
+
+    excluded = {node.name for node in model.graph.node if in_any(floats, node.name, node.op_type)}
+    quantized = {node.op_type for node in model.graph.node if node.name not in excluded}
+    with tempfile.TemporaryDirectory(prefix="rtdetr-int8-") as folder, quiet():
+        path = Path(folder) / "int8.onnx"
+        try:
+            quantization.quantize_static(
+                onnx.shape_inference.infer_shapes(model),
+                path,
+                Reader(),
+                op_types_to_quantize=sorted(quantized),
+                nodes_to_exclude=sorted(excluded),
+                per_channel=True,
+                # Weights of 7 bits: with 8, sums overflow on x86 processors without VNNI. The errors are the same.
+                reduce_range=True,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+            )
+        except Exception as error:
+            raise ExportError(f"ONNX Runtime cannot quantize the graph: {first_line(error)}") from error
+        return onnx.load(path)
+
+
+def quantize_openvino(model: Any, calibration: Calibration, spec: GraphSpec, floats: Sequence[Part]) -> Any:
+    """Return an OpenVINO model with quantized operators; the arguments are as of `quantize_onnx`.
+
+    Raises:
+        ExportError: NNCF cannot quantize the graph.
+        EnvironmentProblem: NNCF is missing.
+    """
+    nncf = import_nncf()
+    names = {node.get_friendly_name(): node.get_type_name() for node in model.get_ops()}
+    ignored = [name for name, op in names.items() if in_any(floats, name, op)]
+    nncf.set_log_level(logging.ERROR)
+    with quiet(), contextlib.redirect_stdout(io.StringIO()):  # it prints progress bars
+        try:
+            return nncf.quantize(
+                model,
+                nncf.Dataset(list(calibration.feeds(spec))),
+                subset_size=len(calibration),
+                model_type=nncf.ModelType.TRANSFORMER,
+                ignored_scope=nncf.IgnoredScope(names=ignored, validate=False),
+            )
+        except Exception as error:
+            raise ExportError(f"NNCF cannot quantize the graph: {first_line(error)}") from error
+
+
+def import_nncf() -> Any:
+    """Import NNCF, without the telemetry that it shares with OpenVINO."""
+    with without_telemetry():
+        return import_package("nncf", "NNCF", extra="openvino")
+
+
+def measure_costs(
+    alternatives: Mapping[str, Callable[[], Draft]], reference: Reference, suffix: str
+) -> Generator[Notice, None, tuple[PartCost, ...]]:
+    """Return what each alternative would detect on the verification images, the best first.
+
+    `suffix` is of the format's files.
+    """
+    costs = []
+    for part, make in alternatives.items():
+        yield Notice(f"verify  int8 with the {part} in float32, to find out what costs most")
+        draft = make()
+        with tempfile.TemporaryDirectory(prefix="rtdetr-int8-") as folder:
+            path = Path(folder) / f"model{suffix}"
+            draft.save(path, draft.header)
+            backend = open_backend(path, device="cpu")
+            expected, predictions = result_of(reference.predictions()), result_of(predict(backend, reference.paths))
+            del backend
+        match = match_images(list(expected.values()), list(predictions.values()), LIMITS["int8"])
+        ap = None
+        if reference.dataset is not None:
+            with contextlib.suppress(DataError):  # labelled with other classes than the model's
+                ap = average_precision(reference.dataset, predictions, draft.header)
+        costs.append(PartCost(part, match.matched / match.rows if match.rows else 0.0, ap))
+    return tuple(sorted(costs, key=lambda cost: (cost.ap or 0.0, cost.matched), reverse=True))
+
+
+def result_of(generator: Generator[object, None, Result]) -> Result:
+    """Run a generator to its end and return its result."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
