@@ -79,8 +79,9 @@ LIMITS = {
     # synthetic images have the size of the input already.
     "resized": Limits(matched=0.98, iou=0.9, score_step=0.05, score_error=0.005, box_error=0.01, rows=EXACT_ROWS),
     "fp16": Limits(matched=0.95, iou=0.85, score_step=0.10, score_error=0.01, box_error=0.02, rows=HALF_ROWS),
-    # Static INT8 was measured at .93 to .99 matched and box errors of .025 to .057, so that the AP decides.
-    "int8": Limits(matched=0.85, iou=0.7, score_step=0.20, score_error=0.05, box_error=0.08, tol_ap=0.01, tail=0.4),
+    # Measured for every recipe of tests/bench/bench_int8.py that is worth a file: .958 to .993 matched, score errors of
+    # .0015 to .0044, box errors of .022 to .063, no tail. The limits leave room, since the AP decides.
+    "int8": Limits(matched=0.85, iou=0.7, score_step=0.20, score_error=0.02, box_error=0.08, tol_ap=0.01, tail=0.4),
 }
 
 
