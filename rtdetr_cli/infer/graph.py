@@ -250,7 +250,7 @@ def first_line(error: BaseException) -> str:
     """Return the first line of a runtime's error message, which can be pages long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "..."
+    return text if len(text) <= 300 else text[:300] + "..."
 
 
 def _list_names(names: Iterable[str]) -> str:

@@ -146,9 +146,22 @@ def test_a_sweep_writes_a_table_a_document_and_a_plot(
 
 
 def test_the_fastest_accurate_row_is_the_next_step(
-    rtdetr: Callable[..., Any], shapes_model: Path, shapes_data: Path
+    rtdetr: Callable[..., Any], shapes_model: Path, shapes_data: Path, tmp_path: Path
 ) -> None:
-    measured = ("--data", shapes_data, "--split", "val", "--warmup", 0, "--runs", 2, "--threads", 1)
+    measured = (
+        "--out",
+        tmp_path / "benchmark",
+        "--data",
+        shapes_data,
+        "--split",
+        "val",
+        "--warmup",
+        0,
+        "--runs",
+        2,
+        "--threads",
+        1,
+    )
     ran = rtdetr("benchmark", shapes_model, *measured, "--sweep", "queries=1/40")
     assert ran.code == 0, ran.err
     assert ran.err.endswith(f"next: rtdetr export {shapes_model}\n"), "with one query, most objects are missed"

@@ -69,6 +69,7 @@ def test_a_bundle_detects_what_predict_detects(
     """The INT8 file is preferred; thresholds can be edited; another export may replace the bundle."""
     folder = tmp_path / "deployed"
     words = ["export", model, "--dynamic", "--verify", shapes_data, "--device", "cpu", "--bundle", folder]
+    words += ["--tol-ap", 0.1]  # on 16 images one box is several hundredths of AP
     ran = rtdetr(*words, "--int8", "--calibration", calibration, "--json")
     assert ran.code == 0, ran.err
     assert [a["precision"] for a in ran.json["artefacts"]] == ["fp32", "int8"]

@@ -100,7 +100,7 @@ def test_two_exports(rtdetr: Rtdetr, exported: Path, shapes_onnx: Path, shapes_d
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--tol-ap", "20"], 2, "fraction"),
+        (["--tol-ap", "20"], 2, "0<=x<=1"),
         (["--data", "nowhere"], 3, "nowhere"),
         ([], 2, "--data DATA"),
     ],

@@ -33,7 +33,9 @@ Export = Callable[..., tuple[list[Artefact], list[str]]]
 def export(loaded: Loaded, dataset: Dataset, shapes_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """Return a function that exports; it reuses the traced graph, and returns the artefacts and the messages."""
 
-    def run(*formats: str, count: int = 4, **options: Any) -> tuple[list[Artefact], list[str]]:
+    def run(
+        *formats: str, count: int = 4, tol_ap: float | None = None, **options: Any
+    ) -> tuple[list[Artefact], list[str]]:
         model, header = loaded
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(onnx_file, "trace", lambda *args, **kwargs: onnx.load(shapes_onnx))
@@ -42,6 +44,7 @@ def export(loaded: Loaded, dataset: Dataset, shapes_onnx: Path, tmp_path_factory
                     *(model, header, tmp_path_factory.mktemp("int8")),
                     ExportOptions(formats, dynamic=True, **options),
                     images=dataset,
+                    tol_ap=tol_ap,
                     device="cpu",
                     calibration=[dataset.path(i) for i in range(count)],
                 )
@@ -54,7 +57,7 @@ def export(loaded: Loaded, dataset: Dataset, shapes_onnx: Path, tmp_path_factory
 
 @pytest.fixture(scope="module")
 def quantized(export: Export) -> tuple[list[Artefact], list[str]]:
-    return export("onnx", "int8")
+    return export("onnx", "int8", tol_ap=0.1)  # a wide tolerance: one box is several hundredths of AP on 16 images
 
 
 def test_an_int8_file_is_smaller_and_verified(quantized: tuple[list[Artefact], list[str]]) -> None:
@@ -62,7 +65,7 @@ def test_an_int8_file_is_smaller_and_verified(quantized: tuple[list[Artefact], l
     assert small.path.name == "model-int8.onnx"
     assert small.passed
     assert small.verdict is not None
-    assert small.verdict.limits == compare.LIMITS["int8"]
+    assert small.verdict.limits == replace(compare.LIMITS["int8"], tol_ap=0.1)
     assert 0.4 < small.bytes / whole.bytes < 0.6
     assert len(small.latencies_ms) == 2
     assert min(small.latencies_ms) > 0
