@@ -64,10 +64,10 @@ def test_readme_lists_every_command() -> None:
 def test_readme_opens_with_two_commands_that_ci_runs() -> None:
     text = (ROOT / "README.md").read_text()
     assert "pip install -e . && rtdetr demo" in text
-    assert "pip install -e '.[dev]' && pytest" in text
+    assert "pip install -e '.[dev]' && pytest -n logical\n" in text
     ci = (ROOT / ".ci" / "run").read_text()
     assert "pip install -q -e '.[dev,rtx]'" in ci
-    assert re.search(r"^pytest$", ci, re.MULTILINE)
+    assert re.search(r"^pytest -n logical$", ci, re.MULTILINE)
 
 
 def test_links_in_documents_point_to_existing_files() -> None:
