@@ -409,30 +409,28 @@ class Detector:
         from rtdetr_cli.export.bundle import check_bundle, write_bundle
         from rtdetr_cli.export.options import ExportOptions, choose_formats
         from rtdetr_cli.export.run import export_events
+        from rtdetr_cli.export.tensorrt import rtx_targets
         from rtdetr_cli.weights.load import load_model
 
         if target is not None and not rtx:
             raise UsageError("target is for engines of TensorRT for RTX: add rtx=True")
         formats = choose_formats(onnx=onnx, fp16=fp16, trt_fp16=trt_fp16, openvino=openvino, rtx=rtx, int8=int8)
         size = _size(imgsz) or self.options.get("imgsz")
-        options = ExportOptions(formats, size, batch, dynamic, opset, gridsample, raw, preprocess_in_graph)
-        options = replace(options, float_parts=tuple(keep_float))
+        options = ExportOptions(
+            *(formats, size, batch, dynamic, opset, gridsample, raw, preprocess_in_graph), float_parts=tuple(keep_float)
+        )
         options.check()
         if bundle is not None:
             check_bundle(Path(bundle), options)
         device = self.options.get("device", "auto")
         if rtx:
-            from rtdetr_cli.export.tensorrt import rtx_targets
-
             options = replace(options, targets=rtx_targets(target, device))
         model, header = load_model(path, **{k: self.options.get(k) for k in ("sampling", "layers", "queries")})
         header = header.with_dedupe(self.options.get("dedupe"))
         dataset = Path(verify) if verify else None
         images = None if no_gate else image_choice.verification_images(dataset, path, header)[0]
-        calibrate_on: Sequence[Path] = ()
-        if int8:
-            source = Path(calibration) if calibration else None
-            calibrate_on, _ = image_choice.calibration_images(source, dataset, path, header, images)
+        source = Path(calibration) if calibration else None
+        chosen = image_choice.calibration_images(source, dataset, path, header, images) if int8 else ([], None)
         folder = path.parent / EXPORT if out is None else Path(out)
         artefacts: list[Artefact] = []
         for event in export_events(
@@ -441,21 +439,23 @@ class Detector:
             stem=path.stem,
             tol_ap=tol_ap,
             device=device,
-            calibration=calibrate_on,
+            calibration=chosen[0],
             calibration_images=calibration_images,
         ):
             if on_event is not None:
                 on_event(event)
             if isinstance(event, Artefact):
                 artefacts.append(event)
-        failed = [f"{a.path.name}: {a.verdict.summary}" for a in artefacts if a.verdict and not a.passed]
-        if failed:
-            raise GateError(
-                f"verification failed: {'; '.join(failed)}", hint=f"see {folder}/parity.json", code="parity"
-            )
+        _require_passed(artefacts, folder)
         if bundle is not None:
             write_bundle(Path(bundle), artefacts, images)
         return artefacts
+
+
+def _require_passed(artefacts: Sequence[Artefact], folder: Path) -> None:
+    failed = [f"{a.path.name}: {a.verdict.summary}" for a in artefacts if a.verdict and not a.passed]
+    if failed:
+        raise GateError(f"verification failed: {'; '.join(failed)}", hint=f"see {folder}/parity.json", code="parity")
 
 
 def load(

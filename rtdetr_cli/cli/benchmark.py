@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rtdetr_cli.cli import terminal
-from rtdetr_cli.cli.terminal import JsonFlag
+from rtdetr_cli.cli.options import JsonFlag
 from rtdetr_cli.errors import RtdetrError, UsageError
 from rtdetr_cli.files import ensure_writable
 from rtdetr_cli.text import counted

@@ -9,7 +9,7 @@ from typing import Annotated, cast
 import typer
 
 from rtdetr_cli.cli import terminal
-from rtdetr_cli.cli.terminal import JsonFlag
+from rtdetr_cli.cli.options import JsonFlag
 from rtdetr_cli.errors import UsageError
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rtdetr_cli.cli.terminal import JsonFlag
+from rtdetr_cli.cli.options import JsonFlag
 
 
 def doctor(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rtdetr_cli.cli.terminal import BackendOption, DedupeOption
+from rtdetr_cli.cli.options import BackendOption, DedupeOption, LayersOption, QueriesOption, SamplingOption, SizeOption
 from rtdetr_cli.errors import GateError, UsageError
 
 if TYPE_CHECKING:
@@ -31,12 +31,10 @@ def evaluate_command(
     ] = None,
     split: Annotated[str, typer.Option(help="Split to evaluate on: train, val or test.")] = "val",
     batch: Annotated[str, typer.Option("--batch", "-b", help="Images per forward pass, or auto.")] = "auto",
-    layers: Annotated[int | None, typer.Option(min=1, help="Number of decoder layers to use.")] = None,
-    queries: Annotated[int | None, typer.Option(min=1, help="Number of queries to use.")] = None,
-    imgsz: Annotated[str | None, typer.Option(help="Input size: 640, or height first 480x640.")] = None,
-    sampling: Annotated[
-        str | None, typer.Option(help="Sampling of a published file: bilinear (default) or discrete.")
-    ] = None,
+    layers: LayersOption = None,
+    queries: QueriesOption = None,
+    imgsz: SizeOption = None,
+    sampling: SamplingOption = None,
     dedupe: DedupeOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu, or a GPU such as 0.")] = "auto",
     runtime: BackendOption = "torch",

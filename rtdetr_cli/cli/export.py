@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rtdetr_cli.cli import terminal
-from rtdetr_cli.cli.terminal import DedupeOption, JsonFlag, TolApFlag
+from rtdetr_cli.cli.options import (
+    DedupeOption,
+    JsonFlag,
+    LayersOption,
+    QueriesOption,
+    SamplingOption,
+    SizeOption,
+    TolApFlag,
+)
 from rtdetr_cli.errors import GateError, RtdetrError, UsageError
 from rtdetr_cli.export.options import CALIBRATION_IMAGES, ExportOptions, choose_formats
 
@@ -70,13 +78,11 @@ def export(
     batch: Annotated[
         int, typer.Option("--batch", "-b", min=1, help="Batch size; with --dynamic, the largest of an engine.")
     ] = 1,
-    imgsz: Annotated[str | None, typer.Option(help="Input size: 640, or height first 480x640.")] = None,
+    imgsz: SizeOption = None,
     opset: Annotated[int, typer.Option(help="ONNX opset: 18, or 17 for older runtimes.")] = 18,
-    layers: Annotated[int | None, typer.Option(min=1, help="Number of decoder layers to use.")] = None,
-    queries: Annotated[int | None, typer.Option(min=1, help="Number of queries to use.")] = None,
-    sampling: Annotated[
-        str | None, typer.Option(help="Sampling of a published file, which doesn't state it: bilinear or discrete.")
-    ] = None,
+    layers: LayersOption = None,
+    queries: QueriesOption = None,
+    sampling: SamplingOption = None,
     gridsample: Annotated[
         bool, typer.Option("--gridsample", help="Use the GridSample operator instead of gather.")
     ] = False,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rtdetr_cli.cli import terminal
+from rtdetr_cli.cli.options import JsonFlag
 from rtdetr_cli.cli.setting_flags import TRAIN_FLAGS, SetFlag, with_setting_flags
-from rtdetr_cli.cli.terminal import JsonFlag
 from rtdetr_cli.errors import GateError, UsageError
 from rtdetr_cli.text import abbreviate
 

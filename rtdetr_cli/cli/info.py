@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from rtdetr_cli.cli import terminal
-from rtdetr_cli.cli.terminal import JsonFlag
+from rtdetr_cli.cli.options import JsonFlag
 from rtdetr_cli.text import abbreviate
 from rtdetr_cli.weights.header import EXPORT_SUFFIXES
 

@@ -8,15 +8,23 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rtdetr_cli.cli.terminal import BackendOption, DedupeOption, OfflineFlag
+from rtdetr_cli.cli.options import (
+    BackendOption,
+    DedupeOption,
+    LayersOption,
+    OfflineFlag,
+    QueriesOption,
+    SamplingOption,
+    SizeOption,
+)
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 from rtdetr_cli.text import abbreviate, counted, printable
 
@@ -41,19 +49,11 @@ MIN_OVERLAPS, MIN_OVERLAP_SHARE = 3, 0.1
 def predict(
     sources: Annotated[
         list[str],
-        typer.Argument(
-            metavar="SOURCE...",
-            help="Image, folder, 'pattern', video, web address of an image, or - for a list on stdin.",
-        ),
+        typer.Argument(metavar="SOURCE...", help="Image, folder, 'pattern', video, URL, or - for a list on stdin."),
     ],
     weights: Annotated[
         Path | None,
-        typer.Option(
-            "--weights",
-            "-w",
-            help="Model to use: a model file or a run folder (default: the newest run).",
-            show_default=False,
-        ),
+        typer.Option("--weights", "-w", help="Model file or run (default: the newest run).", show_default=False),
     ] = None,
     conf: Annotated[
         str, typer.Option(help="Minimum score; auto: the thresholds stored in the model, else 0.5.")
@@ -61,12 +61,10 @@ def predict(
     classes: Annotated[list[str] | None, typer.Option(help="Keep only these classes (comma-separated names).")] = None,
     max_det: Annotated[int, typer.Option(help="Maximum detections per image.")] = 100,
     batch: Annotated[int, typer.Option("--batch", "-b", help="Images per forward pass.")] = 1,
-    imgsz: Annotated[str | None, typer.Option(help="Input size: 640, or height first 480x640.")] = None,
-    layers: Annotated[int | None, typer.Option(help="Number of decoder layers to use.")] = None,
-    queries: Annotated[int | None, typer.Option(help="Number of queries to use.")] = None,
-    sampling: Annotated[
-        str | None, typer.Option(help="Sampling of a published file: bilinear (default) or discrete.")
-    ] = None,
+    imgsz: SizeOption = None,
+    layers: LayersOption = None,
+    queries: QueriesOption = None,
+    sampling: SamplingOption = None,
     dedupe: DedupeOption = None,
     device: Annotated[
         str, typer.Option(help="auto, cpu, a GPU such as 0, or rtx (experimental): TensorRT for RTX, for ONNX files.")
@@ -99,51 +97,32 @@ def predict(
 
     # Check the options before any file is opened.
     terminal.forbid_downloads(offline)
-    size = parse_size(imgsz) if imgsz else None
-    _check_options(
-        sampling, out, **{"max-det": max_det, "batch": batch, "threads": threads, "layers": layers, "queries": queries}
-    )
+    _check_options(sampling, out, **{"max-det": max_det, "batch": batch, "threads": threads})
     if save_conf and not save_txt:
         raise UsageError("--save-conf adds scores to the files of --save-txt", hint="--save-txt --save-conf")
     parse_conf(conf)
-    gamma = parse_dedupe(dedupe)
+    size = parse_size(imgsz) if imgsz else None
+    changes = {
+        "imgsz": size,
+        "layers": layers,
+        "queries": queries,
+        "sampling": sampling,
+        "dedupe": parse_dedupe(dedupe),
+    }
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a file name need not be UTF-8
     found = find_sources(sources, sys.stdin)
     model = _find_model(weights)
     dataset = _load_dataset(data) if data is not None else None
 
-    from rtdetr_cli.infer.backend import name_classes, open_backend
-    from rtdetr_cli.infer.exported import MANY_IMAGES, choose_file
-    from rtdetr_cli.infer.write import Results, coco_image_ids
-
-    opened, why = choose_file(
-        runtime,
-        model,
-        images=max(len(found), MANY_IMAGES * any(source.video for source in found)),
-        device=device,
-        changed=any(option is not None for option in (size, layers, queries, sampling, gamma)),
-    )
-    if why:
-        terminal.say(why)
-    backend = open_backend(
-        opened,
-        device=device,
-        imgsz=size,
-        layers=layers,
-        queries=queries,
-        sampling=sampling,
-        threads=threads,
-        dedupe=gamma,
-    )
-    if dataset is not None and not backend.header.names:
-        name_classes(backend, [c.name for c in dataset.categories], [c.id for c in dataset.categories])
+    backend = _open(model, found, runtime, dataset, changes, device=device, threads=threads)
     selection = select_by(backend.header, conf=conf, classes=classes, max_det=max_det)
-    folder = _make_folder(out, found if save else []) if save or save_json or save_coco or save_txt else None
+    kinds = {"annotated copies": save, "predictions.jsonl": save_json, "predictions.json": save_coco}
+    kinds["labels/"] = save_txt
+    folder = _make_folder(out, found if save else []) if any(kinds.values()) else None
     _show_model(model, backend, selection, found, device=device, compare=conf == "auto")
     files = {"lines": save_json, "coco": save_coco, "txt": save_txt, "scores": save_conf}
-    ids = coco_image_ids(found, None if dataset is None else _image_ids(dataset))
-    results = Results(folder, names=backend.header.names, image_ids=ids, **files) if folder is not None else None
+    results = _open_results(folder, backend, found, dataset, files) if folder is not None else None
     run = _Run(backend, selection, results, batch=batch, draw_to=folder if save else None, as_json=as_json)
     try:
         run.predict(found)
@@ -152,16 +131,45 @@ def predict(
             results.close()
         if folder is not None and out is None and not any(folder.iterdir()):
             folder.rmdir()  # nothing could be read
-    kinds = {
-        "annotated copies": save,
-        "predictions.jsonl": save_json,
-        "predictions.json": save_coco,
-        "labels/": save_txt,
-    }
     run.report(model, folder, [kind for kind, wanted in kinds.items() if wanted])
     _raise_errors(found, run.errors, run.truncated)
     if not as_json and run.classes:
         _show_next(model)
+
+
+def _open(
+    model: Path,
+    sources: Sequence[Source],
+    runtime: str,
+    dataset: Splits | None,
+    changes: Mapping[str, Any],
+    *,
+    device: str,
+    threads: int | None,
+) -> Backend:
+    """Open the model, or its export where `--backend auto` may use it; `changes` are those of `open_backend`."""
+    from rtdetr_cli.cli import terminal
+    from rtdetr_cli.infer.backend import name_classes, open_backend
+    from rtdetr_cli.infer.exported import MANY_IMAGES, choose_file
+
+    images = max(len(sources), MANY_IMAGES * any(source.video for source in sources))
+    changed = any(value is not None for value in changes.values())
+    opened, why = choose_file(runtime, model, images=images, device=device, changed=changed)
+    if why:
+        terminal.say(why)
+    backend = open_backend(opened, device=device, threads=threads, **changes)
+    if dataset is not None and not backend.header.names:
+        name_classes(backend, [c.name for c in dataset.categories], [c.id for c in dataset.categories])
+    return backend
+
+
+def _open_results(
+    folder: Path, backend: Backend, sources: Sequence[Source], dataset: Splits | None, files: Mapping[str, bool]
+) -> Results:
+    from rtdetr_cli.infer.write import Results, coco_image_ids
+
+    ids = coco_image_ids(sources, None if dataset is None else _image_ids(dataset))
+    return Results(folder, names=backend.header.names, image_ids=ids, **files)
 
 
 def _show_next(model: Path) -> None:

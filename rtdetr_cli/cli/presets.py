@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from rtdetr_cli.cli import terminal
-from rtdetr_cli.cli.terminal import JsonFlag
+from rtdetr_cli.cli.options import JsonFlag
 
 app = terminal.command_group("List, show and compare presets.")
 

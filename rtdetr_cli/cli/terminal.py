@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
@@ -26,35 +26,6 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 SCHEMA_VERSION = 1
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on one line.")]
-DedupeOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Lower the scores of duplicates: off, or a strength such as 8 (default: the model's own).",
-        metavar="off|GAMMA",
-        show_default=False,
-    ),
-]
-BackendOption = Annotated[
-    str,
-    typer.Option(
-        "--backend",
-        help="Runtime for weights: torch, or auto to use a verified float32 export in export/ next to them "
-        "when there are many images.",
-        metavar="torch|auto",
-    ),
-]
-OfflineFlag = Annotated[bool, typer.Option("--offline", help="Use cached weights only; never download any.")]
-TolApFlag = Annotated[
-    float | None,
-    typer.Option(
-        "--tol-ap",
-        min=0,
-        max=1,
-        help="Maximum AP difference between model and export (default: 0.002, or 0.01 for INT8).",
-        show_default=False,
-    ),
-]
 
 
 def forbid_downloads(offline: bool) -> None:

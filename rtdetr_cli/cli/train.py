@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rtdetr_cli.cli.options import JsonFlag, OfflineFlag
 from rtdetr_cli.cli.setting_flags import TRAIN_FLAGS, SetFlag, with_setting_flags
-from rtdetr_cli.cli.terminal import JsonFlag, OfflineFlag
 from rtdetr_cli.text import abbreviate
 
 if TYPE_CHECKING:

@@ -34,10 +34,7 @@ CHANGED = {
 
 
 def validate(
-    data: Annotated[
-        Path | None,
-        typer.Argument(help=DATA_HELP, show_default=False),
-    ] = None,
+    data: Annotated[Path | None, typer.Argument(help=DATA_HELP, show_default=False)] = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder of the images, if they are not next to the annotations.")
     ] = None,
@@ -85,10 +82,7 @@ def validate(
 
     size = parse_size(imgsz)
     fractions = _fractions(resplit) if resplit is not None else None
-    if convert is not None and convert not in FORMATS:
-        raise UsageError(f"--convert {convert} is not a dataset format", hint=f"--convert {'|'.join(FORMATS)}")
-    if missing_labels not in MISSING_LABELS:
-        raise UsageError(f"--missing-labels {missing_labels}: expected drop or empty", hint="--missing-labels drop")
+    _check_choices(convert, missing_labels)
     _refuse_clashes(data, to, fix, writes=convert is not None or fractions is not None)
     if keep_truncated and (fix is None or fast):
         raise UsageError("--keep-truncated needs --fix, and images decoded", hint="--fix DIR --keep-truncated")
@@ -115,12 +109,7 @@ def validate(
     if not as_json:
         _show(report)
     if html is not None:
-        from rtdetr_cli.checks.page import write_page
-
-        write_page(report, html)
-        document["html"] = str(html)
-        if not as_json:
-            terminal.say(f"report  {html}")
+        _write_page(report, html, document, as_json)
     keep_unlabelled, copy = missing_labels == "empty", None
     if fix is not None:
         failed, copy = _fix(report, fix, keep_unlabelled, keep_truncated, document, as_json, strict)
@@ -133,6 +122,15 @@ def validate(
     else:
         _show_next(report, images, copy, failed)
     return DataError.exit_code if failed else 0
+
+
+def _write_page(report: Report, html: Path, document: dict[str, Any], as_json: bool) -> None:
+    from rtdetr_cli.checks.page import write_page
+
+    write_page(report, html)
+    document["html"] = str(html)
+    if not as_json:
+        terminal.say(f"report  {html}")
 
 
 def _has_failed(report: Report, strict: bool) -> bool:
@@ -153,6 +151,13 @@ class _Images:
             self.bar = self.stack.enter_context(terminal.progress(total, "images"))
         self.bar.advance(done - self.done)
         self.done = done
+
+
+def _check_choices(convert: str | None, missing_labels: str) -> None:
+    if convert is not None and convert not in FORMATS:
+        raise UsageError(f"--convert {convert} is not a dataset format", hint=f"--convert {'|'.join(FORMATS)}")
+    if missing_labels not in MISSING_LABELS:
+        raise UsageError(f"--missing-labels {missing_labels}: expected drop or empty", hint="--missing-labels drop")
 
 
 def _refuse_clashes(data: Path, to: Path | None, fix: Path | None, *, writes: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rtdetr_cli.cli import terminal
-from rtdetr_cli.cli.terminal import JsonFlag, TolApFlag
+from rtdetr_cli.cli.options import JsonFlag, TolApFlag
 from rtdetr_cli.errors import GateError, UsageError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from rtdetr_cli.cli import terminal
-from rtdetr_cli.cli.terminal import JsonFlag, OfflineFlag
+from rtdetr_cli.cli.options import JsonFlag, OfflineFlag
 from rtdetr_cli.errors import ModelError
 
 app = terminal.command_group(

@@ -144,20 +144,7 @@ def prepare(
         choices=choices,
         learner=make_learner(model, config, spec, plan, device, precision.dtype, processes),
         processes=processes,
-        loader=TrainLoader(
-            train_set,
-            imgsz=config.imgsz,
-            batch_size=images_per_process(settings.effective_batch, processes.size),
-            seed=settings.seed,
-            augmentation=augmentation,
-            strong_until=plan.strong_until,
-            workers=workers,
-            cache=settings.cache,
-            cache_budget=int(settings.cache_gb * 1e9) or None,
-            rank=processes.rank,
-            world_size=processes.size,
-            pin_memory=device.type == "cuda",
-        ),
+        loader=_make_loader(config, train_set, plan, augmentation, workers, device, processes),
         header=_make_header(config, spec, splits, train_set, val_set, start),
         augmentation=augmentation,
         precision=precision.name,
@@ -170,6 +157,32 @@ def prepare(
 
 
 # ---- parts ------------------------------------------------------------------------------------------------------
+
+
+def _make_loader(
+    config: RunConfig,
+    train_set: Dataset,
+    plan: Plan,
+    augmentation: Augmentation,
+    workers: int,
+    device: torch.device,
+    processes: ProcessGroup,
+) -> TrainLoader:
+    settings = config.settings
+    return TrainLoader(
+        train_set,
+        imgsz=config.imgsz,
+        batch_size=images_per_process(settings.effective_batch, processes.size),
+        seed=settings.seed,
+        augmentation=augmentation,
+        strong_until=plan.strong_until,
+        workers=workers,
+        cache=settings.cache,
+        cache_budget=int(settings.cache_gb * 1e9) or None,
+        rank=processes.rank,
+        world_size=processes.size,
+        pin_memory=device.type == "cuda",
+    )
 
 
 def load_data(config: RunConfig, run: RunFolder | None = None) -> Splits:
