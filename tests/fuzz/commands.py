@@ -49,8 +49,7 @@ class Runs:
         if random.random() < 0.7:
             manifest["finished"] = None
         (run / "manifest.json").write_text(json.dumps(manifest))
-        for _ in range(random.randint(1, 2)):
-            path = random.choice(sorted(p for p in run.iterdir() if p.is_file()))
+        for path in random.sample(sorted(p for p in run.iterdir() if p.is_file()), random.randint(1, 2)):
             self.spoil(random, path)
         json_flag = random.choice(([], ["--json"]))
         image = self.base / "coco/images/train_0.jpg"
