@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from rtdetr_cli.config.image_size import parse_image_size
-from rtdetr_cli.errors import GateError, ModelError, UsageError
+from rtdetr_cli.errors import ModelError, UsageError
+from rtdetr_cli.export.options import CALIBRATION_IMAGES
 from rtdetr_cli.infer.backend import Backend, default_batch, open_backend
 from rtdetr_cli.infer.detections import Detections, as_image
 from rtdetr_cli.infer.duplicates import parse_dedupe
 from rtdetr_cli.infer.selection import select_by
 from rtdetr_cli.infer.sources import find_sources, is_url
 from rtdetr_cli.infer.stream import detect_images
-from rtdetr_cli.runs import BEST, EXPORT
+from rtdetr_cli.runs import BEST
 from rtdetr_cli.weights.header import EXPORT_SUFFIXES, TRANSFORMERS_TENSORS, ModelHeader
 
 if TYPE_CHECKING:
@@ -336,9 +337,9 @@ class Detector:
             thresholds.check_calibration(calibrate, split)
             thresholds.check_can_store(path)
         chosen = choose_split(
-            None if data is None else Path(data),
+            _path(data),
             split=split,
-            images=None if images is None else Path(images),
+            images=_path(images),
             model=path,
             header=backend.header,
         )
@@ -380,7 +381,7 @@ class Detector:
         verify: PathLike | None = None,
         tol_ap: float | None = None,
         calibration: PathLike | None = None,
-        calibration_images: int = 32,
+        calibration_images: int = CALIBRATION_IMAGES,
         keep_float: Sequence[str] = (),
         no_gate: bool = False,
         out: PathLike | None = None,
@@ -401,61 +402,42 @@ class Detector:
             ExportError: a graph cannot be made.
             EnvironmentProblem: a package or device that a format needs is missing.
         """
-        path = self._model_path()
-        if path.suffix.lower() in EXPORT_SUFFIXES:
-            raise UsageError(f"{path} is already exported", hint="load the weights that it was exported from")
-        from rtdetr_cli.export import images as image_choice
         from rtdetr_cli.export.artefacts import Artefact
-        from rtdetr_cli.export.bundle import check_bundle, write_bundle
+        from rtdetr_cli.export.bundle import write_bundle
         from rtdetr_cli.export.options import ExportOptions, choose_formats
-        from rtdetr_cli.export.run import export_events
-        from rtdetr_cli.export.tensorrt import rtx_targets
-        from rtdetr_cli.weights.load import load_model
+        from rtdetr_cli.workflows.export import gate_error, plan_export
 
-        if target is not None and not rtx:
-            raise UsageError("target is for engines of TensorRT for RTX: add rtx=True")
         formats = choose_formats(onnx=onnx, fp16=fp16, trt_fp16=trt_fp16, openvino=openvino, rtx=rtx, int8=int8)
-        size = _size(imgsz) or self.options.get("imgsz")
-        options = ExportOptions(
-            *(formats, size, batch, dynamic, opset, gridsample, raw, preprocess_in_graph), float_parts=tuple(keep_float)
+        size, parts = _size(imgsz) or self.options.get("imgsz"), tuple(keep_float)
+        flags = dynamic, opset, gridsample, raw, preprocess_in_graph
+        plan = plan_export(
+            self._model_path(),
+            ExportOptions(formats, size, batch, *flags, float_parts=parts),
+            target=target,
+            verify=_path(verify),
+            no_gate=no_gate,
+            calibration=_path(calibration),
+            device=self.options.get("device", "auto"),
+            out=_path(out),
+            bundle=_path(bundle),
         )
-        options.check()
-        if bundle is not None:
-            check_bundle(Path(bundle), options)
-        device = self.options.get("device", "auto")
-        if rtx:
-            options = replace(options, targets=rtx_targets(target, device))
-        model, header = load_model(path, **{k: self.options.get(k) for k in ("sampling", "layers", "queries")})
-        header = header.with_dedupe(self.options.get("dedupe"))
-        dataset = Path(verify) if verify else None
-        images = None if no_gate else image_choice.verification_images(dataset, path, header)[0]
-        source = Path(calibration) if calibration else None
-        chosen = image_choice.calibration_images(source, dataset, path, header, images) if int8 else ([], None)
-        folder = path.parent / EXPORT if out is None else Path(out)
         artefacts: list[Artefact] = []
-        for event in export_events(
-            *(model, header, folder, options),
-            images=images,
-            stem=path.stem,
+        for event in plan.events(
+            {key: self.options.get(key) for key in ("sampling", "layers", "queries")},
+            dedupe=self.options.get("dedupe"),
             tol_ap=tol_ap,
-            device=device,
-            calibration=chosen[0],
             calibration_images=calibration_images,
         ):
             if on_event is not None:
                 on_event(event)
             if isinstance(event, Artefact):
                 artefacts.append(event)
-        _require_passed(artefacts, folder)
+        error = gate_error(artefacts, parts)
+        if error is not None:
+            raise error
         if bundle is not None:
-            write_bundle(Path(bundle), artefacts, images)
+            write_bundle(Path(bundle), artefacts, plan.images)
         return artefacts
-
-
-def _require_passed(artefacts: Sequence[Artefact], folder: Path) -> None:
-    failed = [f"{a.path.name}: {a.verdict.summary}" for a in artefacts if a.verdict and not a.passed]
-    if failed:
-        raise GateError(f"verification failed: {'; '.join(failed)}", hint=f"see {folder}/parity.json", code="parity")
 
 
 def load(
@@ -503,6 +485,10 @@ def load(
     if path.suffix == ".toml":
         return Detector(None, str(path), **options)
     return Detector(path, **options)
+
+
+def _path(path: PathLike | None) -> Path | None:
+    return None if path is None else Path(path)
 
 
 def _size(imgsz: Size | None) -> tuple[int, int] | None:

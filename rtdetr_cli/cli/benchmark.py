@@ -136,13 +136,12 @@ def _calibration(
 ) -> tuple[BenchmarkPlan, Sequence[Path]]:
     """Return the images to calibrate INT8 on; where there are none, a plan without INT8 if it was not requested."""
     from rtdetr_cli.export.images import calibration_images
-    from rtdetr_cli.weights.header import read_header
+    from rtdetr_cli.weights.header import own_header
 
     if not plan.int8:
         return plan, ()
-    header = read_header(model) if model.suffix == ".safetensors" else None
     try:
-        return plan, calibration_images(None, data, model, header, dataset)[0]
+        return plan, calibration_images(None, data, model, own_header(model), dataset)[0]
     except RtdetrError as error:
         if requested:
             raise
@@ -179,11 +178,10 @@ def _show(rows: list[Row], document: dict[str, Any]) -> None:
 def _split(model: Path, data: Path | None, images: Path | None, split: str) -> Dataset | None:
     """Return the split for AP; without --data the model's own, or None where it records none."""
     from rtdetr_cli.evaluate.source import choose_split
-    from rtdetr_cli.weights.header import read_header
+    from rtdetr_cli.weights.header import own_header
 
-    header = read_header(model) if model.suffix == ".safetensors" else None
     try:
-        chosen = choose_split(data, split=split, images=images, model=model, header=header)
+        chosen = choose_split(data, split=split, images=images, model=model, header=own_header(model))
     except UsageError as error:
         if error.code != "data-missing":
             raise

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,15 +17,15 @@ from rtdetr_cli.cli.options import (
     SizeOption,
     TolApFlag,
 )
-from rtdetr_cli.errors import GateError, RtdetrError, UsageError
+from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.export.options import CALIBRATION_IMAGES, ExportOptions, choose_formats
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from rtdetr_cli.datasets.records import Dataset
     from rtdetr_cli.export.artefacts import Artefact
     from rtdetr_cli.export.run import ExportEvent
+    from rtdetr_cli.workflows.export import ExportPlan
 
 TargetOption = Annotated[
     str | None,
@@ -106,149 +105,63 @@ def export(
     as_json: JsonFlag = False,
 ) -> None:
     """Export a model and verify that the exported file gives the same detections."""
-    from rtdetr_cli.cli.select import parse_size
+    from rtdetr_cli.cli.select import parse_size, resolve_model
     from rtdetr_cli.infer.duplicates import parse_dedupe
-    from rtdetr_cli.infer.packages import has_package
 
-    size = parse_size(imgsz) if imgsz else None
-    if no_gate and verify is not None:
-        raise UsageError("--verify and --no-gate cannot be combined")
-    if out is not None and out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file, not a folder")
     gamma = parse_dedupe(dedupe)
-    path = _unexported(model)
+    path = resolve_model(model)
     formats = choose_formats(onnx=onnx, fp16=fp16, trt_fp16=trt_fp16, openvino=openvino, rtx=rtx, int8=int8)
     parts = tuple(name.strip() for name in keep_float.split(",")) if keep_float else ()
+    size = parse_size(imgsz) if imgsz else None
     options = ExportOptions(formats, size, batch, dynamic, opset, gridsample, raw, preprocess, float_parts=parts)
-    options.check()
-    if "trt-fp16" in formats and not has_package("tensorrt"):
-        terminal.warn(
-            "TensorRT is not installed: no engine is built here; --rtx builds one for GeForce RTX on any machine"
-        )
-    options = _with_targets(options, target, device)
-    if bundle is not None:
-        from rtdetr_cli.export.bundle import check_bundle
+    from rtdetr_cli.workflows.export import plan_export
 
-        check_bundle(bundle, options)
-    images = None if no_gate else _verification_images(verify, path, split)
-    _run(
+    plan = plan_export(
         path,
         options,
-        {"sampling": sampling, "layers": layers, "queries": queries},
-        dedupe=gamma,
-        images=images,
-        folder=out or path.parent / "export",
-        tol_ap=tol_ap,
+        target=target,
+        verify=verify,
+        split=split,
+        no_gate=no_gate,
+        calibration=calibration,
         device=device,
-        calibration=_calibration_images(options, calibration, verify, path, images),
-        calibration_images=calibration_images,
+        out=out,
         bundle=bundle,
-        as_json=as_json,
     )
+    setting = {"sampling": sampling, "layers": layers, "queries": queries}
+    for note in plan.notes:
+        terminal.say(note)
+    events = plan.events(setting, dedupe=gamma, tol_ap=tol_ap, calibration_images=calibration_images)
+    _run(plan, events, bundle, as_json=as_json)
 
 
-def _unexported(model: Path | None) -> Path:
-    from rtdetr_cli.cli.select import resolve_model
-    from rtdetr_cli.weights.header import EXPORT_SUFFIXES
+def _run(plan: ExportPlan, events: Iterable[ExportEvent], bundle: Path | None, *, as_json: bool) -> None:
+    """Export, show the progress, and print the result, then all errors; the first error gives the exit code."""
+    from rtdetr_cli.workflows.export import gate_error
 
-    path = resolve_model(model)
-    if path.suffix.lower() in EXPORT_SUFFIXES:
-        raise UsageError(
-            f"{path} is already exported", hint="pass the weights that it was exported from: .safetensors or .pth"
-        )
-    return path
-
-
-def _with_targets(options: ExportOptions, target: str | None, device: str) -> ExportOptions:
-    """Return the options with the GPUs that an engine of TensorRT for RTX is built for."""
-    if "rtx-fp16" not in options.formats:
-        if target is not None:
-            raise UsageError("--target is for engines of TensorRT for RTX: add --rtx")
-        return options
-    from rtdetr_cli.export.tensorrt import rtx_targets
-
-    return replace(options, targets=rtx_targets(target, device))
-
-
-def _run(
-    path: Path,
-    options: ExportOptions,
-    setting: dict[str, Any],
-    *,
-    dedupe: float | None,
-    images: Dataset | Sequence[Path] | None,
-    folder: Path,
-    device: str,
-    bundle: Path | None,
-    as_json: bool,
-    **details: Any,
-) -> None:
-    """Export, show the progress and print the result.
-
-    `setting` is the sampling, layers and queries of the model; `details` are passed to `export_events`.
-    """
-    from rtdetr_cli.export import tensorrt
-    from rtdetr_cli.export.run import count_image_runs, export_events
-    from rtdetr_cli.infer.selection import threshold_mismatch
-    from rtdetr_cli.infer.torch_backend import check_sampling
-    from rtdetr_cli.weights.load import load_model
-
-    check_sampling(path, setting["sampling"])
-    loaded, header = load_model(path, **setting)
-    header = header.with_dedupe(dedupe)
-    other_setting = threshold_mismatch(header, options.imgsz or header.imgsz)
-    if other_setting is not None:
-        terminal.warn(f"{other_setting[0]}; exported anyway")
-    events = export_events(loaded, header, folder, options, images=images, stem=path.stem, device=device, **details)
-    runs = None
-    if images is not None:
-        formats = [f for f in options.formats if f != "rtx-fp16" or tensorrt.runs_here(options.targets, device)]
-        runs = count_image_runs(formats, images)
-    artefacts, error = _render(events, runs)
-    if images is None:
+    artefacts, stopped = _render(events, plan.image_runs())
+    if plan.images is None:
         terminal.warn("--no-gate: these files have not been verified")
-    if bundle is not None and error is None and all(artefact.passed for artefact in artefacts):
+    errors = [error for error in (gate_error(artefacts, plan.options.float_parts), stopped) if error is not None]
+    document: dict[str, object] = {"artefacts": [a.to_json() for a in artefacts]}
+    if stopped is not None:
+        document["error"] = {name: getattr(stopped, name) for name in ("code", "message", "hint", "exit_code")}
+    if bundle is not None and not errors:
         from rtdetr_cli.export.bundle import write_bundle
 
-        used = write_bundle(bundle, artefacts, images)
+        used = write_bundle(bundle, artefacts, plan.images)
         terminal.say(f"wrote {bundle}: {used.path.name} and a program that runs it")
+        document["bundle"] = str(bundle)
+    if as_json:
+        terminal.emit_json(document)
     else:
-        bundle = None
-    _report(artefacts, error, keep_float=options.float_parts, bundle=bundle, as_json=as_json)
-    if images is not None and not as_json:
-        _show_next(artefacts, path, None if options.raw else images)
-
-
-def _verification_images(verify: Path | None, model: Path, split: str) -> Dataset | Sequence[Path]:
-    from rtdetr_cli.export.images import verification_images
-    from rtdetr_cli.weights.header import read_header
-
-    header = read_header(model) if model.suffix == ".safetensors" else None
-    images, notes = verification_images(verify, model, header, split=split)
-    for note in notes:
-        terminal.say(note)
-    return images
-
-
-def _calibration_images(
-    options: ExportOptions,
-    calibration: Path | None,
-    verify: Path | None,
-    model: Path,
-    verified: Dataset | Sequence[Path] | None,
-) -> list[Path]:
-    if not options.int8:
-        if calibration is not None:
-            raise UsageError("--calibration has no effect without --int8")
-        return []
-    from rtdetr_cli.export.images import calibration_images
-    from rtdetr_cli.weights.header import read_header
-
-    header = read_header(model) if model.suffix == ".safetensors" else None
-    images, notes = calibration_images(calibration, verify, model, header, verified)
-    for note in notes:
-        terminal.say(f"calibration: {note}")
-    return images
+        _show(artefacts)
+    for each in errors:  # printed rather than raised, since --json must not write a second document
+        terminal.complain(each.message, each.hint)
+    if errors:
+        raise typer.Exit(errors[0].exit_code)
+    if plan.images is not None and not as_json:
+        _show_next(artefacts, plan)
 
 
 def _render(events: Iterable[ExportEvent], runs: int | None) -> tuple[list[Artefact], RtdetrError | None]:
@@ -281,57 +194,28 @@ def _render(events: Iterable[ExportEvent], runs: int | None) -> tuple[list[Artef
     return artefacts, None
 
 
-def _report(
-    artefacts: Sequence[Artefact],
-    error: RtdetrError | None,
-    *,
-    keep_float: Sequence[str],
-    bundle: Path | None,
-    as_json: bool,
-) -> None:
-    """Print what was exported, then all errors; the first error gives the exit code."""
-    errors = [] if error is None else [error]
-    failed = [f"{a.path.name}: {a.verdict.summary}" for a in artefacts if a.verdict and not a.passed]
-    if failed:
-        hint = "parity.json has all figures; --tol-ap allows a larger AP difference, --no-gate skips verification"
-        best = next((a.costs[0] for a in artefacts if a.costs), None)
-        if best is not None:
-            kept = ",".join([*keep_float, best.part])
-            hint = f"the {best.part} costs most in INT8: --keep-float {kept}; {hint}"
-        errors.insert(0, GateError(f"verification failed: {'; '.join(failed)}", hint=hint, code="parity"))
-    if as_json:
-        document: dict[str, object] = {"artefacts": [a.to_json() for a in artefacts]}
-        if bundle is not None:
-            document["bundle"] = str(bundle)
-        if error is not None:
-            document["error"] = {name: getattr(error, name) for name in ("code", "message", "hint", "exit_code")}
-        terminal.emit_json(document)
-    else:
-        columns = ["file", "precision", "MB", "matched", "score error", "AP model", "AP export", "verification"]
-        if any(a.latencies_ms for a in artefacts):
-            columns.append("network ms")
-        terminal.table(columns, [_row(a)[: len(columns)] for a in artefacts])
-        for artefact in artefacts:
-            for cost in artefact.costs:
-                terminal.out(f"{artefact.path.name} {cost.summary}")
-        for artefact in artefacts:  # outside the table, which a narrow terminal folds
-            terminal.out(str(artefact.path))
-    for each in errors:  # printed rather than raised, since --json must not write a second document
-        terminal.complain(each.message, each.hint)
-    if errors:
-        raise typer.Exit(errors[0].exit_code)
+def _show(artefacts: Sequence[Artefact]) -> None:
+    """Print what was exported."""
+    columns = ["file", "precision", "MB", "matched", "score error", "AP model", "AP export", "verification"]
+    if any(a.latencies_ms for a in artefacts):
+        columns.append("network ms")
+    terminal.table(columns, [_row(a)[: len(columns)] for a in artefacts])
+    for artefact in artefacts:
+        for cost in artefact.costs:
+            terminal.out(f"{artefact.path.name} {cost.summary}")
+    for artefact in artefacts:  # outside the table, which a narrow terminal folds
+        terminal.out(str(artefact.path))
 
 
-def _show_next(artefacts: Sequence[Artefact], model: Path, images: Dataset | Sequence[Path] | None) -> None:
+def _show_next(artefacts: Sequence[Artefact], plan: ExportPlan) -> None:
     """Print how to verify what this machine could not run, else how to use the last file on one of the images."""
-    from rtdetr_cli.datasets.records import Dataset
+    from rtdetr_cli.datasets.records import image_paths
 
     export = artefacts[-1].path
     if artefacts[-1].pending:
-        terminal.next_step("rtdetr", "verify", export, "--against", model, "--write")
-    elif images is not None:
-        image = images.path(0) if isinstance(images, Dataset) else images[0]
-        terminal.next_step("rtdetr", "predict", image, "--weights", export)
+        terminal.next_step("rtdetr", "verify", export, "--against", plan.model, "--write")
+    elif plan.images is not None and not plan.options.raw:
+        terminal.next_step("rtdetr", "predict", image_paths(plan.images)[0], "--weights", export)
 
 
 def _row(artefact: Artefact) -> tuple[object, ...]:

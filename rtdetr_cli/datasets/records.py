@@ -145,6 +145,16 @@ class Dataset:
         )
 
 
+def image_paths(images: Dataset | Sequence[Path]) -> list[Path]:
+    """Return the paths of images, with labels or without."""
+    return [images.path(i) for i in range(len(images))] if isinstance(images, Dataset) else list(images)
+
+
+def spread(count: int, maximum: int) -> NDArray[np.int64]:
+    """Return up to `maximum` positions of a list of `count`, at even distances."""
+    return np.unique(np.linspace(0, count - 1, min(maximum, count)).round().astype(np.int64))
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One problem or remark about a dataset. `code` is stable; `severity` is `error`, `warning` or `info`."""

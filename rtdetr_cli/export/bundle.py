@@ -140,8 +140,7 @@ def labels(header: ModelHeader) -> dict[str, object]:
 
 def describe(backend: OnnxBackend, artefact: Artefact, images: Dataset | Sequence[Path] | None) -> str:
     """Return the README of a bundle, with the latency measured here."""
-    sources = images_to_time(images) if images is None or isinstance(images, Dataset) else list(images[:16])
-    times = measure_steadily(backend, sources, batch=1, warmup=3, runs=RUNS)
+    times = measure_steadily(backend, images_to_time(images), batch=1, warmup=3, runs=RUNS)
     header = backend.header
     verdict = artefact.verdict
     height, width = header.imgsz

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rtdetr_cli.datasets.records import Dataset
+from rtdetr_cli.datasets.records import Dataset, image_paths
 from rtdetr_cli.errors import DataError, UsageError
 from rtdetr_cli.evaluate.source import choose_split, training_data
 from rtdetr_cli.infer.sources import find_sources
@@ -77,18 +77,16 @@ def calibration_images(
         source = verify
     try:
         chosen = choose_split(source, split="train", model=model, header=header)
-        images, notes = [chosen.dataset.path(i) for i in range(len(chosen.dataset))], list(chosen.notes)
+        images, notes = image_paths(chosen.dataset), chosen.notes
     except (UsageError, DataError) as error:
         if source is None or not source.is_dir() or error.code != "format-unknown":
             raise _no_images(error.message, *calibrating) from None
-        images, notes = images_in(source, *calibrating), []
+        images, notes = images_in(source, *calibrating), ()
     if verified is not None:
-        paths = [verified.path(i) for i in range(len(verified))] if isinstance(verified, Dataset) else verified
-        excluded = {path.resolve() for path in paths}
+        excluded = {path.resolve() for path in image_paths(verified)}
         images = [path for path in images if path.resolve() not in excluded]
     if not images:
-        reason = f"all images of {source} are used to verify the export"
-        raise _no_images(reason, *calibrating)
+        raise _no_images(f"all images of {source} are used to verify the export", *calibrating)
     return images, notes
 
 

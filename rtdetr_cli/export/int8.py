@@ -17,12 +17,13 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from rtdetr_cli.datasets.records import spread
 from rtdetr_cli.errors import DataError, ExportError
 from rtdetr_cli.export.artefacts import Notice, PartCost
 from rtdetr_cli.export.compare import LIMITS, match_images
 from rtdetr_cli.export.onnx import quiet
 from rtdetr_cli.export.options import INT8_PARTS
-from rtdetr_cli.export.verify import Reference, average_precision, predict, spread
+from rtdetr_cli.export.verify import Reference, average_precision, predict
 from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.graph import IMAGES, SIZES, GraphSpec, first_line
 from rtdetr_cli.infer.openvino_backend import without_telemetry
@@ -76,7 +77,7 @@ class Calibration:
 
     def __init__(self, paths: Sequence[Path], imgsz: tuple[int, int], count: int) -> None:
         """Read up to `count` images at even distances; raise DataError where none can be read."""
-        chosen = [paths[i] for i in spread(len(paths), count).tolist()]
+        chosen = [paths[i] for i in spread(len(paths), count)]
         items = [item for item in prefetch(chosen, imgsz) if item.image is not None]
         if not items:
             raise DataError(f"none of the {len(chosen)} calibration images can be read, such as {chosen[0]}")
@@ -198,7 +199,7 @@ def measure_costs(
         if reference.dataset is not None:
             with contextlib.suppress(DataError):  # labelled with other classes than the model's
                 ap = average_precision(reference.dataset, predictions, draft.header)
-        costs.append(PartCost(part, match.matched / match.rows if match.rows else 0.0, ap))
+        costs.append(PartCost(part, match.share, ap))
     return tuple(sorted(costs, key=lambda cost: (cost.ap or 0.0, cost.matched), reverse=True))
 
 

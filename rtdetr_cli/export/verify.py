@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rtdetr_cli.datasets.records import Dataset
+from rtdetr_cli.datasets.records import Dataset, image_paths, spread
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.evaluate.classes import map_classes
 from rtdetr_cli.evaluate.coco import coco_metrics
@@ -134,10 +134,10 @@ class Reference:
         """
         if not len(images):
             raise DataError("there is no image to verify the export on", code="no-images")
-        chosen = spread(len(images), max_images)
+        chosen, paths = spread(len(images), max_images), image_paths(images)
         self.backend = backend
         self.dataset = images.subset(chosen) if isinstance(images, Dataset) else None
-        self.paths = [images.path(i) if isinstance(images, Dataset) else images[i] for i in chosen.tolist()]
+        self.paths = [paths[i] for i in chosen]
         self._predictions: Predictions = {}
         self._synthetic: list[Detections] = []
 
@@ -176,11 +176,6 @@ def full_float32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def spread(count: int, maximum: int) -> NDArray[np.int64]:
-    """Return up to `maximum` positions of a list of `count`, at even distances."""
-    return np.unique(np.linspace(0, count - 1, min(maximum, count)).round().astype(np.int64))
 
 
 def verify(

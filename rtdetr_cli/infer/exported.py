@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from rtdetr_cli.errors import UsageError
+from rtdetr_cli.infer.packages import has_package
 from rtdetr_cli.weights.binding import read_export_header, status
-from rtdetr_cli.weights.header import EXPORT_SUFFIXES, ModelHeader, read_header
+from rtdetr_cli.weights.header import EXPORT_SUFFIXES, ModelHeader, own_header
 
 MANY_IMAGES = 20  # fewer take about as long as it takes to load a second runtime
 _SAME = ("identity", "imgsz", "layers", "queries", "sampling", "rounding", "thresholds", "dedupe")
@@ -45,10 +45,10 @@ def choose_file(backend: str, model: Path, *, images: int, device: str, changed:
 def verified_export(model: Path) -> Path | None:
     """Return a float32 export of a model that passed verification and is unchanged since, OpenVINO before ONNX."""
     folder = model.parent / "export"
-    if model.suffix.lower() != ".safetensors" or not folder.is_dir():
+    header = own_header(model) if folder.is_dir() else None
+    if header is None:
         return None
-    header = read_header(model)
-    suffixes = (".xml", ".onnx") if find_spec("openvino") is not None else (".onnx",)
+    suffixes = (".xml", ".onnx") if has_package("openvino") else (".onnx",)
     files = [path for suffix in suffixes for path in sorted(folder.glob(f"*{suffix}"))]
     return next((path for path in files if _is_verified_export(path, header)), None)
 

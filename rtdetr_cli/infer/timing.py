@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.datasets.records import Dataset
+from rtdetr_cli.datasets.records import Dataset, image_paths, spread
 from rtdetr_cli.images.decode import read_image, stretch
 from rtdetr_cli.infer.backend import Backend
 
@@ -146,11 +146,11 @@ def _network_marks(backend: Any, wait: Callable[[], None]) -> Iterator[list[floa
         delattr(owner, name)  # it covered the method of the class
 
 
-def images_to_time(dataset: Dataset | None) -> list[Path | bytes]:
-    """Return images spread over the split; without one, a synthetic JPEG of 640 x 480 pixels."""
-    if dataset is not None and len(dataset):
-        chosen = np.unique(np.linspace(0, len(dataset) - 1, min(MAX_IMAGES, len(dataset))).astype(int))
-        return [dataset.path(int(i)) for i in chosen]
+def images_to_time(images: Dataset | Sequence[Path] | None) -> list[Path | bytes]:
+    """Return some of the images, at even distances; without any, a synthetic JPEG of 640 x 480 pixels."""
+    if images is not None and len(images):
+        paths = image_paths(images)
+        return [paths[i] for i in spread(len(paths), MAX_IMAGES)]
     from PIL import Image
 
     coarse = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)

@@ -10,7 +10,7 @@ import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rtdetr_cli.evaluate.bootstrap import Resamples, resample
 from rtdetr_cli.evaluate.run import evaluate
 from rtdetr_cli.infer.backend import Backend, check_model_path, open_backend
 from rtdetr_cli.infer.graph import first_line
+from rtdetr_cli.infer.packages import has_package
 from rtdetr_cli.infer.timing import Spread, images_to_time, measure_steadily
 from rtdetr_cli.machine import cpu_count, cpu_name
 from rtdetr_cli.weights.header import EXPORT_SUFFIXES
@@ -122,7 +123,7 @@ def refuse_clash(backend: str, *, device: str, threads: int | None) -> None:
 def require_backend(backend: str, *, device: str) -> None:
     """Refuse a backend whose package, or the GPU that it needs, is missing."""
     package = PACKAGES[backend]
-    if util.find_spec(package) is None:
+    if not has_package(package):
         raise EnvironmentProblem(
             f"the package {package} is not installed", hint=f"pip install {package}", code="package-missing"
         )

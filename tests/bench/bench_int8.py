@@ -99,11 +99,11 @@ def main() -> None:
         try:
             quantized, size = write(quantize(floats, count))
             predictions = result_of(predict(quantized, reference.paths))
+            ap = average_precision(reference.dataset, predictions, header) or 0.0
         except Exception as error:  # some recipes cannot be built or run, which is a result too
             print(f"{name:58} fails: {str(error)[:80]}", flush=True)
             continue
         figures = compare_detections(list(expected.values()), list(predictions.values()), LIMITS["int8"]).figures
-        ap = average_precision(reference.dataset, predictions, header) or 0.0
         pair = latencies([floating, quantized], images_to_time(None))
         errors = (
             f"score {figures['score_error'] or 0:.4f}  box {figures['box_error'] or 0:.4f}  tail {figures['tail']:.3f}"

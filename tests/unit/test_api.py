@@ -270,7 +270,7 @@ def test_export(
     assert (len(verified["images"]), verified["tol_ap"], verified["device"]) == (16, 0.1, "cpu")
     with pytest.raises(UsageError, match="is already exported"):
         load(shapes_onnx).export()
-    with pytest.raises(UsageError, match="add rtx=True"):
+    with pytest.raises(UsageError, match="add --rtx"):
         detector.export(trt_fp16=True, target="sm86")
 
 
