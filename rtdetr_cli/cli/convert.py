@@ -59,4 +59,4 @@ def convert(
         "official": f"python tools/train.py -c CONFIG -t {done.path}",
         "safetensors": f"rtdetr predict IMAGE --weights {done.path}",
     }[to]
-    terminal.say(f"next  {use}")
+    terminal.next_step(use)

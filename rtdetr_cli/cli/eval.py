@@ -295,7 +295,10 @@ def _print_metrics(document: dict[str, Any], model: str, interval: Interval | No
     titles = list(METRICS)
     if dedupe["without"] is not None:
         titles = ["duplicates", *METRICS]
-        rows = [[f"rescored ({dedupe['gamma']:g})", *rows[0]], ["as they are", *map(dedupe["without"].get, METRICS)]]
+        rows = [
+            [f"rescored (gamma {dedupe['gamma']:g})", *rows[0]],
+            ["as they are", *map(dedupe["without"].get, METRICS)],
+        ]
     terminal.table(titles, rows)
     if dedupe["gamma"] and dedupe["without"] is None:
         terminal.out(f"duplicates are rescored in the graph (gamma {dedupe['gamma']:g})")
@@ -332,11 +335,10 @@ def _print_thresholds(document: dict[str, Any]) -> None:
                 f"(precision {best['precision']:.3f}, recall {best['recall']:.3f})\n"
             )
         return
-    points = [
-        *thresholds["per_class"],
-        {**overall, "name": "all classes, each at its own threshold", "threshold": None},
-        {**thresholds["one_for_all"], "name": "all classes at one threshold"},
-    ]
+    points = list(thresholds["per_class"])
+    if {point["threshold"] for point in points} != {thresholds["one_for_all"]["threshold"]}:
+        points.append({**overall, "name": "all classes, each at its own threshold", "threshold": None})
+    points.append({**thresholds["one_for_all"], "name": "all classes at one threshold"})
     terminal.table(
         ("class", "threshold", "precision", "recall", "F1"),
         [[point[key] for key in ("name", "threshold", "precision", "recall", "f1")] for point in points],

@@ -178,6 +178,8 @@ def _architecture(spec: dict[str, Any]) -> str:
 def _thresholds(stored: dict[str, Any] | None, names: Any) -> str:
     if not stored:
         return "none stored: predict uses 0.5 (rtdetr eval --calibrate f1)"
+    if set(stored["per_class"]) == {stored["overall"]}:
+        return f"{stored['target']}: {stored['overall']:.3f} for every class"
     per_class = [f"{name} {value:.3f}" for name, value in zip(names, stored["per_class"], strict=False)]
     return f"{stored['target']}: overall {stored['overall']:.3f}; {_shorten(per_class)}"
 

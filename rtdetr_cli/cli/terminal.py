@@ -125,7 +125,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: st
     drawn = Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", title_style="bold", pad_edge=False)
     for position, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[position], int | float | None) for row in rows)
-        drawn.add_column(Text(printable(name)), justify="right" if numeric else "left", overflow="fold")
+        drawn.add_column(Text(printable_lines(name)), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(printable(show(value))) for value in row))
     # Nothing may be folded in a pipe: programs and `grep` read whole rows.

@@ -331,6 +331,7 @@ def _show_dry_run(result: DryRunResult, started: RunStarted) -> None:
     plan = started.plan
     evaluations = sum(plan.evaluates(epoch) for epoch in range(plan.epochs))
     images = counted(started.val_images, "image")
+    terminal.out("dry run: nothing was trained or written; times are estimated from a few measured steps")
     terminal.table(
         ("quantity", "value", "details"),
         [
@@ -343,7 +344,6 @@ def _show_dry_run(result: DryRunResult, started: RunStarted) -> None:
             ("memory", f"{result.memory_bytes / 2**30:.1f} GiB", f"{result.memory_total / 2**30:.1f} GiB"),
             ("disk", f"{result.disk_bytes / 2**30:.2f} GiB", f"{result.disk_free / 2**30:.1f} GiB free"),
         ],
-        title="dry run: nothing was trained or written; times are estimated from a few measured steps",
     )
     for warning in dry_run_warnings(result):
         terminal.warn(warning)

@@ -104,6 +104,6 @@ def _figures(figures: dict[str, Any]) -> str:
         "score_error": "score error {:.1e}",
         "box_error": "1 - IoU {:.1e}",
         "ap_model": "AP {:.4f}",
-        "ap_export": "-> {:.4f}",
+        "ap_export": "{:.4f} in the file",
     }
     return ", ".join(text.format(figures[name]) for name, text in shown.items() if figures.get(name) is not None)

@@ -55,6 +55,15 @@ class Evaluation:
         return self.coco.metrics
 
     @property
+    def rescoring(self) -> str:
+        """How duplicates were rescored and the AP without it, as a sentence for pages; empty if they were not."""
+        if not self.dedupe:
+            return ""
+        before = self.without_dedupe.metrics["AP"] if self.without_dedupe is not None else None
+        without = f": without that, AP is {before:.3f}" if before is not None else ""
+        return f"Duplicates are rescored (gamma {self.dedupe:g}){without}."
+
+    @property
     def boxes(self) -> int:
         """Boxes that are not crowds."""
         return int(np.count_nonzero(~self.dataset.crowd))

@@ -154,7 +154,7 @@ def curves_figure(rows: Sequence[Mapping[str, float | None]], *, best_epoch: int
         axes.set_ylim(0, _draw_lines(axes, rows, SAMPLE_LINES) * 1.12)
         _style_axes(axes, "loss without augmentation", grid="both", legend=True, x="epoch")
 
-    highest, title = _draw_lines(scores, rows, SCORE_LINES), "AP on the val images"
+    highest, title = _draw_lines(scores, rows, SCORE_LINES), "AP on val"
     best = next((ap for row in rows if row["epoch"] == best_epoch and (ap := row.get("AP")) is not None), None)
     if best is not None:
         scores.axvline(best_epoch, color=RED, linewidth=0.9, linestyle=(0, (4, 3)))

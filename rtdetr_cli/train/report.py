@@ -75,6 +75,7 @@ def write_report(
         explanation=explanation,
         warnings=warnings,
         metrics={name: metrics.get(name) for name in CARDS},
+        rescoring=evaluation.rescoring if evaluation is not None else "",
         classes=[{**row, "color": css_color(label)} for label, row in enumerate(per_class)],
         threshold=evaluation.best.threshold if evaluation is not None else None,
         val_loss=val_loss_note(rows),
@@ -105,13 +106,14 @@ def val_loss_note(rows: Sequence[Mapping[str, float | None]]) -> str:
         return ""
     best, last = min(known, key=lambda row: row[2]), known[-1]
     if last[2] <= FLAT * best[2]:
-        return f"Val loss did not rise until the end ({last[2]:.2f}; training images {last[1]:.2f}): no overfitting."
+        losses = f"{last[2]:.2f}; training images {last[1]:.2f}"
+        return f"Val loss did not rise until the end ({losses}): no sign of overfitting."
     text = f"Val loss stopped improving at epoch {best[0]} ({best[2]:.2f}, and {last[2]:.2f} at the end)"
     if last[1] >= best[1]:
         return f"{text}, and so did that of the training images ({best[1]:.2f} and {last[1]:.2f})."
     return (
         f"{text}, while that of the training images fell from {best[1]:.2f} to {last[1]:.2f}: the model overfits from "
-        "there on. More images or stronger augmentation help more than more epochs."
+        "there on."
     )
 
 

@@ -136,7 +136,7 @@ def require_transformers() -> None:
     except ImportError as error:
         raise EnvironmentProblem(
             "--to hf needs transformers, to verify what it writes",
-            hint="pip install transformers",
+            hint="pip install 'rtdetr-cli[hf]'",
             code="package-missing",
         ) from error
 

@@ -37,6 +37,8 @@ NEEDED = {
 }
 OPTIONAL = {
     "openvino": "export --openvino; fast on Intel and AMD processors",
+    "nncf": "export --int8 --openvino",
+    "transformers": "convert --to hf",
     "tensorrt": "export --trt-fp16",
     "tensorrt-rtx-cu13": "export --rtx: engines for GeForce RTX, built on any machine",
     "onnxruntime-ep-nv-tensorrt-rtx-cu13": "predict --device rtx (experimental)",

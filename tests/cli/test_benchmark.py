@@ -132,6 +132,7 @@ def test_a_sweep_writes_a_table_a_document_and_a_plot(
     assert len({line.count("|") for line in lines}) == 1
     assert (tmp_path / "b" / "benchmark.png").read_bytes()[:4] == b"\x89PNG"
     assert "no other row is both faster and more accurate" in ran.out
+    assert "\\n" not in ran.out, "a line break of a title is not escaped"
     assert "median / 90th percentile of 2 runs after 0 warmup runs" in ran.out
     parts = [cell.strip() for cell in lines[0].split("|")][6:10]
     assert parts == [f"{part} ms, median / p90" for part in ("pre", "network", "post", "total")]
