@@ -1,4 +1,4 @@
-"""Bilinear sampling on a CPU: weighted sums of rows, two to three times as fast as `grid_sample`, forward and backward.
+"""Bilinear sampling on a CPU: weighted sums of rows, faster than `grid_sample` (docs/speed.md).
 
 `grid_sample` reads channel by channel, and leaves it to a second pass to weigh and add the samples. Here each sample is
 four rows of D channels, and `embedding_bag` adds up the weighted rows of a query in one pass. Its own backward pass is

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,16 +23,12 @@ from rtdetr_cli.evaluate.coco import coco_metrics
 from rtdetr_cli.evaluate.table import DetectionTable
 from rtdetr_cli.images.augment import RECIPE, augment
 from rtdetr_cli.images.decode import opened
-from tests.bench.speed.harness import Comparison, Settings, Turn, Used
+from tests.bench.speed.harness import ROOT, Comparison, Settings, Turn, run_timed
 
 NETWORK = (640, 640)
-ROOT = Path(__file__).resolve().parents[3]
 SHARED = ROOT.parent / "shared" / "data"
-VALIDATED_IMAGES, VALIDATED_BOXES, LINKS = (
-    118_000,
-    860_000,
-    20_000,
-)  # file systems allow some tens of thousands of links
+VALIDATED_IMAGES, VALIDATED_BOXES = 118_000, 860_000
+LINKS = 20_000  # to one file: file systems allow some tens of thousands
 
 Case = tuple[Path, NDArray[np.float64]]  # a JPEG file and its boxes (N, 4) in pixels
 
@@ -165,32 +159,23 @@ def evaluation_sides(_: Settings, *, images: int, detections: int) -> Iterator[t
         assert abs((value or 0) - (found["hotcoco"][name] or 0)) < 1e-9, name
 
 
-def run_reporting(command: list[str], *, threads: int = 1) -> Used:
-    """Run a program whose last line is a JSON object with `seconds`, `cpu` and `peak_bytes`."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
-    ran = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
-    facts = json.loads(ran.stdout.strip().splitlines()[-1])
-    return Used(facts["seconds"], facts["cpu"], facts["peak_bytes"])
-
-
 @contextmanager
 def epoch_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
     """Give one epoch on the blood cells, each in a process of its own."""
     command = ["-m", "tests.bench.speed.epoch", "--imgsz", str(settings.imgsz), "--batch", str(settings.batch)]
-    yield tuple(partial(run_reporting, [*command, side], threads=settings.threads) for side in ("ours", "peers"))  # type: ignore[misc]
+    yield tuple(partial(run_timed, [*command, side], threads=settings.threads) for side in ("ours", "peers"))  # type: ignore[misc]
 
 
 _TIMED = """
-import json, os, sys, time
-{before}
-began, start = sum(os.times()[:4]), time.perf_counter()
-{work}
-seconds, cpu = time.perf_counter() - start, sum(os.times()[:4]) - began
-# Not getrusage: a child starts with the peak of the process that made it.
-peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(json.dumps({{"seconds": seconds, "cpu": cpu, "peak_bytes": int(peak.split()[1]) * 1024}}))
+import sys
+from contextlib import redirect_stdout
+from tests.bench.speed.harness import Stopwatch
+{imports}
+watch = Stopwatch()
+watch.start()
+with redirect_stdout(sys.stderr):
+    {work}
+watch.stop()
 """
 
 
@@ -228,14 +213,10 @@ def validate_sides(_: Settings) -> Iterator[tuple[Turn, Turn]]:
     with tempfile.TemporaryDirectory() as folder:
         path = str(make_coco_file(Path(folder)))
         ours = _TIMED.format(
-            before="from rtdetr_cli.cli.app import run\nout, sys.stdout = sys.stdout, sys.stderr",
-            work=f"run(['validate', {path!r}, '--fast'])\nsys.stdout = out",
+            imports="from rtdetr_cli.cli.app import run", work=f"run(['validate', {path!r}, '--fast'])"
         )
-        theirs = _TIMED.format(
-            before="from pycocotools.coco import COCO\nout, sys.stdout = sys.stdout, sys.stderr",
-            work=f"COCO({path!r})\nsys.stdout = out",
-        )
-        yield partial(run_reporting, ["-c", ours]), partial(run_reporting, ["-c", theirs])
+        theirs = _TIMED.format(imports="from pycocotools.coco import COCO", work=f"COCO({path!r})")
+        yield partial(run_timed, ["-c", ours]), partial(run_timed, ["-c", theirs])
 
 
 COMPARISONS = (

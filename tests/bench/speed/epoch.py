@@ -11,37 +11,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import tempfile
-import time
 from typing import Any
 
-import psutil
-
 from tests.bench.speed.data import SHARED
-
-
-class Stopwatch:
-    """Time, processor time and memory of this process and the ones it starts, from `start` to `stop`."""
-
-    def __init__(self) -> None:
-        self.process = psutil.Process()
-
-    def start(self) -> None:
-        self.began, self.cpu = time.perf_counter(), self._cpu()
-
-    def _cpu(self) -> float:
-        times = [p.cpu_times() for p in (self.process, *self.process.children(recursive=True))]
-        return sum(t.user + t.system for t in times)
-
-    def stop(self) -> None:
-        seconds, cpu = time.perf_counter() - self.began, self._cpu() - self.cpu
-        with open("/proc/self/status") as status:
-            peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-        peak += sum(child.memory_full_info().uss for child in self.process.children(recursive=True))
-        print(json.dumps({"seconds": seconds, "cpu": cpu, "peak_bytes": peak}))
+from tests.bench.speed.harness import Stopwatch
 
 
 def ours(imgsz: int, batch: int, watch: Stopwatch) -> None:

@@ -2,10 +2,10 @@
 
     python -m tests.bench.speed.growth OUT [--only NAME ...] [--rounds 3]
 
-Writes `growth.json`, `growth.svg` and `growth.md` into the folder OUT after each axis; what an earlier call measured
-there is kept. Each point is a median, and the exponent is the
-slope of the last two points on logarithmic axes: 1 is proportional. Seconds are those of the processor, on one core,
-since they suffer least from other work on the machine; those of `workers` are on the clock.
+Writes `growth.json`, `growth.png` and `growth.md` into the folder OUT after each axis; what an earlier call measured
+there is kept. Each point is a median, and the exponent is the slope of the last two points on logarithmic axes: 1 is
+proportional. Seconds are those of the processor, on one core, since they suffer least from other work on the machine;
+those of `workers` are on the clock.
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ from rtdetr_cli.datasets.generate import generate_dataset
 from rtdetr_cli.evaluate.coco import coco_metrics
 from rtdetr_cli.images.augment import RECIPE
 from tests.bench.speed.data import make_detections
-from tests.bench.speed.harness import Settings, machine, take_turn
+from tests.bench.speed.harness import Settings, Turn, machine, status_bytes, take_turn
 from tests.bench.speed.steps import make_batch, our_step
-
-Work = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,7 @@ class Axis:
     title: str
     unit: str
     values: Sequence[int]
-    prepare: Callable[[int, Path], Work]
+    prepare: Callable[[int, Path], Turn]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,22 +58,21 @@ class Measured:
     exponent: float
 
 
-def step(value: int, _: Path, *, what: str) -> Work:
+def step(value: int, _: Path, *, what: str) -> Turn:
     """Return a step of `tiny` in float32 with one of its sizes set to `value`."""
     sizes = {"batch": 4, "side": 128, "boxes": 8, "classes": 20} | {what: value}
     batch = make_batch(sizes["batch"], sizes["side"], boxes=sizes["boxes"], classes=sizes["classes"])
-    run = our_step(batch, preset="tiny", classes=sizes["classes"], device=torch.device("cpu"), autocast=None)
-    return lambda: [run(), None][1]
+    return our_step(batch, preset="tiny", classes=sizes["classes"], device=torch.device("cpu"), autocast=None)
 
 
-def evaluation(value: int, _: Path, *, what: str) -> Work:
+def evaluation(value: int, _: Path, *, what: str) -> Turn:
     """Return an evaluation with one of its sizes set to `value`."""
     sizes = {"images": 500, "classes": 20, "per_image": 50} | {what: value}
     dataset, table = make_detections(sizes["images"], sizes["classes"], sizes["images"] * sizes["per_image"])
-    return lambda: [coco_metrics(dataset, table), None][1]
+    return partial(coco_metrics, dataset, table)
 
 
-def validation(value: int, folder: Path) -> Work:
+def validation(value: int, folder: Path) -> Turn:
     """Return the check of a COCO file with so many images and seven boxes in each; no image is opened."""
     path = folder / f"{value}.json"
     images = [{"id": i, "file_name": f"{i}.jpg", "width": 640, "height": 480} for i in range(value)]
@@ -86,10 +83,10 @@ def validation(value: int, folder: Path) -> Work:
     ]
     categories = [{"id": k, "name": name} for k, name in enumerate(("bolt", "screw", "washer"))]
     path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
-    return lambda: [load_splits(path, find_images=False), None][1]
+    return partial(load_splits, path, find_images=False)
 
 
-def loading(value: int, folder: Path) -> Work:
+def loading(value: int, folder: Path) -> Turn:
     """Return an epoch of 256 images at 320 px with so many workers."""
     data = folder / "images"
     if not data.exists():
@@ -99,7 +96,7 @@ def loading(value: int, folder: Path) -> Work:
     train = train.subset(list(range(64)) * 4)
     loader = TrainLoader(train, imgsz=(320, 320), batch_size=8, seed=0, augmentation=RECIPE, workers=value)
     epochs = iter(range(1000))
-    return lambda: [list(loader.epoch(next(epochs))), None][1]
+    return lambda: list(loader.epoch(next(epochs)))
 
 
 AXES = (
@@ -115,7 +112,7 @@ AXES = (
 )
 
 
-def peak_growth(work: Work) -> int | None:
+def peak_growth(work: Turn) -> int | None:
     """Run the work and return by how much the resident memory rose at its peak; None where Linux doesn't tell."""
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
@@ -125,14 +122,9 @@ def peak_growth(work: Work) -> int | None:
     except OSError:
         work()
         return None
-    before = _status("VmRSS")
+    before = status_bytes("VmRSS")
     work()
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+    return max(0, status_bytes("VmHWM") - before)
 
 
 def measure(axis: Axis, rounds: int) -> Measured:
@@ -216,7 +208,7 @@ def main() -> None:
         facts = {"machine": machine(Settings(threads=1)), "axes": [asdict(axis) for axis in measured]}
         file.write_text(json.dumps(facts, indent=1) + "\n")
         (arguments.out / "growth.md").write_text(table(measured))
-        plot(measured, arguments.out / "growth.svg")
+        plot(measured, arguments.out / "growth.png")
 
 
 if __name__ == "__main__":

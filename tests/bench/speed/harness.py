@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 from rtdetr_cli.machine import cpu_count, cpu_name
 
-Turn = Callable[[], "Used | None"]  # does the work once; returns what it used if this process cannot see it
+ROOT = Path(__file__).resolve().parents[3]
+Turn = Callable[[], object]  # does the work once; returns what it `Used` if this process cannot see it
 PACKAGES = ("rtdetr-cli", "torch", "torchvision", "transformers", "pycocotools", "onnxruntime", "openvino", "typer")
 
 
@@ -90,10 +97,59 @@ class Result:
 
 def take_turn(turn: Turn) -> Used:
     """Run one turn and return what it used."""
-    before, began = os.times(), time.perf_counter()
+    before, began = _processor_time(), time.perf_counter()
     used = turn()
-    wall, after = time.perf_counter() - began, os.times()
-    return used or Used(wall, sum(after[:4]) - sum(before[:4]))  # with children that have ended
+    return used if isinstance(used, Used) else Used(time.perf_counter() - began, _processor_time() - before)
+
+
+def _processor_time() -> float:
+    """Return the seconds of this process, which `os.times` gives in hundredths, and of its children that have ended."""
+    return time.process_time() + sum(os.times()[2:4])
+
+
+class Stopwatch:
+    """Prints as JSON what this process and the ones that it starts use from `start` to `stop`."""
+
+    def start(self) -> None:
+        self.began, self.cpu = time.perf_counter(), self._cpu()
+
+    def _cpu(self) -> float:
+        times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+        return _processor_time() + sum(t.user + t.system for t in times)
+
+    def stop(self) -> None:
+        wall, cpu = time.perf_counter() - self.began, self._cpu() - self.cpu
+        # Not getrusage: a child starts with the peak of the process that made it.
+        memory = status_bytes("VmHWM")
+        memory += sum(child.memory_full_info().uss for child in psutil.Process().children(recursive=True))
+        print(json.dumps(asdict(Used(wall, cpu, memory))))
+
+
+def status_bytes(key: str) -> int:
+    """Return an amount of memory of this process from `/proc/self/status`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def run(command: Sequence[object], *, tree: Path = ROOT, threads: int = 0) -> str:
+    """Run a Python program with the package of `tree`; return its output, or raise RuntimeError if it fails."""
+    more = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    ran = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=tree,
+        env=os.environ | {"PYTHONPATH": str(tree)} | more,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ran.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command[:4]))} failed:\n{ran.stderr[-3000:]}")
+    return ran.stdout
+
+
+def run_timed(command: Sequence[object], *, threads: int = 1) -> Used:
+    """Run a program whose last line is that of a `Stopwatch`."""
+    return Used(**json.loads(run(command, threads=threads).splitlines()[-1]))
 
 
 def compare(comparison: Comparison, settings: Settings, rounds: int) -> Result:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,25 +11,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.bench.speed.harness import Comparison, Settings, Turn
-from tests.bench.speed.steps import EARLIER, ROOT, earlier_tree
+from tests.bench.speed.harness import ROOT, Comparison, Settings, Turn, run
+from tests.bench.speed.steps import EARLIER, earlier_tree
 
 IMAGES = 200  # for the comparison of backends
-
-
-def run(command: Sequence[object], *, tree: Path = ROOT, threads: int = 0) -> None:
-    """Run a Python program with the package of `tree`; raise RuntimeError with its output if it fails."""
-    more = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    ran = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=tree,
-        env=os.environ | {"PYTHONPATH": str(tree)} | more,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if ran.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command[:4]))} failed:\n{ran.stderr[-3000:]}")
 
 
 def export_preset(folder: Path, *, preset: str = "r18", verify_on: Sequence[Path] | None = None) -> tuple[Path, Path]:
@@ -135,11 +117,11 @@ def demo_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
     with tempfile.TemporaryDirectory() as folder, earlier_tree() as tree:
         numbers = iter(range(1000))
 
-        def turn(where: Path) -> None:
+        def demo(where: Path) -> None:
             target = Path(folder) / str(next(numbers))
             run(["-m", "rtdetr_cli", "demo", target, "--json"], tree=where, threads=settings.threads)
 
-        yield partial(turn, ROOT), partial(turn, tree)
+        yield partial(demo, ROOT), partial(demo, tree)
 
 
 COMPARISONS = (

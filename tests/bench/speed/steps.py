@@ -19,18 +19,19 @@ from torch import Tensor
 
 from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.config.run import resolve_run
+from rtdetr_cli.model.attention import Levels, sample_bilinear
 from rtdetr_cli.model.build import build_detector
+from rtdetr_cli.model.cpu_sampling import sample_bilinear_cpu
 from rtdetr_cli.model.detector import RTDETR, Outputs, Prediction
 from rtdetr_cli.train.losses import compute_losses
 from rtdetr_cli.train.plan import make_plan
 from rtdetr_cli.train.precision import choose_precision
 from rtdetr_cli.train.step import accumulate_gradients, draw_group, to_input
 from rtdetr_cli.workflows.prepare import make_learner
-from tests.bench.speed.harness import Comparison, Settings, Turn, Used
+from tests.bench.speed.harness import ROOT, Comparison, Settings, Turn, Used
 
 CLASSES, BOXES = 80, 8
 EARLIER = "ffe60e9"  # a commit of before the work on speed
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def make_batch(count: int, side: int, *, boxes: int = BOXES, classes: int = CLASSES) -> Batch:
@@ -189,6 +190,25 @@ def loss_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
 
 
 @contextmanager
+def sampling_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
+    """Give the sampling of a decoder layer of r18 with its gradients, by our rows and by `grid_sample`, on the CPU."""
+    torch.set_num_threads(settings.threads)
+    points = (4, 4, 4)
+    levels = Levels.from_shapes([(settings.imgsz // s,) * 2 for s in (8, 16, 32)], points, torch.device("cpu"))
+    generator, tokens = torch.Generator().manual_seed(0), sum(h * w for h, w in levels.shapes)
+    value = torch.randn(settings.batch, tokens, 8, 32, generator=generator).requires_grad_()
+    centers = torch.rand(settings.batch, 500, 1, 1, 2, generator=generator)
+    offsets = torch.randn(settings.batch, 500, 8, sum(points), 2, generator=generator) * 0.05
+    locations = (centers + offsets).requires_grad_()
+    weights = torch.rand(locations.shape[:-1], generator=generator).softmax(-1).requires_grad_()
+
+    def turn(sample: Callable[..., Tensor]) -> None:
+        torch.autograd.grad(sample(value, locations, weights, levels).sum(), [value, locations, weights])
+
+    yield partial(turn, sample_bilinear_cpu), partial(turn, partial(sample_bilinear, num_points=points))
+
+
+@contextmanager
 def prediction_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
     """Give a forward pass on one image of 640 px, as each is used to predict: ours with its norms folded."""
     torch.set_num_threads(settings.threads)
@@ -339,6 +359,14 @@ COMPARISONS = (
         peer="transformers",
         aim=4.0,
         sides=loss_sides,
+    ),
+    Comparison(
+        name="sampling",
+        title="bilinear sampling of a decoder layer of r18 and its gradients, on a CPU",
+        peer="`grid_sample`",
+        aim=2.0,
+        sides=sampling_sides,
+        rounds=15,
     ),
     Comparison(
         name="predict-torch",
