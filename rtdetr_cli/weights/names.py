@@ -14,25 +14,16 @@ from torch import Tensor
 
 Rules = tuple[tuple[str, str], ...]
 
-_HGNET_TO_OURS: Rules = (
-    (r"^((?:backbone\.)?(?:stem|stages)\..*)\.bn\.", r"\1.norm."),
-    (r"^((?:backbone\.)?stem\.stem2[ab])\.conv\.1\.", r"\1.conv."),
+# Where a name differs: a pattern of what precedes it, the official name, and ours.
+_HGNET = (
+    (r"(?:backbone\.)?(?:stem|stages)\..*", "bn", "norm"),
+    (r"(?:backbone\.)?stem\.stem2[ab]", "conv.1", "conv"),
 )
-_V1_TO_OURS: Rules = (
-    (r"^(encoder\.input_proj\.\d+)\.0\.", r"\1.conv."),
-    (r"^(encoder\.input_proj\.\d+)\.1\.", r"\1.norm."),
-    (r"^decoder\.enc_output\.0\.", "decoder.enc_output.proj."),
-    (r"^decoder\.enc_output\.1\.", "decoder.enc_output.norm."),
-)
-_OURS_TO_HGNET: Rules = (
-    (r"^(backbone\.(?:stem|stages)\..*)\.norm\.", r"\1.bn."),
-    (r"^(backbone\.stem\.stem2[ab])\.conv\.", r"\1.conv.1."),
-)
-_OURS_TO_V1: Rules = (
-    (r"^(encoder\.input_proj\.\d+)\.conv\.", r"\1.0."),
-    (r"^(encoder\.input_proj\.\d+)\.norm\.", r"\1.1."),
-    (r"^decoder\.enc_output\.proj\.", "decoder.enc_output.0."),
-    (r"^decoder\.enc_output\.norm\.", "decoder.enc_output.1."),
+_V1 = (
+    (r"encoder\.input_proj\.\d+", "0", "conv"),
+    (r"encoder\.input_proj\.\d+", "1", "norm"),
+    (r"decoder\.enc_output", "0", "proj"),
+    (r"decoder\.enc_output", "1", "norm"),
 )
 _OURS_TO_TRANSFORMERS: Rules = (
     (r"^(backbone\..*)\.short\.conv\.(conv|norm)\.", r"\1.shortcut.1.\2."),
@@ -81,14 +72,18 @@ _PROJECTION = re.compile(r"(.*self_attn\.)in_proj_(weight|bias)")
 def from_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
     """Return the tensors of an official file under our names, and whether it is one of RT-DETR v1."""
     is_v1 = "decoder.enc_output.0.weight" in state
-    rules = _HGNET_TO_OURS + (_V1_TO_OURS if is_v1 else ())
+    rules = tuple((rf"^({stem})\.{re.escape(theirs)}\.", rf"\1.{ours}.") for stem, theirs, ours in _differences(is_v1))
     return {_translate(n, rules): t for n, t in state.items()}, is_v1
 
 
 def to_official(state: Mapping[str, Tensor], *, v1: bool) -> dict[str, Tensor]:
     """Return the tensors under the names of the official code; v1 has no constants of the sampling points."""
-    rules = _OURS_TO_HGNET + (_OURS_TO_V1 if v1 else ())
+    rules = tuple((rf"^({stem})\.{ours}\.", rf"\1.{theirs}.") for stem, theirs, ours in _differences(v1))
     return {_translate(n, rules): t for n, t in state.items() if not (v1 and n.endswith(".num_points_scale"))}
+
+
+def _differences(v1: bool) -> tuple[tuple[str, str, str], ...]:
+    return _HGNET + (_V1 if v1 else ())
 
 
 def from_transformers(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
