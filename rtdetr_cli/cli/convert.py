@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, cast
 
 import typer
 
 from rtdetr_cli.cli import terminal
-from rtdetr_cli.cli.options import JsonFlag
+from rtdetr_cli.cli.options import JsonFlag, SamplingOption
 from rtdetr_cli.errors import UsageError
+
+SUFFIXES = {"official": ".pth", "hf": "", "safetensors": ".safetensors"}
 
 
 def convert(
@@ -19,19 +20,15 @@ def convert(
     to: Annotated[
         str, typer.Option("--to", help="Layout: official (.pth), hf (folder of transformers) or safetensors (ours).")
     ],
-    sampling: Annotated[
-        str | None,
-        typer.Option(help="Sampling of a published file whose name does not say it: bilinear or discrete."),
-    ] = None,
+    sampling: SamplingOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Write a model in another layout, load it there, and compare the detections before saying done."""
     from rtdetr_cli.cli.select import model_file
 
-    layouts = ("official", "hf", "safetensors")
-    if to not in layouts:
-        raise UsageError(f"--to {to}: there is no such layout", hint=f"--to {', '.join(layouts)}")
-    suffix = {"official": ".pth", "safetensors": ".safetensors", "hf": ""}[to]
+    if to not in SUFFIXES:
+        raise UsageError(f"--to {to}: there is no such layout", hint=f"--to {', '.join(SUFFIXES)}")
+    suffix = SUFFIXES[to]
     if suffix and out.suffix.lower() != suffix:
         raise UsageError(f"{out} must end in {suffix}", hint=f"rtdetr convert {model} {out}{suffix} --to {to}")
     source = model_file(model)
@@ -41,18 +38,20 @@ def convert(
 
     check_sampling(source, sampling)
     done = workflow.convert(source, cast(workflow.Layout, to), out, sampling=sampling)
-    agreement = done.agreement
+    match = done.match
+    score_error, box_error = float(match.score_errors.max()), float(match.box_errors.max())
     if as_json:
+        figures = {"detections": match.rows // 2, "matched": match.share, "score_error": score_error}
         terminal.emit_json({
             "path": str(done.path), "layout": to, "tensors": done.tensors, "notes": list(done.notes),
-            "agreement": {**asdict(agreement), "passed": agreement.passed},
+            "agreement": {**figures, "box_error": box_error, "passed": True},
         })  # fmt: skip
         return
     for note in done.notes:
         terminal.say(note)
     terminal.out(
-        f"{done.path}: {done.tensors} tensors; {agreement.matched} of {agreement.detections} detections match "
-        f"(score error {agreement.score_error:.1e}, box error {agreement.box_error_px:.1e} px)"
+        f"{done.path}: {done.tensors} tensors; {match.share:.1%} of {match.rows // 2} detections match "
+        f"(largest score difference {score_error:.1e}, largest 1 - IoU {box_error:.1e})"
     )
     use = {
         "hf": f"AutoModelForObjectDetection.from_pretrained({str(done.path)!r})",

@@ -22,6 +22,14 @@ from rtdetr_cli.model.layers import ConvNorm, FrozenBatchNorm2d
 BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
+def resnet_depth(blocks: Sequence[int], *, bottleneck: bool) -> int:
+    """Return the depth of the ResNet with these numbers of blocks; raises ValueError where there is none."""
+    for depth, counts in BLOCKS.items():
+        if counts == tuple(blocks) and (depth >= 50) == bottleneck:
+            return depth
+    raise ValueError(f"no ResNet has {tuple(blocks)} {'bottleneck' if bottleneck else 'basic'} blocks")
+
+
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     """Return the projection of a stage's first block."""
     projection = ConvNorm(in_channels=in_channels, out_channels=out_channels)

@@ -12,7 +12,7 @@ from rtdetr_cli.config.presets import load_preset, preset_names
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.config.validation import validate
 from rtdetr_cli.errors import ModelError, UsageError
-from rtdetr_cli.model.backbone import BLOCKS
+from rtdetr_cli.model.backbone import resnet_depth
 from rtdetr_cli.model.hgnet import SIZES
 from rtdetr_cli.weights.header import ModelHeader
 
@@ -33,6 +33,15 @@ def matching_preset(spec: ModelSpec) -> str:
     return next((name for name in preset_names() if not size_differences(load_preset(name).model, spec)), "")
 
 
+def has_backbone(spec: ModelSpec, state: Mapping[str, Tensor]) -> bool:
+    """Return whether tensors, named without the prefix `backbone.`, are those of the architecture's backbone."""
+    try:
+        found = derive_backbone(state)
+    except (KeyError, ValueError, IndexError):
+        return False
+    return all(getattr(spec, name) == value for name, value in found.items() if name not in FREE_SIZES)
+
+
 def derive_backbone(state: Mapping[str, Tensor]) -> dict[str, object]:
     """Return the backbone's fields of `ModelSpec` from its tensors, named without the prefix `backbone.`.
 
@@ -50,11 +59,8 @@ def derive_backbone(state: Mapping[str, Tensor]) -> dict[str, object]:
         outputs = state["stages.3.blocks.0.aggregation_excitation_conv.conv.weight"].shape[0]
         return fields | {"backbone": names[0], "width": 64 * outputs // SIZES[names[0]].stages[3].out_channels}
     blocks = tuple(count_modules(state, rf"res_layers\.{i}\.blocks\.(\d+)\.") for i in range(4))
-    bottleneck = any(".branch2c." in n for n in state)
-    depths = [d for d, counts in BLOCKS.items() if counts == blocks and (d >= 50) == bottleneck]
-    if not depths:
-        raise ValueError(f"no ResNet has {blocks} blocks")
-    return fields | {"backbone": "resnet", "depth": depths[0], "width": state["conv1.conv1_3.conv.weight"].shape[0]}
+    depth = resnet_depth(blocks, bottleneck=any(".branch2c." in n for n in state))
+    return fields | {"backbone": "resnet", "depth": depth, "width": state["conv1.conv1_3.conv.weight"].shape[0]}
 
 
 def derive_spec(state: Mapping[str, Tensor]) -> ModelSpec:

@@ -211,18 +211,13 @@ def _recognize(source: Path) -> Published:
 
 def content_problem(entry: Published, content: PublishedFile) -> str:
     """Return why the content of a file cannot be what the catalogue says, or ""."""
-    from rtdetr_cli.weights.architecture import derive_backbone, matching_preset, size_differences
+    from rtdetr_cli.weights.architecture import has_backbone, matching_preset, size_differences
 
     spec = content.spec
     if (spec is None) != entry.is_backbone:
         return f"it contains {'a backbone' if spec is None else 'a detector'}"
     if spec is None:
-        promised = entry.spec.model_dump()
-        try:
-            differs = any(promised[k] != v for k, v in derive_backbone(content.state).items() if "freeze" not in k)
-        except (KeyError, ValueError, IndexError):
-            differs = True
-        return f"it is not the backbone of {entry.preset}" if differs else ""
+        return "" if has_backbone(entry.spec, content.state) else f"it is not the backbone of {entry.preset}"
     if differences := size_differences(entry.spec, spec):
         found = matching_preset(spec)
         key, (wanted, got) = next(iter(differences.items()))

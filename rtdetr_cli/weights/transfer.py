@@ -16,7 +16,7 @@ from torch import Tensor
 from rtdetr_cli.config.presets import load_preset, preset_names
 from rtdetr_cli.errors import ModelError
 from rtdetr_cli.model.detector import RTDETR
-from rtdetr_cli.weights.architecture import derive_backbone
+from rtdetr_cli.weights.architecture import has_backbone
 from rtdetr_cli.weights.load import load_strictly
 from rtdetr_cli.weights.published import read_published
 
@@ -133,12 +133,7 @@ def load_backbone(model: RTDETR, path: Path) -> TransferTable:
         and (name not in source or name not in initial or initial[name].shape != source[name].shape)
     ]
     if misfits:
-        try:
-            found = {k: v for k, v in derive_backbone(source).items() if k not in ("freeze_at", "freeze_norm")}
-        except (ValueError, KeyError, IndexError):
-            found = {"width": 0}
-        models = {name: load_preset(name).model.model_dump() for name in preset_names()}
-        fitting = [f"--preset {n}" for n, spec in models.items() if all(spec[k] == v for k, v in found.items())]
+        fitting = [f"--preset {n}" for n in preset_names() if has_backbone(load_preset(n).model, source)]
         raise ModelError(
             f"{path} has the backbone of another model: {len(misfits)} tensors do not fit, such as {misfits[0]}",
             hint=" or ".join(fitting) or "rtdetr weights list shows the backbone of each preset",

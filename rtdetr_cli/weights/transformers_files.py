@@ -21,7 +21,7 @@ from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.documents import parse_json, read_bounded
 from rtdetr_cli.errors import ModelError
 from rtdetr_cli.files import atomic_write
-from rtdetr_cli.model.backbone import BLOCKS
+from rtdetr_cli.model.backbone import BLOCKS, resnet_depth
 from rtdetr_cli.model.build import build_shapes
 from rtdetr_cli.model.hgnet import LAYERS, SIZES, scaled_sizes
 from rtdetr_cli.weights.architecture import point_scales
@@ -32,22 +32,16 @@ from rtdetr_cli.weights.names import from_transformers, to_transformers
 
 CONFIG, PREPROCESSOR, OURS = "config.json", "preprocessor_config.json", "rtdetr.json"
 _TYPES = {"rt_detr": True, "rt_detr_v2": False}  # whether it is v1
-_MAX_JSON_BYTES = 20_000_000
 
-_FIELDS = {
-    "encoder_hidden_dim": "hidden_dim", "encoder_ffn_dim": "encoder_ffn", "encoder_layers": "encoder_layers",
-    "hidden_expansion": "expansion", "encoder_attention_heads": "heads", "d_model": "decoder_dim",
-    "decoder_ffn_dim": "decoder_ffn", "decoder_layers": "decoder_layers", "num_queries": "queries",
-    "num_denoising": "denoising", "label_noise_ratio": "label_noise", "box_noise_scale": "box_noise",
+_FIELDS: dict[str, tuple[str, float]] = {
+    "encoder_hidden_dim": ("hidden_dim", 256), "encoder_ffn_dim": ("encoder_ffn", 1024),
+    "encoder_layers": ("encoder_layers", 1), "hidden_expansion": ("expansion", 1.0),
+    "encoder_attention_heads": ("heads", 8), "d_model": ("decoder_dim", 256), "decoder_ffn_dim": ("decoder_ffn", 1024),
+    "decoder_layers": ("decoder_layers", 6), "num_queries": ("queries", 300), "num_denoising": ("denoising", 100),
+    "label_noise_ratio": ("label_noise", 0.5), "box_noise_scale": ("box_noise", 1.0),
 }  # fmt: skip
-"""Settings of transformers, and our names of them."""
+"""Settings of transformers, our names of them, and what transformers assumes where a file leaves them out."""
 
-# What transformers assumes for a setting that a file leaves out.
-_ASSUMED: dict[str, Any] = {
-    "encoder_hidden_dim": 256, "encoder_ffn_dim": 1024, "encoder_layers": 1, "hidden_expansion": 1.0,
-    "encoder_attention_heads": 8, "d_model": 256, "decoder_ffn_dim": 1024, "decoder_layers": 6, "num_queries": 300,
-    "num_denoising": 100, "label_noise_ratio": 0.5, "box_noise_scale": 1.0,
-}  # fmt: skip
 _ASSUMED_RESNET = {"depths": [3, 4, 6, 3], "layer_type": "bottleneck", "embedding_size": 64}
 
 # Settings that our network has no choice of, with their only value.
@@ -163,7 +157,7 @@ def write_transformers(
 def _read_json(path: Path) -> dict[str, Any] | None:
     """Return the object in a JSON file, or None where there is no such file."""
     try:
-        document = parse_json(read_bounded(path, limit=_MAX_JSON_BYTES))
+        document = parse_json(read_bounded(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -188,7 +182,7 @@ def _spec(config: Mapping[str, Any], *, frozen: bool) -> ModelSpec:
     if config.get("decoder_attention_heads", 8) != config.get("encoder_attention_heads", 8):
         raise ValueError("encoder and decoder have different numbers of attention heads")
     points = int(config.get("decoder_n_points", 4))
-    fields = {ours: config.get(theirs, _ASSUMED[theirs]) for theirs, ours in _FIELDS.items()}
+    fields: dict[str, Any] = {ours: config.get(theirs, assumed) for theirs, (ours, assumed) in _FIELDS.items()}
     return ModelSpec(
         **fields,
         **_backbone_fields(backbone),
@@ -202,8 +196,6 @@ def _spec(config: Mapping[str, Any], *, frozen: bool) -> ModelSpec:
 def _check_fixed(settings: Mapping[str, Any], fixed: Mapping[str, Any], prefix: str) -> None:
     for name, only in fixed.items():
         value = settings.get(name, only)
-        if isinstance(value, tuple):
-            value = list(value)
         if value is not None and value != only:
             raise ValueError(f"{prefix}{name} is {value!r}, and only {only!r} is supported")
 
@@ -219,14 +211,8 @@ def _backbone_fields(backbone: Mapping[str, Any]) -> dict[str, Any]:
     if backbone.get("model_type", "rt_detr_resnet") != "rt_detr_resnet":
         raise ValueError(f"the backbone {backbone['model_type']} is not supported")
     sizes = {**_ASSUMED_RESNET, **{k: v for k, v in backbone.items() if k in _ASSUMED_RESNET}}
-    depths = [
-        depth
-        for depth, blocks in BLOCKS.items()
-        if list(blocks) == list(sizes["depths"]) and (depth >= 50) == (sizes["layer_type"] == "bottleneck")
-    ]
-    if not depths:
-        raise ValueError(f"no ResNet has {sizes['depths']} blocks of the kind {sizes['layer_type']}")
-    return {"depth": depths[0], "width": sizes["embedding_size"]}
+    depth = resnet_depth(sizes["depths"], bottleneck=sizes["layer_type"] == "bottleneck")
+    return {"depth": depth, "width": sizes["embedding_size"]}
 
 
 def _class_names(config: Mapping[str, Any], classes: int) -> tuple[str, ...]:
@@ -296,15 +282,15 @@ def _refuse_unsupported(spec: ModelSpec, header: ModelHeader, *, v1: bool) -> No
 def _config(spec: ModelSpec, header: ModelHeader, *, v1: bool) -> dict[str, Any]:
     values = spec.model_dump(mode="json")
     labels = {str(i): name for i, name in enumerate(header.names)}
-    channels = _out_channels(spec)
+    backbone = _resnet_config(spec) if spec.backbone == "resnet" else _hgnet_config(spec)
     config: dict[str, Any] = {
         "architectures": ["RTDetrForObjectDetection" if v1 else "RTDetrV2ForObjectDetection"],
         "model_type": "rt_detr" if v1 else "rt_detr_v2",
-        "backbone_config": _resnet_config(spec) if spec.backbone == "resnet" else _hgnet_config(spec),
+        "backbone_config": backbone,
         "freeze_backbone_batch_norms": spec.freeze_norm,
-        **{theirs: values[ours] for theirs, ours in _FIELDS.items()},
+        **{theirs: values[ours] for theirs, (ours, _) in _FIELDS.items()},
         "decoder_attention_heads": spec.heads,
-        "encoder_in_channels": list(channels),
+        "encoder_in_channels": backbone["hidden_sizes"][1:],
         "decoder_in_channels": [spec.hidden_dim] * 3,
         "decoder_n_points": spec.num_points[0],
         "id2label": labels,
@@ -317,12 +303,6 @@ def _config(spec: ModelSpec, header: ModelHeader, *, v1: bool) -> dict[str, Any]
     else:
         config["decoder_method"] = "discrete" if header.sampling == "discrete" else "default"
     return config
-
-
-def _out_channels(spec: ModelSpec) -> tuple[int, ...]:
-    if spec.backbone == "resnet":
-        return tuple(spec.width * 2**i * (4 if spec.depth >= 50 else 1) for i in (1, 2, 3))
-    return tuple(_hgnet_config(spec)["stage_out_channels"][1:])
 
 
 def _resnet_config(spec: ModelSpec) -> dict[str, Any]:

@@ -16,10 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rtdetr_cli.config.schema import ModelSpec
-from rtdetr_cli.errors import EnvironmentProblem, GateError, ModelError, UsageError
+from rtdetr_cli.errors import GateError, ModelError, UsageError
+from rtdetr_cli.export.compare import Limits, Match, match_images
+from rtdetr_cli.export.synthetic import synthetic_image
 from rtdetr_cli.files import atomic_write
 from rtdetr_cli.images.decode import stretch
 from rtdetr_cli.infer.detections import Detections
+from rtdetr_cli.infer.packages import import_package
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.decoder import anchor_table
 from rtdetr_cli.model.detector import RTDETR
@@ -29,32 +32,11 @@ from rtdetr_cli.weights.names import to_official
 from rtdetr_cli.weights.transformers_files import write_transformers
 
 Layout = Literal["official", "hf", "safetensors"]
-LAYOUTS: dict[str, str] = {
-    "official": "the .pth of the official code",
-    "hf": "a folder of transformers",
-    "safetensors": "our own model file",
-}
 
 # Of float32 on a CPU: queries of almost equal score may swap places, so not all need agree.
-SCORE_TOLERANCE, BOX_TOLERANCE_PX, SHARE = 1e-4, 0.05, 0.98
-IMAGE_SIZES = ((427, 640), (300, 220), (700, 500))  # height, width
+LIMITS = Limits(matched=0.98, iou=0.99, score_step=1e-4, score_error=1e-4, box_error=1e-3)
 
 Images = Sequence[NDArray[np.uint8]]
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """How the detections of a written model agree with those of the original."""
-
-    detections: int
-    matched: int
-    score_error: float  # the largest of a matched pair
-    box_error_px: float  # the largest of a matched pair
-
-    @property
-    def passed(self) -> bool:
-        """Whether enough detections are matched."""
-        return self.matched >= SHARE * self.detections
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +46,7 @@ class Converted:
     path: Path
     layout: Layout
     tensors: int
-    agreement: Agreement
+    match: Match
     notes: tuple[str, ...]
 
 
@@ -73,7 +55,7 @@ def convert(source: Path, layout: Layout, out: Path, *, sampling: str | None = N
 
     Args:
         source: a model file that torch loads.
-        layout: one of `LAYOUTS`.
+        layout: that of the official code (`.pth`), a folder of transformers (`hf`), or our own.
         out: the file or folder to create.
         sampling: `discrete` for a published file that was trained with it, where its name does not say so.
 
@@ -91,15 +73,15 @@ def convert(source: Path, layout: Layout, out: Path, *, sampling: str | None = N
     if out.exists():
         raise UsageError(f"{out} exists", hint="choose another name", code="output")
     if layout == "hf":
-        require_transformers()
+        import_package("transformers", "transformers, which verifies what --to hf writes,", extra="hf")
     model, header = load_model(source, sampling=sampling)
     spec = ModelSpec(**header.architecture)
     v1 = bool(header.extra.get("v1"))
-    notes: list[str] = []
+    notes = [] if layout != "official" else [official_settings(spec, header)]
     if layout != "safetensors" and header.dedupe_gamma:
-        notes.append("duplicates are not rescored there: the detections are those of --dedupe off")
+        notes.insert(0, "duplicates are not rescored there: the detections are those of --dedupe off")
         header = header.with_dedupe(0.0)
-    images = [synthetic_image(seed, *size) for seed, size in enumerate(IMAGE_SIZES)]
+    images = [synthetic_image(number) for number in range(3)]
     expected = detect(model, header, images)
     try:
         if layout == "safetensors":
@@ -110,35 +92,27 @@ def convert(source: Path, layout: Layout, out: Path, *, sampling: str | None = N
             tensors = write_official(out, model, header, v1=v1)
             again = load_model(out, sampling=header.sampling, layers=header.layers, queries=header.queries)[0]
             found = detect(again, header, images)  # the size is not in a file of v1
-            notes += official_settings(spec, header)
         else:
             write_transformers(out, model.state_dict(), spec, header, v1=v1)
             tensors, found = detect_with_transformers(out, header, images)
             rows = np.arange(header.queries)  # transformers returns no more
             expected = [d.keep(rows[: len(d)]) for d in expected]
-        agreement = compare(expected, found)
-        if not agreement.passed:
+        match = match_images(expected, found, LIMITS, floor=0.0)
+        if not agrees(match):
             raise GateError(
-                f"{out} does not detect what {source} does: "
-                f"{agreement.matched} of {agreement.detections} detections match; it has been removed",
+                f"{out} does not detect what {source} does: {match.share:.1%} of the detections match; "
+                "it has been removed",
                 code="parity",
             )
     except BaseException:
         _remove(out)
         raise
-    return Converted(out, layout, tensors, agreement, tuple(notes))
+    return Converted(out, layout, tensors, match, tuple(notes))
 
 
-def require_transformers() -> None:
-    """Raise EnvironmentProblem where transformers is missing."""
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise EnvironmentProblem(
-            "--to hf needs transformers, to verify what it writes",
-            hint="pip install 'rtdetr-cli[hf]'",
-            code="package-missing",
-        ) from error
+def agrees(match: Match) -> bool:
+    """Return whether detections are the same, to the rounding of float32."""
+    return match.share >= LIMITS.matched and float(match.box_errors.mean()) <= LIMITS.box_error
 
 
 def write_official(path: Path, model: RTDETR, header: ModelHeader, *, v1: bool) -> int:
@@ -168,13 +142,12 @@ def write_official(path: Path, model: RTDETR, header: ModelHeader, *, v1: bool) 
     return len(state)
 
 
-def official_settings(spec: ModelSpec, header: ModelHeader) -> list[str]:
+def official_settings(spec: ModelSpec, header: ModelHeader) -> str:
     """Return the settings of an official configuration that this model needs."""
-    points = list(spec.num_points)
+    count, points = len(header.names), list(spec.num_points)
     used = {
-        "num_classes": len(header.names),
-        "remap_mscoco_category": tuple(header.category_ids) != tuple(range(len(header.names)))
-        and len(header.names) == 80,
+        "num_classes": count,
+        "remap_mscoco_category": count == 80 and header.category_ids != tuple(range(80)),
         "eval_spatial_size": list(header.imgsz),
         "RTDETRTransformerv2.num_points": points if points != [4, 4, 4] else None,
         "RTDETRTransformerv2.num_queries": header.queries if header.queries != 300 else None,
@@ -182,20 +155,7 @@ def official_settings(spec: ModelSpec, header: ModelHeader) -> list[str]:
         "RTDETRTransformerv2.eval_idx": header.layers - 1 if header.layers != spec.decoder_layers else None,
     }
     settings = ", ".join(f"{k}: {json.dumps(v)}" for k, v in used.items() if v is not None)
-    return [f"settings for the official configuration: {settings}"]
-
-
-def synthetic_image(seed: int, height: int, width: int) -> NDArray[np.uint8]:
-    """Return an RGB image of smooth colors and rectangles."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8))
-    image = np.array(coarse.resize((width, height), Image.Resampling.BICUBIC))
-    for _ in range(12):
-        top, left = int(rng.integers(0, height - 40)), int(rng.integers(0, width - 40))
-        image[top : top + int(rng.integers(20, 160)), left : left + int(rng.integers(20, 160))] = rng.integers(
-            0, 256, 3
-        )
-    return image
+    return f"settings for the official configuration: {settings}"
 
 
 def detect(model: RTDETR, header: ModelHeader, images: Images) -> list[Detections]:
@@ -213,9 +173,7 @@ def detect_with_transformers(folder: Path, header: ModelHeader, images: Images) 
     Raises:
         GateError: transformers does not use every tensor, or has other names or another input size.
     """
-    import transformers
-
-    api: Any = transformers
+    api = import_package("transformers", "transformers", extra="hf")
     with _quiet_transformers():
         model, report = api.AutoModelForObjectDetection.from_pretrained(folder, output_loading_info=True)
         processor = api.AutoImageProcessor.from_pretrained(folder)
@@ -241,26 +199,6 @@ def detect_with_transformers(folder: Path, header: ModelHeader, images: Images) 
                 Detections(boxes, scores, classes.astype(np.int64), size_wh, header.names, header.category_ids)
             )
     return len(model.state_dict()), found
-
-
-def compare(expected: Sequence[Detections], found: Sequence[Detections]) -> Agreement:
-    """Match detections as sets: the same label, and score and box within the tolerances."""
-    total = matched = 0
-    score_errors, box_errors = [0.0], [0.0]
-    for one, other in zip(expected, found, strict=True):
-        total += max(len(one), len(other))
-        if not len(other):
-            continue
-        for box, score, label in zip(one.boxes_xyxy_px, one.scores, one.labels, strict=True):
-            boxes = np.abs(other.boxes_xyxy_px - box).max(-1)
-            scores = np.abs(other.scores - score)
-            near = (boxes <= BOX_TOLERANCE_PX) & (scores <= SCORE_TOLERANCE) & (other.labels == label)
-            if near.any():
-                best = int(np.where(near, boxes, np.inf).argmin())
-                matched += 1
-                score_errors.append(float(scores[best]))
-                box_errors.append(float(boxes[best]))
-    return Agreement(total, matched, max(score_errors), max(box_errors))
 
 
 def _remove(out: Path) -> None:

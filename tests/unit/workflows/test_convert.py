@@ -16,12 +16,15 @@ from safetensors.torch import load_file, save_file
 from rtdetr_cli import load
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.errors import GateError, ModelError, UsageError
+from rtdetr_cli.export.compare import match_images
+from rtdetr_cli.export.synthetic import synthetic_image
+from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.weights.class_names import COCO_CATEGORY_IDS, COCO_NAMES
 from rtdetr_cli.weights.header import Dedupe, ModelHeader, Thresholds
 from rtdetr_cli.weights.load import load_model, save_model
 from rtdetr_cli.weights.transformers_files import write_transformers
-from rtdetr_cli.workflows.convert import compare, convert, detect, synthetic_image
+from rtdetr_cli.workflows.convert import LIMITS, agrees, convert, detect
 from rtdetr_cli.workflows.starting_weights import settings_from_weights
 
 transformers = pytest.importorskip("transformers")
@@ -76,7 +79,7 @@ def test_transformers_and_back(tmp_path: Path, variant: str) -> None:
     source, out = tmp_path / "m.safetensors", tmp_path / "hf"
     header = write(source, spec, **changes)
     done = convert(source, "hf", out)  # raises unless transformers detects the same
-    assert done.agreement.detections > 0
+    assert done.match.rows > 0
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == ("rt_detr" if variant == "v1" else "rt_detr_v2")
     assert tuple(config["id2label"].values()) == NAMES
@@ -119,7 +122,7 @@ def test_our_own_layout_from_each_of_the_others(tmp_path: Path) -> None:
     convert(source, "official", tmp_path / "m.pth")
     for name, other in (("a", tmp_path / "hf/model.safetensors"), ("b", tmp_path / "m.pth")):
         out = tmp_path / f"{name}.safetensors"
-        assert convert(other, "safetensors", out).agreement.passed
+        assert agrees(convert(other, "safetensors", out).match)
         assert load_model(out)[1].identity == header.identity
 
 
@@ -239,12 +242,16 @@ def test_a_layout_that_detects_something_else_is_removed(tmp_path: Path, monkeyp
 
 def test_the_comparison_sees_small_differences(tmp_path: Path) -> None:
     write(tmp_path / "m.safetensors")
-    expected = detect(*load_model(tmp_path / "m.safetensors"), [synthetic_image(0, 90, 120)])
-    assert compare(expected, expected).passed
-    for field, step in (("scores", 2e-4), ("boxes_xyxy_px", 0.1), ("labels", 1)):
-        values = (getattr(expected[0], field) + step).astype(getattr(expected[0], field).dtype)
-        assert not compare(expected, [replace(expected[0], **{field: values})]).passed, field
-    assert not compare(expected, [expected[0].keep(np.arange(len(expected[0])) < 10)]).passed
+    (expected,) = detect(*load_model(tmp_path / "m.safetensors"), [synthetic_image(0)])
+
+    def same_as(found: Detections) -> bool:
+        return agrees(match_images([expected], [found], LIMITS, floor=0.0))
+
+    assert same_as(expected)
+    for field, step in (("scores", 2e-4), ("boxes_xyxy_px", 0.5), ("labels", 1)):
+        values = (getattr(expected, field) + step).astype(getattr(expected, field).dtype)
+        assert not same_as(replace(expected, **{field: values})), field
+    assert not same_as(expected.keep(np.arange(len(expected)) < 10))
 
 
 def test_command(tmp_path: Path, rtdetr: Callable[..., Any]) -> None:
