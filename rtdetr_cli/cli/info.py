@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,6 @@ import typer
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.options import JsonFlag
 from rtdetr_cli.text import abbreviate
-from rtdetr_cli.weights.header import EXPORT_SUFFIXES
 
 
 def info(
@@ -36,13 +34,7 @@ def info(
         path = resolve_model(None)
     else:
         path = model if model.suffix.lower() == CHECKPOINT_SUFFIX and model.is_file() else model_file(model)
-    description = (_checkpoint(path) if path.suffix.lower() == CHECKPOINT_SUFFIX else None) or inspect_model(path)
-    header = description.get("header")
-    if header and header["architecture"] and path.suffix.lower() not in EXPORT_SUFFIXES:
-        from rtdetr_cli.infer.family import family_facts
-        from rtdetr_cli.weights.header import ModelHeader
-
-        description["family"] = family_facts(path, ModelHeader.from_json(json.dumps(header)), size)
+    description = (_checkpoint(path) if path.suffix.lower() == CHECKPOINT_SUFFIX else None) or inspect_model(path, size)
     if as_json:
         terminal.emit_json({"model": description})
     else:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from rtdetr_cli.weights.architecture import checked_spec, matching_preset
-from rtdetr_cli.weights.catalogue import Published, catalogue, find_by_file
 from rtdetr_cli.weights.header import ModelHeader
-from rtdetr_cli.weights.hub import file_sha256, recorded_hashes
+from rtdetr_cli.weights.hub import known_file
 
 DEIM_AP = {"r18": 0.490, "r34": 0.509, "r50m": 0.532, "r50": 0.543, "r101": 0.555}
 """The published AP on COCO val2017 of DEIM's RT-DETRv2, whose files have no fixed names."""
@@ -46,15 +45,3 @@ def family_facts(path: Path, header: ModelHeader, imgsz: tuple[int, int] | None 
         "published": published,
         "gflops": {"value": round(gflops, 2), "imgsz": list(size)},
     }
-
-
-def known_file(path: Path) -> Published | None:
-    """Return the catalogue entry of a file by its hash, pinned or recorded; by its name where no hash is known."""
-    recorded = recorded_hashes()
-    by_name = find_by_file(path.name)
-    if by_name is not None and not by_name.sha256 and by_name.file not in recorded:
-        return by_name
-    if not recorded and path.stat().st_size not in {entry.bytes for entry in catalogue().values()}:
-        return None
-    sha256 = file_sha256(path)
-    return next((e for e in catalogue().values() if sha256 in (e.sha256, recorded.get(e.file))), None)

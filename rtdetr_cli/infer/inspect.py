@@ -15,22 +15,26 @@ from rtdetr_cli.errors import ModelError
 from rtdetr_cli.infer.backend import check_model_path
 from rtdetr_cli.infer.graph import FINISHED, IMAGES, RAW, first_line
 from rtdetr_cli.weights.binding import PARTS, header_path, read_export_header, status
-from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
+from rtdetr_cli.weights.header import EXPORT_SUFFIXES, METADATA_KEY, ModelHeader
 
 # Names of types in safetensors, ONNX and OpenVINO -> numpy's.
 _TYPE_NAMES = {"float": "float32", "bf16": "bfloat16", "f64": "float64", "i64": "int64", "i32": "int32", "u8": "uint8"}
 _TYPE_NAMES |= {"f32": "float32", "fp32": "float32", "f16": "float16", "fp16": "float16"}
 _MAX_TENSOR = 1 << 50
-MAX_XML_BYTES = 1 << 28
+_MAX_XML_BYTES = 1 << 28
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "num_points_scale", "anchors", "valid_mask")
 
 
-def inspect_model(path: Path) -> dict[str, Any]:
+def inspect_model(path: Path, imgsz: tuple[int, int] | None = None) -> dict[str, Any]:
     """Describe any model file but a training checkpoint.
+
+    Args:
+        path: the file.
+        imgsz: height and width that the GFLOPs of weights are counted at; the model's by default.
 
     Returns:
         Plain values: always `path`, `format`, `bytes`, `verification` and `header` (None without one); depending on the
-        format also `parameters`, `tensors`, `types`, `inputs`, `outputs`, `opset`, `operators`, `layout`...
+        format also `parameters`, `tensors`, `types`, `inputs`, `outputs`, `opset`, `operators`, `layout`, `family`...
 
     Raises:
         ModelError: the file is missing, truncated or not a model.
@@ -46,8 +50,13 @@ def inspect_model(path: Path) -> dict[str, Any]:
     header = facts.pop("header", None)
     document = {"path": str(path), "format": facts.pop("format"), "bytes": size, **facts}
     state, modified = status(path, header)
-    verification = {"status": state, "modified": [PARTS[name] for name in modified]}
-    return {**document, "verification": verification, "header": None if header is None else asdict(header)}
+    document["verification"] = {"status": state, "modified": [PARTS[name] for name in modified]}
+    document["header"] = None if header is None else asdict(header)
+    if header is not None and header.architecture and suffix not in EXPORT_SUFFIXES:
+        from rtdetr_cli.infer.family import family_facts
+
+        document["family"] = family_facts(path, header, imgsz)
+    return document
 
 
 def graph_precision(facts: Mapping[str, Any]) -> str | None:
@@ -77,7 +86,7 @@ def _safetensors(path: Path) -> dict[str, Any]:
 
 
 def _published(path: Path) -> dict[str, Any]:
-    from rtdetr_cli.weights.load import load_model
+    from rtdetr_cli.weights.load import load_published
     from rtdetr_cli.weights.published import read_published
 
     file = read_published(path)
@@ -85,7 +94,7 @@ def _published(path: Path) -> dict[str, Any]:
     facts = {"format": "published checkpoint", "layout": file.layout, **_count_tensors(path, tensors)}
     facts["tensors"] = file.tensors_total
     if file.spec is not None:
-        facts["header"] = load_model(path)[1]
+        facts["header"] = load_published(path, file)[1]
     return facts
 
 
@@ -148,7 +157,7 @@ def _openvino(path: Path) -> dict[str, Any]:
     from defusedxml.common import DefusedXmlException
 
     try:
-        net = ElementTree.fromstring(read_bounded(path, limit=MAX_XML_BYTES))
+        net = ElementTree.fromstring(read_bounded(path, limit=_MAX_XML_BYTES))
     except (ElementTree.ParseError, DefusedXmlException, LookupError, ValueError, OSError) as error:
         raise ModelError(
             f"{path} is not an OpenVINO model, or is truncated: {error}",

@@ -17,7 +17,7 @@ from rtdetr_cli.model.hgnet import HGNetV2
 
 
 class _WithoutNormal(TorchFunctionMode):
-    """Skip normal values: on `meta`, they would make torch import its compiler, which takes 1.7 s."""
+    """Skip normal values: on `meta`, they would make torch import its compiler."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -268,13 +268,12 @@ def _read_record(part: Path) -> _Source | None:
         return None
 
 
-def _discard_unless_resumable(part: Path) -> int:
-    """Return the number of bytes that are kept."""
-    size = part.stat().st_size if part.is_file() else 0
-    if size and _read_record(part) is not None:
-        return size
-    discard(part)
-    return 0
+def _discard_unless_resumable(part: Path) -> bool:
+    """Return whether what has arrived is kept."""
+    kept = part.is_file() and part.stat().st_size > 0 and _read_record(part) is not None
+    if not kept:
+        discard(part)
+    return kept
 
 
 def _gave_up(failure: _Failure, url: str, part: Path, name: str, hint: str) -> ModelError:
@@ -282,8 +281,7 @@ def _gave_up(failure: _Failure, url: str, part: Path, name: str, hint: str) -> M
     received = part.stat().st_size if part.is_file() else 0
     total = f" of {record.total:,}" if record is not None and record.total else ""
     after = f" after {received:,}{total} bytes" if received else ""
-    kept = _discard_unless_resumable(part)
-    resume = "the same command continues where this one stopped; " if kept else ""
+    resume = "the same command continues where this one stopped; " if _discard_unless_resumable(part) else ""
     return ModelError(
         f"{name} could not be downloaded from {url}: {failure.reason}{after}",
         hint=resume + hint,

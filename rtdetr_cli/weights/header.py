@@ -208,8 +208,8 @@ _ENTRY: dict[str, Reader[Any]] = {
 def is_safetensors(path: Path) -> bool:
     """Return whether a file is safetensors rather than a torch checkpoint, by its content.
 
-    A safetensors file begins with eight bytes of length, whose first byte can equal that of a pickle (in one file of
-    32); the opening brace of its JSON follows.
+    A safetensors file begins with eight bytes of length, whose first byte can equal that of a pickle; the opening brace
+    of its JSON follows.
 
     Raises:
         ModelError: the file does not exist or cannot be read.

@@ -83,7 +83,7 @@ def fetch(
 ) -> Path:
     """Return the path of a published file; download it when it is not in the cache, and check it.
 
-    A cached file is checked at each use. That costs a fraction of loading it, and needs no record of sizes and dates.
+    A cached file is checked at each use, which needs no record of sizes and dates.
 
     Args:
         name: of the weights, or of the file.
@@ -184,16 +184,12 @@ def _recognize(source: Path) -> Published:
     Raises:
         ModelError: it is none of them, or could be several.
     """
-    sha256 = file_sha256(source)
-    recorded = recorded_hashes()
-    entries = catalogue().values()
-    for entry in entries:
-        if sha256 in (entry.sha256, recorded.get(entry.file)):
-            return entry
+    if (known := known_file(source)) is not None:
+        return known
     from rtdetr_cli.weights.published import read_published
 
     content = read_published(source)
-    fitting = [e for e in entries if not e.sha256 and not content_problem(e, content)]
+    fitting = [e for e in catalogue().values() if not e.sha256 and not content_problem(e, content)]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -207,6 +203,18 @@ def _recognize(source: Path) -> Published:
         hint="rtdetr weights list shows them; other models need no import: --weights FILE",
         code="weights-unknown",
     )
+
+
+def known_file(path: Path) -> Published | None:
+    """Return the catalogue entry of a file by its hash, pinned or recorded; by its name where no hash is known."""
+    recorded = recorded_hashes()
+    by_name = find_by_file(path.name)
+    if by_name is not None and not by_name.sha256 and by_name.file not in recorded:
+        return by_name
+    if not recorded and path.stat().st_size not in {entry.bytes for entry in catalogue().values()}:
+        return None
+    sha256 = file_sha256(path)
+    return next((e for e in catalogue().values() if sha256 in (e.sha256, recorded.get(e.file))), None)
 
 
 def content_problem(entry: Published, content: PublishedFile) -> str:

@@ -12,7 +12,7 @@ from rtdetr_cli.documents import shown
 from rtdetr_cli.errors import ModelError
 
 MAX_BYTES = 1 << 30
-"""Of one tensor; the largest model has a third of that in all."""
+"""Of one tensor; the largest preset has half of that in all."""
 
 _TYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",

@@ -71,7 +71,10 @@ def load_model(
     if sampling not in (None, "bilinear", "discrete"):
         raise UsageError(f"sampling {sampling!r} is neither bilinear nor discrete")
     own = own_header(path)
-    model, header = _load_published(path, sampling) if own is None else _load_own(path, own, sampling)
+    if own is None:
+        model, header = load_published(path, read_published(path), sampling)
+    else:
+        model, header = _load_own(path, own, sampling)
     model.set_inference(layers=layers, queries=queries)
     method, rounding = model.sampling
     header = replace(header, layers=model.layers, queries=model.queries, sampling=method, rounding=rounding)
@@ -96,8 +99,8 @@ def _load_own(path: Path, header: ModelHeader, sampling: str | None) -> tuple[RT
     return model, header
 
 
-def _load_published(path: Path, sampling: str | None) -> tuple[RTDETR, ModelHeader]:
-    file = read_published(path)
+def load_published(path: Path, file: PublishedFile, sampling: str | None = None) -> tuple[RTDETR, ModelHeader]:
+    """Load a detector from a published file that has been read; see `load_model`."""
     if file.spec is None:
         raise ModelError(
             f"{path} contains only the weights of a backbone, not of a detector",

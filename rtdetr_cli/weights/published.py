@@ -136,7 +136,7 @@ def _check_is_rtdetr(state: Mapping[str, Tensor], path: Path) -> None:
         if any(n.startswith(prefix) for n in state):
             raise ModelError(
                 f"{path} is an RT-DETR with a {backbone} backbone, which rtdetr-cli does not support",
-                hint="use one of the ResNet models: rtdetr presets",
+                hint="rtdetr presets lists the models that it supports",
                 code="model-backbone",
             )
 

@@ -127,9 +127,9 @@ def load_starting_weights(
 
 def _refuse_other_sizes(path: Path, header: ModelHeader, requested: Preset) -> None:
     """Refuse weights of another architecture than the requested preset's, and say which one."""
-    spec = header_spec(header.architecture)
-    differences = size_differences(requested.model, spec) if spec is not None else {}
-    if spec is None or not differences:
+    spec = ModelSpec(**header.architecture)
+    differences = size_differences(requested.model, spec)
+    if not differences:
         return
     nearest = nearest_preset(spec, header.preset)
     hint = "leave out --preset and --set model.*: they are then taken from the file"

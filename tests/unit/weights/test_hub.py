@@ -17,8 +17,6 @@ import torch
 
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.errors import ModelError
-from rtdetr_cli.infer import family
-from rtdetr_cli.infer.family import known_file
 from rtdetr_cli.model.backbone import ResNet
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.weights import catalogue, download, hub
@@ -59,8 +57,7 @@ def small_catalogue(preset: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     ]
     known = {entry.name: entry for entry in entries}
     monkeypatch.setattr(catalogue, "catalogue", lambda: known)
-    for module in (hub, family):
-        monkeypatch.setattr(module, "catalogue", lambda: known)
+    monkeypatch.setattr(hub, "catalogue", lambda: known)
     monkeypatch.setattr(download, "LIMITS", Limits(attempts=2, wait=0.01, silence=0.5, total=5))
     return known
 
@@ -411,15 +408,15 @@ def test_a_known_file_is_told_by_its_hash_or_its_name(
     server: Path, tmp_path: Path, write: Callable[..., bytes], small_catalogue: dict[str, Published]
 ) -> None:
     write(tmp_path / FILE)
-    known = known_file(tmp_path / FILE)
+    known = hub.known_file(tmp_path / FILE)
     assert known is not None
     assert known.name == "r50"  # by its name
     hub.import_file(tmp_path / FILE)
     copy = tmp_path / "copy.pth"
     shutil.copy(tmp_path / FILE, copy)
-    assert known_file(copy) == known  # by its recorded hash
+    assert hub.known_file(copy) == known  # by its recorded hash
     write(tmp_path / FILE, seed=1)
-    assert known_file(tmp_path / FILE) is None  # the name with other content
+    assert hub.known_file(tmp_path / FILE) is None  # the name with other content
 
 
 # ---- commands
