@@ -64,7 +64,7 @@ Each line of the output is a class name, its category id, a score, and a box as 
 | `detect.py` | reads an image, runs the network, and prints the objects above their thresholds |
 
 **Speed.** {total:.1f} ms from the image file to boxes, of which the network takes {network:.1f} ms: medians of {runs}
-runs, one image at a time, on {processor} with {threads}.
+runs, one image at a time, on {processor} with {threads}, measured by rtdetr-cli, which runs the same network.
 
 **Verification.** {verification}
 """

@@ -63,10 +63,11 @@ class Limits:
     rows: RowLimits | None = None
 
 
-# Measured on three models with trained and untrained scores (`tiny`, 96 to 192 pixels): in float32, scores differ by
-# 2e-6 and boxes by 1.4e-6, and every row is matched; in float16, scores by 1.3e-3 with a bias of 4e-4, boxes by 1.4e-3,
-# and .977 are matched where all scores are nearly equal; OpenVINO's float16 weights move scores by 5e-3 and boxes by
-# 3e-3. Scores times .995 have a bias of 5e-3; without a fifth of the queries, .8 are matched.
+# Measured on three models with trained and untrained scores (`tiny`, 96 to 192 pixels), the figures `rows_*` that an
+# export writes to parity.json: in float32, scores differ by 2e-6 and boxes by 1.4e-6, and every
+# row is matched; in float16, scores by 1.3e-3 with a bias of 4e-4, boxes by 1.4e-3, and .977 are matched where all
+# scores are nearly equal; OpenVINO's float16 weights move scores by 5e-3 and boxes by 3e-3. Scores times .995 have a
+# bias of 5e-3; without a fifth of the queries, .8 are matched.
 EXACT_ROWS = RowLimits(matched=0.97, bias=2e-4, score_error=2e-4, box_error=1e-3)
 HALF_ROWS = RowLimits(matched=0.9, bias=3e-3, score_error=0.02, box_error=0.02)
 

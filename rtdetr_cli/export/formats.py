@@ -173,8 +173,8 @@ def write_fp16(context: ExportContext, path: Path) -> DraftEvents:
     program = fp16.traced_program(context.graph, context.example_inputs, dynamic=context.options.dynamic)
     islands = fp16.TURING_ISLANDS if tensorrt.TURING in context.options.targets else fp16.ISLANDS
     program = fp16.halve(program, functools.partial(fp16.stays_float32, islands=islands))
-    described = [{"name": island.name, "why": island.why} for island in islands]
-    draft = onnx_draft(context, context.trace(program), context.header_for("onnx", "fp16", islands=described))
+    header = context.header_for("onnx", "fp16", islands=fp16.describe(islands))
+    draft = onnx_draft(context, context.trace(program), header)
     spec = expected_spec(replace(context.options, preprocess=False), context.header)
     device = tensorrt.engine_device(context.device) or torch.device("cpu")
     draft.half_twin = fp16.HalfTwin(program, spec, device=device)
@@ -233,7 +233,7 @@ def openvino_draft(context: ExportContext, model: Any, precision: str, **facts: 
 def write_int8(context: ExportContext, path: Path) -> DraftEvents:
     """Write the ONNX graph with INT8 convolutions."""
 
-    def draft(floats: Sequence[int8.Part], facts: dict[str, Any]) -> Draft:
+    def draft(floats: Sequence[fp16.Island], facts: dict[str, Any]) -> Draft:
         model = int8.quantize_onnx(context.float_onnx, context.calibration_set, context.spec, floats)
         return onnx_draft(context, model, context.header_for("onnx", "int8", **facts))
 
@@ -243,7 +243,7 @@ def write_int8(context: ExportContext, path: Path) -> DraftEvents:
 def write_openvino_int8(context: ExportContext, path: Path) -> DraftEvents:
     """Write the OpenVINO model with INT8 operators."""
 
-    def draft(floats: Sequence[int8.Part], facts: dict[str, Any]) -> Draft:
+    def draft(floats: Sequence[fp16.Island], facts: dict[str, Any]) -> Draft:
         float_model = read_float_openvino(context)
         model = int8.quantize_openvino(float_model, context.calibration_set, context.spec, floats)
         return openvino_draft(context, model, "int8", **facts)
@@ -254,8 +254,8 @@ def write_openvino_int8(context: ExportContext, path: Path) -> DraftEvents:
 def int8_draft(
     context: ExportContext,
     format: str,
-    floats: Sequence[int8.Part],
-    draft: Callable[[Sequence[int8.Part], dict[str, Any]], Draft],
+    floats: Sequence[fp16.Island],
+    draft: Callable[[Sequence[fp16.Island], dict[str, Any]], Draft],
 ) -> DraftEvents:
     """Return the draft of an INT8 format, with a way to make it with one more part in float.
 
@@ -263,18 +263,15 @@ def int8_draft(
     """
     count = len(context.calibration_set)
     yield Notice(f"{format}  int8, calibrated on {counted(count, 'image')}")
-    requested = [part for part in int8.PARTS if part.name in context.options.float_parts]
-    floats = [*floats, *(replace(part, why="requested") for part in requested)]
+    floats = [*floats, *(part for part in int8.PARTS if part.name in context.options.float_parts)]
     for part in floats:
         yield Notice(f"{format}  int8, float32: {part.name} ({part.why})")
 
-    def make(parts: Sequence[int8.Part]) -> Draft:
-        named = [{"name": part.name, "why": part.why} for part in parts]
-        return draft(parts, {"float_parts": named, "calibration_images": count})
+    def make(parts: Sequence[fp16.Island]) -> Draft:
+        return draft(parts, {"float_parts": fp16.describe(parts), "calibration_images": count})
 
     result = make(floats)
-    names = {part.name for part in floats}
-    rest = [part for part in int8.PARTS if part.name not in names]
+    rest = [part for part in int8.PARTS if part not in floats]
     result.alternatives = {part.name: functools.partial(make, [*floats, part]) for part in rest}
     return result
 

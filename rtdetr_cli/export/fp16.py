@@ -44,12 +44,17 @@ class Island:
     matrix_products: bool = False  # which Turing GPUs cannot compute in float32
 
 
+def is_first_convolution(path: str, op: str) -> bool:
+    """Return whether an operator belongs to the convolution that sees the image."""
+    return path.endswith("conv1.conv1_1.conv")
+
+
 ISLANDS = (
     Island(
         "first convolution",
         "gray levels divided by 255 are not exact in float16, and every later layer inherits the error: ten times "
         "the error of any other module, for under one percent of the work",
-        lambda path, op: path.endswith("conv1.conv1_1.conv"),
+        is_first_convolution,
     ),
     Island(
         "norms",
@@ -86,6 +91,11 @@ ISLANDS = (
     ),
 )
 TURING_ISLANDS = tuple(island for island in ISLANDS if not island.matrix_products)
+
+
+def describe(islands: Sequence[Island]) -> list[dict[str, str]]:
+    """Return what the header of a file says about its islands."""
+    return [{"name": island.name, "why": island.why} for island in islands]
 
 
 def stays_float32(path: str, op: str, islands: Sequence[Island] = ISLANDS) -> bool:

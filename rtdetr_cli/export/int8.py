@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import itertools
 import logging
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +19,7 @@ from rtdetr_cli.datasets.records import spread
 from rtdetr_cli.errors import DataError, ExportError
 from rtdetr_cli.export.artefacts import Notice, PartCost
 from rtdetr_cli.export.compare import LIMITS, match_images
+from rtdetr_cli.export.fp16 import Island, is_first_convolution, stays_float32
 from rtdetr_cli.export.onnx import quiet
 from rtdetr_cli.export.options import INT8_PARTS
 from rtdetr_cli.export.verify import Reference, average_precision, predict
@@ -39,33 +38,24 @@ Result = TypeVar("Result")
 Feeds = dict[str, NDArray[Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A part of the network; `contains` decides by the path of a node's module and the operator's name."""
-
-    name: str
-    contains: Callable[[str, str], bool]
-    why: str = ""  # it stays float
+def _part(name: str) -> Island:
+    return Island(name, "requested", lambda path, op: path.startswith(f"model.{name}"))
 
 
-PARTS = tuple(
-    Part(name, functools.partial(lambda prefix, path, op: path.startswith(prefix), f"model.{name}"))
-    for name in INT8_PARTS
-)
+PARTS = tuple(map(_part, INT8_PARTS))
 """The parts that can be kept in float by name."""
 
-FIRST_CONVOLUTION = Part(
-    "the first convolution",
-    lambda path, op: path.endswith("conv1.conv1_1.conv"),
-    "quantizing it raises the error of the boxes by 25 to 85 percent, for under one percent of the work",
+FIRST_CONVOLUTION = Island(
+    "first convolution",
+    "quantizing it as well moves boxes further, and it is little of the work",
+    is_first_convolution,
 )
 ONNX_FLOATS = (
     FIRST_CONVOLUTION,
-    Part(
+    Island(
         "everything but convolutions",
+        "quantizing matrix products, sums and pools as well moves boxes further, and saves little time",
         lambda path, op: op != "Conv",
-        "quantized matrix products raise the error of the boxes by two thirds and save 6% of the time; quantized sums, "
-        "pools and concatenations nearly double it and save nothing",
     ),
 )
 OPENVINO_FLOATS = (FIRST_CONVOLUTION,)
@@ -98,13 +88,13 @@ class Calibration:
             yield feeds
 
 
-def in_any(parts: Sequence[Part], name: str, op: str) -> bool:
+def stays_float(name: str, op: str, floats: Sequence[Island]) -> bool:
     """Return whether a node belongs to one of the parts; `export.onnx.name_by_module` put its module into its name."""
-    return any(part.contains(name.partition("/")[0], op) for part in parts)
+    return stays_float32(name.partition("/")[0], op, floats)
 
 
 def quantize_onnx(
-    model: onnx.ModelProto, calibration: Calibration, spec: GraphSpec, floats: Sequence[Part]
+    model: onnx.ModelProto, calibration: Calibration, spec: GraphSpec, floats: Sequence[Island]
 ) -> onnx.ModelProto:
     """Return a graph with quantized convolutions: weights per channel, activations with fixed ranges.
 
@@ -125,7 +115,7 @@ def quantize_onnx(
         def get_next(self) -> Feeds | None:
             return next(batches, None)
 
-    excluded = {node.name for node in model.graph.node if in_any(floats, node.name, node.op_type)}
+    excluded = {node.name for node in model.graph.node if stays_float(node.name, node.op_type, floats)}
     quantized = {node.op_type for node in model.graph.node if node.name not in excluded}
     with tempfile.TemporaryDirectory(prefix="rtdetr-int8-") as folder, quiet():
         path = Path(folder) / "int8.onnx"
@@ -147,7 +137,7 @@ def quantize_onnx(
         return onnx.load(path)
 
 
-def quantize_openvino(model: Any, calibration: Calibration, spec: GraphSpec, floats: Sequence[Part]) -> Any:
+def quantize_openvino(model: Any, calibration: Calibration, spec: GraphSpec, floats: Sequence[Island]) -> Any:
     """Return an OpenVINO model with quantized operators; the arguments are as of `quantize_onnx`.
 
     Raises:
@@ -156,7 +146,7 @@ def quantize_openvino(model: Any, calibration: Calibration, spec: GraphSpec, flo
     """
     nncf = import_nncf()
     names = {node.get_friendly_name(): node.get_type_name() for node in model.get_ops()}
-    ignored = [name for name, op in names.items() if in_any(floats, name, op)]
+    ignored = [name for name, op in names.items() if stays_float(name, op, floats)]
     nncf.set_log_level(logging.ERROR)
     with quiet(), contextlib.redirect_stdout(io.StringIO()):  # it prints progress bars
         try:

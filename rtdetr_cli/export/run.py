@@ -191,8 +191,8 @@ def calibrate(
     calibration = Calibration(paths, imgsz, count)
     if len(calibration) < FEW_IMAGES:
         yield Notice(
-            f"warning: INT8 is calibrated on {counted(len(calibration), 'image')} only: {CALIBRATION_IMAGES} give a "
-            "better file (--calibration, --calibration-images)"
+            f"warning: INT8 is calibrated on {counted(len(calibration), 'image')} only, which may not cover what it "
+            "will see (--calibration, --calibration-images)"
         )
     return calibration
 

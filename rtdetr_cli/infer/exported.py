@@ -9,7 +9,7 @@ from rtdetr_cli.infer.packages import has_package
 from rtdetr_cli.weights.binding import read_export_header, status
 from rtdetr_cli.weights.header import EXPORT_SUFFIXES, ModelHeader, own_header
 
-MANY_IMAGES = 20  # fewer take about as long as it takes to load a second runtime
+MANY_IMAGES = 20  # for fewer, another runtime is not loaded
 _SAME = ("identity", "imgsz", "layers", "queries", "sampling", "rounding", "thresholds", "dedupe")
 
 
@@ -33,7 +33,7 @@ def choose_file(backend: str, model: Path, *, images: int, device: str, changed:
     if changed:
         return model, "backend  torch: an export cannot follow the options that change the model"
     if images < MANY_IMAGES:
-        return model, f"backend  torch: an export pays from {MANY_IMAGES} images on"
+        return model, f"backend  torch: an export is used from {MANY_IMAGES} images on"
     if not _runs_on_cpu(device):
         return model, "backend  torch: exports are used on a CPU"
     found = verified_export(model)

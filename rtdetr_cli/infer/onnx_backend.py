@@ -93,23 +93,19 @@ def rtx_devices() -> list[Any]:
     plugin = import_package(
         "onnxruntime_ep_nv_tensorrt_rtx", "ONNX Runtime's provider of TensorRT for RTX", extra="rtx-onnx"
     )
-    name = plugin.get_ep_name()
+    name, devices, reason = plugin.get_ep_name(), [], "it finds no GPU that it supports"
     try:
         onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
         devices = [item for item in onnxruntime.get_ep_devices() if item.ep_name == name]
     except Exception as error:  # its exceptions have no common base
-        raise _no_rtx_gpu(_reason(error)) from error
+        reason = _reason(error)
     if not devices:
-        raise _no_rtx_gpu("it finds no GPU that it supports")
+        raise EnvironmentProblem(
+            f"TensorRT for RTX cannot run here: {reason}",
+            hint="it needs a GeForce RTX 30 or later and its driver; use --device cpu, or 0 with onnxruntime-gpu",
+            code="device-missing",
+        )
     return devices
-
-
-def _no_rtx_gpu(reason: str) -> EnvironmentProblem:
-    return EnvironmentProblem(
-        f"TensorRT for RTX cannot run here: {reason}",
-        hint="it needs a GeForce RTX 30 or later and its driver; use --device cpu, or 0 with onnxruntime-gpu",
-        code="device-missing",
-    )
 
 
 def _providers(device: str) -> list[Any]:

@@ -25,8 +25,9 @@ from rtdetr_cli.export import int8
 from rtdetr_cli.export.artefacts import artefact_files
 from rtdetr_cli.export.compare import LIMITS, compare_detections
 from rtdetr_cli.export.formats import Draft, ExportContext, onnx_draft, openvino_draft, read_float_openvino
+from rtdetr_cli.export.fp16 import Island
 from rtdetr_cli.export.images import calibration_images, verification_images
-from rtdetr_cli.export.int8 import Calibration, Part, result_of
+from rtdetr_cli.export.int8 import Calibration, result_of
 from rtdetr_cli.export.options import ExportOptions
 from rtdetr_cli.export.verify import Reference, average_precision, predict
 from rtdetr_cli.infer.backend import Backend, open_backend
@@ -35,15 +36,15 @@ from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.weights.load import load_model
 
 
-def recipes(openvino: bool) -> Iterator[tuple[str, Sequence[Part], int]]:
+def recipes(openvino: bool) -> Iterator[tuple[str, Sequence[Island], int]]:
     """Yield a name, the parts in float, and the number of calibration images."""
     convolution = "Convolution" if openvino else "Conv"
     product = "MatMul"
     first = int8.FIRST_CONVOLUTION
-    others = Part("other operators", lambda path, op: op not in (convolution, product))
-    products = Part("matrix products", lambda path, op: op == product)
-    decoder = Part("decoder", lambda path, op: path.startswith("model.decoder"))
-    attention = Part("attention", lambda path, op: path.startswith("model.encoder.encoder"))
+    others = Island("other operators", "", lambda path, op: op not in (convolution, product))
+    products = Island("matrix products", "", lambda path, op: op == product)
+    decoder = Island("decoder", "", lambda path, op: path.startswith("model.decoder"))
+    attention = Island("attention", "", lambda path, op: path.startswith("model.encoder.encoder"))
     yield "the recipe of export", int8.OPENVINO_FLOATS if openvino else int8.ONNX_FLOATS, 32
     yield "everything", (), 32
     yield "everything but the first convolution", (first,), 32
@@ -77,7 +78,7 @@ def main() -> None:
         draft.save(file, draft.header)
         return open_backend(file, device="cpu", threads=1), sum(p.stat().st_size for p in artefact_files(file)) / 1e6
 
-    def quantize(floats: Sequence[Part], count: int) -> Draft:
+    def quantize(floats: Sequence[Island], count: int) -> Draft:
         calibration = Calibration(train, header.imgsz, count)
         if arguments.openvino:
             quantized = int8.quantize_openvino(read_float_openvino(context), calibration, context.spec, floats)
