@@ -5,8 +5,7 @@
 
 A case ends as it should if it ends within 20 seconds of its own time or of waiting, within 4 GiB, with an exit code of
 the README's table, without a traceback, and without control characters on the screen. Each runs in a fork of this
-process, which has imported everything already, so that a case costs milliseconds. A case depends on its seed, part and
-number only.
+process, which has imported everything already. A case depends on its seed, part and number only.
 """
 
 from __future__ import annotations

@@ -25,20 +25,10 @@ class Runs:
     def prepare(self, base: Path) -> None:
         self.base = base
         write_coco(base / "coco")
-        flags = (
-            "--preset tiny --weights none --imgsz 64 --epochs 1 --workers 0 --device cpu --effective-batch 4 --name r"
-        )
+        flags = """--preset tiny --weights none --imgsz 64 --epochs 1 --workers 0 --device cpu --effective-batch 4
+            --set plots=false --name r"""
         sizes = ("width=8", "hidden_dim=16", "decoder_dim=16", "queries=10", "heads=2")
-        words = [
-            "train",
-            "--data",
-            str(base / "coco"),
-            "--out",
-            str(base / "runs"),
-            *flags.split(),
-            "--set",
-            "plots=false",
-        ]
+        words = ["train", "--data", str(base / "coco"), "--out", str(base / "runs"), *flags.split()]
         words += [word for size in sizes for word in ("--set", f"model.{size}")]
         subprocess.run([sys.executable, "-m", "rtdetr_cli", *words], check=True, capture_output=True, cwd=base)
 
@@ -53,6 +43,8 @@ class Runs:
             self.spoil(random, path)
         json_flag = random.choice(([], ["--json"]))
         image = self.base / "coco/images/train_0.jpg"
+        # A dry run would export the model, which takes longer than to train it for an epoch.
+        flags = "--epochs 1 --out new --name again --workers 0 --device cpu --set plots=false"
         return Case(random.choice([
             ["train", "--resume", run, *json_flag], ["train", "--resume", run], ["train", "--resume", run,
             "--epochs", "2"], ["info", run, *json_flag],
@@ -60,8 +52,8 @@ class Runs:
             self.base / "coco", *json_flag], ["info", run / "last.ckpt"],
             ["finetune-discrete", "--resume", run], ["finetune-discrete", run, "--data", self.base / "gone"],
             ["export", run, "--verify", "gone"],
-            ["train", "--config", run / "config.toml", "--name", "again", "--dry-run"], ["train", "--weights", run,
-            "--dry-run", "--data", self.base / "coco"],
+            ["train", "--config", run / "config.toml", *flags.split()],
+            ["train", "--weights", run, "--data", self.base / "coco", *flags.split()],
         ]) | texts)  # fmt: skip
 
     def spoil(self, random: Random, path: Path) -> None:
@@ -230,22 +222,8 @@ class Predict:
             f for f in ("--save-json", "--save-coco", "--save-txt", "--json", "--no-save") if random.random() < 0.4
         ]
         words = [f"./{w}" if w.startswith("-") and w != "-" else w for w in words]
-        return Case(
-            [
-                "predict",
-                *words,
-                "-w",
-                str(MODEL),
-                "--conf",
-                "0.01",
-                "--batch",
-                "2",
-                "--out",
-                random.choice(("out", "shots", ".")),
-                *flags,
-            ],
-            stdin,
-        )
+        flags += ["--conf", "0.01", "--batch", "2", "--out", random.choice(("out", "shots", "."))]
+        return Case(["predict", *words, "-w", str(MODEL), *flags], stdin)
 
     def source(self, random: Random, shots: Path) -> None:
         suffix = random.choice(

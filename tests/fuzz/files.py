@@ -320,14 +320,7 @@ class Graphs:
                 array = np.full(shape, "x", object) if dtype.kind == "O" else values.astype(dtype)
             if not good and random.random() < 0.05:
                 name = random.choice(ODD_TEXTS).encode("utf-8", "replace").decode()
-            nodes.append(
-                helper.make_node(
-                    "Constant",
-                    [],
-                    [name],
-                    value=numpy_helper.from_array(array, name),
-                )
-            )
+            nodes.append(helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array, name)))
             outputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), shape))
         image: Any = (1, 3, 64, 64)
         types: Any = TensorProto.FLOAT

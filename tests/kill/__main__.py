@@ -36,38 +36,10 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 MODEL = Path(__file__).resolve().parent.parent / "golden/shapes.safetensors"
 DOWNLOAD = "rtdetrv2_r18vd_120e_coco_rerun_48.1.pth"
-SIZES = (
-    "width=8",
-    "hidden_dim=16",
-    "encoder_ffn=16",
-    "heads=2",
-    "decoder_dim=16",
-    "decoder_ffn=16",
-    "queries=12",
-    "denoising=8",
-)
-TRAIN = [
-    "--preset",
-    "tiny",
-    "--imgsz",
-    "64",
-    "--effective-batch",
-    "8",
-    "--batch",
-    "8",
-    "--workers",
-    "0",
-    "--device",
-    "cpu",
-    "--weights",
-    "none",
-]
-SETS = [word for size in SIZES for word in ("--set", f"model.{size}")] + [
-    "--set",
-    "plots=false",
-    "--set",
-    "checkpoint_steps=2",
-]
+SIZES = "width=8 hidden_dim=16 encoder_ffn=16 heads=2 decoder_dim=16 decoder_ffn=16 queries=12 denoising=8"
+FLAGS = """--preset tiny --imgsz 64 --effective-batch 8 --batch 8 --workers 0 --device cpu --weights none
+    --set plots=false --set checkpoint_steps=2"""
+TRAIN = [*FLAGS.split(), *(word for size in SIZES.split() for word in ("--set", f"model.{size}"))]
 
 
 @dataclass(frozen=True)
@@ -90,19 +62,9 @@ class Command:
 def commands(shared: Path) -> dict[str, Command]:
     """Return the commands; each runs in a folder of its own, beside which `shared` holds what they read."""
     data, faulty = str(shared / "data"), str(shared / "faulty")
-    train = ["train", "--data", data, "--epochs", "3", "--name", "r", *TRAIN, *SETS]
-    discrete = [
-        "finetune-discrete",
-        str(shared / "r"),
-        "--epochs",
-        "1",
-        "--name",
-        "d",
-        "--max-drop",
-        "1",
-        "--out",
-        "runs",
-    ]
+    train = ["train", "--data", data, "--epochs", "3", "--name", "r", *TRAIN]
+    flags = "--epochs 1 --name d --max-drop 1 --out runs"
+    discrete = ["finetune-discrete", str(shared / "r"), *flags.split()]
 
     def resume(command: str, name: str, start: list[str], folder: Path) -> list[str]:
         if (folder / f"runs/{name}/manifest.json").exists():
@@ -197,19 +159,7 @@ def prepare(shared: Path) -> None:
         document = json.loads(next((shared / "faulty").rglob("*train*.json")).read_text())
         document["annotations"][0]["bbox"][2] = 9999
         next((shared / "faulty").rglob("*train*.json")).write_text(json.dumps(document))
-        words = [
-            "train",
-            "--data",
-            str(shared / "data"),
-            "--epochs",
-            "2",
-            "--name",
-            "r",
-            "--out",
-            str(shared),
-            *TRAIN,
-            *SETS,
-        ]
+        words = ["train", "--data", str(shared / "data"), "--epochs", "2", "--name", "r", "--out", str(shared), *TRAIN]
         if os.waitpid(start(words, shared), 0)[1]:
             raise SystemExit((shared / "log.txt").read_text())
         (shared / "mirror").mkdir()
