@@ -99,7 +99,7 @@ def rows(count: int) -> list[dict[str, float | None]]:
 
 def test_curves_mark_the_best_epoch(tmp_path: Path) -> None:
     figure = plots.curves_figure(rows(6), best_epoch=5)
-    assert "AP on the val images: best 0.400 at epoch 5" in texts(figure)
+    assert "AP on val: best 0.400 at epoch 5" in texts(figure)
     loss, score, rate = figure.axes
     ap = next(line for line in score.lines if line.get_label() == "AP")
     assert list(ap.get_xdata()) == [1, 3, 5]  # epochs without an evaluation are bridged
