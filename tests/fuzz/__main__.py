@@ -11,6 +11,7 @@ process, which has imported everything already. A case depends on its seed, part
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import os
 import resource
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -30,27 +32,71 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 SHOWN = 12  # causes of a part
 
 
-def warm_up() -> None:
-    """Import what the cases need; nothing here may start a thread."""
+def warm_up(folder: Path) -> None:
+    """Import and run once what the cases need, so that each child finds it done; no thread may outlive this."""
     import albumentations  # noqa: F401
     import cv2
-    import hotcoco  # noqa: F401
     import onnx  # noqa: F401
     import onnxruntime  # noqa: F401
     import openvino  # noqa: F401
     import torch
     import torchvision  # noqa: F401
 
-    import rtdetr_cli.api
-    import rtdetr_cli.workflows.finetune
     import rtdetr_cli.workflows.finetune_discrete  # noqa: F401
-    from rtdetr_cli.cli.app import build
+    from rtdetr_cli.cli.app import build, run
+    from tests.fuzz.files import MODEL, write_coco
 
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     build()
+    threads = len(os.listdir("/proc/self/task"))
+    coco, model = str(write_coco(folder / "coco")), str(MODEL)
+    image, out = f"{coco}/images/train_0.jpg", str(folder / "out")
+    train = f"--preset tiny --weights none --imgsz 64 --epochs 1 --workers 0 --device cpu --name r --out {folder}"
+    # hotcoco starts its threads with the first evaluation; where it is not installed, pycocotools evaluates.
+    sys.modules["hotcoco"] = None  # type: ignore[assignment]
+    with silence():
+        for words in (
+            ["train", "--data", coco, *train.split()],
+            ["eval", f"{folder}/r", "--data", coco],
+            ["predict", image, "--weights", model, "--save-txt", "--save-coco", "--out", out],
+            ["predict", image, "--weights", model, "--save-json", "--json", "--no-save"],
+            ["info", model],
+            ["validate", coco, "--html", f"{folder}/page.html"],
+            ["validate", coco, "--convert", "yolo", "--to", f"{folder}/yolo"],
+            ["validate", f"{folder}/yolo", "--json", "--fix", f"{folder}/fixed"],
+        ):
+            if code := run(words):
+                raise SystemExit(f"{shlex.join(words)}: exit code {code}")
+    for _ in range(100):
+        if len(os.listdir("/proc/self/task")) <= threads:
+            break
+        time.sleep(0.02)  # for the threads of a pool that has been closed
+    else:
+        raise SystemExit("a command leaves threads behind, which a fork would lose")
+    del sys.modules["hotcoco"]
+    import hotcoco  # noqa: F401
+
     gc.collect()
     gc.freeze()  # so that a collection in a child does not copy what it shares with this process
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Send what is written to stdout and stderr nowhere."""
+    kept = {number: os.dup(number) for number in (1, 2)}
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number in kept:
+            os.dup2(nowhere, number)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in kept.items():
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(nowhere)
 
 
 def main() -> int:
@@ -67,9 +113,9 @@ def main() -> int:
     parser.add_argument("--only", type=int, metavar="N", help="run case N alone and print its output")
     options = parser.parse_args()
     chosen = options.part or list(parts)
-    warm_up()
     folder = Path(tempfile.mkdtemp(prefix="rtdetr-fuzz-"))
     os.environ["RTDETR_CLI_HOME"] = str(folder / "home")
+    warm_up(folder / "warm")
     failed = 0
     for name in chosen:
         base = folder / name
@@ -87,7 +133,10 @@ def main() -> int:
             slowest = max(slowest, outcome.seconds)
             faults[outcome.fault or f"exit {outcome.code}"] += 1
             if outcome.fault:
-                causes[outcome.fault, outcome.where].append((number, outcome.argv))
+                known = causes[outcome.fault, outcome.where]
+                known.append((number, outcome.argv))
+                if len(known) == 1 and options.only is None:
+                    print(f"{name} {number}: {outcome.fault}: {outcome.where}", flush=True)
             if options.only is not None:
                 print(
                     shlex.join(outcome.argv),

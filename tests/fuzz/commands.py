@@ -27,7 +27,9 @@ class Runs:
         write_coco(base / "coco")
         flags = """--preset tiny --weights none --imgsz 64 --epochs 1 --workers 0 --device cpu --effective-batch 4
             --set plots=false --name r"""
-        sizes = ("width=8", "hidden_dim=16", "decoder_dim=16", "queries=10", "heads=2")
+        sizes = (
+            "width=8 hidden_dim=16 decoder_dim=16 queries=10 heads=2 decoder_layers=1 eval_layers=1 denoising=4".split()
+        )
         words = ["train", "--data", str(base / "coco"), "--out", str(base / "runs"), *flags.split()]
         words += [word for size in sizes for word in ("--set", f"model.{size}")]
         subprocess.run([sys.executable, "-m", "rtdetr_cli", *words], check=True, capture_output=True, cwd=base)
@@ -172,7 +174,7 @@ class Args:
             "predict": [image, "--weights", "m.safetensors", "--out", "out"],
             "export": ["m.safetensors", "--no-gate", "--verify", "gone"],
             "verify": ["m.safetensors", "--against", "m.safetensors", "--data", str(self.base / "coco")],
-            "benchmark": ["m.safetensors", "--runs", "1", "--warmup", "0"],
+            "benchmark": ["m.safetensors", "--runs", "1", "--warmup", "0", "--backends", "torch"],
             "compare": ["m.safetensors", "m.safetensors", "--data", str(self.base / "coco")],
             "validate": [str(self.base / "coco"), "--fast"],
             "info": ["m.safetensors"],
