@@ -21,6 +21,11 @@ def tally(counts: Mapping[str, int]) -> str:
     return ", ".join(counted(counts[s], "note" if s == "info" else s) for s in ("error", "warning", "info"))
 
 
+def whole_number(text: str, *, digits: int = 18) -> int | None:
+    """Return the number that ASCII digits write, or None for other text and for more than `digits` of them."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= digits else None
+
+
 def abbreviate(names: Sequence[str], limit: int = 8) -> str:
     """Return the first names of a list, and how many more there are."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

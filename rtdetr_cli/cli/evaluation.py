@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rtdetr_cli.errors import UsageError
+from rtdetr_cli.text import whole_number
 
 if TYPE_CHECKING:
     from rtdetr_cli.evaluate.run import Evaluation
@@ -47,8 +48,8 @@ def parse_batch(text: str) -> int | None:
     """Read `--batch`: a number of images, or None for `auto`; raises UsageError where it is neither."""
     if text == "auto":
         return None
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
+    if number := whole_number(text):
+        return number
     raise UsageError(f"--batch {text} is not a number of images", hint="--batch 8, or --batch auto")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rtdetr_cli.text import whole_number
+
 STRIDE = 32
 """Stride of the coarsest feature map; both sides of the input are multiples of it."""
 LARGEST = 4096
@@ -15,8 +17,7 @@ def parse_image_size(value: object) -> tuple[int, int]:
     """
     sides: object = value
     if isinstance(value, str):
-        parts = [p.strip() for p in value.lower().split("x")]
-        sides = [int(p) for p in parts] if all(p.isdecimal() for p in parts) else None
+        sides = [whole_number(p.strip()) for p in value.lower().split("x")]
     elif isinstance(value, int) and not isinstance(value, bool):
         sides = [value]
     if not isinstance(sides, list | tuple) or len(sides) not in (1, 2) or not all(type(s) is int for s in sides):

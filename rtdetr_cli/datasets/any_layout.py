@@ -19,7 +19,7 @@ from rtdetr_cli.datasets.survey import Survey, edges, other_format, survey
 from rtdetr_cli.datasets.voc import read_voc
 from rtdetr_cli.datasets.yolo import read_yolo, read_yolo_files
 from rtdetr_cli.errors import DataError
-from rtdetr_cli.text import abbreviate, counted, printable
+from rtdetr_cli.text import abbreviate, counted, printable, whole_number
 
 _TITLES = {
     "voc": "Pascal VOC",
@@ -289,9 +289,7 @@ def _highest_class(layout: Layout) -> int:
     highest = 0
     for path in layout.labels.values():
         for line in read_list(path):
-            word = line.split()[0]
-            if word.isascii() and word.isdigit() and len(word) < 6:
-                highest = max(highest, int(word))
+            highest = max(highest, whole_number(line.split()[0], digits=5) or 0)
     return min(highest, _MAX_CLASSES)
 
 

@@ -22,7 +22,7 @@ from rtdetr_cli.datasets.json_text import JSONFault, lines_of, report_fault, wal
 from rtdetr_cli.datasets.label_text import MAX_BYTES, Oddities, is_valid_class, is_valid_name, read_text
 from rtdetr_cli.datasets.raw import RawDataset, RawSplit
 from rtdetr_cli.datasets.records import Category, Dataset
-from rtdetr_cli.text import counted
+from rtdetr_cli.text import counted, whole_number
 
 _INT64 = 1 << 63
 _INT32 = 1 << 31
@@ -220,10 +220,8 @@ def id_key(value: Any) -> int | str | None:
     if isinstance(value, float):
         return int(value) if value.is_integer() and abs(value) < 2**53 else str(value)
     if isinstance(value, str):
-        text = value.strip()
-        if text.isascii() and text.isdigit() and len(text) < 19:
-            return int(text)
-        return value
+        number = whole_number(value.strip())
+        return value if number is None else number
     return None
 
 

@@ -21,6 +21,7 @@ from rtdetr_cli.datasets.raw import RawBox, RawDataset, RawSplit, Rows
 from rtdetr_cli.datasets.records import Category
 from rtdetr_cli.datasets.survey import edges
 from rtdetr_cli.images.decode import IMAGE_SUFFIXES
+from rtdetr_cli.text import whole_number
 
 _NAMES = {
     "image": ("filename", "image", "filepath", "path", "imagepath", "imagename", "imageid", "img", "file"),
@@ -76,7 +77,7 @@ def _number(text: str) -> float | None:
 
 
 def _side(text: str) -> int:
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+    return whole_number(text, digits=9) or 0
 
 
 def read_csv(dataset: RawDataset, files: dict[str, Path], index: ImageIndex, root: Path) -> None:

@@ -15,7 +15,7 @@ import yaml
 from rtdetr_cli.datasets.findings import Findings
 from rtdetr_cli.datasets.label_text import Oddities, is_valid_name, read_text
 from rtdetr_cli.datasets.raw import RawDataset
-from rtdetr_cli.text import counted
+from rtdetr_cli.text import counted, whole_number
 
 SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 _MAX_YAML_BYTES = 1 << 20
@@ -239,8 +239,7 @@ def _base(dataset: RawDataset, document: dict[Any, Any], path: Path, file: str, 
 
 
 def _count(value: Any) -> int | None:
-    text = str(value).strip()
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+    return whole_number(str(value).strip(), digits=9)
 
 
 def _line(text: str, key: str) -> int:

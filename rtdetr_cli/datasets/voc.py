@@ -24,7 +24,7 @@ from rtdetr_cli.datasets.layouts import Layout
 from rtdetr_cli.datasets.raw import RawBox, RawDataset, Rows
 from rtdetr_cli.datasets.records import Category, Dataset
 from rtdetr_cli.images.decode import IMAGE_SUFFIXES
-from rtdetr_cli.text import counted
+from rtdetr_cli.text import counted, whole_number
 
 CLASS_LISTS = ("classes.txt", "labels.txt", "class_names.txt")
 SIDES = ("xmin", "ymin", "xmax", "ymax")
@@ -170,8 +170,7 @@ def _text(element: Element, path: str) -> str:
 
 
 def _integer(element: Element, path: str) -> int | None:
-    text = _text(element, path)
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
+    return whole_number(_text(element, path))
 
 
 class _SplitReader:

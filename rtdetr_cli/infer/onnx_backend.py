@@ -16,6 +16,7 @@ from rtdetr_cli.files import cache_folder
 from rtdetr_cli.infer.backend import RTX_DEVICE
 from rtdetr_cli.infer.graph import GraphBackend, GraphSpec, TensorSpec, first_line
 from rtdetr_cli.infer.packages import import_package
+from rtdetr_cli.text import whole_number
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 _TYPES = {
@@ -113,7 +114,8 @@ def _providers(device: str) -> list[Any]:
     if device == "cpu" or (device == "auto" and "CUDAExecutionProvider" not in available):
         return ["CPUExecutionProvider"]
     number = device.removeprefix("cuda").removeprefix(":") or "0"
-    if device != "auto" and not number.isdigit():
+    index = 0 if device == "auto" else whole_number(number, digits=4)
+    if index is None:
         raise UsageError(f"{device!r} is not a device", hint="--device auto, cpu, 0 (the first GPU) or rtx")
     if "CUDAExecutionProvider" not in available:
         raise EnvironmentProblem(
@@ -121,7 +123,6 @@ def _providers(device: str) -> list[Any]:
             hint="pip uninstall onnxruntime && pip install onnxruntime-gpu, or --device cpu",
             code="device-missing",
         )
-    index = int(number) if device != "auto" else 0
     # TF32, its default, would compute a float32 graph with 11 bits.
     return [("CUDAExecutionProvider", {"device_id": index, "use_tf32": 0}), "CPUExecutionProvider"]
 

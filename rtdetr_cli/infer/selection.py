@@ -13,7 +13,7 @@ from rtdetr_cli.boxes import iou
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.duplicates import gamma_word
-from rtdetr_cli.text import counted
+from rtdetr_cli.text import counted, whole_number
 from rtdetr_cli.weights.header import ModelHeader, Thresholds
 
 DEFAULT_THRESHOLD = 0.5
@@ -169,8 +169,7 @@ def resolve_classes(words: Sequence[str], names: Sequence[str]) -> tuple[int, ..
     for word in requested:
         label = exact.get(word, folded.get(word.casefold()))
         if label is None and not names:
-            number = word.removeprefix("class").strip()
-            label = int(number) if number.isdecimal() else None
+            label = whole_number(word.removeprefix("class").strip())
         if label is None:
             unknown.append(word)
         else:

@@ -10,7 +10,7 @@ from typing import Any
 from rtdetr_cli.files import atomic_write
 from rtdetr_cli.infer.detections import Detections, category_id, class_name
 from rtdetr_cli.infer.sources import Source
-from rtdetr_cli.text import json_text, printable
+from rtdetr_cli.text import json_text, printable, whole_number
 
 SCHEMA_VERSION = 1
 RESULT_FILES = ("predictions.jsonl", "predictions.json", "labels")
@@ -149,8 +149,8 @@ def coco_image_ids(sources: Sequence[Source], by_file: Mapping[str, int] | None 
     """
     ids: dict[str, int | str] = {}
     for source in sources:
-        stem = source.path.stem
-        ids[str(source.name)] = int(stem) if stem.isascii() and stem.isdecimal() else str(source.name)
+        number = whole_number(source.path.stem)
+        ids[str(source.name)] = str(source.name) if number is None else number
     if len(set(ids.values())) < len(ids):  # 7.jpg and 007.jpg, or the same number in two folders
         ids = {name: name for name in ids}
     for source in sources:

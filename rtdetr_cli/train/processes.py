@@ -29,6 +29,7 @@ from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense
 
 from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.errors import EnvironmentProblem, RtdetrError, UsageError
+from rtdetr_cli.text import whole_number
 
 # The main process may draw, export or evaluate for long while the others wait. A process that dies is noticed at once.
 TIMEOUT = timedelta(hours=2)
@@ -224,13 +225,14 @@ def parse_devices(setting: str) -> tuple[str, ...]:
     devices = []
     for word in setting.split(","):
         word = word.strip().lower()
-        kind, colon, number = word.partition(":")
-        if kind == "cpu" and (not colon or (number.isdecimal() and int(number))):
-            devices += ["cpu"] * (int(number) if colon else 1)
-        elif word.isdecimal():
-            devices.append(f"cuda:{int(word)}")
-        elif kind == "cuda" and (not colon or number.isdecimal()):
-            devices.append(f"cuda:{int(number or 0)}")
+        kind, colon, digits = word.partition(":")
+        number = whole_number(digits, digits=4) if colon else None
+        if kind == "cpu" and (number or not colon):
+            devices += ["cpu"] * (number or 1)
+        elif (index := whole_number(word, digits=4)) is not None:
+            devices.append(f"cuda:{index}")
+        elif kind == "cuda" and (number is not None or not colon):
+            devices.append(f"cuda:{number or 0}")
         elif word in ("auto", "mps") and "," not in setting:
             devices.append(word)
         else:

@@ -186,6 +186,10 @@ def plan_benchmark(
             except (UsageError, EnvironmentProblem) as error:
                 skipped[name] = error.message
         backends = [name for name in PACKAGES if name not in skipped]
+    if "torch" in (backends or []):
+        from rtdetr_cli.infer.torch_backend import choose_device
+
+        choose_device(device)
     points: list[Point] = []
     for model, runtime in runtimes.items():
         settings = [Setting()]

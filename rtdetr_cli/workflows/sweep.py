@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rtdetr_cli.config.image_size import STRIDE, parse_image_size
 from rtdetr_cli.errors import UsageError
+from rtdetr_cli.text import whole_number
 
 SWEEPS = ("layers", "queries", "imgsz")
 QUERY_SHARES = (1.0, 2 / 3, 1 / 3, 1 / 6)
@@ -59,7 +60,7 @@ def sweep_settings(sweep: dict[str, list[str]], *, layers: int, queries: int, im
         if name not in sweep:
             return [maximum]
         for value in sweep[name]:
-            if not value.isdecimal() or not 1 <= int(value) <= maximum:
+            if not 1 <= (whole_number(value) or 0) <= maximum:
                 raise UsageError(f"--sweep {name}={value}: this model has 1 to {maximum} {name}", code="sweep")
         return [int(value) for value in sweep[name]] or default
 

@@ -223,6 +223,15 @@ def test_tensorrt_is_skipped_where_options_exclude_it(model: Path, options: dict
     assert "tensorrt" not in {point.backend for point in plan.points}
 
 
+def test_an_unknown_device_is_refused_before_any_work(
+    rtdetr: Callable[..., Any], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rtdetr_cli.export.run.export_model", lambda *args, **options: pytest.fail("exported"))
+    ran = rtdetr("benchmark", model, "--device", "-")
+    assert ran.code == 2
+    assert "'-' is not a device" in ran.err
+
+
 @pytest.fixture
 def standin_package(standin: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     package = standin.make("11.4.0")

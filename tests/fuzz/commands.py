@@ -27,9 +27,8 @@ class Runs:
         write_coco(base / "coco")
         flags = """--preset tiny --weights none --imgsz 64 --epochs 1 --workers 0 --device cpu --effective-batch 4
             --set plots=false --name r"""
-        sizes = (
-            "width=8 hidden_dim=16 decoder_dim=16 queries=10 heads=2 decoder_layers=1 eval_layers=1 denoising=4".split()
-        )
+        sizes = ("width=8", "hidden_dim=16", "decoder_dim=16", "queries=10", "heads=2", "decoder_layers=1",
+                 "eval_layers=1", "denoising=4")  # fmt: skip
         words = ["train", "--data", str(base / "coco"), "--out", str(base / "runs"), *flags.split()]
         words += [word for size in sizes for word in ("--set", f"model.{size}")]
         subprocess.run([sys.executable, "-m", "rtdetr_cli", *words], check=True, capture_output=True, cwd=base)

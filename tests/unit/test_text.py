@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rtdetr_cli.text import counted, printable, tally
+from rtdetr_cli.text import counted, printable, tally, whole_number
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,14 @@ from rtdetr_cli.text import counted, printable, tally
 )
 def test_counted(arguments: tuple[int, str], text: str) -> None:
     assert counted(*arguments) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("0", 0), ("0640", 640), ("9" * 19, None), ("9" * 5000, None), ("-1", None), ("²", None), ("", None)],
+)
+def test_whole_number(text: str, number: int | None) -> None:
+    assert whole_number(text) == number
 
 
 def test_tally_calls_infos_notes() -> None:
