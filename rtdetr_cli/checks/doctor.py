@@ -76,12 +76,17 @@ class Report:
         severities = {f.severity for f in self.findings if f.code == code}
         return severities == {"info"} or (CODES[code].harm == "none" and "error" not in severities)
 
-    def drop_images(self, code: str) -> int:
-        """Drop the images that have a finding of this code; splits without an image left go as well.
+    def images_with(self, code: str) -> set[tuple[str, int]]:
+        """Return split and position of the images that have a finding of this code."""
+        return {(s.split, s.image) for f, s in zip(self.findings, self.spots, strict=True) if f.code == code}
 
-        Afterwards the spots of the findings no longer fit the records.
+    def drop_images(self, *codes: str) -> dict[str, int]:
+        """Drop the images that have a finding of these codes, and return how many of each.
+
+        Splits without an image left go as well. Afterwards the spots of the findings no longer fit the records.
         """
-        spots = {(s.split, s.image) for f, s in zip(self.findings, self.spots, strict=True) if f.code == code}
+        found = {code: self.images_with(code) for code in codes}
+        spots = set().union(*found.values())
         for name, split in list(self.raw.splits.items()):
             keep = np.asarray([(name, image) not in spots for image in range(len(split))], np.bool_)
             self.raw.splits[name] = split.select_images(keep, name)
@@ -90,7 +95,7 @@ class Report:
             if not keep.any():
                 del self.raw.splits[name]
                 self.image_info.pop(name, None)
-        return len(spots)
+        return {code: len(images) for code, images in found.items()}
 
     def summary(self) -> dict[str, Any]:
         """Return the dataset's counts; the keys are those of JSON version 1."""

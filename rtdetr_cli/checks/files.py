@@ -92,7 +92,7 @@ def check_files(dataset: RawDataset) -> None:
             problem = _file_problem(dataset, listings, where, base)
             if problem is not None:
                 code, message = problem
-                split.usable[image] = False
+                split.usable[image] = code == "image-elsewhere"
                 missing += code == "image-missing"
                 dataset.findings.add(code, f"{name} {message}", **image_location(dataset, split, image))
             elif not base.isascii() and not _is_utf8(split.file_names[image]):
@@ -113,9 +113,9 @@ def _refuse_missing(dataset: RawDataset, missing: int) -> None:
 
 
 def _file_problem(dataset: RawDataset, listings: Listings, folder: str, name: str) -> tuple[str, str] | None:
-    """Return code and message of what makes a file unusable as an image."""
+    """Return code and message of what makes a file unusable as an image, or of one outside the folder."""
     listing = listings.read(folder)
-    if not listing.inside:
+    if dataset.contained and not listing.inside:
         return "image-outside", "is outside the dataset folder"
     if name in ("", ".", ".."):
         return "image-missing", "is a folder, not an image"
@@ -125,12 +125,16 @@ def _file_problem(dataset: RawDataset, listings: Listings, folder: str, name: st
         alternatives = f", which has {' and '.join(variants)}" if variants else ""
         return "image-missing", f"is not in {dataset.show(Path(folder))}{alternatives}"
     path = os.path.join(folder, name)
-    if kind == "link" and not listings.contains(path):
+    leaves = kind == "link" and not listings.contains(path)
+    if dataset.contained and leaves:
         return "image-outside", "is a link that leaves the dataset folder"
     if kind == "link" and not os.path.exists(path):
         return "image-missing", "is a broken link"
     if kind != "file" and not os.path.isfile(path):  # reading a pipe would block forever
         return "image-unreadable", "is a folder, not an image" if os.path.isdir(path) else "is not a regular file"
+    if leaves or not listing.inside:
+        where = "is a link to a file" if leaves and listing.inside else "is"
+        return "image-elsewhere", f"{where} outside the dataset folder"
     return None
 
 

@@ -142,10 +142,12 @@ def _choose_samples(report: Report) -> list[Member]:
 
 
 def _load_images(report: Report, members: list[Member]) -> Images:
+    elsewhere = report.images_with("image-elsewhere")
+
     def load(member: Member) -> dict[str, Any] | None:
         name, index = member
         split = report.raw.splits[name]
-        if not split.usable[index]:
+        if not split.usable[index] or member in elsewhere:
             return None
         try:
             image = open_image(split.path(index), reduce_to=(SIDE_PX, SIDE_PX))
@@ -171,6 +173,8 @@ def _finding(report: Report, i: int, images: Images) -> dict[str, Any]:
     if spot.image >= 0 and image is None:
         usable = report.raw.splits[spot.split].usable[spot.image]
         missing = f"not shown: the page is limited to {counted(MAX_IMAGES, 'image')}" if usable else "no image to show"
+        if finding.code == "image-elsewhere":
+            missing = "not shown: it is outside the dataset folder"
     ids = (("image", finding.image_id), ("annotation", finding.annotation_id))
     return {
         "code": finding.code,

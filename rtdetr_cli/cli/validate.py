@@ -32,6 +32,12 @@ CHANGED = {
 }
 """What --resplit and --convert change in a dataset without errors: code -> noun."""
 
+DROPPED = {
+    "label-missing": ("unlabelled", "without a label file"),
+    "image-elsewhere": ("outside", "outside the dataset's folder (--allow-outside copies them)"),
+}
+"""Images that --resplit and --convert leave out: code -> JSON key and reason."""
+
 
 def validate(
     data: Annotated[Path | None, typer.Argument(help=DATA_HELP, show_default=False)] = None,
@@ -63,6 +69,9 @@ def validate(
             "--keep-truncated", help="With --fix, keep images of which at most a quarter is missing, in gray."
         ),
     ] = False,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Copy images from outside the dataset's folder too.")
+    ] = False,
     explain: Annotated[str | None, typer.Option(help="Explain the code of a finding; `all` lists the codes.")] = None,
     html: Annotated[
         Path | None,
@@ -82,14 +91,9 @@ def validate(
 
     size = parse_size(imgsz)
     fractions = _fractions(resplit) if resplit is not None else None
-    _check_choices(convert, missing_labels)
+    _check_choices(convert, missing_labels, html)
     _refuse_clashes(data, to, fix, writes=convert is not None or fractions is not None)
-    if keep_truncated and (fix is None or fast):
-        raise UsageError("--keep-truncated needs --fix, and images decoded", hint="--fix DIR --keep-truncated")
-    if html is not None:
-        from rtdetr_cli.cli.select import output_file
-
-        output_file(html, "--html")
+    _refuse_unused(keep_truncated and (fix is None or fast), allow_outside and fix is to is None)
 
     from rtdetr_cli.checks.doctor import examine
 
@@ -112,10 +116,12 @@ def validate(
         _write_page(report, html, document, as_json)
     keep_unlabelled, copy = missing_labels == "empty", None
     if fix is not None:
-        failed, copy = _fix(report, fix, keep_unlabelled, keep_truncated, document, as_json, strict)
+        kept = {"keep_unlabelled": keep_unlabelled, "allow_outside": allow_outside}
+        failed, copy = _fix(report, fix, kept, keep_truncated, document, as_json, strict)
     if to is not None:
-        if not keep_unlabelled:
-            document["unlabelled"] = report.drop_images("label-missing")
+        dropped = {"label-missing": not keep_unlabelled, "image-elsewhere": not allow_outside}
+        counts = report.drop_images(*(code for code, drop in dropped.items() if drop))
+        document |= {DROPPED[code][0]: count for code, count in counts.items()}
         copy = _write(report, images, fractions, convert, to, seed, document, as_json)
     if as_json:
         terminal.emit_json(document)
@@ -153,11 +159,22 @@ class _Images:
         self.done = done
 
 
-def _check_choices(convert: str | None, missing_labels: str) -> None:
+def _check_choices(convert: str | None, missing_labels: str, html: Path | None) -> None:
+    from rtdetr_cli.cli.select import output_file
+
+    if html is not None:
+        output_file(html, "--html")
     if convert is not None and convert not in FORMATS:
         raise UsageError(f"--convert {convert} is not a dataset format", hint=f"--convert {'|'.join(FORMATS)}")
     if missing_labels not in MISSING_LABELS:
         raise UsageError(f"--missing-labels {missing_labels}: expected drop or empty", hint="--missing-labels drop")
+
+
+def _refuse_unused(keep_truncated: bool, allow_outside: bool) -> None:
+    if keep_truncated:
+        raise UsageError("--keep-truncated needs --fix, and images decoded", hint="--fix DIR --keep-truncated")
+    if allow_outside:
+        raise UsageError("--allow-outside needs --fix, --convert or --resplit", hint="--fix DIR --allow-outside")
 
 
 def _refuse_clashes(data: Path, to: Path | None, fix: Path | None, *, writes: bool) -> None:
@@ -275,7 +292,7 @@ def _show(report: Report) -> None:
 def _fix(
     report: Report,
     out: Path,
-    keep_unlabelled: bool,
+    kept: dict[str, bool],
     keep_truncated: bool,
     document: dict[str, Any],
     as_json: bool,
@@ -284,9 +301,8 @@ def _fix(
     """Write the repaired copy and check it; return whether it still fails, and the path to train on."""
     from rtdetr_cli.checks.doctor import examine
     from rtdetr_cli.checks.repair import repair
-    from rtdetr_cli.checks.repair.rewrite import REWRITTEN
 
-    repaired = repair(report, out, keep_unlabelled=keep_unlabelled)
+    repaired = repair(report, out, **kept)
     report_of_copy = examine(repaired.data, imgsz=report.imgsz, decode=report.decoded)
     counts = report_of_copy.counts()
     document["fix"] = {
@@ -299,7 +315,7 @@ def _fix(
         "counts": counts,
     }
     if not as_json:
-        form = " (written as COCO)" if report.raw.format in REWRITTEN else ""
+        form = " (written as COCO)" if repaired.rewritten else ""
         terminal.out(f"repaired copy: {repaired.data}{form}")
         terminal.out(f"changes: {_by_code(repaired.changes) or 'none'} (listed in {repaired.changes_file})")
         _show_left_out(repaired.left_out, keep_truncated=keep_truncated)
@@ -318,6 +334,8 @@ def _show_left_out(images: Sequence[LeftOut], *, keep_truncated: bool) -> None:
         terminal.out(f"  {left.image} ({left.split}, {counted(left.boxes, 'box')}): {left.code}")
     if len(images) > MAX_LEFT_OUT:
         terminal.out(f"  and {len(images) - MAX_LEFT_OUT:,} more")
+    if any(left.code == "image-elsewhere" for left in images):
+        terminal.say("hint: --allow-outside copies images from outside the dataset's folder")
     if not keep_truncated and any(left.code == "image-truncated" for left in images):
         terminal.say("hint: --keep-truncated keeps truncated images of which at most a quarter is missing")
 
@@ -379,6 +397,7 @@ def _write(
         if by_code:
             items = (f"{counted(count, CHANGED[what][code])} ({code})" for code, count in by_code.items())
             terminal.out(f"{what.replace('_', ' ')}: {', '.join(items)}")
-    if unlabelled := document.get("unlabelled"):
-        terminal.out(f"left out: {counted(unlabelled, 'image')} without a label file")
+    for key, why in DROPPED.values():
+        if count := document.get(key):
+            terminal.out(f"left out: {counted(count, 'image')} {why}")
     return data

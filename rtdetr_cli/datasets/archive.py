@@ -26,6 +26,8 @@ _RATIO_BYTES = 1 << 30
 _SPARE_BYTES = 1 << 30
 _UNUSED_DAYS = 30
 _LINK = 0o120000
+_BESIDE = re.compile(r"\..+\.[0-9a-f]{12}")
+"""The hidden folder beside a zip file."""
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTEMPTY)
 """Error numbers that are not the fault of the zip file."""
 
@@ -66,6 +68,12 @@ def unpack(source: Path) -> Path:
         raise DataError(
             f"{source} cannot be read: {error.strerror or error}", hint="check its permissions", code="zip-damaged"
         ) from error
+
+
+def is_unpacked(folder: Path) -> bool:
+    """Return whether a folder comes from a zip file, whose paths and links must not lead out of it."""
+    real = folder.resolve()
+    return real.is_relative_to(cache_folder("datasets").resolve()) or any(map(_BESIDE.fullmatch, real.parts))
 
 
 def _remove_unused(cache: Path) -> None:

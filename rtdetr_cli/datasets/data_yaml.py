@@ -15,6 +15,7 @@ import yaml
 from rtdetr_cli.datasets.findings import Findings
 from rtdetr_cli.datasets.label_text import Oddities, is_valid_name, read_text
 from rtdetr_cli.datasets.raw import RawDataset
+from rtdetr_cli.datasets.survey import is_inside
 from rtdetr_cli.text import counted, whole_number
 
 SPLIT_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -227,7 +228,8 @@ def _base(dataset: RawDataset, document: dict[Any, Any], path: Path, file: str, 
     )
     for candidate in (home / value, Path(value)):
         # With the root of the disk as its folder, a dataset would search all of it for images.
-        if candidate.is_dir() and candidate.resolve() != Path(candidate.resolve().anchor):
+        allowed = not dataset.contained or is_inside(candidate, (dataset.folder,))
+        if allowed and candidate.is_dir() and candidate.resolve() != Path(candidate.resolve().anchor):
             base, used = candidate, ""
             break
     if used:

@@ -157,6 +157,11 @@ def is_linked(raw: RawDataset, folder: Path) -> bool:
     return in_dataset and holds_linked_images(folder, raw.folder)
 
 
+def may_read(raw: RawDataset, path: Path) -> bool:
+    """Return whether the files below a path are read: any that the user's own labels name, but none outside a zip."""
+    return not raw.contained or is_inside(path, raw.roots) or is_linked(raw, path)
+
+
 def allow_linked_images(raw: RawDataset) -> None:
     """Make the folders that such links lead to roots of the dataset."""
     folders = {split.root / name.rpartition("/")[0] for split in raw.splits.values() for name in split.file_names}

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rtdetr_cli.datasets.archive import is_unpacked
 from rtdetr_cli.datasets.findings import Findings, Spot
 from rtdetr_cli.datasets.records import Category
 
@@ -151,6 +152,7 @@ class RawDataset:
         findings: of the reader, and then of the checks.
         images: the folder given with `--images`.
         split_made: True if the val split was held out from train.
+        contained: True for an unpacked zip file: nothing outside its folder is read.
     """
 
     source: Path
@@ -164,6 +166,7 @@ class RawDataset:
     findings: Findings = field(default_factory=Findings)
     images: Path | None = None
     split_made: bool = False
+    contained: bool = False
 
     def show(self, path: Path) -> str:
         """Return a path to show: relative to the dataset's folder if it lies in it."""
@@ -196,7 +199,8 @@ def new_dataset(name: str, form: str, source: Path, folder: Path, images: Path |
     roots = (folder,) if images is None else (folder, images)
     folders = (part for part in reversed(folder.resolve().parts[1:]) if part.lower() not in _NO_NAMES)
     name = name or next(folders, "dataset")
-    return RawDataset(source=source, name=name, format=form, folder=folder, roots=roots, images=images)
+    contained = is_unpacked(folder)
+    return RawDataset(source, name, form, folder, roots, images=images, contained=contained)
 
 
 class RawBox(NamedTuple):

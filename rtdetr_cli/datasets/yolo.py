@@ -24,7 +24,7 @@ from rtdetr_cli.datasets.data_yaml import DataYaml, read_yaml
 from rtdetr_cli.datasets.findings import Findings, Spot
 from rtdetr_cli.datasets.ids_file import BoxFacts, IdsFile, image_facts, read_ids, write_ids
 from rtdetr_cli.datasets.image_names import copy_image, image_names
-from rtdetr_cli.datasets.image_paths import ImageIndex, index_images, is_linked, report_moved, split_of_parts
+from rtdetr_cli.datasets.image_paths import ImageIndex, index_images, may_read, report_moved, split_of_parts
 from rtdetr_cli.datasets.label_text import CLASS_LISTS, Oddities, is_valid_name, read_text
 from rtdetr_cli.datasets.raw import RawBox, RawDataset, Rows
 from rtdetr_cli.datasets.records import Category, Dataset
@@ -102,7 +102,7 @@ def _images(
     """Return the images of a split, or None with a finding."""
     paths: list[Path] = []
     for entry in entries:
-        where = _locate(config.base, entry)
+        where = _locate(dataset, config.base, entry)
         if where is None:
             dataset.findings.add(
                 "split-missing",
@@ -112,10 +112,10 @@ def _images(
             )
             return None
         if where.is_dir():
-            if not is_inside(where, dataset.roots) and not is_linked(dataset, where):
+            if is_inside(config.base, (where,)) and not is_inside(where, dataset.roots):
                 dataset.findings.add(
                     "image-outside",
-                    f"names {split}: {entry}, which is outside the dataset's folder",
+                    f"names {split}: {entry}, which contains the dataset's folder",
                     file=file,
                     spot=Spot(split),
                     hint="set path: to the folder that contains all splits",
@@ -127,7 +127,7 @@ def _images(
     return paths
 
 
-def _locate(base: Path, entry: str) -> Path | None:
+def _locate(dataset: RawDataset, base: Path, entry: str) -> Path | None:
     """Return the folder or list that a split names, or the longest end of its path that exists.
 
     Roboflow writes `../train/images` for `train/images`, and other tools the path on their own machine.
@@ -138,7 +138,8 @@ def _locate(base: Path, entry: str) -> Path | None:
         ends = [end for end in ends if split_of_parts(end) is not None]
     for candidate in (base / entry, *(base.joinpath(*end) for end in ends)):
         try:
-            if candidate.is_dir() or (candidate.is_file() and candidate.suffix.lower() == ".txt"):
+            exists = candidate.is_dir() or (candidate.is_file() and candidate.suffix.lower() == ".txt")
+            if exists and may_read(dataset, candidate):
                 return candidate
         except OSError:  # a name too long for the file system
             return None
@@ -169,13 +170,16 @@ def _listed(dataset: RawDataset, config: DataYaml, path: Path, oddities: Odditie
     paths, moved = [], []
     for name in names:
         path = best / name
-        if not os.path.lexists(path):
+        if not os.path.lexists(path) or not may_read(dataset, path):
             index = index or index_images(survey(config.base))
             match = index.find(name)
             if match is not None and normpath(config.base / match).lower() != normpath(path).lower():
                 path = config.base / match  # a name in another case stays: `check_files` reports it
                 moved.append(f"{name} is {match}")
-        paths.append(path)
+        if may_read(dataset, path):
+            paths.append(path)
+        else:
+            dataset.findings.add("image-outside", f"names {name}, which is outside the dataset's folder", file=file)
     if moved:
         report_moved(dataset, len(moved), moved[0], file)
     return paths

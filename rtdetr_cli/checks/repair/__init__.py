@@ -22,7 +22,7 @@ from rtdetr_cli.checks.doctor import Report
 from rtdetr_cli.checks.repair.coco import plan_coco
 from rtdetr_cli.checks.repair.images import choose_left_out, plan_images, reset_orientations
 from rtdetr_cli.checks.repair.plan import BROKEN_FILE, LeftOut, Plan, files_in, files_of_one_image
-from rtdetr_cli.checks.repair.rewrite import REWRITTEN, plan_rewrite, write_rewritten
+from rtdetr_cli.checks.repair.rewrite import is_rewritten, plan_rewrite, write_rewritten
 from rtdetr_cli.checks.repair.voc import plan_voc
 from rtdetr_cli.checks.repair.yolo import plan_yolo
 from rtdetr_cli.datasets.coco_files import CHANGES_FILE
@@ -54,6 +54,7 @@ class Repaired:
         changes: code -> number of findings that were repaired.
         not_repaired: code -> number of errors and warnings that were left as they are.
         left_out: the images that are not in the copy.
+        rewritten: True if the copy is written as COCO.
     """
 
     data: Path
@@ -61,6 +62,7 @@ class Repaired:
     changes: dict[str, int]
     not_repaired: dict[str, int]
     left_out: tuple[LeftOut, ...]
+    rewritten: bool = False
 
 
 def repairable(report: Report) -> bool:
@@ -75,13 +77,14 @@ def repairable(report: Report) -> bool:
     return not files_of_one_image(raw).isdisjoint(f.file for f in findings)
 
 
-def repair(report: Report, out: Path, *, keep_unlabelled: bool = False) -> Repaired:
+def repair(report: Report, out: Path, *, keep_unlabelled: bool = False, allow_outside: bool = False) -> Repaired:
     """Write a repaired copy below `out`.
 
     Args:
         report: findings of the dataset, preferably with its images decoded.
         out: a folder that is new or empty.
         keep_unlabelled: give images without a label file an empty one, instead of leaving them out.
+        allow_outside: copy images from outside the dataset's folder too, instead of leaving them out.
 
     Raises:
         DataError: the dataset is broken in a way that leaves nothing to copy.
@@ -97,9 +100,9 @@ def repair(report: Report, out: Path, *, keep_unlabelled: bool = False) -> Repai
             code=code,
         )
     # Resetting the orientation swaps an image's sides, so the dataset is checked again before boxes are clipped.
-    rewritten = raw.format in REWRITTEN
+    rewritten = is_rewritten(report, allow_outside=allow_outside)
     upright, reset = (report, {}) if rewritten else reset_orientations(report)
-    plan = Plan(upright, out, keep_unlabelled)
+    plan = Plan(upright, out, keep_unlabelled, allow_outside)
     choose_left_out(plan, report, reset)
     if len(plan.left_out) == sum(map(len, raw.splits.values())):
         code, why = next(iter(plan.left_out.values()), ("split-empty", "it has no images"))
@@ -136,7 +139,8 @@ def repair(report: Report, out: Path, *, keep_unlabelled: bool = False) -> Repai
         changes_file.write_text(json.dumps(document, indent=1), "utf-8")
     except OSError as error:
         raise RtdetrError(f"{out} cannot be written: {error.strerror or error}", code="output") from error
-    return Repaired(data, changes_file, dict(repaired), dict(Counter(f.code for f in left)), plan.images_left_out())
+    not_repaired = dict(Counter(f.code for f in left))
+    return Repaired(data, changes_file, dict(repaired), not_repaired, plan.images_left_out(), rewritten)
 
 
 def _plan_notes(plan: Plan) -> None:

@@ -105,7 +105,7 @@ def choose_left_out(plan: Plan, before: Report, reset: Mapping[Path, Tag]) -> No
     raw = plan.report.raw
     label_files = files_of_one_image(raw)
     broken_files = {f.file: f.message for f in raw.findings if f.code in BROKEN_FILE and f.file in label_files}
-    plan.left_out |= _images_with(plan.report, *_UNUSABLE)
+    plan.left_out |= _images_with(plan.report, *_UNUSABLE, *(() if plan.allow_outside else ("image-elsewhere",)))
     _keep_truncated(plan)
     if not plan.keep_unlabelled:
         plan.left_out |= _images_with(plan.report, "label-missing") | plan.left_out

@@ -64,6 +64,7 @@ class Plan:
     report: Report
     out: Path
     keep_unlabelled: bool = False
+    allow_outside: bool = False
     files: dict[str, Path] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     orientations: dict[str, tuple[int, bytes]] = field(default_factory=dict)
@@ -126,7 +127,7 @@ class Plan:
         """Leave a file out of the copy, but keep it below `left-out/` if it belongs to the dataset."""
         target = self.destination(path)
         change = {"op": "leave-out", "code": code, "file": target, "why": why, **facts}
-        if code not in ("image-missing", "image-outside") and path.is_file():
+        if code not in ("image-missing", "image-outside", "image-elsewhere") and path.is_file():
             change["kept"] = f"{LEFT_OUT}/{target}"
             self.files[change["kept"]] = path
         self.changes.append(change)

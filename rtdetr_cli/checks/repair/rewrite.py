@@ -1,4 +1,4 @@
-"""Repair formats that are only read, Labelme and CSV: the copy is written as COCO."""
+"""Repair formats that are only read, Labelme and CSV, or with images outside the folder: the copy is COCO."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rtdetr_cli.checks.doctor import Report
 from rtdetr_cli.checks.repair.plan import BROKEN_FILE, Plan
 from rtdetr_cli.datasets.codes import CODES
 from rtdetr_cli.datasets.image_names import image_names
@@ -19,10 +20,17 @@ _NOT_REPAIRED = BROKEN_FILE | {"image-extension", "image-exif-invalid"}
 """Findings about files that are copied as they are, or that concern several images."""
 
 
+def is_rewritten(report: Report, *, allow_outside: bool) -> bool:
+    """Return whether the copy is written as COCO, because its label files could not name its images."""
+    elsewhere = bool(report.images_with("image-elsewhere"))
+    return report.raw.format in REWRITTEN or (elsewhere and (allow_outside or report.raw.format == "yolo"))
+
+
 def plan_rewrite(plan: Plan) -> None:
     """Plan what is left out, and list what the checks have dropped, clipped or corrected."""
     raw = plan.report.raw
-    plan.record("convert", "format", "", f"a repaired copy of a {raw.format} dataset is written as COCO")
+    why = "" if raw.format in REWRITTEN else " with images outside its folder"
+    plan.record("convert", "format", "", f"a repaired copy of a {raw.format} dataset{why} is written as COCO")
     for (name, image), (code, why) in plan.left_out.items():
         plan.leave_out(raw.splits[name].path(image), code, why, boxes=plan.count_boxes(name, image))
     for i, finding, _ in plan.findings():
