@@ -60,7 +60,7 @@ if __name__ == "__main__":
     if len(arguments) == 1 and os.path.isfile(beside):
         arguments = [beside, *arguments]
     if len(arguments) != 2:
-        sys.exit("usage: python examples/onnxruntime_numpy.py MODEL.onnx IMAGE")
+        sys.exit(f"usage: python {sys.argv[0]} MODEL.onnx IMAGE (or only IMAGE, with model.onnx beside the program)")
     for path in arguments:
         if not os.path.isfile(path):
             sys.exit(f"{path} is not a file")

@@ -209,8 +209,9 @@ def _show_next(rows: list[Row], dataset: Dataset | None, *, swept: bool) -> None
             f"{gap.upper:+.3f}): {' '.join(map(str, settings))} with eval, predict or export"
         )
     model = Path(best.model)
-    flag = EXPORT_FLAGS.get(best.backend, "")
-    if model.suffix.lower() not in EXPORT_SUFFIXES and (swept or flag):
-        terminal.next_step("rtdetr", "export", model_name(model), *([flag] if flag else []), *settings)
+    flags = [EXPORT_FLAGS[best.backend]] if best.backend in EXPORT_FLAGS else []
+    flags += ["--int8"] if best.precision == "int8" else []
+    if model.suffix.lower() not in EXPORT_SUFFIXES and (swept or flags):
+        terminal.next_step("rtdetr", "export", model_name(model), *flags, *settings)
     elif dataset is not None:
         terminal.next_step("rtdetr", "predict", dataset.path(0), "--weights", model_name(model))

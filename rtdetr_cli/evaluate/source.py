@@ -146,9 +146,9 @@ def choose_split(
     fingerprint = str((header.dataset if header else {}).get("fingerprint", ""))
     unchanged = bool(fingerprint) and fingerprint == splits.fingerprint
     if splits.split_made and (same_source or unchanged):
-        notes.append(f"{splits.name} has no val split: using the part that was held out in training")
+        notes.append(f"{splits.name} has no val split: val is the part that was held out in training")
     elif splits.split_made and splits.test is not None:
-        notes.append(f"{splits.name} has no val split: using the part of train that training would hold out")
+        notes.append(f"{splits.name} has no val split: val is the part of train that training would hold out")
     elif splits.split_made:
         splits = load_splits(source, images=images, split_single=False, find_images=find_images)
     if same_source and fingerprint and not unchanged:

@@ -135,7 +135,7 @@ def plan_export(
         notes += chosen
     if options.int8:
         calibrated, chosen = calibration_images(calibration, verify, model, header, images)
-        notes += [f"calibration: {note}" for note in chosen]
+        notes += [f"calibration: {note}" for note in chosen if note not in notes]
     return ExportPlan(model, options, images, calibrated, out or model.parent / EXPORT, device, notes)
 
 

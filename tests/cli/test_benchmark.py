@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend
+from rtdetr_cli.infer.timing import Spread
 from rtdetr_cli.weights.header import ModelHeader
 from rtdetr_cli.workflows import benchmark
+from rtdetr_cli.workflows.benchmark_report import Row
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +171,30 @@ def test_the_fastest_accurate_row_is_the_next_step(
     ran = rtdetr("benchmark", shapes_model, *measured, "--backends", "torch")
     assert ran.err.splitlines()[-1].endswith(f"--weights {shapes_model}")
     assert ran.err.splitlines()[-1].startswith(f"next: rtdetr predict {shapes_data.parent}")
+
+
+@pytest.mark.parametrize(
+    ("int8", "command"), [((10.0, 0.495), "export {} --onnx --int8"), ((10.0, 0.48), "export {} --openvino")]
+)
+def test_the_next_step_names_all_flags_of_the_best_row(
+    rtdetr: Callable[..., Any],
+    shapes_model: Path,
+    shapes_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    int8: tuple[float, float],
+    command: str,
+) -> None:
+    """INT8 is the fastest, and is suggested if its AP is within a hundredth of the best."""
+    measured = [("torch", "fp32", 40.0, 0.5), ("openvino", "fp32", 20.0, 0.5), ("onnx", "int8", *int8)]
+
+    def rows(*_: object, **__: object) -> Iterator[Row]:
+        for backend, precision, latency, ap in measured:
+            times = {part: Spread(latency, latency) for part in ("preprocess", "network", "postprocess", "total")}
+            yield Row(str(shapes_model), backend, precision, "cpu", (96, 128), 2, 40, 1, times, ap)
+
+    monkeypatch.setattr(benchmark, "benchmark", rows)
+    ran = rtdetr("benchmark", shapes_model, "--data", shapes_data, "--backends", "torch")
+    assert ran.err.endswith(f"next: rtdetr {command.format(shapes_model)}\n")
 
 
 def test_without_a_dataset_only_latency_is_measured(rtdetr: Callable[..., Any], model: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_bundle_detects_what_predict_detects(
     assert ran.code == 0, ran.err
     assert [a["precision"] for a in ran.json["artefacts"]] == ["fp32", "int8"]
     assert ran.json["bundle"] == str(folder)
-    assert "calibrated on 3 images only" in ran.err
+    assert "calibrated on 3 images only: 32 give a better file" in ran.err
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     assert (folder / "model.onnx").read_bytes() == (model.parent / "export/best-int8.onnx").read_bytes()
     readme = (folder / "README.md").read_text()
@@ -125,15 +125,22 @@ def test_refusals(rtdetr: Rtdetr, model: Path, tmp_path: Path, words: list[str],
     assert not (model.parent / "export").exists()
 
 
-@pytest.mark.usefixtures("model")
-def test_nncf_is_missed_before_any_work(
-    rtdetr: Rtdetr, model: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("nncf", "NNCF, which quantizes for OpenVINO, is not installed"),
+        ("openvino", "OpenVINO is not installed"),
+    ],
+)
+def test_a_missing_package_is_noticed_before_any_work(
+    rtdetr: Rtdetr, model: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch, module: str, message: str
 ) -> None:
-    pytest.importorskip("openvino", reason="openvino is not installed")
-    monkeypatch.setitem(sys.modules, "nncf", None)
+    if module == "nncf":
+        pytest.importorskip("openvino", reason="openvino is not installed")
+    monkeypatch.setitem(sys.modules, module, None)
     ran = rtdetr("export", model, "--no-gate", "--openvino", "--int8", "--calibration", calibration)
     assert ran.code == 7
-    assert "NNCF, which quantizes for OpenVINO, is not installed" in ran.err
+    assert message in ran.err
     assert "pip install 'rtdetr-cli[openvino]'" in ran.err
     assert not (model.parent / "export").exists()
 

@@ -4,7 +4,8 @@
 
 A randomly initialised detector is useless for parity: the scores of all tokens are nearly equal, so the selection is
 all ties, and rounding decides it. This one is trained, has three classes that differ by colour alone (an export that
-swaps channels must be noticed) and an input that is no square. Its weights are stored as float16: 0.7 MB.
+swaps channels must be noticed), an input that is no square, and duplicates, which its header rescores: 26 of 116 scores
+above 0.1 on its 16 images fall below. Its weights are stored as float16: 0.7 MB.
 """
 
 from __future__ import annotations
@@ -87,13 +88,13 @@ def write_dataset(folder: Path, *, count: int = 16, seed: int = 7) -> Path:
 def train(steps: int, *, seed: int = 0, batch: int = 8) -> None:
     """Train the detector and store it."""
     import torch
-    from rtdetr_cli.inputs.decode import stretch
 
     from rtdetr_cli.config.schema import ModelSpec
+    from rtdetr_cli.images.decode import stretch
     from rtdetr_cli.model.build import build_detector
     from rtdetr_cli.model.denoising import draw_denoising
     from rtdetr_cli.train.losses import compute_losses
-    from rtdetr_cli.weights.header import ModelHeader, Thresholds
+    from rtdetr_cli.weights.header import Dedupe, ModelHeader, Thresholds
     from rtdetr_cli.weights.load import save_model
 
     spec = ModelSpec(
@@ -157,7 +158,8 @@ def train(steps: int, *, seed: int = 0, batch: int = 8) -> None:
         architecture=spec.model_dump(mode="json"),
         layers=2,
         queries=spec.queries,
-        thresholds=Thresholds("f1", 0.5, (0.5, 0.45, 0.55)),
+        thresholds=Thresholds("f1", 0.5, (0.5, 0.45, 0.55), dedupe=8.0),
+        dedupe=Dedupe(8.0),
         dataset={"name": "shapes"},
     )
     save_model(WEIGHTS, state, header)

@@ -145,7 +145,7 @@ def test_pycocotools_replaces_a_missing_hotcoco_with_a_note(make: Any, monkeypat
 def test_the_evaluation_with_and_without_rescoring_of_duplicates(shapes_model: Path, shapes_data: Path) -> None:
     val = load_splits(shapes_data, split_single=False).val
     assert val is not None
-    backend = open_backend(shapes_model, device="cpu", dedupe=8.0)
+    backend = open_backend(shapes_model, device="cpu")
     evaluation = evaluate(backend, val)
     assert backend.dedupe == evaluation.dedupe == 8.0
     image, size_wh = read_image(val.path(0)), val.sizes_wh[:1].astype(np.int64)
@@ -153,6 +153,6 @@ def test_the_evaluation_with_and_without_rescoring_of_duplicates(shapes_model: P
     rows = evaluation.table.rows(evaluation.table.image_index == 0)
     assert rows.scores == pytest.approx(shown.scores, abs=1e-5)
     assert evaluation.without_dedupe is not None
-    published = evaluate(open_backend(shapes_model, device="cpu"), val)
+    published = evaluate(open_backend(shapes_model, device="cpu", dedupe=0.0), val)
     assert evaluation.without_dedupe.metrics == published.metrics
     assert published.without_dedupe is None

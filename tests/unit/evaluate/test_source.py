@@ -34,7 +34,7 @@ def test_the_images_that_the_run_held_out(single: Path, tmp_path: Path) -> None:
     for source in (None, single):
         selected = choose_split(source, model=run.best)
         assert list(selected.dataset.file_names) == ["train_3.jpg"]
-        assert "using the part that was held out in training" in selected.notes[-1]
+        assert "val is the part that was held out in training" in selected.notes[-1]
 
 
 def test_a_run_of_version_0_1_drew_by_its_seed(single: Path, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_train_and_test_without_val(coco: Any) -> None:
     folder = coco.write()
     selected = choose_split(folder)
     assert len(selected.dataset) == 1
-    assert "the part of train that training would hold out" in selected.notes[0]
+    assert "val is the part of train that training would hold out" in selected.notes[0]
     assert len(choose_split(folder, split="test").dataset) == 4
 
 

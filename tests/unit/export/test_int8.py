@@ -12,6 +12,7 @@ import onnx
 import pytest
 from PIL import Image
 
+from rtdetr_cli.config.presets import load_preset
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import DataError, UsageError
 from rtdetr_cli.export import compare, int8
@@ -19,11 +20,15 @@ from rtdetr_cli.export import onnx as onnx_file
 from rtdetr_cli.export.artefacts import Artefact, Notice
 from rtdetr_cli.export.images import calibration_images
 from rtdetr_cli.export.options import ExportOptions, choose_formats
-from rtdetr_cli.export.run import export_events
+from rtdetr_cli.export.run import export_events, export_model
+from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.inspect import inspect_model
 from rtdetr_cli.infer.onnx_backend import OnnxBackend
+from rtdetr_cli.model.attention import Sampling
+from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.weights.header import ModelHeader
+from rtdetr_cli.weights.load import load_model
 
 Loaded = tuple[RTDETR, ModelHeader]
 Export = Callable[..., tuple[list[Artefact], list[str]]]
@@ -132,6 +137,42 @@ def test_variants(options: dict[str, Any], loaded: Loaded, dataset: Dataset, tmp
         calibration=[dataset.path(i) for i in range(4)],
     )
     assert [a.passed for a in events if isinstance(a, Artefact)] == [True, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("formats", [("onnx", "int8"), ("openvino", "openvino-int8")], ids=["onnx", "openvino"])
+def test_a_discrete_model(formats: tuple[str, str], shapes_model: Path, dataset: Dataset, tmp_path: Path) -> None:
+    pytest.importorskip("nncf", reason="nncf is not installed")
+    model, header = load_model(shapes_model, sampling="discrete")
+    calibration = [dataset.path(i) for i in range(8)]
+    whole, small = export_model(
+        *(model, header, tmp_path, ExportOptions(formats)), images=dataset, calibration=calibration, tol_ap=0.1
+    )
+    assert small.passed, small.verdict
+    assert small.bytes < 0.7 * whole.bytes
+    assert "GridSample" not in small.operators
+    assert open_backend(small.path).header.sampling == "discrete"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("formats", [("onnx", "int8"), ("openvino", "openvino-int8")], ids=["onnx", "openvino"])
+@pytest.mark.parametrize(("preset", "sampling"), [("r18", "discrete"), ("r50", "bilinear")])
+def test_presets(preset: str, sampling: Sampling, formats: tuple[str, str], dataset: Dataset, tmp_path: Path) -> None:
+    """Random weights do: each file is valid, runs, and is half the size or less."""
+    pytest.importorskip("nncf", reason="nncf is not installed")
+    model = build_detector(load_preset(preset).model, num_classes=3).eval()
+    model.set_sampling(sampling)
+    header = ModelHeader(("a", "b", "c"), (1, 2, 3), (160, 160), layers=model.layers, queries=model.queries)
+    calibration = [dataset.path(i) for i in range(2)]
+    options = ExportOptions(formats)
+    whole, small = export_model(model, header, tmp_path, options, calibration=calibration, device="cpu")
+    assert small.bytes < (0.5 if formats[0] == "onnx" else 0.65) * whole.bytes
+    assert min(small.latencies_ms) > 0
+    backend = open_backend(small.path)
+    assert (backend.header.sampling, backend.header.extra["precision"]) == (sampling, "int8")
+    (found,) = backend.run(np.zeros((1, 160, 160, 3), np.uint8), np.array([[160, 160]]))
+    assert len(found) == 300
+    assert np.isfinite(found.scores).all()
 
 
 def test_without_calibration_images(loaded: Loaded, tmp_path: Path) -> None:

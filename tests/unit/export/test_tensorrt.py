@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from rtdetr_cli.datasets.records import Dataset
-from rtdetr_cli.errors import EnvironmentProblem, ExportError
+from rtdetr_cli.errors import EnvironmentProblem, ExportError, ModelError
 from rtdetr_cli.export import compare, tensorrt
 from rtdetr_cli.export.artefacts import Artefact, Notice
 from rtdetr_cli.export.options import ExportOptions
@@ -90,6 +90,16 @@ def test_a_verified_engine(version: str, use: Any, export: Export, loaded: Loade
         "parity.json",
         "tensorrt.cache",
     ]
+
+
+def test_an_engine_that_does_not_open(use: Any, tmp_path: Path) -> None:
+    """TensorRT does not tell an engine of another version or GPU from a truncated one."""
+    use(VERSIONS[0])
+    path = tmp_path / "m.engine"
+    path.write_bytes(b"an engine of another GPU")
+    with pytest.raises(ModelError, match="was built by another version or for another GPU") as caught:
+        TensorrtBackend(path, device=torch.device("cpu"))
+    assert "build it again on this machine" in caught.value.hint
 
 
 @pytest.mark.parametrize("version", VERSIONS)

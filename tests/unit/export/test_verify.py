@@ -206,6 +206,16 @@ def test_false_header(reference: Reference, edited: Edit) -> None:
     assert "leaf for tomato" in verdict.contract.findings[0]
 
 
+@pytest.mark.parametrize("gamma", [0.0, 4.0])
+def test_duplicates_that_are_rescored_otherwise(reference: Reference, loaded: Loaded, gamma: float) -> None:
+    """The header states the model's gamma, but the graph has none or another."""
+    candidate = TorchBackend(*loaded, device="cpu")
+    candidate.dedupe = gamma
+    verdict = failure_of(candidate, reference)
+    assert "contract" in verdict.failed_parts
+    assert any("too high or too low" in finding for finding in verdict.contract.findings)
+
+
 def test_problems_found_by_the_caller_fail_the_contract(reference: Reference, candidate: Backend) -> None:
     verdict = verdict_of(candidate, reference, problems=["input images has shape 1x3x96x128, not ?x3x96x128"])
     assert verdict.failed_parts == ("contract",)
