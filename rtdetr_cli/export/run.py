@@ -192,7 +192,7 @@ def calibrate(
     if len(calibration) < FEW_IMAGES:
         yield Notice(
             f"warning: INT8 is calibrated on {counted(len(calibration), 'image')} only, which may not cover what it "
-            "will see (--calibration, --calibration-images)"
+            f"will see; {CALIBRATION_IMAGES} are enough (--calibration, --calibration-images)"
         )
     return calibration
 
