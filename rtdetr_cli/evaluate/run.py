@@ -19,7 +19,7 @@ from rtdetr_cli.evaluate.coco import PYCOCOTOOLS_LACKS, SIZES, CocoResult, coco_
 from rtdetr_cli.evaluate.matching import Matches, match
 from rtdetr_cli.evaluate.table import DetectionTable
 from rtdetr_cli.evaluate.thresholds import OperatingPoint, points_at, score_curve
-from rtdetr_cli.infer.backend import Backend
+from rtdetr_cli.infer.backend import Backend, run_checked
 from rtdetr_cli.text import counted
 from rtdetr_cli.weights.header import Thresholds
 
@@ -215,7 +215,7 @@ def detect(
         if readable:
             indices, pixels, sizes_wh = zip(*readable, strict=True)
             start = time.perf_counter()
-            results = backend.run(np.stack(pixels), np.array(sizes_wh, np.int64))
+            results = run_checked(backend, np.stack(pixels), np.array(sizes_wh, np.int64))
             network_seconds += time.perf_counter() - start
             tables += [DetectionTable.of_image(i, d) for i, d in zip(indices, results, strict=True)]
         if progress is not None:

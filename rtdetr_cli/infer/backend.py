@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rtdetr_cli.documents import require_regular
 from rtdetr_cli.errors import ModelError, UsageError
 from rtdetr_cli.infer.detections import Detections
+from rtdetr_cli.text import counted
 from rtdetr_cli.weights.header import EXPORT_SUFFIXES, MODEL_SUFFIXES, ModelHeader
 
 RTX_DEVICE = "rtx"  # of ONNX files: TensorRT for RTX, by its provider for ONNX Runtime
@@ -53,6 +54,27 @@ class Backend(Protocol):
             For each image all rows of the model (usually 300), best first, neither filtered nor clipped.
         """
         ...
+
+
+def run_checked(backend: Backend, images: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> list[Detections]:
+    """Detect objects as `Backend.run` does, and refuse labels that are no class of the model.
+
+    Raises:
+        ModelError: a row with a score has such a label.
+    """
+    found = backend.run(images, sizes_wh)
+    count = len(backend.header.names)
+    for detections in found:
+        labels = detections.labels[detections.scores > 0]  # rows without a score are padding
+        wrong = labels[(labels < 0) | ((labels >= count) & (count > 0))]
+        if len(wrong):
+            classes = f"{counted(count, 'class')}: 0-{count - 1}" if count else "labels start at 0"
+            raise ModelError(
+                f"the model gives the label {wrong[0]}, which is out of range ({classes})",
+                hint="export it again, and check it with rtdetr verify",
+                code="model-run",
+            )
+    return found
 
 
 def open_backend(

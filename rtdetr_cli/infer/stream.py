@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.images.decode import ImageError
-from rtdetr_cli.infer.backend import Backend
+from rtdetr_cli.infer.backend import Backend, run_checked
 from rtdetr_cli.infer.detections import Detections, save_image
 from rtdetr_cli.infer.prefetch import ImageSource, Prefetched, prefetch, prepare, read_ahead
 from rtdetr_cli.infer.selection import Selection
@@ -165,7 +165,7 @@ def _run_batch(backend: Backend, items: Sequence[Prefetched]) -> Iterator[Detect
     if readable:
         start = time.perf_counter()
         images = np.stack([item.image for item in readable if item.image is not None])
-        detections = iter(backend.run(images, np.array([item.size_wh for item in readable], np.int64)))
+        detections = iter(run_checked(backend, images, np.array([item.size_wh for item in readable], np.int64)))
         seconds = (time.perf_counter() - start) / len(readable)
     for item in items:
         yield Detected(item) if item.error is not None else Detected(item, next(detections), seconds)

@@ -220,6 +220,23 @@ def test_a_graph_that_breaks_the_contract_is_refused(
     assert rtdetr("info", path).code == 0
 
 
+@pytest.mark.parametrize("label", [2, -1])
+@pytest.mark.parametrize("command", ["predict", "eval"])
+def test_a_label_out_of_range_is_the_models_fault(
+    rtdetr: Callable[..., Any], photo: Path, shapes_data: Path, tmp_path: Path, label: int, command: str
+) -> None:
+    names = [category["name"] for category in json.loads(shapes_data.read_text())["categories"]]
+    graph = write_graph(tmp_path / "m.onnx", labels=np.array([[0, len(names) + 1 if label > 0 else label]], np.int64))
+    model = onnx.load(graph)
+    header = {"names": names, "category_ids": list(range(len(names))), "imgsz": [64, 64]}
+    onnx.helper.set_model_props(model, {"rtdetr": json.dumps(header)})
+    onnx.save(model, graph)
+    words = [photo, "-w", graph, "--no-save"] if command == "predict" else [graph, "--data", shapes_data]
+    ran = rtdetr(command, *words)
+    assert ran.code == 4
+    assert f"out of range ({len(names)} classes: 0-{len(names) - 1})" in ran.err
+
+
 def test_a_graph_cannot_read_a_file_outside_its_folder(rtdetr: Callable[..., Any], photo: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(bytes(8))
     (tmp_path / "model").mkdir()

@@ -10,6 +10,7 @@ compares every file that must be the same. With `--folder`, finished trials are 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import http.server
 import json
@@ -102,6 +103,8 @@ def start(words: list[str], folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     child = os.fork()
     if child:
+        with contextlib.suppress(OSError):  # it may have started its group itself, or have ended
+            os.setpgid(child, child)
         return child
     code = 99
     try:
