@@ -21,8 +21,8 @@ from rtdetr_cli.errors import DataError
 
 DATA_YAMLS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 _MASKS = re.compile(r"segmentation|mask|trimap|depth", re.IGNORECASE)
-_NUMBER = rb"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
-_YOLO_LINE = re.compile(rb"\s*\d+(\.0*)?(\s+" + _NUMBER + rb"){4,}\s*", re.IGNORECASE)
+_CLASS = re.compile(rb"\d+(\.0*)?")
+_NUMBER = re.compile(rb"[-+]?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 _COLUMN = re.compile(r"\s+(-1|0|1)$")
 """The second column in a list of Pascal VOC: whether a class is present."""
 
@@ -145,7 +145,12 @@ def _is_coco(path: Path, folder: Folder) -> bool:
 def _is_yolo(paths: list[Path]) -> bool:
     """Return whether most of the files that are not empty begin with a class number and four numbers."""
     first_lines = [text.split(b"\n", 1)[0] for path in _sample(paths) if (text := edges(path).strip())]
-    return 2 * sum(_YOLO_LINE.fullmatch(line) is not None for line in first_lines) > len(first_lines)
+    return 2 * sum(map(_is_yolo_line, first_lines)) > len(first_lines)
+
+
+def _is_yolo_line(line: bytes) -> bool:
+    first, *rest = line.split() or [b""]
+    return _CLASS.fullmatch(first) is not None and len(rest) >= 4 and all(map(_NUMBER.fullmatch, rest))
 
 
 # ---- pairs

@@ -153,6 +153,14 @@ def test_a_bomb_of_aliases_is_refused(rtdetr: Callable[..., Any], tmp_path: Path
     assert "aliases" in ran.out + ran.err
 
 
+def test_a_label_line_of_5000_digits_is_read_in_no_time(rtdetr: Callable[..., Any], tmp_path: Path) -> None:
+    """It took a pattern with nested repetitions hours."""
+    for i in range(3):
+        Image.new("RGB", (48, 32)).save(tmp_path / f"{i}.jpg")
+        (tmp_path / f"{i}.txt").write_text("0 0" + "9" * 5000)
+    assert rtdetr("validate", tmp_path).code == 3
+
+
 STATES: dict[str, Callable[[torch.Tensor], Any]] = {
     "scalar": lambda t: torch.tensor(1.0),
     "empty": lambda t: torch.zeros(0),
