@@ -147,12 +147,13 @@ class RunFolder:
 
     def damaged(self, name: str, reason: str) -> ModelError:
         """Return an error that says which file of the run cannot be read, and what is still usable."""
-        hint = "start it again: rtdetr train --data DATA ..."
-        if self.best.is_file():
-            hint = (
-                f"{self.best} is still usable: rtdetr train --weights {self.path} --data DATA starts a new run from it"
-            )
-        return ModelError(f"{self.path / name} is damaged: {reason}", hint=hint, code="run-damaged")
+        return ModelError(f"{self.path / name} is damaged: {reason}", hint=self.usable(), code="run-damaged")
+
+    def usable(self) -> str:
+        """Return as a hint what is still usable of a damaged run."""
+        if not self.best.is_file():
+            return "start it again: rtdetr train --data DATA ..."
+        return f"{self.best} is still usable: rtdetr train --weights {self.best} --data DATA starts a new run from it"
 
     def _read_manifest(self) -> dict[str, Any]:
         document = doc.parse_json(doc.read_bounded(self.path / MANIFEST))

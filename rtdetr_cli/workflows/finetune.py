@@ -162,10 +162,17 @@ def run_config(path: Path) -> RunConfig:
 
     Raises:
         UsageError: the folder is not a run, or is an interrupted run of version 0.1.
+        ModelError: its `config.toml` is damaged.
     """
     folder = RunFolder.open(path)
     folder.refuse_old()
-    return resolve_run({}, config_file=folder.config)
+    try:
+        config = resolve_run({}, config_file=folder.config)
+    except UsageError as error:
+        raise ModelError(error.message, hint=folder.usable(), code="run-damaged") from error
+    if config.settings.data is None:
+        raise folder.damaged(CONFIG, "it names no dataset")
+    return config
 
 
 def _train(

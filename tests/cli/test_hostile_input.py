@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import onnx
 import pytest
@@ -185,6 +190,42 @@ def test_a_checkpoint_with_an_odd_tensor_is_refused(
     assert rtdetr("info", tmp_path / "m.pth").code == 4
 
 
+def test_a_compressed_pickle_is_not_unpacked(
+    rtdetr: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 MiB of zeros take 300 kB on disk, and so would 300 GiB take little."""
+    torch.save({"model": {"x": torch.zeros(3)}}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "m.pth", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed,
+    ):
+        for name in plain.namelist():
+            with packed.open(name, "w") as entry:
+                entry.write(plain.read(name))
+                for _ in range(300 if name.endswith("/0") else 0):
+                    entry.write(bytes(1 << 20))
+    monkeypatch.setattr(torch, "load", lambda *args, **options: pytest.fail("it was unpacked"))
+    ran = rtdetr("info", tmp_path / "m.pth")
+    assert ran.code == 4
+    assert "truncated or damaged" in ran.err
+
+
+@pytest.mark.parametrize("text", [b"lr = [", b"", b"epochs = 'many'\n", b"nonsense = 3\n", b"\xff"])
+def test_a_run_with_broken_settings_says_what_is_still_usable(
+    rtdetr: Callable[..., Any], shapes_model: Path, tmp_path: Path, text: bytes
+) -> None:
+    run = tmp_path / "r"
+    run.mkdir()
+    shutil.copy(shapes_model, run / "best.safetensors")
+    (run / "manifest.json").write_text('{"finished": null}')
+    (run / "config.toml").write_bytes(text)
+    for command in ("train", "finetune-discrete"):
+        ran = rtdetr(command, "--resume", run)
+        assert ran.code == 4, ran.err
+        assert str(run / "config.toml") in ran.err
+        assert f"{run / 'best.safetensors'} is still usable" in ran.err
+
+
 def write_graph(path: Path, *, image: tuple[int, ...] = (1, 3, 64, 64), **outputs: Any) -> Path:
     """Write a graph of the published contract with constant outputs, some replaced."""
     constants = {
@@ -305,6 +346,48 @@ def test_results_do_not_replace_each_other_or_files_of_others(
     assert ran.code == 2
     assert "did not write" in ran.err
     assert (other / "photo.jpg").read_text() == "mine"
+
+
+def write_clip(path: Path) -> Path:
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 5, (64, 48))
+    for i in range(6):
+        writer.write(np.full((48, 64, 3), 40 * i, np.uint8))
+    writer.release()
+    return path
+
+
+@pytest.mark.parametrize("text", ["{clip}", "ffconcat version 1.0\nfile {clip}\n", "#EXTM3U\n{clip}\n"])
+def test_a_text_called_mkv_does_not_play_another_video(
+    rtdetr: Callable[..., Any], shapes_model: Path, tmp_path: Path, text: str
+) -> None:
+    clip = write_clip(tmp_path / "clip.mp4")
+    (tmp_path / "list.mkv").write_text(text.format(clip=clip))
+    ran = rtdetr("predict", tmp_path / "list.mkv", "-w", shapes_model, "--out", tmp_path / "out")
+    assert ran.code in (1, 3)
+    assert "is not a video" in ran.out + ran.err
+    assert not list((tmp_path / "out").rglob("*.mp4"))
+
+
+def test_a_damaged_video_brings_no_messages_of_ffmpeg(tmp_path: Path) -> None:
+    """In a process of its own, since FFmpeg decides with the first video how much it says."""
+    data = write_clip(tmp_path / "clip.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])  # without the index at its end
+    (tmp_path / "spoiled.mp4").write_bytes(data[:60] + bytes(200) + data[260:])
+    program = """import sys
+from rtdetr_cli.images.decode import ImageError
+from rtdetr_cli.infer.video import Video
+for path in sys.argv[1:]:
+    try:
+        video = Video(__import__("pathlib").Path(path))
+        while video.read() is not None:
+            pass
+    except ImageError as error:
+        print(error)
+"""
+    paths = [str(tmp_path / name) for name in ("cut.mp4", "spoiled.mp4")]
+    ran = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True, check=True)
+    assert "cut.mp4 does not decode as a video" in ran.stdout
+    assert not ran.stderr
 
 
 def test_frames_of_a_video_and_images_get_different_names(tmp_path: Path) -> None:

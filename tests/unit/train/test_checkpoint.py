@@ -131,6 +131,20 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, monkeypatch
     assert not (tmp_path / PARTIAL_CHECKPOINT).exists()
 
 
+def test_a_read_only_disk_is_not_a_full_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, 1)
+
+    def refuse(handle: int) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(RtdetrError, match="Read-only file system; the last good checkpoint") as caught:
+        saved(tmp_path, 2)
+    assert caught.value.code == "not-writable"
+    assert f"make {tmp_path} writable, then rtdetr train --resume" in caught.value.hint
+    assert "free" not in caught.value.hint
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_write_that_fails_half_way_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     saved(tmp_path, 1)

@@ -67,7 +67,7 @@ def make_handler(behavior: Behavior) -> type[BaseHTTPRequestHandler]:
                 self.send_header("Accept-Ranges", "bytes")
                 self.send_header("ETag", '"1"')
             if not fault.get("no_length"):
-                self.send_header("Content-Length", str(len(rest) + fault.get("lie", 0)))
+                self.send_header("Content-Length", fault.get("length", str(len(rest) + fault.get("lie", 0))))
             self.end_headers()
             rest = rest[: len(rest) + min(0, fault.get("lie", 0))]
             for start in range(0, len(rest[: fault.get("cut")]), fault.get("step", 1 << 20)):

@@ -66,6 +66,14 @@ def test_a_download_that_recovers(server: tuple[str, Behavior], tmp_path: Path, 
     assert bool(resumed) == any("cut" in f or "lie" in f or "step" in f for f in faults[:-1])
 
 
+@pytest.mark.parametrize("length", ["9" * 5000, "-1", "x", ""], ids=lambda text: text[:5])
+def test_an_odd_content_length_ends_in_one_sentence(server: tuple[str, Behavior], tmp_path: Path, length: str) -> None:
+    url, behavior = server
+    behavior.faults = [{"length": length}]
+    fetch(url, tmp_path / "incomplete/x.pth")
+    assert (tmp_path / "incomplete/x.pth").read_bytes() == CONTENT
+
+
 @pytest.mark.parametrize(
     ("fault", "message", "kept", "requests"),
     [
