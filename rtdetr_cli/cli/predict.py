@@ -119,7 +119,7 @@ def predict(
     selection = select_by(backend.header, conf=conf, classes=classes, max_det=max_det)
     kinds = {"annotated copies": save, "predictions.jsonl": save_json, "predictions.json": save_coco}
     kinds["labels/"] = save_txt
-    folder = _make_folder(out, found if save else []) if any(kinds.values()) else None
+    folder = _make_folder(out, found, draw=save) if any(kinds.values()) else None
     _show_model(model, backend, selection, found, device=device, compare=conf == "auto")
     files = {"lines": save_json, "coco": save_coco, "txt": save_txt, "scores": save_conf}
     results = _open_results(folder, backend, found, dataset, files) if folder is not None else None
@@ -250,14 +250,15 @@ def _show_model(
         terminal.warn(mismatch[0] + command)
 
 
-def _make_folder(out: Path | None, drawn: Sequence[Source]) -> Path:
-    """Create the output folder; refuse one in which an annotated copy would replace its original."""
+def _make_folder(out: Path | None, sources: Sequence[Source], *, draw: bool) -> Path:
+    """Create the output folder; refuse one in which a result would replace a file that is not one."""
     from rtdetr_cli.infer.write import MARKER, RESULT_FILES, saved_name
     from rtdetr_cli.runs import make_numbered
 
     if out is None:
         Path("runs").mkdir(exist_ok=True)
         return make_numbered(Path("runs"), "predict")
+    drawn = sources if draw else []
     for source in drawn:
         copy = out / saved_name(source)
         if not source.url and copy.exists() and source.path.exists() and copy.samefile(source.path):
@@ -273,6 +274,14 @@ def _make_folder(out: Path | None, drawn: Sequence[Source]) -> Path:
             hint="choose another folder",
             code="out-in-use",
         )
+    inner = {parent for source in sources for parent in Path(saved_name(source)).parents}
+    for folder in sorted({out / "labels" / parent for parent in inner} | {out / parent for parent in inner - {Path()}}):
+        if folder.is_symlink():
+            raise UsageError(
+                f"{folder} is a link, and results would be written to {os.path.realpath(folder)}",
+                hint="choose another folder with --out",
+                code="out-in-use",
+            )
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).touch()
     return out

@@ -348,6 +348,26 @@ def test_results_do_not_replace_each_other_or_files_of_others(
     assert (other / "photo.jpg").read_text() == "mine"
 
 
+@pytest.mark.parametrize("link", ["labels", "in", "labels/in"])
+def test_results_are_not_written_through_a_link(
+    rtdetr: Callable[..., Any], photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str
+) -> None:
+    graph = write_graph(tmp_path / "m.onnx")
+    (tmp_path / "shots/in").mkdir(parents=True)
+    shutil.copy(photo, tmp_path / "shots/in/a.jpg")
+    shutil.copy(photo, tmp_path / "shots/b.jpg")
+    words = ("predict", tmp_path / "shots", "-w", graph, "--save-txt", "--out", tmp_path / "out")
+    assert rtdetr(*words).code == 0
+    linked, elsewhere = tmp_path / "out" / link, tmp_path / "elsewhere"
+    shutil.move(linked, elsewhere)
+    linked.symlink_to(elsewhere)
+    before = {path: path.stat().st_mtime_ns for path in elsewhere.rglob("*")}
+    ran = rtdetr(*words)
+    assert ran.code == 2
+    assert f"{linked} is a link" in ran.err
+    assert {path: path.stat().st_mtime_ns for path in elsewhere.rglob("*")} == before
+
+
 def write_clip(path: Path) -> Path:
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 5, (64, 48))
     for i in range(6):
