@@ -44,14 +44,11 @@ class Oracle:
             index = int(image[0, 0, 0]) // 10
             truth = self.dataset.annotations(index)
             assert tuple(size) == tuple(self.dataset.sizes_wh[index])
-            labels = [
-                self.names.index(self.dataset.names[k]) if self.dataset.names[k] in self.names else -1
-                for k in truth.labels
-            ]
+            known = [row for row, k in enumerate(truth.labels) if self.dataset.names[k] in self.names]
+            labels = np.array([self.names.index(self.dataset.names[truth.labels[row]]) for row in known], np.int64)
             scores = np.full(len(labels), np.nan if self.gives_nan else 0.9, np.float32)
-            results.append(
-                Detections(truth.boxes_xyxy_px.astype(np.float32), scores, np.array(labels, np.int64), tuple(size))
-            )
+            boxes = truth.boxes_xyxy_px[known].astype(np.float32)
+            results.append(Detections(boxes, scores, labels, tuple(size)))
         return results
 
 
