@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 from rtdetr_cli.errors import RtdetrError
 
 HOME_VARIABLE = "RTDETR_CLI_HOME"
+PARTIAL = ".rtdetr-partial"
+"""The folder that `whole_folder` writes to."""
 
 
 def cache_folder(name: str) -> Path:
@@ -58,6 +61,23 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         if aside is not None:
             aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give a hidden folder in `folder`, which is new or empty; on success its files and folders take their places.
+
+    A process that is killed leaves nothing half-written under a final name, and nothing that the next one has to keep.
+    """
+    partial = folder / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for entry in sorted(partial.iterdir(), key=Path.is_file):  # files last: they name what the folders hold
+            entry.replace(folder / entry.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def is_full(error: OSError) -> bool:

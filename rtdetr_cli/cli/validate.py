@@ -15,6 +15,7 @@ import typer
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.config.settings import DATA_HELP
 from rtdetr_cli.errors import DataError, UsageError
+from rtdetr_cli.files import PARTIAL
 from rtdetr_cli.text import counted, printable, suggest, tally
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def _refuse_clashes(data: Path, to: Path | None, fix: Path | None, *, writes: bo
     for flag, folder in (("--to", to), ("--fix", fix)):
         if folder is None:
             continue
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(path.name != PARTIAL for path in folder.iterdir())):
             raise UsageError(f"{flag} {folder} is not empty", hint="choose a new folder")
         if data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
             raise UsageError(f"{flag} {folder} is inside the dataset", hint="choose a folder elsewhere")

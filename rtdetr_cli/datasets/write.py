@@ -16,6 +16,7 @@ from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.datasets.voc import write_voc
 from rtdetr_cli.datasets.yolo import write_yolo
 from rtdetr_cli.errors import DataError, RtdetrError
+from rtdetr_cli.files import whole_folder
 
 _WRITERS: dict[str, Callable[[dict[str, Dataset], Path], Path]] = {
     "coco": write_coco,
@@ -38,8 +39,9 @@ def write_dataset(parts: dict[str, Dataset], form: str, to: Path) -> Path:
     """
     _check_names([c.name for c in next(iter(parts.values())).categories], form)
     try:
-        to.mkdir(parents=True, exist_ok=True)
-        return _WRITERS[form](parts, to)
+        with whole_folder(to) as folder:
+            data = _WRITERS[form](parts, folder)
+        return to / data.relative_to(folder)
     except OSError as error:
         raise RtdetrError(f"{to} cannot be written: {error.strerror or error}", code="output") from error
 

@@ -126,7 +126,8 @@ def start(words: list[str], folder: Path) -> int:
 def files(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
     """Return the files that match, without hidden ones: those of a write that is under way."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(found) if not p.name.startswith(".")}
+    relative = {path.relative_to(folder): path for path in sorted(found)}
+    return {str(r): p.read_bytes() for r, p in relative.items() if not any(n.startswith(".") for n in r.parts)}
 
 
 def trial(command: Command, reference: dict[str, bytes], whole: dict[str, bytes], folder: Path, delay: float) -> str:

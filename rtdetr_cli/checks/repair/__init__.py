@@ -28,6 +28,7 @@ from rtdetr_cli.checks.repair.yolo import plan_yolo
 from rtdetr_cli.datasets.coco_files import CHANGES_FILE
 from rtdetr_cli.datasets.codes import CODES
 from rtdetr_cli.errors import DataError, RtdetrError
+from rtdetr_cli.files import whole_folder
 from rtdetr_cli.images.decode import complete_truncated
 
 _HOLDS = (
@@ -102,7 +103,7 @@ def repair(report: Report, out: Path, *, keep_unlabelled: bool = False, allow_ou
     # Resetting the orientation swaps an image's sides, so the dataset is checked again before boxes are clipped.
     rewritten = is_rewritten(report, allow_outside=allow_outside)
     upright, reset = (report, {}) if rewritten else reset_orientations(report)
-    plan = Plan(upright, out, keep_unlabelled, allow_outside)
+    plan = Plan(upright, keep_unlabelled, allow_outside)
     choose_left_out(plan, report, reset)
     if len(plan.left_out) == sum(map(len, raw.splits.values())):
         code, why = next(iter(plan.left_out.values()), ("split-empty", "it has no images"))
@@ -130,17 +131,18 @@ def repair(report: Report, out: Path, *, keep_unlabelled: bool = False, allow_ou
         "not_repaired": [{"code": f.code, "file": f.file, "line": f.line, "message": f.message} for f in left],
     }
     # A dataset may have a file of that name itself.
-    changes_file = out / (CHANGES_FILE if CHANGES_FILE not in plan.files else f"rtdetr-{CHANGES_FILE}")
+    changes_file = CHANGES_FILE if CHANGES_FILE not in plan.files else f"rtdetr-{CHANGES_FILE}"
     data = out / plan.destination(raw.source) if raw.source in raw.label_paths.values() else out
     try:
-        if rewritten:
-            data = write_rewritten(plan)
-        _write(plan)
-        changes_file.write_text(json.dumps(document, indent=1), "utf-8")
+        with whole_folder(out) as folder:
+            if rewritten:
+                data = out / write_rewritten(plan, folder).relative_to(folder)
+            _write(plan, folder)
+            (folder / changes_file).write_text(json.dumps(document, indent=1), "utf-8")
     except OSError as error:
         raise RtdetrError(f"{out} cannot be written: {error.strerror or error}", code="output") from error
     not_repaired = dict(Counter(f.code for f in left))
-    return Repaired(data, changes_file, dict(repaired), not_repaired, plan.images_left_out(), rewritten)
+    return Repaired(data, out / changes_file, dict(repaired), not_repaired, plan.images_left_out(), rewritten)
 
 
 def _plan_notes(plan: Plan) -> None:
@@ -159,10 +161,9 @@ def _is_note(path: Path) -> bool:
     return named and os.access(path, os.R_OK) and path.stat().st_size <= _NOTE_BYTES
 
 
-def _write(plan: Plan) -> None:
-    plan.out.mkdir(parents=True, exist_ok=True)
+def _write(plan: Plan, folder: Path) -> None:
     for target in dict.fromkeys((*plan.files, *plan.texts)):
-        to = plan.out / target
+        to = folder / target
         to.parent.mkdir(parents=True, exist_ok=True)
         if target in plan.texts:
             to.write_bytes(plan.texts[target].encode("utf-8"))

@@ -62,7 +62,6 @@ class Plan:
     """
 
     report: Report
-    out: Path
     keep_unlabelled: bool = False
     allow_outside: bool = False
     files: dict[str, Path] = field(default_factory=dict)

@@ -39,7 +39,7 @@ def plan_rewrite(plan: Plan) -> None:
             plan.repaired.add(i)
 
 
-def write_rewritten(plan: Plan) -> Path:
+def write_rewritten(plan: Plan, folder: Path) -> Path:
     """Write the images that are not left out, with their checked boxes; return the path to train on."""
     raw = copy(plan.report.raw)
     raw.splits = {
@@ -49,9 +49,9 @@ def write_rewritten(plan: Plan) -> Path:
     }
     splits = to_splits(raw)
     parts = {part.split: part for part in (splits.train, splits.val, splits.test) if part is not None}
-    data = write_dataset(parts, "coco", plan.out)
+    data = write_dataset(parts, "coco", folder)
     for name, part in parts.items() if plan.completed else ():
         for index, image in enumerate(image_names(part, flat=False, stems=False, used=set())):
             if part.path(index) in plan.completed:
-                complete_truncated(plan.out / name / image)
+                complete_truncated(folder / name / image)
     return data

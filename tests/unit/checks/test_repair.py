@@ -551,3 +551,28 @@ def test_dataset_without_a_usable_image_is_refused(coco: Any) -> None:
         repair(examine(folder), folder.parent / "out")
     assert refused.value.hint == "rtdetr validate --explain image-empty"
     assert not (folder.parent / "out").exists()
+
+
+@pytest.mark.parametrize("words", [["--fix", "copy"], ["--convert", "yolo", "--to", "copy"]], ids=["fix", "convert"])
+def test_a_copy_that_is_interrupted_leaves_nothing_under_a_final_name(
+    rtdetr: Callable[..., Any], coco: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = coco.write()
+    copies = iter(range(100))
+    real = shutil.copyfile
+
+    def copy_until_killed(source: Path, to: Path) -> None:
+        if next(copies) == 2:
+            Path(to).write_bytes(b"half")
+            raise KeyboardInterrupt
+        real(source, to)
+
+    monkeypatch.setattr(shutil, "copyfile", copy_until_killed)
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: None)  # as after SIGKILL
+    assert rtdetr("validate", data, *words).code == 130
+    assert [path.name for path in (tmp_path / "copy").iterdir()] == [".rtdetr-partial"]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert rtdetr("validate", data, *words).code == 0, "and the same command starts again"
+    assert ".rtdetr-partial" not in {path.name for path in (tmp_path / "copy").iterdir()}
