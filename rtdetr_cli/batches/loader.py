@@ -8,7 +8,6 @@ file descriptor each, and space in `/dev/shm`, which is small in containers.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -30,7 +29,7 @@ from rtdetr_cli.batches.examples import Example, ExampleLoader
 from rtdetr_cli.datasets import records
 from rtdetr_cli.errors import DataError, EnvironmentProblem, RtdetrError
 from rtdetr_cli.images.augment import Augmentation
-from rtdetr_cli.machine import free_bytes
+from rtdetr_cli.machine import free_bytes, keep_freed_memory
 
 Position = tuple[int, int]  # epoch, and index of a batch in it
 
@@ -267,20 +266,6 @@ def _exit_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep freed memory for the next image; other libraries than glibc's are left alone.
-
-    By default glibc maps and unmaps the megabytes of every image, and a quarter of the time is spent on clearing pages
-    in the kernel.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its upper limit
-        mallopt(-1, 128 << 20)  # M_TRIM_THRESHOLD
 
 
 @contextlib.contextmanager

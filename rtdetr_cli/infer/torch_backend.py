@@ -36,7 +36,9 @@ class TorchBackend:
         `autocast` is the type for the network; post-processing stays in float32.
         """
         self.device = device if isinstance(device, torch.device) else choose_device(device)
-        self.model = model.to(self.device)
+        # On a CPU, convolutions on channels-last maps take a tenth less.
+        self.memory_format = torch.channels_last if self.device.type == "cpu" else torch.contiguous_format
+        self.model = model.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.header = header
         self.imgsz = imgsz or header.imgsz
         self.autocast = autocast
@@ -47,7 +49,7 @@ class TorchBackend:
         """Detect objects; see `Backend.run`."""
         weight = next(self.model.parameters())
         inputs = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)  # B H W 3
-        inputs = inputs.permute(0, 3, 1, 2).to(weight.dtype).contiguous() / 255  # B 3 H W
+        inputs = inputs.permute(0, 3, 1, 2).to(weight.dtype, memory_format=self.memory_format) / 255  # B 3 H W
         training = [m for m in self.model.modules() if m.training]  # without frozen parts, which stay in eval mode
         self.model.eval()
         try:

@@ -81,8 +81,7 @@ def attend_with_products(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor
     if attention_mask is not None:
         bias = bias.masked_fill(attention_mask, float("-inf"))
     scores = torch.baddbmm(bias.expand(batch * heads, -1, -1), q, k.transpose(1, 2), alpha=channels**-0.5)
-    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-    return torch.bmm(weights, v).reshape(batch, heads, tokens, channels)
+    return torch.bmm(scores.softmax(-1), v).reshape(batch, heads, tokens, channels)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -191,8 +190,9 @@ class DeformableAttention(nn.Module):
         weights = self.attention_weights(query).reshape(batch, queries, self.heads, total).softmax(-1)
 
         reference = reference_cxcywh[:, :, None, None]  # B Q 1 1 4
-        scale = self.num_points_scale.to(offsets.dtype)[:, None]
-        locations = reference[..., :2] + offsets * scale * reference[..., 2:] * self.offset_scale  # B Q H P 2
+        # Reshaped to what the heads share first: operations that broadcast over the last two numbers are slow.
+        reach = self.num_points_scale.to(reference.dtype)[:, None] * reference[..., 2:] * self.offset_scale  # B Q 1 P 2
+        locations = reference[..., :2].expand_as(reach).contiguous() + offsets * reach  # B Q H P 2
 
         if self.sampling == "discrete":
             sampled = sample_discrete(value, locations, weights, levels, rounding=self.rounding)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -70,6 +71,8 @@ class _SampleRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from scipy.sparse import csr_array  # here, since prediction does not need it
+
         rows, index, shares, by_row, weights, sizes_wh, *factors = ctx.saved_tensors
         x0_inside, x1_inside, y0_inside, y1_inside, share_x0, share_x1, share_y0, share_y1 = factors
         batch, tokens, heads, channels = ctx.sizes
@@ -77,22 +80,22 @@ class _SampleRows(torch.autograd.Function):
         bags, samples = index.shape
 
         # Every row of the values gets the gradients of the queries that sampled it.
-        index = index.flatten()
-        order = torch.sort(index, stable=True).indices
-        counts = torch.bincount(index, minlength=len(rows))
+        ends = np.arange(0, bags * samples + 1, samples, dtype=np.int32)
+        by_bag = csr_array((by_row.numpy().ravel(), index.numpy().ravel(), ends), shape=(bags, len(rows)))
+        by_row_of_values = by_bag.tocsc()  # a counting sort
         row_grad = functional.embedding_bag(
-            torch.div(order, samples, rounding_mode="trunc"),
+            torch.from_numpy(by_row_of_values.indices),
             grad,
-            counts.cumsum(0) - counts,
+            torch.from_numpy(by_row_of_values.indptr[:-1]),
             mode="sum",
-            per_sample_weights=by_row.flatten().index_select(0, order),  # far faster than indexing
+            per_sample_weights=torch.from_numpy(by_row_of_values.data),
         )
         value_grad = row_grad.reshape(batch, heads, tokens, channels).transpose(1, 2).to(ctx.dtypes[0])
 
         products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             grad,
             rows,
-            index,
+            index.flatten(),
             torch.arange(0, bags * samples, samples, dtype=torch.int32),
             torch.arange(bags, dtype=torch.int32).repeat_interleave(samples),
             0,  # mode: sum

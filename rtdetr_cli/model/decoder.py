@@ -23,7 +23,15 @@ from torch.nn import functional
 
 from rtdetr_cli.model.attention import DeformableAttention, Levels, Operator, Rounding, Sampling, SelfAttention
 from rtdetr_cli.model.denoising import DenoisingGroup
-from rtdetr_cli.model.layers import MLP, Activation, ConstantCache, ConvNorm, add_bounded, inverse_sigmoid
+from rtdetr_cli.model.layers import (
+    MLP,
+    Activation,
+    ConstantCache,
+    ConvNorm,
+    add_bounded,
+    inverse_sigmoid,
+    with_dense_gradient,
+)
 
 Form = Literal["rtdetrv2", "deim"]
 """The published decoder, or that of DEIM's RT-DETRv2 (arXiv 2412.04234), which has SiLU in place of ReLU and computes
@@ -239,7 +247,7 @@ class Decoder(nn.Module):
 
     def _tokens(self, maps: Sequence[Tensor]) -> tuple[Tensor, Levels]:
         """Project and flatten the maps to memory (B, N, C), and return it with the sizes of the levels."""
-        projected: list[Tensor] = [proj(x) for proj, x in zip(self.input_proj, maps, strict=True)]
+        projected = [with_dense_gradient(proj(x)) for proj, x in zip(self.input_proj, maps, strict=True)]
         shapes = tuple((int(x.shape[2]), int(x.shape[3])) for x in projected)
         device = projected[0].device
         levels = self._constants.get(

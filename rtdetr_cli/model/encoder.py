@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rtdetr_cli.model.attention import SelfAttention
-from rtdetr_cli.model.layers import ConstantCache, ConvNorm, add_bounded, convolution
+from rtdetr_cli.model.layers import ConstantCache, ConvNorm, add_bounded, convolution, with_dense_gradient
 
 
 def position_table(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
@@ -157,7 +157,7 @@ class HybridEncoder(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Map three (B, C_l, H_l, W_l) to three (B, hidden_dim, H_l, W_l), finest first."""
-        projected: list[Tensor] = [proj(x) for proj, x in zip(self.input_proj, maps, strict=True)]
+        projected = [with_dense_gradient(proj(x)) for proj, x in zip(self.input_proj, maps, strict=True)]
         projected[-1] = self._attend(projected[-1])
 
         fused = [projected[-1]]  # coarsest first

@@ -290,6 +290,8 @@ def make_learner(
     groups = parameter_groups(model, optim, lr=plan.lr, lr_backbone=plan.lr_backbone)
     if not groups:
         raise UsageError(f"--freeze {config.settings.freeze} leaves nothing to train", code="freeze")
+    if device.type == "cpu":
+        machine.keep_freed_memory()
     return Learner(
         model=model,
         average=MovingAverage(model),

@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from rtdetr_cli.batches.loader import keep_freed_memory
 from rtdetr_cli.datasets.generate import generate_image
 from rtdetr_cli.datasets.records import Category, Dataset, FlatStrings
 from rtdetr_cli.evaluate.coco import coco_metrics
 from rtdetr_cli.evaluate.table import DetectionTable
 from rtdetr_cli.images.augment import RECIPE, augment
 from rtdetr_cli.images.decode import opened
+from rtdetr_cli.machine import keep_freed_memory
 from tests.bench.speed.harness import ROOT, Comparison, Settings, Turn, run_timed
 
 NETWORK = (640, 640)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rtdetr_cli.model.encoder import RepBlock, position_table
-from rtdetr_cli.model.layers import ConvNorm, add_bounded
+from rtdetr_cli.model.layers import ConvNorm, add_bounded, with_dense_gradient
 
 
 def test_position_table_is_rows_first_on_rectangles() -> None:
@@ -70,3 +70,9 @@ def test_float16_sums_stay_finite_and_float32_sums_are_not_clamped() -> None:
     assert half.tolist() == [65504.0, 65504.0, -65504.0]
     assert add_bounded(big, big.half()).isfinite().all()  # as under autocast: a float32 residual, a half update
     assert add_bounded(big, big).tolist() == [120000.0, float("inf"), -120000.0]
+
+
+def test_gradient_of_a_joined_map_is_dense() -> None:
+    maps = [torch.rand(2, 4, 3, 5).to(memory_format=torch.channels_last).requires_grad_() for _ in range(2)]
+    torch.cat([with_dense_gradient(x * 1) for x in maps], 1).sum().backward()
+    assert all(x.grad is not None and x.grad.is_contiguous(memory_format=torch.channels_last) for x in maps)
