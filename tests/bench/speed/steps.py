@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.config.run import resolve_run
@@ -208,23 +210,59 @@ def sampling_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
     yield partial(turn, sample_bilinear_cpu), partial(turn, partial(sample_bilinear, num_points=points))
 
 
-@contextmanager
-def prediction_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
-    """Give a forward pass on one image of 640 px, as each is used to predict: ours with its norms folded."""
-    torch.set_num_threads(settings.threads)
-    device = torch.device(settings.device)
-    image = to_input(make_batch(1, 640).images.to(device), (640, 640))
+def our_prediction(device: torch.device) -> Turn:
+    """Return a forward pass of r18 on one image of 640 px, with norms folded."""
     spec = resolve_run({"preset": "r18"}).preset.model
-    ours = build_detector(spec, num_classes=CLASSES).eval().fuse().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    theirs = peer_model(device).eval()
+    model = build_detector(spec, num_classes=CLASSES).eval().fuse()
+    return prediction(model.to(device, memory_format=torch.channels_last), device)  # type: ignore[call-overload]
 
-    def turn(model: Callable[..., Any]) -> None:
+
+def prediction(model: Callable[[Tensor], Any], device: torch.device) -> Turn:
+    """Return a forward pass on one image of 640 px."""
+    image = to_input(make_batch(1, 640).images.to(device), (640, 640))
+
+    def predict() -> None:
         with torch.inference_mode():
             model(image)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    yield partial(turn, ours), partial(turn, theirs)
+    return predict
+
+
+@contextmanager
+def prediction_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
+    """Give a forward pass on one image of 640 px, as each is used to predict: ours with its norms folded."""
+    torch.set_num_threads(settings.threads)
+    device = torch.device(settings.device)
+    yield our_prediction(device), prediction(peer_model(device).eval(), device)
+
+
+@contextmanager
+def limit_sides(
+    settings: Settings, *, make: Callable[[], Turn], dtype: torch.dtype | None = torch.float32
+) -> Iterator[tuple[Turn, Turn]]:
+    """Give a turn of ours, and as many operations in the convolution that torch computes fastest.
+
+    The operations are the multiplications and additions of matrix products and convolutions. None as `dtype` is that of
+    `--precision auto`.
+    """
+    torch.set_num_threads(settings.threads)
+    ours = make()
+    with FlopCounterMode(display=False) as counter:
+        ours()
+    dtype = dtype or choose_precision("auto", torch.device("cpu")).dtype or torch.float32
+    channels, side, kernel = 256, 40, 3
+    x = torch.rand(1, channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+    weight = torch.rand(channels, channels, kernel, kernel, dtype=dtype).to(memory_format=torch.channels_last)
+    times = counter.get_total_flops() / (2 * channels**2 * side**2 * kernel**2)
+
+    @torch.inference_mode()
+    def convolutions() -> None:
+        for _ in range(round(times)):
+            functional.conv2d(x, weight, padding=kernel // 2)
+
+    yield ours, convolutions
 
 
 @contextmanager
@@ -254,6 +292,11 @@ def tiny_step() -> Turn:
     device = torch.device("cpu")
     autocast = choose_precision("auto", device).dtype
     return our_step(make_batch(16, 192), preset="tiny", classes=CLASSES, device=device, autocast=autocast)
+
+
+def r18_step() -> Turn:
+    """Return a step of r18 at 320 px, batch 4, in float32."""
+    return our_step(make_batch(4, 320), preset="r18", classes=CLASSES, device=torch.device("cpu"), autocast=None)
 
 
 EARLIER_STEP = f"""
@@ -375,5 +418,29 @@ COMPARISONS = (
         aim=1.25,
         sides=prediction_sides,
         rounds=15,
+    ),
+    Comparison(
+        name="limit-predict",
+        title="prediction of r18 at 640, one image, float32",
+        peer="as many operations in convolutions only",
+        aim=0.8,
+        sides=partial(limit_sides, make=partial(our_prediction, torch.device("cpu"))),
+        rounds=5,
+    ),
+    Comparison(
+        name="limit-step",
+        title="training step of r18, 320 px, batch 4, float32",
+        peer="as many operations in convolutions only",
+        aim=0.7,
+        sides=partial(limit_sides, make=r18_step),
+        rounds=5,
+    ),
+    Comparison(
+        name="limit-tiny",
+        title="training step of tiny, 192 px, batch 16, default precision",
+        peer="as many operations in convolutions only",
+        aim=0.5,
+        sides=partial(limit_sides, make=tiny_step, dtype=None),
+        rounds=5,
     ),
 )
