@@ -157,7 +157,7 @@ def with_dense_gradient(x: Tensor) -> Tensor:
     On a CPU, the backward pass of a batch norm takes ten times as long for a slice, and is less exact in bfloat16.
     """
     if x.requires_grad and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last):
-        x.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))
+        x.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))  # type: ignore[no-untyped-call]
     return x
 
 
