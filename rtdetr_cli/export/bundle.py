@@ -64,12 +64,13 @@ Each line of the output is a class name, its category id, a score, and a box as 
 | `detect.py` | reads an image, runs the network, and prints the objects above their thresholds |
 
 **Speed.** {total:.1f} ms from the image file to boxes, of which the network takes {network:.1f} ms: medians of {runs}
-runs, one image at a time, on {processor} with {threads}, measured by rtdetr-cli, which runs the same network.
+runs, one image at a time, on {processor} with {threads}, measured by rtdetr-cli, which runs the same network.{unstable}
 
 **Verification.** {verification}
 """
 
 RUNS = 20
+UNSTABLE = " The runs differed by more than 20%, as when other programs run: measure again on an idle machine."
 
 
 def check_bundle(folder: Path, options: ExportOptions) -> None:
@@ -157,5 +158,6 @@ def describe(backend: OnnxBackend, artefact: Artefact, images: Dataset | Sequenc
         runs=RUNS,
         processor=cpu_name(),
         threads=counted(cpu_count(), "thread"),
+        unstable=UNSTABLE if times["total"].unstable else "",
         verification="Skipped." if verdict is None else f"Compared with the trained model: {verdict.summary}.",
     )

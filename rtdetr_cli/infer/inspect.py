@@ -19,7 +19,7 @@ from rtdetr_cli.weights.header import EXPORT_SUFFIXES, METADATA_KEY, ModelHeader
 
 # Names of types in safetensors, ONNX and OpenVINO -> numpy's.
 _TYPE_NAMES = {"float": "float32", "bf16": "bfloat16", "f64": "float64", "i64": "int64", "i32": "int32", "u8": "uint8"}
-_TYPE_NAMES |= {"f32": "float32", "fp32": "float32", "f16": "float16", "fp16": "float16"}
+_TYPE_NAMES |= {"f32": "float32", "fp32": "float32", "f16": "float16", "fp16": "float16", "i8": "int8"}
 _MAX_TENSOR = 1 << 50
 _MAX_XML_BYTES = 1 << 28
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "num_points_scale", "anchors", "valid_mask")

@@ -6,7 +6,17 @@ The formats are exported as `rtdetr export` does it, and verified on the val spl
 of one thread for one image, from the resized image to detections: medians of runs that take turns, so other programs
 hardly change them. Engines are built, but cannot be run without their GPU. "Before" is the model in PyTorch.
 
-FIGURES
+Measured on blood cells (87 val images) with models trained on 205 images, on two shared cores:
+
+| model | file | types | MB | ms | AP |
+|---|---|---|---|---|---|
+| `tiny`, 192 px | PyTorch | | 6.6 | 37.2 | .5270 |
+| | ONNX | float32 | 6.6 | 20.4 | .5270 |
+| | ONNX INT8 | 80 int8 constants | 3.4 | 16.7 | .5267 |
+| | ONNX float16 | 141 float16, 76 float32 constants | 3.8 | 21.1 | .5270 |
+| | OpenVINO | 211 float16, 12 float32 constants | 4.2 | 15.7 | .5272 |
+| | OpenVINO INT8 | 80 int8 constants | 3.2 | 11.5 | .5295 |
+| | RTX, five GPUs | 110 half, 30 float layers | 11.0 | - | - |
 """
 
 from __future__ import annotations
@@ -50,10 +60,11 @@ def processor_times(backends: Sequence[Backend], paths: Sequence[Path], runs: in
 
 
 def describe_types(artefact: Artefact) -> str:
-    """Return the types of an engine's layers, or of a graph's constants, the most frequent first."""
-    types = artefact.operators if artefact.format == "tensorrt" else inspect_model(artefact.path)["types"]
-    kind = "layers" if artefact.format == "tensorrt" else "constants"
-    return ", ".join(f"{count} {name}" for name, count in sorted(types.items(), key=lambda t: -t[1])[:3]) + f" {kind}"
+    """Return the types of an engine's layers, or of a graph's constants without those of shapes and indices."""
+    if artefact.format == "tensorrt":
+        return ", ".join(f"{count} {name}" for name, count in artefact.operators.items()) + " layers"
+    types = inspect_model(artefact.path)["types"]
+    return ", ".join(f"{types[name]} {name}" for name in ("int8", "float16", "float32") if name in types) + " constants"
 
 
 def export_all(
@@ -102,7 +113,7 @@ def main() -> None:
                 describe_types(artefact),
                 f"{artefact.bytes / 1e6:.1f}",
                 f"{before:.1f} -> {times[name]:.1f}" if name in times else "needs its GPU",
-                f"{ap['ap_model']:.4f} -> {ap['ap_export']:.4f}" if ap else "",
+                f"{ap['ap_model']:.4f} -> {ap['ap_export']:.4f}" if "ap_model" in ap else "",
                 f"{artefact.verdict.agreement.figures.get('matched', 0):.3f}" if artefact.verdict else "",
                 artefact.verdict.summary if artefact.verdict and not artefact.passed else artefact.pending or "passed",
             ]

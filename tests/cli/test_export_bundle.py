@@ -15,9 +15,12 @@ from typing import Any
 import onnx
 import pytest
 
-from rtdetr_cli.export import compare
+from rtdetr_cli.export import bundle, compare
 from rtdetr_cli.export import onnx as onnx_file
+from rtdetr_cli.export.artefacts import Artefact
 from rtdetr_cli.export.bundle import FILES
+from rtdetr_cli.infer.onnx_backend import OnnxBackend
+from rtdetr_cli.infer.timing import PARTS, Spread
 
 Rtdetr = Callable[..., Any]
 
@@ -95,6 +98,15 @@ def test_a_bundle_detects_what_predict_detects(
     labels["thresholds"]["per_class"] = [2] * len(labels["names"])
     (folder / "labels.json").write_text(json.dumps(labels))
     assert run_program(folder, image) == []
+
+
+@pytest.mark.parametrize("p90", [10.5, 20.0])
+def test_an_unstable_latency_is_marked(shapes_onnx: Path, monkeypatch: pytest.MonkeyPatch, p90: float) -> None:
+    times = dict.fromkeys(PARTS, Spread(10.0, p90))
+    monkeypatch.setattr(bundle, "measure_steadily", lambda *_, **__: times)
+    readme = bundle.describe(OnnxBackend(shapes_onnx, device="cpu"), Artefact(shapes_onnx, "onnx", "fp32"), None)
+    assert "10.0 ms from the image file to boxes" in readme
+    assert ("measure again on an idle machine" in readme) == (p90 == 20)
 
 
 @pytest.mark.parametrize(

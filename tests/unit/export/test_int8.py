@@ -123,6 +123,7 @@ def test_openvino(export: Export) -> None:
     assert small.passed
     assert small.path.with_suffix(".bin").stat().st_size < 0.6 * whole.path.with_suffix(".bin").stat().st_size
     assert small.operators["FakeQuantize"] > 100
+    assert inspect_model(small.path)["types"]["int8"] > 30
     assert any("openvino  int8, float32: first convolution" in message for message in messages)
 
 
@@ -145,12 +146,13 @@ def test_a_discrete_model(formats: tuple[str, str], shapes_model: Path, dataset:
     pytest.importorskip("nncf", reason="nncf is not installed")
     model, header = load_model(shapes_model, sampling="discrete")
     calibration = [dataset.path(i) for i in range(8)]
-    whole, small = export_model(
+    _, small = export_model(
         *(model, header, tmp_path, ExportOptions(formats)), images=dataset, calibration=calibration, tol_ap=0.1
     )
-    assert small.passed, small.verdict
-    assert small.bytes < 0.7 * whole.bytes
+    assert small.verdict is not None
+    assert small.passed, small.verdict.summary
     assert "GridSample" not in small.operators
+    assert inspect_model(small.path)["types"]["int8"] > 30
     assert open_backend(small.path).header.sampling == "discrete"
 
 
