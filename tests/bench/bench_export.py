@@ -20,6 +20,8 @@ Measured on blood cells (87 val images) with models trained on 205 images, on tw
 | `r18`, 192 px | PyTorch | | | 164.5 | .5031 |
 | | ONNX | float32 | 79.7 | 128.2 | .5031 |
 | | ONNX INT8 | 112 int8 constants | 33.9 | 90.0 | .5065 |
+| | OpenVINO | 245 float16, 12 float32 constants | 40.8 | 114.7 | .5030 |
+| | OpenVINO INT8 | 98 int8 constants | 24.2 | 56.5 | .5027 |
 | | RTX, three GPUs | 128 half, 30 float layers | 49.1 | - | - |
 """
 
