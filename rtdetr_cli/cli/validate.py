@@ -94,7 +94,7 @@ def validate(
     fractions = _fractions(resplit) if resplit is not None else None
     _check_choices(convert, missing_labels, html)
     _refuse_clashes(data, to, fix, writes=convert is not None or fractions is not None)
-    _refuse_unused(keep_truncated and (fix is None or fast), allow_outside and fix is to is None)
+    _refuse_unused(keep_truncated and (fix is None or fast), allow_outside and fix is None and to is None)
 
     from rtdetr_cli.checks.doctor import examine
 

@@ -11,6 +11,7 @@ from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.config.settings import PUBLISHED_WEIGHTS
 from rtdetr_cli.text import abbreviate, counted
 from rtdetr_cli.train.plan import (
+    CALM_STEPS,
     LARGEST_RATE_FACTOR,
     Plan,
     calm_epochs,
@@ -235,12 +236,15 @@ def _explain_augmentation(config: RunConfig, plan: Plan) -> list[Choice]:
     choices = [Choice("augmentation", plan.augmentation, reason)]
 
     if plan.augmentation not in ("none", "light"):
-        if plan.strong_until > plan.epochs - calm_epochs(config, plan.epochs):
+        calm = calm_epochs(config, plan.epochs, plan.steps_per_epoch)
+        if plan.strong_until > plan.epochs - calm:
             reason = "a run this short keeps it for at least half of the epochs"
         elif keeps_published(config, "calm"):
             reason = "published"
-        else:
+        elif config.given("calm") or calm <= max(2, round(settings.calm * plan.epochs)):
             reason = f"off for the last {settings.calm:.0%} of the epochs, at least two"
+        else:
+            reason = f"off for the last {CALM_STEPS} steps: a short run needs them to gain from plain images"
         choices.append(Choice("strong augmentation", f"until epoch {plan.strong_until}", reason))
 
     if plan.multi_scale_until:

@@ -152,6 +152,16 @@ def test_other_epochs_keep_the_published_number_of_calm_epochs() -> None:
     assert plan.strong_until == 17
 
 
+@pytest.mark.parametrize(
+    ("epochs", "calm", "until"), [(20, None, 12), (12, None, 6), (200, None, 180), (20, 0.1, 18), (20, 0.25, 15)]
+)
+def test_a_short_run_gets_enough_steps_on_plain_images(epochs: int, calm: float | None, until: int) -> None:
+    """At least 200 steps, at most half of the run; a given share is kept."""
+    sets = ["aug=recipe", *([f"calm={calm}"] if calm else [])]
+    plan = make_plan(resolve_run({"preset": "r18", "epochs": epochs, "effective_batch": 8}, sets=sets), images=205)
+    assert plan.strong_until == until
+
+
 @pytest.mark.parametrize(("key", "value"), [("warmup", 0.05), ("ema_age", 0.02), ("calm", 0.3), ("final_rate", 0.5)])
 def test_one_setting_can_be_changed_in_the_official_schedule(key: str, value: float) -> None:
     """The rest stays as published, so that settings can be compared one by one."""
