@@ -244,7 +244,7 @@ def _explain_augmentation(config: RunConfig, plan: Plan) -> list[Choice]:
         elif config.given("calm") or calm <= max(2, round(settings.calm * plan.epochs)):
             reason = f"off for the last {settings.calm:.0%} of the epochs, at least two"
         else:
-            reason = f"off for the last {CALM_STEPS} steps: a short run needs them to gain from plain images"
+            reason = f"off for at least the last {CALM_STEPS} steps: a short run needs them to gain from plain images"
         choices.append(Choice("strong augmentation", f"until epoch {plan.strong_until}", reason))
 
     if plan.multi_scale_until:
