@@ -158,7 +158,7 @@ class RunSettings:
     ema_ramp: Rate = _key(0.15, "The same mean age early in a run, as a fraction of the steps done so far.")
     calm: Share = _key(
         0.1,
-        "Fraction of the epochs, at the end, without strong augmentation and multi-scale; if not set, at least 200 steps.",
+        "Fraction of the epochs, at the end, without strong augmentation and multi-scale; unset, at least 200 steps.",
     )
     eval_every: Positive = _key(1, "Epochs between evaluations; the last epoch is always evaluated.")
     val_fraction: Rate = _key(
