@@ -41,7 +41,7 @@ class OnnxBackend(GraphBackend):
     def open(self, device: Any, threads: int | None) -> GraphSpec:
         """Open the graph in a session."""
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised, and its log writes them in color
         if threads is not None:
             options.intra_op_num_threads = threads
         if device == RTX_DEVICE:

@@ -269,6 +269,16 @@ def test_a_graph_that_breaks_the_contract_is_refused(
     assert rtdetr("info", path).code == 0
 
 
+def test_a_graph_that_does_not_open_leaves_no_colors_of_the_runtime(
+    rtdetr: Callable[..., Any], photo: Path, tmp_path: Path
+) -> None:
+    """ONNX Runtime writes its own log to the terminal, past Python."""
+    path = write_graph(tmp_path / "m.onnx", **{"": np.zeros((1, 2), np.float32)})
+    ran = rtdetr("predict", photo, "-w", path, "--no-save")
+    assert ran.code == 4
+    assert "\x1b" not in ran.err
+
+
 @pytest.mark.parametrize("label", [2, -1])
 @pytest.mark.parametrize("command", ["predict", "eval"])
 def test_a_label_out_of_range_is_the_models_fault(
