@@ -25,7 +25,7 @@ from rtdetr_cli.train.step import accumulate_gradients, draw_group, run_largest_
 from rtdetr_cli.train.stop import StopFlag
 from rtdetr_cli.workflows.evaluator import Evaluator
 from rtdetr_cli.workflows.events import DryRunResult
-from rtdetr_cli.workflows.prepare import Prepared, compile_parts
+from rtdetr_cli.workflows.prepare import Prepared, compiled
 
 REAL_STEPS = 4
 
@@ -37,12 +37,11 @@ def measure_run(prepared: Prepared, micro_batch: int) -> DryRunResult:
         RtdetrError: what the run, or the export after it, would have failed with.
     """
     learner, plan, settings = prepared.learner, prepared.plan, prepared.config.settings
-    if settings.compile:
-        compile_parts(learner.model)
     share = replace(plan, effective_batch=images_per_process(settings.effective_batch, prepared.processes.size))
-    micro_batch, worst_seconds = _time_worst_step(prepared, share, micro_batch)
-    peak = memory.peak_bytes(learner.device)
-    step_seconds = _time_real_steps(prepared, micro_batch)
+    with compiled(learner.model, settings.compile):
+        micro_batch, worst_seconds = _time_worst_step(prepared, share, micro_batch)
+        peak = memory.peak_bytes(learner.device)
+        step_seconds = _time_real_steps(prepared, micro_batch)
     began = time.monotonic()
     metrics, _ = Evaluator(prepared, Progress(micro_batch=micro_batch), StopFlag())(learner.average.module)
     evaluation_seconds = time.monotonic() - began

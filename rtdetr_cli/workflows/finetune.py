@@ -44,7 +44,7 @@ from rtdetr_cli.workflows.evaluator import Evaluator
 from rtdetr_cli.workflows.events import Event, RunFinished, RunStarted
 from rtdetr_cli.workflows.identity import Identity, check_identity, identify, refuse_changes
 from rtdetr_cli.workflows.launching import require_dataset
-from rtdetr_cli.workflows.prepare import Prepared, compile_parts, prepare, resolve_micro_batch, versions
+from rtdetr_cli.workflows.prepare import Prepared, compiled, prepare, resolve_micro_batch, versions
 from rtdetr_cli.workflows.recording import Recorder
 
 
@@ -190,8 +190,6 @@ def _train(
         header, recorder.best = fit_post_processing(prepared.header, evaluation)
         save_model(folder.best, model.state_dict(), replace(header, extra={**header.extra, "epoch": epoch + 1}))
 
-    if settings.compile:
-        compile_parts(learner.model)
     trainer = Trainer(
         learner=learner,
         progress=progress,
@@ -209,13 +207,14 @@ def _train(
         files=prepared.train_set.file_names,
         began=began,
     )
-    for event in trainer.train():
-        if recorder is not None:
-            yield from recorder.record(event)
-        yield event
-        if isinstance(event, TrainingDone) and recorder is not None:
-            folder.mark_finished(event.reason)
-            yield _run_finished(folder, event.reason, began, explanation=recorder.explanation)
+    with compiled(learner.model, settings.compile):
+        for event in trainer.train():
+            if recorder is not None:
+                yield from recorder.record(event)
+            yield event
+            if isinstance(event, TrainingDone) and recorder is not None:
+                folder.mark_finished(event.reason)
+                yield _run_finished(folder, event.reason, began, explanation=recorder.explanation)
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------------

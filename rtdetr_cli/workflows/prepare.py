@@ -6,7 +6,8 @@ import math
 import os
 import platform
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from rtdetr_cli.checks.load import unlabelled_note
 from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.datasets.records import Dataset, Splits
-from rtdetr_cli.errors import DataError, UsageError
+from rtdetr_cli.errors import DataError, EnvironmentProblem, UsageError
 from rtdetr_cli.evaluate.source import TrainingData, training_data
 from rtdetr_cli.images.augment import Augmentation, load_augmentation
 from rtdetr_cli.infer.torch_backend import choose_device
@@ -327,6 +328,27 @@ def compile_parts(model: RTDETR) -> None:
     """Compile backbone and encoder in place; the decoder's shapes change with every denoising group."""
     model.backbone.compile()
     model.encoder.compile()
+
+
+@contextmanager
+def compiled(model: RTDETR, wanted: bool) -> Iterator[None]:
+    """Compile the parts of a model that trains within, if wanted.
+
+    Raises:
+        EnvironmentProblem: torch's compiler fails at the first step, for instance without a C++ compiler.
+    """
+    if not wanted:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    compile_parts(model)
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise EnvironmentProblem(
+            f"torch.compile failed: {' '.join(str(error).split())[:200]}", hint="leave out --compile", code="compile"
+        ) from error
 
 
 # ---- machine ----------------------------------------------------------------------------------------------------

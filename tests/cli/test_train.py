@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -417,3 +418,16 @@ def test_a_failed_overfit_is_explained(data: Path, rtdetr, tmp_path: Path) -> No
         r"step \d+/21  epoch 1/1  loss [\d.]+  [\d.]+ images/s  [\d.]+ GiB  .+ left without evaluation", early
     )
     assert "too few to overfit" in ran.err
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_compiler_is_told_so(
+    rtdetr: Callable[..., Any], shapes_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/bin/false"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    flags = "--preset tiny --weights none --imgsz 64 --epochs 1 --workers 0 --device cpu --dry-run --compile"
+    ran = rtdetr("train", "--data", shapes_data, *flags.split())
+    assert ran.code == 7, ran.err
+    assert "torch.compile failed" in ran.err
+    assert "leave out --compile" in ran.err
