@@ -47,8 +47,8 @@ def benchmark(
     device: Annotated[str, typer.Option(help="Device: auto, cpu, or a GPU such as 0.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (not with TensorRT).")] = None,
     batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Images per run.")] = 1,
-    warmup: Annotated[int, typer.Option(min=0, help="Warmup runs, which are not counted.")] = 10,
-    runs: Annotated[int, typer.Option(min=1, help="Timed runs.")] = 50,
+    warmup: Annotated[int, typer.Option(min=0, max=100_000, help="Warmup runs, which are not counted.")] = 10,
+    runs: Annotated[int, typer.Option(min=1, max=100_000, help="Timed runs.")] = 50,
     out: Annotated[
         Path | None, typer.Option(help="Folder for table, JSON and plot (with --sweep: benchmark/ in the run).")
     ] = None,
