@@ -32,8 +32,7 @@ def cpu_flags() -> frozenset[str]:
 def keep_freed_memory() -> None:
     """Let the C library keep freed memory for the next image or step; other libraries than glibc's are left alone.
 
-    By default glibc maps and unmaps every tensor of a few megabytes, and up to a tenth of a training step, or a quarter
-    of the time of decoding images, is spent on clearing pages in the kernel.
+    By default glibc maps and unmaps every tensor and image of a few megabytes, and the kernel clears their pages.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -40,6 +40,7 @@ class Bounds:
         return handler(source) | {name: bound for name, bound in bounds.items() if bound is not None}
 
 
+CALM_STEPS = 200
 MAX_LAYERS = 64
 MAX_QUERIES = 10_000
 
@@ -158,7 +159,8 @@ class RunSettings:
     ema_ramp: Rate = _key(0.15, "The same mean age early in a run, as a fraction of the steps done so far.")
     calm: Share = _key(
         0.1,
-        "Fraction of the epochs, at the end, without strong augmentation and multi-scale; unset, at least 200 steps.",
+        "Fraction of the epochs at the end without strong augmentation and multi-scale; at least "
+        f"{CALM_STEPS} steps if not set.",
     )
     eval_every: Positive = _key(1, "Epochs between evaluations; the last epoch is always evaluated.")
     val_fraction: Rate = _key(

@@ -36,7 +36,7 @@ class TorchBackend:
         `autocast` is the type for the network; post-processing stays in float32.
         """
         self.device = device if isinstance(device, torch.device) else choose_device(device)
-        # On a CPU, convolutions on channels-last maps take a tenth less.
+        # As training does: on a CPU, convolutions are faster on channels-last maps.
         self.memory_format = torch.channels_last if self.device.type == "cpu" else torch.contiguous_format
         self.model = model.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.header = header

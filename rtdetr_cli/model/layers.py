@@ -154,7 +154,7 @@ class ConstantCache:
 def with_dense_gradient(x: Tensor) -> Tensor:
     """Return a channels-last map (B, C, H, W) whose gradient will be contiguous, too, although `cat` gives a slice.
 
-    On a CPU, the backward pass of a batch norm takes ten times as long for a slice, and is less exact in bfloat16.
+    On a CPU, the backward pass of a batch norm is slow for a slice.
     """
     if x.requires_grad and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last):
         x.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))  # type: ignore[no-untyped-call]

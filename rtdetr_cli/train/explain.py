@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from statistics import median
 
 from rtdetr_cli.config.run import RunConfig
-from rtdetr_cli.config.settings import PUBLISHED_WEIGHTS
+from rtdetr_cli.config.settings import CALM_STEPS, PUBLISHED_WEIGHTS
 from rtdetr_cli.text import abbreviate, counted
 from rtdetr_cli.train.plan import (
-    CALM_STEPS,
     LARGEST_RATE_FACTOR,
     Plan,
     calm_epochs,

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from rtdetr_cli.config.image_size import STRIDE
 from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.config.schema import ModelSpec
+from rtdetr_cli.config.settings import CALM_STEPS
 
 # The published scales at 640 pixels, 480 to 800 in steps of 32 with 640 three times, as shares.
 SCALES = tuple(s / 640 for s in (480, 512, 544, 576, 608, 640, 640, 640, 672, 704, 736, 768, 800))
 # Above twice the preset's learning rate the set prediction loss diverges before it gains.
 LARGEST_RATE_FACTOR = 2.0
-CALM_STEPS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +154,7 @@ def rate_factor(config: RunConfig) -> float:
 def calm_epochs(config: RunConfig, epochs: int, per_epoch: int) -> int:
     """Return the epochs at the end of a run that should go without strong augmentation; an epoch has `per_epoch` steps.
 
-    What a network needs to gain from plain images is a number of steps, not a share of the run: in a run of 20 epochs,
-    eight in place of two gained r18 0.044 AP (docs/learning.md).
+    A tenth of a short run is too little to gain from plain images (docs/learning.md).
     """
     published = config.preset.official
     if keeps_published(config, "calm"):

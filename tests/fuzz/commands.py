@@ -132,16 +132,12 @@ class Args:
         (base / "deep.toml").write_text("x = " + "[" * 5000)
         (base / "binary.toml").write_bytes(b"\xff\0" * 50)
         group: Any = typer.main.get_command(build())
-        self.flags = {
-            name: [p for p in command.params if p.opts[0].startswith("-")]
-            for name, command in group.commands.items()
-            if name not in ("demo", "weights", "doctor", "presets")
-        }
-        self.flags |= {
-            f"{name} {sub}": [p for p in command.params if p.opts[0].startswith("-")]
-            for name in ("weights", "presets")
-            for sub, command in group.commands[name].commands.items()
-        }
+        commands = {k: c for k, c in group.commands.items() if k not in ("demo", "weights", "doctor", "presets")}
+        for name in ("weights", "presets"):
+            commands |= {f"{name} {sub}": command for sub, command in group.commands[name].commands.items()}
+        # To compile takes longer than a case may.
+        flags = {k: [p for p in c.params if p.opts[0].startswith("-")] for k, c in commands.items()}
+        self.flags = {k: [p for p in params if "--compile" not in p.opts] for k, params in flags.items()}
 
     VALUES = ("", "-1", "0", "1", "2", "1e300", "inf", "nan", "9" * 5000, str(2**64), str(2**63), "10" * 15,
     "[" * 2000, "\udcff", "a\nb", "\x1b[2J", "/dev/zero",
