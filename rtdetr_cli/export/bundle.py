@@ -14,10 +14,7 @@ import PIL
 
 from rtdetr_cli import __version__
 from rtdetr_cli.datasets.records import Dataset
-from rtdetr_cli.errors import UsageError
 from rtdetr_cli.export.artefacts import Artefact
-from rtdetr_cli.export.options import ExportOptions
-from rtdetr_cli.files import ensure_writable
 from rtdetr_cli.infer.onnx_backend import OnnxBackend
 from rtdetr_cli.infer.selection import DEFAULT_THRESHOLD
 from rtdetr_cli.infer.timing import images_to_time, measure_steadily
@@ -27,7 +24,6 @@ from rtdetr_cli.weights.header import ModelHeader, Thresholds
 
 PACKAGES = {"onnxruntime": onnxruntime, "numpy": numpy, "pillow": PIL}
 PREFERRED = ("int8", "fp32", "fp16")  # precisions, of several ONNX files: float16 is slow on a CPU
-FILES = ("model.onnx", "labels.json", "detect.py", "requirements.txt", "Dockerfile", "README.md")
 
 DOCKERFILE = """\
 FROM python:3.12-slim
@@ -73,33 +69,11 @@ RUNS = 20
 UNSTABLE = " The runs differed by more than 20%, as when other programs run: measure again on an idle machine."
 
 
-def check_bundle(folder: Path, options: ExportOptions) -> None:
-    """Refuse a bundle that cannot be made, before the export.
-
-    Raises:
-        UsageError: no ONNX file with post-processing is exported, or the folder holds other files.
-        RtdetrError: the folder cannot be written.
-    """
-    if options.raw:
-        raise UsageError("--bundle and --raw cannot be combined: its program needs the post-processing")
-    if not {"onnx", "int8", "fp16"} & set(options.formats):
-        raise UsageError("--bundle needs an ONNX file", hint="add --onnx")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--bundle {folder} is a file, not a folder")
-    others = sorted(path.name for path in folder.iterdir() if path.name not in FILES) if folder.exists() else []
-    if others:
-        raise UsageError(
-            f"--bundle {folder} already holds other files: {abbreviate(others, 4)}",
-            hint="choose an empty or new folder",
-        )
-    ensure_writable(folder, hint="choose another folder with --bundle")
-
-
 def write_bundle(folder: Path, artefacts: Sequence[Artefact], images: Dataset | Sequence[Path] | None) -> Artefact:
-    """Write the files of `FILES`, and return the artefact that was used.
+    """Write the files of `BUNDLE_FILES`, and return the artefact that was used.
 
     Args:
-        folder: see `check_bundle`.
+        folder: see `workflows.export.check_bundle`.
         artefacts: what was exported, at least one ONNX file that passed or was not verified.
         images: those of the verification, to measure the latency on; None for a synthetic one.
     """

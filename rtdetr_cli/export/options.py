@@ -14,6 +14,7 @@ NEEDED_PACKAGES = (
     ("openvino-int8", "nncf", "NNCF, which quantizes for OpenVINO,"),
 )
 """Format, module and title of what must be there before work starts; engines can also be built on another machine."""
+BUNDLE_FILES = ("model.onnx", "labels.json", "detect.py", "requirements.txt", "Dockerfile", "README.md")
 CALIBRATION_IMAGES = 32
 INT8_PARTS = ("backbone", "encoder", "decoder")
 FLOAT_FORMATS = {"int8": "onnx", "openvino-int8": "openvino"}

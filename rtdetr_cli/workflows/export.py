@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import GateError, UsageError
 from rtdetr_cli.export.images import calibration_images, verification_images
-from rtdetr_cli.export.options import ExportOptions
+from rtdetr_cli.export.options import BUNDLE_FILES, ExportOptions
+from rtdetr_cli.files import ensure_writable
 from rtdetr_cli.infer.packages import has_package
 from rtdetr_cli.infer.selection import threshold_mismatch
 from rtdetr_cli.runs import EXPORT
+from rtdetr_cli.text import abbreviate
 from rtdetr_cli.weights.header import EXPORT_SUFFIXES, own_header
 
 if TYPE_CHECKING:
@@ -126,8 +128,6 @@ def plan_export(
     elif target is not None:
         raise UsageError("--target is for engines of TensorRT for RTX: add --rtx")
     if bundle is not None:
-        from rtdetr_cli.export.bundle import check_bundle
-
         check_bundle(bundle, options)
     header, images, calibrated = own_header(model), None, list[Path]()
     if not no_gate:
@@ -137,6 +137,28 @@ def plan_export(
         calibrated, chosen = calibration_images(calibration, verify, model, header, images)
         notes += [f"calibration: {note}" for note in chosen if note not in notes]
     return ExportPlan(model, options, images, calibrated, out or model.parent / EXPORT, device, notes)
+
+
+def check_bundle(folder: Path, options: ExportOptions) -> None:
+    """Refuse a bundle that cannot be made, before the export.
+
+    Raises:
+        UsageError: no ONNX file with post-processing is exported, or the folder holds other files.
+        RtdetrError: the folder cannot be written.
+    """
+    if options.raw:
+        raise UsageError("--bundle and --raw cannot be combined: its program needs the post-processing")
+    if not {"onnx", "int8", "fp16"} & set(options.formats):
+        raise UsageError("--bundle needs an ONNX file", hint="add --onnx")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--bundle {folder} is a file, not a folder")
+    others = sorted(path.name for path in folder.iterdir() if path.name not in BUNDLE_FILES) if folder.exists() else []
+    if others:
+        raise UsageError(
+            f"--bundle {folder} already holds other files: {abbreviate(others, 4)}",
+            hint="choose an empty or new folder",
+        )
+    ensure_writable(folder, hint="choose another folder with --bundle")
 
 
 def gate_error(artefacts: Sequence[Artefact], keep_float: Sequence[str] = ()) -> GateError | None:
