@@ -7,8 +7,8 @@ output equals that of `rtdetr predict`.
 """
 
 import json
-import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -21,13 +21,9 @@ def load(path):
     if "labels" not in {output.name for output in session.get_outputs()}:
         sys.exit(f"{path} is a raw export, without post-processing: export it without --raw")
     text = session.get_modelmeta().custom_metadata_map.get("rtdetr") or sys.exit(f"{path} has no header")
-    beside = os.path.join(os.path.dirname(path), "labels.json")
-    if os.path.isfile(beside):
-        with open(beside, encoding="utf-8") as file:
-            text = file.read()
-    header = json.loads(text)
-    stored = header["thresholds"]
-    thresholds = stored["per_class"] if stored else [0.5] * len(header["names"])
+    beside = Path(path).with_name("labels.json")
+    header = json.loads(beside.read_text("utf-8") if beside.is_file() else text)
+    thresholds = (header["thresholds"] or {}).get("per_class") or [0.5] * len(header["names"])
     return session, header, np.array(thresholds, np.float32)
 
 
@@ -56,14 +52,18 @@ def detect(session, header, thresholds, path):
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "model.onnx")  # in a folder of --bundle
-    if len(arguments) == 1 and os.path.isfile(beside):
-        arguments = [beside, *arguments]
+    beside = Path(__file__).resolve().with_name("model.onnx")  # in a folder of --bundle
+    if len(arguments) == 1 and beside.is_file():
+        arguments = [str(beside), *arguments]
     if len(arguments) != 2:
         sys.exit(f"usage: python {sys.argv[0]} MODEL.onnx IMAGE (or only IMAGE, with model.onnx beside the program)")
     for path in arguments:
-        if not os.path.isfile(path):
+        if not Path(path).is_file():
             sys.exit(f"{path} is not a file")
     model = load(arguments[0])
-    for name, category, score, *box in detect(*model, arguments[1]):
+    try:
+        found = list(detect(*model, arguments[1]))
+    except OSError as error:
+        sys.exit(f"{arguments[1]} cannot be read: {error}")
+    for name, category, score, *box in found:
         print(f"{name} ({category}) {score:.3f} [{', '.join(f'{v:.1f}' for v in box)}]")

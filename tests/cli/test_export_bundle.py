@@ -18,7 +18,7 @@ import pytest
 from rtdetr_cli.export import bundle, compare
 from rtdetr_cli.export import onnx as onnx_file
 from rtdetr_cli.export.artefacts import Artefact
-from rtdetr_cli.export.bundle import FILES
+from rtdetr_cli.export.options import BUNDLE_FILES
 from rtdetr_cli.infer.onnx_backend import OnnxBackend
 from rtdetr_cli.infer.timing import PARTS, Spread
 
@@ -79,7 +79,7 @@ def test_a_bundle_detects_what_predict_detects(
     assert ran.json["bundle"] == str(folder)
     assert "calibrated on 3 images only" in ran.err
     assert "32 are enough" in ran.err
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(BUNDLE_FILES)
     assert (folder / "model.onnx").read_bytes() == (model.parent / "export/best-int8.onnx").read_bytes()
     readme = (folder / "README.md").read_text()
     assert re.search(r"\d\.\d ms from the image file to boxes", readme)
@@ -98,6 +98,12 @@ def test_a_bundle_detects_what_predict_detects(
     labels["thresholds"]["per_class"] = [2] * len(labels["names"])
     (folder / "labels.json").write_text(json.dumps(labels))
     assert run_program(folder, image) == []
+
+    command = [sys.executable, folder / "detect.py", folder / "README.md"]
+    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith(f"{folder / 'README.md'} cannot be read: ")
+    assert len(ran.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("p90", [10.5, 20.0])
