@@ -23,6 +23,7 @@ from rtdetr_cli.datasets.records import Dataset, Splits
 from rtdetr_cli.errors import DataError, EnvironmentProblem, UsageError
 from rtdetr_cli.evaluate.source import TrainingData, training_data
 from rtdetr_cli.images.augment import Augmentation, load_augmentation
+from rtdetr_cli.infer.graph import first_line
 from rtdetr_cli.infer.torch_backend import choose_device
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.detector import RTDETR
@@ -347,7 +348,7 @@ def compiled(model: RTDETR, wanted: bool) -> Iterator[None]:
         yield
     except TorchDynamoException as error:
         raise EnvironmentProblem(
-            f"torch.compile failed: {' '.join(str(error).split())[:200]}", hint="leave out --compile", code="compile"
+            f"torch.compile failed: {first_line(error)}", hint="leave out --compile", code="compile"
         ) from error
 
 
