@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rtdetr_cli.cli.options import BatchOption, DeviceOption, JsonFlag
 from rtdetr_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -24,9 +25,9 @@ def compare(
     ci: Annotated[
         int, typer.Option(min=100, max=100_000, help="Bootstrap resamples for the confidence interval.")
     ] = 1000,
-    batch: Annotated[str, typer.Option("--batch", "-b", help="Images per forward pass, or auto.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, or a GPU such as 0.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")] = False,
+    batch: BatchOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonFlag = False,
 ) -> None:
     """Compare two models on the same images, with a confidence interval of the difference in AP."""
     from rtdetr_cli.cli import terminal

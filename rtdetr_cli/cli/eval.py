@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rtdetr_cli.cli.options import BackendOption, DedupeOption, LayersOption, QueriesOption, SamplingOption, SizeOption
+from rtdetr_cli.cli.options import (
+    BackendOption,
+    BatchOption,
+    DedupeOption,
+    DeviceOption,
+    JsonFlag,
+    LayersOption,
+    QueriesOption,
+    SamplingOption,
+    SizeOption,
+)
 from rtdetr_cli.errors import GateError, UsageError
 
 if TYPE_CHECKING:
@@ -30,13 +40,13 @@ def evaluate_command(
         Path | None, typer.Option(help="Evaluate detections from a COCO results file instead of a model.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split to evaluate on: train, val or test.")] = "val",
-    batch: Annotated[str, typer.Option("--batch", "-b", help="Images per forward pass, or auto.")] = "auto",
+    batch: BatchOption = "auto",
     layers: LayersOption = None,
     queries: QueriesOption = None,
     imgsz: SizeOption = None,
     sampling: SamplingOption = None,
     dedupe: DedupeOption = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, or a GPU such as 0.")] = "auto",
+    device: DeviceOption = "auto",
     runtime: BackendOption = "torch",
     calibrate: Annotated[
         str | None,
@@ -50,7 +60,7 @@ def evaluate_command(
     save_json: Annotated[Path | None, typer.Option(help="Write the detections as COCO results.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write an HTML report with tables, plots and images.")] = None,
     evaluator: Annotated[str, typer.Option(help="hotcoco or pycocotools.")] = "hotcoco",
-    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Evaluate a model, or detections from a file, with the COCO metrics and an analysis of the errors."""
     from rtdetr_cli.cli import terminal

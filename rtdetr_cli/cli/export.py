@@ -17,6 +17,7 @@ from rtdetr_cli.cli.options import (
     SizeOption,
     TolApFlag,
 )
+from rtdetr_cli.config.settings import MAX_BATCH
 from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.export.options import CALIBRATION_IMAGES, ExportOptions, choose_formats
 
@@ -75,7 +76,10 @@ def export(
     int8: Int8Flag = False,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Dynamic batch size.")] = False,
     batch: Annotated[
-        int, typer.Option("--batch", "-b", min=1, help="Batch size; with --dynamic, the largest of an engine.")
+        int,
+        typer.Option(
+            "--batch", "-b", min=1, max=MAX_BATCH, help="Batch size; with --dynamic, the largest of an engine."
+        ),
     ] = 1,
     imgsz: SizeOption = None,
     opset: Annotated[int, typer.Option(help="ONNX opset: 18, or 17 for older runtimes.")] = 18,

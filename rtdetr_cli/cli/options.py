@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on one line.")]
+BatchOption = Annotated[str, typer.Option("--batch", "-b", help="Images per forward pass, or auto.")]
+DeviceOption = Annotated[str, typer.Option(help="Device: auto, cpu, or a GPU such as 0.")]
 DedupeOption = Annotated[
     str | None,
     typer.Option(

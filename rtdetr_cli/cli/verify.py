@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rtdetr_cli.cli import terminal
-from rtdetr_cli.cli.options import JsonFlag, TolApFlag
+from rtdetr_cli.cli.options import DeviceOption, JsonFlag, TolApFlag
 from rtdetr_cli.errors import GateError, UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def verify(
     split: Annotated[str, typer.Option(help="Split to verify on: train, val or test.")] = "val",
     tol_ap: TolApFlag = None,
     write: Annotated[bool, typer.Option("--write", help="Record the verdict in the header of FILE.")] = False,
-    device: Annotated[str, typer.Option(help="Device: auto, cpu, or a GPU such as 0.")] = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonFlag = False,
 ) -> None:
     """Check that a file gives the same detections as a model; exit with code 6 where it does not."""

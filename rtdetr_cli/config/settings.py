@@ -41,13 +41,14 @@ class Bounds:
 
 
 CALM_STEPS = 200
+MAX_BATCH = 65_536
 MAX_LAYERS = 64
 MAX_QUERIES = 10_000
 
 Count = Annotated[int, Bounds(ge=0, le=10**9)]
 Positive = Annotated[int, Bounds(gt=0, le=10**9)]
 Epochs = Annotated[int, Bounds(gt=0, le=100_000)]
-Batch = Annotated[int, Bounds(gt=0, le=65_536)]
+Batch = Annotated[int, Bounds(gt=0, le=MAX_BATCH)]
 Processes = Annotated[int, Bounds(ge=0, le=256)]
 Queries = Annotated[int, Bounds(gt=0, le=MAX_QUERIES)]
 Rate = Annotated[float, Bounds(gt=0, lt=1)]

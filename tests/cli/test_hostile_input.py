@@ -135,10 +135,11 @@ def test_a_number_beyond_all_bounds_is_refused(rtdetr: Callable[..., Any], flags
     [["compare", "{model}", "{model}", "--batch", "{digits}"], ["eval", "{model}", "--batch", "{digits}"],
      ["eval", "{model}", "--imgsz", "{digits}"], ["predict", "x.jpg", "-w", "{model}", "--classes", "{digits}"],
      ["benchmark", "{model}", "--sweep", "layers={digits}"], ["train", "--data", "x", "--device", "{digits}"],
-     ["train", "--data", "x", "--device", "cpu:{digits}"]],
+     ["train", "--data", "x", "--device", "cpu:{digits}"], ["benchmark", "{model}", "--batch", "99999999999"],
+     ["export", "{model}", "--batch", "99999999999"]],
     ids=lambda words: f"{words[0]} {words[-1]}",
 )  # fmt: skip
-def test_a_number_of_5000_digits_is_refused(rtdetr: Callable[..., Any], shapes_model: Path, words: list[str]) -> None:
+def test_a_number_far_too_large_is_refused(rtdetr: Callable[..., Any], shapes_model: Path, words: list[str]) -> None:
     ran = rtdetr(*(word.format(model=shapes_model, digits="9" * 5000) for word in words))
     assert ran.code in (2, 3), ran.err
     assert "limit" not in ran.err
