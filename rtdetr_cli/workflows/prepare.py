@@ -348,7 +348,7 @@ def compiled(model: RTDETR, wanted: bool) -> Iterator[None]:
         yield
     except TorchDynamoException as error:
         raise EnvironmentProblem(
-            f"torch.compile failed: {first_line(error)}", hint="leave out --compile", code="compile"
+            f"torch.compile failed: {first_line(error)}", hint="start a run without --compile", code="compile"
         ) from error
 
 
