@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from rtdetr_cli.config.schema import ModelSpec
-from rtdetr_cli.documents import integer, shown
+from rtdetr_cli.documents import integer, number, shown
 from rtdetr_cli.errors import ModelError, RtdetrError
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.runs import RunFolder
@@ -191,8 +191,11 @@ class Checkpoints:
         return RolledBack(before.step, progress.step, progress.rate_scale)
 
 
-def restore(learner: Learner, progress: Progress, state: Mapping[str, Any], folder: RunFolder | None) -> None:
+def restore(learner: Learner, progress: Progress, state: Mapping[str, Any], folder: RunFolder | None) -> float:
     """Load a checkpoint, and remove the rows of `metrics.csv` written since, if a folder is given.
+
+    Returns:
+        The seconds that the run had taken; earlier versions did not write them.
 
     Raises:
         ModelError: it is not the state of such a run.
@@ -206,6 +209,7 @@ def restore(learner: Learner, progress: Progress, state: Mapping[str, Any], fold
             setattr(progress, key, dict(value) if isinstance(value, dict) else value)
         _set_generators(state["generators"])
         offset = integer(0, 1 << 50)(state["metrics_offset"])
+        seconds = number(state.get("seconds", 0.0))
     except torch.OutOfMemoryError:
         raise
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
@@ -218,6 +222,7 @@ def restore(learner: Learner, progress: Progress, state: Mapping[str, Any], fold
         ) from error
     if folder is not None:
         folder.truncate_metrics(offset)
+    return seconds
 
 
 def _set_generators(saved: Mapping[str, Any]) -> None:

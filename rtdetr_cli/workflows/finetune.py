@@ -144,8 +144,7 @@ def resume(
                 progress = Progress(micro_batch=untrained.get("micro_batch") or resolve_micro_batch(prepared))
             else:
                 progress = Progress(micro_batch=1)
-                restore(prepared.learner, progress, state, folder if processes.is_main else None)
-                began -= state.get("seconds", 0.0)  # which earlier versions did not write
+                began -= restore(prepared.learner, progress, state, folder if processes.is_main else None)
             del state
             if processes.is_main:
                 problem = folder.log(f"resumed at epoch {progress.epoch + 1}, step {progress.step}")

@@ -402,6 +402,7 @@ def test_a_checkpoint_with_parts_of_another_kind_is_refused(settings: Callable[.
     for part, value in (
         ("identity", {"dataset": 3}), ("identity", {}), ("place", {"epoch": "x"}), ("place", {"gone": 1}),
         ("learner", {}), ("generators", {"torch": 3}), ("metrics_offset", -1), ("metrics_offset", None),
+        ("seconds", []),
     ):  # fmt: skip
         save_checkpoint(folder, {**whole, part: value})
         (folder / ".last.ckpt.previous").unlink()
