@@ -151,6 +151,9 @@ class RunSettings:
     schedule: Literal["scaled", "official"] = _key(
         "scaled", "Schedule: scaled to the length of the run, or the official one in steps and epochs."
     )
+    dense_head: Literal["auto", "on", "off"] = _key(
+        "auto", "A second head in training that learns from every location: on, off, or auto (for random weights)."
+    )
     warmup: Share = _key(0.05, "Fraction of the steps used for warmup.")
     flat: Fraction = _key(0.8, "Fraction of the steps after which the learning rate starts to decay.")
     final_rate: Fraction = _key(0.05, "Fraction of the learning rate left at the end.")

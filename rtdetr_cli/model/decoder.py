@@ -132,6 +132,13 @@ class LayerOutput(NamedTuple):
     boxes_cxcywh: Tensor
 
 
+class Tokens(NamedTuple):
+    """The maps as the decoder sees them: memory (B, N, C), and the (height, width) of each level."""
+
+    memory: Tensor
+    shapes: tuple[tuple[int, int], ...]
+
+
 class Decoder(nn.Module):
     """Query selection and decoder layers: three maps to the predictions of one or of all layers.
 
@@ -225,7 +232,7 @@ class Decoder(nn.Module):
 
     def forward(
         self, maps: Sequence[Tensor], group: DenoisingGroup | None = None
-    ) -> tuple[list[LayerOutput], LayerOutput | None]:
+    ) -> tuple[list[LayerOutput], LayerOutput | None, Tokens]:
         """Predict.
 
         Args:
@@ -234,7 +241,7 @@ class Decoder(nn.Module):
 
         Returns:
             In training, the outputs of all layers, each for the D denoising queries and then for the Q selected ones,
-            and the output of the query selection. At inference, the output of the last layer, and None.
+            and the output of the query selection. At inference, the output of the last layer, and None. And the tokens.
         """
         memory, levels = self._tokens(maps)
         queries = self.num_queries if self.training else self.eval_queries
@@ -243,7 +250,7 @@ class Decoder(nn.Module):
         if self.training:
             content, unactivated, attention_mask = self._add_denoising(content, unactivated, group)
         outputs = self._refine(content, torch.sigmoid(unactivated), memory, levels, attention_mask)
-        return outputs, encoder_output
+        return outputs, encoder_output, Tokens(memory, levels.shapes)
 
     def _tokens(self, maps: Sequence[Tensor]) -> tuple[Tensor, Levels]:
         """Project and flatten the maps to memory (B, N, C), and return it with the sizes of the levels."""

@@ -12,7 +12,7 @@ from rtdetr_cli.config.image_size import STRIDE
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.model.attention import Operator, Rounding, Sampling
 from rtdetr_cli.model.backbone import Backbone
-from rtdetr_cli.model.decoder import Decoder, LayerOutput
+from rtdetr_cli.model.decoder import Decoder, LayerOutput, Tokens
 from rtdetr_cli.model.denoising import DenoisingGroup
 from rtdetr_cli.model.encoder import HybridEncoder, RepBlock
 from rtdetr_cli.model.layers import ConvNorm
@@ -31,6 +31,7 @@ class Outputs:
         encoder: predictions of the query selection; training only.
         denoising: every layer's predictions for the denoising queries; empty without a group.
         group: the denoising group of the input.
+        tokens: what the decoder sees of the maps; training only.
     """
 
     main: Prediction
@@ -38,6 +39,7 @@ class Outputs:
     encoder: Prediction | None = None
     denoising: tuple[Prediction, ...] = ()
     group: DenoisingGroup | None = None
+    tokens: Tokens | None = None
 
 
 class RTDETR(nn.Module):
@@ -81,7 +83,7 @@ class RTDETR(nn.Module):
                 f"the input is {height}x{width} pixels, but both sides must be multiples of {STRIDE}",
                 hint=f"use {nearest[0]}x{nearest[1]}",
             )
-        layers, encoder = self.decoder(self.encoder(self.backbone(images)), group if self.training else None)
+        layers, encoder, tokens = self.decoder(self.encoder(self.backbone(images)), group if self.training else None)
         if not self.training:
             return Outputs(layers[-1])
         denoising: tuple[Prediction, ...] = ()
@@ -89,7 +91,7 @@ class RTDETR(nn.Module):
             size = group.size
             denoising = tuple(Prediction(o.logits[:, :size], o.boxes_cxcywh[:, :size]) for o in layers)
             layers = [Prediction(o.logits[:, size:], o.boxes_cxcywh[:, size:]) for o in layers]
-        return Outputs(layers[-1], tuple(layers[:-1]), encoder, denoising, group)
+        return Outputs(layers[-1], tuple(layers[:-1]), encoder, denoising, group, tokens)
 
     def train(self, mode: bool = True) -> RTDETR:
         """Set the mode; a fused model has no training mode."""

@@ -72,6 +72,7 @@ def explain_plan(config: RunConfig, plan: Plan, *, images: int) -> tuple[Choice,
         *_explain_rate(config, plan),
         _explain_average(config, plan),
         *_explain_augmentation(config, plan),
+        *_explain_dense_head(config, plan),
     ]
     if settings.cache != "none":
         budget = f"{settings.cache_gb:g} GB" if settings.cache_gb else "half of the free space"
@@ -218,6 +219,13 @@ def _explain_average(config: RunConfig, plan: Plan) -> Choice:
         f"averages about the last {counted(round(plan.ema_age), 'step')} ({share}); "
         f"fewer until step {math.ceil(plan.ema_age / plan.ema_ramp)}",
     )
+
+
+def _explain_dense_head(config: RunConfig, plan: Plan) -> list[Choice]:
+    if not plan.dense_head:
+        return []
+    reason = "random weights: every location of the image teaches" if not config.given("dense_head") else "--set"
+    return [Choice("dense head", "in training only", reason)]
 
 
 def _explain_augmentation(config: RunConfig, plan: Plan) -> list[Choice]:

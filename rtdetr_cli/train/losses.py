@@ -17,7 +17,7 @@ from rtdetr_cli.model.detector import Outputs, Prediction
 from rtdetr_cli.model.layers import cxcywh_to_xyxy
 from rtdetr_cli.train.matcher import Matches, iou_and_giou, match
 
-VFL_ALPHA, VFL_GAMMA = 0.75, 2.0  # arXiv 2008.13367
+VFL_ALPHA, VFL_GAMMA = 0.75, 2.0
 BBOX_WEIGHT, GIOU_WEIGHT = 5.0, 2.0  # that of the varifocal loss is 1
 
 
@@ -75,9 +75,7 @@ def _loss_terms(
     cells = matches.rows * logits.shape[2] + target_labels[matches.targets]
     target = torch.zeros_like(logits).flatten(1).scatter(1, cells, iou.detach())
     matched = torch.zeros_like(target).scatter(1, cells, 1.0)
-    flat = logits.flatten(1)
-    weight = VFL_ALPHA * flat.detach().sigmoid() ** VFL_GAMMA * (1 - matched) + target
-    vfl = functional.binary_cross_entropy_with_logits(flat, target, weight=weight, reduction="none").sum(1)
+    vfl = varifocal(logits.flatten(1), target, matched).sum(1)
 
     by_term = {
         "loss_vfl": vfl / normalizer,
@@ -85,6 +83,12 @@ def _loss_terms(
         "loss_giou": GIOU_WEIGHT * (1 - giou).sum(1) / normalizer,
     }
     return {name + s: values[i] for i, s in enumerate(predictions) for name, values in by_term.items()}
+
+
+def varifocal(logits: Tensor, target: Tensor, matched: Tensor) -> Tensor:
+    """Return the varifocal loss (arXiv 2008.13367) of each score; `matched` is 1 where there is an object, else 0."""
+    weight = VFL_ALPHA * logits.detach().sigmoid() ** VFL_GAMMA * (1 - matched) + target
+    return functional.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="none")
 
 
 def _denoising_matches(

@@ -43,6 +43,7 @@ class Plan:
     augmentation: str  # `none`, `light`, `recipe` or a user's file
     strong_until: int  # first epoch without strong augmentation
     multi_scale_until: int  # first epoch without multi-scale; 0 for no multi-scale at all
+    dense_head: bool
     eval_every: int  # epochs
     scales: tuple[tuple[int, int], ...]  # (height, width) that multi-scale draws from; the middle is the input size
 
@@ -128,6 +129,7 @@ def make_plan(config: RunConfig, *, images: int) -> Plan:
         augmentation=augmentation,
         strong_until=strong_until,
         multi_scale_until=multi_scale_until,
+        dense_head=settings.dense_head == "on" or (settings.dense_head == "auto" and _gains_from_dense_head(config)),
         eval_every=settings.eval_every,
         scales=tuple((height, width) for height, width in scales),
     )
@@ -149,6 +151,11 @@ def rate_factor(config: RunConfig) -> float:
         return 1.0
     root = math.sqrt(config.settings.effective_batch / config.preset.optim.batch)
     return min(LARGEST_RATE_FACTOR, max(1.0, root))
+
+
+def _gains_from_dense_head(config: RunConfig) -> bool:
+    """Return whether the dense head is used unless it is asked for: where it was measured (docs/learning.md)."""
+    return config.settings.weights == "none" and config.settings.schedule != "official"
 
 
 def calm_epochs(config: RunConfig, epochs: int, per_epoch: int) -> int:

@@ -18,6 +18,7 @@ from rtdetr_cli.errors import ModelError, RtdetrError
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.train.checkpoint import load_checkpoint, save_checkpoint
+from rtdetr_cli.train.dense_head import DenseHead
 from rtdetr_cli.train.events import CheckpointSaved, RolledBack, StepDone, StepSkipped
 from rtdetr_cli.train.guard import EVIDENCE_FOLDER
 from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics
@@ -92,6 +93,7 @@ class Learner:
     autocast: torch.dtype | None  # None for float32
     norms: NormStatistics
     processes: ProcessGroup = SINGLE_PROCESS
+    dense_head: DenseHead | None = None
     norm_sync: NormSync | None = None  # of the norms that average over all processes
 
     def with_synchronized_norms(self) -> Learner:
@@ -116,6 +118,7 @@ class Learner:
             "model": dict(self.model.state_dict()),
             "average": dict(self.average.module.state_dict()),
             "stepper": self.optimizer.state_dict(),
+            **({"dense_head": dict(self.dense_head.state_dict())} if self.dense_head is not None else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -123,6 +126,8 @@ class Learner:
         self.model.load_state_dict(state["model"])
         self.average.module.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["stepper"])
+        if self.dense_head is not None:
+            self.dense_head.load_state_dict(state["dense_head"])
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ from torch.nn import functional
 
 from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.model.denoising import DenoisingGroup, draw_denoising
+from rtdetr_cli.model.detector import Outputs
 from rtdetr_cli.train import memory
+from rtdetr_cli.train.dense_head import DensePrediction, dense_losses
 from rtdetr_cli.train.events import MicroBatchReduced
 from rtdetr_cli.train.losses import compute_losses
 from rtdetr_cli.train.plan import Plan
@@ -57,14 +59,23 @@ def accumulate_gradients(
     values = []
     for part in rows:
         inputs = to_input(images[part], size)
-        with torch.autocast(device.type, learner.autocast, enabled=learner.autocast is not None):
-            outputs = learner.model(inputs, group.rows(part) if group is not None else None)
+        outputs, dense = forward(learner, inputs, group.rows(part) if group is not None else None)
         terms = compute_losses(outputs, boxes[part], labels[part], num_boxes=num_boxes)
+        if dense is not None:
+            terms |= dense_losses(dense, boxes[part], labels[part], num_boxes=num_boxes)
         names = tuple(terms)
         stacked = torch.stack(list(terms.values()))
         torch.autograd.backward(stacked.sum() * learner.optimizer.scale)
         values.append(stacked.detach())
     return names, torch.stack(values)
+
+
+def forward(learner: Learner, inputs: Tensor, group: DenoisingGroup | None) -> tuple[Outputs, DensePrediction | None]:
+    """Return the predictions of the model and of the dense head, if there is one, for inputs (B, 3, H, W)."""
+    with torch.autocast(learner.device.type, learner.autocast, enabled=learner.autocast is not None):
+        outputs = learner.model(inputs, group)
+        head = learner.dense_head
+        return outputs, head(outputs.tokens) if head is not None else None
 
 
 def accumulate_with_retry(

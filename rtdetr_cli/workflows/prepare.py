@@ -30,13 +30,14 @@ from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.text import counted
 from rtdetr_cli.train import memory
+from rtdetr_cli.train.dense_head import DenseHead
 from rtdetr_cli.train.explain import Choice, crowding_warnings, explain_plan, explain_rare_classes, plan_warnings
 from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics, parameter_groups
 from rtdetr_cli.train.plan import Plan, frozen_spec, make_plan
 from rtdetr_cli.train.precision import choose_precision
 from rtdetr_cli.train.processes import SINGLE_PROCESS, ProcessGroup, images_per_process
 from rtdetr_cli.train.state import Learner
-from rtdetr_cli.train.step import draw_group, largest_batch, run_largest_step, to_input
+from rtdetr_cli.train.step import draw_group, forward, largest_batch, run_largest_step, to_input
 from rtdetr_cli.version import __version__
 from rtdetr_cli.weights.download import ShowProgress
 from rtdetr_cli.weights.header import ModelHeader
@@ -292,6 +293,12 @@ def make_learner(
     groups = parameter_groups(model, optim, lr=plan.lr, lr_backbone=plan.lr_backbone)
     if not groups:
         raise UsageError(f"--freeze {config.settings.freeze} leaves nothing to train", code="freeze")
+    dense_head = None
+    if plan.dense_head:
+        with torch.random.fork_rng(devices=[]):  # the same in every process, and for every start
+            torch.manual_seed(config.settings.seed)
+            dense_head = DenseHead(dim=spec.decoder_dim, num_classes=model.num_classes).to(device)
+        groups += parameter_groups(dense_head, optim, lr=plan.lr, lr_backbone=plan.lr)
     if device.type == "cpu":
         machine.keep_freed_memory()
     return Learner(
@@ -303,6 +310,7 @@ def make_learner(
         autocast=autocast,
         norms=NormStatistics(model),
         processes=processes,
+        dense_head=dense_head,
     )
 
 
@@ -399,8 +407,7 @@ def forward_largest(prepared: Prepared) -> object:
     learner.norms.save()
     size = (int(batch.images.shape[-2]), int(batch.images.shape[-1]))
     inputs = to_input(batch.images.to(learner.device), size)
-    with torch.autocast(learner.device.type, learner.autocast, enabled=learner.autocast is not None):
-        outputs = learner.model(inputs, group.to(learner.device) if group is not None else None)
+    outputs = forward(learner, inputs, group.to(learner.device) if group is not None else None)
     learner.norms.restore()
     return outputs
 
