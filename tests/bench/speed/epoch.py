@@ -38,7 +38,7 @@ def ours(imgsz: int, batch: int, watch: Stopwatch) -> None:
                 "weights": "none",
                 "out": folder,
             },
-            sets=["plots=false"],
+            sets=["plots=false", "dense_head=off"],  # the peers have none
         )
         for event in finetune(config):
             if isinstance(event, RunStarted):

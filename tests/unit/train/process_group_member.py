@@ -16,6 +16,7 @@ from torch import nn
 from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.model.build import build_detector
+from rtdetr_cli.train.dense_head import DenseHead
 from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics
 from rtdetr_cli.train.processes import SINGLE_PROCESS, ProcessGroup, join_process_group
 from rtdetr_cli.train.state import Learner, Progress
@@ -61,12 +62,13 @@ def step(
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.requires_grad_(False)
+    head = DenseHead(dim=SPEC.decoder_dim, num_classes=CLASSES).double()
+    trained = {n: p for n, p in [*model.named_parameters(), *head.named_parameters("dense")] if p.requires_grad}
     learner = Learner(
         model=model,
+        dense_head=head,
         average=MovingAverage(model),
-        optimizer=FusedAdamW(
-            [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}], clip_norm=0.1
-        ),
+        optimizer=FusedAdamW([{"params": list(trained.values()), "lr": 1e-3}], clip_norm=0.1),
         spec=SPEC,
         device=torch.device("cpu"),
         autocast=None,
@@ -117,7 +119,7 @@ def step(
             break
         attempts += 1
     totals = processes.all_reduce_gradients(learner.optimizer.parameters, terms.sum(0))
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad for n, p in trained.items() if p.grad is not None}
     with torch.no_grad():
         for parameter in learner.optimizer.parameters:
             if parameter.grad is not None:
