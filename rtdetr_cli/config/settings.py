@@ -151,6 +151,8 @@ class RunSettings:
     schedule: Literal["scaled", "official"] = _key(
         "scaled", "Schedule: scaled to the length of the run, or the official one in steps and epochs."
     )
+    dense: float = _key(0.0, "Weight of the dense head.")
+    dense_k: int = _key(13, "Candidates of the dense head.")
     warmup: Share = _key(0.05, "Fraction of the steps used for warmup.")
     flat: Fraction = _key(0.8, "Fraction of the steps after which the learning rate starts to decay.")
     final_rate: Fraction = _key(0.05, "Fraction of the learning rate left at the end.")

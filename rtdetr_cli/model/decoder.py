@@ -187,6 +187,15 @@ class Decoder(nn.Module):
             MLP(in_dim=dim, hidden_dim=dim, out_dim=4, layers=3, act=act) for _ in range(layers)
         )
         self._initialize()
+        self.dense = None
+        self.dense_output = (None, None)
+
+    def add_dense(self):
+        with torch.random.fork_rng(devices=[]):
+            self.dense = nn.ModuleDict({"score": nn.Sequential(nn.Linear(self.dim, self.dim), nn.LayerNorm(self.dim), nn.ReLU(), nn.Linear(self.dim, self.num_classes)), "box": MLP(in_dim=self.dim, hidden_dim=self.dim, out_dim=4, layers=3, act=functional.relu)})
+            nn.init.constant_(self.dense["score"][-1].bias, -math.log(99))
+            nn.init.zeros_(self.dense["box"].layers[-1].weight)
+            nn.init.zeros_(self.dense["box"].layers[-1].bias)
 
     def _initialize(self) -> None:
         """Start with a score of 1 % for every class, and with boxes that equal their anchors."""
@@ -240,6 +249,9 @@ class Decoder(nn.Module):
         queries = self.num_queries if self.training else self.eval_queries
         content, unactivated, encoder_output = self._select(memory, levels, queries)
         attention_mask = None
+        if self.training and self.dense is not None:
+            anchors = anchor_table(levels.shapes, memory.device, margin=0.0).logits
+            self.dense_output = (LayerOutput(self.dense["score"](memory), torch.sigmoid(self.dense["box"](memory).float() + anchors)), anchors[0, :, :2].sigmoid())
         if self.training:
             content, unactivated, attention_mask = self._add_denoising(content, unactivated, group)
         outputs = self._refine(content, torch.sigmoid(unactivated), memory, levels, attention_mask)

@@ -38,6 +38,8 @@ class Outputs:
     encoder: Prediction | None = None
     denoising: tuple[Prediction, ...] = ()
     group: DenoisingGroup | None = None
+    dense: Prediction | None = None
+    centers: Tensor | None = None
 
 
 class RTDETR(nn.Module):
@@ -89,7 +91,7 @@ class RTDETR(nn.Module):
             size = group.size
             denoising = tuple(Prediction(o.logits[:, :size], o.boxes_cxcywh[:, :size]) for o in layers)
             layers = [Prediction(o.logits[:, size:], o.boxes_cxcywh[:, size:]) for o in layers]
-        return Outputs(layers[-1], tuple(layers[:-1]), encoder, denoising, group)
+        return Outputs(layers[-1], tuple(layers[:-1]), encoder, denoising, group, *self.decoder.dense_output)
 
     def train(self, mode: bool = True) -> RTDETR:
         """Set the mode; a fused model has no training mode."""

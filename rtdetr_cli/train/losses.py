@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from rtdetr_cli.model.denoising import DenoisingGroup
 from rtdetr_cli.model.detector import Outputs, Prediction
@@ -52,7 +53,62 @@ def compute_losses(
             matches = _denoising_matches(group, boxes_cxcywh, len(denoising), device)
             normalizer *= group.num_groups * group.share
             terms |= _loss_terms(denoising, matches, target_boxes, target_labels, normalizer)
+        if outputs.dense is not None:
+            terms |= dense_terms(outputs.dense, outputs.centers, boxes_cxcywh, labels)
     return terms
+
+
+DENSE = {"weight": 0.0, "k": 13}
+
+
+def dense_terms(dense, centers, boxes_cxcywh, labels):
+    """Task-aligned one-to-many loss of every token (TOOD, RT-DETRv3)."""
+    logits, boxes = dense.logits.float(), dense.boxes_cxcywh.float()
+    device = logits.device
+    counts = torch.tensor([len(b) for b in boxes_cxcywh])
+    if int(counts.sum()) == 0:
+        zero = boxes.sum() * 0
+        p = logits.sigmoid()
+        return {"loss_vfl_dense": DENSE["weight"] * (0.75 * p.detach() ** 2 * functional.softplus(logits)).sum(), "loss_bbox_dense": zero, "loss_giou_dense": zero}
+    target = pad_sequence([b.float() for b in boxes_cxcywh], batch_first=True).to(device)  # B M 4
+    classes = pad_sequence(list(labels), batch_first=True).to(device)
+    exists = (torch.arange(target.shape[1]) < counts[:, None]).to(device)  # B M
+    b, n, _ = logits.shape
+    m = target.shape[1]
+    txy = cxcywh_to_xyxy(target)
+    with torch.no_grad():
+        iou, _ = iou_and_giou(cxcywh_to_xyxy(boxes)[:, :, None], txy[:, None])  # B N M
+        score = logits.sigmoid().gather(-1, classes[:, None].expand(b, n, m))
+        c = centers[None, :, None]
+        inside = ((c > txy[:, None, :, :2]) & (c < txy[:, None, :, 2:])).all(-1)  # B N M
+        distance = ((c - target[:, None, :, :2]) ** 2).sum(-1)
+        nearest = distance.topk(4, dim=1, largest=False).indices
+        inside = inside | torch.zeros_like(inside).scatter(1, nearest, True)
+        metric = score * iou.clamp(min=1e-3) ** 6 * inside * exists[:, None]
+        best = metric.topk(min(DENSE["k"], n), dim=1)
+        chosen = torch.zeros_like(inside).scatter(1, best.indices, best.values > 0)
+        owner = torch.where(chosen, iou, -1.0).argmax(-1)  # B N
+        positive = chosen.any(-1)
+        chosen = chosen & torch.zeros_like(chosen).scatter(-1, owner[..., None], True)
+        metric = metric * chosen
+        peak = metric.amax(1, keepdim=True).clamp(min=1e-30)
+        top = (iou * chosen).amax(1, keepdim=True)
+        soft = (metric / peak * top).gather(-1, owner[..., None])[..., 0]  # B N
+        label = classes.gather(1, owner)
+        aim = torch.zeros_like(logits).scatter(-1, label[..., None], (soft * positive)[..., None])
+        hit = torch.zeros_like(logits).scatter(-1, label[..., None], positive.float()[..., None])
+        weight = VFL_ALPHA * logits.sigmoid() ** VFL_GAMMA * (1 - hit) + aim
+        norm = soft.sum().clamp(min=1.0)
+    vfl = functional.binary_cross_entropy_with_logits(logits, aim, weight=weight, reduction="sum") / norm
+    where = positive.nonzero(as_tuple=True)
+    own = target[where[0], owner[where]]
+    mine = boxes[where]
+    w = soft[where]
+    _, giou = iou_and_giou(cxcywh_to_xyxy(mine), cxcywh_to_xyxy(own))
+    l1 = ((mine - own).abs().sum(-1) * w).sum() / norm
+    g = ((1 - giou) * w).sum() / norm
+    scale = DENSE["weight"]
+    return {"loss_vfl_dense": scale * vfl, "loss_bbox_dense": scale * BBOX_WEIGHT * l1, "loss_giou_dense": scale * GIOU_WEIGHT * g}
 
 
 def _loss_terms(

@@ -188,7 +188,7 @@ def _train(
     def write_best(model: nn.Module, evaluation: Evaluation, epoch: int) -> None:
         assert recorder is not None
         header, recorder.best = fit_post_processing(prepared.header, evaluation)
-        save_model(folder.best, model.state_dict(), replace(header, extra={**header.extra, "epoch": epoch + 1}))
+        save_model(folder.best, {k: v for k, v in model.state_dict().items() if not k.startswith("decoder.dense.")}, replace(header, extra={**header.extra, "epoch": epoch + 1}))
 
     trainer = Trainer(
         learner=learner,

@@ -262,6 +262,10 @@ def _build_model(
     model = build_detector(
         spec, num_classes=len(train_set.categories), sampling=settings.sampling, rounding=settings.rounding
     )
+    if settings.dense > 0:
+        from rtdetr_cli.train.losses import DENSE
+        DENSE.update(weight=settings.dense, k=settings.dense_k)
+        model.decoder.add_dense()
     transfer, start = None, f"random weights, seed {settings.seed}"
     if pretrained and settings.weights != "none":
         transfer, start = load_starting_weights(model, config, train_set, fetching=fetching)
