@@ -153,6 +153,8 @@ class RunSettings:
     )
     dense: float = _key(0.0, "Weight of the dense head.")
     dense_k: int = _key(13, "Candidates of the dense head.")
+    many: int = _key(0, "Matches of a box in the query selection and the layers before the last.")
+    many_layers: str = _key("enc", "enc or enc+aux.")
     warmup: Share = _key(0.05, "Fraction of the steps used for warmup.")
     flat: Fraction = _key(0.8, "Fraction of the steps after which the learning rate starts to decay.")
     final_rate: Fraction = _key(0.05, "Fraction of the learning rate left at the end.")

@@ -41,12 +41,23 @@ def compute_losses(
     predictions = {"": outputs.main} | {f"_aux_{i}": p for i, p in enumerate(outputs.aux)}
     if outputs.encoder is not None:
         predictions["_enc_0"] = outputs.encoder
+    many_k = MANY["k"]
+    many_preds = {}
+    if many_k:
+        many_preds = {s: predictions.pop(s) for s in list(predictions) if s == "_enc_0" or (s and MANY["layers"] == "enc+aux")}
     with torch.autocast(device.type, enabled=False):
         target_boxes = torch.cat(list(boxes_cxcywh)).to(device, non_blocking=True)
         target_labels = torch.cat(list(labels)).to(device, non_blocking=True)
         matches = match(list(predictions.values()), boxes_cxcywh, labels)
         normalizer = max(float(num_boxes), 1.0)
         terms = _loss_terms(predictions, matches, target_boxes, target_labels, normalizer)
+        if many_k:
+            q = outputs.main.logits.shape[1]
+            fits = [max(1, min(many_k, q // max(1, len(b)))) for b in boxes_cxcywh]
+            rb = [b.repeat(f, 1) for b, f in zip(boxes_cxcywh, fits)]
+            rl = [l.repeat(f) for l, f in zip(labels, fits)]
+            tb, tl = torch.cat(rb).to(device), torch.cat(rl).to(device)
+            terms |= _loss_terms(many_preds, match(list(many_preds.values()), rb, rl), tb, tl, normalizer * MANY["weight"])
         if outputs.denoising and outputs.group is not None:
             group = outputs.group
             denoising = {f"_dn_{i}": p for i, p in enumerate(outputs.denoising)}
@@ -58,6 +69,7 @@ def compute_losses(
     return terms
 
 
+MANY = {"k": 0, "layers": "enc", "weight": 1.0}
 DENSE = {"weight": 0.0, "k": 13}
 
 

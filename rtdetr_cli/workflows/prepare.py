@@ -262,6 +262,9 @@ def _build_model(
     model = build_detector(
         spec, num_classes=len(train_set.categories), sampling=settings.sampling, rounding=settings.rounding
     )
+    if settings.many:
+        from rtdetr_cli.train.losses import MANY
+        MANY.update(k=settings.many, layers=settings.many_layers, weight=float(settings.many))
     if settings.dense > 0:
         from rtdetr_cli.train.losses import DENSE
         DENSE.update(weight=settings.dense, k=settings.dense_k)
