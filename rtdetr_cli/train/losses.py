@@ -51,7 +51,7 @@ def compute_losses(
         matches = match(list(predictions.values()), boxes_cxcywh, labels)
         normalizer = max(float(num_boxes), 1.0)
         terms = _loss_terms(predictions, matches, target_boxes, target_labels, normalizer)
-        if many_k:
+        if many_preds:
             q = outputs.main.logits.shape[1]
             fits = [max(1, min(many_k, q // max(1, len(b)))) for b in boxes_cxcywh]
             rb = [b.repeat(f, 1) for b, f in zip(boxes_cxcywh, fits)]
