@@ -27,7 +27,7 @@ from rtdetr_cli.train.matcher import iou_and_giou
 MATCHES = 13  # tokens for each box
 SCORE_POWER, IOU_POWER = 1.0, 6.0
 NEAREST = 4  # tokens that a box can match even if their centers lie outside it, as around a very small one
-WEIGHT = 2.0
+WEIGHT = 4.0
 
 
 class DensePrediction(NamedTuple):
