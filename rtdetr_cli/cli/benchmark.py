@@ -9,10 +9,13 @@ import typer
 
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.options import DeviceOption, JsonFlag
+from rtdetr_cli.cli.select import model_file, model_name, resolve_model
 from rtdetr_cli.config.settings import MAX_BATCH
 from rtdetr_cli.errors import RtdetrError, UsageError
 from rtdetr_cli.files import ensure_writable
+from rtdetr_cli.runs import BEST
 from rtdetr_cli.text import counted
+from rtdetr_cli.weights.header import EXPORT_SUFFIXES, own_header
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,8 +59,6 @@ def benchmark(
     as_json: JsonFlag = False,
 ) -> None:
     """Measure latency (median and 90th percentile, in three parts) and AP."""
-    from rtdetr_cli.cli.select import model_file, resolve_model
-    from rtdetr_cli.runs import BEST
     from rtdetr_cli.weights.binding import modification_warning
     from rtdetr_cli.workflows import benchmark as workflow
     from rtdetr_cli.workflows import benchmark_report as report
@@ -137,7 +138,6 @@ def _calibration(
 ) -> tuple[BenchmarkPlan, Sequence[Path]]:
     """Return the images to calibrate INT8 on; where there are none, a plan without INT8 if it was not requested."""
     from rtdetr_cli.export.images import calibration_images
-    from rtdetr_cli.weights.header import own_header
 
     if not plan.int8:
         return plan, ()
@@ -179,7 +179,6 @@ def _show(rows: list[Row], document: dict[str, Any]) -> None:
 def _split(model: Path, data: Path | None, images: Path | None, split: str) -> Dataset | None:
     """Return the split for AP; without --data the model's own, or None where it records none."""
     from rtdetr_cli.evaluate.source import choose_split
-    from rtdetr_cli.weights.header import own_header
 
     try:
         chosen = choose_split(data, split=split, images=images, model=model, header=own_header(model))
@@ -195,9 +194,6 @@ def _split(model: Path, data: Path | None, images: Path | None, split: str) -> D
 
 def _show_next(rows: list[Row], dataset: Dataset | None, *, swept: bool) -> None:
     """Print the command that uses the fastest row with little loss of AP; for a sweep, also what its settings gain."""
-    from rtdetr_cli.cli.select import model_name
-    from rtdetr_cli.weights.header import EXPORT_SUFFIXES
-
     base, top = rows[0], max(row.ap or 0.0 for row in rows)
     best = min((row for row in rows if (row.ap or 0.0) >= top - SMALL_AP_LOSS), key=lambda row: row.latency)
     if swept and not top:

@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rtdetr_cli.cli import terminal
+from rtdetr_cli.cli.evaluation import evaluate_model, evaluate_predictions, parse_batch
 from rtdetr_cli.cli.options import BatchOption, DeviceOption, JsonFlag
+from rtdetr_cli.cli.select import model_file, model_name
 from rtdetr_cli.errors import DataError, UsageError
+from rtdetr_cli.text import counted
+from rtdetr_cli.weights.header import EXPORT_SUFFIXES
 
 if TYPE_CHECKING:
     from rtdetr_cli.cli.evaluation import EvaluatedModel
@@ -30,8 +35,6 @@ def compare(
     as_json: JsonFlag = False,
 ) -> None:
     """Compare two models on the same images, with a confidence interval of the difference in AP."""
-    from rtdetr_cli.cli import terminal
-    from rtdetr_cli.cli.evaluation import parse_batch
     from rtdetr_cli.evaluate.bootstrap import compare as compare_tables
     from rtdetr_cli.evaluate.bootstrap import small_split_warning
 
@@ -95,10 +98,6 @@ def compare(
 
 def _show_next(a: Path, b: Path, verdict: str) -> None:
     """Print the command that comes next: export the better model, or compare the speed of equally good ones."""
-    from rtdetr_cli.cli import terminal
-    from rtdetr_cli.cli.select import model_file
-    from rtdetr_cli.weights.header import EXPORT_SUFFIXES
-
     if verdict == "undecided":
         if not _is_results(a) and not _is_results(b):
             terminal.next_step("rtdetr", "benchmark", a, b)
@@ -116,9 +115,6 @@ def _evaluate(
     path: Path, data: Path | None, *, images: Path | None, split: str, **options: Any
 ) -> tuple[str, EvaluatedModel]:
     """Evaluate a model or a file of results; return its name and the evaluation."""
-    from rtdetr_cli.cli.evaluation import evaluate_model, evaluate_predictions
-    from rtdetr_cli.cli.select import model_file, model_name
-
     if _is_results(path):
         return str(path), evaluate_predictions(path, data=data, images=images, split=split)
     file = model_file(path)
@@ -127,9 +123,7 @@ def _evaluate(
 
 
 def _print_tables(document: dict[str, Any]) -> None:
-    from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.coco import METRICS
-    from rtdetr_cli.text import counted
 
     def cell(value: float | None, interval: dict[str, Any] | None = None, *, sign: str = "") -> str:
         if value is None:

@@ -9,6 +9,7 @@ import typer
 
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.options import JsonFlag, SamplingOption
+from rtdetr_cli.cli.select import model_file
 from rtdetr_cli.errors import UsageError
 
 SUFFIXES = {"official": ".pth", "hf": "", "safetensors": ".safetensors"}
@@ -24,8 +25,6 @@ def convert(
     as_json: JsonFlag = False,
 ) -> None:
     """Write a model in another layout, load it there, and compare the detections before saying done."""
-    from rtdetr_cli.cli.select import model_file
-
     if to not in SUFFIXES:
         raise UsageError(f"--to {to}: there is no such layout", hint=f"--to {', '.join(SUFFIXES)}")
     suffix = SUFFIXES[to]

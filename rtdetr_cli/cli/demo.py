@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.options import JsonFlag
+from rtdetr_cli.text import counted, tally
 
 
 def demo(
@@ -16,11 +19,7 @@ def demo(
     as_json: JsonFlag = False,
 ) -> None:
     """Generate a dataset, check it, train, evaluate, predict and export: offline, in about three minutes."""
-    import time
-
-    from rtdetr_cli.cli import terminal
     from rtdetr_cli.cli.training_output import render
-    from rtdetr_cli.text import counted, tally
     from rtdetr_cli.train.stop import stop_on_signals
     from rtdetr_cli.workflows import demo as workflow
 

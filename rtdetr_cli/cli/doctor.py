@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.options import JsonFlag
+from rtdetr_cli.errors import EnvironmentProblem
 
 
 def doctor(
@@ -15,8 +17,6 @@ def doctor(
     as_json: JsonFlag = False,
 ) -> None:
     """Check this machine: package versions, devices, ONNX Runtime providers, memory, disk space and name clashes."""
-    from rtdetr_cli.cli import terminal
-    from rtdetr_cli.errors import EnvironmentProblem
     from rtdetr_cli.workflows.doctor import inspect_machine
 
     checks = inspect_machine(out)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rtdetr_cli.cli import terminal
+from rtdetr_cli.cli.evaluation import evaluate_model, evaluate_predictions, parse_batch
 from rtdetr_cli.cli.options import (
     BackendOption,
     BatchOption,
@@ -19,7 +22,11 @@ from rtdetr_cli.cli.options import (
     SamplingOption,
     SizeOption,
 )
+from rtdetr_cli.cli.select import model_name, output_file, parse_size, resolve_model
 from rtdetr_cli.errors import GateError, UsageError
+from rtdetr_cli.files import atomic_write
+from rtdetr_cli.text import counted
+from rtdetr_cli.weights.header import EXPORT_SUFFIXES
 
 if TYPE_CHECKING:
     from rtdetr_cli.cli.evaluation import EvaluatedModel
@@ -63,9 +70,6 @@ def evaluate_command(
     as_json: JsonFlag = False,
 ) -> None:
     """Evaluate a model, or detections from a file, with the COCO metrics and an analysis of the errors."""
-    from rtdetr_cli.cli import terminal
-    from rtdetr_cli.cli.evaluation import evaluate_model, evaluate_predictions, parse_batch
-    from rtdetr_cli.cli.select import output_file, parse_size, resolve_model
     from rtdetr_cli.evaluate.coco import PYCOCOTOOLS_LACKS
     from rtdetr_cli.evaluate.thresholds import check_can_store
     from rtdetr_cli.infer.duplicates import parse_dedupe
@@ -126,8 +130,6 @@ def _check_options(evaluator: str, fail_under: float | None, calibrate: str | No
 
 
 def _print_notes(evaluated: EvaluatedModel, *, calibrating: bool) -> None:
-    from rtdetr_cli.cli import terminal
-
     evaluation = evaluated.evaluation
     for note in evaluation.notes:
         terminal.warn(note)
@@ -152,7 +154,6 @@ def _report(
     as_json: bool,
 ) -> None:
     """Compute the requested extras, and print and write everything."""
-    from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.bootstrap import small_split_warning
     from rtdetr_cli.evaluate.error_analysis import analyze_errors
 
@@ -211,10 +212,6 @@ def _report(
 
 def _show_next(model: Path, dataset: Path) -> None:
     """Print the command that comes next: export a finetuned model, or finetune a published one."""
-    from rtdetr_cli.cli import terminal
-    from rtdetr_cli.cli.select import model_name
-    from rtdetr_cli.weights.header import EXPORT_SUFFIXES
-
     if model.suffix.lower() in EXPORT_SUFFIXES:
         return
     if model.suffix == ".safetensors":
@@ -241,7 +238,6 @@ def _add_intervals(document: dict[str, Any], evaluation: Evaluation, resamples: 
 
 def _calibrate(evaluated: EvaluatedModel, target: str) -> tuple[Thresholds, dict[str, Any]]:
     """Find thresholds, store them in the model, and look for exports that carry other ones."""
-    from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.thresholds import calibrate_model, export_folders, stale_exports
 
     evaluation, facts = evaluated.evaluation, evaluated.facts
@@ -278,10 +274,8 @@ def _calibrate(evaluated: EvaluatedModel, target: str) -> tuple[Thresholds, dict
 
 
 def _save_results(path: Path, evaluation: Evaluation) -> str:
-    import json
 
     from rtdetr_cli.evaluate.results import coco_results
-    from rtdetr_cli.files import atomic_write
 
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(coco_results(evaluation.dataset, evaluation.table)), encoding="utf-8")
@@ -289,9 +283,7 @@ def _save_results(path: Path, evaluation: Evaluation) -> str:
 
 
 def _print_metrics(document: dict[str, Any], model: str, interval: Interval | None) -> None:
-    from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.coco import METRICS
-    from rtdetr_cli.text import counted
 
     dataset, classes = document["dataset"], document["per_class"]
     terminal.out(
@@ -331,8 +323,6 @@ def _print_metrics(document: dict[str, Any], model: str, interval: Interval | No
 
 
 def _print_thresholds(document: dict[str, Any]) -> None:
-    from rtdetr_cli.cli import terminal
-
     if calibration := document.get("calibration"):
         state, thresholds, overall = "now stored", calibration, calibration["at_thresholds"]
     elif stored := document.get("at_thresholds"):
@@ -357,9 +347,6 @@ def _print_thresholds(document: dict[str, Any]) -> None:
 
 
 def _print_errors(errors: dict[str, Any]) -> None:
-    from rtdetr_cli.cli import terminal
-    from rtdetr_cli.text import counted
-
     terminal.table(
         ("error", "count", "AP50 gained if fixed"),
         [[row["kind"], row["count"], row["gain"]] for row in errors["kinds"]],

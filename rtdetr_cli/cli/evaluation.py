@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rtdetr_cli.cli import terminal
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.text import whole_number
 
@@ -96,7 +97,6 @@ def evaluate_model(
         known_notes: notes on the split that have been printed before.
         overrides: imgsz, layers, queries, sampling and dedupe, as for `open_backend`.
     """
-    from rtdetr_cli.cli import terminal
     from rtdetr_cli.evaluate.run import evaluate
     from rtdetr_cli.evaluate.source import choose_split
     from rtdetr_cli.infer.backend import CAUTIONS, default_batch, open_backend

@@ -17,6 +17,7 @@ from rtdetr_cli.cli.options import (
     SizeOption,
     TolApFlag,
 )
+from rtdetr_cli.cli.select import parse_size, resolve_model
 from rtdetr_cli.config.settings import MAX_BATCH
 from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.export.options import CALIBRATION_IMAGES, ExportOptions, choose_formats
@@ -109,7 +110,6 @@ def export(
     as_json: JsonFlag = False,
 ) -> None:
     """Export a model and verify that the exported file gives the same detections."""
-    from rtdetr_cli.cli.select import parse_size, resolve_model
     from rtdetr_cli.infer.duplicates import parse_dedupe
 
     gamma = parse_dedupe(dedupe)

@@ -9,9 +9,12 @@ import typer
 
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.options import JsonFlag
+from rtdetr_cli.cli.select import resolve_model
 from rtdetr_cli.cli.setting_flags import TRAIN_FLAGS, SetFlag, with_setting_flags
 from rtdetr_cli.errors import GateError, UsageError
+from rtdetr_cli.runs import DISCRETE_RESULT, RunFolder
 from rtdetr_cli.text import abbreviate
+from rtdetr_cli.weights.header import EXPORT_SUFFIXES
 
 if TYPE_CHECKING:
     from rtdetr_cli.train.stop import StopFlag
@@ -47,9 +50,6 @@ def finetune_discrete(
     as_json: JsonFlag = False,
 ) -> None:
     """Finetune a model with discrete sampling, and report whether it is worth it."""
-    from rtdetr_cli.cli.select import resolve_model
-    from rtdetr_cli.runs import RunFolder
-    from rtdetr_cli.weights.header import EXPORT_SUFFIXES
     from rtdetr_cli.workflows.launching import require_dataset
 
     if not 0 <= max_drop <= 1:
@@ -126,7 +126,6 @@ def _train(stage: FinetuneDiscrete, stop: StopFlag) -> None:
 
 def show_outcome(outcome: Outcome) -> None:
     """Print the tables of a second stage, its files and the recommendation."""
-    from rtdetr_cli.runs import DISCRETE_RESULT
 
     def difference(gap: Any) -> str:
         return "" if gap is None else f"{gap.value:+.3f} ({gap.lower:+.3f} to {gap.upper:+.3f})"

@@ -10,7 +10,9 @@ import typer
 
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.options import JsonFlag
+from rtdetr_cli.cli.select import CHECKPOINT_SUFFIX, model_file, parse_size, resolve_model
 from rtdetr_cli.text import abbreviate
+from rtdetr_cli.weights.header import Dedupe
 
 
 def info(
@@ -26,7 +28,6 @@ def info(
     as_json: JsonFlag = False,
 ) -> None:
     """Describe a model file: maker, variant, classes, sizes, cost, thresholds, metrics, tensors and graph."""
-    from rtdetr_cli.cli.select import CHECKPOINT_SUFFIX, model_file, parse_size, resolve_model
     from rtdetr_cli.infer.inspect import inspect_model
 
     size = parse_size(imgsz) if imgsz else None
@@ -130,7 +131,6 @@ def _family_rows(family: dict[str, Any]) -> list[tuple[str, object]]:
 
 def _header_rows(header: dict[str, Any]) -> list[tuple[str, object]]:
     from rtdetr_cli.infer.duplicates import describe_dedupe
-    from rtdetr_cli.weights.header import Dedupe
 
     names, ids = header["names"], header["category_ids"]
     sampling = header["sampling"]

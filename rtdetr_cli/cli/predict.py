@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rtdetr_cli.cli import select, terminal
 from rtdetr_cli.cli.options import (
     BackendOption,
     DedupeOption,
@@ -25,8 +26,11 @@ from rtdetr_cli.cli.options import (
     SamplingOption,
     SizeOption,
 )
+from rtdetr_cli.cli.select import parse_size
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
+from rtdetr_cli.runs import make_numbered
 from rtdetr_cli.text import abbreviate, counted, printable
+from rtdetr_cli.weights.header import EXPORT_SUFFIXES
 
 if TYPE_CHECKING:
     from rtdetr_cli.datasets.records import Splits
@@ -89,8 +93,6 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document per image to stdout.")] = False,
 ) -> None:
     """Detect objects in images and videos, and write annotated copies; skip files that cannot be read (exit code 1)."""
-    from rtdetr_cli.cli import terminal
-    from rtdetr_cli.cli.select import parse_size
     from rtdetr_cli.infer.duplicates import parse_dedupe
     from rtdetr_cli.infer.selection import parse_conf, select_by
     from rtdetr_cli.infer.sources import find_sources
@@ -148,7 +150,6 @@ def _open(
     threads: int | None,
 ) -> Backend:
     """Open the model, or its export where `--backend auto` may use it; `changes` are those of `open_backend`."""
-    from rtdetr_cli.cli import terminal
     from rtdetr_cli.infer.backend import name_classes, open_backend
     from rtdetr_cli.infer.exported import MANY_IMAGES, choose_file
 
@@ -174,9 +175,6 @@ def _open_results(
 
 def _show_next(model: Path) -> None:
     """Print the command that comes next: export a finetuned model, measure an exported one, finetune any other."""
-    from rtdetr_cli.cli import select, terminal
-    from rtdetr_cli.weights.header import EXPORT_SUFFIXES
-
     if model.suffix.lower() in EXPORT_SUFFIXES:
         terminal.next_step("rtdetr", "benchmark", model)
     elif model.suffix == ".safetensors":
@@ -197,7 +195,6 @@ def _check_options(sampling: str | None, out: Path | None, **counts: int | None)
 
 def _find_model(weights: Path | None) -> Path:
     """Return the model file; without a name the newest run's, and without a run the published one."""
-    from rtdetr_cli.cli import select, terminal
     from rtdetr_cli.infer.backend import check_model_path
 
     if weights is not None:
@@ -235,7 +232,6 @@ def _show_model(
     model: Path, backend: Backend, selection: Selection, sources: Sequence[Source], *, device: str, compare: bool
 ) -> None:
     """Print the model and its settings; warn of stored thresholds that were calibrated with other settings."""
-    from rtdetr_cli.cli import terminal
     from rtdetr_cli.infer.backend import CAUTIONS
     from rtdetr_cli.infer.selection import threshold_mismatch
     from rtdetr_cli.weights.binding import modification_warning
@@ -253,7 +249,6 @@ def _show_model(
 def _make_folder(out: Path | None, sources: Sequence[Source], *, draw: bool) -> Path:
     """Create the output folder; refuse one in which a result would replace a file that is not one."""
     from rtdetr_cli.infer.write import MARKER, RESULT_FILES, saved_name
-    from rtdetr_cli.runs import make_numbered
 
     if out is None:
         Path("runs").mkdir(exist_ok=True)
@@ -317,8 +312,6 @@ class _Run:
 
     def predict(self, sources: Sequence[Source]) -> None:
         """Predict videos one by one and the images between them in batches, until Ctrl-C."""
-        from rtdetr_cli.cli import terminal
-
         self.alone = len(sources) == 1
         try:
             for is_video, group in groupby(sources, key=lambda source: source.video):
@@ -344,7 +337,6 @@ class _Run:
                 advance()
 
     def _predict_video(self, source: Source) -> None:
-        from rtdetr_cli.cli import terminal
         from rtdetr_cli.images.decode import ImageError
         from rtdetr_cli.infer.stream import predict_video
         from rtdetr_cli.infer.video import Video
@@ -376,7 +368,6 @@ class _Run:
 
     def _add(self, event: Predicted, *, print_line: bool) -> None:
         """Count a result, write it to the result files, and print it."""
-        from rtdetr_cli.cli import terminal
         from rtdetr_cli.infer.selection import overlaps
         from rtdetr_cli.infer.write import image_document, json_line
 
@@ -399,8 +390,6 @@ class _Run:
             terminal.out(printable(f"{source}  {size}  {detections.summary()}  {1000 * event.seconds:.0f} ms"))
 
     def _add_error(self, error: RtdetrError) -> None:
-        from rtdetr_cli.cli import terminal
-
         self.errors.append(error)
         if not self.alone:  # the error of a single source ends the command
             terminal.complain(error.message)
@@ -412,8 +401,6 @@ class _Run:
 
     def report(self, model: Path, folder: Path | None, written: Sequence[str]) -> None:
         """Print the summary of several images, what was written, and a hint where one helps."""
-        from rtdetr_cli.cli import terminal
-
         if self.images > 1:
             terminal.say(printable(self.summary()))
         if folder is not None and self.images:
@@ -470,8 +457,6 @@ class _Run:
 @contextmanager
 def _progress(total: int | None, what: str, *, show: bool = True, lines: bool = True) -> Iterator[Callable[[], None]]:
     """Show progress, unless the result's lines appear on the same terminal."""
-    from rtdetr_cli.cli import terminal
-
     if not show or (lines and terminal.is_terminal(sys.stdout)):
         yield lambda: None
         return

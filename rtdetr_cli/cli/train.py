@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.options import JsonFlag, OfflineFlag
 from rtdetr_cli.cli.setting_flags import TRAIN_FLAGS, SetFlag, with_setting_flags
+from rtdetr_cli.errors import UsageError
+from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.text import abbreviate
 
 if TYPE_CHECKING:
@@ -41,10 +44,7 @@ def train(
     as_json: JsonFlag = False,
 ) -> None:
     """Finetune a detector on your own images. DATA is required, except with --resume."""
-    from rtdetr_cli.cli import terminal
     from rtdetr_cli.cli.training_output import render
-    from rtdetr_cli.errors import UsageError
-    from rtdetr_cli.runs import RunFolder
     from rtdetr_cli.workflows import launching
 
     terminal.forbid_downloads(offline)

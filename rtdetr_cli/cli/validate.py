@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rtdetr_cli.cli import terminal
+from rtdetr_cli.cli.select import output_file, parse_size
 from rtdetr_cli.config.settings import DATA_HELP
+from rtdetr_cli.datasets.codes import CODES, find_code
 from rtdetr_cli.errors import DataError, UsageError
 from rtdetr_cli.files import PARTIAL
 from rtdetr_cli.text import counted, printable, suggest, tally
@@ -88,7 +90,6 @@ def validate(
         return 0
     if data is None:
         raise UsageError("no dataset given", hint="rtdetr validate my-dataset/", code="usage")
-    from rtdetr_cli.cli.select import parse_size
 
     size = parse_size(imgsz)
     fractions = _fractions(resplit) if resplit is not None else None
@@ -161,8 +162,6 @@ class _Images:
 
 
 def _check_choices(convert: str | None, missing_labels: str, html: Path | None) -> None:
-    from rtdetr_cli.cli.select import output_file
-
     if html is not None:
         output_file(html, "--html")
     if convert is not None and convert not in FORMATS:
@@ -209,8 +208,6 @@ def _fractions(text: str) -> tuple[float, ...]:
 
 
 def _explain(code: str, as_json: bool) -> None:
-    from rtdetr_cli.datasets.codes import CODES, find_code
-
     if code == "all":
         if as_json:
             terminal.emit_json({"codes": [asdict(c) for c in CODES.values()]})
@@ -256,7 +253,6 @@ def _fix_command(report: Report, images: Path | None) -> list[str]:
 def _show(report: Report) -> None:
     """Print a table with one row per code and its first finding; harmless notes share a line."""
     from rtdetr_cli.checks.load import format_finding, unlabelled_note
-    from rtdetr_cli.datasets.codes import CODES
 
     facts = report.summary()
     order = sorted(facts["splits"].items(), key=lambda item: ("train", "val", "test", item[0]).index(item[0]))

@@ -9,7 +9,9 @@ import typer
 
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.options import DeviceOption, JsonFlag, TolApFlag
+from rtdetr_cli.cli.select import model_file
 from rtdetr_cli.errors import GateError, UsageError
+from rtdetr_cli.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,15 +36,12 @@ def verify(
     as_json: JsonFlag = False,
 ) -> None:
     """Check that a file gives the same detections as a model; exit with code 6 where it does not."""
-    from rtdetr_cli.cli.select import model_file
-
     path, model = model_file(file), model_file(against)
     if path.resolve() == model.resolve():
         raise UsageError(f"{path} cannot be verified against itself")
 
     from rtdetr_cli.export.check_file import open_pair, record, verify_pair
     from rtdetr_cli.export.verify import Reference, Verdict
-    from rtdetr_cli.text import counted
 
     pair = open_pair(path, model, device=device, write=write)
     for note in pair.notes:

@@ -26,7 +26,7 @@ from rtdetr_cli.evaluate.run import Evaluation
 from rtdetr_cli.evaluate.thresholds import ScoreCurve, score_curve
 from rtdetr_cli.files import atomic_write
 from rtdetr_cli.images.decode import ImageError, read_image
-from rtdetr_cli.images.draw import class_color
+from rtdetr_cli.images.draw import css_color
 from rtdetr_cli.page import image_uri, render_page
 from rtdetr_cli.text import counted
 from rtdetr_cli.weights.header import Thresholds
@@ -79,7 +79,7 @@ def page_context(
     thresholds = calibrated or evaluation.thresholds
     return {
         "counted": counted,
-        "css_colour": css_colour,
+        "css_color": css_color,
         "title": f"Evaluation on {dataset.name} {dataset.split}",
         "created": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         "model": model,
@@ -104,18 +104,12 @@ def page_context(
     }
 
 
-def css_colour(label: int) -> str:
-    """Return the color of a class for a style sheet, the same as on annotated images."""
-    return "#{:02x}{:02x}{:02x}".format(*class_color(label))
-
-
 # ----------------------------------------------------------------------------------------------------- curves
 
 
 def curves_svg(evaluation: Evaluation) -> str:
     """Return precision over recall (IoU 0.5) and F1 over the score as one inline SVG."""
     from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     dataset, per_class = evaluation.dataset, evaluation.per_class
@@ -124,12 +118,11 @@ def curves_svg(evaluation: Evaluation) -> str:
     recall, precision = np.linspace(0, 1, 101), np.maximum(evaluation.coco.precision[0, :, :, 0, 2], 0)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "rtdetr", "font.size": 9}):
         figure = Figure(figsize=(10, 4.3), layout="constrained")
-        FigureCanvasSVG(figure)
         left, right = figure.subplots(1, 2)
         for label in present:
             style: dict[str, Any] = {"color": GREY, "linewidth": 0.5, "alpha": 0.4}
             if label in named:
-                style = {"color": css_colour(label), "linewidth": 1.4, "label": _plot_text(dataset.names[label])}
+                style = {"color": css_color(label), "linewidth": 1.4, "label": _plot_text(dataset.names[label])}
             left.plot(recall, precision[:, label], **style)
             _plot_f1(right, score_curve(dataset, evaluation.table, evaluation.matches, label), **style)
         style = {"color": GREY, "linewidth": 2.4}
@@ -383,7 +376,7 @@ def _suspects(analysis: ErrorAnalysis) -> list[dict[str, Any]]:
                 "width": right - left,
                 "height": bottom - top,
                 **_rectangle(x1 - left, y1 - top, x2 - left, y2 - top),
-                "colour": css_colour(suspect.label),
+                "colour": css_color(suspect.label),
             }
         )
         if len(crops) == MAX_SUSPECTS:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.documents import require_regular
-from rtdetr_cli.errors import EnvironmentProblem, RtdetrError
+from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.files import atomic_write
 from rtdetr_cli.images.decode import ImageError
 
@@ -68,17 +68,10 @@ class Video:
 
         Raises:
             ImageError: the file is missing, or OpenCV cannot decode it.
-            EnvironmentProblem: OpenCV is not installed.
         """
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # our own error says what is wrong with the file
-        try:
-            import cv2
-        except ImportError:
-            raise EnvironmentProblem(
-                "videos need OpenCV, which is not installed",
-                hint="pip install opencv-python-headless",
-                code="package-missing",
-            ) from None
+        import cv2
+
         _require_container(path)
         log = cv2.utils.logging
         level = log.getLogLevel()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from rtdetr_cli.config.image_size import STRIDE
@@ -164,13 +163,3 @@ class RTDETR(nn.Module):
             parameter.requires_grad_(False)
         deployed.deployed = True
         return deployed
-
-    @torch.no_grad()
-    def prepare(self, height: int, width: int) -> None:
-        """Compute the constants of an input size, so that a traced graph contains them."""
-        mode = self.training
-        parameter = next(self.parameters())
-        self.eval()
-        self(torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype))
-        if mode:
-            self.train()

@@ -293,11 +293,9 @@ def save(plot: Figure | NDArray[np.uint8], path: Path) -> Path:
 
 
 def _figure(height: float, widths: Sequence[float]) -> tuple[Figure, Sequence[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.6, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.subplots(1, len(widths), width_ratios=widths)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rtdetr_cli.config.schema import ModelSpec
@@ -25,7 +25,7 @@ from rtdetr_cli.weights.catalogue import find_by_file
 from rtdetr_cli.weights.class_names import published_classes
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader, own_header
 from rtdetr_cli.weights.identity import check_tensors, tensors_identity
-from rtdetr_cli.weights.published import LOADABLE_HINT, PublishedFile, read_published
+from rtdetr_cli.weights.published import LOADABLE_HINT, PublishedFile, load_tensors, read_published
 
 
 def save_model(path: Path, state_dict: Mapping[str, Tensor], header: ModelHeader) -> ModelHeader:
@@ -82,10 +82,7 @@ def load_model(
 
 
 def _load_own(path: Path, header: ModelHeader, sampling: str | None) -> tuple[RTDETR, ModelHeader]:
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", hint="copy it again", code="model-damaged") from error
+    state = load_tensors(path, hint="copy it again")
     check_tensors(state, source=str(path))
     if header.identity and tensors_identity(state) != header.identity:
         raise ModelError(

@@ -73,7 +73,7 @@ def read_published(path: Path) -> PublishedFile:
         ModelError: the file is missing, truncated, unsafe, or not an RT-DETR.
     """
     if is_safetensors(path):
-        state, location = _load_safetensors(path), "safetensors"
+        state, location = load_tensors(path, hint=_DOWNLOAD_HINT), "safetensors"
     else:
         state, location = _find_state_dict(_unpickle(path), path)
     check_tensors(state, source=str(path))
@@ -118,11 +118,12 @@ def _version(is_v1: bool) -> str:
     return "RT-DETR v1" if is_v1 else "RT-DETRv2"
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path, *, hint: str) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; raises ModelError, with the hint, where it cannot be read."""
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", hint=_DOWNLOAD_HINT, code="model-damaged") from error
+        raise ModelError(f"{path} cannot be read: {error}", hint=hint, code="model-damaged") from error
 
 
 def _check_is_rtdetr(state: Mapping[str, Tensor], path: Path) -> None:

@@ -151,7 +151,6 @@ def _markdown(rows: Sequence[Row]) -> str:
 
 def draw_plot(path: Path, rows: Sequence[Row]) -> None:
     """Draw AP over latency: a color per model and backend, the Pareto front connected and labelled."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     points = [(row, row.latency, row.ap) for row in rows if row.ap is not None]
@@ -159,7 +158,6 @@ def draw_plot(path: Path, rows: Sequence[Row]) -> None:
     batch = points[0][0].batch
     several_models = len({row.model for row, _, _ in points}) > 1
     figure = Figure(figsize=(9, 5.6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     groups: dict[str, list[tuple[float, float]]] = {}
     for row, latency, ap in points:
