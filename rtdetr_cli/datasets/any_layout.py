@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rtdetr_cli.datasets.coco import read_coco
@@ -11,7 +12,7 @@ from rtdetr_cli.datasets.coco_files import ROBOFLOW_FILE, choose_coco_files, fin
 from rtdetr_cli.datasets.csv_boxes import read_csv
 from rtdetr_cli.datasets.data_yaml import DataYaml
 from rtdetr_cli.datasets.image_paths import index_images, split_of, split_of_parts
-from rtdetr_cli.datasets.label_text import CLASS_LISTS, Oddities, read_text
+from rtdetr_cli.datasets.label_text import CLASS_LISTS, Oddities
 from rtdetr_cli.datasets.labelme import read_labelme
 from rtdetr_cli.datasets.layouts import DATA_YAMLS, Layout, label_kinds, pair_files, read_list
 from rtdetr_cli.datasets.raw import RawDataset, new_dataset
@@ -122,7 +123,7 @@ def _no_labels(source: Path, found: Survey) -> DataError:
             header = edges(table).decode("utf-8-sig", "replace").split("\n", 1)[0].strip()
             reason += f": {table.name} has {printable(header)[:80]}"
         return DataError(f"{message}; {reason}", hint="export the labels as COCO or YOLO", code="format-unknown")
-    if any(folder.images for folder in found.folders):
+    if _holds_images(found):
         hint = "put a YOLO text file or a Pascal VOC XML file next to each image, or pass the folder that has both"
         return DataError(f"{message}, but no label files", hint=hint, code="format-unknown")
     return DataError(message, hint="pass the folder with the images and labels", code="format-unknown")
@@ -143,11 +144,18 @@ def _start(form: str, source: Path, found: Survey, image_survey: Survey) -> RawD
     return new_dataset("", form, source, found.root, images)
 
 
-def _read_voc(source: Path, found: Survey, image_survey: Survey, files: list[Path]) -> RawDataset:
-    raw = _start("voc", source, found, image_survey)
+def _read_pairs(
+    form: str,
+    read: Callable[[RawDataset, Layout], None],
+    source: Path,
+    found: Survey,
+    image_survey: Survey,
+    files: list[Path],
+) -> RawDataset:
+    raw = _start(form, source, found, image_survey)
     layout = pair_files(found, image_survey, files, {})
     _note_lists(raw, layout)
-    read_voc(raw, layout)
+    read(raw, layout)
     return raw
 
 
@@ -166,14 +174,6 @@ def _report_unlisted(
         names = " and ".join(path.name for path in lists)
         message = f"{subject} not in {names}, and not used: {abbreviate(images, 3)}"
         raw.findings.add("image-unlisted", message, file=raw.show(lists[0]))
-
-
-def _read_labelme(source: Path, found: Survey, image_survey: Survey, files: list[Path]) -> RawDataset:
-    raw = _start("labelme", source, found, image_survey)
-    layout = pair_files(found, image_survey, files, {})
-    _note_lists(raw, layout)
-    read_labelme(raw, layout)
-    return raw
 
 
 def _read_csv(source: Path, found: Survey, image_survey: Survey, files: list[Path]) -> RawDataset:
@@ -243,11 +243,10 @@ def _read_yolo(source: Path, found: Survey, image_survey: Survey, files: list[Pa
     layout = pair_files(found, image_survey, files, lists)
     classes: dict[int, str] = {}
     if names_file is not None:
-        shown = raw.show(names_file)
-        raw.label_paths[shown] = names_file
-        text = read_text(names_file, shown, raw.findings, oddities) or ""
-        names = [line.strip() for line in text.strip().split("\n")]
-        classes = {number: name or f"class{number}" for number, name in enumerate(names)} if text.strip() else {}
+        shown, text = raw.read_label(names_file, oddities)
+        text = (text or "").strip()
+        names = [line.strip() for line in text.split("\n")]
+        classes = {number: name or f"class{number}" for number, name in enumerate(names)} if text else {}
     if not classes:
         shown = str(source)
         classes = {number: f"class{number}" for number in range(_highest_class(layout) + 1)}
@@ -294,10 +293,10 @@ def _highest_class(layout: Layout) -> int:
 
 
 _READERS = {
-    "voc": _read_voc,
+    "voc": partial(_read_pairs, "voc", read_voc),
     "yolo": _read_yolo,
     "yaml": _read_yaml,
-    "labelme": _read_labelme,
+    "labelme": partial(_read_pairs, "labelme", read_labelme),
     "coco": _read_coco,
     "csv": _read_csv,
 }

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rtdetr_cli.datasets.findings import Findings, Spot
 from rtdetr_cli.datasets.image_names import copy_image, image_names
 from rtdetr_cli.datasets.json_text import JSONFault, lines_of, report_fault, walk_object
-from rtdetr_cli.datasets.label_text import MAX_BYTES, Oddities, is_valid_class, is_valid_name, read_text
+from rtdetr_cli.datasets.label_text import MAX_BYTES, Oddities, is_valid_class, is_valid_name
 from rtdetr_cli.datasets.raw import RawDataset, RawSplit
 from rtdetr_cli.datasets.records import Category, Dataset
 from rtdetr_cli.text import counted, whole_number
@@ -111,9 +111,7 @@ def read_coco(dataset: RawDataset, files: dict[str, tuple[Path, Path]]) -> None:
     oddities = Oddities()
     documents: dict[str, tuple[_Document, str]] = {}
     for split, (path, _) in files.items():
-        file = dataset.show(path)
-        dataset.label_paths[file] = path
-        result = _read_document(path, file, split, dataset.findings, oddities)
+        result = _read_document(dataset, path, split, oddities)
         if result is not None:
             documents[split] = result
     oddities.report(dataset.findings)
@@ -138,12 +136,11 @@ def read_coco(dataset: RawDataset, files: dict[str, tuple[Path, Path]]) -> None:
         dataset.splits[split] = _read_split(document, text, labels, files[split][1])
 
 
-def _read_document(
-    path: Path, file: str, split: str, findings: Findings, oddities: Oddities
-) -> tuple[_Document, str] | None:
-    text = read_text(path, file, findings, oddities, limit=MAX_BYTES)
+def _read_document(dataset: RawDataset, path: Path, split: str, oddities: Oddities) -> tuple[_Document, str] | None:
+    file, text = dataset.read_label(path, oddities, limit=MAX_BYTES)
     if text is None:
         return None
+    findings = dataset.findings
     document = _Document(findings, file, split)
     try:
         keys = walk_object(

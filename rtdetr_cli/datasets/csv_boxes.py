@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rtdetr_cli.datasets.findings import Spot
 from rtdetr_cli.datasets.image_paths import ImageIndex
-from rtdetr_cli.datasets.label_text import MAX_BYTES, Oddities, is_valid_name, read_text
+from rtdetr_cli.datasets.label_text import MAX_BYTES, Oddities, is_valid_name
 from rtdetr_cli.datasets.raw import RawBox, RawDataset, RawSplit, Rows
 from rtdetr_cli.datasets.records import Category
 from rtdetr_cli.datasets.survey import edges
@@ -105,12 +105,10 @@ class _Table:
 
     def __init__(self, dataset: RawDataset, split: str, path: Path, index: ImageIndex, oddities: Oddities) -> None:
         self.dataset, self.split, self.path, self.index = dataset, split, path, index
-        self.file = dataset.show(path)
-        dataset.label_paths[self.file] = path
         self.images: dict[str, tuple[str, tuple[int, int], int]] = {}  # name -> path, declared size, line
         self.positions: dict[str, int] = {}
         self.boxes: list[tuple[str, tuple[float, float, float, float], str, int]] = []
-        text = read_text(path, self.file, dataset.findings, oddities, limit=MAX_BYTES)
+        self.file, text = dataset.read_label(path, oddities, limit=MAX_BYTES)
         form = _format(text) if text is not None else None
         if text is not None and form is None:
             dataset.findings.add("file-malformed", "has no columns of image, class and box", file=self.file, line=1)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from rtdetr_cli.datasets.findings import Findings
-from rtdetr_cli.datasets.label_text import Oddities, is_valid_name, read_text
+from rtdetr_cli.datasets.label_text import Oddities, is_valid_name
 from rtdetr_cli.datasets.raw import RawDataset
 from rtdetr_cli.datasets.survey import is_inside
 from rtdetr_cli.text import counted, whole_number
@@ -77,10 +77,10 @@ class DataYaml:
         return (columns, "") if polygon else (0, "5, or a class and at least three points")
 
 
-def read_yaml(dataset: RawDataset, path: Path, file: str, images: Path | None, oddities: Oddities) -> DataYaml | None:
+def read_yaml(dataset: RawDataset, path: Path, images: Path | None, oddities: Oddities) -> DataYaml | None:
     """Read a `data.yaml`; None with a finding if that is not possible."""
     findings = dataset.findings
-    text = read_text(path, file, findings, oddities, limit=_MAX_YAML_BYTES)
+    file, text = dataset.read_label(path, oddities, limit=_MAX_YAML_BYTES)
     if text is None:
         return None
     document = _parse(text, file, findings)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rtdetr_cli.datasets.findings import Spot
 from rtdetr_cli.datasets.json_text import JSONFault, report_fault, scan_value
-from rtdetr_cli.datasets.label_text import Oddities, is_valid_class, read_text
+from rtdetr_cli.datasets.label_text import Oddities, is_valid_class
 from rtdetr_cli.datasets.layouts import Layout
 from rtdetr_cli.datasets.raw import RawBox, RawDataset, Rows
 from rtdetr_cli.datasets.records import Category
@@ -23,9 +23,7 @@ def read_labelme(dataset: RawDataset, layout: Layout) -> None:
     oddities = Oddities()
     documents: dict[str, dict[str, Any]] = {}
     for image, path in layout.labels.items():
-        file = dataset.show(path)
-        dataset.label_paths[file] = path
-        text = read_text(path, file, dataset.findings, oddities)
+        file, text = dataset.read_label(path, oddities)
         documents[image] = _parse(dataset, text, file) if text is not None else {}
     names = sorted(
         {label for document in documents.values() for shape in _shapes(document) if (label := _label(shape))}

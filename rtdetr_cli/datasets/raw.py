@@ -5,13 +5,14 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.datasets.archive import is_unpacked
 from rtdetr_cli.datasets.findings import Findings, Spot
+from rtdetr_cli.datasets.label_text import MAX_SMALL_BYTES, Oddities, read_text
 from rtdetr_cli.datasets.records import Category
 
 
@@ -109,8 +110,11 @@ class RawSplit:
 
     def keep_boxes(self, keep: NDArray[np.bool_]) -> None:
         """Drop the boxes where `keep` is False."""
+        self._take_boxes(keep)
+
+    def _take_boxes(self, rows: NDArray[Any]) -> None:
         for name in _BOX_ARRAYS:
-            setattr(self, name, getattr(self, name)[keep])
+            setattr(self, name, getattr(self, name)[rows])
 
     def select_images(self, images: NDArray[np.bool_], name: str) -> RawSplit:
         """Return the images where the mask is True, with their boxes, as the split `name`."""
@@ -128,9 +132,7 @@ class RawSplit:
     def sort_boxes(self) -> None:
         """Sort the boxes by image; those of one image keep their order."""
         if len(self.box_images) and (np.diff(self.box_images) < 0).any():
-            order = np.argsort(self.box_images, kind="stable")
-            for name in _BOX_ARRAYS:
-                setattr(self, name, getattr(self, name)[order])
+            self._take_boxes(np.argsort(self.box_images, kind="stable"))
 
 
 _IMAGE_ARRAYS = ("image_ids", "sizes_wh", "image_labels", "image_lines", "image_entries", "declared", "usable")
@@ -175,6 +177,12 @@ class RawDataset:
         except ValueError:
             return str(path)
         return shown if shown != "." else str(path)
+
+    def read_label(self, path: Path, oddities: Oddities, *, limit: int = MAX_SMALL_BYTES) -> tuple[str, str | None]:
+        """Note a label file; return its path to show, and its text, or None with a finding if it cannot be read."""
+        file = self.show(path)
+        self.label_paths[file] = path
+        return file, read_text(path, file, self.findings, oddities, limit=limit)
 
     def has_errors(self) -> bool:
         """Return whether any finding is an error."""

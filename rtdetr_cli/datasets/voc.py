@@ -19,7 +19,7 @@ from defusedxml.common import DefusedXmlException
 from rtdetr_cli.datasets.findings import Findings, Spot
 from rtdetr_cli.datasets.ids_file import BoxFacts, IdsFile, image_facts, read_ids, write_ids
 from rtdetr_cli.datasets.image_names import copy_image, image_names
-from rtdetr_cli.datasets.label_text import Oddities, is_valid_name, read_text
+from rtdetr_cli.datasets.label_text import Oddities, is_valid_name
 from rtdetr_cli.datasets.layouts import Layout
 from rtdetr_cli.datasets.raw import RawBox, RawDataset, Rows
 from rtdetr_cli.datasets.records import Category, Dataset
@@ -55,9 +55,7 @@ def read_voc(dataset: RawDataset, layout: Layout) -> None:
         files[split] = [_LabelFile(image) for image in images]
         for label in files[split]:
             if (path := layout.labels.get(label.image)) is not None:
-                label.file = dataset.show(path)
-                dataset.label_paths[label.file] = path
-                text = read_text(path, label.file, dataset.findings, oddities)
+                label.file, text = dataset.read_label(path, oddities)
                 if text is not None:
                     label.text, label.root = text, _parse(text, label.file, dataset.findings)
     names = _used_classes(files)
@@ -145,9 +143,7 @@ def _class_list(dataset: RawDataset, oddities: Oddities) -> list[str] | None:
     for file in CLASS_LISTS:
         path = dataset.folder / file
         if path.is_file():
-            file = dataset.show(path)
-            text = read_text(path, file, dataset.findings, oddities)
-            dataset.label_paths[file] = path
+            _, text = dataset.read_label(path, oddities)
             names = [line.strip() for line in (text or "").splitlines() if line.strip()]
             if names:
                 return list(dict.fromkeys(names))

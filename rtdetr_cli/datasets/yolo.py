@@ -25,7 +25,7 @@ from rtdetr_cli.datasets.findings import Findings, Spot
 from rtdetr_cli.datasets.ids_file import BoxFacts, IdsFile, image_facts, read_ids, write_ids
 from rtdetr_cli.datasets.image_names import copy_image, image_names
 from rtdetr_cli.datasets.image_paths import ImageIndex, index_images, may_read, report_moved, split_of_parts
-from rtdetr_cli.datasets.label_text import CLASS_LISTS, Oddities, is_valid_name, read_text
+from rtdetr_cli.datasets.label_text import CLASS_LISTS, Oddities, is_valid_name
 from rtdetr_cli.datasets.raw import RawBox, RawDataset, Rows
 from rtdetr_cli.datasets.records import Category, Dataset
 from rtdetr_cli.datasets.survey import edges, is_inside, survey
@@ -45,8 +45,7 @@ def read_yolo(dataset: RawDataset, path: Path, images: Path | None) -> None:
     """Read a `data.yaml` and everything it names into `dataset`."""
     oddities = Oddities()
     file = dataset.show(path)
-    dataset.label_paths[file] = path
-    config = read_yaml(dataset, path, file, images, oddities)
+    config = read_yaml(dataset, path, images, oddities)
     if config is None:
         return
     listed: dict[str, list[Path]] = {}
@@ -157,9 +156,7 @@ def _images_below(folder: Path) -> list[Path]:
 
 
 def _listed(dataset: RawDataset, config: DataYaml, path: Path, oddities: Oddities) -> list[Path]:
-    file = dataset.show(path)
-    dataset.label_paths[file] = path
-    text = read_text(path, file, dataset.findings, oddities)
+    file, text = dataset.read_label(path, oddities)
     if text is None:
         return []
     lines = [line.strip() for line in text.split("\n")]
@@ -247,10 +244,8 @@ def _read_split(
                 spot=Spot(split, position),
             )
             continue
-        file = dataset.show(label)
-        dataset.label_paths[file] = label
+        file, text = dataset.read_label(label, oddities)
         image = rows.add_image(name, image_id=image_id, size_wh=(0, 0), label_file=file)
-        text = read_text(label, file, dataset.findings, oddities)
         if text is None:
             continue
         lines = [(number, line) for number, line in enumerate(text.split("\n")) if line.strip()]
