@@ -44,7 +44,6 @@ EVENTS = "events"
 EXPORT = "export"
 DISCRETE_RESULT = "discrete.json"
 
-PROBE = ".probe"
 FINISHED_IN_LOG = re.compile(r"  finished \((\w+)\)")  # of version 0.1
 
 
@@ -69,7 +68,7 @@ class RunFolder:
 
         Raises:
             UsageError: a run of that name exists.
-            RtdetrError: the folder cannot be made or written.
+            RtdetrError: the folder cannot be made.
         """
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -79,9 +78,6 @@ class RunFolder:
                 path.mkdir(parents=True)
             else:
                 path = make_numbered(out, re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "run")
-            probe = path / PROBE
-            probe.touch()
-            probe.unlink()
         except OSError as error:
             raise RtdetrError(
                 f"cannot write to the output folder {out}: {error.strerror or error}",
@@ -101,11 +97,17 @@ class RunFolder:
         if not path.is_dir():
             problem, hint = f"the run {path} does not exist", missing_path_hint(path)
         elif (path / CONFIG).is_file() and (path / MANIFEST).is_file():
-            return cls(path).checked()
+            run = cls(path)
+            try:
+                run._read_manifest()
+            except (OSError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                raise run.damaged(MANIFEST, str(reason)) from error
+            return run
         elif (path / CONFIG).is_file():
             problem = f"the run {path} was killed before it started: it has a {CONFIG} but no {MANIFEST}"
             hint = f"rtdetr train --config {path / CONFIG} --name {path.name}-again starts it again"
-        elif all(p.name in (PROBE, LOCK) or p.name.startswith(f".{CONFIG}.") for p in path.iterdir()):
+        elif all(p.name == LOCK or p.name.startswith(f".{CONFIG}.") for p in path.iterdir()):
             problem = f"{path} is empty: the run was killed before it started"
             hint = f"rm -r {path}, then repeat the first command: rtdetr train --data DATA ..."
         else:
@@ -131,19 +133,6 @@ class RunFolder:
         with suppress(OSError, ValueError):
             return self._read_manifest()
         return {}
-
-    def checked(self) -> RunFolder:
-        """Return this run, whose manifest can be read.
-
-        Raises:
-            ModelError: it cannot.
-        """
-        try:
-            self._read_manifest()
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise self.damaged(MANIFEST, str(reason)) from error
-        return self
 
     def damaged(self, name: str, reason: str) -> ModelError:
         """Return an error that says which file of the run cannot be read, and what is still usable."""

@@ -98,20 +98,14 @@ def _clip_boxes(dataset: RawDataset, split: RawSplit) -> None:
     def image(box: int) -> str:
         return f"its {int(sizes[box, 0])}x{int(sizes[box, 1])} image"
 
-    def describe_size(box: int) -> str:
-        return _size_text(sides[box])
-
-    def describe_outside(box: int) -> str:
-        return f"at {corners(box)} is completely outside {image(box)}"
-
-    def describe_partly(box: int) -> str:
-        return f"at {corners(box)} extends beyond {image(box)}"
-
-    _report(dataset, split, "box-not-finite", ~finite, lambda box: f"has the corners {corners(box)}")
-    _report(dataset, split, "box-inverted", inverted, describe_size)
-    _report(dataset, split, "box-zero-size", zero, describe_size)
-    _report(dataset, split, "box-outside", outside, describe_outside)
-    _report(dataset, split, "box-partly-outside", partly, describe_partly)
+    for code, mask, describe in (
+        ("box-not-finite", ~finite, lambda box: f"has the corners {corners(box)}"),
+        ("box-inverted", inverted, lambda box: _size_text(sides[box])),
+        ("box-zero-size", zero, lambda box: _size_text(sides[box])),
+        ("box-outside", outside, lambda box: f"at {corners(box)} is completely outside {image(box)}"),
+        ("box-partly-outside", partly, lambda box: f"at {corners(box)} extends beyond {image(box)}"),
+    ):
+        _report(dataset, split, code, mask, describe)
     split.boxes_xyxy_px = np.concatenate([low, high], axis=1)
     keep = valid & ~outside
     if not keep.all():

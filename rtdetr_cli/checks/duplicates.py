@@ -139,13 +139,7 @@ def groups_by_path(dataset: RawDataset) -> list[list[Member]]:
 def check_duplicates(
     dataset: RawDataset, identical: list[list[Member]], near: list[list[Member]] | None = None
 ) -> None:
-    """Report images that are the same or nearly so, in one split or in two, and identical ones whose boxes differ.
-
-    Args:
-        dataset: gets the findings.
-        identical: groups of identical images.
-        near: groups of nearly identical images.
-    """
+    """Report images that are the same or nearly so, in one split or in two, and identical ones whose boxes differ."""
     equal_splits = _check_equal_splits(dataset, identical)
     for group in identical:
         _check_identical(dataset, group, equal_splits)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from rtdetr_cli.datasets.raw import RawDataset, RawSplit
+from rtdetr_cli.datasets.survey import is_inside
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.images.decode import EXIF_SIDEWAYS, EXIF_TAG, ImageError, image_size
 from rtdetr_cli.machine import cpu_count
@@ -40,19 +41,14 @@ class Listings:
     """Folder listings, each read once, so that looking for an image costs no system call."""
 
     def __init__(self, roots: tuple[Path, ...]) -> None:
-        self.roots = [os.path.realpath(r) for r in roots]
+        self.roots = roots
         self._listings: dict[str, Listing] = {}
-
-    def contains(self, path: str) -> bool:
-        """Return whether a path, links followed, lies in one of the roots."""
-        real = os.path.realpath(path)
-        return any(real == root or real.startswith(root.rstrip(os.sep) + os.sep) for root in self.roots)
 
     def read(self, folder: str) -> Listing:
         """Return the listing of a folder; empty if it cannot be read."""
         listing = self._listings.get(folder)
         if listing is None:
-            listing = self._listings[folder] = Listing(self.contains(folder))
+            listing = self._listings[folder] = Listing(is_inside(folder, self.roots))
             try:
                 with os.scandir(folder) as entries:
                     for entry in entries:
@@ -125,7 +121,7 @@ def _file_problem(dataset: RawDataset, listings: Listings, folder: str, name: st
         alternatives = f", which has {' and '.join(variants)}" if variants else ""
         return "image-missing", f"is not in {dataset.show(Path(folder))}{alternatives}"
     path = os.path.join(folder, name)
-    leaves = kind == "link" and not listings.contains(path)
+    leaves = kind == "link" and not is_inside(path, listings.roots)
     if dataset.contained and leaves:
         return "image-outside", "is a link that leaves the dataset folder"
     if kind == "link" and not os.path.exists(path):
@@ -171,7 +167,7 @@ def measure_images(dataset: RawDataset, *, threads: int | None = None, all_image
         wanted = np.flatnonzero(split.usable if all_images else split.usable & ~split.declared)
         paths = [split.path(int(i)) for i in wanted]
         with ThreadPoolExecutor(threads or min(16, cpu_count() + 4)) as pool:
-            for image, size in zip(wanted.tolist(), pool.map(_measure, paths, chunksize=64), strict=True):
+            for image, size in zip(wanted.tolist(), pool.map(measure_image, paths, chunksize=64), strict=True):
                 if isinstance(size, ImageError):
                     report_unusable(dataset, split, image, size)
                 else:
@@ -179,7 +175,8 @@ def measure_images(dataset: RawDataset, *, threads: int | None = None, all_image
         report_undeclared(dataset, split)
 
 
-def _measure(path: Path) -> tuple[int, int] | ImageError:
+def measure_image(path: Path) -> tuple[int, int] | ImageError:
+    """Return an image's upright width and height, or why it has none."""
     try:
         return image_size(path)
     except ImageError as error:
@@ -220,7 +217,7 @@ def report_size(
     declared = tuple(split.sizes_wh[image].tolist())
     if split.declared[image] and declared != size_wh:
         name, (width, height) = split.file_names[image], size_wh
-        if declared == (height, width) and (_is_sideways(split.path(image)) if sideways is None else sideways):
+        if declared == (height, width) and (is_sideways(split.path(image)) if sideways is None else sideways):
             code = "image-exif-swapped"
             message = f"{name} is {width}x{height} after EXIF rotation, but the labels declare {height}x{width}"
         else:
@@ -230,9 +227,10 @@ def report_size(
     split.sizes_wh[image] = size_wh
 
 
-def _is_sideways(path: Path) -> bool:
+def is_sideways(path: Path, *, unknown: bool = False) -> bool:
+    """Return whether EXIF rotates an image by 90 degrees; `unknown` if that cannot be read."""
     try:
         with Image.open(path) as image:
             return image.getexif().get(EXIF_TAG) in EXIF_SIDEWAYS
     except Exception:  # EXIF is untrusted binary data
-        return False
+        return unknown

@@ -303,9 +303,7 @@ def find_duplicates(
 ) -> tuple[list[list[Member]], list[list[Member]]]:
     """Return groups of images with the same bytes, and groups of nearly identical ones (one of each identical group).
 
-    Args:
-        raw: the dataset.
-        infos: from `check_images`.
+    `infos` are from `check_images`.
     """
     members = all_members(raw)
     info = [infos[name][image] for name, image in members]

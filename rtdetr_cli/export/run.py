@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,22 @@ ExportEvent = Notice | ImageRun | tensorrt.BuildProgress | Artefact
 
 
 def export_model(
-    model: RTDETR, header: ModelHeader, folder: Path, options: ExportOptions | None = None, **verification: Any
+    model: RTDETR,
+    header: ModelHeader,
+    folder: Path,
+    options: ExportOptions | None = None,
+    *,
+    notify: Callable[[str], None] = lambda text: None,
+    **verification: Any,
 ) -> list[Artefact]:
     """Export a model as `export_events` does, and return one artefact per format, passed or not."""
-    events = export_events(model, header, folder, options, **verification)
-    return [event for event in events if isinstance(event, Artefact)]
+    artefacts = []
+    for event in export_events(model, header, folder, options, **verification):
+        if isinstance(event, Notice):
+            notify(event.message)
+        elif isinstance(event, Artefact):
+            artefacts.append(event)
+    return artefacts
 
 
 def export_events(

@@ -13,8 +13,8 @@ from rtdetr_cli.datasets.generate import generate_dataset
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import GateError, RtdetrError, UsageError
 from rtdetr_cli.evaluate.run import Evaluation, evaluate
-from rtdetr_cli.export.artefacts import Artefact, Notice
-from rtdetr_cli.export.run import export_events
+from rtdetr_cli.export.artefacts import Artefact
+from rtdetr_cli.export.run import export_model
 from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.selection import select_by
 from rtdetr_cli.infer.sources import find_sources
@@ -106,11 +106,9 @@ class Demo:
             GateError: the file does not give the same detections as the model.
         """
         model, header = load_model(self.best)
-        for event in export_events(model, header, self.run / EXPORT, images=self.val_set(), stem=self.best.stem):
-            if isinstance(event, Notice):
-                notify(event.message)
-            elif isinstance(event, Artefact):
-                artefact = event
+        (artefact,) = export_model(
+            model, header, self.run / EXPORT, images=self.val_set(), stem=self.best.stem, notify=notify
+        )
         if not artefact.passed:
             summary = artefact.verdict.summary if artefact.verdict else "not verified"
             raise GateError(f"the export does not give the same detections as the model: {summary}", code="parity")

@@ -20,8 +20,8 @@ from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 from rtdetr_cli.evaluate.bootstrap import Interval, compare, resample
 from rtdetr_cli.evaluate.run import Evaluation, evaluate
 from rtdetr_cli.evaluate.source import training_data
-from rtdetr_cli.export.artefacts import Artefact, Notice
-from rtdetr_cli.export.run import export_events
+from rtdetr_cli.export.artefacts import Artefact
+from rtdetr_cli.export.run import export_model
 from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.timing import images_to_time, latencies
 from rtdetr_cli.infer.torch_backend import TorchBackend
@@ -204,12 +204,9 @@ class FinetuneDiscrete:
             model, header = load_model(path)
             header = replace(header, imgsz=self.config.imgsz)
             self.notify(f"export  {name}")
-            stem = self.best.stem
-            for event in export_events(model, header, self.run / folder, images=self.val, stem=stem, device="cpu"):
-                if isinstance(event, Notice):
-                    self.notify(event.message)
-                elif isinstance(event, Artefact):
-                    artefacts[name] = event
+            (artefacts[name],) = export_model(
+                model, header, self.run / folder, images=self.val, stem=self.best.stem, device="cpu", notify=self.notify
+            )
         backends = [open_backend(artefact.path, device="cpu") for artefact in artefacts.values()]
         times = latencies(backends, images_to_time(self.val))
         return tuple(Exported(*pair, ms) for pair, ms in zip(artefacts.items(), times, strict=True))

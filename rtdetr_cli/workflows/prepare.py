@@ -325,12 +325,6 @@ def _make_header(
     )
 
 
-def compile_parts(model: RTDETR) -> None:
-    """Compile backbone and encoder in place; the decoder's shapes change with every denoising group."""
-    model.backbone.compile()
-    model.encoder.compile()
-
-
 @contextmanager
 def compiled(model: RTDETR, wanted: bool) -> Iterator[None]:
     """Compile the parts of a model that trains within, if wanted.
@@ -343,7 +337,8 @@ def compiled(model: RTDETR, wanted: bool) -> Iterator[None]:
         return
     from torch._dynamo.exc import TorchDynamoException
 
-    compile_parts(model)
+    model.backbone.compile()  # not the decoder, whose shapes change with every denoising group
+    model.encoder.compile()
     try:
         yield
     except TorchDynamoException as error:

@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image
 
 from rtdetr_cli.checks.doctor import Report, examine
+from rtdetr_cli.checks.files import is_sideways, measure_image
 from rtdetr_cli.checks.images import labels_are_upright
 from rtdetr_cli.checks.repair.plan import BROKEN_FILE, Plan, files_of_one_image
-from rtdetr_cli.images.decode import EXIF_SIDEWAYS, EXIF_TAG, EXIF_TRANSPOSES, FORMATS, SUFFIXES, ImageError, image_size
+from rtdetr_cli.images.decode import EXIF_SIDEWAYS, EXIF_TAG, EXIF_TRANSPOSES, FORMATS, SUFFIXES
 
 _UNUSABLE = (
     *("image-missing", "image-empty", "image-unreadable", "image-truncated"),
@@ -109,10 +110,10 @@ def choose_left_out(plan: Plan, before: Report, reset: Mapping[Path, Tag]) -> No
     _keep_truncated(plan)
     if not plan.keep_unlabelled:
         plan.left_out |= _images_with(plan.report, "label-missing") | plan.left_out
-    for (name, image), reason in _images_with(before, "image-exif-swapped").items():
+    swapped, ambiguous = (_images_with(before, code) for code in ("image-exif-swapped", "image-exif-ambiguous"))
+    for (name, image), reason in swapped.items():
         if raw.splits[name].path(image) not in reset:
             plan.left_out.setdefault((name, image), reason)
-    ambiguous = _images_with(before, "image-exif-ambiguous")
     if labels_are_upright(before.raw, before.image_info):
         plan.assumed = [f for f in before.findings if f.code == "image-exif-ambiguous"]
     else:
@@ -168,7 +169,7 @@ def _leave_out_unknown_frames(plan: Plan) -> None:
         if (name, image) in resized:
             unknown = (name, image) in outside or _sideways(plan, name, image, path)
         elif split.declared[image]:
-            unknown = not plan.report.decoded and _size(path) != tuple(split.sizes_wh[image].tolist())
+            unknown = not plan.report.decoded and measure_image(path) != tuple(split.sizes_wh[image].tolist())
         else:
             unknown = _sideways(plan, name, image, path)
         if unknown:
@@ -180,18 +181,7 @@ def _sideways(plan: Plan, name: str, image: int, path: Path) -> bool:
     """Return whether an image is rotated by 90 degrees in the copy."""
     if plan.report.image_info:
         return plan.report.image_info[name][image].orientation in EXIF_SIDEWAYS
-    try:
-        with Image.open(path, formats=FORMATS) as opened:
-            return opened.getexif().get(EXIF_TAG) in EXIF_SIDEWAYS
-    except Exception:  # EXIF is untrusted binary data
-        return True
-
-
-def _size(path: Path) -> tuple[int, int]:
-    try:
-        return image_size(path)
-    except ImageError:
-        return 0, 0
+    return is_sideways(path, unknown=True)
 
 
 def _leave_out_shared_ids(plan: Plan) -> None:
