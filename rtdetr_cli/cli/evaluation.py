@@ -83,19 +83,10 @@ def evaluate_model(
     known_notes: Sequence[str] = (),
     **overrides: Any,
 ) -> EvaluatedModel:
-    """Evaluate a model file on a split.
+    """Evaluate a model file on a split of `choose_split`, and say what is noteworthy about it.
 
-    Args:
-        path: of the model.
-        data: for `choose_split`, as `images` and `split`.
-        images: folder of the images.
-        split: its name.
-        batch: images per forward pass; None for a default.
-        device: as for `open_backend`.
-        evaluator: hotcoco or pycocotools.
-        runtime: of `--backend`.
-        known_notes: notes on the split that have been printed before.
-        overrides: imgsz, layers, queries, sampling and dedupe, as for `open_backend`.
+    `overrides` are those of `open_backend`, `runtime` is that of `--backend`; `known_notes` on the split have been
+    printed before.
     """
     from rtdetr_cli.evaluate.run import evaluate
     from rtdetr_cli.evaluate.source import choose_split

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -158,10 +158,7 @@ def duration(seconds: float) -> str:
 def fold(text: str, *, indent: int, first: int = 0) -> str:
     """Fold a line between words for a terminal; return it unchanged for a pipe.
 
-    Args:
-        text: the line.
-        indent: columns in front of each line after the first.
-        first: columns of the first line that are taken already.
+    `indent` is the columns in front of each line after the first, `first` those of the first that are taken already.
     """
     text = printable(text)
     if not is_terminal():
@@ -171,13 +168,6 @@ def fold(text: str, *, indent: int, first: int = 0) -> str:
         width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
     ).fill
     return fill(" " * first + text)[first:]
-
-
-class Progress(Protocol):
-    """Reports how far work has come."""
-
-    def advance(self, n: int = 1, **facts: object) -> None:
-        """Report `n` more as done, with figures to show."""
 
 
 class _Lines:
@@ -233,7 +223,7 @@ def make_bar(*, in_bytes: bool = False) -> RichProgress:
 
 
 @contextmanager
-def progress(total: int | None, what: str, *, in_bytes: bool = False) -> Iterator[Progress]:
+def progress(total: int | None, what: str, *, in_bytes: bool = False) -> Iterator[_Lines | _Bar]:
     """Show how far long work has come: a bar on a terminal, lines in a pipe."""
     if not is_terminal():
         yield _Lines(total, what, in_bytes=in_bytes)

@@ -43,13 +43,7 @@ _PAIR = re.compile(r"^\s*(\w+)\s*=\s*(.*?)\s*$", re.MULTILINE)
 
 
 def read_any_layout(source: Path, found: Survey, images: Path | None, kinds: dict[str, list[Path]]) -> RawDataset:
-    """Read the one dataset in a folder.
-
-    Args:
-        source: the folder.
-        found: its survey.
-        images: folder of the images, if it is not to be found.
-        kinds: format -> label files.
+    """Read the one dataset in a surveyed folder; `kinds` has the label files of each format.
 
     Raises:
         DataError: there are no labels, no images, or labels of several formats.

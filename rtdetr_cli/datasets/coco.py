@@ -102,12 +102,7 @@ def _short(value: Any) -> str:
 
 
 def read_coco(dataset: RawDataset, files: dict[str, tuple[Path, Path]]) -> None:
-    """Read one JSON file per split into `dataset`.
-
-    Args:
-        dataset: gets categories, splits and findings.
-        files: split -> label file and the folder of its images.
-    """
+    """Read one JSON file per split into `dataset`; `files` has each split's label file and folder of images."""
     oddities = Oddities()
     documents: dict[str, tuple[_Document, str]] = {}
     for split, (path, _) in files.items():

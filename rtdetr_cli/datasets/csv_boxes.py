@@ -81,14 +81,7 @@ def _side(text: str) -> int:
 
 
 def read_csv(dataset: RawDataset, files: dict[str, Path], index: ImageIndex, root: Path) -> None:
-    """Read one table per split into `dataset`.
-
-    Args:
-        dataset: gets categories, splits and findings; classes are sorted by name.
-        files: split -> file.
-        index: the images below `root`.
-        root: the folder that names of images are relative to.
-    """
+    """Read one table per split into `dataset`, classes sorted by name; `index` has the images below `root`."""
     oddities = Oddities()
     tables = {split: _Table(dataset, split, path, index, oddities) for split, path in files.items()}
     names = sorted({name for table in tables.values() for name in table.names})

@@ -92,12 +92,7 @@ def index_images(found: Survey) -> ImageIndex:
 
 
 def find_moved_images(raw: RawDataset, folder: Path) -> None:
-    """Replace the paths of images that don't exist by those of images with the same end of the path.
-
-    Args:
-        raw: gets the new paths, and one finding per split.
-        folder: where to look.
-    """
+    """Replace the paths of images that don't exist by those of images in `folder` with the same end of the path."""
     index: ImageIndex | None = None
     for split in raw.splits.values():
         missing = _missing(raw, split)

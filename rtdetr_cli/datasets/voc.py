@@ -335,14 +335,7 @@ def write_voc(parts: dict[str, Dataset], to: Path) -> Path:
 def label_xml(
     file_name: str, size_wh: Sequence[int], boxes: Sequence[tuple[str, Sequence[float]]], *, folder: str = ""
 ) -> Element:
-    """Return the label file of an image.
-
-    Args:
-        file_name: of the image.
-        size_wh: width and height in pixels.
-        boxes: class name and corners in pixels.
-        folder: the folder of the image, if it is to be named.
-    """
+    """Return the label file of an image; `boxes` are class names with corners, all in pixels."""
     root = Element("annotation")
     if folder:
         _add(root, folder=folder)

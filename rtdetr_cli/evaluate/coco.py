@@ -89,7 +89,7 @@ def coco_metrics(dataset: Dataset, table: DetectionTable, *, evaluator: str = "h
 
     Raises:
         DataError: the dataset has no images, or a detection has an image or class outside it.
-        EnvironmentProblem: the evaluator is not installed.
+        EnvironmentProblem: hotcoco is not installed.
         UsageError: there is no such evaluator.
     """
     require_images(dataset)
@@ -146,7 +146,8 @@ def hotcoco_session(dataset: Dataset, table: DetectionTable) -> Any:
     try:
         import hotcoco
     except ImportError as error:
-        raise _not_installed("hotcoco", instead="pycocotools") from error
+        hint = "pip install hotcoco, or use --evaluator pycocotools"
+        raise EnvironmentProblem("the evaluator hotcoco is not installed", hint=hint) from error
     truth = hotcoco.COCO.from_arrays(
         *_images_and_categories(dataset),
         np.repeat(image_numbers(dataset), np.diff(dataset.offsets)),
@@ -161,11 +162,9 @@ def hotcoco_session(dataset: Dataset, table: DetectionTable) -> Any:
 
 
 def _pycocotools_session(dataset: Dataset, table: DetectionTable) -> Any:
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise _not_installed("pycocotools", instead="hotcoco") from error
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     columns = {
         "image_id": np.repeat(image_numbers(dataset), np.diff(dataset.offsets)),
         "category_id": dataset.labels + 1,
@@ -183,9 +182,3 @@ def _pycocotools_session(dataset: Dataset, table: DetectionTable) -> Any:
     session = COCOeval(truth, truth.loadRes(_result_rows(dataset, table)) if len(table) else COCO(), "bbox")
     session.evaluate()
     return session
-
-
-def _not_installed(evaluator: str, *, instead: str) -> EnvironmentProblem:
-    return EnvironmentProblem(
-        f"the evaluator {evaluator} is not installed", hint=f"pip install {evaluator}, or use --evaluator {instead}"
-    )

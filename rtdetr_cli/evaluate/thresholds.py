@@ -247,16 +247,10 @@ def calibrate_model(
     layers: int | None,
     queries: int | None,
 ) -> tuple[Thresholds, tuple[str, ...], ModelHeader]:
-    """Find the thresholds for an evaluation and store them in the model.
+    """Find the thresholds for an evaluation of a model and store them in its file.
 
-    Args:
-        path: the model file.
-        evaluation: of that model.
-        target: as for `parse_target`.
-        class_names: of the model, in label order.
-        imgsz: height and width that it was evaluated with.
-        layers: decoder layers that it was evaluated with; None if unknown.
-        queries: queries that it was evaluated with; None if unknown.
+    `imgsz` (height, width), `layers` and `queries` are those that it was evaluated with; None if unknown. The tensors
+    and the identity stay the same.
 
     Returns:
         The thresholds in the labels of the dataset, notes for people, and the model's new header.

@@ -21,14 +21,13 @@ from rtdetr_cli.export import onnx as onnx_file
 from rtdetr_cli.export.artefacts import NAME_ENDINGS, Artefact, Notice, mark_name, rename_artefact
 from rtdetr_cli.export.graph import DeployGraph, count_norms, deployable, example_inputs, expected_spec
 from rtdetr_cli.export.options import ExportOptions
-from rtdetr_cli.files import atomic_write
 from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.infer.graph import GraphSpec, first_line
 from rtdetr_cli.infer.openvino_backend import import_openvino, openvino_core
 from rtdetr_cli.infer.tensorrt_backend import RTX_VERSION, import_tensorrt
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.text import counted
-from rtdetr_cli.weights.binding import header_path
+from rtdetr_cli.weights.binding import header_path, write_export_header
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 ENGINE_BATCH = 8  # the largest batch of a dynamic engine, unless --batch is larger
@@ -308,7 +307,7 @@ def write_engine(context: ExportContext, path: Path) -> DraftEvents:
             raise
         final = context.final_path("trt-fp16")
         yield from context.set_aside_previous("trt-fp16")  # before its header is overwritten
-        save_engine_header(final, context.header_for("tensorrt", "fp16", gate={"passed": None}))
+        write_export_header(final, context.header_for("tensorrt", "fp16", gate={"passed": None}))
         raise EnvironmentProblem(
             f"the engine cannot be built on this machine ({error.message}); the float16 graph {graph.path} is ready",
             hint=f"on the target machine: {tensorrt.trtexec_command(graph.path, final, shapes)}\n"
@@ -317,7 +316,7 @@ def write_engine(context: ExportContext, path: Path) -> DraftEvents:
             code=error.code,
         ) from error
     header = context.header_for("tensorrt", "fp16", {"tensorrt": version}, layers_by_type=layers)
-    return Draft(header, save_engine_header, layers)
+    return Draft(header, write_export_header, layers)
 
 
 def write_rtx_engine(context: ExportContext, path: Path) -> DraftEvents:
@@ -332,7 +331,7 @@ def write_rtx_engine(context: ExportContext, path: Path) -> DraftEvents:
     layers = yield from tensorrt.build_in_thread(graph.path, path, shapes=shapes, targets=targets)
     version = str(import_tensorrt(rtx=True).__version__)
     facts = {"layers_by_type": layers, "targets": list(targets)}
-    draft = Draft(context.header_for("tensorrt", "fp16", {RTX_VERSION: version}, **facts), save_engine_header, layers)
+    draft = Draft(context.header_for("tensorrt", "fp16", {RTX_VERSION: version}, **facts), write_export_header, layers)
     if tensorrt.runs_here(targets, context.device) is None:
         draft.pending = f"this one has no GPU that it is built for ({', '.join(targets)})"
     return draft
@@ -344,12 +343,6 @@ def engine_shapes(context: ExportContext) -> tuple[tensorrt.Shapes, str]:
     largest = max(batch, ENGINE_BATCH) if dynamic else batch
     shapes = tensorrt.profile_shapes(context.spec.inputs, max_batch=largest)
     return shapes, f"batch {'1 to ' if dynamic else ''}{largest}"
-
-
-def save_engine_header(engine: Path, header: ModelHeader) -> None:
-    """Write the header of an engine to the file beside it."""
-    with atomic_write(header_path(engine)) as temporary:
-        temporary.write_text(header.to_json() + "\n", encoding="utf-8")
 
 
 WRITERS: dict[str, Callable[[ExportContext, Path], DraftEvents]] = {

@@ -113,9 +113,7 @@ def traced_program(module: nn.Module, inputs: Sequence[Tensor], *, dynamic: bool
 def halve(graph_module: fx.GraphModule, float32: Callable[[str, str], bool] = stays_float32) -> fx.GraphModule:
     """Rewrite a program of `traced_program` with float16 types, in place; its inputs and outputs stay float32.
 
-    Args:
-        graph_module: the program.
-        float32: whether an operator stays float32, by the module's path and the operator's name.
+    `float32` says whether an operator stays float32, by the module's path and the operator's name.
     """
     graph = graph_module.graph
     types: dict[fx.Node, torch.dtype] = {}

@@ -98,11 +98,7 @@ def quantize_onnx(
 ) -> onnx.ModelProto:
     """Return a graph with quantized convolutions: weights per channel, activations with fixed ranges.
 
-    Args:
-        model: the float graph, without preprocessing; it is not changed.
-        calibration: the images.
-        spec: the inputs of the graph.
-        floats: parts that stay float32.
+    `model` is the float graph, without preprocessing, and is not changed; `floats` are the parts that stay float32.
 
     Raises:
         ExportError: ONNX Runtime cannot quantize the graph.

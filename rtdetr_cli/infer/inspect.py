@@ -60,11 +60,7 @@ def inspect_model(path: Path, imgsz: tuple[int, int] | None = None) -> dict[str,
 
 
 def graph_precision(facts: Mapping[str, Any]) -> str | None:
-    """Return `fp32`, `fp16` or `int8`: what the constants and operators of a graph show; None for an engine.
-
-    Args:
-        facts: from `inspect_model`.
-    """
+    """Return `fp32`, `fp16` or `int8`: what the facts of `inspect_model` show about a graph; None for an engine."""
     if any(re.fullmatch("QuantizeLinear|FakeQuantize|.*Integer", name) for name in facts.get("operators", {})):
         return "int8"
     types = facts.get("types", {})

@@ -153,13 +153,7 @@ def gpu_target(device: Any) -> str:
 
 
 def check_rtx_engine(path: Path, header: ModelHeader, version: str, target: str) -> None:
-    """Refuse an engine of TensorRT for RTX that cannot run here, before it is loaded.
-
-    Args:
-        path: of the engine.
-        header: the engine's.
-        version: of the installed package.
-        target: of the GPU that it would run on, such as `sm86`.
+    """Refuse an engine that cannot run in the installed `version` of TensorRT for RTX, or on a GPU such as `sm86`.
 
     Raises:
         EnvironmentProblem: it was built by another version (`tensorrt-version`), or for other GPUs (`engine-target`).

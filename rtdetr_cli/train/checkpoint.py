@@ -91,12 +91,7 @@ def promote_previous(folder: Path) -> None:
 
 @contextmanager
 def explain_write_failure(folder: Path, what: str) -> Iterator[None]:
-    """Turn the error of a file that cannot be written into one that says how to continue the run.
-
-    Args:
-        folder: the run's.
-        what: is being written, for the message.
-    """
+    """Turn the error of a file of a run that cannot be written into one that says how to continue the run."""
     try:
         yield
     except (OSError, RuntimeError, RtdetrError) as error:

@@ -21,18 +21,13 @@ from rtdetr_cli.train.plan import (
 from rtdetr_cli.weights.catalogue import find_by_file
 from rtdetr_cli.weights.hub import hash_kind
 
-# Steps below which a run from such weights learns little. Measured for random weights, with `tiny`: 260 steps reach
-# AP 0.5 on blood cells (docs/learning.md). The others are shares of that, not measured.
-FEW_STEPS = {"coco": 100, "objects365-coco": 100, "imagenet": 200, "none": 250}
+# What a run starts from, and the steps below which it learns little. Measured for random weights, with `tiny`: 260
+# steps reach AP 0.5 on blood cells (docs/learning.md). The others are shares of that, not measured.
+STARTS = {"imagenet": ("an ImageNet backbone", 200), "none": ("random weights", 250)}
+PRETRAINED = "pretrained weights", 100
 FEW_BOXES, RARE_SHARE = 10, 0.1  # a class with fewer boxes than this, or than this share of the median class, is rare
 MOST_DETECTIONS = 300  # in an image, with any number of queries
 QUERY_STEP = 50  # suggested numbers of queries are multiples of it
-START = {
-    "coco": "pretrained weights",
-    "objects365-coco": "pretrained weights",
-    "imagenet": "an ImageNet backbone",
-    "none": "random weights",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +78,12 @@ def plan_warnings(config: RunConfig, plan: Plan, *, images: int) -> tuple[str, .
     """Return warnings about what is likely to go wrong with a plan."""
     warnings = []
     total, warmup, batch = plan.total_steps, plan.warmup_steps, plan.effective_batch
-    weights = config.settings.weights if config.settings.weights in FEW_STEPS else "coco"
-    if total < FEW_STEPS[weights]:
-        epochs = math.ceil(FEW_STEPS[weights] / plan.steps_per_epoch)
+    start, enough = STARTS.get(config.settings.weights, PRETRAINED)
+    if total < enough:
+        epochs = math.ceil(enough / plan.steps_per_epoch)
         warnings.append(
-            f"{counted(total, 'step')}: too few to learn much from {START[weights]} "
-            f"(use about {FEW_STEPS[weights]}: --epochs {epochs} or more)"
+            f"{counted(total, 'step')}: too few to learn much from {start} "
+            f"(use about {enough}: --epochs {epochs} or more)"
         )
     if warmup >= total:
         warnings.append(

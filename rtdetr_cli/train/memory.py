@@ -6,8 +6,7 @@ rounding only. (With batch norms that are trained, it also changes what they ave
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -49,21 +48,6 @@ def halve(micro: int, *, where: str) -> int:
             code="out-of-memory",
         )
     return -(-micro // 2)
-
-
-@contextmanager
-def one_image(*, where: str) -> Iterator[None]:
-    """Run a block on a single image.
-
-    Raises:
-        RtdetrError: the block runs out of memory.
-    """
-    try:
-        yield
-    except Exception as error:
-        if is_out_of_memory(error):
-            halve(1, where=where)
-        raise
 
 
 def release(device: torch.device) -> None:

@@ -95,11 +95,7 @@ def write_report(
 
 
 def val_loss_note(rows: Sequence[Mapping[str, float | None]]) -> str:
-    """Return a sentence on where the val loss stopped improving; empty with fewer than three evaluated epochs.
-
-    Args:
-        rows: of `metrics.csv`.
-    """
+    """Return where the val loss in `metrics.csv` stopped improving; empty with fewer than three evaluated epochs."""
     columns = [[row.get(name) or math.nan for name in ("epoch", "train_loss", "val_loss")] for row in rows]
     known = [(int(epoch), train, val) for epoch, train, val in columns if math.isfinite(train + val)]
     if len(known) < 3:
@@ -120,9 +116,7 @@ def val_loss_note(rows: Sequence[Mapping[str, float | None]]) -> str:
 def figure_svg(figure: Figure, name: str) -> str:
     """Return a figure as SVG without a background and in the page's text color, so that it suits dark pages too.
 
-    Args:
-        figure: drawn with `plots.INK`.
-        name: makes the ids of its elements differ from those of other figures on the page.
+    It is drawn with `plots.INK`; `name` makes the ids of its elements differ from those of others on the page.
     """
     from matplotlib import rc_context
 

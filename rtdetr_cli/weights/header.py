@@ -154,6 +154,7 @@ _THRESHOLDS: dict[str, Reader[Any]] = {
     "queries": doc.optional(doc.integer(1, MAX_QUERIES)),
     "dedupe": doc.optional(_gamma),
 }
+_NEEDED = ("target", "overall", "per_class")  # of the thresholds
 _DEDUPE: dict[str, Reader[Any]] = {"gamma": _gamma, "ap": doc.optional(doc.number), "ap_off": doc.optional(doc.number)}
 _VERDICT: dict[str, Reader[Any]] = {"passed": doc.optional(doc.boolean), HASHES: doc.table(doc.text)}
 _EXTRA: dict[str, Reader[Any]] = {
@@ -162,12 +163,6 @@ _EXTRA: dict[str, Reader[Any]] = {
     "epoch": doc.integer(0, 1 << 40),
     "targets": doc.optional(doc.sequence(doc.text)),
 }
-
-
-def _read_thresholds(value: Any) -> Thresholds | None:
-    if not value:
-        return None
-    return Thresholds(**read_fields(value, _THRESHOLDS, required=("target", "overall", "per_class")))
 
 
 def _read_extra(value: Any) -> dict[str, Any]:
@@ -187,7 +182,7 @@ _FIELDS: dict[str, Reader[Any]] = {
     "layers": doc.integer(0, MAX_LAYERS),
     "queries": doc.integer(0, MAX_QUERIES),
     "preprocessing": doc.table(doc.plain),
-    "thresholds": _read_thresholds,
+    "thresholds": lambda value: Thresholds(**read_fields(value, _THRESHOLDS, required=_NEEDED)) if value else None,
     "dedupe": lambda value: Dedupe(**read_fields(value, _DEDUPE)) if value else None,
     "metrics": doc.table(doc.optional(doc.number)),
     "dataset": doc.table(doc.plain),

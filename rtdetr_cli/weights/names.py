@@ -89,12 +89,8 @@ def _differences(v1: bool) -> tuple[tuple[str, str, str], ...]:
 def from_transformers(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Return the tensors of a transformers file under our names.
 
-    Args:
-        state: the file's tensors.
-        names: our names of all tensors of the model.
-
-    Returns:
-        Those of `names` that the file has, and under their own names any that belong to no model of ours.
+    Those are the ones of `names`, all tensors of the model, that the file has. Any that belong to no model of ours
+    keep their names.
     """
     left = {_translate(n, _TRANSFORMERS_IN_FILES): t for n, t in state.items()}
     left = {n: t for n, t in left.items() if not n.startswith(_HEAD_COPIES)}

@@ -146,15 +146,8 @@ def plan_benchmark(
 ) -> BenchmarkPlan:
     """Decide what to measure, and refuse what cannot be measured, before anything is exported or timed.
 
-    Args:
-        models: model files. An exported model runs in its own backend.
-        backends: for models that are weights; None uses all that this machine has, or torch for a sweep.
-        sweep: from `workflows.sweep.parse_sweep`.
-        batch: images per run.
-        warmup: runs that are not counted.
-        runs: runs that are counted.
-        device: of torch, ONNX Runtime and TensorRT.
-        threads: CPU threads.
+    Models that are weights run in `backends` (None: all that this machine has, or torch for a sweep of `parse_sweep`),
+    exported ones in their own.
 
     Raises:
         UsageError: options that clash, or a sweep that a model does not allow.

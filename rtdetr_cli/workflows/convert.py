@@ -105,7 +105,10 @@ def convert(source: Path, layout: Layout, out: Path, *, sampling: str | None = N
                 code="parity",
             )
     except BaseException:
-        _remove(out)
+        if out.is_dir():
+            shutil.rmtree(out)
+        else:
+            out.unlink(missing_ok=True)
         raise
     return Converted(out, layout, tensors, match, tuple(notes))
 
@@ -199,13 +202,6 @@ def detect_with_transformers(folder: Path, header: ModelHeader, images: Images) 
                 Detections(boxes, scores, classes.astype(np.int64), size_wh, header.names, header.category_ids)
             )
     return len(model.state_dict()), found
-
-
-def _remove(out: Path) -> None:
-    if out.is_dir():
-        shutil.rmtree(out)
-    else:
-        out.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -62,11 +62,7 @@ def require_dataset(data: str | Path) -> None:
 def run_processes(config: RunConfig, devices: Sequence[str], *, resume: Path | None, words: Sequence[str] = ()) -> int:
     """Train in one process for each device, wait for them, and return their exit code.
 
-    Args:
-        config: the resolved settings, which every process reads from a file.
-        devices: from `parse_devices`.
-        resume: the run to resume in place of starting one.
-        words: further words of their command line.
+    Every process reads the settings from a file, or resumes the run `resume`; `words` are added to its command line.
     """
     from rtdetr_cli.train import launch
 

@@ -370,8 +370,12 @@ def resolve_micro_batch(prepared: Prepared) -> int:
         run_largest_step(learner, plan, most_boxes=prepared.most_boxes, micro_batch=micro_batch, parts=1)
 
     device = learner.device
-    with memory.one_image(where=str(device)):
+    try:
         bytes_for_one = memory.saved_bytes(lambda: forward_largest(prepared))
+    except Exception as error:
+        if memory.is_out_of_memory(error):
+            memory.halve(1, where=str(device))  # raises: there is nothing less than one image
+        raise
     free = memory.free_bytes(device)
     micro_batch = memory.fitting_micro_batch(
         batch,

@@ -14,9 +14,7 @@ from rtdetr_cli.datasets.ids_file import IDS_FILE
 def plan_ids(plan: Plan, dropped: Mapping[tuple[str, int], set[int]]) -> None:
     """Remove the facts of boxes that are dropped, and rename the images that are renamed.
 
-    Args:
-        plan: gets the new text.
-        dropped: split and image -> positions among the image's labels.
+    `dropped` has positions among the labels of each image (split and index).
     """
     raw = plan.report.raw
     path = next((path for path in raw.label_paths.values() if path.name == IDS_FILE), None)

@@ -98,10 +98,7 @@ def upright_tag(path: Path) -> Tag | None:
 def choose_left_out(plan: Plan, before: Report, reset: Mapping[Path, Tag]) -> None:
     """Leave out images that cannot be used or whose boxes cannot be placed; mark their findings as dealt with.
 
-    Args:
-        plan: gets the images.
-        before: the report with the orientations as they are in the original.
-        reset: paths whose orientation is reset.
+    `before` is the report with the orientations as they are in the original, `reset` has those that are reset.
     """
     raw = plan.report.raw
     label_files = files_of_one_image(raw)
