@@ -6,20 +6,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.datasets.records import Dataset
+from rtdetr_cli.datasets.records import Dataset, image_paths
 from rtdetr_cli.errors import DataError, EnvironmentProblem
 from rtdetr_cli.evaluate.classes import ClassMap, map_classes
 from rtdetr_cli.evaluate.coco import PYCOCOTOOLS_LACKS, SIZES, CocoResult, coco_metrics, require_images
 from rtdetr_cli.evaluate.matching import Matches, match
 from rtdetr_cli.evaluate.table import DetectionTable
 from rtdetr_cli.evaluate.thresholds import OperatingPoint, points_at, score_curve
-from rtdetr_cli.infer.backend import Backend, run_checked
+from rtdetr_cli.infer.backend import Backend
+from rtdetr_cli.infer.stream import detect_images
 from rtdetr_cli.text import counted
 from rtdetr_cli.weights.header import Thresholds
 
@@ -203,23 +203,17 @@ def detect(
 
     `progress` is called with the number of images done since the last call.
     """
-    from rtdetr_cli.infer.prefetch import prefetch
-
     tables: list[DetectionTable] = []
     unreadable: list[tuple[int, str]] = []
     network_seconds = 0.0
-    images = prefetch([dataset.path(i) for i in range(len(dataset))], backend.imgsz)
-    while group := list(islice(images, batch)):
-        readable = [(i, image, size_wh) for i, image, size_wh, *_ in group if image is not None]
-        unreadable += [(i, str(error)) for i, image, _, error, _ in group if image is None]
-        if readable:
-            indices, pixels, sizes_wh = zip(*readable, strict=True)
-            start = time.perf_counter()
-            results = run_checked(backend, np.stack(pixels), np.array(sizes_wh, np.int64))
-            network_seconds += time.perf_counter() - start
-            tables += [DetectionTable.of_image(i, d) for i, d in zip(indices, results, strict=True)]
+    for item, detections, seconds in detect_images(backend, image_paths(dataset), batch=batch):
+        network_seconds += seconds
+        if detections is None:
+            unreadable.append((item.position, str(item.error)))
+        else:
+            tables.append(DetectionTable.of_image(item.position, detections))
         if progress is not None:
-            progress(len(group))
+            progress(1)
     return SplitDetections(DetectionTable.join(tables), tuple(unreadable), network_seconds)
 
 

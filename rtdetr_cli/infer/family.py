@@ -14,12 +14,7 @@ DEIM_AP = {"r18": 0.490, "r34": 0.509, "r50m": 0.532, "r50": 0.543, "r101": 0.55
 
 
 def family_facts(path: Path, header: ModelHeader, imgsz: tuple[int, int] | None = None) -> dict[str, Any]:
-    """Describe a detector as a member of the family.
-
-    Args:
-        path: its file.
-        header: of the file; its architecture must not be empty.
-        imgsz: height and width that the GFLOPs are counted at; the header's by default.
+    """Describe a detector as a member of the family, by its file and a header that states its architecture.
 
     Returns:
         `maker`, `version`, `variant` (a preset, or "" for other sizes), `published` (None for a file that is not known,

@@ -103,16 +103,10 @@ class Results:
         scores: bool = False,
         image_ids: Mapping[str, int | str] | None = None,
     ) -> None:
-        """Open the files in an existing folder.
+        """Open the files in an existing folder; `scores` is for those of `txt`.
 
-        Args:
-            folder: for the files.
-            names: class names in label order, for `labels/classes.txt`.
-            lines: write `predictions.jsonl`.
-            coco: write `predictions.json`.
-            txt: write `labels/NAME.txt`.
-            scores: with the score of each box.
-            image_ids: COCO image ids by the name of the source; the default id is the name.
+        `names` are class names in label order, `image_ids` COCO image ids by the name of the source; the default id is
+        that name.
         """
         self.folder, self.names, self.txt, self.scores = folder, tuple(names), txt, scores
         self.image_ids = dict(image_ids or {})
