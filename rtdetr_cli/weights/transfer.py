@@ -45,11 +45,6 @@ class TransferTable:
     by_class: tuple[str, ...]  # transferred class by class
     reinitialized: tuple[str, ...] = ()  # kept their initial values
 
-    @property
-    def matched(self) -> int:
-        """Number of classes that the source has."""
-        return sum(row.source_label is not None for row in self.classes)
-
 
 def transfer_weights(
     model: RTDETR,

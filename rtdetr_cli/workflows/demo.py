@@ -28,7 +28,6 @@ from rtdetr_cli.workflows.finetune import finetune
 TRAIN_IMAGES = 800
 VAL_IMAGES = 100
 SIDE = 192
-EPOCHS = 10
 REQUIRED_AP50 = 0.5
 DRAWN_IMAGES = 12
 

@@ -6,10 +6,9 @@ GPU. So decoding and a forward pass are timed on a few images first.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from timeit import timeit
 
 import torch
 
@@ -60,15 +59,8 @@ def check_images_if_cheap(
             torch.cuda.synchronize(device)
 
     forward()  # the first one also loads kernels
-    if seconds_of(decode) > MAX_SHARE_OF_EPOCH * STEP_PER_FORWARD * seconds_of(forward):
+    if timeit(decode, number=1) > MAX_SHARE_OF_EPOCH * STEP_PER_FORWARD * timeit(forward, number=1):
         return None
     report = examine(source, images=images, imgsz=imgsz, queries=model.queries)
     refuse_errors(report.raw)
     return tuple(report.findings)
-
-
-def seconds_of(work: Callable[[], None]) -> float:
-    """Return how long a call takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
