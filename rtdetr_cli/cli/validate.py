@@ -23,7 +23,7 @@ from rtdetr_cli.text import counted, printable, suggest, tally
 if TYPE_CHECKING:
     from rtdetr_cli.checks.doctor import Report
     from rtdetr_cli.checks.repair.plan import LeftOut
-    from rtdetr_cli.cli.terminal import Progress
+    from rtdetr_cli.weights.download import Progress
 
 MISSING_LABELS = ("drop", "empty")
 FORMATS = ("coco", "yolo", "voc")

@@ -8,6 +8,7 @@ as long as the tensors are those that it was written for.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -342,7 +343,5 @@ def _hgnet_config(spec: ModelSpec) -> dict[str, Any]:
 
 def _layer_of(name: str) -> int:
     """Return the decoder layer that a tensor belongs to, or -1."""
-    for prefix in ("decoder.decoder.layers.", "decoder.dec_score_head.", "decoder.dec_bbox_head."):
-        if name.startswith(prefix):
-            return int(name.removeprefix(prefix).split(".", 1)[0])
-    return -1
+    found = re.match(r"decoder\.(?:decoder\.layers|dec_score_head|dec_bbox_head)\.(\d+)\.", name)
+    return int(found[1]) if found else -1

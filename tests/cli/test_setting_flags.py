@@ -92,9 +92,3 @@ def test_a_command_receives_the_flags_that_were_given(words: list[str], given: d
     app.command()(with_setting_flags(TRAIN_FLAGS)(command))
     typer.main.get_command(app).main(args=words, standalone_mode=False)
     assert received == [given]
-
-
-def test_demo_shows_the_real_number_of_epochs() -> None:
-    from rtdetr_cli.workflows.demo import EPOCHS
-
-    assert parameters("demo")["epochs"].default == EPOCHS
