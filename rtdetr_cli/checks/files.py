@@ -155,18 +155,15 @@ def image_location(
     }
 
 
-def measure_images(dataset: RawDataset, *, threads: int | None = None, all_images: bool = True) -> None:
+def measure_images(dataset: RawDataset, *, all_images: bool = True) -> None:
     """Read the sizes from the images' headers and use them; report where the labels declare another.
 
-    Args:
-        dataset: gets the sizes and the findings.
-        threads: headers read at once.
-        all_images: False reads only the images whose labels declare no size.
+    `all_images` is False to read only the images whose labels declare no size.
     """
     for split in dataset.splits.values():
         wanted = np.flatnonzero(split.usable if all_images else split.usable & ~split.declared)
         paths = [split.path(int(i)) for i in wanted]
-        with ThreadPoolExecutor(threads or min(16, cpu_count() + 4)) as pool:
+        with ThreadPoolExecutor(min(16, cpu_count() + 4)) as pool:
             for image, size in zip(wanted.tolist(), pool.map(measure_image, paths, chunksize=64), strict=True):
                 if isinstance(size, ImageError):
                     report_unusable(dataset, split, image, size)

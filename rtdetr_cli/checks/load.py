@@ -29,7 +29,6 @@ def load_splits(
     val_images: Collection[str] | None = None,
     legacy_seed: int | None = None,
     split_single: bool = True,
-    headers: bool = True,
     find_images: bool = True,
 ) -> Splits:
     """Read a dataset, check its annotations, and return its splits as flat arrays.
@@ -41,8 +40,8 @@ def load_splits(
         val_images: names of the images that a run has held out before.
         legacy_seed: of a run of version 0.1, which drew these images by its seed.
         split_single: False uses a dataset that is not split as `val` as a whole, to evaluate on a single file.
-        headers: False trusts the declared sizes instead of reading the images' headers.
-        find_images: False doesn't look for the images at all, to evaluate detections from a file.
+        find_images: False doesn't look for the images at all and trusts the declared sizes, to evaluate detections from
+            a file.
 
     Raises:
         DataError: the dataset cannot be found or read, or a check found errors; the first few are listed.
@@ -50,7 +49,7 @@ def load_splits(
     raw = read_raw(source, images=images)
     if find_images:
         check_files(raw)
-    measure_images(raw, all_images=headers and find_images)
+    measure_images(raw, all_images=find_images)
     check_boxes(raw)
     check_structure(raw)
     if not split_single and set(raw.splits) == {"train"}:

@@ -208,16 +208,16 @@ class Comparison:
     probability_b_better: float
     verdict: str
 
-    def sentence(self, name_a: str = "A", name_b: str = "B") -> str:
+    def sentence(self) -> str:
         """Return the result in words."""
         gap, low, high = self.difference.value, self.difference.lower, self.difference.upper
         images = counted(self.difference.images, "image")
         if low == high == 0:
-            return f"{name_a} and {name_b} have the same AP on every resample"
+            return "A and B have the same AP on every resample"
         if self.verdict == "b":
-            return f"{name_b} is better than {name_a} by {gap:.3f} AP (95%: {low:.3f} to {high:.3f}, {images})"
+            return f"B is better than A by {gap:.3f} AP (95%: {low:.3f} to {high:.3f}, {images})"
         if self.verdict == "a":
-            return f"{name_a} is better than {name_b} by {-gap:.3f} AP (95%: {-high:.3f} to {-low:.3f}, {images})"
+            return f"A is better than B by {-gap:.3f} AP (95%: {-high:.3f} to {-low:.3f}, {images})"
         advice = ""
         if abs(gap) >= 0.001:
             needed = self.difference.images * (self.difference.half_width / gap) ** 2
@@ -225,8 +225,7 @@ class Comparison:
             needed = max(self.difference.images + 1, math.ceil(needed / step) * step)
             advice = f"; a difference of this size needs about {needed:,} images"
         return (
-            f"no significant difference: {name_b} minus {name_a} is {gap:+.3f} AP "
-            f"(95%: {low:+.3f} to {high:+.3f}, {images}){advice}"
+            f"no significant difference: B minus A is {gap:+.3f} AP (95%: {low:+.3f} to {high:+.3f}, {images}){advice}"
         )
 
 

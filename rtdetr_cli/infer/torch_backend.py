@@ -29,19 +29,14 @@ class TorchBackend:
         *,
         device: str | torch.device = "auto",
         imgsz: tuple[int, int] | None = None,
-        autocast: torch.dtype | None = None,
     ) -> None:
-        """Move a model, which may be in half precision, to a device; `imgsz` replaces the header's (height, width).
-
-        `autocast` is the type for the network; post-processing stays in float32.
-        """
+        """Move a model, which may be in half precision, to a device; `imgsz` replaces the header's (height, width)."""
         self.device = device if isinstance(device, torch.device) else choose_device(device)
         # As training does: on a CPU, convolutions are faster on channels-last maps.
         self.memory_format = torch.channels_last if self.device.type == "cpu" else torch.contiguous_format
         self.model = model.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.header = header
         self.imgsz = imgsz or header.imgsz
-        self.autocast = autocast
         self.dedupe = header.dedupe_gamma
 
     @torch.inference_mode()
@@ -53,8 +48,7 @@ class TorchBackend:
         training = [m for m in self.model.modules() if m.training]  # without frozen parts, which stay in eval mode
         self.model.eval()
         try:
-            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                main = self.model(inputs).main
+            main = self.model(inputs).main
         finally:
             for module in training:
                 module.training = True

@@ -412,7 +412,7 @@ def test_boxes_are_judged_without_the_orientation_that_is_reset(form: str, reque
     images = sorted((folder / ("images" if form == "coco" else "JPEGImages")).glob("train_*"))
     for path in images[:2]:
         _save_with_orientation(path, 6)
-    before = load_splits(folder, headers=False).train
+    before = load_splits(folder, find_images=False).train
     done = repair(examine(folder), folder.parent / "out")
     assert done.changes == {"image-exif-swapped": 2}
     after = load_splits(done.data).train

@@ -82,9 +82,9 @@ def test_compare_with_the_same_and_with_a_better_model(make: Any) -> None:
     better, _ = compare(dataset, (table, truth), (value, 1.0))
     assert better.verdict == "b"
     assert better.probability_b_better == 1
-    assert better.sentence("old", "new").startswith(f"new is better than old by {1 - value:.3f} AP (95%: ")
+    assert better.sentence().startswith(f"B is better than A by {1 - value:.3f} AP (95%: ")
     worse, _ = compare(dataset, (truth, table), (1.0, value))
-    assert worse.sentence("old", "new").startswith("old is better than new")
+    assert worse.sentence().startswith("A is better than B")
 
 
 def test_pairing_detects_a_difference_that_separate_intervals_miss(make: Any) -> None:

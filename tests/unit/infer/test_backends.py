@@ -303,7 +303,7 @@ def test_half_model_in_torch(
     from rtdetr_cli.weights.load import load_model
 
     model, header = load_model(shapes_model)
-    backend = TorchBackend(model, header, device="cpu", autocast=torch.bfloat16)
+    backend = TorchBackend(model.to(torch.bfloat16), header, device="cpu")
     for a, b in zip(reference, backend.run(*images), strict=True):
         assert b.scores.dtype == np.float32
         assert b.scores[0] == pytest.approx(a.scores[0], abs=0.1)
