@@ -63,6 +63,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file of UTF-8 text as `atomic_write` does."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Give a hidden folder in `folder`, which is new or empty; on success its files and folders take their places.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from rtdetr_cli import documents as doc
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
-from rtdetr_cli.files import atomic_write, missing_path_hint
+from rtdetr_cli.files import missing_path_hint, write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,8 +117,7 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> Path:
         """Write a small text file atomically."""
-        with atomic_write(self.path / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_text(self.path / name, text)
         return self.path / name
 
     # ---- manifest.json ------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rtdetr_cli.checks.doctor import Report
 from rtdetr_cli.datasets.codes import CODES
 from rtdetr_cli.datasets.findings import Spot
-from rtdetr_cli.files import atomic_write
+from rtdetr_cli.files import write_text
 from rtdetr_cli.images.decode import ImageError, open_image
 from rtdetr_cli.images.draw import css_color
 from rtdetr_cli.page import image_uri, render_page
@@ -45,8 +45,7 @@ def write_page(report: Report, path: Path) -> None:
         RtdetrError: the file cannot be written.
     """
     page = render_page("validate.html", **page_context(report))
-    with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def page_context(report: Report) -> dict[str, Any]:

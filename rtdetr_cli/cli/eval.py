@@ -24,7 +24,7 @@ from rtdetr_cli.cli.options import (
 )
 from rtdetr_cli.cli.select import model_name, output_file, parse_size, resolve_model
 from rtdetr_cli.errors import GateError, UsageError
-from rtdetr_cli.files import atomic_write
+from rtdetr_cli.files import write_text
 from rtdetr_cli.text import counted
 from rtdetr_cli.weights.header import EXPORT_SUFFIXES
 
@@ -277,8 +277,7 @@ def _save_results(path: Path, evaluation: Evaluation) -> str:
 
     from rtdetr_cli.evaluate.results import coco_results
 
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(coco_results(evaluation.dataset, evaluation.table)), encoding="utf-8")
+    write_text(path, json.dumps(coco_results(evaluation.dataset, evaluation.table)))
     return str(path)
 
 

@@ -24,7 +24,7 @@ from rtdetr_cli.evaluate.error_analysis import CORRECT, KINDS, MISSED_KIND, NOT_
 from rtdetr_cli.evaluate.matching import box_images
 from rtdetr_cli.evaluate.run import Evaluation
 from rtdetr_cli.evaluate.thresholds import ScoreCurve, score_curve
-from rtdetr_cli.files import atomic_write
+from rtdetr_cli.files import write_text
 from rtdetr_cli.images.decode import ImageError, read_image
 from rtdetr_cli.images.draw import css_color
 from rtdetr_cli.page import image_uri, render_page
@@ -57,8 +57,7 @@ SUSPECT_TITLES = {
 
 def write_page(path: Path, analysis: ErrorAnalysis, **facts: Any) -> None:
     """Write the page; `facts` are keywords of `page_context`."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(render_page("eval.html", **page_context(analysis, **facts)), encoding="utf-8")
+    write_text(path, render_page("eval.html", **page_context(analysis, **facts)))
 
 
 def page_context(

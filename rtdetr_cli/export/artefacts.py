@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rtdetr_cli.export.verify import Verdict
-from rtdetr_cli.files import atomic_write
+from rtdetr_cli.files import write_text
 from rtdetr_cli.weights.binding import header_path
 from rtdetr_cli.weights.header import ModelHeader
 
@@ -131,8 +131,7 @@ def write_parity(folder: Path, header: ModelHeader, artefacts: Sequence[Artefact
         "imgsz": list(header.imgsz),
         "artefacts": entries + earlier_entries(path, header.identity, renamed, {a.path.name for a in artefacts}),
     }
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=1, allow_nan=False, default=float) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(document, indent=1, allow_nan=False, default=float) + "\n")
 
 
 def earlier_entries(path: Path, identity: str, renamed: Mapping[str, str], new_names: set[str]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rtdetr_cli.files import atomic_write
+from rtdetr_cli.files import write_text
 from rtdetr_cli.infer.detections import Detections, category_id, class_name
 from rtdetr_cli.infer.sources import Source
 from rtdetr_cli.text import json_text, printable, whole_number
@@ -81,11 +81,6 @@ def saved_name(source: Source) -> str:
     return str(source.name) + suffix
 
 
-def _write_text(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-
-
 class Results:
     """The result files of a prediction: `predictions.jsonl`, `predictions.json` and `labels/`.
 
@@ -123,16 +118,19 @@ class Results:
         if self._rows is not None:
             self._rows.extend(coco_rows(self.image_ids.get(name, name), detections))
         if self.txt:
-            _write_text(self.folder / "labels" / f"{name}.txt", yolo_lines(detections, scores=self.scores))
+            write_text(self.folder / "labels" / f"{name}.txt", yolo_lines(detections, scores=self.scores))
 
     def close(self) -> None:
         """Finish the files."""
         if self._lines is not None:
             self._lines.close()
         if self._rows is not None:
-            _write_text(self.folder / "predictions.json", json.dumps(self._rows))
+            write_text(self.folder / "predictions.json", json.dumps(self._rows))
         if self.txt and self.names:
-            _write_text(self.folder / "labels" / "classes.txt", "".join(f"{printable(name)}\n" for name in self.names))
+            write_text(
+                self.folder / "labels" / "classes.txt",
+                "".join(f"{printable(name)}\n" for name in self.names),
+            )
 
 
 def coco_image_ids(sources: Sequence[Source], by_file: Mapping[str, int] | None = None) -> dict[str, int | str]:

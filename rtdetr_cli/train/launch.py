@@ -29,7 +29,7 @@ from types import FrameType
 from typing import Any
 
 from rtdetr_cli.errors import RtdetrError
-from rtdetr_cli.files import atomic_write
+from rtdetr_cli.files import write_text
 from rtdetr_cli.machine import cpu_count
 
 ERROR_FILE = "RTDETR_ERROR_FILE"
@@ -222,8 +222,8 @@ def report_to_parent(error: RtdetrError) -> None:
     report = {"message": error.message, "hint": error.hint, "code": error.code, "exit_code": error.exit_code}
     path = Path(os.environ[ERROR_FILE])
     if path.parent.is_dir():  # gone with the parent
-        with contextlib.suppress(RtdetrError), atomic_write(path) as partial:
-            partial.write_text(json.dumps(report), encoding="utf-8")
+        with contextlib.suppress(RtdetrError):
+            write_text(path, json.dumps(report))
 
 
 def stop_with_parent() -> None:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from rtdetr_cli import documents as doc
 from rtdetr_cli.errors import EnvironmentProblem, RtdetrError
-from rtdetr_cli.files import atomic_write
+from rtdetr_cli.files import write_text
 from rtdetr_cli.runs import EVENTS, PLOTS
 from rtdetr_cli.train.events import SAMPLE_LOSSES, CheckpointSaved, EpochDone, StepDone, TrainingEvent
 
@@ -159,8 +159,7 @@ class Loggers:
     def _write_state(self) -> None:
         state = {"ids": self._ids, "step": self._steps, "epoch": self._epochs}
         try:
-            with atomic_write(self._state) as file:
-                file.write_text(json.dumps(state), encoding="utf-8")
+            write_text(self._state, json.dumps(state))
         except RtdetrError as error:
             self.notices.append(f"{error}; a resumed run may log some steps twice")
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.evaluate.coco import METRICS
-from rtdetr_cli.files import atomic_write
+from rtdetr_cli.files import write_text
 from rtdetr_cli.images.draw import css_color
 from rtdetr_cli.page import image_uri, render_page
 from rtdetr_cli.runs import RunFolder
@@ -89,8 +89,7 @@ def write_report(
         machine=machine,
         best_file=folder.best,
     )
-    with atomic_write(folder.report) as partial:
-        partial.write_text(page, encoding="utf-8")
+    write_text(folder.report, page)
     return folder.report
 
 

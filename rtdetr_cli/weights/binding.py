@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from rtdetr_cli.documents import read_bounded
 from rtdetr_cli.errors import ModelError
-from rtdetr_cli.files import atomic_write
+from rtdetr_cli.files import atomic_write, write_text
 from rtdetr_cli.machine import cpu_count
 from rtdetr_cli.weights.header import EXPORT_SUFFIXES, HASHES, METADATA_KEY, ModelHeader, read_layout, rewrite_header
 
@@ -82,8 +82,7 @@ def write_export_header(path: Path, header: ModelHeader) -> None:
     """Replace or insert the header of an exported file; every other byte stays."""
     kind, text = EXPORT_SUFFIXES[path.suffix.lower()], header.to_json()
     if kind == "tensorrt":
-        with atomic_write(header_path(path)) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_text(header_path(path), text + "\n")
         return
     span = find_header(path)
     if kind == "onnx":

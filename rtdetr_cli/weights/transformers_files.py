@@ -21,7 +21,7 @@ from torch import Tensor
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.documents import parse_json, read_bounded
 from rtdetr_cli.errors import ModelError
-from rtdetr_cli.files import atomic_write
+from rtdetr_cli.files import atomic_write, write_text
 from rtdetr_cli.model.backbone import BLOCKS, resnet_depth
 from rtdetr_cli.model.build import build_shapes
 from rtdetr_cli.model.hgnet import LAYERS, SIZES, scaled_sizes
@@ -151,8 +151,7 @@ def write_transformers(
     with atomic_write(folder / TRANSFORMERS_TENSORS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     for name, document in documents.items():
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / name, json.dumps(document, indent=2) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
