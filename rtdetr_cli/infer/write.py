@@ -127,10 +127,7 @@ class Results:
         if self._rows is not None:
             write_text(self.folder / "predictions.json", json.dumps(self._rows))
         if self.txt and self.names:
-            write_text(
-                self.folder / "labels" / "classes.txt",
-                "".join(f"{printable(name)}\n" for name in self.names),
-            )
+            write_text(self.folder / "labels" / "classes.txt", "".join(f"{printable(name)}\n" for name in self.names))
 
 
 def coco_image_ids(sources: Sequence[Source], by_file: Mapping[str, int] | None = None) -> dict[str, int | str]:
