@@ -171,34 +171,20 @@ def _categories(documents: dict[str, tuple[_Document, str]], findings: Findings)
         seen: set[int | str] = set()
         lines = lines_of(text, document.category_starts)
         for position, entry in enumerate(document.categories):
-            line = int(lines[position])
-            identifier = entry.get("id") if isinstance(entry, dict) else None
+            where: dict[str, Any] = {"file": document.file, "line": int(lines[position])}
+            fields = entry if isinstance(entry, dict) else {}
+            identifier, name = fields.get("id"), fields.get("name")
             key = id_key(identifier)
-            name = entry.get("name") if isinstance(entry, dict) else None
             usable_id = isinstance(key, int) or (isinstance(identifier, str) and is_valid_name(identifier.strip()))
             if key is None or not usable_id or not isinstance(name, str) or not is_valid_class(name):
-                findings.add(
-                    "category-malformed",
-                    f"the category {_short(entry)} lacks an id or a name",
-                    file=document.file,
-                    line=line,
-                )
+                findings.add("category-malformed", f"the category {_short(entry)} lacks an id or a name", **where)
                 continue
             if names.get(key, name) != name:
-                where = "here" if key in seen else f"in {first[key]}"
-                findings.add(
-                    "category-conflict",
-                    f"category {key} is called {name!r}, but {names[key]!r} {where}",
-                    file=document.file,
-                    line=line,
-                )
+                place = "here" if key in seen else f"in {first[key]}"
+                message = f"category {key} is called {name!r}, but {names[key]!r} {place}"
+                findings.add("category-conflict", message, **where)
             elif key in seen:
-                findings.add(
-                    "category-duplicate-name",
-                    f"category {key} ({name!r}) is listed twice",
-                    file=document.file,
-                    line=line,
-                )
+                findings.add("category-duplicate-name", f"category {key} ({name!r}) is listed twice", **where)
             seen.add(key)
             names.setdefault(key, name)
             first.setdefault(key, document.file)
