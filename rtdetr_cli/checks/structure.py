@@ -75,11 +75,8 @@ def _check_classes(dataset: RawDataset, file: str) -> None:
             findings.add("category-few", f"{subject} has {counted(int(train[label]), 'box')} in train", file=file)
     ids = sorted(c.id for c in categories)
     if ids not in (list(range(count)), list(range(1, count + 1))):
-        findings.add(
-            "category-gaps",
-            f"has {counted(count, 'class')} with ids from {ids[0]} to {ids[-1]}; they are mapped to 0 to {count - 1}",
-            file=file,
-        )
+        mapped = f"{counted(count, 'class')} with ids from {ids[0]} to {ids[-1]}; they are mapped to 0 to {count - 1}"
+        findings.add("category-gaps", f"has {mapped}", file=file)
     present = np.flatnonzero(total)
     if len(present) > 1:
         most, least = int(total.argmax()), int(present[total[present].argmin()])

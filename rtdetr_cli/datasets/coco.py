@@ -309,12 +309,8 @@ def _report_odd_ids(document: _Document, kind: str, ids: list[Any], rows: list[i
     if not rows:
         return
     more = f" (and {len(rows) - 1:,} more)" if len(rows) > 1 else ""
-    document.findings.add(
-        "id-not-integer",
-        f"the {kind} id {_short(ids[rows[0]])} is not an integer{more}",
-        file=document.file,
-        line=int(lines[rows[0]]),
-    )
+    message = f"the {kind} id {_short(ids[rows[0]])} is not an integer{more}"
+    document.findings.add("id-not-integer", message, file=document.file, line=int(lines[rows[0]]))
 
 
 class _Boxes:

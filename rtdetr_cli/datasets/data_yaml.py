@@ -98,12 +98,8 @@ def read_yaml(dataset: RawDataset, path: Path, images: Path | None, oddities: Od
                 continue
             entries = value if isinstance(value, list) else [value]
             if not entries or not all(isinstance(entry, str) and is_valid_name(entry) for entry in entries):
-                findings.add(
-                    "file-malformed",
-                    f"has {key}: {str(value)[:60]}, which is neither a path nor a list of paths",
-                    file=file,
-                    line=_line(text, key),
-                )
+                message = f"has {key}: {str(value)[:60]}, which is neither a path nor a list of paths"
+                findings.add("file-malformed", message, file=file, line=_line(text, key))
             else:
                 splits.setdefault(split, entries)
     return DataYaml(base, classes, _category_ids(document, classes), splits, _keypoints(document))
@@ -183,12 +179,8 @@ def _class_names(document: dict[Any, Any], file: str, text: str, findings: Findi
         else:
             classes[number] = name.strip()
     if count is not None and count != len(pairs):
-        findings.add(
-            "category-count",
-            f"has nc: {count}, but names has {counted(len(pairs), 'class')}",
-            file=file,
-            line=_line(text, "nc"),
-        )
+        message = f"has nc: {count}, but names has {counted(len(pairs), 'class')}"
+        findings.add("category-count", message, file=file, line=_line(text, "nc"))
     if not classes and valid:
         findings.add("category-none", "has no names", file=file, line=line)
     return classes if valid else None

@@ -188,12 +188,8 @@ class _SplitReader:
         for (folder, actual), places in self.folders.items():
             others = len(places) - 1
             more = f" (and {others:,} more)" if others else ""
-            self.findings.add(
-                "voc-folder",
-                f"has <folder>{folder}</folder>{more}, but images are read from {actual}",
-                file=places[0][0],
-                spot=Spot(self.split, places[0][1]),
-            )
+            message = f"has <folder>{folder}</folder>{more}, but images are read from {actual}"
+            self.findings.add("voc-folder", message, file=places[0][0], spot=Spot(self.split, places[0][1]))
         if self.difficult:
             verb = "is" if len(self.difficult) == 1 else "are"
             message = f"{counted(len(self.difficult), 'object')} of {self.split} {verb} marked difficult"
@@ -221,13 +217,9 @@ class _SplitReader:
             if folder and folder.replace("\\", "/").rstrip("/").rpartition("/")[2] != actual:
                 self.folders.setdefault((folder, actual), []).append((label.file, position))
         elif not label.file:
-            self.findings.add(
-                "label-missing",
-                f"{file_name} has no XML file",
-                file=self.dataset.show(self.root / file_name),
-                image_id=self.first_id + position,
-                spot=spot,
-            )
+            file, image_id = self.dataset.show(self.root / file_name), self.first_id + position
+            message = f"{file_name} has no XML file"
+            self.findings.add("label-missing", message, file=file, image_id=image_id, spot=spot)
         image_id, facts = self.ids.image(self.split, stem)
         image = self.rows.add_image(
             file_name,

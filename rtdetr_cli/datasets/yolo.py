@@ -103,22 +103,14 @@ def _images(
     for entry in entries:
         where = _locate(dataset, config.base, entry)
         if where is None:
-            dataset.findings.add(
-                "split-missing",
-                f"names {split}: {entry}, which is neither a folder nor a list in {config.base}",
-                file=file,
-                spot=Spot(split),
-            )
+            message = f"names {split}: {entry}, which is neither a folder nor a list in {config.base}"
+            dataset.findings.add("split-missing", message, file=file, spot=Spot(split))
             return None
         if where.is_dir():
             if is_inside(config.base, (where,)) and not is_inside(where, dataset.roots):
-                dataset.findings.add(
-                    "image-outside",
-                    f"names {split}: {entry}, which contains the dataset's folder",
-                    file=file,
-                    spot=Spot(split),
-                    hint="set path: to the folder that contains all splits",
-                )
+                message = f"names {split}: {entry}, which contains the dataset's folder"
+                hint = "set path: to the folder that contains all splits"
+                dataset.findings.add("image-outside", message, file=file, spot=Spot(split), hint=hint)
                 return None
             paths += _images_below(where)
         else:
@@ -236,13 +228,8 @@ def _read_split(
         image_id = first_id + position if own_id is None else own_id
         if label.name not in listings[label.parent]:
             rows.add_image(name, image_id=image_id, size_wh=(0, 0), label_file="")
-            dataset.findings.add(
-                "label-missing",
-                f"has no label file ({dataset.show(label)})",
-                file=dataset.show(path),
-                image_id=image_id,
-                spot=Spot(split, position),
-            )
+            message, spot = f"has no label file ({dataset.show(label)})", Spot(split, position)
+            dataset.findings.add("label-missing", message, file=dataset.show(path), image_id=image_id, spot=spot)
             continue
         file, text = dataset.read_label(label, oddities)
         image = rows.add_image(name, image_id=image_id, size_wh=(0, 0), label_file=file)
