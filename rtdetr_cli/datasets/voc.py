@@ -217,9 +217,9 @@ class _SplitReader:
             if folder and folder.replace("\\", "/").rstrip("/").rpartition("/")[2] != actual:
                 self.folders.setdefault((folder, actual), []).append((label.file, position))
         elif not label.file:
-            file, image_id = self.dataset.show(self.root / file_name), self.first_id + position
+            file, number = self.dataset.show(self.root / file_name), self.first_id + position
             message = f"{file_name} has no XML file"
-            self.findings.add("label-missing", message, file=file, image_id=image_id, spot=spot)
+            self.findings.add("label-missing", message, file=file, image_id=number, spot=spot)
         image_id, facts = self.ids.image(self.split, stem)
         image = self.rows.add_image(
             file_name,
