@@ -286,7 +286,7 @@ def _highest_class(layout: Layout) -> int:
     return min(highest, _MAX_CLASSES)
 
 
-_READERS = {
+_READERS: dict[str, Callable[[Path, Survey, Survey, list[Path]], RawDataset]] = {
     "voc": partial(_read_pairs, "voc", read_voc),
     "yolo": _read_yolo,
     "yaml": _read_yaml,
