@@ -16,6 +16,7 @@ from rtdetr_cli.config.presets import flatten, load_preset, read_toml
 from rtdetr_cli.config.schema import ModelSpec, OptimSpec, Preset, Schema
 from rtdetr_cli.config.settings import PUBLISHED_WEIGHTS, RunSettings, Setting, declarations
 from rtdetr_cli.config.validation import validate
+from rtdetr_cli.documents import Reader, plain, table, text
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.text import suggest
 
@@ -161,8 +162,15 @@ def resolve_run(
     sources: Mapping[str, str] | None = None
     if config_file is not None:
         document = read_toml(config_file)
-        sources, rest = document.pop(PROVENANCE, None), document.pop(PRESET, None)
-        if isinstance(rest, Mapping):
+        sources = _take_table(document, PROVENANCE, text, config_file)
+        rest = _take_table(document, PRESET, plain, config_file)
+        if rest is not None:
+            if not isinstance(rest.get("official"), dict):
+                raise UsageError(
+                    f"{config_file}: {PRESET} has no table official",
+                    hint=f"remove {PRESET} from the file",
+                    code="config-invalid",
+                )
             resolved_preset = {"named": document.get("preset"), "rest": rest}
         layers.append((str(config_file), _dotted(document)))
     layers += [("--set", parse_set(sets)), ("flag", flags)]
@@ -191,6 +199,18 @@ def resolve_run(
     for key in config.values():
         provenance.setdefault(key, "default" if key in SETTINGS else "preset")
     return config
+
+
+def _take_table(document: dict[str, Any], name: str, read: Reader[Any], file: Path) -> dict[str, Any] | None:
+    """Remove a table from the document and return it, or None if there is none."""
+    if name not in document:
+        return None
+    try:
+        return table(read)(document.pop(name))
+    except ValueError as error:
+        raise UsageError(
+            f"{file}: {name}: {error}", hint=f"remove {name} from the file", code="config-invalid"
+        ) from None
 
 
 def _preset_values(named: str, resolved: Mapping[str, Any]) -> dict[str, Any]:

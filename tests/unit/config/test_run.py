@@ -236,3 +236,21 @@ def test_anchored_makes_paths_absolute_and_keeps_keywords(tmp_path: Path, monkey
     settings = resolve_run({"preset": "tiny"}).anchored().settings
     assert (settings.data, settings.images, settings.preset, settings.weights) == (None, None, "tiny", "none")
     assert settings.aug == "auto"
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ("provenance = 3\n", "provenance: 3 is not an object"),
+        ("[provenance]\nepochs = 3\n", "provenance: epochs"),
+        ("rest_of_preset = [1]\n", "rest_of_preset: "),
+        ('preset = "tiny"\n[rest_of_preset]\nname = "tiny"\n', "rest_of_preset has no table official"),
+        ('preset = "tiny"\n[rest_of_preset]\nofficial = 3\n', "rest_of_preset has no table official"),
+    ],
+)
+def test_a_damaged_file_of_a_resolved_run_is_refused(tables: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(tables)
+    with pytest.raises(UsageError, match=message) as caught:
+        resolve_run({}, config_file=file)
+    assert str(file) in caught.value.message
