@@ -174,7 +174,11 @@ def plain(value: Any) -> Any:
         return text(value)
     if isinstance(value, list):
         return [plain(item) for item in value]
-    return table(plain)(value) if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return table(plain)(value)
+    if value is not None and not isinstance(value, bool | int | float):
+        raise ValueError(f"{shown(value)} is no JSON value")
+    return value
 
 
 def read_fields(document: Any, readers: Mapping[str, Reader[Any]], *, required: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from rtdetr_cli import documents as doc
 from rtdetr_cli.config.schema import ModelSpec
-from rtdetr_cli.documents import integer, number, shown
+from rtdetr_cli.config.settings import MAX_BATCH
 from rtdetr_cli.errors import ModelError, RtdetrError
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.runs import RunFolder
@@ -78,6 +79,26 @@ class Progress:
         """Move on to the first batch of the next epoch."""
         self.epoch, self.batch = self.epoch + 1, 0
         self.loss_sums, self.loss_steps = {}, 0
+
+
+count = doc.integer(0, 1 << 50)
+PLACE: dict[str, doc.Reader[Any]] = {
+    "micro_batch": doc.integer(1, MAX_BATCH),
+    "epoch": count,
+    "batch": count,
+    "step": count,
+    "rate_scale": doc.number,
+    "went_back": count,
+    "skipped": count,
+    "in_a_row": count,
+    "best_score": doc.number,
+    "best_epoch": doc.integer(-1, 1 << 50),
+    "waited": count,
+    "finished": doc.string,
+    "loss_sums": doc.table(doc.number),
+    "loss_steps": count,
+}
+"""The fields of `Progress` in a checkpoint, with what they may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,14 +223,11 @@ def restore(learner: Learner, progress: Progress, state: Mapping[str, Any], fold
     """
     try:
         learner.load_state_dict(state["learner"])
-        known = asdict(progress)
-        for key, value in state["place"].items():
-            if type(value) is not type(known[key]):
-                raise TypeError(f"{key} is {shown(value)}")
-            setattr(progress, key, dict(value) if isinstance(value, dict) else value)
+        for key, value in doc.read_fields(state["place"], PLACE, required=tuple(PLACE)).items():
+            setattr(progress, key, value)
         _set_generators(state["generators"])
-        offset = integer(0, 1 << 50)(state["metrics_offset"])
-        seconds = number(state.get("seconds", 0.0))
+        offset = count(state["metrics_offset"])
+        seconds = doc.number(state.get("seconds", 0.0))
     except torch.OutOfMemoryError:
         raise
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:

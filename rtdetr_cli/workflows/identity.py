@@ -81,7 +81,7 @@ def check_identity(saved: Mapping[str, Any], now: Identity, path: Path) -> None:
     """
     folder = RunFolder(path)
     try:
-        saved = doc.table(doc.table(lambda value: value))(saved)
+        saved = doc.table(doc.table(doc.plain))(saved)
         before, after = saved["dataset"], now.facts["dataset"]
         changed = [key for key in after if before[key] != after[key]]
         saved["settings"], saved["plan"]

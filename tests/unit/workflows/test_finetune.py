@@ -396,11 +396,19 @@ def test_a_run_killed_in_its_first_epoch_names_the_weights_that_it_started_from(
     assert results(folder) == results(whole.folder)
 
 
+FORGED: tuple[dict[str, Any], ...] = (
+    {"micro_batch": 0}, {"epoch": -3}, {"epoch": True}, {"rate_scale": float("nan")}, {"best_score": float("inf")},
+    {"loss_sums": {"loss_vfl": "x"}}, {"loss_sums": {3: 1.0}}, {"loss_steps": -1},
+)  # fmt: skip
+
+
 def test_a_checkpoint_with_parts_of_another_kind_is_refused(settings: Callable[..., RunConfig]) -> None:
     folder = interrupted(settings())
     whole = read_checkpoint(folder / "last.ckpt")
     for part, value in (
         ("identity", {"dataset": 3}), ("identity", {}), ("place", {"epoch": "x"}), ("place", {"gone": 1}),
+        *(("place", {**whole["place"], **change}) for change in FORGED),
+        ("identity", {"dataset": {"fingerprint": torch.zeros(3)}, "settings": {}, "plan": {}}),
         ("learner", {}), ("generators", {"torch": 3}), ("metrics_offset", -1), ("metrics_offset", None),
         ("seconds", []),
     ):  # fmt: skip
