@@ -119,6 +119,9 @@ def run(argv: Sequence[str]) -> int:
         return report(expected_error(error, name) or unexpected_error(error, arguments), as_json="--json" in arguments)
 
 
+PIP_NAMES = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml"}
+
+
 def expected_error(error: Exception, command: str | None) -> RtdetrError | None:
     """Return an error with a message and an exit code for what users can run into; None for a bug."""
     if isinstance(error, RtdetrError):
@@ -128,7 +131,9 @@ def expected_error(error: Exception, command: str | None) -> RtdetrError | None:
         if not package or package == "rtdetr_cli":
             return None
         message = f"the package {package} is not installed, or importing it fails: {error}"
-        return EnvironmentProblem(message, hint=f"pip install {package}", code="package-missing")
+        return EnvironmentProblem(
+            message, hint=f"pip install {PIP_NAMES.get(package, package)}", code="package-missing"
+        )
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return RtdetrError(f"{where}{error.strerror or error}", code="os")

@@ -127,12 +127,20 @@ def test_usage_errors_are_one_sentence(rtdetr, arguments: list[str], code: int, 
     assert "Traceback" not in ran.err
 
 
-def test_a_missing_package_is_an_environment_error() -> None:
+@pytest.mark.parametrize(
+    ("module", "package"), [("hotcoco.core", "hotcoco"), ("cv2", "opencv-python-headless"), ("PIL.Image", "pillow")]
+)
+def test_a_missing_package_is_an_environment_error(module: str, package: str) -> None:
     from rtdetr_cli.cli.app import expected_error
 
-    error = expected_error(ModuleNotFoundError("No module named 'hotcoco'", name="hotcoco.core"), "eval")
+    error = expected_error(ModuleNotFoundError(f"No module named '{module}'", name=module), "eval")
     assert error is not None
-    assert (error.code, error.exit_code, error.hint) == ("package-missing", 7, "pip install hotcoco")
+    assert (error.code, error.exit_code, error.hint) == ("package-missing", 7, f"pip install {package}")
+
+
+def test_a_bug_is_no_missing_package() -> None:
+    from rtdetr_cli.cli.app import expected_error
+
     assert expected_error(ModuleNotFoundError("bug", name="rtdetr_cli.gone"), "eval") is None
     assert expected_error(ValueError("bug"), "eval") is None
 
