@@ -15,7 +15,6 @@ import torch
 
 from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend
 from rtdetr_cli.infer.timing import Spread
-from rtdetr_cli.weights.header import ModelHeader
 from rtdetr_cli.workflows import benchmark
 from rtdetr_cli.workflows.benchmark_report import Row
 
@@ -30,36 +29,16 @@ def untrained_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(untrained_data: Path) -> Path:
-    from rtdetr_cli.checks.load import load_splits
-    from rtdetr_cli.config.presets import load_preset
-    from rtdetr_cli.model.build import build_detector
-    from rtdetr_cli.weights.load import save_model
-
-    splits = load_splits(untrained_data)
-    assert splits.val is not None
-    preset = load_preset("tiny")
-    torch.manual_seed(0)
-    detector = build_detector(preset.model, num_classes=len(splits.categories))
-    header = ModelHeader(
-        names=splits.val.names,
-        category_ids=splits.val.category_ids,
-        imgsz=(64, 64),
-        architecture=preset.model.model_dump(),
-        layers=detector.layers,
-        queries=detector.queries,
-    )
-    path = untrained_data.parent / "model.safetensors"
-    save_model(path, detector.state_dict(), header)
-    return path
+def model(untrained_data: Path, write_untrained: Callable[..., Path]) -> Path:
+    return write_untrained(untrained_data.parent / "model.safetensors", untrained_data, (64, 64))
 
 
 def test_two_backends(rtdetr: Callable[..., Any], model: Path, untrained_data: Path) -> None:
     ran = rtdetr(
         *("benchmark", model, "--data", untrained_data, "--backends", "torch,onnx"),
         *("--warmup", 1, "--runs", 3, "--threads", 1, "--json"),
+        code=0,
     )
-    assert ran.code == 0, ran.err
     torch_row, onnx_row = ran.json["rows"]
     assert (torch_row["backend"], onnx_row["backend"]) == ("torch", "onnx")
     assert onnx_row["ap"] == pytest.approx(torch_row["ap"], abs=0.02)
@@ -87,8 +66,7 @@ def test_one_failure_does_not_lose_the_other_rows(
 
     monkeypatch.setattr(benchmark, "_export", export)
     words = ["--backends", "torch,onnx,onnx-int8", "--warmup", 0, "--runs", 1, "--threads", 1]
-    ran = rtdetr("benchmark", model, "--data", model.parent / "shapes", *words, "--json")
-    assert ran.code == 1
+    ran = rtdetr("benchmark", model, "--data", model.parent / "shapes", *words, "--json", code=1)
     assert [(row["backend"], row["precision"]) for row in ran.json["rows"]] == [("torch", "fp32"), ("onnx", "int8")]
     (failed,) = ran.json["failed"]
     assert (failed["backend"], failed["error"]) == ("onnx", "ValueError: the runtime broke")
@@ -99,9 +77,7 @@ def test_one_failure_does_not_lose_the_other_rows(
 
 def test_int8_needs_images_to_calibrate_on(rtdetr: Callable[..., Any], model: Path) -> None:
     """Without --data there are none: exit with code 2 where it was requested, else it is skipped with the reason."""
-    ran = rtdetr("benchmark", model, "--backends", "onnx-int8")
-    assert ran.code == 2
-    assert "no images to calibrate INT8 on" in ran.err
+    rtdetr("benchmark", model, "--backends", "onnx-int8", code=2, err="no images to calibrate INT8 on")
     plan = benchmark.plan_benchmark([model], device="cpu")
     left = plan.without_int8("none")
     assert plan.int8
@@ -113,19 +89,10 @@ def test_a_sweep_writes_a_table_a_document_and_a_plot(
     rtdetr: Callable[..., Any], model: Path, untrained_data: Path, tmp_path: Path
 ) -> None:
     ran = rtdetr(
-        *(
-            "benchmark",
-            model,
-            "--data",
-            untrained_data,
-            "--sweep",
-            "layers=1/3,queries=20/100",
-            "--out",
-            tmp_path / "b",
-        ),
-        *("--warmup", 0, "--runs", 2),
+        *("benchmark", model, "--data", untrained_data, "--sweep", "layers=1/3,queries=20/100"),
+        *("--out", tmp_path / "b", "--warmup", 0, "--runs", 2),
+        code=0,
     )
-    assert ran.code == 0, ran.err
     document = json.loads((tmp_path / "b" / "benchmark.json").read_text())
     settings = [(row["layers"], row["queries"]) for row in document["rows"]]
     assert settings == [(3, 100), (1, 20), (1, 100), (3, 20)]
@@ -151,22 +118,8 @@ def test_a_sweep_writes_a_table_a_document_and_a_plot(
 def test_the_fastest_accurate_row_is_the_next_step(
     rtdetr: Callable[..., Any], shapes_model: Path, shapes_data: Path, tmp_path: Path
 ) -> None:
-    measured = (
-        "--out",
-        tmp_path / "benchmark",
-        "--data",
-        shapes_data,
-        "--split",
-        "val",
-        "--warmup",
-        0,
-        "--runs",
-        2,
-        "--threads",
-        1,
-    )
-    ran = rtdetr("benchmark", shapes_model, *measured, "--sweep", "queries=1/40")
-    assert ran.code == 0, ran.err
+    measured = ("--data", shapes_data, "--split", "val", "--warmup", 0, "--runs", 2, "--threads", 1)
+    ran = rtdetr("benchmark", shapes_model, *measured, "--sweep", "queries=1/40", code=0)
     assert ran.err.endswith(f"next: rtdetr export {shapes_model}\n"), "with one query, most objects are missed"
     ran = rtdetr("benchmark", shapes_model, *measured, "--backends", "torch")
     assert ran.err.splitlines()[-1].endswith(f"--weights {shapes_model}")
@@ -198,8 +151,7 @@ def test_the_next_step_names_all_flags_of_the_best_row(
 
 
 def test_without_a_dataset_only_latency_is_measured(rtdetr: Callable[..., Any], model: Path) -> None:
-    ran = rtdetr("benchmark", model, "--backends", "torch", "--warmup", 0, "--runs", 2, "--batch", 2, "--json")
-    assert ran.code == 0, ran.err
+    ran = rtdetr("benchmark", model, "--backends", "torch", "--warmup", 0, "--runs", 2, "--batch", 2, "--json", code=0)
     assert "AP is not measured" in ran.err
     (row,) = ran.json["rows"]
     assert row["ap"] is None
@@ -223,9 +175,7 @@ def test_without_a_dataset_only_latency_is_measured(rtdetr: Callable[..., Any], 
     ],
 )
 def test_refusals(rtdetr: Callable[..., Any], model: Path, words: list[str], code: int, message: str) -> None:
-    ran = rtdetr("benchmark", model, *words)
-    assert ran.code == code
-    assert message in ran.err
+    rtdetr("benchmark", model, *words, code=code, err=message)
 
 
 def test_a_backend_that_is_not_installed(
@@ -233,9 +183,7 @@ def test_a_backend_that_is_not_installed(
 ) -> None:
     """Exit with code 7 where it was requested; otherwise it is skipped with the reason."""
     monkeypatch.setitem(benchmark.PACKAGES, "tensorrt", "no_such_package")
-    ran = rtdetr("benchmark", model, "--backends", "tensorrt")
-    assert ran.code == 7
-    assert "pip install no_such_package" in ran.err
+    rtdetr("benchmark", model, "--backends", "tensorrt", code=7, err="pip install no_such_package")
     skipped = benchmark.plan_benchmark([model]).skipped
     assert skipped["tensorrt"] == "the package no_such_package is not installed"
 
@@ -253,9 +201,7 @@ def test_an_unknown_device_is_refused_before_any_work(
     rtdetr: Callable[..., Any], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rtdetr_cli.export.run.export_model", lambda *args, **options: pytest.fail("exported"))
-    ran = rtdetr("benchmark", model, "--device", "-")
-    assert ran.code == 2
-    assert "'-' is not a device" in ran.err
+    rtdetr("benchmark", model, "--device", "-", code=2, err="'-' is not a device")
 
 
 @pytest.fixture
@@ -271,9 +217,7 @@ def test_tensorrt_without_a_gpu_is_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr("rtdetr_cli.export.tensorrt.engine_device", lambda device: None)
     monkeypatch.setattr(benchmark, "measure_steadily", lambda *args, **options: pytest.fail("something was measured"))
-    ran = rtdetr("benchmark", model, "--backends", "torch,tensorrt")
-    assert ran.code == 7
-    assert "no CUDA device" in ran.err
+    rtdetr("benchmark", model, "--backends", "torch,tensorrt", code=7, err="no CUDA device")
 
 
 @pytest.mark.usefixtures("standin_package")
@@ -289,9 +233,9 @@ def test_tensorrt_measures_the_engine_of_the_float16_graph(
     monkeypatch.setattr("rtdetr_cli.export.fp16.HalfTwin", lambda *args, **options: None)
     monkeypatch.setattr(benchmark, "open_backend", lambda path, **options: TensorrtBackend(path, device=cpu))
     ran = rtdetr(
-        *("benchmark", model, "--data", untrained_data, "--backends", "tensorrt", "--warmup", 0, "--runs", 1, "--json")
+        *("benchmark", model, "--data", untrained_data, "--backends", "tensorrt", "--warmup", 0, "--runs", 1, "--json"),
+        code=0,
     )
-    assert ran.code == 0, ran.err
     (row,) = ran.json["rows"]
     assert (row["backend"], row["precision"]) == ("tensorrt", "fp16")
     assert row["ap"] is not None
@@ -308,6 +252,4 @@ def test_refusals_for_exported_models(
     rtdetr: Callable[..., Any], tmp_path: Path, name: str, words: list[object], message: str
 ) -> None:
     (tmp_path / name).write_bytes(b"x")
-    ran = rtdetr("benchmark", tmp_path / name, *words)
-    assert ran.code == 2
-    assert message in ran.err
+    rtdetr("benchmark", tmp_path / name, *words, code=2, err=message)

@@ -11,8 +11,7 @@ from rtdetr_cli.workflows import doctor as machine
 
 
 def test_a_machine_with_everything_passes(rtdetr) -> None:
-    ran = rtdetr("doctor", "--json")
-    assert ran.code == 0
+    ran = rtdetr("doctor", "--json", code=0)
     assert ran.json["fit"] is True
     names = {c["name"] for c in ran.json["checks"]}
     assert {"python", "torch", "disk", "memory", "name clash", "processor"} <= names
@@ -20,8 +19,7 @@ def test_a_machine_with_everything_passes(rtdetr) -> None:
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(rtdetr, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(machine.NEEDED, "no-such-package", "the test")
-    ran = rtdetr("doctor")
-    assert ran.code == 7
+    ran = rtdetr("doctor", code=7)
     assert "pip install no-such-package" in ran.out
     assert "this machine is missing: no-such-package" in ran.err
 

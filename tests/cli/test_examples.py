@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import ctypes
-import importlib.util
 import json
 import re
 import subprocess
@@ -32,15 +31,6 @@ def imported(path: Path) -> set[str]:
     return found - set(sys.stdlib_module_names)
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("name", "packages"),
     [
@@ -55,8 +45,7 @@ def test_examples_are_short_and_import_only_what_they_name(name: str, packages: 
 
 
 def predicted(rtdetr: Callable[..., Any], model: Path, image: Path) -> list[dict[str, Any]]:
-    ran = rtdetr("predict", image, "--weights", model, "--no-save", "--json", "--device", "cpu")
-    assert ran.code == 0, ran.err
+    ran = rtdetr("predict", image, "--weights", model, "--no-save", "--json", "--device", "cpu", code=0)
     detections: list[dict[str, Any]] = ran.json["detections"]
     return detections
 
@@ -64,17 +53,12 @@ def predicted(rtdetr: Callable[..., Any], model: Path, image: Path) -> list[dict
 def test_onnxruntime_example(rtdetr: Callable[..., Any], shapes_onnx: Path, shapes_data: Path) -> None:
     """What it prints, run as a program: names, ids, scores and boxes of `rtdetr predict`."""
     image = shapes_data.parent / "shapes_02.png"
-    ran = subprocess.run(
-        [sys.executable, EXAMPLES / "onnxruntime_numpy.py", shapes_onnx, image],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, EXAMPLES / "onnxruntime_numpy.py", shapes_onnx, image]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = [re.fullmatch(r"(\w+) \((\d+)\) (\S+) \[(.*)\]", line) for line in ran.stdout.splitlines()]
     expected = predicted(rtdetr, shapes_onnx, image)
     assert len(lines) == len(expected) > 0
     for line, detection in zip(lines, expected, strict=True):
-        assert line is not None
         assert (line[1], int(line[2])) == (detection["label"], detection["category_id"])
         assert float(line[3]) == pytest.approx(detection["score"], abs=1e-3)
         assert [float(v) for v in line[4].split(",")] == pytest.approx(detection["box_xyxy"], abs=0.06)
@@ -94,7 +78,9 @@ def test_wrong_arguments_give_a_one_line_message(name: str, tmp_path: Path) -> N
         assert len(ran.stderr.splitlines()) == 1
 
 
-def test_onnxruntime_example_refuses_a_raw_export(shapes_onnx: Path, shapes_data: Path, tmp_path: Path) -> None:
+def test_onnxruntime_example_refuses_a_raw_export(
+    shapes_onnx: Path, foreign_onnx: Path, shapes_data: Path, tmp_path: Path
+) -> None:
     """Its outputs are called what a raw export calls them; and a graph without our header is no traceback either."""
     model = onnx.load(shapes_onnx)
     renamed = {"labels": "logits", "boxes": "boxes_cxcywh"}
@@ -104,11 +90,8 @@ def test_onnxruntime_example_refuses_a_raw_export(shapes_onnx: Path, shapes_data
     for value in model.graph.output:
         value.name = renamed.get(value.name, value.name)
     onnx.save(model, tmp_path / "raw.onnx")
-    bare = onnx.load(shapes_onnx)
-    bare.ClearField("metadata_props")
-    onnx.save(bare, tmp_path / "bare.onnx")
-    for name, said in (("raw", "is a raw export"), ("bare", "has no header")):
-        words = [tmp_path / f"{name}.onnx", shapes_data.parent / "shapes_02.png"]
+    for path, said in ((tmp_path / "raw.onnx", "is a raw export"), (foreign_onnx, "has no header")):
+        words = [path, shapes_data.parent / "shapes_02.png"]
         ran = subprocess.run(
             [sys.executable, EXAMPLES / "onnxruntime_numpy.py", *words], capture_output=True, text=True, check=False
         )
@@ -119,7 +102,12 @@ def test_onnxruntime_example_refuses_a_raw_export(shapes_onnx: Path, shapes_data
 
 @pytest.mark.parametrize("change", ["fixed batch", "no thresholds", "preprocessing inside"])
 def test_onnxruntime_example_on_variants(
-    change: str, rtdetr: Callable[..., Any], shapes_onnx: Path, shapes_data: Path, tmp_path: Path
+    change: str,
+    load_module: Callable[[Path], ModuleType],
+    rtdetr: Callable[..., Any],
+    shapes_onnx: Path,
+    shapes_data: Path,
+    tmp_path: Path,
 ) -> None:
     from rtdetr_cli.export.onnx import embed, prepend_preprocessing
     from rtdetr_cli.weights.header import ModelHeader
@@ -135,7 +123,7 @@ def test_onnxruntime_example_on_variants(
         prepend_preprocessing(model, tuple(header["imgsz"]))
     path = tmp_path / "variant.onnx"
     onnx.save(model, path)
-    example = load("onnxruntime_numpy")
+    example = load_module(EXAMPLES / "onnxruntime_numpy.py")
     for image in sorted(shapes_data.parent.glob("*.png"))[:3]:
         found = list(example.detect(*example.load(path), image))
         # The same file in both: with preprocessing inside, one of them resizes before and one in the graph.
@@ -151,6 +139,7 @@ def test_onnxruntime_example_on_variants(
 def test_tensorrt_example(
     version: str,
     standin: ModuleType,
+    load_module: Callable[[Path], ModuleType],
     rtdetr: Callable[..., Any],
     shapes_onnx: Path,
     shapes_data: Path,
@@ -182,7 +171,7 @@ def test_tensorrt_example(
     from rtdetr_cli.export.tensorrt import build_engine, profile_shapes
     from rtdetr_cli.infer.onnx_backend import OnnxBackend
 
-    example = load("tensorrt_only")
+    example = load_module(EXAMPLES / "tensorrt_only.py")
     header = json.loads(next(p.value for p in onnx.load(shapes_onnx).metadata_props if p.key == "rtdetr"))
     monkeypatch.setattr("rtdetr_cli.export.tensorrt.refuse_single", lambda layers: None)
     built = tmp_path / "shapes.engine"

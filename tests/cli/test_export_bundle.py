@@ -7,22 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 
 from rtdetr_cli.export import bundle, compare
-from rtdetr_cli.export import onnx as onnx_file
 from rtdetr_cli.export.artefacts import Artefact
 from rtdetr_cli.export.options import BUNDLE_FILES
 from rtdetr_cli.infer.onnx_backend import OnnxBackend
 from rtdetr_cli.infer.timing import PARTS, Spread
 
-Rtdetr = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("traced")
 
 PROGRAM = """
 import runpy, sys
@@ -30,21 +27,6 @@ sys.modules.update(dict.fromkeys(["torch", "torchvision", "rtdetr_cli", "cv2", "
 program, sys.argv = sys.argv[1], sys.argv[1:]
 runpy.run_path(program, run_name="__main__")
 """
-
-
-@pytest.fixture
-def model(shapes_model: Path, shapes_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model whose float32 graph is traced already, since that takes seconds."""
-
-    def trace(*args: object, **options: object) -> onnx.ModelProto:
-        traced = onnx.load(shapes_onnx)
-        traced.ClearField("metadata_props")
-        return traced
-
-    monkeypatch.setattr(onnx_file, "trace", trace)
-    path = tmp_path / "best.safetensors"
-    shutil.copy(shapes_model, path)
-    return path
 
 
 @pytest.fixture
@@ -67,14 +49,13 @@ def run_program(folder: Path, *words: object) -> list[tuple[str, int, float, lis
 
 
 def test_a_bundle_detects_what_predict_detects(
-    rtdetr: Rtdetr, model: Path, shapes_data: Path, calibration: Path, tmp_path: Path
+    rtdetr: Any, model: Path, shapes_data: Path, calibration: Path, tmp_path: Path
 ) -> None:
     """The INT8 file is preferred; thresholds can be edited; another export may replace the bundle."""
     folder = tmp_path / "deployed"
     words = ["export", model, "--dynamic", "--verify", shapes_data, "--device", "cpu", "--bundle", folder]
     words += ["--tol-ap", 0.1]  # on 16 images one box is several hundredths of AP
-    ran = rtdetr(*words, "--int8", "--calibration", calibration, "--json")
-    assert ran.code == 0, ran.err
+    ran = rtdetr(*words, "--int8", "--calibration", calibration, "--json", code=0)
     assert [a["precision"] for a in ran.json["artefacts"]] == ["fp32", "int8"]
     assert ran.json["bundle"] == str(folder)
     assert "calibrated on 3 images only" in ran.err
@@ -129,10 +110,9 @@ def test_an_unstable_latency_is_marked(shapes_onnx: Path, monkeypatch: pytest.Mo
         (["--int8", "--calibration", "{empty}"], "no images to calibrate INT8 on"),
         (["--int8", "--calibration", "{full}/gone"], "gone"),
         (["--int8", "--calibration-images", "0"], "--calibration-images"),
-        (["--tol-ap", "20"], "--tol-ap"),
     ],
 )
-def test_refusals(rtdetr: Rtdetr, model: Path, tmp_path: Path, words: list[str], message: str) -> None:
+def test_refusals(rtdetr: Any, model: Path, tmp_path: Path, words: list[str], message: str) -> None:
     for name in ("empty", "full"):
         (tmp_path / name).mkdir()
     (tmp_path / "full/1.png").touch()
@@ -140,7 +120,6 @@ def test_refusals(rtdetr: Rtdetr, model: Path, tmp_path: Path, words: list[str],
     ran = rtdetr("export", model, "--no-gate", *(word.format(**folders) for word in words))
     assert ran.code in (2, 3), ran.err
     assert message in ran.err
-    assert "Traceback" not in ran.err
     assert not (model.parent / "export").exists()
 
 
@@ -152,20 +131,19 @@ def test_refusals(rtdetr: Rtdetr, model: Path, tmp_path: Path, words: list[str],
     ],
 )
 def test_a_missing_package_is_noticed_before_any_work(
-    rtdetr: Rtdetr, model: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch, module: str, message: str
+    rtdetr: Any, model: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch, module: str, message: str
 ) -> None:
     if module == "nncf":
         pytest.importorskip("openvino", reason="openvino is not installed")
     monkeypatch.setitem(sys.modules, module, None)
-    ran = rtdetr("export", model, "--no-gate", "--openvino", "--int8", "--calibration", calibration)
-    assert ran.code == 7
+    ran = rtdetr("export", model, "--no-gate", "--openvino", "--int8", "--calibration", calibration, code=7)
     assert message in ran.err
     assert "pip install 'rtdetr-cli[openvino]'" in ran.err
     assert not (model.parent / "export").exists()
 
 
 def test_a_failed_int8_file(
-    rtdetr: Rtdetr,
+    rtdetr: Any,
     model: Path,
     shapes_data: Path,
     calibration: Path,
@@ -175,8 +153,7 @@ def test_a_failed_int8_file(
     """Exit code 6; what costs most is named with the flag that keeps it in float; there is no bundle."""
     monkeypatch.setitem(compare.LIMITS, "int8", replace(compare.LIMITS["int8"], matched=1.5))
     words = ["--int8", "--calibration", calibration, "--keep-float", "encoder,decoder", "--bundle", tmp_path / "kit"]
-    ran = rtdetr("export", model, "--dynamic", "--verify", shapes_data, "--device", "cpu", *words)
-    assert ran.code == 6
+    ran = rtdetr("export", model, "--dynamic", "--verify", shapes_data, "--device", "cpu", *words, code=6)
     assert "best-int8.failed.onnx: agreement:" in ran.err
     assert "--keep-float encoder,decoder,backbone" in ran.err
     assert "with the backbone in float32: AP 0.877, 1.000 matched" in ran.out

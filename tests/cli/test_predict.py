@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from rtdetr_cli.images.decode import read_image
 from rtdetr_cli.infer.onnx_backend import OnnxBackend
 from rtdetr_cli.text import counted
-
-
-def documents(ran: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in ran.out.splitlines()]
+from tests.server import serve
 
 
 def test_one_image(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
-    ran = rtdetr("predict", images / "shapes_00.png", "--weights", shapes_onnx)
-    assert ran.code == 0, ran.err
+    ran = rtdetr("predict", images / "shapes_00.png", "--weights", shapes_onnx, code=0)
     (line,) = ran.out.splitlines()
     assert "shapes_00.png  192x256 px  " in line
     assert line.endswith(" ms")
@@ -50,9 +42,9 @@ def test_folder_in_every_format(rtdetr: Callable[..., Any], here: Path, shapes_o
     ran = rtdetr(
         *("predict", images, "-w", shapes_onnx, "--batch", 3, "--out", "out"),
         *("--save-json", "--save-coco", "--save-txt", "--json", "--data", images / "shapes.json"),
+        code=0,
     )
-    assert ran.code == 0, ran.err
-    found = documents(ran)
+    found = ran.documents
     assert [Path(d["image"]).name for d in found] == [f"shapes_{i:02d}.png" for i in range(16)]
     assert all(d["schema_version"] == 1 for d in found)
     first = found[0]
@@ -82,9 +74,7 @@ def test_summary_names_images_without_detections(
 ) -> None:
     Image.new("RGB", (64, 48)).save("black.png")
     given = ("-w", shapes_onnx, "--out", "out", "--no-save", "--save-txt", "--save-conf", "--classes", "plum")
-    ran = rtdetr("predict", images / "shapes_00.png", "black.png", *given)
-    assert ran.code == 0, ran.err
-    assert "1 without detections: black.png" in ran.err
+    rtdetr("predict", images / "shapes_00.png", "black.png", *given, code=0, err="1 without detections: black.png")
     rows = [line.split() for line in (here / "out/labels/shapes_00.txt").read_text().splitlines()]
     assert rows
     assert all(len(row) == 6 and 0.4 < float(row[5]) <= 1 for row in rows)
@@ -92,20 +82,12 @@ def test_summary_names_images_without_detections(
 
 def test_image_from_the_web(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
     """It gives the same detections as the file, and the copy is named after the end of the address."""
-    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(images))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with serve(images) as (url, _):
         page = f"{url}/shapes_00.png?version=2"
-        ran = rtdetr("predict", page, f"{url}/shapes.json", "-w", shapes_onnx, "--out", "out", "--json")
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert ran.code == 1
-    assert f"error: {url}/shapes.json: the bytes" in ran.err or f"error: {url}/shapes.json" in ran.err
-    document = documents(ran)[0]
-    local = documents(rtdetr("predict", images / "shapes_00.png", "-w", shapes_onnx, "--no-save", "--json"))[0]
+        ran = rtdetr("predict", page, f"{url}/shapes.json", "-w", shapes_onnx, "--out", "out", "--json", code=1)
+    assert f"error: {url}/shapes.json" in ran.err
+    document = ran.documents[0]
+    local = rtdetr("predict", images / "shapes_00.png", "-w", shapes_onnx, "--no-save", "--json").documents[0]
     assert document == {**local, "image": page}
     assert [path.name for path in (here / "out").glob("[!.]*")] == ["shapes_00.png"]
 
@@ -121,65 +103,12 @@ def test_interrupted_run_names_what_was_written(
         return run(self, *arguments)
 
     monkeypatch.setattr(OnnxBackend, "run", interrupted_run)
-    ran = rtdetr("predict", images, "-w", shapes_onnx, "--out", "out", "--save-json", "--save-coco")
-    assert ran.code == 130
+    ran = rtdetr("predict", images, "-w", shapes_onnx, "--out", "out", "--save-json", "--save-coco", code=130)
     done = len(ran.out.splitlines())
     assert f"interrupted; predicted so far: {counted(done, 'image')}, of 16 images" in ran.err
     assert "results in out: annotated copies, predictions.jsonl, predictions.json" in ran.err
     assert len((here / "out/predictions.jsonl").read_text().splitlines()) == done
     assert isinstance(json.loads((here / "out/predictions.json").read_text()), list)
-
-
-def test_detects_annotated_objects(
-    rtdetr: Callable[..., Any], here: Path, shapes_model: Path, shapes_data: Path
-) -> None:
-    """Most annotated objects are detected."""
-    truth = json.loads(shapes_data.read_text())
-    names = {c["id"]: c["name"] for c in truth["categories"]}
-    files = {i["id"]: i["file_name"] for i in truth["images"]}
-    found = {
-        Path(d["image"]).name: d["detections"]
-        for d in documents(rtdetr("predict", shapes_data.parent, "-w", shapes_model, "--no-save", "--json"))
-    }
-    hit = 0
-    for mark in truth["annotations"]:
-        x, y, w, h = mark["bbox"]
-        for row in found[files[mark["image_id"]]]:
-            x1, y1, x2, y2 = row["box_xyxy"]
-            inter = max(0, min(x2, x + w) - max(x1, x)) * max(0, min(y2, y + h) - max(y1, y))
-            if row["label"] == names[mark["category_id"]] and inter / (w * h + (x2 - x1) * (y2 - y1) - inter) > 0.5:
-                hit += 1
-                break
-    assert hit / len(truth["annotations"]) > 0.7
-    assert not list(here.iterdir())  # --no-save writes nothing
-
-
-def test_same_json_from_every_backend(
-    rtdetr: Callable[..., Any], here: Path, shapes_model: Path, shapes_onnx: Path, images: Path
-) -> None:
-    models = [shapes_model, shapes_onnx]
-    try:
-        import onnx
-        import openvino
-
-        graph = openvino.Core().read_model(shapes_onnx)
-        metadata = {e.key: e.value for e in onnx.load(shapes_onnx).metadata_props}
-        graph.set_rt_info(metadata["rtdetr"], ["rtdetr"])
-        openvino.save_model(graph, here / "shapes.xml", compress_to_fp16=False)
-        models.append(here / "shapes.xml")
-    except ImportError:
-        pass
-    runs = [documents(rtdetr("predict", images, "-w", m, "--no-save", "--json", "--batch", 4)) for m in models]
-    assert sum(len(d["detections"]) for d in runs[0]) >= 16
-    for run in runs[1:]:
-        for a, b in zip(runs[0], run, strict=True):
-            plain = [{k: v for k, v in d.items() if k != "detections"} for d in (a, b)]
-            assert plain[0] == plain[1]
-            assert len(a["detections"]) == len(b["detections"])
-            for p, q in zip(a["detections"], b["detections"], strict=True):
-                assert (p["label"], p["category_id"]) == (q["label"], q["category_id"])
-                assert p["score"] == pytest.approx(q["score"], abs=1.1e-4)
-                assert p["box_xyxy"] == pytest.approx(q["box_xyxy"], abs=0.06)  # 0.05 plus rounding
 
 
 def test_orientation_is_applied_as_in_training(
@@ -191,7 +120,7 @@ def test_orientation_is_applied_as_in_training(
     exif = Image.Exif()
     exif[0x0112] = 6
     upright.transpose(Image.Transpose.ROTATE_90).save(here / "turned.png", exif=exif)
-    a, b = documents(rtdetr("predict", "upright.png", "turned.png", "-w", shapes_onnx, "--json"))
+    a, b = rtdetr("predict", "upright.png", "turned.png", "-w", shapes_onnx, "--json").documents
     assert (a["width"], a["height"]) == (b["width"], b["height"]) == (180, 240)
     assert a["detections"] == b["detections"]
     assert read_image(here / "runs/predict-01/turned.png").shape == (240, 180, 3)  # drawn upright
@@ -205,18 +134,15 @@ def test_unreadable_images_are_skipped(rtdetr: Callable[..., Any], here: Path, s
     (here / "in/c.jpg").write_text("not an image")
     (here / "in/d.png").write_bytes(good)
     (here / "in/e.mp4").write_text("not a video")
-    ran = rtdetr("predict", "in", "-w", shapes_onnx, "--out", "out", "--save-json")
-    assert ran.code == 1
+    ran = rtdetr("predict", "in", "-w", shapes_onnx, "--out", "out", "--save-json", code=1)
     assert [line.split("  ")[0] for line in ran.out.splitlines()] == ["in/a.png", "in/d.png"]
     for name in ("in/b.png", "in/c.jpg", "in/e.mp4"):
         assert f"error: {name} " in ran.err
     assert "3 of 4 images and 1 video could not be read; the others were processed" in ran.err
-    assert "Traceback" not in ran.err
     assert sorted(p.name for p in (here / "out").glob("[!.]*")) == ["a.png", "d.png", "predictions.jsonl"]
-    as_json = rtdetr("predict", "in", "-w", shapes_onnx, "--no-save", "--json")
-    assert as_json.code == 1
-    assert [sorted(d) for d in documents(as_json)][-1] == ["error", "schema_version"]
-    assert documents(as_json)[-1]["error"]["code"] == "images-unreadable"
+    as_json = rtdetr("predict", "in", "-w", shapes_onnx, "--no-save", "--json", code=1)
+    assert [sorted(d) for d in as_json.documents][-1] == ["error", "schema_version"]
+    assert as_json.documents[-1]["error"]["code"] == "images-unreadable"
 
 
 def test_list_on_stdin(
@@ -224,19 +150,16 @@ def test_list_on_stdin(
 ) -> None:
     listed = [images / "shapes_03.png", images / "shapes_01.png"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{p}\n" for p in listed)))
-    ran = rtdetr("predict", "-", "-w", shapes_onnx, "--no-save", "--json")
-    assert ran.code == 0, ran.err
-    assert [d["image"] for d in documents(ran)] == [str(p) for p in listed]
+    ran = rtdetr("predict", "-", "-w", shapes_onnx, "--no-save", "--json", code=0)
+    assert [d["image"] for d in ran.documents] == [str(p) for p in listed]
 
 
-def test_video_is_written_back(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
+def test_video_is_written_back(
+    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path, write_video: Callable[..., Path]
+) -> None:
     import cv2
 
-    frame = read_image(images / "shapes_00.png")
-    writer = cv2.VideoWriter("clip.mp4", cv2.VideoWriter.fourcc(*"mp4v"), 12.0, (256, 192))
-    for shift in range(9):
-        writer.write(np.ascontiguousarray(np.roll(frame, shift, axis=1)[:, :, ::-1]))
-    writer.release()
+    write_video(here / "clip.mp4", read_image(images / "shapes_00.png"), 9)
     ran = rtdetr("predict", "clip.mp4", "-w", shapes_onnx, "--out", "out", "--batch", 4, "--save-json", "--save-txt")
     assert ran.code == 0, ran.err
     assert "clip.mp4  192x256 px  9 frames" in ran.out
@@ -252,31 +175,20 @@ def test_video_is_written_back(rtdetr: Callable[..., Any], here: Path, shapes_on
     assert read == 9
     assert sorted(p.name for p in (here / "out").glob("[!.]*")) == ["clip.mp4", "labels", "predictions.jsonl"]
     as_json = rtdetr("predict", "clip.mp4", "-w", shapes_onnx, "--no-save", "--json")
-    assert [d["frame"] for d in documents(as_json)] == list(range(9))
+    assert [d["frame"] for d in as_json.documents] == list(range(9))
 
 
-def filmed(path: Path, frames: int, image: Path) -> None:
-    """Write a video of a moving image."""
-    import cv2
-
-    frame = read_image(image)
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 12.0, (256, 192))
-    for shift in range(frames):
-        writer.write(np.ascontiguousarray(np.roll(frame, shift, axis=1)[:, :, ::-1]))
-    writer.release()
-
-
-def test_truncated_video(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
+def test_truncated_video(
+    rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path, write_video: Callable[..., Path]
+) -> None:
     """The existing frames are processed, and the exit code is 1."""
-    filmed(here / "whole.avi", 12, images / "shapes_00.png")
+    write_video(here / "whole.avi", read_image(images / "shapes_00.png"), 12, codec="MJPG")
     whole = (here / "whole.avi").read_bytes()
     (here / "cut.avi").write_bytes(whole[: len(whole) // 2])
     given = ("-w", shapes_onnx, "--batch", 4)
-    ran = rtdetr("predict", "whole.avi", *given, "--no-save")
-    assert ran.code == 0, ran.err
+    ran = rtdetr("predict", "whole.avi", *given, "--no-save", code=0)
     assert "warning" not in ran.err
-    ran = rtdetr("predict", "cut.avi", *given, "--out", "out", "--save-json")
-    assert ran.code == 1
+    ran = rtdetr("predict", "cut.avi", *given, "--out", "out", "--save-json", code=1)
     lines = (here / "out/predictions.jsonl").read_text().splitlines()
     assert 3 <= len(lines) <= 8
     assert f"warning: cut.avi is truncated: it ends after {len(lines)} of 12 frames" in ran.err
@@ -284,13 +196,11 @@ def test_truncated_video(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Pa
     assert "results in out" in ran.err
     assert f"cut.avi  192x256 px  {len(lines)} frames" in ran.out
     assert (here / "out/cut.avi").exists() or (here / "out/cut.mp4").exists()
-    ran = rtdetr("predict", "cut.avi", images / "shapes_00.png", "whole.avi", *given, "--no-save", "--json")
-    assert ran.code == 1
-    assert len(documents(ran)) == len(lines) + 1 + 12 + 1
-    assert documents(ran)[-1]["error"]["code"] == "video-cut-off"
+    ran = rtdetr("predict", "cut.avi", images / "shapes_00.png", "whole.avi", *given, "--no-save", "--json", code=1)
+    assert len(ran.documents) == len(lines) + 1 + 12 + 1
+    assert ran.documents[-1]["error"]["code"] == "video-cut-off"
     (here / "bad.png").write_text("x")
-    ran = rtdetr("predict", "cut.avi", "bad.png", *given, "--no-save")
-    assert ran.code == 1
+    ran = rtdetr("predict", "cut.avi", "bad.png", *given, "--no-save", code=1)
     assert "1 of 1 image and 1 video could not be read, and 1 is truncated" in ran.err
 
 
@@ -310,46 +220,23 @@ def test_bad_sources(
 ) -> None:
     (here / "empty").mkdir()
     (here / "bad.jpg").write_text("x")
-    ran = rtdetr("predict", source, "--weights", shapes_onnx)
-    assert ran.code == code
-    assert said in ran.err
-    assert "Traceback" not in ran.err
+    rtdetr("predict", source, "--weights", shapes_onnx, code=code, err=said)
     assert not list(here.glob("runs/*"))
 
 
 def test_originals_are_never_replaced(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
     shutil.copy(images / "shapes_00.png", here)
     before = (here / "shapes_00.png").read_bytes()
-    ran = rtdetr("predict", "shapes_00.png", "--weights", shapes_onnx, "--out", ".")
-    assert ran.code == 2
+    ran = rtdetr("predict", "shapes_00.png", "--weights", shapes_onnx, "--out", ".", code=2)
     assert "its annotated copy would replace" in ran.err
     assert (here / "shapes_00.png").read_bytes() == before
 
 
-def test_unwritable_folder(rtdetr: Callable[..., Any], here: Path, shapes_onnx: Path, images: Path) -> None:
-    (here / "file").write_text("x")
-    ran = rtdetr("predict", images / "shapes_00.png", "--weights", shapes_onnx, "--out", "file/below")
-    assert ran.code in (1, 2)
-    assert "file" in ran.err
-    assert "Traceback" not in ran.err
-
-
 def test_onnx_imports_no_heavy_package(here: Path, shapes_onnx: Path, images: Path) -> None:
-    heavy = (
-        "torch",
-        "torchvision",
-        "scipy",
-        "matplotlib",
-        "cv2",
-        "rich",
-        "albumentations",
-        "onnx",
-        "jinja2",
-        "hotcoco",
-    )
+    heavy = {"torch", "torchvision", "pydantic", "scipy", "matplotlib", "cv2", "rich", "onnx", "jinja2", "hotcoco"}
     code = (
         "import sys; from rtdetr_cli.cli.app import run; code = run(sys.argv[1:]);"
-        f"print(code, sorted(set({heavy}) & set(sys.modules)), 'rtdetr_cli.config.schema' in sys.modules)"
+        f"print(code, sorted({heavy} & set(sys.modules)), 'rtdetr_cli.config.schema' in sys.modules)"
     )
     arguments = ["predict", str(images / "shapes_00.png"), "--weights", str(shapes_onnx)]
     ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)

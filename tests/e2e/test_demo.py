@@ -13,9 +13,7 @@ from rtdetr_cli.workflows.demo import REQUIRED_AP50, check_accuracy
 
 def test_a_folder_with_something_else_in_it_is_left_alone(rtdetr, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    ran = rtdetr("demo", tmp_path)
-    assert ran.code == 2
-    assert "is not empty" in ran.err
+    rtdetr("demo", tmp_path, code=2, err="is not empty")
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -30,8 +28,7 @@ def test_too_low_an_ap_fails_the_demo() -> None:
 @pytest.mark.slow
 def test_the_whole_chain_learns(rtdetr, tmp_path: Path) -> None:
     folder = tmp_path / "demo"
-    ran = rtdetr("demo", folder, "--json")
-    assert ran.code == 0, ran.err
+    ran = rtdetr("demo", folder, "--json", code=0)
     document = ran.json
     assert document["metrics"]["AP50"] >= 0.5
     artefacts = {name: Path(path) for name, path in document["artefacts"].items()}

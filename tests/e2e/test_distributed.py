@@ -20,14 +20,10 @@ import psutil
 import pytest
 
 from rtdetr_cli.datasets.generate import generate_dataset
+from tests.small import FLAGS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SMALL = [
-    *("--preset", "tiny", "--imgsz", "64", "--workers", "0", "--precision", "fp32", "--effective-batch", "4"),
-    *("--set", "model.width=8", "--set", "model.hidden_dim=16", "--set", "model.encoder_ffn=16"),
-    *("--set", "model.decoder_dim=16", "--set", "model.decoder_ffn=16", "--set", "model.queries=20"),
-    *("--set", "model.heads=2", "--set", "plots=false"),
-]
+SMALL = [*FLAGS, "--precision", "fp32", "--effective-batch", "4"]
 TIMEOUT = 240
 
 
@@ -117,23 +113,28 @@ def test_two_processes_from_the_command_line(uneven: Path, tmp_path: Path) -> No
 def test_an_indivisible_batch_is_refused_before_anything_starts(
     uneven: Path, tmp_path: Path, rtdetr: Callable[..., Any]
 ) -> None:
-    done = rtdetr("train", "--data", uneven, *SMALL, "--device", "cpu:3", "--out", tmp_path)
-    assert done.code == 2
+    done = rtdetr("train", "--data", uneven, *SMALL, "--device", "cpu:3", "--out", tmp_path, code=2)
     assert done.err == (
         "error: --effective-batch 4 is not divisible by the number of processes (3)\n\nhint: --effective-batch 3 or 6\n"
     )
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
-    data = generate_dataset(tmp_path / "data", train=20, val=9, imgsz=64)
+def run_on(folder: Path, devices: tuple[str, str]) -> list[list[dict[str, str]]]:
+    """Run the same training on each of the devices; return their metrics."""
+    data = generate_dataset(folder / "data", train=20, val=9, imgsz=64)
     runs = []
-    for name, device in (("one", "cpu"), ("two", "cpu:2")):
-        flags = ["--epochs", 3, "--device", device, "--batch", 4, "--out", tmp_path / "runs", "--name", name]
+    for name, device in zip(("one", "two"), devices, strict=True):
+        flags = ["--epochs", 3, "--device", device, "--batch", 4, "--out", folder / "runs", "--name", name]
         done = call("train", "--data", data, *SMALL, *flags)
         assert done.returncode == 0, done.stderr
-        runs.append(metrics(tmp_path / "runs" / name))
+        runs.append(metrics(folder / "runs" / name))
+    return runs
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
+    runs = run_on(tmp_path, ("cpu", "cpu:2"))
     # Sums are computed in another order and the steps amplify the rounding, so only the first epoch is close.
     one, two = ({k: float(v) for k, v in rows[0].items() if k.startswith("loss")} for rows in runs)
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
@@ -252,13 +253,7 @@ def test_two_processes_on_one_gpu(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
-    data = generate_dataset(tmp_path / "data", train=20, val=9, imgsz=64)
-    runs = []
-    for name, device in (("one", "0"), ("two", "0,0")):
-        flags = ["--epochs", 2, "--device", device, "--batch", 4, "--out", tmp_path / "runs", "--name", name]
-        done = call("train", "--data", data, *SMALL, *flags)
-        assert done.returncode == 0, done.stderr
-        runs.append(metrics(tmp_path / "runs" / name))
+    runs = run_on(tmp_path, ("0", "0,0"))
     one, two = ({k: float(v) for k, v in rows[0].items() if k.startswith("loss")} for rows in runs)
     assert two == pytest.approx(one, rel=2e-2)
 

@@ -37,15 +37,12 @@ def test_train_discretize_and_export(
     torch.manual_seed(0)
     weights, runs = tmp_path / "start.pth", tmp_path / "runs"
     torch.save({"ema": {"module": build_detector(spec, num_classes=80).state_dict()}}, weights)
-    ran = rtdetr("train", "--data", shapes_data, "--weights", weights, *QUICK, "--out", runs, "--name", "first")
-    assert ran.code == 0, ran.err
+    ran = rtdetr("train", "--data", shapes_data, "--weights", weights, *QUICK, "--out", runs, "--name", "first", code=0)
     info = rtdetr("info", runs / "first", "--json").json["model"]
     trained = ModelSpec(**info["header"]["architecture"])
     assert (trained.decoder, trained.num_points, trained.backbone) == (spec.decoder, spec.num_points, spec.backbone)
     ran = rtdetr("finetune-discrete", runs / "first", "--epochs", 1, "--workers", 0, "--device", "cpu",
-                 "--name", "second", "--json")  # fmt: skip
-    assert ran.code == 0, ran.err
+                 "--name", "second", "--json", code=0)  # fmt: skip
     second = next(p for p in runs.iterdir() if p.name == "second")
-    ran = rtdetr("export", second, "--onnx", "--json")
-    assert ran.code == 0, ran.err
+    ran = rtdetr("export", second, "--onnx", "--json", code=0)
     assert json.loads(ran.out)["artefacts"][0]["gate"]["passed"] is True

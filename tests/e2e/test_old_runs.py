@@ -141,34 +141,28 @@ def test_the_log_says_whether_an_old_run_finished(runs: Path) -> None:
 
 
 def test_an_old_run_evaluates_predicts_and_exports(rtdetr: Any, runs: Path, shapes_data: Path) -> None:
-    ran = rtdetr("eval", "--json")
-    assert ran.code == 0, ran.err
+    ran = rtdetr("eval", "--json", code=0)
     assert "runs/a/best.safetensors (the newest finished run; runs/b is newer, but unfinished, epoch 3 of 3)" in ran.err
     assert ran.json["metrics"]["AP"] > 0.3
     image = next(p for p in sorted(shapes_data.parent.rglob("*")) if p.suffix in (".png", ".jpg"))
-    ran = rtdetr("predict", image, "--weights", runs / "a", "--no-save", "--json")
-    assert ran.code == 0, ran.err
-    ran = rtdetr("export", runs / "a", "--onnx", "--json")
-    assert ran.code == 0, ran.err
+    ran = rtdetr("predict", image, "--weights", runs / "a", "--no-save", "--json", code=0)
+    ran = rtdetr("export", runs / "a", "--onnx", "--json", code=0)
     assert (runs / "a" / "export" / "best.onnx").is_file()
 
 
 def test_a_new_run_starts_from_an_old_one(rtdetr: Any, runs: Path, shapes_data: Path) -> None:
     words = ["--weights", runs / "b", "--data", shapes_data, "--epochs", 1, "--workers", 0, "--name", "new", "--json"]
-    ran = rtdetr("train", *words, "--set", "plots=false")
-    assert ran.code == 0, ran.err
+    rtdetr("train", *words, "--set", "plots=false", code=0)
     assert json.loads((runs / "new" / "manifest.json").read_text())["finished"] == "done"
 
 
 def test_an_old_finished_run_has_nothing_left_to_do(rtdetr: Any, runs: Path) -> None:
-    ran = rtdetr("train", "--resume", runs / "a", "--json")
-    assert ran.code == 0, ran.err
+    ran = rtdetr("train", "--resume", runs / "a", "--json", code=0)
     assert ran.json["already_finished"] is True
     assert ran.json["epochs"] == EPOCHS
 
 
 def test_an_old_interrupted_run_is_not_resumed(rtdetr: Any, runs: Path) -> None:
-    ran = rtdetr("train", "--resume", runs / "b")
-    assert ran.code == 2
+    ran = rtdetr("train", "--resume", runs / "b", code=2)
     assert "was started by rtdetr-cli 0.1.0, and this version cannot resume it" in ran.err
     assert f"rtdetr train --weights {runs / 'b'} --data DATA starts a new run from its best model" in ran.err

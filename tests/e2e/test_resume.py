@@ -20,22 +20,10 @@ from typing import Any
 
 import pytest
 
-SETTINGS = (
-    "model.width=8",
-    "model.hidden_dim=16",
-    "model.encoder_ffn=16",
-    "model.heads=2",
-    "model.decoder_dim=16",
-    "model.decoder_ffn=16",
-    "model.decoder_layers=2",
-    "model.eval_layers=2",
-    "model.num_points=[1,1,1]",
-    "model.queries=12",
-    "model.denoising=8",
-    "plots=false",
-    # Frequent, so that most kills fall within an epoch or a save.
-    "checkpoint_steps=2",
-)
+from tests.small import FLAGS, equal
+
+# Frequent checkpoints, so that most kills fall within an epoch or a save.
+SMALL = [*FLAGS, "--batch", "8", "--set", "checkpoint_steps=2"]
 
 
 def train(arguments: list[str], log: Path, kill_at: tuple[str, int] | None) -> None:
@@ -88,10 +76,8 @@ class Runs:
         self.server, self.data, self.folder, self.workers = server, data, folder, workers
 
     def start(self, name: str, *, kill_at: tuple[str, int] | None = None) -> Any:
-        words = ["train", "--preset", "tiny", "--data", self.data, "--imgsz", 64, "--effective-batch", 8, "--batch", 8]
-        words += ["--epochs", 4, "--workers", self.workers, "--device", "cpu", "--out", self.folder, "--name", name]
-        for setting in SETTINGS:
-            words += ["--set", setting]
+        words = ["train", "--data", self.data, *SMALL, "--epochs", 4, "--workers", self.workers]
+        words += ["--out", self.folder, "--name", name]
         return self._process([str(w) for w in words], name, kill_at)
 
     def resume(self, name: str, *, kill_at: tuple[str, int] | None = None) -> Any:
@@ -150,24 +136,11 @@ def runs(server: ForkServerContext, data: Path, tmp_path_factory: pytest.TempPat
 
 
 def assert_equal_runs(runs: Runs, name: str) -> None:
-
     assert runs.outputs(name)[0] == runs.outputs("alone")[0], "best.safetensors"
     assert runs.outputs(name)[1] == runs.outputs("alone")[1], "metrics.csv"
     ours, expected = runs.state(name), runs.state("alone")
     for part in ("learner", "place", "generators", "metrics_offset", "identity"):
         assert equal(ours[part], expected[part]), part
-
-
-def equal(a: Any, b: Any) -> bool:
-    import torch
-
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return bool(a == b)
 
 
 def wait_for_saves(runs: Runs, name: str, process: Any, count: int) -> None:
@@ -230,23 +203,14 @@ SAVES = [
 ]
 
 
-@pytest.mark.parametrize("kill_at", SAVES[:1])
+@pytest.mark.parametrize(
+    "kill_at", [SAVES[0], *(pytest.param(save, marks=pytest.mark.slow) for save in SAVES[1:])], ids=str
+)
 def test_killed_during_a_save(runs: Runs, kill_at: tuple[str, int]) -> None:
     name = "save-{}-{}".format(*kill_at)
     process = runs.start(name, kill_at=kill_at)
     process.join()
     assert process.exitcode == -signal.SIGKILL, (runs.folder / f"{name}.log").read_text()
-    runs.finish(name)
-    assert_equal_runs(runs, name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kill_at", SAVES[1:])
-def test_killed_during_many_saves(runs: Runs, kill_at: tuple[str, int]) -> None:
-    name = "save-{}-{}".format(*kill_at)
-    process = runs.start(name, kill_at=kill_at)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
     if (runs.folder / name / "last.ckpt").exists():
         # And once more during the first save after resuming.
         process = runs.resume(name, kill_at=("replace", 1))
@@ -269,30 +233,6 @@ def test_a_signal_saves_and_prints_how_to_resume(runs: Runs, number: int, code: 
     assert "Traceback" not in log
     runs.finish(name)
     assert_equal_runs(runs, name)
-
-
-def test_resuming_a_finished_run_does_nothing(runs: Runs) -> None:
-    before, state = runs.outputs("alone"), runs.state("alone")
-    process = runs.resume("alone")
-    process.join()
-    log = (runs.folder / "alone.log").read_text()
-    assert process.exitcode == 0, log
-    assert "has already finished: there is nothing left to do" in log
-    assert runs.outputs("alone") == before
-    assert equal(runs.state("alone"), state)
-
-
-def test_a_run_that_is_being_trained_is_locked(runs: Runs) -> None:
-    process = runs.start("locked")
-    wait_for_saves(runs, "locked", process, 1)
-    second = runs.resume("locked")
-    second.join()
-    log = (runs.folder / "locked.log").read_text()
-    assert second.exitcode == 2, log
-    assert f"is being trained by process {process.pid} on " in log
-    process.join()
-    assert process.exitcode == 0, log
-    assert_equal_runs(runs, "locked")
 
 
 @pytest.mark.slow

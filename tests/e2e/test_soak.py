@@ -12,10 +12,9 @@ from rtdetr_cli.config.run import resolve_run
 from rtdetr_cli.datasets.generate import generate_dataset
 from rtdetr_cli.train.events import EpochDone
 from rtdetr_cli.workflows.finetune import finetune
+from tests.small import SETS
 
 EPOCHS = int(os.environ.get("RTDETR_SOAK_EPOCHS", "300"))
-SIZES = {"width": 8, "hidden_dim": 16, "encoder_ffn": 16, "heads": 2, "decoder_dim": 16, "decoder_ffn": 16,
-         "queries": 12, "denoising": 8}  # fmt: skip
 
 
 def measure(folder: Path) -> tuple[float, int, float, int]:
@@ -29,20 +28,9 @@ def measure(folder: Path) -> tuple[float, int, float, int]:
 @pytest.mark.slow
 def test_some_hundred_epochs_leave_memory_handles_and_disk_flat(tmp_path: Path) -> None:
     data = generate_dataset(tmp_path / "data", train=8, val=2, imgsz=64)
-    flags = {
-        "data": str(data),
-        "out": str(tmp_path / "runs"),
-        "name": "r",
-        "preset": "tiny",
-        "weights": "none",
-        "imgsz": (64, 64),
-        "epochs": EPOCHS,
-        "effective_batch": 4,
-        "batch": 4,
-        "workers": 0,
-        "device": "cpu",
-    }
-    config = resolve_run(flags, sets=[f"model.{name}={value}" for name, value in SIZES.items()])
+    flags = {"data": str(data), "out": str(tmp_path / "runs"), "name": "r", "preset": "tiny", "weights": "none"}
+    flags |= {"imgsz": (64, 64), "epochs": EPOCHS, "effective_batch": 4, "batch": 4, "workers": 0, "device": "cpu"}
+    config = resolve_run(flags, sets=[*SETS, "plots=true"])
     curve = []
     for event in finetune(config):
         if isinstance(event, EpochDone):

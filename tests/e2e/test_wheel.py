@@ -33,18 +33,7 @@ def test_it_holds_presets_templates_and_types(wheel: Path) -> None:
 
 def test_installed_elsewhere_it_finds_its_presets(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-index",
-        "--target",
-        str(site),
-        str(wheel),
-    ]
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", site, wheel]
     subprocess.run(install, check=True, capture_output=True)
     environment = {**os.environ, "PYTHONPATH": str(site)}
     code = "import rtdetr_cli.config.presets as p; print(p.__file__); print(p.preset_folder()); print(p.preset_names())"

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from tests.small import FLAGS
+
 os.environ |= {
     "NO_COLOR": "1",
     "MPLBACKEND": "Agg",
@@ -36,11 +38,7 @@ os.environ |= {
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 DOWNLOAD = "rtdetrv2_r18vd_120e_coco_rerun_48.1.pth"
-SIZES = """width=8 hidden_dim=16 encoder_ffn=16 heads=2 decoder_dim=16 decoder_ffn=16 queries=12 denoising=8
-    decoder_layers=1 eval_layers=1"""
-FLAGS = """--preset tiny --imgsz 64 --effective-batch 8 --batch 8 --workers 0 --device cpu --weights none
-    --set plots=false --set checkpoint_steps=2"""
-TRAIN = [*FLAGS.split(), *(word for size in SIZES.split() for word in ("--set", f"model.{size}"))]
+TRAIN = [*FLAGS, "--batch", "8", "--weights", "none", "--set", "checkpoint_steps=2"]
 
 
 @dataclass(frozen=True)

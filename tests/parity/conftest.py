@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import warnings
 from collections.abc import Callable
@@ -15,14 +14,9 @@ from PIL import Image
 
 
 @pytest.fixture(scope="session")
-def deterministic(parity: Path) -> ModuleType:
+def deterministic(parity: Path, load_module: Callable[[Path], ModuleType]) -> ModuleType:
     """The script that generates the reference weights and image."""
-    spec = importlib.util.spec_from_file_location("deterministic", parity / "deterministic.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(parity / "deterministic.py")
 
 
 @pytest.fixture(scope="session")

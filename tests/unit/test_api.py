@@ -242,7 +242,6 @@ def test_calibrated_thresholds_are_stored_and_used(shapes_model: Path, shapes_da
     calibrated.evaluate(shapes_data, calibrate="precision=0.99")
     stored = load(path, device="cpu").header.thresholds
     assert calibrated.header.thresholds == stored != before
-    assert stored is not None
     assert (stored.target, stored.imgsz) == ("precision=0.99", calibrated.imgsz)
 
 

@@ -13,7 +13,6 @@ def entries_of_the_map() -> tuple[set[str], set[str]]:
     tree = re.search(
         r"## Source code\n\n```\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL
     )
-    assert tree is not None
     inside, top = set(), set()
     for line in tree[1].splitlines():
         name = line.split()[0]

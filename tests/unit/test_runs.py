@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -58,8 +57,9 @@ def test_an_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"plan": 3}', b'{"finished": {}}', b'{"micro_batch": "x"}',
-     b'{"versions": {"torch": 2}}', b'{"identity": [1]}', b'{"started": 9}', b'{"a": ' + b"9" * 5000 + b"}"],
+    [b"", b"{", b"[]", b"null", b'"x"', b"\xff", b"[" * 100_000, b'{"plan": 3}', b'{"finished": {}}',
+     b'{"micro_batch": "x"}', b'{"versions": {"torch": 2}}', b'{"identity": [1]}', b'{"started": 9}',
+     b'{"a": ' + b"9" * 5000 + b"}"],
     ids=lambda content: str(content[:20]),
 )  # fmt: skip
 def test_a_damaged_manifest_is_named_with_what_is_still_usable(tmp_path: Path, content: bytes) -> None:
@@ -148,7 +148,6 @@ def test_image_digests_are_stored(tmp_path: Path) -> None:
     assert folder.digests() is None
     folder.write_digests(digests)
     stored = folder.digests()
-    assert stored is not None
     assert stored.tolist() == digests.tolist()
     (tmp_path / ".images").write_bytes(b"cut")
     assert folder.digests() is None
@@ -175,24 +174,6 @@ def test_a_run_is_unfinished_until_it_is_marked(tmp_path: Path) -> None:
 
 def test_a_model_without_any_record_has_no_caveat(tmp_path: Path) -> None:
     assert RunFolder(tmp_path).caveat() == ""
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", '"x"'])
-def test_a_damaged_manifest_is_read_as_empty(tmp_path: Path, text: str) -> None:
-    (tmp_path / "manifest.json").write_text(text)
-    assert RunFolder(tmp_path).manifest() == {}
-
-
-def test_a_discrete_run_that_lost_too_much_has_a_caveat(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.write_manifest({"finished": "done"})
-    for passed, drop, caveat in (
-        (True, 0.0, ""),
-        (False, 0.034, "its discrete sampling lost 0.034 AP, more than --max-drop 0.01"),
-        (False, 0.002, "an export of finetune-discrete failed verification"),
-    ):
-        (tmp_path / "discrete.json").write_text(json.dumps({"passed": passed, "drop": drop, "max_drop": 0.01}))
-        assert folder.caveat() == caveat
 
 
 def test_the_run_that_started_last_is_the_newest(tmp_path: Path) -> None:
@@ -227,13 +208,11 @@ def test_a_locked_run_says_who_holds_it(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            assert process.stdout is not None
             assert process.stdout.readline() == "locked\n"
             for _ in range(2):  # a refused attempt leaves the record as it is
                 with pytest.raises(UsageError) as refused, folder.lock():
                     pass
                 assert f"process {process.pid} on {socket.gethostname()}" in refused.value.message
-                assert refused.value.exit_code == 2
         finally:
             process.kill()
     began = time.monotonic()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,26 +13,14 @@ PATH = Path(__file__).resolve().parents[2] / "bench" / "learn.py"
 
 
 @pytest.fixture(scope="module")
-def learn() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_learn", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look their annotations up there
-    spec.loader.exec_module(module)
-    return module
+def learn(load_module: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_module(PATH)
 
 
 def row(learn: ModuleType, arm: str, seed: int, ap: float, **more: Any) -> Any:
     facts = {"settings": "", "preset": "tiny", "imgsz": 192, "set": "bccd", "steps": 260, "split": "val", "commit": "a"}
-    figures = {
-        "AP_raw": 0.4,
-        "AP50": 0.8,
-        "APs": None,
-        "duplicates": 1.0,
-        "false_positives": 4.5,
-        "seconds_per_step": 0.8,
-    }
+    figures = {"AP_raw": 0.4, "AP50": 0.8, "APs": None, "duplicates": 1.0, "false_positives": 4.5}
+    figures["seconds_per_step"] = 0.8
     return learn.Row(**{"arm": arm, "seed": seed, "AP": ap, **facts, **figures, **more})
 
 

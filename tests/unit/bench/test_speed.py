@@ -10,13 +10,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
-sys.path.insert(0, str(ROOT))
-try:
-    from tests.bench.speed.harness import Comparison, Settings, Turn, Used, compare, document, table
-finally:
-    sys.path.remove(str(ROOT))
+from tests.bench.speed.harness import Comparison, Settings, Turn, Used, compare, document, table
 
+ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = Settings(threads=1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -92,8 +93,6 @@ def test_an_image_outside_is_read_and_reported(data: Path) -> None:
     found = [f for f in examine(data).findings if f.code.startswith("image-")]
     assert [(f.code, f.severity) for f in found] == [("image-elsewhere", "warning")], found
     splits = load_splits(data, val_fraction=0.4)
-    assert splits.train is not None
-    assert splits.val is not None
     assert len(splits.train) + len(splits.val) == 3
 
 
@@ -106,8 +105,7 @@ def test_a_copy_has_it_only_if_that_is_allowed(
     rtdetr: Callable[..., Any], data: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    ran = rtdetr("validate", data, *words)
-    assert ran.code == 0, ran.err
+    ran = rtdetr("validate", data, *words, code=0)
     assert "--allow-outside" in ran.out + ran.err
     inside = [p.read_bytes() for p in data.rglob("*.png") if not p.is_symlink()]
     assert copied(tmp_path / "copy") == sorted(inside)
@@ -169,7 +167,17 @@ def test_the_path_of_a_yaml_in_a_zip_does_not_reach_outside(tmp_path: Path) -> N
     assert "yolo-path" in {f.code for f in report.findings}
 
 
-def test_the_flag_needs_a_copy(rtdetr: Callable[..., Any], tmp_path: Path) -> None:
-    ran = rtdetr("validate", tmp_path, "--allow-outside")
-    assert ran.code == 2
-    assert "needs --fix, --convert or --resplit" in ran.err
+@pytest.mark.parametrize("decode", [True, False])
+def test_a_link_in_another_case_may_not_leave_the_dataset(coco: Any, decode: bool) -> None:
+    target = coco.folder.parent / "elsewhere.jpg"
+    shutil.move(coco.image, target)
+    coco.image.with_name("TRAIN_0.jpg").symlink_to(target)
+    codes = {f.code for f in examine(coco.write(), decode=decode).findings}
+    assert {"image-name-case", "image-elsewhere"} <= codes
+
+
+def test_an_image_in_the_root_folder_is_not_one_in_the_dataset(coco: Any) -> None:
+    shutil.copy(coco.image, coco.folder / "train_0.jpg")
+    coco.train["images"][0]["file_name"] = "/train_0.jpg"
+    finding = next(f for f in examine(coco.write(), images=coco.folder).findings if f.severity == "error")
+    assert (finding.code, finding.message) == ("image-missing", "/train_0.jpg is not in /")

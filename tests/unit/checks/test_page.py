@@ -5,8 +5,7 @@ from __future__ import annotations
 import html
 import re
 import shutil
-import subprocess
-from html.parser import HTMLParser
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,9 @@ from PIL import Image
 from rtdetr_cli.checks import page as pages
 from rtdetr_cli.checks.doctor import examine
 from rtdetr_cli.checks.page import page_context, write_page
+from tests.pages import PageReader
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "<script>document.title='owned'</script>"
-
-
-class Tags(HTMLParser):
-    """Collects the elements and links of a page."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.links: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [value or "" for name, value in attrs if name in ("href", "src", "xlink:href", "action")]
 
 
 def spoiled(coco: Any) -> Path:
@@ -46,26 +32,6 @@ def spoiled(coco: Any) -> Path:
         document["categories"][0]["name"] = EVIL
     folder: Path = coco.write()
     return folder
-
-
-def browse(page: Path, *flags: str) -> str:
-    """Return what Chromium prints for a page."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
-    done = subprocess.run(
-        [
-            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
-            *("--disable-sync", "--no-first-run", f"--user-data-dir={page.parent / 'profile'}"),
-            *("--virtual-time-budget=3000", *flags, page.as_uri()),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    if done.returncode != 0:
-        pytest.skip(f"Chromium does not start here: {done.stderr.strip()[-200:]}")
-    return done.stdout
 
 
 def test_every_finding_is_shown_with_its_box(coco: Any, tmp_path: Path) -> None:
@@ -95,10 +61,9 @@ def test_nothing_is_loaded_and_names_are_escaped(coco: Any, tmp_path: Path) -> N
     path = tmp_path / "page.html"
     write_page(examine(spoiled(coco)), path)
     text = path.read_text("utf-8")
-    tags = Tags()
-    tags.feed(text)
-    assert tags.tags.count("script") == 1
-    assert all(link.startswith(("data:image/jpeg;base64,", "#")) for link in tags.links)
+    page = PageReader(path)
+    assert page.tags.count("script") == 1
+    assert all(link.startswith(("data:image/jpeg;base64,", "#")) for link in page.links)
     assert "default-src 'none'" in html.unescape(text)
     assert EVIL not in text
     assert html.escape(EVIL, quote=False).replace("'", "&#39;") in text
@@ -150,7 +115,7 @@ def test_page_of_a_dataset_that_cannot_be_read(tmp_path: Path) -> None:
     assert "file-malformed" in (tmp_path / "page.html").read_text("utf-8")
 
 
-def test_in_a_browser(coco: Any, tmp_path: Path) -> None:
+def test_in_a_browser(coco: Any, tmp_path: Path, browse: Callable[..., str]) -> None:
     path = tmp_path / "page.html"
     write_page(examine(spoiled(coco)), path)
     # The page's own script works: choosing a code hides the other tiles. The policy lets no second script in, so the
@@ -160,7 +125,6 @@ def test_in_a_browser(coco: Any, tmp_path: Path) -> None:
     copy.write_text(path.read_text("utf-8").replace("</body>", click), "utf-8")
     dom = browse(copy, "--dump-dom")
     title = re.search(r"<title>(.*?)</title>", dom)
-    assert title is not None
     assert title.group(1) == "nuts: dataset report"
     tiles = re.findall(r'<figure class="tile" data-code="([a-z0-9-]+)"(?: data-folded="")?( hidden="")?', dom)
     assert {code for code, hidden in tiles if not hidden} == {"box-zero-size"}
@@ -168,7 +132,7 @@ def test_in_a_browser(coco: Any, tmp_path: Path) -> None:
     assert 'data-code="box-zero-size" aria-pressed="true"' in dom
 
 
-def test_readable_on_a_phone(coco: Any, tmp_path: Path) -> None:
+def test_readable_on_a_phone(coco: Any, tmp_path: Path, browse: Callable[..., str]) -> None:
     path = tmp_path / "page.html"
     write_page(examine(spoiled(coco)), path)
     # The widest element tells whether a narrow screen has to be scrolled sideways.
@@ -185,7 +149,7 @@ def test_readable_on_a_phone(coco: Any, tmp_path: Path) -> None:
     assert int(width.group(1)) <= 360
 
 
-def test_screenshot_shows_images_and_boxes(coco: Any, tmp_path: Path) -> None:
+def test_screenshot_shows_images_and_boxes(coco: Any, tmp_path: Path, browse: Callable[..., str]) -> None:
     path = tmp_path / "page.html"
     write_page(examine(spoiled(coco)), path)
     shot = tmp_path / "shot.png"

@@ -20,9 +20,8 @@ from rtdetr_cli.datasets.codes import CODES
 from rtdetr_cli.datasets.write import write_dataset
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.images.decode import read_image
-from tests.unit.checks.test_faults import BOXES, FILES, IMAGES, VOC, YOLO  # type: ignore[import-not-found]
-
-Plant = Callable[[Any], object]
+from tests.images import exif_of, save_with_orientation
+from tests.unit.checks.test_faults import BOXES, FILES, IMAGES, VOC, YOLO, Plant, cases
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -62,21 +61,13 @@ def repaired(folder: Path, code: str) -> None:
 
 
 REPAIRABLE = {code for code, entry in CODES.items() if entry.repair}
-IN_COCO = {
-    **{code: [plant] for code, plant in IMAGES.items()},
-    **BOXES,
-}
+IN_COCO = {**{code: [plant] for code, plant in IMAGES.items()}, **BOXES}
+# A damaged `data.yaml` has no copy, and `test_outside.py` has the images outside.
+IN_YOLO = {**YOLO, "file-malformed": YOLO["file-malformed"][:1]}
+NOT_IN_YOLO = {"file-bounds", "image-outside", "image-elsewhere"}
 
 
-@pytest.mark.parametrize(
-    ("code", "plant"),
-    [
-        pytest.param(code, plant, id=f"{code}-{n}")
-        for code, plants in IN_COCO.items()
-        if code in REPAIRABLE
-        for n, plant in enumerate(plants)
-    ],
-)
+@pytest.mark.parametrize(("code", "plant"), cases(IN_COCO, REPAIRABLE))
 def test_coco_repair(coco: Any, code: str, plant: Plant) -> None:
     plant(coco)
     repaired(coco.write(), code)
@@ -92,30 +83,13 @@ def test_byte_order_mark_and_line_endings_of_json(coco: Any, code: str) -> None:
     repaired(folder, code)
 
 
-@pytest.mark.parametrize(
-    ("code", "plant"),
-    [
-        pytest.param(code, plant, id=f"{code}-{n}")
-        for code, plants in YOLO.items()
-        if code in REPAIRABLE and not code.startswith(("image-outside", "image-elsewhere"))  # see test_outside.py
-        for n, plant in enumerate(plants)
-        if not (code == "file-malformed" and n > 0) and code != "file-bounds"  # those are of the data.yaml
-    ],
-)
+@pytest.mark.parametrize(("code", "plant"), cases(IN_YOLO, REPAIRABLE - NOT_IN_YOLO))
 def test_yolo_repair(yolo: Any, code: str, plant: Plant) -> None:
     plant(yolo)
     repaired(yolo.write(), code)
 
 
-@pytest.mark.parametrize(
-    ("code", "plant"),
-    [
-        pytest.param(code, plant, id=f"{code}-{n}")
-        for code, plants in VOC.items()
-        if code in REPAIRABLE
-        for n, plant in enumerate(plants)
-    ],
-)
+@pytest.mark.parametrize(("code", "plant"), cases(VOC, REPAIRABLE))
 def test_voc_repair(voc: Any, code: str, plant: Plant) -> None:
     plant(voc)
     repaired(voc.write(), code)
@@ -198,24 +172,6 @@ def test_other_files_are_not_copied(coco: Any) -> None:
     assert "not copied" in changes["holds"]
 
 
-def test_all_faults_at_once(coco: Any) -> None:
-    for code, plants in BOXES.items():
-        if code in REPAIRABLE and code.startswith("box-"):
-            annotation = dict(coco.train["annotations"][1], id=90_000 + len(coco.train["annotations"]))
-            coco.train["annotations"].append(annotation)
-            plants[0](_Second(coco, annotation))
-    (coco.folder / "images/train_3.jpg").write_bytes(b"")
-    (coco.folder / "images/train_2.jpg").unlink()
-    repaired(coco.write(indent=None), "image-empty")
-
-
-class _Second:
-    """A builder whose `box` is another annotation."""
-
-    def __init__(self, builder: Any, box: dict[str, Any]) -> None:
-        self.train, self.box = builder.train, box
-
-
 def test_unknown_keys_survive(coco: Any) -> None:
     coco.box.update(bbox=[90.0, 20.0, 20.0, 10.0], area=200.0, attributes={"occluded": True}, note="ä")
     folder = coco.write()
@@ -233,17 +189,6 @@ def test_unrepaired_findings_are_listed(coco: Any) -> None:
     assert "image-id-duplicate" in {f["code"] for f in json.loads(done.changes_file.read_text())["not_repaired"]}
 
 
-def test_image_outside_is_not_copied(coco: Any) -> None:
-    secret = coco.folder.parent / "secret.jpg"
-    shutil.move(coco.image, secret)
-    coco.image.symlink_to(secret)
-    folder = coco.write()
-    out = folder.parent / "out"
-    done = repair(examine(folder), out)
-    assert secret.read_bytes() not in [p.read_bytes() for p in out.rglob("*") if p.is_file()]
-    assert len(load_splits(done.data).train or ()) == 3
-
-
 def test_bccd(bccd: Path, tmp_path: Path) -> None:
     report = examine(bccd)
     done = repair(report, tmp_path / "out")
@@ -253,55 +198,6 @@ def test_bccd(bccd: Path, tmp_path: Path) -> None:
     for path in sorted((tmp_path / "out/Annotations").iterdir()):
         name = str(path.relative_to(tmp_path / "out"))
         assert (path.read_bytes() == (bccd / name).read_bytes()) == (name not in changed)
-
-
-def _damage_image(path: Path, code: str) -> None:
-    with Image.open(path) as image:
-        image.load()
-        plain = image.copy()
-    exif = Image.Exif()
-    if code == "image-missing":
-        path.unlink()
-    elif code == "image-empty":
-        path.write_bytes(b"")
-    elif code == "image-unreadable":
-        path.write_bytes(b"no pixels")
-    elif code == "image-truncated":
-        path.write_bytes(path.read_bytes()[:-400])
-    elif code == "image-extension":
-        plain.save(path, "PNG")
-    elif code == "image-exif-invalid":
-        exif[0x0112] = 9
-        plain.save(path, exif=exif)
-    else:
-        path.rename(path.with_name(path.name.upper()))
-
-
-IMAGE_FAULTS = (
-    *("image-missing", "image-empty", "image-unreadable", "image-truncated"),
-    *("image-extension", "image-exif-invalid", "image-name-case"),
-)
-
-
-@pytest.mark.parametrize(
-    ("form", "code"),
-    [
-        (form, code)
-        for form in ("coco", "voc", "yolo", "yolo list")
-        for code in IMAGE_FAULTS
-        # A folder has no names for images that are not there, and VOC lists name images without regard to case.
-        if (form, code) not in (("yolo", "image-missing"), ("yolo", "image-name-case"), ("voc", "image-name-case"))
-    ],
-)
-def test_image_repair(form: str, code: str, request: Any) -> None:
-    form, _, listed = form.partition(" ")
-    builder = request.getfixturevalue(form)
-    if listed:
-        builder.yaml = builder.yaml.replace("train: images/train", "train: train.txt")
-        builder.make("train.txt").write_text("".join(f"images/train/train_{i}.jpg\n" for i in range(3)))
-    folder = {"coco": "images", "yolo": "images/train", "voc": "JPEGImages"}[form]
-    _damage_image(builder.folder / folder / "train_1.jpg", code)
-    repaired(builder.write(), code)
 
 
 @pytest.mark.parametrize(("suffix", "box_y", "kept"), [(".jpg", 10, True), (".png", 10, True), (".jpg", 64, False)])
@@ -337,45 +233,12 @@ def test_image_is_left_out_if_its_orientation_cannot_be_reset(coco: Any, form: s
     with Image.open(coco.image) as image:
         image.load()
         plain = image.copy()
-    exif = Image.Exif()
-    exif[0x0112] = 6
     coco.image.unlink()
-    plain.save(coco.image.with_suffix(f".{form.lower()}"), exif=exif)
+    plain.save(coco.image.with_suffix(f".{form.lower()}"), exif=exif_of(6))
     coco.train["images"][0]["file_name"] = f"train_0.{form.lower()}"
     repaired(coco.write(), "image-exif-swapped")
     kept = len(json.loads((coco.folder.parent / "out/train.json").read_text())["images"])
     assert kept == (4 if form in ("JPEG", "WEBP") else 3)
-
-
-@pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b""])
-@pytest.mark.parametrize("form", ["coco", "yolo", "voc"])
-def test_byte_order_marks_line_endings_and_edits_together(form: str, mark: bytes, request: Any) -> None:
-    """Every label file has a byte order mark and Windows line endings, and some have boxes to drop and to clip."""
-    builder = request.getfixturevalue(form)
-    if form == "coco":
-        for document in builder.documents.values():
-            document["annotations"][0]["bbox"] = [1, 1, 0, 0]
-            document["annotations"][1]["bbox"] = [90.0, 20.0, 20.0, 10.0]
-            document["images"][2].pop("width")
-    elif form == "yolo":
-        builder.labels["train/train_0"] = "0 0.5 0.5 0 0.1\n1 0.98 0.5 0.2 0.1\n0 0.2 0.2 0.1 0.1\n"
-        builder.labels["val/val_1"] = "0 1.01 0.5 0.1 0.1\n5 0.1 0.1 0.1 0.1"
-    else:
-        text = builder.xml["train_0"].replace("<xmax>16</xmax>", "<xmax>4</xmax>").replace("<width>96</width>", "")
-        builder.xml["train_0"] = text.replace("<xmin>18</xmin>", "<xmin>-18</xmin>")
-        builder.xml["val_0"] = builder.xml["val_0"].replace("<width>96", "<width>69")
-    folder = builder.write()
-    for path in folder.rglob("*"):
-        if path.suffix in (".json", ".txt", ".xml", ".yaml"):
-            path.write_bytes(mark + path.read_bytes().replace(b"\n", b"\r\n"))
-    repaired(folder, "file-crlf")
-    assert {f.severity for f in examine(folder.parent / "out").findings} <= {"info"} | (
-        set() if form == "coco" else {"warning"}
-    )
-    for path in (folder.parent / "out").rglob("*"):
-        if path.suffix in (".json", ".txt", ".xml", ".yaml") and path.name != "changes.json":
-            assert b"\r" not in path.read_bytes()
-            assert not path.read_bytes().startswith(b"\xef")
 
 
 def test_line_endings_of_a_large_file(coco: Any) -> None:
@@ -396,35 +259,9 @@ def test_image_of_two_splits_is_renamed_in_both(coco: Any) -> None:
     repaired(coco.write(), "image-extension")
 
 
-def _save_with_orientation(path: Path, orientation: int) -> None:
-    with Image.open(path) as image:
-        image.load()
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        image.save(path, exif=exif)
-
-
-@pytest.mark.parametrize("form", ["coco", "voc"])
-def test_boxes_are_judged_without_the_orientation_that_is_reset(form: str, request: Any) -> None:
-    """In the rotated frame, half of these correct boxes would be clipped or dropped."""
-    builder = request.getfixturevalue(form)
-    folder = builder.write()
-    images = sorted((folder / ("images" if form == "coco" else "JPEGImages")).glob("train_*"))
-    for path in images[:2]:
-        _save_with_orientation(path, 6)
-    before = load_splits(folder, find_images=False).train
-    done = repair(examine(folder), folder.parent / "out")
-    assert done.changes == {"image-exif-swapped": 2}
-    after = load_splits(done.data).train
-    assert before is not None
-    assert after is not None
-    assert after.boxes_xyxy_px.tolist() == before.boxes_xyxy_px.tolist()
-    assert {f.severity for f in examine(done.data).findings} <= ({"info"} if form == "coco" else {"info", "warning"})
-
-
 def test_orientations_that_keep_the_size_are_left_out_once_another_is_ignored(coco: Any) -> None:
     for number, orientation in ((0, 6), (1, 3), (2, 1)):
-        _save_with_orientation(coco.folder / f"images/train_{number}.jpg", orientation)
+        save_with_orientation(coco.folder / f"images/train_{number}.jpg", orientation)
     folder = coco.write()
     ambiguous = [f.image_id for f in examine(folder).findings if f.code == "image-exif-ambiguous"]
     assert ambiguous == [2]
@@ -434,12 +271,12 @@ def test_orientations_that_keep_the_size_are_left_out_once_another_is_ignored(co
 
 def test_orientations_that_keep_the_size_stay_if_most_labels_are_upright(coco: Any) -> None:
     for image in coco.val["images"]:
-        _save_with_orientation(coco.folder / "images" / image["file_name"], 6)
+        save_with_orientation(coco.folder / "images" / image["file_name"], 6)
         image |= {"width": 64, "height": 96}
     for number, annotation in enumerate(coco.val["annotations"]):
         annotation["bbox"] = [4, 8 + 14 * (number % 6), 12, 12]
     for number, orientation in ((0, 6), (1, 3)):
-        _save_with_orientation(coco.folder / f"images/train_{number}.jpg", orientation)
+        save_with_orientation(coco.folder / f"images/train_{number}.jpg", orientation)
     report = examine(coco.write())
     done = repair(report, coco.folder.parent / "out")
     assert done.changes == {"image-exif-swapped": 1}
@@ -449,14 +286,12 @@ def test_orientations_that_keep_the_size_stay_if_most_labels_are_upright(coco: A
 
 def test_image_listed_once_with_and_once_without_its_orientation(coco: Any) -> None:
     """No orientation suits both entries, so the one that disagrees is left out."""
-    _save_with_orientation(coco.image, 6)
+    save_with_orientation(coco.image, 6)
     coco.val["images"].append({"id": 77, "file_name": "train_0.jpg", "width": 64, "height": 96})
     coco.val["annotations"].append({**coco.box, "id": 7777, "image_id": 77, "bbox": [20, 70, 20, 20], "area": 400})
     folder = coco.write()
     done = repair(examine(folder), folder.parent / "out")
     splits = load_splits(done.data)
-    assert splits.train is not None
-    assert splits.val is not None
     assert len(splits.train) == 3
     assert splits.val.annotations(4).boxes_xyxy_px.tolist() == [[20, 70, 40, 90]]
 
@@ -488,10 +323,9 @@ def test_keypoints_behind_a_clipped_box_stay(yolo: Any) -> None:
     assert (yolo.folder.parent / "out/labels/train/train_0.txt").read_text() == "0 0.965 0.5 0.07 0.2 0.99 0.5 2\n"
 
 
-@pytest.mark.parametrize("text", ["{{path: {0}, train: images/train, val: '{0}/images/val', names: [nut, washer]}}\n"])
-def test_copy_does_not_lead_back_to_the_original(yolo: Any, text: str) -> None:
+def test_copy_does_not_lead_back_to_the_original(yolo: Any) -> None:
     """Whatever style `data.yaml` is written in."""
-    yolo.yaml = text.format(yolo.folder)
+    yolo.yaml = f"{{path: {yolo.folder}, train: images/train, val: '{yolo.folder}/images/val', names: [nut, washer]}}\n"
     yolo.labels["train/train_0"] += "0 0.5 0.5 0 0\n"
     folder = yolo.write()
     done = repair(examine(folder), folder.parent / "out")
@@ -529,7 +363,6 @@ def test_ids_and_crowds_beside_the_labels_survive(coco: Any, form: str, tmp_path
         label.write_text(label.read_text().replace("<xmax>16</xmax>", "<xmax>4</xmax>", 1))
     repaired(folder, "box-zero-size")
     train = load_splits(tmp_path / "out" if data.is_dir() else tmp_path / "out" / data.name).train
-    assert train is not None
     assert train.annotation_ids[:5].tolist() == [101, 102, 103, 104, 105]
     assert train.crowd[:5].tolist() == [False, False, True, False, False]
 

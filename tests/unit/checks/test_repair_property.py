@@ -17,6 +17,7 @@ from rtdetr_cli.checks.doctor import examine
 from rtdetr_cli.checks.repair import repair
 from rtdetr_cli.datasets.codes import CODES
 from rtdetr_cli.errors import DataError
+from tests.images import exif_of, paint
 
 Box = tuple[float, float, float, float]
 FORMS = ("coco", "yolo", "voc")
@@ -105,11 +106,8 @@ def write_image(path: Path, truth: Truth, number: int) -> None:
     if truth.fault == "missing":
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    coarse = np.random.default_rng(number).integers(0, 256, (6, 8, 3), np.uint8)
-    exif = Image.Exif()
-    if truth.orientation:
-        exif[0x0112] = truth.orientation
-    Image.fromarray(coarse).resize(truth.stored, Image.Resampling.BICUBIC).save(path, truth.kind, exif=exif)
+    exif = {"exif": exif_of(truth.orientation)} if truth.orientation else {}
+    paint(number, truth.stored).save(path, truth.kind, **exif)
     if truth.fault == "empty":
         path.write_bytes(b"")
     elif truth.fault == "truncated":
@@ -244,10 +242,7 @@ def read_coco(folder: Path, frames: dict[str, tuple[int, int]]) -> Labels:
             assert image["note"]["kept"] == image["id"]
             boxes = [a for a in document["annotations"] if a["image_id"] == image["id"]]
             assert all(a["score"] == "kept" for a in boxes)
-            rows = [
-                (a["id"], (a["bbox"][0], a["bbox"][1], a["bbox"][0] + a["bbox"][2], a["bbox"][1] + a["bbox"][3]))
-                for a in boxes
-            ]
+            rows = [(a["id"], corners(a["bbox"])) for a in boxes]
             labels[Path(image["file_name"]).stem] = (f"images/{Path(image['file_name']).name}", rows)
     return labels
 

@@ -19,13 +19,13 @@ from rtdetr_cli.checks.split import Resplit, resplit
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.datasets.splits import to_splits
 from rtdetr_cli.errors import DataError
+from tests.images import paint
+from tests.unit.datasets.test_read import parts
 
 
 def split(folder: Path, fractions: tuple[float, ...], seed: int = 0) -> Resplit:
     report = examine(folder)
-    splits = to_splits(report.raw)
-    parts = {d.split: d for d in (splits.train, splits.val, splits.test) if d is not None}
-    return resplit(report, parts, fractions, seed=seed)
+    return resplit(report, parts(to_splits(report.raw)), fractions, seed=seed)
 
 
 def names(dataset: Dataset) -> set[str]:
@@ -148,8 +148,7 @@ def test_val_of_a_single_sequence_is_a_few_runs(tmp_path: Path, layout: str) -> 
     for i in range(120):
         name = LAYOUTS[layout](i)
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        coarse = np.random.default_rng(i).integers(0, 256, (6, 8, 3), np.uint8)
-        Image.fromarray(coarse).resize((96, 64)).save(tmp_path / name)
+        paint(i, (96, 64)).save(tmp_path / name)
         images.append({"id": i, "file_name": name, "width": 96, "height": 64})
         box = {"bbox": [10, 10, 30, 30], "area": 900}
         annotations.append({"id": i, "image_id": i, "category_id": 1 + i % 2, **box})

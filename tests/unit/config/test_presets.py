@@ -69,12 +69,6 @@ def test_malformed_toml_is_reported_with_its_line(tmp_path) -> None:
         load_preset(str(bad))
 
 
-def test_flatten_includes_nested_values() -> None:
-    flat = flatten(load_preset("tiny"))
-    assert flat["model.depth"] == 10
-    assert flat["official.warmup_steps"] == 2000
-
-
 def test_every_key_of_a_preset_has_a_description() -> None:
     texts = descriptions(Preset)
     assert list(texts) == list(flatten(load_preset("r18")))

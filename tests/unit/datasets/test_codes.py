@@ -17,8 +17,13 @@ def test_an_unknown_code_is_not_found() -> None:
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_explanations_are_sentences_and_titles_and_hints_are_not(code: str) -> None:
+def test_every_code_is_documented(code: str) -> None:
     entry = CODES[code]
+    assert code == code.lower()
+    assert entry.severity in ("error", "warning", "info")
+    assert len(entry.title) > 10
+    assert len(entry.explanation) > 30
+    assert entry.hint
     assert entry.explanation.endswith(".")
     assert entry.explanation.count(". ") <= 3
     for text in (entry.title, entry.hint, entry.repair):

@@ -57,12 +57,10 @@ def test_a_trained_model_gets_rescoring_thresholds_and_metrics(make: Any) -> Non
     dataset, table = duplicated(make)
     header = ModelHeader(("b", "a"), (2, 1), (64, 96), layers=3, queries=100)
     fitted, best = fit_post_processing(header, evaluate_table(dataset, table))
-    assert fitted.dedupe is not None
     assert fitted.thresholds is not None
     assert fitted.metrics["AP"] == fitted.dedupe.ap == best.metrics["AP"]
     stored = fitted.thresholds
     assert (stored.imgsz, stored.layers, stored.queries, stored.dedupe) == ((64, 96), 3, 100, fitted.dedupe.gamma)
-    assert best.thresholds is not None
     assert stored.per_class == best.thresholds.per_class[::-1]  # in the model's order of classes
     assert ModelHeader.from_json(fitted.to_json()) == fitted
     kept = best.table.scores >= stored.overall
@@ -74,7 +72,6 @@ def test_a_split_without_boxes_changes_nothing(make: Any) -> None:
     header = ModelHeader(("a",), (1,), (64, 64))
     fitted, _ = fit_post_processing(header, evaluate_table(dataset, make.table([0], [0], [[1, 1, 9, 9]], [0.7])))
     assert fitted.dedupe == Dedupe(0.0, 0.0, 0.0)
-    assert fitted.thresholds is not None
     assert fitted.thresholds.per_class == (0.5,)
 
 

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
+from collections.abc import Callable
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from rtdetr_cli.evaluate.error_analysis import ErrorAnalysis, analyze_errors
 from rtdetr_cli.evaluate.report import SUSPECT_TITLES, Mark, choose_images, page_context, place_texts, write_page
 from rtdetr_cli.evaluate.run import evaluate_table
 from rtdetr_cli.weights.header import Thresholds
+from tests.pages import PageReader
 
 NAMES = ("<script>alert(1)</script>", "$\\frac$ & \"quoted\" 'too'", "_дом 犬")
 
@@ -59,28 +58,9 @@ def page(analysis: ErrorAnalysis, tmp_path: Path) -> Path:
     return path
 
 
-class Reader(HTMLParser):
-    """The tags, addresses and text of a page."""
-
-    def __init__(self, page: Path) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.addresses: list[str] = []
-        self.text = ""
-        self.source = page.read_text(encoding="utf-8")
-        self.feed(self.source)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.addresses += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "action", "srcset")]
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def test_the_page_is_one_file_without_external_resources_and_with_escaped_names(page: Path) -> None:
-    read = Reader(page)
-    assert all(a.startswith(("data:", "#")) for a in read.addresses), {a[:40] for a in read.addresses}
+    read = PageReader(page)
+    assert all(a.startswith(("data:", "#")) for a in read.links), {a[:40] for a in read.links}
     assert "link" not in read.tags
     assert not re.search(r"url\((?!['\"]?(#|data:))", read.source)
     for markup in ("@import", "<script>alert(1)", "<b>model</b>"):
@@ -105,10 +85,10 @@ def test_every_kind_of_error_has_its_images(analysis: ErrorAnalysis) -> None:
 
 def test_the_page_names_the_classes_whose_annotations_are_not_questioned(analysis: ErrorAnalysis, page: Path) -> None:
     assert analysis.unreliable_classes == []
-    assert "not questioned" not in Reader(page).text
+    assert "not questioned" not in PageReader(page).text
     weak = evaluate_table(analysis.evaluation.dataset, analysis.evaluation.table.rows(np.arange(4)))
     write_page(page, analyze_errors(weak, [0.5] * 3), model="m")
-    assert f"are not questioned ({NAMES[0]}, {NAMES[1]})" in Reader(page).text
+    assert f"are not questioned ({NAMES[0]}, {NAMES[1]})" in PageReader(page).text
 
 
 def test_texts_do_not_overlap() -> None:
@@ -172,8 +152,7 @@ def test_many_classes_and_many_detections_stay_readable(make: Any, tmp_path: Pat
     assert context["curves"].count("<text") < 60
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_filters_in_a_browser(page: Path, tmp_path: Path) -> None:
+def test_filters_in_a_browser(page: Path, tmp_path: Path, browse: Callable[..., str]) -> None:
     """Press buttons in headless Chromium and count images; a script error would leave the title as it was."""
     probe = """
     <script>
@@ -190,19 +169,9 @@ def test_filters_in_a_browser(page: Path, tmp_path: Path) -> None:
     </script></body>"""
     text = page.read_text(encoding="utf-8")
     (tmp_path / "probe.html").write_text(text.replace("</body>", probe), encoding="utf-8")
-    ran = subprocess.run(
-        [
-            *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
-            *("--disable-sync", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"),
-            (tmp_path / "probe.html").as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    title = re.search(r"<title>\[([\d,]+)\]</title>", ran.stdout)
-    assert title, ran.stdout[:300]
+    dom = browse(tmp_path / "probe.html", "--dump-dom")
+    title = re.search(r"<title>\[([\d,]+)\]</title>", dom)
+    assert title, dom[:300]
     all_images, classified, marks, both, second_class, again, scripts, images = map(int, title[1].split(","))
     shown = text.count('<section class="ev-image"')
     assert all_images == again == shown

@@ -40,7 +40,6 @@ def test_the_images_that_the_run_held_out(single: Path, tmp_path: Path) -> None:
 def test_a_run_of_version_0_1_drew_by_its_seed(single: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", single)
     trained = training_data(run.best)
-    assert trained is not None
     assert (trained.legacy_seed, trained.val_images) == (1, None)
     assert list(choose_split(None, model=run.best).dataset.file_names) == ["train_0.jpg"]
 

@@ -10,7 +10,6 @@ import onnx
 import pytest
 from torch import nn
 
-from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.export import formats
 from rtdetr_cli.export import onnx as onnx_file
@@ -27,10 +26,8 @@ from rtdetr_cli.weights.load import load_model
 
 
 @pytest.fixture(scope="session")
-def dataset(shapes_data: Path) -> Dataset:
-    val = load_splits(shapes_data, split_single=False).val
-    assert val is not None
-    return val
+def dataset(shapes_val: Dataset) -> Dataset:
+    return shapes_val
 
 
 @pytest.fixture(scope="session")
@@ -46,11 +43,11 @@ def reference(loaded: tuple[RTDETR, ModelHeader], dataset: Dataset) -> Reference
 
 @pytest.fixture(scope="session")
 def exported(
-    loaded: tuple[RTDETR, ModelHeader], dataset: Dataset, shapes_onnx: Path, tmp_path_factory: pytest.TempPathFactory
+    loaded: tuple[RTDETR, ModelHeader], dataset: Dataset, foreign_onnx: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Artefact]:
     """Export a dynamic batch in all formats, and verify each.
 
-    The float32 graph is that of `shapes_onnx`, which has the same options, since tracing takes seconds.
+    The float32 graph is that of `foreign_onnx`, which has the same options, since tracing takes seconds.
     """
     pytest.importorskip("openvino", reason="openvino is not installed")
     model, header = loaded
@@ -62,9 +59,7 @@ def exported(
     def trace(module: nn.Module, *args: Any, **options: Any) -> onnx.ModelProto:
         if not isinstance(module, DeployGraph):
             return real_trace(module, *args, **options)
-        traced = onnx.load(shapes_onnx)
-        traced.ClearField("metadata_props")
-        return traced
+        return onnx.load(foreign_onnx)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_file, "trace", trace)

@@ -69,7 +69,6 @@ def test_an_int8_file_is_smaller_and_verified(quantized: tuple[list[Artefact], l
     (whole, small), messages = quantized
     assert small.path.name == "model-int8.onnx"
     assert small.passed
-    assert small.verdict is not None
     assert small.verdict.limits == replace(compare.LIMITS["int8"], tol_ap=0.1)
     assert 0.4 < small.bytes / whole.bytes < 0.6
     assert len(small.latencies_ms) == 2
@@ -159,7 +158,6 @@ def test_a_discrete_model(
     _, small = export_model(
         *(model, header, tmp_path, options), images=dataset, calibration=calibration, device="cpu", tol_ap=0.1
     )
-    assert small.verdict is not None
     assert small.passed, small.verdict.summary
     assert "GridSample" not in small.operators
     assert inspect_model(small.path)["types"]["int8"] > 20
@@ -228,6 +226,9 @@ def test_calibration_never_uses_verification_images(shapes_model: Path, tmp_path
         ({"int8": True, "openvino": True, "onnx": True}, ("onnx", "int8", "openvino", "openvino-int8")),
         ({"int8": True, "fp16": True}, ("onnx", "int8", "fp16")),
         ({"trt_fp16": True}, ("fp16", "trt-fp16")),
+        ({"onnx": True, "trt_fp16": True}, ("onnx", "fp16", "trt-fp16")),
+        ({"rtx": True}, ("fp16", "rtx-fp16")),
+        ({"trt_fp16": True, "rtx": True}, ("fp16", "rtx-fp16")),
     ],
 )
 def test_formats(flags: dict[str, bool], formats: tuple[str, ...]) -> None:

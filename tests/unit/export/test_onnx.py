@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from rtdetr_cli.datasets.records import Dataset
-from rtdetr_cli.errors import ExportError, UsageError
+from rtdetr_cli.errors import ExportError
 from rtdetr_cli.export import onnx as onnx_file
 from rtdetr_cli.export.artefacts import Artefact
 from rtdetr_cli.export.compare import LIMITS, compare_detections
@@ -65,16 +65,6 @@ def test_made_for_deployment(exported: dict[str, Artefact], loaded: Loaded, name
     assert "/" not in "".join(p.value for n in model.graph.node for p in n.metadata_props)  # no paths of this machine
 
 
-def test_dynamic_batch(exported: dict[str, Artefact]) -> None:
-    session = onnxruntime.InferenceSession(exported["onnx"].path, providers=["CPUExecutionProvider"])
-    for batch in (1, 3, 7):
-        images = np.random.default_rng(0).random((batch, 3, 96, 128), np.float32)
-        shapes = [
-            o.shape for o in session.run(None, {"images": images, "orig_target_sizes": np.ones((batch, 2), np.int64)})
-        ]
-        assert shapes == [(batch, 120), (batch, 120, 4), (batch, 120)]
-
-
 def test_metadata(exported: dict[str, Artefact], loaded: Loaded, shapes_model: Path) -> None:
     _, source = loaded
     for name, precision in (("onnx", "fp32"), ("fp16", "fp16"), ("openvino", "fp16")):
@@ -92,23 +82,6 @@ def test_metadata(exported: dict[str, Artefact], loaded: Loaded, shapes_model: P
     islands = open_backend(exported["fp16"].path, device="cpu").header.extra["islands"]
     assert all(i["name"] and i["why"] for i in islands)
     assert len(islands) == 7
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (ExportOptions(opset=16), "LayerNormalization"),
-        (ExportOptions(opset=21), "not supported"),
-        (ExportOptions(batch=0), "less than one"),
-        (ExportOptions(preprocess=True, opset=17), "cannot antialias"),
-        (ExportOptions(preprocess=True, raw=True), "cannot be combined"),
-        (ExportOptions(preprocess=True, dynamic=True), "one image at a time"),
-        (ExportOptions(preprocess=True, formats=("fp16", "trt-fp16")), "does not antialias"),
-    ],
-)
-def test_clashing_options(options: ExportOptions, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        options.check()
 
 
 def graph_with(*nodes: onnx.NodeProto) -> onnx.ModelProto:
@@ -224,7 +197,6 @@ def check(artefacts: list[Artefact]) -> None:
         if artefact.format == "tensorrt":
             assert artefact.operators["half"] > 2 * artefact.operators["float"] > 0
         else:
-            assert artefact.verdict is not None
             assert artefact.verdict.passed, artefact.verdict.summary
 
 

@@ -52,7 +52,6 @@ def test_torch_is_used_unless_an_export_helps(model: Path) -> None:
 def test_no_other_export_takes_its_place(model: Path, fault: str) -> None:
     file = model.parent / "export" / "best.onnx"
     header = read_export_header(file)
-    assert header is not None
     if fault == "none":
         shutil.rmtree(file.parent)
     elif fault == "modified":

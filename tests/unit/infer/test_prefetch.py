@@ -6,7 +6,6 @@ import itertools
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -28,22 +27,8 @@ def test_order_and_sizes(tmp_path: Path) -> None:
     assert "bad.png" in str(results[1].error)
     for entry, red in zip((results[0], results[2], results[3]), (0, 50, 100), strict=True):
         assert entry.error is None
-        assert entry.image is not None
         assert entry.image.shape == (32, 64, 3)
         assert (entry.image[..., 0] == red).all()
-
-
-def test_orientation_is_applied_before_the_stretch(tmp_path: Path) -> None:
-    landscape = np.zeros((20, 40, 3), np.uint8)
-    landscape[:, 30:] = 255  # bright on the right
-    path = tmp_path / "rotated.png"
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotated clockwise for display: the right side becomes the bottom
-    Image.fromarray(landscape).save(path, exif=exif)
-    (results,) = prefetch([path], (32, 32))
-    assert results.size_wh == (20, 40)
-    assert results.image is not None
-    assert results.image[-1].mean() > 250 > 5 > results.image[0].mean()
 
 
 def test_endless_items_are_read_as_far_as_needed() -> None:

@@ -78,7 +78,6 @@ def test_threshold_mismatch(stored: dict[str, Any], expected: tuple[str, str] | 
     if expected is None:
         assert found is None
         return
-    assert found is not None
     assert expected[0] in found[0]
     assert found[1] == expected[1]
     assert threshold_mismatch(replace(used, thresholds=None), (640, 640)) is None

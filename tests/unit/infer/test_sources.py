@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 from rtdetr_cli.errors import DataError, UsageError
 from rtdetr_cli.images.decode import IMAGE_SUFFIXES, ImageError
 from rtdetr_cli.infer.sources import fetch_image, find_sources
+from tests.server import Behavior, serve
 
 
 @pytest.fixture
@@ -84,7 +83,6 @@ def test_sources_without_images(folder: Path, words: list[str], message: str, hi
     (folder / "empty").mkdir()
     with pytest.raises(DataError, match=message) as raised:
         find_sources(words, ["", " "])
-    assert raised.value.exit_code == 3
     assert hint in raised.value.hint
 
 
@@ -107,60 +105,37 @@ def test_web_addresses(folder: Path) -> None:
 
 
 @pytest.fixture
-def web() -> Iterator[str]:
-    """A server on this machine."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path == "/moved":
-                self.send_response(302)
-                self.send_header("Location", "/image")
-                self.end_headers()
-                return
-            if self.path == "/gone":
-                self.send_error(404)
-                return
-            self.send_response(200)
-            if self.path == "/cut":
-                self.send_header("Content-Length", "1000")
-            self.end_headers()
-            if self.path == "/slow":
-                stopped.wait(5)
-            elif self.path == "/drip":
-                while not stopped.wait(0.05):
-                    self.wfile.write(b"x")
-            else:
-                self.wfile.write(b"x" * 500)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    stopped = threading.Event()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    stopped.set()
-    server.shutdown()
-    server.server_close()
+def web(tmp_path: Path) -> Iterator[tuple[str, Behavior]]:
+    """A server on this machine that has one file of 500 bytes."""
+    (tmp_path / "image").write_bytes(b"x" * 500)
+    with serve(tmp_path) as served:
+        yield served
 
 
-def test_images_are_fetched_from_the_web(web: str) -> None:
-    assert fetch_image(f"{web}/image") == fetch_image(f"{web}/moved") == b"x" * 500
+def test_images_are_fetched_from_the_web(web: tuple[str, Behavior]) -> None:
+    url, behavior = web
+    assert fetch_image(f"{url}/image") == b"x" * 500
+    behavior.faults = [{"redirect": "/image"}]
+    assert fetch_image(f"{url}/moved") == b"x" * 500
 
 
 @pytest.mark.parametrize(
-    ("page", "limits", "code", "message"),
+    ("fault", "limits", "code", "message"),
     [
-        ("gone", {}, "url-refused", "HTTP 404 Not Found"),
-        ("image", {"most_bytes": 400}, "url-too-large", "larger than 0 MB"),
-        ("slow", {"seconds": 0.2}, "url-timeout", "not received within 0.2 seconds"),
-        ("drip", {"seconds": 0.3}, "url-timeout", "not received within 0.3 seconds"),
-        ("cut", {}, "url-unreachable", "500 bytes are missing"),
+        ({"status": 404}, {}, "url-refused", "HTTP 404 Not Found"),
+        ({}, {"most_bytes": 400}, "url-too-large", "larger than 0 MB"),
+        ({"stall": True, "cut": 100}, {"seconds": 0.2}, "url-timeout", "not received within 0.2 seconds"),
+        ({"step": 1, "pause": 0.05}, {"seconds": 0.3}, "url-timeout", "not received within 0.3 seconds"),
+        ({"lie": 500}, {}, "url-unreachable", "500 bytes are missing"),
     ],
 )
-def test_downloads_that_fail(web: str, page: str, limits: dict[str, Any], code: str, message: str) -> None:
+def test_downloads_that_fail(
+    web: tuple[str, Behavior], fault: dict[str, Any], limits: dict[str, Any], code: str, message: str
+) -> None:
+    url, behavior = web
+    behavior.faults = [fault]
     with pytest.raises(ImageError, match=message) as raised:
-        fetch_image(f"{web}/{page}", **limits)
+        fetch_image(f"{url}/image", **limits)
     assert raised.value.code == code
 
 

@@ -74,16 +74,6 @@ def test_fused_copy_computes_the_same_and_cannot_be_trained(make_small: Callable
         deployed.train()
 
 
-def test_gather_operator_agrees_with_grid_sample(make_small: Callable[..., RTDETR]) -> None:
-    model = make_small()
-    images = torch.rand(1, 3, 96, 64)
-    expected = model(images).main
-    model.set_sampling("bilinear", operator="gather")
-    got = model(images).main
-    assert torch.allclose(got.logits, expected.logits, atol=1e-5)
-    assert torch.allclose(got.boxes_cxcywh, expected.boxes_cxcywh, atol=1e-5)
-
-
 @pytest.mark.parametrize("wrong", [{"layers": 0}, {"layers": 4}, {"queries": 0}, {"queries": 21}])
 def test_inference_settings_must_exist(make_small: Callable[..., RTDETR], wrong: dict[str, int]) -> None:
     model = make_small()

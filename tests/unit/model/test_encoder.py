@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
-from rtdetr_cli.model.encoder import RepBlock, position_table
-from rtdetr_cli.model.layers import ConvNorm, add_bounded, with_dense_gradient
+from rtdetr_cli.model.encoder import position_table
+from rtdetr_cli.model.layers import add_bounded, with_dense_gradient
 
 
 def test_position_table_is_rows_first_on_rectangles() -> None:
@@ -31,37 +30,6 @@ def test_position_table_equals_the_published_one_on_squares(side: int) -> None:
     one, two = first.flatten()[:, None] * omega, second.flatten()[:, None] * omega
     published = torch.cat([one.sin(), one.cos(), two.sin(), two.cos()], 1)[None]
     assert torch.equal(position_table(side, side, 64), published)
-
-
-def worn(module: nn.Module) -> nn.Module:
-    for child in module.modules():
-        if isinstance(child, nn.BatchNorm2d):
-            nn.init.normal_(child.weight, 1, 0.2)
-            nn.init.normal_(child.bias)
-            nn.init.normal_(child.running_mean)
-            nn.init.uniform_(child.running_var, 0.5, 2)
-    return module.eval()
-
-
-def test_fused_block_computes_the_same() -> None:
-    torch.manual_seed(0)
-    block = worn(RepBlock(channels=6)).double()
-    x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
-    expected = block(x)
-    block.fuse()
-    assert torch.allclose(block(x), expected, atol=1e-12)
-    assert [name for name, _ in block.named_parameters()] == ["conv.weight", "conv.bias"]
-
-
-@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 2)])
-def test_folded_norm_computes_the_same(kernel: int, stride: int) -> None:
-    torch.manual_seed(0)
-    layer = worn(ConvNorm(in_channels=3, out_channels=4, kernel=kernel, stride=stride, act=nn.SiLU())).double()
-    x = torch.randn(2, 3, 6, 8, dtype=torch.float64)
-    expected = layer(x)
-    layer.fold()
-    layer.fold()  # a second time changes nothing
-    assert torch.allclose(layer(x), expected, atol=1e-12)
 
 
 def test_float16_sums_stay_finite_and_float32_sums_are_not_clamped() -> None:

@@ -26,12 +26,6 @@ def test_best_pairs_of_query_and_class_in_pixels() -> None:
     assert np.allclose(xyxy[0], expected, atol=1e-4)
 
 
-def test_fewer_pairs_than_the_maximum() -> None:
-    labels, boxes, scores = select_detections(torch.randn(2, 5, 1), torch.rand(2, 5, 4), torch.ones(2, 2))
-    assert labels.shape == scores.shape == (2, 5)
-    assert boxes.shape == (2, 5, 4)
-
-
 def test_duplicates_of_a_class_lose_their_score() -> None:
     # Three boxes of 20 x 40 pixels, the second 2 pixels to the right of the first (IoU 9/11), the third far away.
     boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.52, 0.5, 0.2, 0.4], [0.2, 0.2, 0.2, 0.2]]])

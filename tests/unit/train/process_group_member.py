@@ -24,21 +24,9 @@ from rtdetr_cli.train.sync_norm import synchronize_norms
 
 IMAGES, CLASSES, SIDE = 4, 3, 64
 SPEC = ModelSpec(
-    depth=10,
-    width=8,
-    freeze_norm=False,
-    hidden_dim=16,
-    encoder_ffn=16,
-    expansion=0.5,
-    heads=2,
-    decoder_dim=16,
-    decoder_ffn=16,
-    decoder_layers=2,
-    eval_layers=2,
-    num_points=(1, 1, 1),
-    queries=12,
-    denoising=8,
-)
+    depth=10, width=8, freeze_norm=False, hidden_dim=16, encoder_ffn=16, expansion=0.5, heads=2, decoder_dim=16,
+    decoder_ffn=16, decoder_layers=2, eval_layers=2, num_points=(1, 1, 1), queries=12, denoising=8,
+)  # fmt: skip
 
 
 def whole_batch(boxes_in: tuple[int, ...]) -> Batch:

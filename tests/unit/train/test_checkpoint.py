@@ -94,7 +94,6 @@ def test_two_damaged_checkpoints_are_an_error(tmp_path: Path) -> None:
 def test_a_missing_or_foreign_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does not exist") as caught:
         load_checkpoint(tmp_path)
-    assert caught.value.exit_code == 4
     assert caught.value.message.count("does not exist") == 1
     torch.save({"epoch": 3}, tmp_path / CHECKPOINT)
     with pytest.raises(ModelError, match="not a checkpoint of rtdetr train"):
@@ -115,34 +114,36 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved(tmp_path, 1)
-    real = os.fsync
-
-    def full(handle: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RtdetrError, match="the disk is full; the last good checkpoint") as caught:
-        saved(tmp_path, 2)
-    monkeypatch.setattr(os, "fsync", real)
-    assert caught.value.exit_code == 1
-    assert load_checkpoint(tmp_path)[0]["number"] == 1
-    assert not (tmp_path / PARTIAL_CHECKPOINT).exists()
-
-
-def test_a_read_only_disk_is_not_a_full_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("number", "message", "code", "hint"),
+    [
+        (errno.ENOSPC, "the disk is full; the last good checkpoint", "disk-full", "free"),
+        (
+            errno.EROFS,
+            "Read-only file system; the last good checkpoint",
+            "not-writable",
+            "writable, then rtdetr train --resume",
+        ),
+    ],
+)
+def test_a_disk_that_refuses_leaves_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str, code: str, hint: str
+) -> None:
     saved(tmp_path, 1)
 
     def refuse(handle: int) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(RtdetrError, match="Read-only file system; the last good checkpoint") as caught:
-        saved(tmp_path, 2)
-    assert caught.value.code == "not-writable"
-    assert f"make {tmp_path} writable, then rtdetr train --resume" in caught.value.hint
-    assert "free" not in caught.value.hint
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(RtdetrError, match=message) as caught:
+            saved(tmp_path, 2)
+    assert caught.value.exit_code == 1
+    assert caught.value.code == code
+    assert hint in caught.value.hint
+    assert ("free" in caught.value.hint) == (number == errno.ENOSPC)
+    assert load_checkpoint(tmp_path)[0]["number"] == 1
+    assert not (tmp_path / PARTIAL_CHECKPOINT).exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")

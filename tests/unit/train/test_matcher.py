@@ -95,18 +95,6 @@ def test_non_finite_predictions_match_last_and_raise_no_error(bad: float) -> Non
     assert match(given, boxes, labels).rows.shape == (1, 2)
 
 
-def test_one_transfer_to_the_host_for_all_layers_and_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted at the two calls by which a tensor leaves its device here."""
-    transfers = []
-    plain = torch.Tensor.cpu
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: transfers.append(self.shape) or plain(self))
-    monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("waits for the device"))
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("waits for the device"))
-    boxes, labels = targets([3, 0, 5])
-    match(predictions(7, 3, 9), boxes, labels)
-    assert transfers == [(7, 3, 9, 5)]
-
-
 def test_iou_and_giou() -> None:
     a = torch.tensor([[0.0, 0, 2, 2], [0, 0, 1, 1], [0.5, 0.5, 0.5, 0.5], [0, 0, 1, 1]])
     b = torch.tensor([[1.0, 1, 3, 3], [2, 0, 3, 1], [0.5, 0.5, 0.5, 0.5], [0, 0, 1, 1]])

@@ -123,7 +123,6 @@ def test_a_non_finite_step_changes_nothing(fault: str, scaled: bool) -> None:
     moments = copy.deepcopy(optimizer.state_dict())
     loss = backward(model)
     weight = next(model.parameters())
-    assert weight.grad is not None
     if fault == "loss":
         loss = loss * float("nan")
     else:

@@ -5,45 +5,42 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from rtdetr_cli.datasets.records import Category, Dataset, FlatStrings
+from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.evaluate.table import DetectionTable
 from rtdetr_cli.images.draw import class_color
 from rtdetr_cli.train import plots
 
 
-def make_dataset(root: Path, boxes: list[list[list[float]]], labels: list[list[int]], names: list[str]) -> Dataset:
-    """Images of 200 x 100 pixels."""
+def make_dataset(
+    make: Any, root: Path, boxes: list[list[list[float]]], labels: list[list[int]], names: list[str]
+) -> Dataset:
+    """Images of 200 x 100 pixels with the corners of their boxes."""
     flat = np.array([b for own in boxes for b in own], np.float64).reshape(-1, 4)
-    return Dataset(
-        name="made",
-        split="val",
-        format="coco",
-        root=root,
-        categories=tuple(Category(i, name) for i, name in enumerate(names)),
-        file_names=FlatStrings([f"{i}.png" for i in range(len(boxes))]),
-        image_ids=np.arange(len(boxes)),
-        sizes_wh=np.tile(np.array([[200, 100]], np.int32), (len(boxes), 1)),
-        offsets=np.cumsum([0, *map(len, boxes)]).astype(np.int64),
-        boxes_xyxy_px=flat,
-        labels=np.array([k for own in labels for k in own], np.int64),
-        areas=np.ones(len(flat)),
-        crowd=np.zeros(len(flat), bool),
-        annotation_ids=np.arange(len(flat)),
+    dataset = make.dataset(
+        images=len(boxes),
+        names=tuple(names),
+        image_index=np.repeat(np.arange(len(boxes)), [len(own) for own in boxes]),
+        labels=[k for own in labels for k in own],
+        boxes_xywh=np.concatenate([flat[:, :2], flat[:, 2:] - flat[:, :2]], axis=1),
+        size_wh=(200, 100),
     )
+    return replace(dataset, root=root)
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Dataset:
+def small(tmp_path: Path, make: Any) -> Dataset:
     for index in range(3):
-        Image.new("RGB", (200, 100), (40 * index, 90, 120)).save(tmp_path / f"{index}.png")
+        Image.new("RGB", (200, 100), (40 * index, 90, 120)).save(tmp_path / f"{index:04d}.jpg")
     boxes = [[[10, 10, 50, 60], [60, 10, 64, 14]], [], [[100, 20, 180, 90]]]
-    return make_dataset(tmp_path, boxes, [[0, 1], [], [1]], ["cat", "dog $x$ 猫", "never seen"])
+    return make_dataset(make, tmp_path, boxes, [[0, 1], [], [1]], ["cat", "dog $x$ 猫", "never seen"])
 
 
 def texts(figure: object) -> list[str]:
@@ -74,8 +71,8 @@ def test_crowd_boxes_are_left_out(small: Dataset) -> None:
     assert "made, val: 3 images, 2 boxes, 2 images without boxes" in texts(plots.labels_figure(small, (320, 640)))
 
 
-def test_empty_input_can_be_drawn(tmp_path: Path) -> None:
-    empty = make_dataset(tmp_path, [[], []], [[], []], ["a"])
+def test_empty_input_can_be_drawn(tmp_path: Path, make: Any) -> None:
+    empty = make_dataset(make, tmp_path, [[], []], [[], []], ["a"])
     plots.save(plots.labels_figure(empty, (64, 64)), tmp_path / "labels.png")
     plots.save(plots.curves_figure([]), tmp_path / "curves.png")
     nothing = plots.predictions_image(empty, DetectionTable.empty(), threshold=0.5)
@@ -83,10 +80,10 @@ def test_empty_input_can_be_drawn(tmp_path: Path) -> None:
     assert nothing.shape[2] == 3
 
 
-def test_too_many_classes_are_summarized(tmp_path: Path) -> None:
+def test_too_many_classes_are_summarized(tmp_path: Path, make: Any) -> None:
     names = [f"class {i}" for i in range(40)]
     boxes = [[[i, 0, i + 9, 9] for i in range(40)]]
-    figure = plots.labels_figure(make_dataset(tmp_path, boxes, [list(range(40))], names), (64, 64))
+    figure = plots.labels_figure(make_dataset(make, tmp_path, boxes, [list(range(40))], names), (64, 64))
     assert "boxes per class (24 of 40 classes; the others have 16)" in texts(figure)
 
 

@@ -38,9 +38,8 @@ def test_auto(
 
 @pytest.mark.parametrize("device", [CPU, torch.device("mps")])
 def test_float16_needs_a_gpu(device: torch.device) -> None:
-    with pytest.raises(EnvironmentProblem, match="--precision fp16 needs a CUDA device") as caught:
+    with pytest.raises(EnvironmentProblem, match="--precision fp16 needs a CUDA device"):
         choose_precision("fp16", device)
-    assert caught.value.exit_code == 7
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,6 @@ def facts(bccd: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     for row in ROWS:
         folder.add_metrics(row)
     splits = load_splits(bccd)
-    assert splits.train is not None
-    assert splits.val is not None
     val = splits.val.subset(range(12))
     val = replace(val, categories=(Category(1, EVIL), *val.categories[1:]))
     image = np.repeat(np.arange(len(val)), np.diff(val.offsets))
@@ -119,8 +116,7 @@ def test_figures_suit_a_dark_page() -> None:
     assert svg == figure_svg(plots.curves_figure(ROWS, best_epoch=3), "curves")
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_browser_renders_it(text: str, tmp_path: Path) -> None:
+def test_a_browser_renders_it(text: str, tmp_path: Path, browse: Callable[..., str]) -> None:
     """Every image is decoded, and nothing but what is meant to scroll is wider than a phone."""
     probe = """
     <script>
@@ -137,19 +133,9 @@ def test_a_browser_renders_it(text: str, tmp_path: Path) -> None:
     </script></body>"""
     page = tmp_path / "probe.html"
     page.write_text(text.replace("</body>", probe), encoding="utf-8")
-    ran = subprocess.run(
-        [
-            *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
-            *("--disable-sync", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"),
-            *("--window-size=500,900", page.as_uri()),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    found = re.search(r"<title>(\[[\d,]+\])</title>", ran.stdout)
-    assert found, ran.stdout[:300]
+    dom = browse(page, "--dump-dom", "--window-size=500,900")
+    found = re.search(r"<title>(\[[\d,]+\])</title>", dom)
+    assert found, dom[:300]
     assert json.loads(found[1]) == [2, 0, 2]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from rtdetr_cli.errors import ModelError
 from rtdetr_cli.weights.download import Limits, discard, download, exclusive
-from tests.unit.weights.server import Behavior, serve
+from tests.server import Behavior, serve
 
 CONTENT = bytes(range(256)) * 2000  # 512,000 bytes
 QUICK = Limits(attempts=3, wait=0.01, silence=0.2, slowest=1e4, total=3.0)
@@ -119,18 +119,6 @@ def test_a_proxy_from_the_environment_is_used(
     fetch("http://weights.invalid/x.pth", part)
     assert part.read_bytes() == CONTENT
     assert behavior.asked == ["http://weights.invalid/x.pth"]
-
-
-def test_a_later_command_continues(server: tuple[str, Behavior], tmp_path: Path) -> None:
-    url, behavior = server
-    behavior.faults = [{"cut": 100_000}]
-    part = tmp_path / "incomplete/x.pth"
-    with pytest.raises(ModelError):
-        fetch(url, part, limits=Limits(attempts=1))
-    behavior.faults = []
-    fetch(url, part)
-    assert part.read_bytes() == CONTENT
-    assert behavior.requests[-1][1] == "bytes=100000-"
 
 
 def test_the_whole_time_is_bounded(server: tuple[str, Behavior], tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from rtdetr_cli.weights.load import load_model, save_model
 from rtdetr_cli.weights.transformers_files import write_transformers
 from rtdetr_cli.workflows.convert import LIMITS, agrees, convert, detect
 from rtdetr_cli.workflows.starting_weights import settings_from_weights
+from tests.models import header_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -46,16 +47,8 @@ def write(path: Path, spec: ModelSpec = SPEC, **changes: Any) -> ModelHeader:
                 tensor.uniform_(0.5, 1.5)
             elif tensor.is_floating_point() and "num_points_scale" not in name:
                 tensor += 0.05 * torch.randn_like(tensor)
-    header = ModelHeader(
-        names=NAMES,
-        category_ids=(3, 17, 21),
-        imgsz=(96, 96),
-        architecture=spec.model_dump(mode="json"),
-        layers=spec.eval_layers,
-        queries=spec.queries,
-        thresholds=Thresholds("f1", 0.4, (0.4, 0.5, 0.6)),
-    )
-    return save_model(path, model.state_dict(), replace(header, **changes))
+    facts = {"category_ids": (3, 17, 21), "imgsz": (96, 96), "thresholds": Thresholds("f1", 0.4, (0.4, 0.5, 0.6))}
+    return save_model(path, model.state_dict(), header_of(spec, NAMES, **{**facts, **changes}))
 
 
 def state_of(path: Path, **options: Any) -> dict[str, torch.Tensor]:
@@ -257,8 +250,7 @@ def test_the_comparison_sees_small_differences(tmp_path: Path) -> None:
 def test_command(tmp_path: Path, rtdetr: Callable[..., Any]) -> None:
     source, out = tmp_path / "m.safetensors", tmp_path / "hf"
     write(source)
-    ran = rtdetr("convert", source, out, "--to", "hf", "--json")
-    assert ran.code == 0, ran.err
+    ran = rtdetr("convert", source, out, "--to", "hf", "--json", code=0)
     assert ran.json["agreement"]["passed"] is True
     assert rtdetr("convert", source, out, "--to", "hf").code == 2  # exists
     assert rtdetr("convert", source, tmp_path / "x", "--to", "paddle").code == 2

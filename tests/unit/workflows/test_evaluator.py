@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.evaluate.classes import map_classes
 from rtdetr_cli.evaluate.run import SplitDetections, detect, evaluate, evaluate_detections
@@ -26,10 +25,8 @@ from rtdetr_cli.workflows.evaluator import Evaluator
 
 
 @pytest.fixture(scope="module")
-def val(shapes_data: Path) -> Dataset:
-    found = load_splits(shapes_data).val
-    assert found is not None
-    return found
+def val(shapes_val: Dataset) -> Dataset:
+    return shapes_val
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +73,6 @@ def test_out_of_memory_halves_the_evaluation_batch(
 
     monkeypatch.setattr(module, "detect", full)
     measure = Evaluator(prepared, Progress(micro_batch=8), StopFlag())
-    assert evaluation is not None
     assert expected == evaluation.metrics | {name: expected[name] for name in ("train_loss", "val_loss")}
     assert expected["train_loss"] == expected["val_loss"] > 0, "here both are the same images"
     assert measure(model)[0] == pytest.approx(expected)

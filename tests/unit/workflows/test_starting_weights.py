@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.config.presets import load_preset
 from rtdetr_cli.config.run import RunConfig, resolve_run
 from rtdetr_cli.config.schema import ModelSpec
@@ -17,29 +16,14 @@ from rtdetr_cli.errors import ModelError
 from rtdetr_cli.model.backbone import ResNet
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.detector import RTDETR
-from rtdetr_cli.weights import hub
-from rtdetr_cli.weights.header import ModelHeader
 from rtdetr_cli.weights.load import save_model
 from rtdetr_cli.workflows.starting_weights import load_starting_weights, settings_from_weights
-
-
-@pytest.fixture(scope="module")
-def train_set(shapes_data: Path) -> Dataset:
-    found = load_splits(shapes_data).train
-    assert found is not None
-    return found
+from tests.models import header_of
 
 
 def write_model(path: Path, spec: ModelSpec, **header: Any) -> Path:
     model = build_detector(spec, num_classes=1)
-    content = ModelHeader(
-        names=("disc",),
-        category_ids=(1,),
-        architecture=spec.model_dump(mode="json"),
-        queries=spec.queries,
-        **{"imgsz": (192, 192), **header},
-    )
-    save_model(path, model.state_dict(), content)
+    save_model(path, model.state_dict(), header_of(spec, ("disc",), **{"imgsz": (192, 192), **header}))
     return path
 
 
@@ -70,14 +54,13 @@ def test_sizes_and_input_size_are_implied_but_not_freezing(tmp_path: Path) -> No
     assert settings_from_weights(str(path)) == (path, expected)
 
 
-def test_a_file_of_no_known_preset_implies_the_nearest(shapes_model: Path, train_set: Dataset) -> None:
+def test_a_file_of_no_known_preset_implies_the_nearest(shapes_model: Path, shapes_val: Dataset) -> None:
     found = settings_from_weights(str(shapes_model))
-    assert found is not None
     assert found[1]["preset"] == "tiny"
     config = resolve_run({"weights": str(shapes_model)}, inherited=(str(shapes_model), found[1]))
     assert config.imgsz == (96, 128)
     assert config.source("imgsz") == config.source("model.width") == str(shapes_model)
-    table, start = load_starting_weights(built(config), config, train_set)
+    table, start = load_starting_weights(built(config), config, shapes_val)
     assert table.tensors_loaded == table.tensors_total
     assert [row.source_label is not None for row in table.classes].count(True) == 3
     assert start == shapes_model.name
@@ -108,64 +91,35 @@ def test_a_published_file_implies_its_preset(tmp_path: Path, name: str) -> None:
     assert settings_from_weights(str(tmp_path / "x.pth")) == (tmp_path / "x.pth", {"preset": name})
 
 
-def test_weights_of_another_preset_name_it(tiny: Path, train_set: Dataset) -> None:
-    config = resolve_run({"preset": "r18", "weights": str(tiny)})
-    with pytest.raises(ModelError, match="has the weights of preset tiny, not of r18") as caught:
-        load_starting_weights(built(config), config, train_set)
-    assert caught.value.hint.startswith("--preset tiny,")
-    assert caught.value.exit_code == 4
-
-
-def test_weights_of_other_sizes_name_them(tiny: Path, train_set: Dataset) -> None:
+def test_weights_of_other_sizes_name_them(tiny: Path, shapes_val: Dataset) -> None:
     config = resolve_run({"preset": "tiny", "weights": str(tiny)}, sets=["model.width=16"])
     with pytest.raises(ModelError, match="of other sizes: width 24, not 16") as caught:
-        load_starting_weights(built(config), config, train_set)
+        load_starting_weights(built(config), config, shapes_val)
     assert "--preset" in caught.value.hint
 
 
-def test_sampling_points_queries_and_noise_may_differ(tiny: Path, train_set: Dataset) -> None:
+def test_sampling_points_queries_and_noise_may_differ(tiny: Path, shapes_val: Dataset) -> None:
     sets = ["model.num_points=[2,4,6]", "model.queries=30", "model.denoising=0", "model.eval_layers=2"]
     config = resolve_run({"preset": "tiny", "weights": str(tiny)}, sets=sets)
-    table, _ = load_starting_weights(built(config), config, train_set)
+    table, _ = load_starting_weights(built(config), config, shapes_val)
     assert table.reinitialized
     assert all("cross_attn" in name for name in table.reinitialized)
 
 
-def test_a_backbone_is_loaded_as_one(tmp_path: Path, train_set: Dataset) -> None:
+def test_a_backbone_is_loaded_as_one(tmp_path: Path, shapes_val: Dataset) -> None:
     given = ResNet(depth=10, width=24).state_dict()
     torch.save(given, tmp_path / "backbone.pth")
     assert settings_from_weights(str(tmp_path / "backbone.pth")) is None
     config = resolve_run({"preset": "tiny", "weights": str(tmp_path / "backbone.pth")})
     model = built(config)
-    table, start = load_starting_weights(model, config, train_set)
+    table, start = load_starting_weights(model, config, shapes_val)
     assert start == "backbone backbone.pth"
     assert table.tensors_loaded == len(given)
     assert all(torch.equal(t, given[n]) for n, t in model.backbone.state_dict().items())
     config = resolve_run({"preset": "r18", "weights": str(tmp_path / "backbone.pth")})
     with pytest.raises(ModelError, match="the backbone of another model") as caught:
-        load_starting_weights(built(config), config, train_set)
+        load_starting_weights(built(config), config, shapes_val)
     assert caught.value.hint == "--preset tiny"
-
-
-@pytest.mark.parametrize("word", ["coco", "imagenet"])
-def test_without_a_network_the_hint_names_all_alternatives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_set: Dataset, word: str
-) -> None:
-    monkeypatch.setenv(hub.HOME_VARIABLE, str(tmp_path))
-    monkeypatch.setenv(hub.MIRROR_VARIABLE, "http://127.0.0.1:9")  # nothing listens there
-    config = resolve_run({"preset": "r18", "weights": word})
-    file = config.preset.weights if word == "coco" else config.preset.imagenet
-    assert file is not None
-    with pytest.raises(ModelError, match="no connection") as caught:
-        load_starting_weights(built(config), config, train_set)
-    assert caught.value.exit_code == 4
-    for way in (
-        f"http://127.0.0.1:9/{file}",
-        str(tmp_path / "weights" / file),
-        "rtdetr weights import",
-        "--weights none",
-    ):
-        assert way in caught.value.hint
 
 
 def test_a_discrete_model_implies_discrete_sampling(tmp_path: Path) -> None:
