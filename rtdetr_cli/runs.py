@@ -9,6 +9,7 @@ recorded only in `train.log` that they finished; this is understood as well.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import socket
@@ -33,6 +34,7 @@ PREVIOUS_CHECKPOINT = ".last.ckpt.previous"
 PARTIAL_CHECKPOINT = ".last.ckpt.partial"
 CONFIG = "config.toml"
 MANIFEST = "manifest.json"
+LARGEST_NUMBER = 1e12  # in metrics.csv; a larger one was not written by a run, and no plot has room for it
 METRICS = "metrics.csv"
 LOG = "train.log"
 LOCK = ".lock"
@@ -297,10 +299,11 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, float | None]]:
-        """Read `metrics.csv`: one row per epoch, None where there is no value."""
-        heading, *rows = (_read_text(self.path / METRICS) or "\n").splitlines()
+        """Read `metrics.csv`: one row per epoch, None where there is no value; a row without an epoch is left out."""
+        heading, *lines = (_read_text(self.path / METRICS) or "\n").splitlines()
         columns = heading.split(",")
-        return [dict(zip(columns, map(_number, row.split(",")), strict=False)) for row in rows]
+        rows = [dict(zip(columns, map(_number, line.split(",")), strict=False)) for line in lines]
+        return [row for row in rows if (epoch := row.get("epoch")) and epoch > 0 and epoch.is_integer()]
 
     # ---- train.log ----------------------------------------------------------------------------------------------
 
@@ -391,9 +394,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _number(value: str) -> float | None:
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
         return None
+    return None if LARGEST_NUMBER < abs(number) < math.inf else number
 
 
 _table = doc.table(lambda value: value)

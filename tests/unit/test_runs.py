@@ -77,8 +77,10 @@ def test_a_damaged_manifest_is_named_with_what_is_still_usable(tmp_path: Path, c
 
 def test_damaged_metrics_are_read_as_far_as_they_go(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, name="r", stem="")
-    run.write("metrics.csv", "epoch,AP\n1,0.5\n2,x,3,4\n\0\n3\n")
-    assert run.metrics()[:2] == [{"epoch": 1.0, "AP": 0.5}, {"epoch": 2.0, "AP": None}]
+    run.write("metrics.csv", "epoch,AP\n1,0.5\n2,x,3,4\n\0\n,1\nnan,1\ninf,1\n0,1\n1.5,1\n1e13,1\n3,1e300\n")
+    assert run.metrics() == [{"epoch": 1.0, "AP": 0.5}, {"epoch": 2.0, "AP": None}, {"epoch": 3.0, "AP": None}]
+    run.write("metrics.csv", "AP\n0.5\n")
+    assert run.metrics() == []
     run.write("metrics.csv", "")
     assert run.metrics() == []
 
