@@ -52,6 +52,8 @@ def describe_dedupe(dedupe: Dedupe | None) -> str:
 
 def rescore(detections: Detections, gamma: float) -> Detections:
     """Return the detections of an image, sorted by score, with the scores of duplicates lowered, sorted again."""
+    if not len(detections):
+        return detections
     overlap = overlap_with_better(detections.boxes_xyxy_px, detections.labels)
     scores = rescore_duplicates(detections.scores, overlap, gamma).astype(np.float32)
     return replace(detections, scores=scores).keep(np.argsort(-scores, kind="stable"))

@@ -89,3 +89,8 @@ def test_rows_are_rescored_as_the_detector_does_it(make: Any) -> None:
         alone = rescore(Detections(boxes, scores, rows.labels, (640, 480)), 8.0)
         expected = together.rows(together.image_index == image)
         assert alone.scores == pytest.approx(expected.scores, abs=1e-5)
+
+
+def test_a_split_without_detections_is_rescored() -> None:
+    nothing = DetectionTable.join([])
+    assert len(nothing.rescored(8.0, nothing.overlap_with_better())) == 0

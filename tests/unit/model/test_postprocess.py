@@ -78,6 +78,11 @@ def test_duplicates_are_rescored_outside_the_graph_as_in_it(
     same_rows(rows, select_detections(*crowded, gamma=gamma))
 
 
+def test_an_image_without_detections_stays_as_it_is() -> None:
+    nothing = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), (1, 1))
+    assert len(rescore(nothing, 8.0)) == 0
+
+
 @pytest.mark.parametrize("opset", [17, 18])
 def test_duplicates_are_rescored_in_every_exported_graph(crowded: tuple[Tensor, Tensor, Tensor], opset: int) -> None:
     class PostProcessing(nn.Module):
