@@ -8,6 +8,7 @@ import typer
 
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.options import JsonFlag
+from rtdetr_cli.errors import UsageError
 
 app = terminal.command_group("List, show and compare presets.")
 
@@ -47,6 +48,8 @@ def show(
     from rtdetr_cli.config.presets import descriptions, flatten, load_preset, preset_path
     from rtdetr_cli.config.schema import Preset
 
+    if toml and as_json:
+        raise UsageError("--toml and --json cannot be combined")
     preset = load_preset(name)
     if toml:
         terminal.out(preset_path(name).read_text(encoding="utf-8").rstrip("\n"))

@@ -72,7 +72,8 @@ def find_sources(words: Sequence[str], listed: Iterable[str] = ()) -> list[Sourc
         key = url or os.path.abspath(path)  # symbolic links are not resolved
         if key in sources:
             continue
-        stem = path.relative_to(base).with_suffix("") if path.is_relative_to(base) else Path(path.stem)
+        inside = path.relative_to(base) if path.is_relative_to(base) else Path(path.name)
+        stem = inside.with_suffix("") if inside.name not in ("", "..") else Path("image")
         video = path.suffix.lower() in VIDEO_SUFFIXES
         sources[key] = Source(path, names.unique(stem, video=video), video, url)
     return list(sources.values())

@@ -142,6 +142,11 @@ def test_a_bug_is_no_missing_package() -> None:
     assert expected_error(ValueError("bug"), "eval") is None
 
 
+def test_a_preset_is_printed_in_one_format(rtdetr) -> None:
+    ran = rtdetr("presets", "show", "r18", "--toml", "--json", code=2)
+    assert "cannot be combined" in ran.json["error"]["message"]
+
+
 def test_errors_are_json_with_the_json_flag(rtdetr) -> None:
     ran = rtdetr("presets", "show", "r19", "--json", code=2)
     assert ran.json["error"]["code"] == "preset-unknown"

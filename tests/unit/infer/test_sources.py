@@ -56,6 +56,10 @@ def test_files_patterns_and_lists(folder: Path) -> None:
     assert [n for n, *_ in names(["-"], listed)] == ["shots/b.jpg", "shots/gone.jpg"]
 
 
+def test_folders_in_a_list_get_a_name_as_well(folder: Path) -> None:
+    assert [stem for _, stem, _ in names(["-"], [".\n", "/\n", "shots/sub/..\n"])] == ["image", "image_2", "image_3"]
+
+
 def test_each_file_once_and_with_a_unique_name(folder: Path) -> None:
     assert len(names(["shots", "shots/b.jpg", str(folder / "shots" / "b.jpg")])) == 6
     assert names(["shots/a.PNG", "shots/sub/a.png"]) == [("shots/a.PNG", "a", False), ("shots/sub/a.png", "a_2", False)]
