@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rtdetr_cli.cli import terminal
-from rtdetr_cli.cli.options import DeviceOption, JsonFlag
+from rtdetr_cli.cli.options import DeviceOption, JsonFlag, ThreadsOption
 from rtdetr_cli.cli.select import model_file, model_name, resolve_model
 from rtdetr_cli.config.settings import MAX_BATCH
 from rtdetr_cli.errors import RtdetrError, UsageError
@@ -49,7 +49,7 @@ def benchmark(
         typer.Option(help="Measure smaller settings: layers,queries,imgsz, or some of them, or values: layers=1/3."),
     ] = None,
     device: DeviceOption = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (not with TensorRT).")] = None,
+    threads: ThreadsOption = None,
     batch: Annotated[int, typer.Option("--batch", "-b", min=1, max=MAX_BATCH, help="Images per run.")] = 1,
     warmup: Annotated[int, typer.Option(min=0, max=100_000, help="Warmup runs, which are not counted.")] = 10,
     runs: Annotated[int, typer.Option(min=1, max=100_000, help="Timed runs.")] = 50,

@@ -9,6 +9,7 @@ import typer
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on one line.")]
 BatchOption = Annotated[str, typer.Option("--batch", "-b", help="Images per forward pass, or auto.")]
 DeviceOption = Annotated[str, typer.Option(help="Device: auto, cpu, or a GPU such as 0.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads (not with TensorRT).")]
 DedupeOption = Annotated[
     str | None,
     typer.Option(

@@ -25,8 +25,10 @@ from rtdetr_cli.cli.options import (
     QueriesOption,
     SamplingOption,
     SizeOption,
+    ThreadsOption,
 )
 from rtdetr_cli.cli.select import parse_size
+from rtdetr_cli.config.settings import MAX_BATCH
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 from rtdetr_cli.runs import make_numbered
 from rtdetr_cli.text import abbreviate, counted, printable
@@ -63,8 +65,8 @@ def predict(
         str, typer.Option(help="Minimum score; auto: the thresholds stored in the model, else 0.5.")
     ] = "auto",
     classes: Annotated[list[str] | None, typer.Option(help="Keep only these classes (comma-separated names).")] = None,
-    max_det: Annotated[int, typer.Option(help="Maximum detections per image.")] = 100,
-    batch: Annotated[int, typer.Option("--batch", "-b", help="Images per forward pass.")] = 1,
+    max_det: Annotated[int, typer.Option(min=1, help="Maximum detections per image.")] = 100,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, max=MAX_BATCH, help="Images per forward pass.")] = 1,
     imgsz: SizeOption = None,
     layers: LayersOption = None,
     queries: QueriesOption = None,
@@ -74,7 +76,7 @@ def predict(
         str, typer.Option(help="auto, cpu, a GPU such as 0, or rtx (experimental): TensorRT for RTX, for ONNX files.")
     ] = "auto",
     runtime: BackendOption = "torch",
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the runtime.")] = None,
+    threads: ThreadsOption = None,
     data: Annotated[
         Path | None,
         typer.Option("--data", "-d", help="Dataset with the class names of a foreign model, and with image ids."),
@@ -99,7 +101,7 @@ def predict(
 
     # Check the options before any file is opened.
     terminal.forbid_downloads(offline)
-    _check_options(sampling, out, **{"max-det": max_det, "batch": batch, "threads": threads})
+    _check_options(sampling, out)
     if save_conf and not save_txt:
         raise UsageError("--save-conf adds scores to the files of --save-txt", hint="--save-txt --save-conf")
     parse_conf(conf)
@@ -183,10 +185,7 @@ def _show_next(model: Path) -> None:
         terminal.next_step("rtdetr", "train", "YOUR_DATA", "--weights", model)
 
 
-def _check_options(sampling: str | None, out: Path | None, **counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} {value} must be at least 1")
+def _check_options(sampling: str | None, out: Path | None) -> None:
     if sampling not in (None, "bilinear", "discrete"):
         raise UsageError(f"--sampling {sampling} is neither bilinear nor discrete")
     if out is not None and out.exists() and not out.is_dir():

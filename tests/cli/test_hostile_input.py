@@ -123,7 +123,9 @@ def test_a_number_beyond_all_bounds_is_refused(rtdetr: Callable[..., Any], flags
      ["eval", "{model}", "--imgsz", "{digits}"], ["predict", "x.jpg", "-w", "{model}", "--classes", "{digits}"],
      ["benchmark", "{model}", "--sweep", "layers={digits}"], ["train", "--data", "x", "--device", "{digits}"],
      ["train", "--data", "x", "--device", "cpu:{digits}"], ["benchmark", "{model}", "--batch", "99999999999"],
-     ["export", "{model}", "--batch", "99999999999"]],
+     ["export", "{model}", "--batch", "99999999999"], ["benchmark", "{model}", "--threads", "99999999999"],
+     ["predict", "x.jpg", "-w", "{model}", "--threads", "99999999999"],
+     ["predict", "x.jpg", "-w", "{model}", "--batch", "99999999999"]],
     ids=lambda words: f"{words[0]} {words[-1]}",
 )  # fmt: skip
 def test_a_number_far_too_large_is_refused(rtdetr: Callable[..., Any], shapes_model: Path, words: list[str]) -> None:
