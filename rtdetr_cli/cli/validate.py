@@ -61,7 +61,7 @@ def validate(
     ] = None,
     convert: Annotated[str | None, typer.Option(help="Write the dataset as coco, yolo or voc to --to.")] = None,
     to: Annotated[Path | None, typer.Option(help="New folder for --resplit and --convert.")] = None,
-    seed: Annotated[int, typer.Option(help="Random seed of --resplit.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**53, help="Random seed of --resplit.")] = 0,
     missing_labels: Annotated[
         str,
         typer.Option(help="Images without a label file in the copy: drop (leave them out) or empty (no objects)."),

@@ -125,7 +125,8 @@ def test_a_number_beyond_all_bounds_is_refused(rtdetr: Callable[..., Any], flags
      ["train", "--data", "x", "--device", "cpu:{digits}"], ["benchmark", "{model}", "--batch", "99999999999"],
      ["export", "{model}", "--batch", "99999999999"], ["benchmark", "{model}", "--threads", "99999999999"],
      ["predict", "x.jpg", "-w", "{model}", "--threads", "99999999999"],
-     ["predict", "x.jpg", "-w", "{model}", "--batch", "99999999999"]],
+     ["predict", "x.jpg", "-w", "{model}", "--batch", "99999999999"], ["demo", "x", "--epochs", "99999999999"],
+     ["validate", "x", "--resplit", "0.8,0.2", "--seed", "-1"]],
     ids=lambda words: f"{words[0]} {words[-1]}",
 )  # fmt: skip
 def test_a_number_far_too_large_is_refused(rtdetr: Callable[..., Any], shapes_model: Path, words: list[str]) -> None:
