@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rtdetr_cli.cli import terminal
+from rtdetr_cli.config.settings import MAX_BATCH
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.text import whole_number
 
@@ -49,9 +50,9 @@ def parse_batch(text: str) -> int | None:
     """Read `--batch`: a number of images, or None for `auto`; raises UsageError where it is neither."""
     if text == "auto":
         return None
-    if number := whole_number(text):
+    if (number := whole_number(text)) and number <= MAX_BATCH:
         return number
-    raise UsageError(f"--batch {text} is not a number of images", hint="--batch 8, or --batch auto")
+    raise UsageError(f"--batch {text} is not a number of images up to {MAX_BATCH:,}", hint="--batch 8, or --batch auto")
 
 
 def evaluate_predictions(
