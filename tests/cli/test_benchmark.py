@@ -19,6 +19,12 @@ from rtdetr_cli.workflows import benchmark
 from rtdetr_cli.workflows.benchmark_report import Row
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --out, the results go to the folder that the command runs in."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def untrained_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from rtdetr_cli.datasets.generate import generate_dataset
@@ -116,7 +122,7 @@ def test_a_sweep_writes_a_table_a_document_and_a_plot(
 
 
 def test_the_fastest_accurate_row_is_the_next_step(
-    rtdetr: Callable[..., Any], shapes_model: Path, shapes_data: Path, tmp_path: Path
+    rtdetr: Callable[..., Any], shapes_model: Path, shapes_data: Path
 ) -> None:
     measured = ("--data", shapes_data, "--split", "val", "--warmup", 0, "--runs", 2, "--threads", 1)
     ran = rtdetr("benchmark", shapes_model, *measured, "--sweep", "queries=1/40", code=0)
