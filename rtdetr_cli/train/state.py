@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -28,24 +28,28 @@ from rtdetr_cli.train.sync_norm import NormSync, synchronize_norms
 MAX_ROLLBACKS = 3
 
 
+_count = doc.integer(0, 1 << 50)
+_COUNT, _NUMBER = {"read": _count}, {"read": doc.number}
+
+
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands. The names of the fields are keys of the checkpoint."""
+    """Where a run stands. The fields are those of a checkpoint; `read` checks what one says."""
 
-    micro_batch: int  # images per forward pass; lowered when memory runs out
-    epoch: int = 0
-    batch: int = 0  # the next one of the epoch
-    step: int = 0  # steps done or skipped so far
-    rate_scale: float = 1.0  # of the learning rate, halved at each rollback
-    went_back: int = 0  # rollbacks so far
-    skipped: int = 0  # steps skipped so far
-    in_a_row: int = 0  # steps skipped since the last one that was done
-    best_score: float = -1.0
-    best_epoch: int = -1
-    waited: int = 0  # evaluated epochs since the best one
-    finished: str = ""  # why the run is over
-    loss_sums: dict[str, float] = field(default_factory=dict)  # of the current epoch
-    loss_steps: int = 0
+    micro_batch: int = field(default=1, metadata={"read": doc.integer(1, MAX_BATCH)})  # lowered when memory runs out
+    epoch: int = field(default=0, metadata=_COUNT)
+    batch: int = field(default=0, metadata=_COUNT)  # the next one of the epoch
+    step: int = field(default=0, metadata=_COUNT)  # steps done or skipped so far
+    rate_scale: float = field(default=1.0, metadata=_NUMBER)  # of the learning rate, halved at each rollback
+    went_back: int = field(default=0, metadata=_COUNT)  # rollbacks so far
+    skipped: int = field(default=0, metadata=_COUNT)  # steps skipped so far
+    in_a_row: int = field(default=0, metadata=_COUNT)  # steps skipped since the last one that was done
+    best_score: float = field(default=-1.0, metadata=_NUMBER)
+    best_epoch: int = field(default=-1, metadata={"read": doc.integer(-1, 1 << 50)})
+    waited: int = field(default=0, metadata=_COUNT)  # evaluated epochs since the best one
+    finished: str = field(default="", metadata={"read": doc.string})  # why the run is over
+    loss_sums: dict[str, float] = field(default_factory=dict, metadata={"read": doc.table(doc.number)})  # of the epoch
+    loss_steps: int = field(default=0, metadata=_COUNT)
 
     def record_step(self, result: StepDone | StepSkipped) -> None:
         """Add the losses of a step to the epoch's; a skipped step adds the names of its terms only."""
@@ -79,26 +83,6 @@ class Progress:
         """Move on to the first batch of the next epoch."""
         self.epoch, self.batch = self.epoch + 1, 0
         self.loss_sums, self.loss_steps = {}, 0
-
-
-count = doc.integer(0, 1 << 50)
-PLACE: dict[str, doc.Reader[Any]] = {
-    "micro_batch": doc.integer(1, MAX_BATCH),
-    "epoch": count,
-    "batch": count,
-    "step": count,
-    "rate_scale": doc.number,
-    "went_back": count,
-    "skipped": count,
-    "in_a_row": count,
-    "best_score": doc.number,
-    "best_epoch": doc.integer(-1, 1 << 50),
-    "waited": count,
-    "finished": doc.string,
-    "loss_sums": doc.table(doc.number),
-    "loss_steps": count,
-}
-"""The fields of `Progress` in a checkpoint, with what they may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,10 +207,11 @@ def restore(learner: Learner, progress: Progress, state: Mapping[str, Any], fold
     """
     try:
         learner.load_state_dict(state["learner"])
-        for key, value in doc.read_fields(state["place"], PLACE, required=tuple(PLACE)).items():
+        readers = {f.name: f.metadata["read"] for f in fields(Progress)}
+        for key, value in doc.read_fields(state["place"], readers, required=tuple(readers)).items():
             setattr(progress, key, value)
         _set_generators(state["generators"])
-        offset = count(state["metrics_offset"])
+        offset = _count(state["metrics_offset"])
         seconds = doc.number(state.get("seconds", 0.0))
     except torch.OutOfMemoryError:
         raise

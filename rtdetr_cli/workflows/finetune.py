@@ -143,7 +143,7 @@ def resume(
             if untrained is not None:
                 progress = Progress(micro_batch=untrained.get("micro_batch") or resolve_micro_batch(prepared))
             else:
-                progress = Progress(micro_batch=1)
+                progress = Progress()
                 began -= restore(prepared.learner, progress, state, folder if processes.is_main else None)
             del state
             if processes.is_main:
