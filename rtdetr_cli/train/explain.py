@@ -14,6 +14,7 @@ from rtdetr_cli.train.plan import (
     LARGEST_RATE_FACTOR,
     Plan,
     calm_epochs,
+    calm_share,
     frozen_spec,
     keeps_published,
     rate_factor,
@@ -235,7 +236,7 @@ def _explain_augmentation(config: RunConfig, plan: Plan) -> list[Choice]:
             reason = "a run this short keeps it for at least half of the epochs"
         elif keeps_published(config, "calm"):
             reason = "published"
-        elif config.given("calm") or calm <= max(2, round(settings.calm * plan.epochs)):
+        elif calm == calm_share(config, plan.epochs):
             reason = f"off for the last {settings.calm:.0%} of the epochs, at least two"
         else:
             reason = f"off for at least the last {CALM_STEPS} steps: a short run needs them to gain from plain images"

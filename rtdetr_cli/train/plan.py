@@ -159,8 +159,13 @@ def calm_epochs(config: RunConfig, epochs: int, per_epoch: int) -> int:
     published = config.preset.official
     if keeps_published(config, "calm"):
         return published.epochs - published.strong_augmentation_until
-    share = max(2, round(config.settings.calm * epochs))
+    share = calm_share(config, epochs)
     return share if config.given("calm") else max(share, math.ceil(CALM_STEPS / per_epoch))
+
+
+def calm_share(config: RunConfig, epochs: int) -> int:
+    """Return the epochs that the setting `calm` is, at least two."""
+    return max(2, round(config.settings.calm * epochs))
 
 
 def frozen_spec(config: RunConfig) -> ModelSpec:
