@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from rtdetr_cli.datasets.raw import RawDataset, RawSplit
-from rtdetr_cli.datasets.survey import is_inside
+from rtdetr_cli.datasets.survey import lies_in
 from rtdetr_cli.errors import DataError
-from rtdetr_cli.images.decode import EXIF_SIDEWAYS, EXIF_TAG, ImageError, image_size
+from rtdetr_cli.images.decode import EXIF_SIDEWAYS, EXIF_TAG, FORMATS, ImageError, image_size
 from rtdetr_cli.machine import cpu_count
 
 
@@ -41,14 +41,18 @@ class Listings:
     """Folder listings, each read once, so that looking for an image costs no system call."""
 
     def __init__(self, roots: tuple[Path, ...]) -> None:
-        self.roots = roots
+        self._roots = [os.path.realpath(root) for root in roots]
         self._listings: dict[str, Listing] = {}
+
+    def contains(self, path: str) -> bool:
+        """Return whether a path, links followed, lies in one of the roots."""
+        return lies_in(os.path.realpath(path), self._roots)
 
     def read(self, folder: str) -> Listing:
         """Return the listing of a folder; empty if it cannot be read."""
         listing = self._listings.get(folder)
         if listing is None:
-            listing = self._listings[folder] = Listing(is_inside(folder, self.roots))
+            listing = self._listings[folder] = Listing(self.contains(folder))
             try:
                 with os.scandir(folder) as entries:
                     for entry in entries:
@@ -121,7 +125,7 @@ def _file_problem(dataset: RawDataset, listings: Listings, folder: str, name: st
         alternatives = f", which has {' and '.join(variants)}" if variants else ""
         return "image-missing", f"is not in {dataset.show(Path(folder))}{alternatives}"
     path = os.path.join(folder, name)
-    leaves = kind == "link" and not is_inside(path, listings.roots)
+    leaves = kind == "link" and not listings.contains(path)
     if dataset.contained and leaves:
         return "image-outside", "is a link that leaves the dataset folder"
     if kind == "link" and not os.path.exists(path):
@@ -227,7 +231,7 @@ def report_size(
 def is_sideways(path: Path, *, unknown: bool = False) -> bool:
     """Return whether EXIF rotates an image by 90 degrees; `unknown` if that cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.getexif().get(EXIF_TAG) in EXIF_SIDEWAYS
     except Exception:  # EXIF is untrusted binary data
         return unknown

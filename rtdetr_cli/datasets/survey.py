@@ -134,8 +134,12 @@ def _follows(link: str, root: Path) -> bool:
 
 def is_inside(path: str | Path, roots: Iterable[str | Path]) -> bool:
     """Return whether a path, links followed, lies in one of the folders."""
-    real = os.path.realpath(path)
-    return any(real == root or real.startswith(root.rstrip(os.sep) + os.sep) for root in map(os.path.realpath, roots))
+    return lies_in(os.path.realpath(path), map(os.path.realpath, roots))
+
+
+def lies_in(path: str, roots: Iterable[str]) -> bool:
+    """Return whether a path lies in one of the folders; all are as from `realpath`."""
+    return any(path == root or path.startswith(root.rstrip(os.sep) + os.sep) for root in roots)
 
 
 def holds_linked_images(folder: Path, home: Path) -> bool:
