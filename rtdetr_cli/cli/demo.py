@@ -10,12 +10,13 @@ import typer
 
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.options import JsonFlag
+from rtdetr_cli.config.settings import MAX_EPOCHS
 from rtdetr_cli.text import counted, tally
 
 
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder for all files.")] = Path("rtdetr-demo"),
-    epochs: Annotated[int, typer.Option(min=1, max=100_000, help="Training epochs.")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, max=MAX_EPOCHS, help="Training epochs.")] = 10,
     as_json: JsonFlag = False,
 ) -> None:
     """Generate a dataset, check it, train, evaluate, predict and export: offline, in about three minutes."""

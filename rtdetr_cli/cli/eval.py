@@ -274,7 +274,6 @@ def _calibrate(evaluated: EvaluatedModel, target: str) -> tuple[Thresholds, dict
 
 
 def _save_results(path: Path, evaluation: Evaluation) -> str:
-
     from rtdetr_cli.evaluate.results import coco_results
 
     write_text(path, json.dumps(coco_results(evaluation.dataset, evaluation.table)))

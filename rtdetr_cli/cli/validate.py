@@ -14,7 +14,7 @@ import typer
 
 from rtdetr_cli.cli import terminal
 from rtdetr_cli.cli.select import output_file, parse_size
-from rtdetr_cli.config.settings import DATA_HELP
+from rtdetr_cli.config.settings import DATA_HELP, MAX_SEED
 from rtdetr_cli.datasets.codes import CODES, find_code
 from rtdetr_cli.errors import DataError, UsageError
 from rtdetr_cli.files import PARTIAL
@@ -61,7 +61,7 @@ def validate(
     ] = None,
     convert: Annotated[str | None, typer.Option(help="Write the dataset as coco, yolo or voc to --to.")] = None,
     to: Annotated[Path | None, typer.Option(help="New folder for --resplit and --convert.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**53, help="Random seed of --resplit.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed of --resplit.")] = 0,
     missing_labels: Annotated[
         str,
         typer.Option(help="Images without a label file in the copy: drop (leave them out) or empty (no objects)."),

@@ -42,12 +42,14 @@ class Bounds:
 
 CALM_STEPS = 200
 MAX_BATCH = 65_536
+MAX_EPOCHS = 100_000
 MAX_LAYERS = 64
 MAX_QUERIES = 10_000
+MAX_SEED = 2**53
 
 Count = Annotated[int, Bounds(ge=0, le=10**9)]
 Positive = Annotated[int, Bounds(gt=0, le=10**9)]
-Epochs = Annotated[int, Bounds(gt=0, le=100_000)]
+Epochs = Annotated[int, Bounds(gt=0, le=MAX_EPOCHS)]
 Batch = Annotated[int, Bounds(gt=0, le=MAX_BATCH)]
 Processes = Annotated[int, Bounds(ge=0, le=256)]
 Queries = Annotated[int, Bounds(gt=0, le=MAX_QUERIES)]
@@ -132,7 +134,7 @@ class RunSettings:
         0.0, "Maximum cache size in GB; 0 uses half of the free space."
     )
     device: str = _flag("auto", "Device: auto, cpu, a GPU such as 0, or several: 0,1.")
-    seed: Annotated[int, Bounds(ge=0, le=2**53)] = _flag(0, "Random seed.")
+    seed: Annotated[int, Bounds(ge=0, le=MAX_SEED)] = _flag(0, "Random seed.")
     deterministic: bool = _flag(False, "Use gather sampling and deterministic kernels on CUDA.")
     patience: Count = _flag(0, "Stop after this many evaluations without a better AP; 0 never stops early.")
     overfit: Count = _flag(0, "Overfit the first N images (sanity check); 0 trains on all.", metavar="N")

@@ -62,7 +62,7 @@ class DetectionTable:
         """Return (D,) the highest IoU of each row with a better one of its image and class; rows as from `join`."""
         starts = np.flatnonzero(np.diff(self.image_index, prepend=-1))
         overlap = np.zeros(len(self))
-        for start, end in zip(starts, [*starts[1:], len(self)], strict=False):
+        for start, end in zip(starts, [*starts[1:], len(self)], strict=False):  # without rows there is no start
             overlap[start:end] = boxes.overlap_with_better(self.boxes_xyxy_px[start:end], self.labels[start:end])
         return overlap
 

@@ -32,7 +32,7 @@ class TorchBackend:
     ) -> None:
         """Move a model, which may be in half precision, to a device; `imgsz` replaces the header's (height, width)."""
         self.device = device if isinstance(device, torch.device) else choose_device(device)
-        # As training does: on a CPU, convolutions are faster on channels-last maps.
+        # On a CPU channels last, as in training.
         self.memory_format = torch.channels_last if self.device.type == "cpu" else torch.contiguous_format
         self.model = model.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.header = header
