@@ -12,6 +12,8 @@ from rtdetr_cli.evaluate.bootstrap import Interval
 from rtdetr_cli.infer.timing import Spread
 from rtdetr_cli.text import counted
 
+SMALLEST_SPAN = 0.02  # of the AP axis of the plot
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -175,25 +177,29 @@ def draw_plot(path: Path, rows: Sequence[Row]) -> None:
         label="no other is faster and more accurate",
         zorder=2,
     )
-    _label_points(axes, front, points)
     axes.set_xlabel(f"milliseconds for {counted(batch, 'image')}, file to boxes (median)")
     axes.set_ylabel("AP")
     axes.margins(x=0.12, y=0.12)
     axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
+    low, high = axes.get_ylim()
+    if high - low < SMALLEST_SPAN:  # exports of one model would look different
+        middle = (low + high) / 2
+        axes.set_ylim(middle - SMALLEST_SPAN / 2, middle + SMALLEST_SPAN / 2)
+    _label_points(axes, front, points)
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", frameon=False, fontsize=8)
+    axes.legend(loc="best", frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png")
 
 
 def _label_points(axes: Any, front: list[tuple[Row, float, float]], points: list[tuple[Row, float, float]]) -> None:
     """Label points of the front, the most accurate first, and leave out labels that would overlap."""
-    latencies, aps = [p[1] for p in points], [p[2] for p in points]
+    latencies = [latency for _, latency, _ in points]
     fastest, width = min(latencies), max(latencies) - min(latencies) or 1.0
-    height = max(aps) - min(aps) or 1.0
+    low, high = axes.get_ylim()
     labelled: list[tuple[float, float]] = []
     for row, latency, ap in reversed(front):
-        if any(abs(latency - x) < 0.42 * width and abs(ap - y) < 0.045 * height for x, y in labelled):
+        if any(abs(latency - x) < 0.42 * width and abs(ap - y) < 0.045 * (high - low) for x, y in labelled):
             continue
         labelled.append((latency, ap))
         text = [row.size]
