@@ -341,7 +341,7 @@ def _show_dry_run(result: DryRunResult, started: RunStarted) -> None:
             ("export", f"{result.export_seconds:.1f} s", f"ONNX, {result.export_bytes / 1e6:.1f} MB"),
             ("whole run", f"about {terminal.duration(result.total_seconds)}", counted(plan.epochs, "epoch")),
             ("micro-batch", result.micro_batch, f"effective batch {plan.effective_batch}"),
-            ("memory", f"{result.memory_bytes / 2**30:.1f} GiB", f"{result.memory_total / 2**30:.1f} GiB"),
+            ("memory", f"{result.memory_bytes / 2**30:.1f} GiB", f"{result.memory_total / 2**30:.1f} GiB in all"),
             ("disk", f"{result.disk_bytes / 2**30:.2f} GiB", f"{result.disk_free / 2**30:.1f} GiB free"),
         ],
     )
