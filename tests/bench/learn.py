@@ -2,12 +2,13 @@
 
     python -m tests.bench.learn --arm recipe --set bccd,cards --seeds 10-14 --steps 260,600
     python -m tests.bench.learn --arm faster:lr=2e-3,ema_age=0.06 --seeds 0-2 --steps 260
+    python -m tests.bench.learn --against earlier@ffe60e9 --arm default       # beside an earlier commit of ours
     python -m tests.bench.learn --arm recipe --summary               # only the paired differences, from the ledger
     python -m tests.bench.learn --arm default --arm recipe --split test  # once, at the very end
 
 Steps are those of the preset's batch: an arm with half the batch sees the same images in twice the steps. An arm is a
-list of `--set` words on top of the defaults; `ARMS` names some, `--arm name:key=value,...` adds one. The arm
-`--against` is run as well, and differences are paired with it by set, steps and seed. A run starts from random weights
+list of `--set` words on top of the defaults; `ARMS` names some, `--arm name:key=value,...` adds one. `name@COMMIT` is
+trained by that commit's `rtdetr train`, and measured like the others. The arm `--against` is run as well, and differences are paired with it by set, steps and seed. A run starts from random weights
 and its figures are those of the moving average after the last step: nothing is picked by them. Runs that the ledger
 already has for this code (the last commit of `rtdetr_cli` and `presets`) are not repeated, so a command that was cut
 off goes on where it stopped. Use `--commits` to count the rows of other commits too, where the change between them
@@ -21,9 +22,11 @@ import csv
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -147,12 +150,31 @@ def run(job: Job, out: Path, commit: str, device: str) -> Row:
     times: list[float] = []
     if not (folder / "done").exists():
         shutil.rmtree(folder, ignore_errors=True)
+        if "@" in job.arm:
+            words = [*words, f"eval_every={epochs}"]
+            train_at(job.arm.partition("@")[2], {**flags, "epochs": epochs}, words, out)
+            usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+            (folder / "done").write_text(str((usage.ru_utime + usage.ru_stime) / job.steps))
+            return measure(job, folder, commit, device)
         for event in finetune(config):
             if isinstance(event, StepDone):
                 times.append(clock())
         (folder / "last.ckpt").unlink(missing_ok=True)
         (folder / "done").write_text(str((times[-1] - times[0]) / max(1, len(times) - 1)))
     return measure(job, folder, commit, device)
+
+
+def train_at(commit: str, flags: dict[str, object], words: Sequence[str], out: Path) -> None:
+    """Train with the command of an earlier commit."""
+    tree = out / "trees" / f"{commit}-{flags['name']}"
+    tree.mkdir(parents=True)
+    archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=True)
+    subprocess.run(["tar", "-x"], cwd=tree, input=archive.stdout, check=True)
+    options = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    options += [text for word in words for text in ("--set", word)]
+    command = [sys.executable, "-m", "rtdetr_cli", "train", *options, "--json"]
+    subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, check=True)
+    shutil.rmtree(tree)
 
 
 def measure(job: Job, folder: Path, commit: str, device: str) -> Row:
