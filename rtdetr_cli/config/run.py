@@ -194,7 +194,7 @@ def resolve_run(
         if dot:
             preset[table][inner] = value
     settings = {key: value for key, value in values.items() if key in SETTINGS}
-    _derive(settings, preset, provenance)
+    _derive(settings, preset, provenance, resolved=sources is not None)
     config = _validated(settings, preset, provenance, written)
     for key in config.values():
         provenance.setdefault(key, "default" if key in SETTINGS else "preset")
@@ -241,8 +241,15 @@ def _refuse_unknown(
     )
 
 
-def _derive(settings: dict[str, Any], preset: Mapping[str, Any], provenance: dict[str, str]) -> None:
-    """Fill in the settings that follow from others and that nobody chose."""
+def _derive(
+    settings: dict[str, Any], preset: Mapping[str, Any], provenance: dict[str, str], *, resolved: bool
+) -> None:
+    """Fill in the settings that follow from others and that nobody chose.
+
+    The file of a `resolved` run has them, and one of an earlier version was trained with the plain defaults.
+    """
+    if resolved:
+        return
     images = settings.get("overfit")
     default_batch = SETTINGS["effective_batch"].default
     if "effective_batch" not in settings and isinstance(images, int) and 0 < images < default_batch:
@@ -251,6 +258,10 @@ def _derive(settings: dict[str, Any], preset: Mapping[str, Any], provenance: dic
     if "weights" not in settings and preset.get("weights") is None:
         settings["weights"] = "none"
         provenance["weights"] = f"preset {preset.get('name')} has no published weights"
+    untrained = settings.get("weights") == "none" and settings.get("schedule") != "official"
+    if "optimizer" not in settings and untrained:
+        settings["optimizer"] = "muon"
+        provenance["optimizer"] = "random weights (docs/learning.md)"
 
 
 def _validated(

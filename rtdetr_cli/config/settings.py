@@ -153,6 +153,10 @@ class RunSettings:
     schedule: Literal["scaled", "official"] = _key(
         "scaled", "Schedule: scaled to the length of the run, or the official one in steps and epochs."
     )
+    optimizer: Literal["adamw", "muon"] = _key(
+        "adamw",
+        "Optimizer: adamw, or muon for the matrices of hidden layers (and the default from random weights).",
+    )
     warmup: Share = _key(0.05, "Fraction of the steps used for warmup.")
     flat: Fraction = _key(0.8, "Fraction of the steps after which the learning rate starts to decay.")
     final_rate: Fraction = _key(0.05, "Fraction of the learning rate left at the end.")

@@ -27,6 +27,7 @@ from rtdetr_cli.weights.hub import hash_kind
 STARTS = {"imagenet": ("an ImageNet backbone", 200), "none": ("random weights", 250)}
 PRETRAINED = "pretrained weights", 100
 FEW_BOXES, RARE_SHARE = 10, 0.1  # a class with fewer boxes than this, or than this share of the median class, is rare
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon for hidden matrices, AdamW for the rest"}
 MOST_DETECTIONS = 300  # in an image, with any number of queries
 QUERY_STEP = 50  # suggested numbers of queries are multiples of it
 
@@ -162,7 +163,10 @@ def _explain_weights(config: RunConfig) -> list[Choice]:
 
 def _explain_rate(config: RunConfig, plan: Plan) -> list[Choice]:
     settings, published, total = config.settings, config.preset.official, plan.total_steps
-    choices = [Choice("lr", f"{plan.lr:.3g}", _lr_reason(config))]
+    choices = [
+        Choice("optimizer", OPTIMIZERS[settings.optimizer], config.source("optimizer")),
+        Choice("lr", f"{plan.lr:.3g}", _lr_reason(config)),
+    ]
     if plan.lr_backbone != plan.lr:
         share = f"{plan.lr_backbone / plan.lr:.3g} x lr, as in the preset"
         reason = config.source("lr_backbone") if settings.lr_backbone is not None else share

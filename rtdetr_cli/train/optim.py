@@ -14,19 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from rtdetr_cli.config.schema import OptimSpec
+from rtdetr_cli.train.muon import Muon, is_hidden_matrix
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 BETAS = (0.9, 0.999)
 
 
-def parameter_groups(model: nn.Module, optim: OptimSpec, *, lr: float, lr_backbone: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, optim: OptimSpec, *, lr: float, lr_backbone: float, muon: bool = False
+) -> list[dict[str, Any]]:
     """Group the trainable parameters by learning rate and weight decay; empty groups are left out.
 
-    Norms have no weight decay; with `optim.decay_free` = `head-norm-bias`, neither have the biases of encoder and
+    With `muon`, the matrices of hidden layers have groups of their own, marked `muon`. Norms have no weight decay; with `optim.decay_free` = `head-norm-bias`, neither have the biases of encoder and
     decoder. This includes the backbone's norms: the official configurations either say so or freeze them.
     """
     norms = {id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
-    members_by: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = {}
+    members_by: dict[tuple[bool, bool, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -34,37 +37,50 @@ def parameter_groups(model: nn.Module, optim: OptimSpec, *, lr: float, lr_backbo
         no_decay = id(parameter) in norms
         if optim.decay_free == "head-norm-bias" and not backbone:
             no_decay = no_decay or name.endswith("bias")
-        members_by.setdefault((backbone, no_decay), []).append((name, parameter))
+        matrix = muon and is_hidden_matrix(name, parameter)
+        members_by.setdefault((backbone, no_decay, matrix), []).append((name, parameter))
     return [
         {
             "params": [parameter for _, parameter in members],
             "names": [name for name, _ in members],
             "lr": lr_backbone if backbone else lr,
             "weight_decay": 0.0 if no_decay else optim.weight_decay,
+            "muon": matrix,
         }
-        for (backbone, no_decay), members in sorted(members_by.items())
+        for (backbone, no_decay, matrix), members in sorted(members_by.items())
     ]
 
 
-class FusedAdamW:
-    """AdamW whose fused kernel also clips gradients, removes the loss scale and skips non-finite steps.
+class FusedOptimizer:
+    """AdamW, and Muon for hidden matrices, which also clip gradients, remove the loss scale and skip non-finite steps.
 
-    The kernel divides each gradient by `grad_scale` and does nothing if `found_inf` is 1. Both are tensors on the
-    device: clipping by the global norm is a division by max(1, norm / clip), removing the loss scale is another, and a
-    step is skipped without a round trip to the host.
+    AdamW's fused kernel divides each gradient by `grad_scale` and does nothing if `found_inf` is 1, and so does Muon.
+    Both are tensors on the device: clipping by the global norm is a division by max(1, norm / clip), removing the loss
+    scale is another, and a step is skipped without a round trip to the host.
 
     Args:
         groups: from `parameter_groups`.
         clip_norm: largest global gradient norm.
         scaled: float16 arithmetic, which needs a loss scale.
+        muon_dtype: of Muon's products.
     """
 
     growth_interval = 2000
 
-    def __init__(self, groups: list[dict[str, Any]], *, clip_norm: float, scaled: bool = False) -> None:
-        plain = [{k: v for k, v in g.items() if k != "names"} for g in groups]
-        self.adamw = torch.optim.AdamW(plain, betas=BETAS, fused=True)
-        self.peaks = [float(g["lr"]) for g in groups]
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        clip_norm: float,
+        scaled: bool = False,
+        muon_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        matrices = [g for g in groups if g.get("muon")]
+        others = [{k: v for k, v in g.items() if k not in ("names", "muon")} for g in groups if not g.get("muon")]
+        self.muon = Muon(matrices, dtype=muon_dtype)
+        self.adamw = torch.optim.AdamW(others, betas=BETAS, fused=True)
+        self.peaks = [float(g["lr"]) for g in others]
+        self.share = 1.0
         self.parameters = [p for g in groups for p in g["params"]]
         self.clip_norm = clip_norm
         self.scaled = scaled
@@ -72,7 +88,7 @@ class FusedAdamW:
         self.scale = torch.full((), 2.0**16 if scaled else 1.0, device=device)
         self.growth = torch.zeros((), dtype=torch.int32, device=device)
         # Allocated now and not in the first step, so that a step cannot run out of memory half-way.
-        for parameter in self.parameters:
+        for parameter in [p for g in others for p in g["params"]]:
             self.adamw.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=device),
                 "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
@@ -81,6 +97,7 @@ class FusedAdamW:
 
     def set_rate(self, share: float) -> None:
         """Set every group's learning rate to a share of its peak."""
+        self.share = share
         for group, peak in zip(self.adamw.param_groups, self.peaks, strict=True):
             group["lr"] = peak * share
 
@@ -103,10 +120,12 @@ class FusedAdamW:
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / self.scale
         found_inf = 1.0 - (torch.isfinite(norm) & torch.isfinite(loss)).float()
-        # The kernel ignores the scale if found_inf is set, so a NaN here does no harm.
-        self.adamw.grad_scale = self.scale * (norm / self.clip_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+        # The scale is ignored if found_inf is set, so a NaN here does no harm.
+        scale = self.scale * (norm / self.clip_norm).clamp(min=1.0)
+        self.adamw.grad_scale = scale  # type: ignore[attr-defined]
         self.adamw.found_inf = found_inf  # type: ignore[attr-defined]
         self.adamw.step()
+        self.muon.step(self.share, scale=scale, found_inf=found_inf)
         if self.scaled:
             torch._amp_update_scale_(self.scale, self.growth, found_inf, 2.0, 0.5, self.growth_interval)
         return found_inf, norm
@@ -114,7 +133,8 @@ class FusedAdamW:
     def state_dict(self) -> dict[str, Any]:
         """Return moments, step counts and the loss scale."""
         return {
-            "moments": [dict(self.adamw.state[p].items()) for p in self.parameters],
+            "moments": [dict(state.items()) for state in self.adamw.state.values()],
+            "momentum": self.muon.momentum,
             "scale": self.scale,
             "growth": self.growth,
         }
@@ -122,9 +142,11 @@ class FusedAdamW:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `state_dict` returned, in place."""
-        for parameter, saved in zip(self.parameters, state["moments"], strict=True):
-            for key, tensor in self.adamw.state[parameter].items():
+        for own, saved in zip(self.adamw.state.values(), state["moments"], strict=True):
+            for key, tensor in own.items():
                 tensor.copy_(saved[key])
+        for tensor, saved in zip(self.muon.momentum, state.get("momentum", []), strict=True):
+            tensor.copy_(saved)
         self.scale.copy_(state["scale"])
         self.growth.copy_(state["growth"])
 

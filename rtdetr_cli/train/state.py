@@ -21,7 +21,7 @@ from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.train.checkpoint import load_checkpoint, save_checkpoint
 from rtdetr_cli.train.events import CheckpointSaved, RolledBack, StepDone, StepSkipped
 from rtdetr_cli.train.guard import EVIDENCE_FOLDER
-from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics
+from rtdetr_cli.train.optim import FusedOptimizer, MovingAverage, NormStatistics
 from rtdetr_cli.train.processes import SINGLE_PROCESS, ProcessGroup
 from rtdetr_cli.train.sync_norm import NormSync, synchronize_norms
 
@@ -91,7 +91,7 @@ class Learner:
 
     model: RTDETR
     average: MovingAverage  # evaluated and deployed
-    optimizer: FusedAdamW
+    optimizer: FusedOptimizer
     spec: ModelSpec
     device: torch.device
     autocast: torch.dtype | None  # None for float32

@@ -31,7 +31,7 @@ from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.text import counted
 from rtdetr_cli.train import memory
 from rtdetr_cli.train.explain import Choice, crowding_warnings, explain_plan, explain_rare_classes, plan_warnings
-from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics, parameter_groups
+from rtdetr_cli.train.optim import FusedOptimizer, MovingAverage, NormStatistics, parameter_groups
 from rtdetr_cli.train.plan import Plan, frozen_spec, make_plan
 from rtdetr_cli.train.precision import choose_precision
 from rtdetr_cli.train.processes import SINGLE_PROCESS, ProcessGroup, images_per_process
@@ -289,7 +289,8 @@ def make_learner(
 ) -> Learner:
     """Wrap a model on its device with its optimizer and moving average."""
     optim = config.preset.optim
-    groups = parameter_groups(model, optim, lr=plan.lr, lr_backbone=plan.lr_backbone)
+    muon = config.settings.optimizer == "muon"
+    groups = parameter_groups(model, optim, lr=plan.lr, lr_backbone=plan.lr_backbone, muon=muon)
     if not groups:
         raise UsageError(f"--freeze {config.settings.freeze} leaves nothing to train", code="freeze")
     if device.type == "cpu":
@@ -297,7 +298,12 @@ def make_learner(
     return Learner(
         model=model,
         average=MovingAverage(model),
-        optimizer=FusedAdamW(groups, clip_norm=optim.clip_norm, scaled=autocast == torch.float16),
+        optimizer=FusedOptimizer(
+            groups,
+            clip_norm=optim.clip_norm,
+            scaled=autocast == torch.float16,
+            muon_dtype=torch.bfloat16 if autocast == torch.bfloat16 else torch.float32,
+        ),
         spec=spec,
         device=device,
         autocast=autocast,

@@ -16,7 +16,7 @@ from torch import nn
 from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.model.build import build_detector
-from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics
+from rtdetr_cli.train.optim import FusedOptimizer, MovingAverage, NormStatistics
 from rtdetr_cli.train.processes import SINGLE_PROCESS, ProcessGroup, join_process_group
 from rtdetr_cli.train.state import Learner, Progress
 from rtdetr_cli.train.step import accumulate_with_retry, draw_group
@@ -52,7 +52,7 @@ def step(
     learner = Learner(
         model=model,
         average=MovingAverage(model),
-        optimizer=FusedAdamW(
+        optimizer=FusedOptimizer(
             [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1e-3}], clip_norm=0.1
         ),
         spec=SPEC,

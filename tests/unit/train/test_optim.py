@@ -11,7 +11,8 @@ from torch import nn
 
 from rtdetr_cli.config.presets import load_preset
 from rtdetr_cli.model.build import build_detector
-from rtdetr_cli.train.optim import FusedAdamW, MovingAverage, NormStatistics, parameter_groups
+from rtdetr_cli.train.muon import is_hidden_matrix, orthogonalize
+from rtdetr_cli.train.optim import FusedOptimizer, MovingAverage, NormStatistics, parameter_groups
 
 # The official lists: regular expressions over names with the (rate, decay) they give; all others have lr and decay.
 PUBLISHED: dict[str, list[tuple[str, str, bool]]] = {
@@ -59,14 +60,82 @@ def test_frozen_parameters_are_left_out() -> None:
     assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
 
 
+def test_muon_moves_the_matrices_of_hidden_layers_only() -> None:
+    preset = load_preset("tiny")
+    model = build_detector(preset.model, num_classes=80)
+    groups = parameter_groups(model, preset.optim, lr=1e-3, lr_backbone=1e-3, muon=True)
+    matrices = {name for g in groups if g["muon"] for name in g["names"]}
+    assert {
+        "backbone.conv1.conv1_1.conv.weight",  # first convolution
+        "decoder.denoising_class_embed.weight",
+        "decoder.enc_score_head.weight",
+        "decoder.dec_score_head.2.weight",
+        "decoder.dec_bbox_head.2.layers.2.weight",
+        "decoder.query_pos_head.layers.0.weight",  # from four numbers
+    }.isdisjoint(matrices)
+    assert {
+        "backbone.res_layers.3.blocks.0.branch2b.conv.weight",
+        "encoder.encoder.0.layers.0.self_attn.in_proj_weight",
+        "decoder.decoder.layers.2.cross_attn.sampling_offsets.weight",
+        "decoder.dec_bbox_head.2.layers.1.weight",
+    } <= matrices
+    assert sum(model.get_parameter(name).numel() for name in matrices) > 0.95 * sum(
+        p.numel() for p in model.parameters()
+    )
+
+
+def test_muon_leaves_depthwise_convolutions_to_adamw() -> None:
+    assert not is_hidden_matrix("conv.weight", nn.Conv2d(64, 64, 5, groups=64).weight)
+    assert is_hidden_matrix("conv.weight", nn.Conv2d(64, 64, 5).weight)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 32, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonal_matrices_keep_their_directions(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """All singular values become about 1, and the singular vectors stay: the product with U V' is the sum of values."""
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonalize(matrices, dtype=dtype)
+    u, before, vt = torch.linalg.svd(matrices, full_matrices=False)
+    clear = before > 0.05 * before.max()
+    values = torch.linalg.svdvals(found)
+    assert found.dtype == torch.float32
+    assert values.max() < 1.25
+    along = torch.diagonal(u.mT @ found @ vt.mT, dim1=-2, dim2=-1)
+    assert along[clear].min() > 0.6
+
+
+def test_a_step_of_muon_is_as_long_as_one_of_adam() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(32, 64))
+    groups = [
+        {"params": [weight], "names": ["hidden.weight"], "lr": 1e-2, "weight_decay": 0.0, "muon": True},
+        {"params": [nn.Parameter(torch.ones(1))], "names": ["bias"], "lr": 1e-2, "weight_decay": 0.0, "muon": False},
+    ]
+    optimizer = FusedOptimizer(groups, clip_norm=0.1)
+    before = weight.detach().clone()
+    for share in (1.0, 0.5):
+        optimizer.set_rate(share)
+        weight.grad = torch.randn(32, 64)
+        optimizer.step(torch.zeros(()))
+        length = (weight - before).square().mean().sqrt()
+        assert 0.7 * share * 1e-2 < length < 1.2 * share * 1e-2
+        before = weight.detach().clone()
+
+
 def small_net() -> nn.Module:
     torch.manual_seed(0)
     # No bias before the norm: its gradient is rounding only, which Adam turns into full steps.
     return nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
 
 
-def groups_of(model: nn.Module) -> list[dict[str, object]]:
-    return [{"params": list(model.parameters()), "lr": 1e-2, "weight_decay": 1e-2}]
+def groups_of(model: nn.Module, *, muon: bool = False) -> list[dict[str, object]]:
+    """One group, or with `muon` one of matrices and one of the rest."""
+    parts = [[(n, p) for n, p in model.named_parameters() if (muon and p.ndim == 2) == matrix] for matrix in (0, 1)]
+    return [
+        {"params": [p for _, p in part], "names": [n for n, _ in part], "lr": 1e-2, "weight_decay": 1e-2, "muon": matrix}
+        for matrix, part in zip((False, True), parts, strict=True)
+        if part
+    ]
 
 
 def backward(model: nn.Module, factor: float = 1.0) -> torch.Tensor:
@@ -79,7 +148,7 @@ def backward(model: nn.Module, factor: float = 1.0) -> torch.Tensor:
 @pytest.mark.parametrize("factor", [1e-3, 1.0, 50.0])
 def test_the_step_is_adamw_with_clipping_by_the_global_norm(factor: float) -> None:
     ours, reference = small_net(), small_net()
-    optimizer = FusedAdamW(groups_of(ours), clip_norm=0.1)
+    optimizer = FusedOptimizer(groups_of(ours), clip_norm=0.1)
     adamw = torch.optim.AdamW(reference.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=1e-2)
     for _ in range(4):
         loss = backward(ours, factor)
@@ -95,11 +164,12 @@ def test_the_step_is_adamw_with_clipping_by_the_global_norm(factor: float) -> No
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
 
 
-def test_a_loss_scale_does_not_change_the_step() -> None:
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_loss_scale_does_not_change_the_step(muon: bool) -> None:
     ours, reference = small_net(), small_net()
     scaled, plain = (
-        FusedAdamW(groups_of(ours), clip_norm=0.1, scaled=True),
-        FusedAdamW(groups_of(reference), clip_norm=0.1),
+        FusedOptimizer(groups_of(ours, muon=muon), clip_norm=0.1, scaled=True),
+        FusedOptimizer(groups_of(reference, muon=muon), clip_norm=0.1),
     )
     for _ in range(3):
         loss = backward(ours, float(scaled.scale)) / scaled.scale
@@ -114,9 +184,10 @@ def test_a_loss_scale_does_not_change_the_step() -> None:
 
 @pytest.mark.parametrize("fault", ["gradient nan", "gradient inf", "loss"])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_non_finite_step_changes_nothing(fault: str, scaled: bool) -> None:
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_non_finite_step_changes_nothing(fault: str, scaled: bool, muon: bool) -> None:
     model = small_net()
-    optimizer = FusedAdamW(groups_of(model), clip_norm=0.1, scaled=scaled)
+    optimizer = FusedOptimizer(groups_of(model, muon=muon), clip_norm=0.1, scaled=scaled)
     optimizer.step(backward(model))
     optimizer.zero_grad()
     before = copy.deepcopy(model.state_dict())
@@ -133,13 +204,15 @@ def test_a_non_finite_step_changes_nothing(fault: str, scaled: bool) -> None:
         assert torch.equal(model.state_dict()[name], before[name])
     for a, b in zip(optimizer.state_dict()["moments"], moments["moments"], strict=True):
         assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(map(torch.equal, optimizer.state_dict()["momentum"], moments["momentum"]))
+    assert len(moments["momentum"]) == (2 if muon else 0)
     assert float(optimizer.scale) == float(moments["scale"]) * (0.5 if scaled else 1)
 
 
 def test_the_loss_scale_grows_after_many_finite_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FusedAdamW, "growth_interval", 3)
+    monkeypatch.setattr(FusedOptimizer, "growth_interval", 3)
     model = small_net()
-    optimizer = FusedAdamW(groups_of(model), clip_norm=0.1, scaled=True)
+    optimizer = FusedOptimizer(groups_of(model), clip_norm=0.1, scaled=True)
     begun = float(optimizer.scale)
     for _ in range(3):
         optimizer.step(backward(model))
@@ -147,9 +220,10 @@ def test_the_loss_scale_grows_after_many_finite_steps(monkeypatch: pytest.Monkey
     assert float(optimizer.scale) == 2 * begun
 
 
-def test_a_loaded_optimizer_continues_exactly() -> None:
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_loaded_optimizer_continues_exactly(muon: bool) -> None:
     ours, reference = small_net(), small_net()
-    a, b = FusedAdamW(groups_of(ours), clip_norm=0.1), FusedAdamW(groups_of(reference), clip_norm=0.1)
+    a, b = (FusedOptimizer(groups_of(model, muon=muon), clip_norm=0.1) for model in (ours, reference))
     for _ in range(2):
         b.step(backward(reference))
         b.zero_grad()
@@ -162,7 +236,7 @@ def test_a_loaded_optimizer_continues_exactly() -> None:
 
 def test_a_parameter_without_gradient_does_not_change() -> None:
     model = small_net()
-    optimizer = FusedAdamW(groups_of(model), clip_norm=0.1)
+    optimizer = FusedOptimizer(groups_of(model), clip_norm=0.1)
     loss = backward(model)
     last = list(model.parameters())[-1]
     before = last.detach().clone()
