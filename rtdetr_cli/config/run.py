@@ -241,9 +241,7 @@ def _refuse_unknown(
     )
 
 
-def _derive(
-    settings: dict[str, Any], preset: Mapping[str, Any], provenance: dict[str, str], *, resolved: bool
-) -> None:
+def _derive(settings: dict[str, Any], preset: Mapping[str, Any], provenance: dict[str, str], *, resolved: bool) -> None:
     """Fill in the settings that follow from others and that nobody chose.
 
     The file of a `resolved` run has them, and one of an earlier version was trained with the plain defaults.

@@ -25,7 +25,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters by learning rate and weight decay; empty groups are left out.
 
-    With `muon`, the matrices of hidden layers have groups of their own, marked `muon`. Norms have no weight decay; with `optim.decay_free` = `head-norm-bias`, neither have the biases of encoder and
+    With `muon`, the matrices of hidden layers have groups of their own, marked `muon`.
+
+    Norms have no weight decay; with `optim.decay_free` = `head-norm-bias`, neither have the biases of encoder and
     decoder. This includes the backbone's norms: the official configurations either say so or freeze them.
     """
     norms = {id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}

@@ -7,12 +7,13 @@
     python -m tests.bench.learn --arm default --arm recipe --split test  # once, at the very end
 
 Steps are those of the preset's batch: an arm with half the batch sees the same images in twice the steps. An arm is a
-list of `--set` words on top of the defaults; `ARMS` names some, `--arm name:key=value,...` adds one. `name@COMMIT` is
-trained by that commit's `rtdetr train`, and measured like the others. The arm `--against` is run as well, and differences are paired with it by set, steps and seed. A run starts from random weights
-and its figures are those of the moving average after the last step: nothing is picked by them. Runs that the ledger
-already has for this code (the last commit of `rtdetr_cli` and `presets`) are not repeated, so a command that was cut
-off goes on where it stopped. Use `--commits` to count the rows of other commits too, where the change between them
-cannot matter. docs/learning.md says which arms to believe: screen with seeds 0-2, confirm with 10-14.
+list of `--set` words on top of the defaults; `ARMS` names some, `--arm name:key=value,...` adds one, and `name@COMMIT`
+is trained by that commit's `rtdetr train` and measured like the others. The arm `--against` is run as well, and
+differences are paired with it by set, steps and seed. A run starts from random weights and its figures are those of
+the moving average after the last step: nothing is picked by them. Runs that the ledger already has for this code (the
+last commit of `rtdetr_cli` and `presets`) are not repeated, so a command that was cut off goes on where it stopped.
+Use `--commits` to count the rows of other commits too, where the change between them cannot matter.
+docs/learning.md says which arms to believe: screen with seeds 0-2, confirm with 10-14.
 """
 
 from __future__ import annotations
@@ -262,10 +263,10 @@ def main() -> None:
     """Run what the ledger lacks, seed by seed, and print the paired differences."""
     args = parse()
     arms = dict(ARMS)
-    for word in args.arm:
+    for word in [args.against, *args.arm]:
         name, colon, settings = word.partition(":")
-        arms |= {name: tuple(settings.split(","))} if colon else {}
-    names = list(dict.fromkeys([args.against, *(word.partition(":")[0] for word in args.arm)]))
+        arms |= {name: tuple(settings.split(","))} if colon else {name: ()} if "@" in name else {}
+    names = list(dict.fromkeys(word.partition(":")[0] for word in [args.against, *args.arm]))
     command = ["git", "log", "-1", "--format=%h", "--", "rtdetr_cli", "presets"]
     commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     wanted = [
@@ -287,7 +288,7 @@ def main() -> None:
             append_row(args.ledger, row)
             known[job_of(row)] = row
             print(f"{row.arm} {row.set} seed {row.seed} {row.steps} steps: AP {row.AP:.3f}", flush=True)
-    print(*summarize([known[job] for job in wanted if job in known], args.against), sep="\n")
+    print(*summarize([known[job] for job in wanted if job in known], names[0]), sep="\n")
 
 
 def finished(rows: Sequence[Row], commits: set[str]) -> dict[Job, Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,31 @@ def test_a_preset_without_published_weights_trains_from_scratch_by_default() -> 
     assert resolve_run({"preset": "tiny", "weights": "coco"}).settings.weights == "coco", (
         "refused later, with a message about the weights"
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "sets", "optimizer"),
+    [
+        ({"preset": "tiny"}, [], "muon"),
+        ({"preset": "r18", "weights": "none"}, [], "muon"),
+        ({"preset": "r18"}, [], "adamw"),
+        ({"preset": "r18", "weights": "imagenet"}, [], "adamw"),
+        ({"preset": "r18", "weights": "imagenet"}, ["optimizer=muon"], "muon"),
+        ({"preset": "tiny"}, ["optimizer=adamw"], "adamw"),
+        ({"preset": "tiny"}, ["schedule=official"], "adamw"),
+    ],
+)
+def test_random_weights_are_trained_with_muon(flags: dict[str, str], sets: list[str], optimizer: str) -> None:
+    assert resolve_run(flags, sets=sets).settings.optimizer == optimizer
+
+
+def test_a_run_of_an_earlier_version_keeps_its_optimizer(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    written = resolve_run({"preset": "tiny"}, sets=["optimizer=adamw"]).to_toml()
+    file.write_text(re.sub(r"(?m)^optimizer = .*\n", "", written))
+    assert resolve_run({}, config_file=file).settings.optimizer == "adamw"
+    file.write_text('preset = "tiny"\n')  # of the user's own, which has no resolved values
+    assert resolve_run({}, config_file=file).settings.optimizer == "muon"
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,13 @@ def groups_of(model: nn.Module, *, muon: bool = False) -> list[dict[str, object]
     """One group, or with `muon` one of matrices and one of the rest."""
     parts = [[(n, p) for n, p in model.named_parameters() if (muon and p.ndim == 2) == matrix] for matrix in (0, 1)]
     return [
-        {"params": [p for _, p in part], "names": [n for n, _ in part], "lr": 1e-2, "weight_decay": 1e-2, "muon": matrix}
+        {
+            "params": [p for _, p in part],
+            "names": [n for n, _ in part],
+            "lr": 1e-2,
+            "weight_decay": 1e-2,
+            "muon": matrix,
+        }
         for matrix, part in zip((False, True), parts, strict=True)
         if part
     ]
