@@ -114,7 +114,7 @@ class RunSettings:
     imgsz: tuple[int, int] | None = _flag(
         None, "Input size in pixels: 640, or height first 480x640.", unset="the preset's", parse=_parse_size
     )
-    lr: Rate | None = _flag(None, "Learning rate.", unset="the preset's, raised for larger effective batches")
+    lr: Rate | None = _flag(None, "Learning rate.", unset="the preset's or Muon's, raised for larger effective batches")
     lr_backbone: Rate | None = _flag(None, "Learning rate of the backbone.", unset="the preset's share of --lr")
     aug: str = _flag(
         "auto", "Augmentation: recipe, light, none, an Albumentations file, or auto (light in short runs, else recipe)."

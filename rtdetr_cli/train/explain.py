@@ -16,7 +16,9 @@ from rtdetr_cli.train.plan import (
     calm_epochs,
     calm_share,
     frozen_spec,
+    is_muon_from_scratch,
     keeps_published,
+    preset_rates,
     rate_factor,
 )
 from rtdetr_cli.weights.catalogue import find_by_file
@@ -191,18 +193,18 @@ def _explain_rate(config: RunConfig, plan: Plan) -> list[Choice]:
 
 
 def _lr_reason(config: RunConfig) -> str:
-    settings, optim = config.settings, config.preset.optim
+    settings, batch = config.settings, config.preset.optim.batch
     if settings.lr is not None:
         return config.source("lr")
     if settings.schedule == "official":
         return "published"
-    factor = rate_factor(config)
+    factor, rate = rate_factor(config), preset_rates(config)[0]
+    source = "Muon" if is_muon_from_scratch(config) else "preset"
     if factor == 1:
-        small = settings.effective_batch < optim.batch
-        return f"preset; the same for effective batches below {optim.batch}" if small else "preset"
-    if factor == LARGEST_RATE_FACTOR and settings.effective_batch > factor**2 * optim.batch:
-        return f"preset {optim.lr:.3g} x {factor:.3g}, the maximum"
-    return f"preset {optim.lr:.3g} x {factor:.3g}, the square root of {settings.effective_batch}/{optim.batch}"
+        return f"{source}; the same for effective batches below {batch}" if settings.effective_batch < batch else source
+    if factor == LARGEST_RATE_FACTOR and settings.effective_batch > factor**2 * batch:
+        return f"{source} {rate:.3g} x {factor:.3g}, the maximum"
+    return f"{source} {rate:.3g} x {factor:.3g}, the square root of {settings.effective_batch}/{batch}"
 
 
 def _explain_average(config: RunConfig, plan: Plan) -> Choice:

@@ -67,15 +67,14 @@ class Muon:
         for ((rows, columns, lr, decay), members), momentum in zip(self.stacks, self.momentum, strict=True):
             grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p, _ in members]
             stack = torch.cat([g.reshape(-1, rows, columns) for g in grads]) / scale
-            moved = momentum.lerp(stack, 1 - MOMENTUM)
-            momentum.copy_(torch.where(skipped, momentum, moved))
+            momentum.copy_(torch.where(skipped, momentum, momentum.lerp(stack, 1 - MOMENTUM)))
             direction = orthogonalize(stack.lerp(momentum, MOMENTUM), dtype=self.dtype)
             # Its elements have a root mean square of 1 / sqrt(max(rows, columns)); those of Adam's first step are 1.
             length = lr * share * max(rows, columns) ** 0.5
-            updates = torch.where(skipped, 0.0, direction * length).split([count for _, count in members])
-            parameters = [p for p, _ in members]
-            torch._foreach_mul_(parameters, torch.where(skipped, 1.0, 1 - lr * share * decay))
-            torch._foreach_sub_(parameters, [u.reshape(p.shape) for u, p in zip(updates, parameters, strict=True)])
+            updates = torch.split(torch.where(skipped, 0.0, direction * length), [count for _, count in members])
+            kept = torch.where(skipped, 1.0, 1 - lr * share * decay)
+            for (parameter, _), update in zip(members, updates, strict=True):
+                parameter.mul_(kept).sub_(update.reshape(parameter.shape))
 
 
 def orthogonalize(matrices: Tensor, *, dtype: torch.dtype) -> Tensor:

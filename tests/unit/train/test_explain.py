@@ -68,6 +68,8 @@ def test_every_value_has_a_reason(preset: str, sets: list[str]) -> None:
         ({"effective_batch": 32}, [], "preset 0.0001 x 1.41, the square root of 32/16"),
         ({"effective_batch": 256}, [], "preset 0.0001 x 2, the maximum"),
         ({}, ["schedule=official"], "published"),
+        ({"weights": "none"}, [], "Muon"),
+        ({"weights": "none", "effective_batch": 32}, [], "Muon 0.001 x 1.41, the square root of 32/16"),
     ],
 )
 def test_the_reason_for_the_learning_rate(flags: dict[str, Any], sets: list[str], reason: str) -> None:

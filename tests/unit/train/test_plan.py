@@ -94,6 +94,26 @@ def test_a_given_rate_is_not_scaled() -> None:
     assert plan.lr_backbone == 1e-6
 
 
+@pytest.mark.parametrize(
+    ("flags", "sets", "rates"),
+    [
+        ({}, [], (1e-3, 1e-3)),
+        ({"lr": 3e-4}, [], (3e-4, 3e-4)),
+        ({"lr_backbone": 3e-4}, [], (1e-3, 3e-4)),
+        ({"effective_batch": 64}, [], (2e-3, 2e-3)),
+        ({}, ["optim.lr=2e-4"], (2e-4, 5e-5)),
+        ({}, ["optimizer=adamw"], (1e-4, 5e-5)),
+        ({}, ["schedule=official"], (1e-4, 5e-5)),
+        ({"weights": "imagenet"}, ["optimizer=muon"], (1e-4, 5e-5)),
+    ],
+)
+def test_muon_has_a_rate_of_its_own_from_random_weights(
+    flags: dict[str, Any], sets: list[str], rates: tuple[float, float]
+) -> None:
+    plan = make_plan(resolve_run({"preset": "r34", "weights": "none", **flags}, sets=sets), images=500)
+    assert (plan.lr, plan.lr_backbone) == pytest.approx(rates)
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_the_official_schedule_is_the_published_one(name: str) -> None:
     preset = load_preset(name)
