@@ -259,7 +259,7 @@ def _derive(settings: dict[str, Any], preset: Mapping[str, Any], provenance: dic
     untrained = settings.get("weights") == "none" and settings.get("schedule") != "official"
     if "optimizer" not in settings and untrained:
         settings["optimizer"] = "muon"
-        provenance["optimizer"] = "random weights (docs/learning.md)"
+        provenance["optimizer"] = "random weights: Muon for the matrices of hidden layers (docs/learning.md)"
 
 
 def _validated(

@@ -29,7 +29,7 @@ from rtdetr_cli.weights.hub import hash_kind
 STARTS = {"imagenet": ("an ImageNet backbone", 200), "none": ("random weights", 250)}
 PRETRAINED = "pretrained weights", 100
 FEW_BOXES, RARE_SHARE = 10, 0.1  # a class with fewer boxes than this, or than this share of the median class, is rare
-OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon for hidden matrices, AdamW for the rest"}
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon and AdamW"}
 MOST_DETECTIONS = 300  # in an image, with any number of queries
 QUERY_STEP = 50  # suggested numbers of queries are multiples of it
 
