@@ -80,6 +80,9 @@ class OptimSpec(Schema):
     lr: Rate = Field(1e-4, description="learning rate at the preset's batch")
     lr_backbone: Rate = Field(1e-4, description="learning rate of the backbone")
     weight_decay: float = Field(1e-4, ge=0, le=1, description="weight decay of AdamW")
+    muon: float = Field(0.0, ge=0, le=10, description="share")
+    muon_iters: int = 5
+    muon_skip: str = ""
     decay_free: Literal["norm", "head-norm", "head-norm-bias"] = Field(
         "head-norm", description="parameters without weight decay"
     )

@@ -61,11 +61,21 @@ class FusedAdamW:
 
     growth_interval = 2000
 
-    def __init__(self, groups: list[dict[str, Any]], *, clip_norm: float, scaled: bool = False) -> None:
+    def __init__(self, groups: list[dict[str, Any]], *, clip_norm: float, scaled: bool = False, muon: float = 0.0, muon_iters: int = 5, muon_skip: str = "") -> None:
+        all_parameters = [p for g in groups for p in g["params"]]
+        self.muon = None
+        if muon:
+            self.muon = Muon(groups, muon, muon_iters, muon_skip)
+            chosen = self.muon.ids
+            groups = [
+                {**g, "params": [p for p in g["params"] if id(p) not in chosen], "names": []} for g in groups
+            ]
+            groups = [g for g in groups if g["params"]]
         plain = [{k: v for k, v in g.items() if k != "names"} for g in groups]
         self.adamw = torch.optim.AdamW(plain, betas=BETAS, fused=True)
         self.peaks = [float(g["lr"]) for g in groups]
         self.parameters = [p for g in groups for p in g["params"]]
+        self.all_parameters = all_parameters
         self.clip_norm = clip_norm
         self.scaled = scaled
         device = self.parameters[0].device
@@ -83,10 +93,12 @@ class FusedAdamW:
         """Set every group's learning rate to a share of its peak."""
         for group, peak in zip(self.adamw.param_groups, self.peaks, strict=True):
             group["lr"] = peak * share
+        if self.muon is not None:
+            self.muon.share = share
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
-        for parameter in self.parameters:
+        for parameter in self.all_parameters:
             parameter.grad = None
 
     @torch.no_grad()
@@ -100,13 +112,15 @@ class FusedAdamW:
             Two scalars () float32 on the device: found_inf, 1 if the step was skipped, and the gradients' global norm
             before clipping.
         """
-        grads = [p.grad for p in self.parameters if p.grad is not None]
+        grads = [p.grad for p in self.all_parameters if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / self.scale
         found_inf = 1.0 - (torch.isfinite(norm) & torch.isfinite(loss)).float()
         # The kernel ignores the scale if found_inf is set, so a NaN here does no harm.
         self.adamw.grad_scale = self.scale * (norm / self.clip_norm).clamp(min=1.0)  # type: ignore[attr-defined]
         self.adamw.found_inf = found_inf  # type: ignore[attr-defined]
         self.adamw.step()
+        if self.muon is not None:
+            self.muon.step(found_inf)
         if self.scaled:
             torch._amp_update_scale_(self.scale, self.growth, found_inf, 2.0, 0.5, self.growth_interval)
         return found_inf, norm
@@ -127,6 +141,63 @@ class FusedAdamW:
                 tensor.copy_(saved[key])
         self.scale.copy_(state["scale"])
         self.growth.copy_(state["growth"])
+
+
+class Muon:
+    """Prototype."""
+
+    def __init__(self, groups: list[dict[str, Any]], share: float, iters: int, skip: str) -> None:
+        self.iters = iters
+        self.share = 1.0
+        self.buckets: dict[tuple[int, int, float, float], list[Any]] = {}
+        self.ids = set()
+        skips = [w for w in skip.split("+") if w]
+        for g in groups:
+            for n, p in zip(g["names"], g["params"], strict=True):
+                if p.ndim < 2 or any(w in n for w in skips):
+                    continue
+                parts = p.chunk(3) if n.endswith("in_proj_weight") else [p]
+                rows, cols = parts[0].shape[0], parts[0].numel() // parts[0].shape[0]
+                if rows < 16 or cols < 16 or "embed" in n:
+                    continue
+                self.ids.add(id(p))
+                key = (rows, cols, g["lr"] * share, g["weight_decay"])
+                self.buckets.setdefault(key, []).append([p, len(parts), torch.zeros_like(p, memory_format=torch.contiguous_format)])
+
+    def step(self, found_inf: Tensor) -> None:
+        keep = found_inf > 0
+        for (rows, cols, lr, decay), members in self.buckets.items():
+            mats = []
+            for p, count, buf in members:
+                if p.grad is None:
+                    g = torch.zeros_like(buf)
+                else:
+                    g = torch.where(keep, torch.zeros_like(p.grad), p.grad)
+                buf.lerp_(g, 0.05)
+                u = g.lerp(buf, 0.95).reshape(count, rows, cols)
+                mats.append(u)
+            stack = orthogonalize(torch.cat(mats), self.iters)
+            scale = 0.2 * max(rows, cols) ** 0.5 * lr * self.share
+            scale = torch.where(keep, 0.0, scale)
+            at = 0
+            for p, count, _ in members:
+                u = stack[at : at + count].reshape(p.shape)
+                at += count
+                p.data.mul_(1 - lr * self.share * decay).sub_(u * scale)
+
+
+def orthogonalize(x: Tensor, iters: int) -> Tensor:
+    """Newton-Schulz."""
+    flip = x.shape[-2] > x.shape[-1]
+    x = x.mT if flip else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-12)
+    x = x.to(torch.bfloat16)
+    for _ in range(iters):
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    x = x.float()
+    return x.mT if flip else x
 
 
 class MovingAverage:
