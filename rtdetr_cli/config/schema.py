@@ -82,6 +82,7 @@ class OptimSpec(Schema):
     weight_decay: float = Field(1e-4, ge=0, le=1, description="weight decay of AdamW")
     muon: float = Field(0.0, ge=0, le=10, description="share")
     muon_iters: int = 5
+    beta2: float = 0.999
     muon_skip: str = ""
     decay_free: Literal["norm", "head-norm", "head-norm-bias"] = Field(
         "head-norm", description="parameters without weight decay"

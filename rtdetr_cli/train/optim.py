@@ -61,7 +61,7 @@ class FusedAdamW:
 
     growth_interval = 2000
 
-    def __init__(self, groups: list[dict[str, Any]], *, clip_norm: float, scaled: bool = False, muon: float = 0.0, muon_iters: int = 5, muon_skip: str = "") -> None:
+    def __init__(self, groups: list[dict[str, Any]], *, clip_norm: float, scaled: bool = False, beta2: float = 0.999, muon: float = 0.0, muon_iters: int = 5, muon_skip: str = "") -> None:
         all_parameters = [p for g in groups for p in g["params"]]
         self.muon = None
         if muon:
@@ -72,7 +72,7 @@ class FusedAdamW:
             ]
             groups = [g for g in groups if g["params"]]
         plain = [{k: v for k, v in g.items() if k != "names"} for g in groups]
-        self.adamw = torch.optim.AdamW(plain, betas=BETAS, fused=True)
+        self.adamw = torch.optim.AdamW(plain, betas=(0.9, beta2), fused=True)
         self.peaks = [float(g["lr"]) for g in groups]
         self.parameters = [p for g in groups for p in g["params"]]
         self.all_parameters = all_parameters

@@ -297,7 +297,7 @@ def make_learner(
     return Learner(
         model=model,
         average=MovingAverage(model),
-        optimizer=FusedAdamW(groups, muon=optim.muon, muon_iters=optim.muon_iters, muon_skip=optim.muon_skip, clip_norm=optim.clip_norm, scaled=autocast == torch.float16),
+        optimizer=FusedAdamW(groups, beta2=optim.beta2, muon=optim.muon, muon_iters=optim.muon_iters, muon_skip=optim.muon_skip, clip_norm=optim.clip_norm, scaled=autocast == torch.float16),
         spec=spec,
         device=device,
         autocast=autocast,
