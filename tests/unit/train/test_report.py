@@ -86,6 +86,7 @@ def test_given_settings_are_listed_apart(text: str) -> None:
         ("data", "--data"),
         ("epochs", "--epochs"),
         ("optim.clip_norm", "--set"),
+        ("optimizer", "random weights: Muon for the matrices of hidden layers (docs/learning.md)"),
         ("preset", "--preset"),
         ("weights", "preset tiny has no published weights"),
     ]
