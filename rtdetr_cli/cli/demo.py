@@ -19,7 +19,7 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, max=MAX_EPOCHS, help="Training epochs.")] = 10,
     as_json: JsonFlag = False,
 ) -> None:
-    """Generate a dataset, check it, train, evaluate, predict and export: offline, in about three minutes."""
+    """Generate a dataset, check it, train, evaluate, predict and export: offline, in about five minutes."""
     from rtdetr_cli.cli.training_output import render
     from rtdetr_cli.train.stop import stop_on_signals
     from rtdetr_cli.workflows import demo as workflow

@@ -13,12 +13,12 @@ from rtdetr_cli.text import abbreviate, counted
 from rtdetr_cli.train.plan import (
     LARGEST_RATE_FACTOR,
     Plan,
+    base_rates,
     calm_epochs,
     calm_share,
     frozen_spec,
     is_muon_from_scratch,
     keeps_published,
-    preset_rates,
     rate_factor,
 )
 from rtdetr_cli.weights.catalogue import find_by_file
@@ -198,7 +198,7 @@ def _lr_reason(config: RunConfig) -> str:
         return config.source("lr")
     if settings.schedule == "official":
         return "published"
-    factor, rate = rate_factor(config), preset_rates(config)[0]
+    factor, rate = rate_factor(config), base_rates(config)[0]
     source = "Muon" if is_muon_from_scratch(config) else "preset"
     if factor == 1:
         return f"{source}; the same for effective batches below {batch}" if settings.effective_batch < batch else source

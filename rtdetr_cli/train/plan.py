@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from rtdetr_cli.config.image_size import STRIDE
 from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.config.schema import ModelSpec
-from rtdetr_cli.config.settings import CALM_STEPS
+from rtdetr_cli.config.settings import CALM_STEPS, MUON_RATE
 
 # The published scales at 640 pixels, 480 to 800 in steps of 32 with 640 three times, as shares.
 SCALES = tuple(s / 640 for s in (480, 512, 544, 576, 608, 640, 640, 640, 672, 704, 736, 768, 800))
 # Above twice the preset's learning rate the set prediction loss diverges before it gains.
 LARGEST_RATE_FACTOR = 2.0
-# Of `tiny` and r18 from random weights. A tenth of it is too little for r18, and ten times it too much for `tiny`.
-MUON_RATE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,7 @@ def make_plan(config: RunConfig, *, images: int) -> Plan:
     epochs = published.epochs if keeps_published(config, "epochs") else settings.epochs
     per_epoch = max(1, math.ceil(images / settings.effective_batch))
     total = epochs * per_epoch
-    rate, rate_backbone = preset_rates(config)
+    rate, rate_backbone = base_rates(config)
     lr = settings.lr if settings.lr is not None else rate * rate_factor(config)
     lr_backbone = settings.lr_backbone if settings.lr_backbone is not None else lr * (rate_backbone / rate)
 
@@ -140,11 +138,10 @@ def keeps_published(config: RunConfig, *keys: str) -> bool:
     return config.settings.schedule == "official" and not any(map(config.given, keys))
 
 
-def preset_rates(config: RunConfig) -> tuple[float, float]:
+def base_rates(config: RunConfig) -> tuple[float, float]:
     """Return the learning rates of head and backbone for the preset's batch.
 
-    The presets' rates spare pretrained weights. Random ones have nothing to lose, and Muon learns faster with more
-    (docs/learning.md).
+    The presets' rates protect pretrained weights, which random ones do not need (docs/learning.md).
     """
     if is_muon_from_scratch(config):
         return MUON_RATE, MUON_RATE

@@ -92,7 +92,7 @@ def test_muon_leaves_depthwise_convolutions_to_adamw() -> None:
 @pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 32, 32)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_orthogonal_matrices_keep_their_directions(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """All singular values become about 1, and the singular vectors stay: the product with U V' is the sum of values."""
+    """All singular values become about 1, and the singular vectors stay."""
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     found = orthogonalize(matrices, dtype=dtype)
     u, before, vt = torch.linalg.svd(matrices, full_matrices=False)
@@ -130,7 +130,8 @@ def small_net() -> nn.Module:
 
 def groups_of(model: nn.Module, *, muon: bool = False) -> list[dict[str, object]]:
     """One group, or with `muon` one of matrices and one of the rest."""
-    parts = [[(n, p) for n, p in model.named_parameters() if (muon and p.ndim == 2) == matrix] for matrix in (0, 1)]
+    kinds = (False, True)
+    parts = [[(n, p) for n, p in model.named_parameters() if (muon and p.ndim == 2) == kind] for kind in kinds]
     return [
         {
             "params": [p for _, p in part],
@@ -139,7 +140,7 @@ def groups_of(model: nn.Module, *, muon: bool = False) -> list[dict[str, object]
             "weight_decay": 1e-2,
             "muon": matrix,
         }
-        for matrix, part in zip((False, True), parts, strict=True)
+        for matrix, part in zip(kinds, parts, strict=True)
         if part
     ]
 
