@@ -23,18 +23,19 @@ import csv
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.bench.speed.harness import ROOT, checkout, take_turn
+from tests.bench.speed.harness import run as run_program
+
 DATA = ROOT.parent / "shared" / "data"
 LEDGER = ROOT / "docs" / "learning" / "ledger.csv"
 SETS = {"bccd": "bccd", "cards": "cards", "bccd-100": "bccd"}  # name -> folder; a number is that many training images
@@ -148,34 +149,27 @@ def run(job: Job, out: Path, commit: str, device: str) -> Row:
     epochs = max(1, round(job.steps / -(-images // probe.preset.optim.batch)))
     config = resolve_run({**flags, "epochs": epochs}, sets=[*words, f"eval_every={epochs}"])
     folder, clock = out / "runs" / name, time.process_time if device == "cpu" else time.monotonic
-    times: list[float] = []
     if not (folder / "done").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        if "@" in job.arm:
-            words = [*words, f"eval_every={epochs}"]
-            train_at(job.arm.partition("@")[2], {**flags, "epochs": epochs}, words, out)
-            usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-            (folder / "done").write_text(str((usage.ru_utime + usage.ru_stime) / job.steps))
-            return measure(job, folder, commit, device)
-        for event in finetune(config):
-            if isinstance(event, StepDone):
-                times.append(clock())
+        earlier = job.arm.partition("@")[2]
+        if earlier:
+            words += [f"eval_every={epochs}"]
+            used = take_turn(partial(train_at, earlier, {**flags, "epochs": epochs}, words))
+            seconds = (used.cpu if device == "cpu" else used.wall) / job.steps  # with its start and evaluation
+        else:
+            times = [clock() for event in finetune(config) if isinstance(event, StepDone)]
+            seconds = (times[-1] - times[0]) / max(1, len(times) - 1)
         (folder / "last.ckpt").unlink(missing_ok=True)
-        (folder / "done").write_text(str((times[-1] - times[0]) / max(1, len(times) - 1)))
+        (folder / "done").write_text(str(seconds))
     return measure(job, folder, commit, device)
 
 
-def train_at(commit: str, flags: dict[str, object], words: Sequence[str], out: Path) -> None:
+def train_at(commit: str, flags: dict[str, object], words: Sequence[str]) -> None:
     """Train with the command of an earlier commit."""
-    tree = out / "trees" / f"{commit}-{flags['name']}"
-    tree.mkdir(parents=True)
-    archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=True)
-    subprocess.run(["tar", "-x"], cwd=tree, input=archive.stdout, check=True)
     options = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     options += [text for word in words for text in ("--set", word)]
-    command = [sys.executable, "-m", "rtdetr_cli", "train", *options, "--json"]
-    subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, check=True)
-    shutil.rmtree(tree)
+    with checkout(commit) as tree:
+        run_program(["-m", "rtdetr_cli", "train", *options], tree=tree, threads=1)
 
 
 def measure(job: Job, folder: Path, commit: str, device: str) -> Row:

@@ -38,7 +38,7 @@ def ours(imgsz: int, batch: int, watch: Stopwatch) -> None:
                 "weights": "none",
                 "out": folder,
             },
-            sets=["plots=false"],
+            sets=["plots=false", "optimizer=adamw"],  # as the peers, and as from pretrained weights
         )
         for event in finetune(config):
             if isinstance(event, RunStarted):

@@ -111,7 +111,8 @@ def epoch(images: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         data = generate_dataset(Path(folder) / "data", train=images, val=32, imgsz=(480, 640), seed=0)
         config = resolve_run(
-            {"preset": "r18", "data": str(data), "epochs": 2, "weights": "none", "out": folder}, sets=["plots=false"]
+            {"preset": "r18", "data": str(data), "epochs": 2, "weights": "none", "out": folder},
+            sets=["plots=false", "optimizer=adamw"],  # as from pretrained weights
         )
         done = [event for event in finetune(config) if isinstance(event, EpochDone)]
     return {"images_per_s": images / done[-1].seconds, "loader_share": done[-1].loader_share}

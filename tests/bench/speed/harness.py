@@ -8,9 +8,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -129,6 +130,15 @@ def status_bytes(key: str) -> int:
     """Return an amount of memory of this process from `/proc/self/status`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+@contextmanager
+def checkout(commit: str) -> Iterator[Path]:
+    """Write the files of a commit of ours into a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="speed-") as folder:
+        archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=True)
+        subprocess.run(["tar", "-x"], cwd=folder, input=archive.stdout, check=True)
+        yield Path(folder)
 
 
 def run(command: Sequence[object], *, tree: Path = ROOT, threads: int = 0) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.bench.speed.harness import ROOT, Comparison, Settings, Turn, run
-from tests.bench.speed.steps import EARLIER, earlier_tree
+from tests.bench.speed.harness import ROOT, Comparison, Settings, Turn, checkout, run
+from tests.bench.speed.steps import EARLIER
 
 IMAGES = 200  # for the comparison of backends
 
@@ -114,7 +114,7 @@ def help_sides(_: Settings) -> Iterator[tuple[Turn, Turn]]:
 @contextmanager
 def demo_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
     """Give the whole demo, and that of an earlier commit of ours."""
-    with tempfile.TemporaryDirectory() as folder, earlier_tree() as tree:
+    with tempfile.TemporaryDirectory() as folder, checkout(EARLIER) as tree:
         numbers = iter(range(1000))
 
         def demo(where: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from rtdetr_cli.train.plan import make_plan
 from rtdetr_cli.train.precision import choose_precision
 from rtdetr_cli.train.step import accumulate_gradients, draw_group, to_input
 from rtdetr_cli.workflows.prepare import make_learner
-from tests.bench.speed.harness import ROOT, Comparison, Settings, Turn, Used
+from tests.bench.speed.harness import ROOT, Comparison, Settings, Turn, Used, checkout
 
 CLASSES, BOXES = 80, 8
 EARLIER = "ffe60e9"  # a commit of before the work on speed
@@ -266,18 +265,9 @@ def limit_sides(
 
 
 @contextmanager
-def earlier_tree() -> Iterator[Path]:
-    """Check out the earlier commit into a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="speed-") as folder:
-        archive = subprocess.run(["git", "archive", EARLIER], cwd=ROOT, capture_output=True, check=True)
-        subprocess.run(["tar", "-x"], cwd=folder, input=archive.stdout, check=True)
-        yield Path(folder)
-
-
-@contextmanager
 def tiny_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
     """Give a step of `tiny` at 192 px, batch 16, in the default precision, and that of an earlier commit of ours."""
-    with earlier_tree() as tree:
+    with checkout(EARLIER) as tree:
         here = StepServer(ROOT, "from tests.bench.speed.steps import tiny_step as make", settings.threads)
         there = StepServer(tree, EARLIER_STEP, settings.threads)
         try:
