@@ -149,10 +149,11 @@ def base_rates(config: RunConfig) -> tuple[float, float]:
 
 
 def is_muon_from_scratch(config: RunConfig) -> bool:
-    """Return whether random weights are trained with Muon, at a rate that nobody changed in the preset."""
+    """Return whether Muon trains random weights at its own rate: no published one, and none given in the preset."""
     settings = config.settings
-    rate_given = config.given("optim.lr") or config.given("optim.lr_backbone")
-    return settings.optimizer == "muon" and settings.weights == "none" and not rate_given
+    if settings.schedule == "official" or config.given("optim.lr") or config.given("optim.lr_backbone"):
+        return False
+    return settings.optimizer == "muon" and settings.weights == "none"
 
 
 def rate_factor(config: RunConfig) -> float:

@@ -104,6 +104,7 @@ def test_a_given_rate_is_not_scaled() -> None:
         ({}, ["optim.lr=2e-4"], (2e-4, 5e-5)),
         ({}, ["optimizer=adamw"], (1e-4, 5e-5)),
         ({}, ["schedule=official"], (1e-4, 5e-5)),
+        ({}, ["schedule=official", "optimizer=muon"], (1e-4, 5e-5)),
         ({"weights": "imagenet"}, ["optimizer=muon"], (1e-4, 5e-5)),
     ],
 )
