@@ -16,6 +16,7 @@ import gc
 import os
 import resource
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -156,6 +157,8 @@ def main() -> int:
             number, argv = cases[0]
             print(f"  {len(cases)} x {fault}: {where}\n      {shlex.join(argv)[:200]!r}")
             print(f"      python -m tests.fuzz --part {name} --seed {options.seed} --only {number}", flush=True)
+    if options.only is None:
+        shutil.rmtree(folder)
     return 1 if failed else 0
 
 

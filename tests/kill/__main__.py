@@ -225,7 +225,10 @@ def main() -> int:
     for name in chosen:
         mine = [entry for entry in done if entry["command"] == name]
         print(f"{name}: {len(mine)} kills, {sum(bool(e['problem']) for e in mine)} failed")
-    return any(entry["problem"] for entry in done)
+    failed = any(entry["problem"] for entry in done)
+    if not failed and not options.folder:
+        shutil.rmtree(root)
+    return failed
 
 
 if __name__ == "__main__":
