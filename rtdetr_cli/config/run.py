@@ -27,7 +27,7 @@ NAMED: dict[str, tuple[str, ...]] = {
     "images": (),
     "preset": (),
     "weights": (*PUBLISHED_WEIGHTS, "none"),
-    "aug": ("auto", "recipe", "light", "none"),
+    "aug": ("auto", "recipe", "light", "none", "color", "crop", "zoom", "medium", "rescale"),
 }
 TABLES = ("model", "optim", "official")  # of a preset, whose values a run can change
 # Tables of config.toml: the sources of the values, and what the preset holds besides model and learning rates.

@@ -37,7 +37,6 @@ _IOU_OPTIONS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # the last one means: no cro
 _CROP_TRIALS = 40
 _CROP_SCALE = (0.3, 1.0)
 _CROP_ASPECT = (0.5, 2.0)
-_ZOOM_SIDE = (1.0, 4.0)
 _THUMBNAIL = (128, 128)
 
 
@@ -75,6 +74,8 @@ class Augmentation:
     flip: float = 0.0
     zoom_out: float = 0.0
     iou_crop: float = 0.0
+    zoom_side: Range = (1.0, 4.0)
+    rescale: Range | None = None  # prototype: a window of this share of the image's sides, at a random place
     photometric: Photometric | None = None
     custom: str = ""  # a user's transforms from `load_pipeline`, which replace all others
 
@@ -94,7 +95,16 @@ LIGHT = Augmentation(
     photometric=Photometric((0.9, 1.1), (0.8, 1.2), (0.8, 1.2), (-0.02, 0.02), permute=False),
 )
 RECIPE = Augmentation("recipe", flip=0.5, zoom_out=0.5, iou_crop=0.8, photometric=Photometric())
-_BUILT_IN = {a.name: a for a in (NONE, LIGHT, RECIPE)}
+_SOFT = LIGHT.photometric
+_STRONG = Photometric(permute=False)
+_LAB = (
+    Augmentation("color", flip=0.5, photometric=_STRONG),
+    Augmentation("crop", flip=0.5, iou_crop=0.5, photometric=_SOFT),
+    Augmentation("zoom", flip=0.5, zoom_out=0.5, zoom_side=(1.0, 2.0), photometric=_SOFT),
+    Augmentation("medium", flip=0.5, zoom_out=0.5, iou_crop=0.5, zoom_side=(1.0, 2.0), photometric=_STRONG),
+    Augmentation("rescale", flip=0.5, rescale=(0.7, 1.3), photometric=_SOFT),
+)
+_BUILT_IN = {a.name: a for a in (NONE, LIGHT, RECIPE, *_LAB)}
 
 
 def load_augmentation(name_or_path: str) -> Augmentation:
@@ -211,7 +221,7 @@ def draw_geometry(
     window = Window(0, 0, *size_wh)
     boxes = boxes_xyxy_px
     if augmentation.zoom_out and rng.random() < augmentation.zoom_out:
-        window = _zoom_out(window, rng)
+        window = _zoom_out(window, augmentation.zoom_side, rng)
         boxes = boxes - np.tile((window.left, window.top), 2)
     if augmentation.iou_crop and rng.random() < augmentation.iou_crop and len(boxes):
         crop = _iou_crop(window.wh, boxes, rng)
@@ -221,6 +231,14 @@ def draw_geometry(
             boxes, labels = sanitize(boxes[keep] - np.tile((crop.left, crop.top), 2), labels[keep], crop.wh)
             left, top = window.left, window.top
             window = Window(left + crop.left, top + crop.top, left + crop.right, top + crop.bottom)
+    if augmentation.rescale:
+        share = rng.uniform(*augmentation.rescale)
+        w, h = (max(1, int(side * share)) for side in window.wh)
+        left, top = (int((side - s) * rng.random()) for side, s in zip(window.wh, (w, h), strict=True))
+        centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+        keep = ((centers > (left, top)) & (centers < (left + w, top + h))).all(1)
+        boxes, labels = boxes[keep] - np.tile((left, top), 2), labels[keep]
+        window = Window(left, top, left + w, top + h)
     width, height = window.wh
     boxes, labels = sanitize(boxes, labels, (width, height))
     flip = bool(augmentation.flip) and bool(rng.random() < augmentation.flip)
@@ -243,10 +261,10 @@ def sanitize(boxes_xyxy: Boxes, labels: Labels, size_wh: tuple[float, float]) ->
     return boxes[keep], labels[keep]
 
 
-def _zoom_out(window: Window, rng: Generator) -> Window:
+def _zoom_out(window: Window, sides: Range, rng: Generator) -> Window:
     """Place the image at random on a canvas of one to four times its sides."""
     width, height = window.wh
-    side = rng.uniform(*_ZOOM_SIDE)
+    side = rng.uniform(*sides)
     canvas = (int(width * side), int(height * side))
     left = int((canvas[0] - width) * rng.random())
     top = int((canvas[1] - height) * rng.random())
