@@ -153,9 +153,9 @@ def _report(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    """Compute the requested extras, and print and write everything."""
     from rtdetr_cli.evaluate.bootstrap import small_split_warning
     from rtdetr_cli.evaluate.error_analysis import analyze_errors
+    from rtdetr_cli.evaluate.results import coco_results
 
     evaluation = evaluated.evaluation
     document = evaluation.to_json() | {"model": evaluated.facts}
@@ -174,7 +174,8 @@ def _report(
         document["gate"] = {"fail_under": fail_under, "passed": passed}
     saved = {}
     if save_json is not None:
-        saved["results"] = _save_results(save_json, evaluation)
+        write_text(save_json, json.dumps(coco_results(evaluation.dataset, evaluation.table)))
+        saved["results"] = str(save_json)
     if html is not None:
         from rtdetr_cli.evaluate.report import write_page
 
@@ -201,11 +202,7 @@ def _report(
         terminal.warn(warning)
     if not passed:
         reason = "AP is not defined" if ap is None else f"AP {ap:.4f} is below {fail_under:g}"
-        failure = GateError(f"{reason} (--fail-under)", code="fail-under")
-        if not as_json:
-            raise failure
-        terminal.complain(failure.message)  # stdout already has its one document
-        raise typer.Exit(failure.exit_code)
+        terminal.fail(GateError(f"{reason} (--fail-under)", code="fail-under"))
     if not as_json and "model" in evaluated.facts:
         _show_next(Path(evaluated.facts["model"]), evaluated.source)
 
@@ -240,18 +237,10 @@ def _calibrate(evaluated: EvaluatedModel, target: str) -> tuple[Thresholds, dict
     """Find thresholds, store them in the model, and look for exports that carry other ones."""
     from rtdetr_cli.evaluate.thresholds import calibrate_model, export_folders, stale_exports
 
-    evaluation, facts = evaluated.evaluation, evaluated.facts
-    path = Path(facts["model"])
-    height, width = facts["imgsz"]
-    thresholds, notes, header = calibrate_model(
-        path,
-        evaluation,
-        target,
-        class_names=evaluated.class_names,
-        imgsz=(height, width),
-        layers=facts["layers"],
-        queries=facts["queries"],
-    )
+    evaluation = evaluated.evaluation
+    path = Path(evaluated.facts["model"])
+    assert evaluated.backend is not None
+    thresholds, notes, header = calibrate_model(path, evaluation, target, evaluated.backend)
     for note in notes:
         terminal.warn(note)
     stale = [str(export) for export in stale_exports(path, header)]
@@ -271,13 +260,6 @@ def _calibrate(evaluated: EvaluatedModel, target: str) -> tuple[Thresholds, dict
         "stale_exports": stale,
         "export_folders": folders,
     }
-
-
-def _save_results(path: Path, evaluation: Evaluation) -> str:
-    from rtdetr_cli.evaluate.results import coco_results
-
-    write_text(path, json.dumps(coco_results(evaluation.dataset, evaluation.table)))
-    return str(path)
 
 
 def _print_metrics(document: dict[str, Any], model: str, interval: Interval | None) -> None:
