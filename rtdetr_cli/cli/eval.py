@@ -93,7 +93,7 @@ def evaluate_command(
         if calibrate is not None:
             check_can_store(path)
         evaluated = evaluate_model(path, batch=batch_size, device=device, runtime=runtime, **common, **overrides)
-    _print_notes(evaluated, calibrating=calibrate is not None)
+    _print_notes(evaluated, overrides, calibrating=calibrate is not None)
     if evaluator == "pycocotools":
         terminal.say(PYCOCOTOOLS_LACKS)
     _report(
@@ -129,16 +129,21 @@ def _check_options(evaluator: str, fail_under: float | None, calibrate: str | No
         check_calibration(calibrate, split)
 
 
-def _print_notes(evaluated: EvaluatedModel, *, calibrating: bool) -> None:
-    evaluation = evaluated.evaluation
+def _print_notes(evaluated: EvaluatedModel, overrides: dict[str, Any], *, calibrating: bool) -> None:
+    from rtdetr_cli.infer.duplicates import gamma_word
+    from rtdetr_cli.infer.selection import threshold_mismatch
+
+    evaluation, backend = evaluated.evaluation, evaluated.backend
     for note in evaluation.notes:
         terminal.warn(note)
-    if calibrating and evaluated.overrides:
-        terminal.warn(
-            f"the thresholds are for the model with {evaluated.overrides}: use the same flags in export and predict"
-        )
-    elif evaluated.thresholds_warning and not calibrating:
-        terminal.warn(evaluated.thresholds_warning)
+    if calibrating:
+        flags = {name: overrides[name] for name in ("layers", "queries")}
+        flags["imgsz"] = "x".join(map(str, overrides["imgsz"] or ()))
+        flags["dedupe"] = "" if overrides["dedupe"] is None else gamma_word(overrides["dedupe"])
+        if given := " ".join(f"--{name} {value}" for name, value in flags.items() if value):
+            terminal.warn(f"the thresholds are for the model with {given}: use the same flags in export and predict")
+    elif backend and (mismatch := threshold_mismatch(backend.header, backend.imgsz)):
+        terminal.warn(mismatch[0])
     for name, reason in evaluation.unreadable[:5]:
         terminal.warn(f"{name}: {reason}")
 

@@ -26,8 +26,6 @@ class EvaluatedModel:
         source: path of the dataset.
         facts: about the model, for the JSON document.
         backend: the open model; None for detections from a file.
-        overrides: the flags that changed the model, such as `--layers 1 --queries 50`.
-        thresholds_warning: says that the stored thresholds were calibrated with other layers, queries or size.
         notes: how the split was chosen.
     """
 
@@ -35,8 +33,6 @@ class EvaluatedModel:
     source: Path
     facts: dict[str, Any]
     backend: Backend | None = None
-    overrides: str = ""
-    thresholds_warning: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -94,9 +90,7 @@ def evaluate_model(
     from rtdetr_cli.evaluate.run import evaluate
     from rtdetr_cli.evaluate.source import choose_split
     from rtdetr_cli.infer.backend import CAUTIONS, default_batch
-    from rtdetr_cli.infer.duplicates import gamma_word
     from rtdetr_cli.infer.exported import MANY_IMAGES
-    from rtdetr_cli.infer.selection import threshold_mismatch
     from rtdetr_cli.weights.binding import modification_warning
 
     if data is not None and not data.exists():
@@ -123,17 +117,4 @@ def evaluate_model(
         "sampling": header.sampling,
         "dedupe": backend.dedupe,
     }
-    flags = {f"--{name}": overrides.get(name) for name in ("layers", "queries")}
-    flags["--imgsz"] = "x".join(map(str, overrides.get("imgsz") or ()))
-    if overrides.get("dedupe") is not None:
-        flags["--dedupe"] = gamma_word(overrides["dedupe"])
-    mismatch = threshold_mismatch(header, backend.imgsz)
-    return EvaluatedModel(
-        evaluation,
-        selected.source,
-        facts,
-        backend,
-        " ".join(f"{flag} {value}" for flag, value in flags.items() if value),
-        mismatch[0] if mismatch else "",
-        selected.notes,
-    )
+    return EvaluatedModel(evaluation, selected.source, facts, backend, selected.notes)

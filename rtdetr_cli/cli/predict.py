@@ -334,7 +334,7 @@ class _Run:
 
     def _add(self, event: Predicted, *, print_line: bool) -> None:
         from rtdetr_cli.infer.selection import overlaps
-        from rtdetr_cli.infer.write import image_document, json_line
+        from rtdetr_cli.infer.write import image_document
 
         source, detections = str(event.source), event.detections
         self.images += 1
@@ -348,7 +348,7 @@ class _Run:
         if self.results is not None:
             self.results.add(event.source, detections, frame=event.frame)
         if print_line and self.as_json:
-            terminal.out(json_line(image_document(source, detections, frame=event.frame)))
+            terminal.emit_json(image_document(source, detections, frame=event.frame))
         elif print_line:
             width, height = detections.size_wh
             size = f"{height}x{width} px"
