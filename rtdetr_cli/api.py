@@ -272,7 +272,7 @@ class Detector:
             start = {"preset": self.preset} if self.path is None or self.preset else {"weights": str(self.path)}
             used = {"device": self.options.get("device", "auto"), "imgsz": self.options.get("imgsz")}
             given = {**start, **{key: v for key, v in used.items() if v not in (None, "auto")}, **given}
-            config, _, _ = launching.resolve_training(given, sets=sets)
+            config, _ = launching.resolve_training(given, sets=sets)
         if len(parse_devices(config.settings.device)) > 1:
             raise UsageError(
                 f"device {config.settings.device} needs several processes, which only the command line starts",
@@ -347,15 +347,7 @@ class Detector:
         result = run.evaluate(backend, chosen.dataset, batch=size, progress=progress, evaluator=evaluator)
         notes: tuple[str, ...] = ()
         if calibrate is not None:
-            _, notes, header = thresholds.calibrate_model(
-                path,
-                result,
-                calibrate,
-                class_names=self.names,
-                imgsz=self.imgsz,
-                layers=self.options.get("layers") or backend.header.layers or None,
-                queries=self.options.get("queries") or backend.header.queries or None,
-            )
+            _, notes, header = thresholds.calibrate_model(path, result, calibrate, backend)
             backend.header = replace(backend.header, thresholds=header.thresholds)
         return replace(result, notes=(*chosen.notes, *result.notes, *notes))
 
@@ -422,12 +414,8 @@ class Detector:
             bundle=_path(bundle),
         )
         artefacts: list[Artefact] = []
-        for event in plan.events(
-            {key: self.options.get(key) for key in ("sampling", "layers", "queries")},
-            dedupe=self.options.get("dedupe"),
-            tol_ap=tol_ap,
-            calibration_images=calibration_images,
-        ):
+        setting = {key: self.options.get(key) for key in ("sampling", "layers", "queries", "dedupe")}
+        for event in plan.events(**setting, tol_ap=tol_ap, calibration_images=calibration_images):
             if on_event is not None:
                 on_event(event)
             if isinstance(event, Artefact):

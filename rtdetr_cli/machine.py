@@ -1,4 +1,4 @@
-"""What this machine has: processor cores and their name, free memory, free disk space."""
+"""What this machine has: processor cores and their name, free memory, free disk space, packages."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ def cpu_flags() -> frozenset[str]:
     """Return the instruction set extensions by their Linux names, such as `avx2`; empty on other systems."""
     flags = re.search(r"^flags\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
     return frozenset(flags[1].split()) if flags else frozenset()
+
+
+def installed_version(package: str) -> str:
+    """Return the installed version of a package, or an empty string."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def keep_freed_memory() -> None:

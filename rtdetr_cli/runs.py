@@ -14,11 +14,11 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rtdetr_cli import documents as doc
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
@@ -27,6 +27,8 @@ from rtdetr_cli.files import missing_path_hint, write_text
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 BEST = "best.safetensors"
 CHECKPOINT = "last.ckpt"
@@ -101,7 +103,7 @@ class RunFolder:
         elif (path / CONFIG).is_file() and (path / MANIFEST).is_file():
             run = cls(path)
             try:
-                run._read_manifest()
+                _checked_manifest(doc.parse_json(doc.read_bounded(path / MANIFEST)))
             except (OSError, ValueError) as error:
                 reason = error.strerror if isinstance(error, OSError) else error
                 raise run.damaged(MANIFEST, str(reason)) from error
@@ -117,10 +119,9 @@ class RunFolder:
             hint = "rtdetr train --weights FILE starts a new run from a model file"
         raise UsageError(problem, hint=hint, code="run-missing")
 
-    def write(self, name: str, text: str) -> Path:
+    def write(self, name: str, text: str) -> None:
         """Write a small text file atomically."""
         write_text(self.path / name, text)
-        return self.path / name
 
     # ---- manifest.json ------------------------------------------------------------------------------------------
 
@@ -131,9 +132,7 @@ class RunFolder:
 
     def manifest(self) -> dict[str, Any]:
         """Read `manifest.json`; empty where there is none, or where it is damaged."""
-        with suppress(OSError, ValueError):
-            return self._read_manifest()
-        return {}
+        return _read_json(self.path / MANIFEST, _checked_manifest) or {}
 
     def damaged(self, name: str, reason: str) -> ModelError:
         """Return an error that says which file of the run cannot be read, and what is still usable."""
@@ -144,10 +143,6 @@ class RunFolder:
         if not self.best.is_file():
             return "start it again: rtdetr train --data DATA ..."
         return f"{self.best} is still usable: rtdetr train --weights {self.best} --data DATA starts a new run from it"
-
-    def _read_manifest(self) -> dict[str, Any]:
-        document = doc.parse_json(doc.read_bounded(self.path / MANIFEST))
-        return _table(document) | doc.read_fields(document, _MANIFEST)
 
     def mark_finished(self, reason: str) -> None:
         """Record that the run is over; `reason` is `done` or `patience`."""
@@ -200,7 +195,7 @@ class RunFolder:
             epochs = manifest.get("plan", {}).get("epochs")
             done = max(0, len(_read_text(self.path / METRICS).splitlines()) - 1)  # without the heading
             return "unfinished" + (f", epoch {done}" if done else "") + (f" of {epochs}" if done and epochs else "")
-        result = _read_json(self.path / DISCRETE_RESULT)
+        result = _read_json(self.path / DISCRETE_RESULT, _table) or {}
         if result.get("passed", True):
             return ""
         drop, limit = result.get("drop"), result.get("max_drop")
@@ -244,17 +239,13 @@ class RunFolder:
         finally:
             lock.release()
 
-    def write_val_images(self, names: Sequence[str]) -> None:
+    def write_val_images(self, names: Iterable[str]) -> None:
         """Store which images the run held out of a dataset without a val split."""
         self.write(VAL_IMAGES, json.dumps(list(names), indent=0) + "\n")
 
-    def val_images(self) -> list[str] | None:
+    def val_images(self) -> Sequence[str] | None:
         """Read what `write_val_images` stored; None where the dataset had a val split of its own."""
-        with suppress(OSError, ValueError):
-            return list(
-                doc.sequence(doc.string, longest=10_000_000)(doc.parse_json(doc.read_bounded(self.path / VAL_IMAGES)))
-            )
-        return None
+        return _read_json(self.path / VAL_IMAGES, doc.sequence(doc.string, longest=10_000_000))
 
     def write_digests(self, digests: NDArray[np.uint64]) -> None:
         """Store a digest of each image, to report which ones have changed; a failure to write them is ignored."""
@@ -279,9 +270,8 @@ class RunFolder:
 
     def truncate_metrics(self, offset: int) -> None:
         """Remove every row after `offset`: the epochs that are going to be trained again."""
-        path = self.path / METRICS
-        if path.exists() and path.stat().st_size > offset:
-            with path.open("r+b") as file:
+        if self.metrics_offset() > offset:
+            with (self.path / METRICS).open("r+b") as file:
                 file.truncate(offset)
                 file.flush()
                 os.fsync(file.fileno())
@@ -385,11 +375,15 @@ def _read_text(path: Path) -> str:
         return ""
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read an object; empty where there is none."""
+def _read_json(path: Path, read: doc.Reader[T]) -> T | None:
+    """Read a document; None where there is none, or where it is damaged."""
     with suppress(OSError, ValueError):
-        return _table(doc.parse_json(doc.read_bounded(path)))
-    return {}
+        return read(doc.parse_json(doc.read_bounded(path)))
+    return None
+
+
+def _checked_manifest(document: Any) -> dict[str, Any]:
+    return _table(document) | doc.read_fields(document, _MANIFEST)
 
 
 def _number(value: str) -> float | None:

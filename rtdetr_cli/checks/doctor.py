@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def examine(
     workers: int | None = None,
     queries: int = 300,
     processes: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, str], AbstractContextManager[Any]] | None = None,
     known: Mapping[str, ImageInfo] | None = None,
     keep_truncated: bool = False,
 ) -> Report:
@@ -161,7 +162,7 @@ def examine(
         queries: objects that the model can detect in one image.
         processes: decode in processes instead of threads if there are many cores; they import the calling program's
             main module, so a script must be guarded by `if __name__ == "__main__"`.
-        progress: called with the number of decoded images and of all images.
+        progress: starts a display of so many images to decode, whose `advance` is called for each.
         known: path -> result of an earlier check; these images are not decoded again.
         keep_truncated: check the boxes of images that decode except for their end too, so that `repair` keeps them.
 

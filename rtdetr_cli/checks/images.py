@@ -7,10 +7,12 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -168,7 +170,7 @@ def check_images(
     *,
     workers: int | None = None,
     processes: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, str], AbstractContextManager[Any]] | None = None,
     known: Mapping[str, ImageInfo] | None = None,
     keep_truncated: bool = False,
 ) -> dict[str, list[ImageInfo]]:
@@ -178,7 +180,7 @@ def check_images(
         raw: gets the findings and the images' sizes.
         workers: images decoded at once; one per core by default.
         processes: use processes instead of threads where that is faster.
-        progress: called with the number of decoded images and of all images.
+        progress: starts a display of so many images, whose `advance` is called for each.
         known: path -> result of an earlier check; these images are not decoded again.
         keep_truncated: describe images that decode except for their end like any other, but report them.
 
@@ -191,14 +193,12 @@ def check_images(
             paths[str(split.path(image))] = None
     by_path: dict[str, ImageInfo] = dict(known or {})
     paths = {path: None for path in paths if path not in by_path}
-    if progress is not None:
-        progress(0, len(paths))
-    with warnings.catch_warnings():
+    with progress(len(paths), "images") if progress else nullcontext() as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's warnings; those that matter become findings
         for path, info in zip(paths, _inspect_all(list(paths), workers, processes), strict=True):
             by_path[path] = info
-            if progress is not None and (len(by_path) % 16 == 0 or len(by_path) == len(paths)):
-                progress(len(by_path), len(paths))
+            if bar is not None:
+                bar.advance()
     for path, info in by_path.items() if keep_truncated else ():
         if info.fault is not None and info.fault[0] == "image-truncated":
             by_path[path] = _inspect_truncated(path, info)

@@ -66,7 +66,7 @@ def build(only: str | None = None, *, names_only: bool = False) -> typer.Typer:
         if only is not None and name != only:
             continue
         if names_only:
-            app.command(name=name, short_help=short)(_without_options)
+            app.command(name=name, short_help=short)(lambda: None)
             continue
         target = getattr(import_module(f"rtdetr_cli.cli.{module_name}"), attribute)
         if isinstance(target, typer.Typer):
@@ -74,10 +74,6 @@ def build(only: str | None = None, *, names_only: bool = False) -> typer.Typer:
         else:
             app.command(name=name, short_help=short)(target)
     return app
-
-
-def _without_options() -> None:
-    """Stand in for a command that is only listed."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -90,12 +86,8 @@ def run(argv: Sequence[str]) -> int:
         sys.stdout.write(f"rtdetr {__version__}\n")
         return 0
     arguments[:1] = [COMMAND_ALIASES.get(word, word) for word in arguments[:1]]
-    name = arguments[0] if arguments and arguments[0] in COMMANDS else None
-    completing = (
-        "_RTDETR_COMPLETE" in os.environ
-    )  # a shell that asks for completions passes the words in the environment
-    if completing:
-        name = None
+    completing = "_RTDETR_COMPLETE" in os.environ  # a shell that asks for completions passes the words there
+    name = arguments[0] if arguments and arguments[0] in COMMANDS and not completing else None
     try:
         command = typer.main.get_command(build(name, names_only=name is None and not completing))
         if name is None:  # typer puts groups last

@@ -150,7 +150,6 @@ def _calibration(
 
 
 def _show(rows: list[Row], document: dict[str, Any]) -> None:
-    """Print the table."""
     from rtdetr_cli.workflows.benchmark_report import drop_constant_columns, table_rows
 
     machine = document["environment"]

@@ -93,7 +93,7 @@ def evaluate_command(
         if calibrate is not None:
             check_can_store(path)
         evaluated = evaluate_model(path, batch=batch_size, device=device, runtime=runtime, **common, **overrides)
-    _print_notes(evaluated, calibrating=calibrate is not None)
+    _print_notes(evaluated, overrides, calibrating=calibrate is not None)
     if evaluator == "pycocotools":
         terminal.say(PYCOCOTOOLS_LACKS)
     _report(
@@ -129,16 +129,21 @@ def _check_options(evaluator: str, fail_under: float | None, calibrate: str | No
         check_calibration(calibrate, split)
 
 
-def _print_notes(evaluated: EvaluatedModel, *, calibrating: bool) -> None:
-    evaluation = evaluated.evaluation
+def _print_notes(evaluated: EvaluatedModel, overrides: dict[str, Any], *, calibrating: bool) -> None:
+    from rtdetr_cli.infer.duplicates import gamma_word
+    from rtdetr_cli.infer.selection import threshold_mismatch
+
+    evaluation, backend = evaluated.evaluation, evaluated.backend
     for note in evaluation.notes:
         terminal.warn(note)
-    if calibrating and evaluated.overrides:
-        terminal.warn(
-            f"the thresholds are for the model with {evaluated.overrides}: use the same flags in export and predict"
-        )
-    elif evaluated.thresholds_warning and not calibrating:
-        terminal.warn(evaluated.thresholds_warning)
+    if calibrating:
+        flags = {name: overrides[name] for name in ("layers", "queries")}
+        flags["imgsz"] = "x".join(map(str, overrides["imgsz"] or ()))
+        flags["dedupe"] = "" if overrides["dedupe"] is None else gamma_word(overrides["dedupe"])
+        if given := " ".join(f"--{name} {value}" for name, value in flags.items() if value):
+            terminal.warn(f"the thresholds are for the model with {given}: use the same flags in export and predict")
+    elif backend and (mismatch := threshold_mismatch(backend.header, backend.imgsz)):
+        terminal.warn(mismatch[0])
     for name, reason in evaluation.unreadable[:5]:
         terminal.warn(f"{name}: {reason}")
 
@@ -153,9 +158,9 @@ def _report(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    """Compute the requested extras, and print and write everything."""
     from rtdetr_cli.evaluate.bootstrap import small_split_warning
     from rtdetr_cli.evaluate.error_analysis import analyze_errors
+    from rtdetr_cli.evaluate.results import coco_results
 
     evaluation = evaluated.evaluation
     document = evaluation.to_json() | {"model": evaluated.facts}
@@ -174,7 +179,8 @@ def _report(
         document["gate"] = {"fail_under": fail_under, "passed": passed}
     saved = {}
     if save_json is not None:
-        saved["results"] = _save_results(save_json, evaluation)
+        write_text(save_json, json.dumps(coco_results(evaluation.dataset, evaluation.table)))
+        saved["results"] = str(save_json)
     if html is not None:
         from rtdetr_cli.evaluate.report import write_page
 
@@ -201,11 +207,7 @@ def _report(
         terminal.warn(warning)
     if not passed:
         reason = "AP is not defined" if ap is None else f"AP {ap:.4f} is below {fail_under:g}"
-        failure = GateError(f"{reason} (--fail-under)", code="fail-under")
-        if not as_json:
-            raise failure
-        terminal.complain(failure.message)  # stdout already has its one document
-        raise typer.Exit(failure.exit_code)
+        terminal.fail(GateError(f"{reason} (--fail-under)", code="fail-under"))
     if not as_json and "model" in evaluated.facts:
         _show_next(Path(evaluated.facts["model"]), evaluated.source)
 
@@ -240,18 +242,10 @@ def _calibrate(evaluated: EvaluatedModel, target: str) -> tuple[Thresholds, dict
     """Find thresholds, store them in the model, and look for exports that carry other ones."""
     from rtdetr_cli.evaluate.thresholds import calibrate_model, export_folders, stale_exports
 
-    evaluation, facts = evaluated.evaluation, evaluated.facts
-    path = Path(facts["model"])
-    height, width = facts["imgsz"]
-    thresholds, notes, header = calibrate_model(
-        path,
-        evaluation,
-        target,
-        class_names=evaluated.class_names,
-        imgsz=(height, width),
-        layers=facts["layers"],
-        queries=facts["queries"],
-    )
+    evaluation = evaluated.evaluation
+    path = Path(evaluated.facts["model"])
+    assert evaluated.backend is not None
+    thresholds, notes, header = calibrate_model(path, evaluation, target, evaluated.backend)
     for note in notes:
         terminal.warn(note)
     stale = [str(export) for export in stale_exports(path, header)]
@@ -271,13 +265,6 @@ def _calibrate(evaluated: EvaluatedModel, target: str) -> tuple[Thresholds, dict
         "stale_exports": stale,
         "export_folders": folders,
     }
-
-
-def _save_results(path: Path, evaluation: Evaluation) -> str:
-    from rtdetr_cli.evaluate.results import coco_results
-
-    write_text(path, json.dumps(coco_results(evaluation.dataset, evaluation.table)))
-    return str(path)
 
 
 def _print_metrics(document: dict[str, Any], model: str, interval: Interval | None) -> None:

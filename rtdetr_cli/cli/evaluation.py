@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rtdetr_cli.cli import terminal
+from rtdetr_cli.cli.select import open_model
 from rtdetr_cli.config.settings import MAX_BATCH
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.text import whole_number
 
 if TYPE_CHECKING:
     from rtdetr_cli.evaluate.run import Evaluation
+    from rtdetr_cli.infer.backend import Backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,18 +25,14 @@ class EvaluatedModel:
     Attributes:
         source: path of the dataset.
         facts: about the model, for the JSON document.
-        class_names: the model's; empty for detections from a file.
-        overrides: the flags that changed the model, such as `--layers 1 --queries 50`.
-        thresholds_warning: says that the stored thresholds were calibrated with other layers, queries or size.
+        backend: the open model; None for detections from a file.
         notes: how the split was chosen.
     """
 
     evaluation: Evaluation
     source: Path
     facts: dict[str, Any]
-    class_names: tuple[str, ...] = ()
-    overrides: str = ""
-    thresholds_warning: str = ""
+    backend: Backend | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -91,24 +89,13 @@ def evaluate_model(
     """
     from rtdetr_cli.evaluate.run import evaluate
     from rtdetr_cli.evaluate.source import choose_split
-    from rtdetr_cli.infer.backend import CAUTIONS, default_batch, open_backend
-    from rtdetr_cli.infer.duplicates import gamma_word
-    from rtdetr_cli.infer.exported import MANY_IMAGES, choose_file
-    from rtdetr_cli.infer.selection import threshold_mismatch
+    from rtdetr_cli.infer.backend import CAUTIONS, default_batch
+    from rtdetr_cli.infer.exported import MANY_IMAGES
     from rtdetr_cli.weights.binding import modification_warning
 
     if data is not None and not data.exists():
         choose_split(data, split=split)  # raises the error of a missing dataset before the model is loaded
-    opened, why = choose_file(
-        runtime,
-        path,
-        images=MANY_IMAGES,  # a split has many
-        device=device,
-        changed=any(value is not None for value in overrides.values()),
-    )
-    if why:
-        terminal.say(why)
-    backend = open_backend(opened, device=device, **overrides)
+    backend = open_model(path, runtime, images=MANY_IMAGES, device=device, **overrides)  # a split has many
     header = backend.header
     for warning in (CAUTIONS.get(device), modification_warning(path, header)):
         if warning:
@@ -120,27 +107,14 @@ def evaluate_model(
     with terminal.progress(len(selected.dataset), "eval") as bar:
         batch = batch or default_batch(backend, device)
         evaluation = evaluate(backend, selected.dataset, batch=batch, progress=bar.advance, evaluator=evaluator)
-    layers, queries, imgsz = (overrides.get(name) for name in ("layers", "queries", "imgsz"))
     facts = {
         "model": str(path),
         "kind": backend.kind,
         "imgsz": list(backend.imgsz),
         "identity": header.identity,
-        "layers": layers or header.layers or None,
-        "queries": queries or header.queries,
+        "layers": header.layers or None,
+        "queries": header.queries,
         "sampling": header.sampling,
         "dedupe": backend.dedupe,
     }
-    flags = {"--layers": layers, "--queries": queries, "--imgsz": "x".join(map(str, imgsz or ()))}
-    if overrides.get("dedupe") is not None:
-        flags["--dedupe"] = gamma_word(overrides["dedupe"])
-    mismatch = threshold_mismatch(header, backend.imgsz)
-    return EvaluatedModel(
-        evaluation,
-        selected.source,
-        facts,
-        header.names,
-        " ".join(f"{flag} {value}" for flag, value in flags.items() if value),
-        mismatch[0] if mismatch else "",
-        selected.notes,
-    )
+    return EvaluatedModel(evaluation, selected.source, facts, backend, selected.notes)

@@ -132,10 +132,16 @@ def export(
         out=out,
         bundle=bundle,
     )
-    setting = {"sampling": sampling, "layers": layers, "queries": queries}
     for note in plan.notes:
         terminal.say(note)
-    events = plan.events(setting, dedupe=gamma, tol_ap=tol_ap, calibration_images=calibration_images)
+    events = plan.events(
+        sampling=sampling,
+        layers=layers,
+        queries=queries,
+        dedupe=gamma,
+        tol_ap=tol_ap,
+        calibration_images=calibration_images,
+    )
     _run(plan, events, bundle, as_json=as_json)
 
 
@@ -199,7 +205,6 @@ def _render(events: Iterable[ExportEvent], runs: int | None) -> tuple[list[Artef
 
 
 def _show(artefacts: Sequence[Artefact]) -> None:
-    """Print what was exported."""
     columns = ["file", "precision", "MB", "matched", "score error", "AP model", "AP export", "verification"]
     if any(a.latencies_ms for a in artefacts):
         columns.append("network ms")

@@ -57,22 +57,22 @@ def finetune_discrete(
     if resume is not None and (model is not None or flags or set_values):
         hint = f"rtdetr finetune-discrete --resume {resume}"
         raise UsageError("--resume takes the model and all settings from the run", hint=hint)
-    path = resolve_model(model) if resume is None else None
-    if path is not None and path.suffix.lower() in EXPORT_SUFFIXES:
-        hint = "pass the model that it was exported from"
-        raise UsageError(f"{path} is an exported file, which cannot be trained", hint=hint)
     if resume is not None:
         RunFolder.open(resume)
-    if "data" in flags:
-        require_dataset(flags["data"])
+    else:
+        path = resolve_model(model)
+        if path.suffix.lower() in EXPORT_SUFFIXES:
+            hint = "pass the model that it was exported from"
+            raise UsageError(f"{path} is an exported file, which cannot be trained", hint=hint)
+        if "data" in flags:
+            require_dataset(flags["data"])
 
     from rtdetr_cli.train.stop import stop_on_signals
     from rtdetr_cli.weights.load import load_model
     from rtdetr_cli.workflows.finetune import refuse_early
     from rtdetr_cli.workflows.finetune_discrete import FinetuneDiscrete, open_stage, plan_discrete
 
-    if path is None:
-        assert resume is not None
+    if resume is not None:
         path, config = open_stage(resume)
     else:
         config = plan_discrete(path, load_model(path)[1], flags, sets=set_values or [])
@@ -98,10 +98,7 @@ def finetune_discrete(
             message = f"discrete sampling lost {outcome.drop:.3f} AP, more than --max-drop {outcome.max_drop:g}"
             code = "max-drop"
         hint = f"the files are kept in {outcome.run}; train longer with --epochs, or keep the original model"
-        if not as_json:
-            raise GateError(message, hint=hint, code=code)
-        terminal.complain(message, hint)  # the result on stdout stays the only document
-        raise typer.Exit(GateError.exit_code)
+        terminal.fail(GateError(message, hint=hint, code=code))
 
 
 def _train(stage: FinetuneDiscrete, stop: StopFlag) -> None:

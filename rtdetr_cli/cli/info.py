@@ -67,7 +67,6 @@ def _checkpoint(path: Path) -> dict[str, Any] | None:
 
 
 def _arrays(value: object) -> Iterator[Any]:
-    """Yield the tensors in nested containers."""
     if hasattr(value, "nbytes") and hasattr(value, "dtype"):
         yield value
     elif isinstance(value, dict | list | tuple):

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -27,7 +27,7 @@ from rtdetr_cli.cli.options import (
     SizeOption,
     ThreadsOption,
 )
-from rtdetr_cli.cli.select import parse_size
+from rtdetr_cli.cli.select import open_model, parse_size
 from rtdetr_cli.config.settings import MAX_BATCH
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 from rtdetr_cli.runs import make_numbered
@@ -35,7 +35,7 @@ from rtdetr_cli.text import abbreviate, counted, printable
 from rtdetr_cli.weights.header import EXPORT_SUFFIXES
 
 if TYPE_CHECKING:
-    from rtdetr_cli.datasets.records import Splits
+    from rtdetr_cli.datasets.records import Category
     from rtdetr_cli.infer.backend import Backend
     from rtdetr_cli.infer.selection import Selection
     from rtdetr_cli.infer.sources import Source
@@ -95,9 +95,12 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON document per image to stdout.")] = False,
 ) -> None:
     """Detect objects in images and videos, and write annotated copies; skip files that cannot be read (exit code 1)."""
+    from rtdetr_cli.infer.backend import name_classes
     from rtdetr_cli.infer.duplicates import parse_dedupe
+    from rtdetr_cli.infer.exported import MANY_IMAGES
     from rtdetr_cli.infer.selection import parse_conf, select_by
     from rtdetr_cli.infer.sources import find_sources
+    from rtdetr_cli.infer.write import Results, coco_image_ids
 
     # Check the options before any file is opened.
     terminal.forbid_downloads(offline)
@@ -105,74 +108,38 @@ def predict(
     if save_conf and not save_txt:
         raise UsageError("--save-conf adds scores to the files of --save-txt", hint="--save-txt --save-conf")
     parse_conf(conf)
-    size = parse_size(imgsz) if imgsz else None
-    changes = {
-        "imgsz": size,
-        "layers": layers,
-        "queries": queries,
-        "sampling": sampling,
-        "dedupe": parse_dedupe(dedupe),
-    }
+    changes: dict[str, Any] = {"layers": layers, "queries": queries, "sampling": sampling}
+    changes |= {"imgsz": parse_size(imgsz) if imgsz else None, "dedupe": parse_dedupe(dedupe)}
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a file name need not be UTF-8
     found = find_sources(sources, sys.stdin)
     model = _find_model(weights)
-    dataset = _load_dataset(data) if data is not None else None
-
-    backend = _open(model, found, runtime, dataset, changes, device=device, threads=threads)
+    categories, ids = _load_dataset(data)
+    images = max(len(found), MANY_IMAGES * any(source.video for source in found))
+    backend = open_model(model, runtime, images=images, device=device, threads=threads, **changes)
+    if categories and not backend.header.names:
+        name_classes(backend, [c.name for c in categories], [c.id for c in categories])
     selection = select_by(backend.header, conf=conf, classes=classes, max_det=max_det)
     kinds = {"annotated copies": save, "predictions.jsonl": save_json, "predictions.json": save_coco}
     kinds["labels/"] = save_txt
     folder = _make_folder(out, found, draw=save) if any(kinds.values()) else None
     _show_model(model, backend, selection, found, device=device, compare=conf == "auto")
-    files = {"lines": save_json, "coco": save_coco, "txt": save_txt, "scores": save_conf}
-    results = _open_results(folder, backend, found, dataset, files) if folder is not None else None
-    run = _Run(backend, selection, results, batch=batch, draw_to=folder if save else None, as_json=as_json)
+    results: Results | None = None
+    if folder is not None:
+        files = {"lines": save_json, "coco": save_coco, "txt": save_txt, "scores": save_conf}
+        results = Results(folder, names=backend.header.names, image_ids=coco_image_ids(found, ids), **files)
+    run = _Run(found, backend, selection, results, batch=batch, draw_to=folder if save else None, as_json=as_json)
     try:
-        run.predict(found)
+        run.predict()
     finally:
         if results is not None:
             results.close()
         if folder is not None and out is None and not any(folder.iterdir()):
             folder.rmdir()  # nothing could be read
     run.report(model, folder, [kind for kind, wanted in kinds.items() if wanted])
-    _raise_errors(found, run.errors, run.truncated)
+    run.raise_errors()
     if not as_json and run.classes:
         _show_next(model)
-
-
-def _open(
-    model: Path,
-    sources: Sequence[Source],
-    runtime: str,
-    dataset: Splits | None,
-    changes: Mapping[str, Any],
-    *,
-    device: str,
-    threads: int | None,
-) -> Backend:
-    """Open the model, or its export where `--backend auto` may use it; `changes` are those of `open_backend`."""
-    from rtdetr_cli.infer.backend import name_classes, open_backend
-    from rtdetr_cli.infer.exported import MANY_IMAGES, choose_file
-
-    images = max(len(sources), MANY_IMAGES * any(source.video for source in sources))
-    changed = any(value is not None for value in changes.values())
-    opened, why = choose_file(runtime, model, images=images, device=device, changed=changed)
-    if why:
-        terminal.say(why)
-    backend = open_backend(opened, device=device, threads=threads, **changes)
-    if dataset is not None and not backend.header.names:
-        name_classes(backend, [c.name for c in dataset.categories], [c.id for c in dataset.categories])
-    return backend
-
-
-def _open_results(
-    folder: Path, backend: Backend, sources: Sequence[Source], dataset: Splits | None, files: Mapping[str, bool]
-) -> Results:
-    from rtdetr_cli.infer.write import Results, coco_image_ids
-
-    ids = coco_image_ids(sources, None if dataset is None else _image_ids(dataset))
-    return Results(folder, names=backend.header.names, image_ids=ids, **files)
 
 
 def _show_next(model: Path) -> None:
@@ -211,20 +178,20 @@ def _find_model(weights: Path | None) -> Path:
     return hub.fetch(DEFAULT_MODEL, progress=terminal.transfer, notify=terminal.say)
 
 
-def _load_dataset(data: Path) -> Splits:
+def _load_dataset(data: Path | None) -> tuple[Sequence[Category], dict[str, int]]:
+    """Return the classes of a dataset, and the ids of its images by their file names; nothing without a dataset."""
+    if data is None:
+        return (), {}
     from rtdetr_cli.checks.load import load_splits
 
-    return load_splits(data)
-
-
-def _image_ids(splits: Splits) -> dict[str, int]:
-    """Return the ids of a dataset's images by their file names."""
-    return {
+    splits = load_splits(data)
+    ids = {
         Path(file).name: image_id
         for split in (splits.train, splits.val, splits.test)
         if split is not None
         for file, image_id in zip(split.file_names, split.image_ids.tolist(), strict=True)
     }
+    return splits.categories, ids
 
 
 def _show_model(
@@ -291,6 +258,7 @@ class _Run:
 
     def __init__(
         self,
+        sources: Sequence[Source],
         backend: Backend,
         selection: Selection,
         results: Results | None,
@@ -299,28 +267,27 @@ class _Run:
         draw_to: Path | None,
         as_json: bool,
     ) -> None:
-        self.backend, self.selection, self.results = backend, selection, results
+        self.sources, self.backend, self.selection, self.results = sources, backend, selection, results
         self.batch, self.draw_to, self.as_json = batch, draw_to, as_json
         self.images = self.frames = self.overlaps = self.truncated = 0
         self.classes: Counter[str] = Counter()
         self.empty: list[str] = []
         self.best_score: float | None = None
         self.errors: list[RtdetrError] = []
-        self.alone = self.interrupted = False
+        self.interrupted = False
         self.start = time.monotonic()
 
-    def predict(self, sources: Sequence[Source]) -> None:
+    def predict(self) -> None:
         """Predict videos one by one and the images between them in batches, until Ctrl-C."""
-        self.alone = len(sources) == 1
         try:
-            for is_video, group in groupby(sources, key=lambda source: source.video):
+            for is_video, group in groupby(self.sources, key=lambda source: source.video):
                 if is_video:
                     for source in group:
                         self._predict_video(source)
                 else:
                     self._predict_images(list(group))
         except KeyboardInterrupt:
-            terminal.say(f"interrupted; predicted so far: {self.counted()}, of {_count(sources)}")
+            terminal.say(f"interrupted; predicted so far: {self.counted()}, of {_count(self.sources)}")
             self.interrupted = True
 
     def _predict_images(self, sources: Sequence[Source]) -> None:
@@ -366,9 +333,8 @@ class _Run:
             terminal.warn(f"{source.path} is truncated: it ends after {frames} of {video.frames} frames")
 
     def _add(self, event: Predicted, *, print_line: bool) -> None:
-        """Count a result, write it to the result files, and print it."""
         from rtdetr_cli.infer.selection import overlaps
-        from rtdetr_cli.infer.write import image_document, json_line
+        from rtdetr_cli.infer.write import image_document
 
         source, detections = str(event.source), event.detections
         self.images += 1
@@ -382,7 +348,7 @@ class _Run:
         if self.results is not None:
             self.results.add(event.source, detections, frame=event.frame)
         if print_line and self.as_json:
-            terminal.out(json_line(image_document(source, detections, frame=event.frame)))
+            terminal.emit_json(image_document(source, detections, frame=event.frame))
         elif print_line:
             width, height = detections.size_wh
             size = f"{height}x{width} px"
@@ -390,7 +356,7 @@ class _Run:
 
     def _add_error(self, error: RtdetrError) -> None:
         self.errors.append(error)
-        if not self.alone:  # the error of a single source ends the command
+        if len(self.sources) > 1:  # the error of a single source ends the command
             terminal.complain(error.message)
 
     def counted(self) -> str:
@@ -452,6 +418,28 @@ class _Run:
             hint += ", and rtdetr eval --calibrate f1 finds thresholds for this model"
         return hint
 
+    def raise_errors(self) -> None:
+        """Raise an error that sums up unreadable sources and truncated videos, if there are any."""
+        errors, truncated = self.errors, self.truncated
+        if errors and len(self.sources) == 1:
+            raise errors[0]
+        are = "is" if truncated == 1 else "are"
+        if errors:
+            rest = "; the others were processed" if len(errors) < len(self.sources) else ""
+            if truncated:
+                rest = f", and {truncated} {are} truncated"
+            raise RtdetrError(
+                f"{len(errors)} of {_count(self.sources)} could not be read{rest}",
+                hint="see the errors above",
+                code="images-unreadable",
+            )
+        if truncated:
+            raise RtdetrError(
+                f"{truncated} of {_count([source for source in self.sources if source.video])} {are} truncated",
+                hint="the frames up to the end of the file were processed; copy or download the file again",
+                code="video-cut-off",
+            )
+
 
 @contextmanager
 def _progress(total: int | None, what: str, *, show: bool = True, lines: bool = True) -> Iterator[Callable[[], None]]:
@@ -463,30 +451,7 @@ def _progress(total: int | None, what: str, *, show: bool = True, lines: bool = 
         yield bar.advance
 
 
-def _raise_errors(sources: Sequence[Source], errors: Sequence[RtdetrError], truncated: int) -> None:
-    """Raise an error that sums up unreadable sources and truncated videos, if there are any."""
-    if errors and len(sources) == 1:
-        raise errors[0]
-    are = "is" if truncated == 1 else "are"
-    if errors:
-        rest = "; the others were processed" if len(errors) < len(sources) else ""
-        if truncated:
-            rest = f", and {truncated} {are} truncated"
-        raise RtdetrError(
-            f"{len(errors)} of {_count(sources)} could not be read{rest}",
-            hint="see the errors above",
-            code="images-unreadable",
-        )
-    if truncated:
-        raise RtdetrError(
-            f"{truncated} of {_count([source for source in sources if source.video])} {are} truncated",
-            hint="the frames up to the end of the file were processed; copy or download the file again",
-            code="video-cut-off",
-        )
-
-
 def _count(sources: Sequence[Source]) -> str:
-    """Return the number of images and videos in words."""
     videos = sum(source.video for source in sources)
     images = len(sources) - videos
     return " and ".join(counted(n, noun) for n, noun in ((images, "image"), (videos, "video")) if n)

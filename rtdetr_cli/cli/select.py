@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from rtdetr_cli.cli import terminal
 from rtdetr_cli.config.image_size import parse_image_size
 from rtdetr_cli.errors import ModelError, RtdetrError, UsageError
 from rtdetr_cli.runs import BEST, RunFolder, find_runs
 from rtdetr_cli.weights.header import MODEL_SUFFIXES, TRANSFORMERS_TENSORS
+
+if TYPE_CHECKING:
+    from rtdetr_cli.infer.backend import Backend
 
 CHECKPOINT_SUFFIX = ".ckpt"
 
@@ -28,16 +33,12 @@ def resolve_model(model: Path | None, *, runs: Path = Path("runs")) -> Path:
             code="run-missing",
         )
     newest = candidates[-1]
-    caveat = newest.caveat()
     finished = next((run for run in reversed(candidates) if not run.caveat()), None)
+    run, description = finished or newest, "the newest run"
     if finished is None:
-        run, description = newest, f"the newest run, {caveat}"
-    elif caveat:
-        run, description = finished, f"the newest finished run; {newest.path} is newer, but {caveat}"
-    else:
-        run, description = newest, "the newest run"
-    from rtdetr_cli.cli import terminal
-
+        description += f", {newest.caveat()}"
+    elif finished is not newest:
+        description = f"the newest finished run; {newest.path} is newer, but {newest.caveat()}"
     terminal.say(f"model {run.best} ({description})")
     return run.best
 
@@ -74,6 +75,23 @@ def model_file(model: Path) -> Path:
         hint = f"{use}models end in {', '.join(MODEL_SUFFIXES)}"
         raise ModelError(f"{model} is not a model file", hint=hint, code="model-foreign")
     return model
+
+
+def open_model(
+    model: Path, runtime: str, *, images: int, device: str, threads: int | None = None, **changes: Any
+) -> Backend:
+    """Open a model to predict `images` with, or its export where `--backend auto` may use it.
+
+    `changes` are the options of `open_backend` that change the model.
+    """
+    from rtdetr_cli.infer.backend import open_backend
+    from rtdetr_cli.infer.exported import choose_file
+
+    changed = any(value is not None for value in changes.values())
+    opened, why = choose_file(runtime, model, images=images, device=device, changed=changed)
+    if why:
+        terminal.say(why)
+    return open_backend(opened, device=device, threads=threads, **changes)
 
 
 def model_name(model: Path) -> Path:

@@ -15,10 +15,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
+from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.text import json_text, printable, printable_lines
 
 if TYPE_CHECKING:
@@ -48,8 +49,9 @@ def command_group(help_text: str) -> typer.Typer:
 
 def say(text: str, *, label: str = "", color: str = "") -> None:
     """Write a line for people, after a colored label; control characters from files and names are escaped."""
-    start = paint(label, color) + " " if label else ""
-    sys.stderr.write(start + printable_lines(text) + "\n")
+    if label and is_terminal() and not os.environ.get("NO_COLOR"):
+        label = f"\033[{color}m{label}\033[0m"
+    sys.stderr.write(label + " " * bool(label) + printable_lines(text) + "\n")
     sys.stderr.flush()
 
 
@@ -64,6 +66,12 @@ def complain(message: str, hint: str = "") -> None:
     if hint:
         say("")
         give_hint(hint)
+
+
+def fail(error: RtdetrError) -> NoReturn:
+    """Write an error and exit with its code, where stdout has its one document already."""
+    complain(error.message, error.hint)
+    raise typer.Exit(error.exit_code)
 
 
 def give_hint(text: str) -> None:
@@ -105,13 +113,6 @@ def is_terminal(stream: Any = None) -> bool:
     """Return whether a stream (stderr by default) is a terminal that can redraw a line."""
     stream = stream or sys.stderr
     return bool(stream.isatty()) and os.environ.get("TERM") != "dumb"
-
-
-def paint(text: str, code: str) -> str:
-    """Color text for a terminal; leave it as it is in a pipe or under NO_COLOR."""
-    if not is_terminal() or os.environ.get("NO_COLOR"):
-        return text
-    return f"\033[{code}m{text}\033[0m"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> None:

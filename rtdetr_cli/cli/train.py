@@ -14,7 +14,6 @@ from rtdetr_cli.cli.options import JsonFlag, OfflineFlag
 from rtdetr_cli.cli.setting_flags import TRAIN_FLAGS, SetFlag, with_setting_flags
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.runs import RunFolder
-from rtdetr_cli.text import abbreviate
 
 if TYPE_CHECKING:
     from rtdetr_cli.config.run import RunConfig
@@ -56,19 +55,19 @@ def train(
         if (named := flags.get("data")) is not None and Path(named).resolve() != dataset.resolve():
             raise UsageError(f"two datasets given: {dataset} and --data {named}", hint=f"rtdetr train {dataset}")
         flags["data"] = str(dataset)
-    config, inherited = None, list[str]()
-    if resume is not None and os.environ.get("RANK", "0") == "0":  # before torch is loaded
-        RunFolder.open(resume)
+    config, note = None, ""
     if resume is None:
-        config, weights, inherited = launching.resolve_training(flags, sets=sets, config_file=config_file)
+        config, note = launching.resolve_training(flags, sets=sets, config_file=config_file)
+    elif os.environ.get("RANK", "0") == "0":  # before torch is loaded
+        RunFolder.open(resume)
 
     from rtdetr_cli.train.processes import launched
     from rtdetr_cli.train.stop import stop_on_signals
     from rtdetr_cli.workflows import finetune as workflow
 
     first_process = not launched() or os.environ["RANK"] == "0"
-    if inherited and first_process:
-        terminal.say(f"from {weights}: {abbreviate(inherited, 5)}")
+    if note and first_process:
+        terminal.say(note)
     _start_processes(config, resume, flags, sets, ["--dry-run"] * dry_run + ["--json"] * as_json)
 
     with stop_on_signals() as stop:

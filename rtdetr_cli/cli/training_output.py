@@ -312,7 +312,7 @@ def dry_run_warnings(result: DryRunResult) -> list[str]:
 def _dry_run_document(result: DryRunResult, started: RunStarted) -> dict[str, Any]:
     names = ("micro_batch", "memory_bytes", "memory_total", "disk_bytes", "disk_free", "export_bytes")
     return {
-        "plan": [{"name": c.name, "value": c.value, "reason": c.reason} for c in started.choices],
+        "plan": [asdict(choice) for choice in started.choices],
         "seconds": {
             "step": result.step_seconds,
             "worst_step": result.worst_seconds,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -23,7 +22,6 @@ from rtdetr_cli.text import counted, printable, suggest, tally
 if TYPE_CHECKING:
     from rtdetr_cli.checks.doctor import Report
     from rtdetr_cli.checks.repair.plan import LeftOut
-    from rtdetr_cli.weights.download import Progress
 
 MISSING_LABELS = ("drop", "empty")
 FORMATS = ("coco", "yolo", "voc")
@@ -36,10 +34,10 @@ CHANGED = {
 """What --resplit and --convert change in a dataset without errors: code -> noun."""
 
 DROPPED = {
-    "label-missing": ("unlabelled", "without a label file"),
-    "image-elsewhere": ("outside", "outside the dataset's folder (--allow-outside copies them)"),
+    "label-missing": ("unlabelled", "keep_unlabelled", "without a label file"),
+    "image-elsewhere": ("outside", "allow_outside", "outside the dataset's folder (--allow-outside copies them)"),
 }
-"""Images that --resplit and --convert leave out: code -> JSON key and reason."""
+"""Images that --resplit and --convert leave out: code -> JSON key, what keeps them, and reason."""
 
 
 def validate(
@@ -99,32 +97,31 @@ def validate(
 
     from rtdetr_cli.checks.doctor import examine
 
-    with ExitStack() as stack:
-        progress = _Images(stack).advance
-        report = examine(
-            data,
-            images=images,
-            imgsz=size,
-            decode=not fast,
-            processes=True,
-            progress=progress,
-            keep_truncated=keep_truncated,
-        )
+    report = examine(
+        data,
+        images=images,
+        imgsz=size,
+        decode=not fast,
+        processes=True,
+        progress=terminal.progress,
+        keep_truncated=keep_truncated,
+    )
     document: dict[str, Any] = report.to_json()
     failed = _has_failed(report, strict)
     if not as_json:
         _show(report)
     if html is not None:
-        _write_page(report, html, document, as_json)
-    keep_unlabelled, copy = missing_labels == "empty", None
+        from rtdetr_cli.checks.page import write_page
+
+        write_page(report, html)
+        document["html"] = str(html)
+        if not as_json:
+            terminal.say(f"report  {html}")
+    kept, copy = {"keep_unlabelled": missing_labels == "empty", "allow_outside": allow_outside}, None
     if fix is not None:
-        kept = {"keep_unlabelled": keep_unlabelled, "allow_outside": allow_outside}
         failed, copy = _fix(report, fix, kept, keep_truncated, document, as_json, strict)
     if to is not None:
-        dropped = {"label-missing": not keep_unlabelled, "image-elsewhere": not allow_outside}
-        counts = report.drop_images(*(code for code, drop in dropped.items() if drop))
-        document |= {DROPPED[code][0]: count for code, count in counts.items()}
-        copy = _write(report, images, fractions, convert, to, seed, document, as_json)
+        copy = _write(report, images, fractions, convert, to, seed, kept, document, as_json)
     if as_json:
         terminal.emit_json(document)
     else:
@@ -132,33 +129,9 @@ def validate(
     return DataError.exit_code if failed else 0
 
 
-def _write_page(report: Report, html: Path, document: dict[str, Any], as_json: bool) -> None:
-    from rtdetr_cli.checks.page import write_page
-
-    write_page(report, html)
-    document["html"] = str(html)
-    if not as_json:
-        terminal.say(f"report  {html}")
-
-
 def _has_failed(report: Report, strict: bool) -> bool:
     counts = report.counts()
     return bool(counts["error"] or (strict and counts["warning"]))
-
-
-class _Images:
-    """A bar of decoded images, which appears with the first one."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self.stack, self.done = stack, 0
-        self.bar: Progress | None = None
-
-    def advance(self, done: int, total: int) -> None:
-        """Report `done` of `total` images as decoded."""
-        if self.bar is None:
-            self.bar = self.stack.enter_context(terminal.progress(total, "images"))
-        self.bar.advance(done - self.done)
-        self.done = done
 
 
 def _check_choices(convert: str | None, missing_labels: str, html: Path | None) -> None:
@@ -323,7 +296,6 @@ def _fix(
 
 
 def _show_left_out(images: Sequence[LeftOut], *, keep_truncated: bool) -> None:
-    """List the images that are not in the copy, with their boxes."""
     if images:
         boxes = counted(sum(left.boxes for left in images), "box")
         terminal.out(f"left out: {counted(len(images), 'image')} with {boxes}")
@@ -348,6 +320,7 @@ def _write(
     convert: str | None,
     to: Path,
     seed: int,
+    kept: dict[str, bool],
     document: dict[str, Any],
     as_json: bool,
 ) -> Path:
@@ -360,6 +333,8 @@ def _write(
     from rtdetr_cli.datasets.splits import to_splits
     from rtdetr_cli.datasets.write import write_dataset
 
+    dropped = report.drop_images(*(code for code, (_, option, _) in DROPPED.items() if not kept[option]))
+    document |= {DROPPED[code][0]: count for code, count in dropped.items()}
     errors = report.counts()["error"]
     if errors:
         raise DataError(
@@ -394,7 +369,7 @@ def _write(
         if by_code:
             items = (f"{counted(count, CHANGED[what][code])} ({code})" for code, count in by_code.items())
             terminal.out(f"{what.replace('_', ' ')}: {', '.join(items)}")
-    for key, why in DROPPED.values():
+    for key, _, why in DROPPED.values():
         if count := document.get(key):
             terminal.out(f"left out: {counted(count, 'image')} {why}")
     return data

@@ -63,9 +63,7 @@ def verify(
     if verdict.passed and verdict.weakness:
         terminal.warn(verdict.weakness)
     if not verdict.passed:
-        error = GateError(f"verification failed: {verdict.summary}", code="parity")
-        terminal.complain(error.message)
-        raise typer.Exit(error.exit_code)
+        terminal.fail(GateError(f"verification failed: {verdict.summary}", code="parity"))
 
 
 def _images(data: Path | None, model: Path, header: ModelHeader, split: str) -> Dataset | Sequence[Path]:
@@ -94,7 +92,6 @@ def _report(pair: FileCheck, verdict: Verdict, *, written: bool, as_json: bool) 
 
 
 def _figures(figures: dict[str, Any]) -> str:
-    """Return the main figures of a part in words."""
     if "why_not" in figures:
         return str(figures["why_not"])
     shown = {

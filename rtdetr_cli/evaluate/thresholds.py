@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from rtdetr_cli.weights.header import EXPORT_SUFFIXES, ModelHeader, Thresholds, 
 
 if TYPE_CHECKING:
     from rtdetr_cli.evaluate.run import Evaluation
+    from rtdetr_cli.infer.backend import Backend
 
 EXPORT_ORIGINAL = "export-original"
 MIN_BOXES = 30
@@ -238,26 +239,20 @@ def check_can_store(path: Path) -> None:
 
 
 def calibrate_model(
-    path: Path,
-    evaluation: Evaluation,
-    target: str,
-    *,
-    class_names: Sequence[str],
-    imgsz: tuple[int, int],
-    layers: int | None,
-    queries: int | None,
+    path: Path, evaluation: Evaluation, target: str, backend: Backend
 ) -> tuple[Thresholds, tuple[str, ...], ModelHeader]:
-    """Find the thresholds for an evaluation of a model and store them in its file.
+    """Find the thresholds for an evaluation of a model, which `backend` ran, and store them in its file.
 
-    `imgsz` (height, width), `layers` and `queries` are those that it was evaluated with; None if unknown. The tensors
-    and the identity stay the same.
+    The tensors and the identity stay the same.
 
     Returns:
         The thresholds in the labels of the dataset, notes for people, and the model's new header.
     """
     thresholds, notes = calibrate(evaluation.dataset, evaluation.table, evaluation.matches, target)
-    used = replace(thresholds, imgsz=imgsz, layers=layers, queries=queries, dedupe=evaluation.dedupe)
-    header = store_thresholds(path, used, map_classes(class_names, evaluation.dataset).labels)
+    ran = backend.header
+    layers, queries = ran.layers or None, ran.queries or None
+    used = replace(thresholds, imgsz=backend.imgsz, layers=layers, queries=queries, dedupe=evaluation.dedupe)
+    header = store_thresholds(path, used, map_classes(ran.names, evaluation.dataset).labels)
     return thresholds, notes, header
 
 

@@ -10,7 +10,6 @@ import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from rtdetr_cli.infer.backend import Backend, check_model_path, open_backend
 from rtdetr_cli.infer.graph import first_line
 from rtdetr_cli.infer.packages import has_package
 from rtdetr_cli.infer.timing import Spread, images_to_time, measure_steadily
-from rtdetr_cli.machine import cpu_count, cpu_name
+from rtdetr_cli.machine import cpu_count, cpu_name, installed_version
 from rtdetr_cli.weights.header import EXPORT_SUFFIXES
 from rtdetr_cli.workflows.benchmark_report import Row
 from rtdetr_cli.workflows.sweep import Setting, sweep_settings
@@ -276,8 +275,8 @@ def _row(plan: BenchmarkPlan, point: Point, backend: Backend, times: dict[str, S
         precision=precision,
         device=device_name(backend),
         imgsz=backend.imgsz,
-        layers=None if foreign else (point.setting.layers or header.layers or None),
-        queries=None if foreign else (point.setting.queries or header.queries),
+        layers=None if foreign else header.layers or None,
+        queries=None if foreign else header.queries,
         batch=plan.batch,
         times=times,
     )
@@ -298,10 +297,6 @@ def device_name(backend: Any) -> str:
 
 def environment() -> dict[str, Any]:
     """Return what the figures depend on: processor, cores, system and package versions."""
-    versions = {}
-    for package in dict.fromkeys((*PACKAGES.values(), "numpy", "pillow")):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    packages = dict.fromkeys((*PACKAGES.values(), "numpy", "pillow"))
+    versions = {package: version for package in packages if (version := installed_version(package))}
     return {"processor": cpu_name(), "cores": cpu_count(), "system": platform.platform(), "versions": versions}

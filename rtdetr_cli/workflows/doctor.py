@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
-from rtdetr_cli.machine import cpu_count, cpu_flags, cpu_name, free_bytes
+from rtdetr_cli.machine import cpu_count, cpu_flags, cpu_name, free_bytes, installed_version
 from rtdetr_cli.runs import nearest_existing
 
 GIB = 2**30
@@ -68,7 +68,7 @@ def inspect_machine(out: Path) -> list[Check]:
     extensions = [name for flag, name in EXTENSIONS.items() if flag in cpu_flags()]
     return [
         Check("python", "ok", f"{platform.python_version()} on {platform.platform(terse=True)}"),
-        Check("rtdetr-cli", "ok", _installed("rtdetr-cli") or "runs from a checkout, not installed"),
+        Check("rtdetr-cli", "ok", installed_version("rtdetr-cli") or "runs from a checkout, not installed"),
         *_packages(),
         *_name_clash(),
         Check("processor", "ok", ", ".join([cpu_name(), f"{cpu_count()} cores", *extensions])),
@@ -79,22 +79,14 @@ def inspect_machine(out: Path) -> list[Check]:
     ]
 
 
-def _installed(package: str) -> str:
-    """Return the installed version of a package, or an empty string."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
 def _packages() -> Iterator[Check]:
     for package, purpose in NEEDED.items():
-        if version := _installed(package):
+        if version := installed_version(package):
             yield Check(package, "ok", version)
         else:
             yield Check(package, "fail", "not installed", f"pip install {package}  ({purpose})", missing=package)
     for package, purpose in OPTIONAL.items():
-        version = _installed(package) or (_installed("mlflow-skinny") if package == "mlflow" else "")
+        version = installed_version(package) or (installed_version("mlflow-skinny") if package == "mlflow" else "")
         if not version:
             yield Check(package, "none", f"not installed: {purpose}")
         elif package == "tensorrt" and version.startswith(TENSORRT_CAUTION):
@@ -105,7 +97,7 @@ def _packages() -> Iterator[Check]:
 
 def _name_clash() -> Iterator[Check]:
     """Check whether another distribution, called `rtdetr`, owns the program of the same name."""
-    version = _installed("rtdetr")
+    version = installed_version("rtdetr")
     owners = {
         distribution.metadata["Name"]
         for distribution in metadata.distributions()

@@ -43,7 +43,7 @@ def measure_run(prepared: Prepared, micro_batch: int) -> DryRunResult:
         peak = memory.peak_bytes(learner.device)
         step_seconds = _time_real_steps(prepared, micro_batch)
     began = time.monotonic()
-    metrics, _ = Evaluator(prepared, Progress(micro_batch=micro_batch), StopFlag())(learner.average.module)
+    Evaluator(prepared, Progress(micro_batch=micro_batch), StopFlag())(learner.average.module)
     evaluation_seconds = time.monotonic() - began
     evaluations = sum(plan.evaluates(epoch) for epoch in range(plan.epochs))
     export_seconds, export_bytes = _time_export(prepared) if prepared.processes.is_main else (0.0, 0)
@@ -63,7 +63,6 @@ def measure_run(prepared: Prepared, micro_batch: int) -> DryRunResult:
         memory_total=memory_total,
         disk_bytes=run_bytes(learner.state_dict()),
         disk_free=shutil.disk_usage(nearest_existing(Path(settings.out))).free,
-        metrics=metrics,
     )
 
 

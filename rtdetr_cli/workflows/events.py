@@ -74,7 +74,6 @@ class DryRunResult:
     memory_total: int  # of the device
     disk_bytes: int  # that the run will keep
     disk_free: int
-    metrics: Mapping[str, float | None]  # before any training
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,18 +56,20 @@ class ExportPlan:
         formats = [f for f in options.formats if f != "rtx-fp16" or runs_here(options.targets, self.device)]
         return count_image_runs(formats, self.images)
 
-    def events(self, setting: Mapping[str, Any], *, dedupe: float | None, **details: Any) -> Iterator[ExportEvent]:
+    def events(
+        self, *, sampling: str | None, layers: int | None, queries: int | None, dedupe: float | None, **details: Any
+    ) -> Iterator[ExportEvent]:
         """Load the model and export it as `export.run.export_events` does, which takes `details`.
 
-        `setting` is the sampling, layers and queries of the model, `dedupe` a gamma; None is the model's own.
+        `dedupe` is a gamma; None is the model's own value.
         """
         from rtdetr_cli.export.artefacts import Notice
         from rtdetr_cli.export.run import export_events
         from rtdetr_cli.infer.torch_backend import check_sampling
         from rtdetr_cli.weights.load import load_model
 
-        check_sampling(self.model, setting["sampling"])
-        model, header = load_model(self.model, **setting)
+        check_sampling(self.model, sampling)
+        model, header = load_model(self.model, sampling=sampling, layers=layers, queries=queries)
         header = header.with_dedupe(dedupe)
         if mismatch := threshold_mismatch(header, self.options.imgsz or header.imgsz):
             yield Notice(f"warning: {mismatch[0]}; exported anyway")

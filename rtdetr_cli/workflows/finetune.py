@@ -228,7 +228,8 @@ def refuse_early(config: RunConfig) -> None:
     settings, preset = config.settings, config.preset
     if settings.data is None:
         raise UsageError("no dataset given", hint="rtdetr train --data DATA", code="data-missing")
-    if names := _not_utf8(config):
+    texts = [value for value in flatten(config.anchored().settings).values() if isinstance(value, str)]
+    if names := [text for text in texts if text.encode("utf-8", "replace").decode() != text]:
         raise UsageError(
             f"the settings of a run are written as UTF-8, which this is not: {', '.join(names)}",
             hint="rename the folder or file",
@@ -276,12 +277,6 @@ def refuse_early(config: RunConfig) -> None:
         images_per_process(settings.effective_batch, len(devices))
 
 
-def _not_utf8(config: RunConfig) -> list[str]:
-    """Return the settings whose text cannot be written as UTF-8."""
-    texts = [value for value in flatten(config.anchored().settings).values() if isinstance(value, str)]
-    return [text for text in texts if text.encode("utf-8", "replace").decode() != text]
-
-
 # ---- parts ------------------------------------------------------------------------------------------------------
 
 
@@ -298,7 +293,7 @@ def _make_folder(
     folder.write(CONFIG, prepared.config.to_toml())
     folder.write_digests(identity.digests)
     if splits.split_made and splits.val is not None:
-        folder.write_val_images(list(splits.val.file_names))
+        folder.write_val_images(splits.val.file_names)
     folder.write_manifest(
         {
             "argv": list(argv or sys.argv),
@@ -307,7 +302,7 @@ def _make_folder(
             "versions": versions(processes),
             "dataset": {"source": str(splits.source), **prepared.header.dataset, "format": splits.format},
             "weights": prepared.start,
-            "precision": prepared.precision,
+            "precision": prepared.precision.name,
             "micro_batch": progress.micro_batch,
             "identity": identity.facts,
             "plan": {
@@ -325,8 +320,8 @@ def _make_folder(
 def _changed_versions(prepared: Prepared, folder: RunFolder) -> list[str]:
     """Warn of what will make a resumed run differ from one that never stopped: versions, hardware, precision."""
     manifest = folder.manifest()
-    before = {**manifest.get("versions", {}), "precision": manifest.get("precision", prepared.precision)}
-    now = {**versions(prepared.processes), "precision": prepared.precision}
+    before = {**manifest.get("versions", {}), "precision": manifest.get("precision", prepared.precision.name)}
+    now = {**versions(prepared.processes), "precision": prepared.precision.name}
     return [
         f"{name} was {before[name]} and is {value} now: the resumed run will not be identical bit for bit"
         for name, value in now.items()
@@ -344,8 +339,8 @@ def _run_started(prepared: Prepared, progress: Progress, folder: RunFolder | Non
         val_images=len(prepared.val_set),
         folder=folder.path if folder else None,
         device=str(prepared.learner.device),
-        precision=prepared.precision,
-        precision_reason=prepared.precision_reason,
+        precision=prepared.precision.name,
+        precision_reason=prepared.precision.reason,
         workers=prepared.workers,
         micro_batch=progress.micro_batch,
         parameters=sum(p.numel() for p in prepared.learner.model.parameters()),

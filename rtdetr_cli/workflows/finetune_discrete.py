@@ -146,12 +146,11 @@ class FinetuneDiscrete:
 
     def before(self, *, progress: Callable[[int], None] | None = None) -> None:
         """Evaluate the original, and the same weights with discrete sampling."""
-        for sampling in (None, "discrete"):
-            model, header = load_model(self.model, sampling=sampling)
-            if sampling is not None:
-                model.set_sampling("discrete", self.config.settings.rounding)
-            backend = TorchBackend(model.fuse(), header, device=self._device, imgsz=self.config.imgsz)
-            self._evaluations.append(evaluate(backend, self.val, progress=progress))
+        model, header = load_model(self.model)
+        backend = TorchBackend(model.fuse(), header, device=self._device, imgsz=self.config.imgsz)
+        self._evaluations.append(evaluate(backend, self.val, progress=progress))
+        backend.model.set_sampling("discrete", self.config.settings.rounding)
+        self._evaluations.append(evaluate(backend, self.val, progress=progress))
 
     def train(self, *, stop: StopFlag | None = None, argv: Sequence[str] = ()) -> Iterator[Event]:
         """Train with discrete sampling, from the beginning or from where it was interrupted."""

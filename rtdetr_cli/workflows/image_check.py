@@ -14,6 +14,7 @@ import torch
 
 from rtdetr_cli.checks.doctor import examine
 from rtdetr_cli.checks.load import refuse_errors
+from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.datasets.records import Dataset, Finding
 from rtdetr_cli.images.decode import ImageError, read_image
 from rtdetr_cli.model.detector import RTDETR
@@ -24,15 +25,9 @@ STEP_PER_FORWARD = 3.0  # a backward pass costs about twice a forward pass
 
 
 def check_images_if_cheap(
-    source: Path,
-    train_set: Dataset,
-    model: RTDETR,
-    *,
-    images: Path | None,
-    imgsz: tuple[int, int],
-    device: torch.device,
+    config: RunConfig, train_set: Dataset, model: RTDETR, device: torch.device
 ) -> tuple[Finding, ...] | None:
-    """Check every image of a dataset, if that costs less than a tenth of an epoch with `model`, which is on `device`.
+    """Check every image of a run, if that costs less than a tenth of an epoch with `model`, which is on `device`.
 
     Returns:
         Every finding, or None where the check would have cost too much.
@@ -49,7 +44,7 @@ def check_images_if_cheap(
                 read_image(train_set.path(index))
 
     def forward() -> None:
-        batch = torch.zeros(len(samples), 3, *imgsz, device=device).contiguous(memory_format=torch.channels_last)
+        batch = torch.zeros(len(samples), 3, *config.imgsz, device=device).contiguous(memory_format=torch.channels_last)
         training = model.training
         model.eval()
         with torch.no_grad():
@@ -61,6 +56,7 @@ def check_images_if_cheap(
     forward()  # the first one also loads kernels
     if timeit(decode, number=1) > MAX_SHARE_OF_EPOCH * STEP_PER_FORWARD * timeit(forward, number=1):
         return None
-    report = examine(source, images=images, imgsz=imgsz, queries=model.queries)
+    source, images = Path(str(config.settings.data)), config.settings.images
+    report = examine(source, images=Path(images) if images else None, imgsz=config.imgsz, queries=model.queries)
     refuse_errors(report.raw)
     return tuple(report.findings)

@@ -13,19 +13,20 @@ from typing import Any
 from rtdetr_cli.config.run import NAMED, RunConfig, resolve_run
 from rtdetr_cli.errors import DataError, UsageError
 from rtdetr_cli.files import missing_path_hint
+from rtdetr_cli.text import abbreviate
 
 COMMAND_LINE = "RTDETR_COMMAND_LINE"
 
 
 def resolve_training(
     flags: Mapping[str, Any], *, sets: Sequence[str] = (), config_file: Path | None = None
-) -> tuple[RunConfig, Path | None, list[str]]:
+) -> tuple[RunConfig, str]:
     """Resolve the settings of `rtdetr train`.
 
     Preset, input size and model sizes come from the file of `--weights` unless a preset was given.
 
     Returns:
-        The settings; the file of weights that some came from, if any; and these, as `key value`.
+        The settings, and a note that says which of them come from the weights, if any do.
 
     Raises:
         UsageError: invalid settings, or no dataset.
@@ -39,17 +40,21 @@ def resolve_training(
         raise UsageError("no dataset given", hint=hint, code="data-missing")
     require_dataset(data)
     if config.source("preset") != "default" or weights in NAMED["weights"]:
-        return config, None, []
+        return config, ""
 
     from rtdetr_cli.workflows.starting_weights import settings_from_weights
 
     inherited = settings_from_weights(weights)
     if inherited is None:
-        return config, None, []
+        return config, ""
     path, values = inherited
     config = resolve_run(flags, sets=sets, config_file=config_file, inherited=(str(path), values))
-    texts = {key: "x".join(map(str, v)) if isinstance(v, tuple) else str(v) for key, v in values.items()}
-    return config, path, [f"{key} {text}" for key, text in texts.items() if config.source(key) == str(path)]
+    texts = [
+        f"{key} {'x'.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for key, value in values.items()
+        if config.source(key) == str(path)
+    ]
+    return config, f"from {path}: {abbreviate(texts, 5)}" if texts else ""
 
 
 def require_dataset(data: str | Path) -> None:

@@ -33,7 +33,7 @@ from rtdetr_cli.train import memory
 from rtdetr_cli.train.explain import Choice, crowding_warnings, explain_plan, explain_rare_classes, plan_warnings
 from rtdetr_cli.train.optim import FusedOptimizer, MovingAverage, NormStatistics, parameter_groups
 from rtdetr_cli.train.plan import Plan, frozen_spec, make_plan
-from rtdetr_cli.train.precision import choose_precision
+from rtdetr_cli.train.precision import Precision, choose_precision
 from rtdetr_cli.train.processes import SINGLE_PROCESS, ProcessGroup, images_per_process
 from rtdetr_cli.train.state import Learner
 from rtdetr_cli.train.step import draw_group, largest_batch, run_largest_step, to_input
@@ -62,8 +62,7 @@ class Prepared:
     loader: TrainLoader
     header: ModelHeader  # of the model that the run writes
     augmentation: Augmentation
-    precision: str
-    precision_reason: str
+    precision: Precision
     workers: int
     start: str  # where the weights came from, in words
     transfer: TransferTable | None  # what was taken from the pretrained weights
@@ -91,7 +90,7 @@ def prepare(
     warnings: list[str] = []
     device = choose_device(processes.device if processes.distributed else settings.device)
     precision = choose_precision(settings.precision, device)
-    images_per_process(settings.effective_batch, processes.size)  # refuses a batch that cannot be shared
+    batch = images_per_process(settings.effective_batch, processes.size)  # refuses one that cannot be shared
     if settings.aug != "auto":
         load_augmentation(settings.aug)  # refuses a bad file before anything is read
 
@@ -125,14 +124,7 @@ def prepare(
     if run is not None:  # its tensors come from the checkpoint, and started where the run did
         start = run.manifest().get("weights", start)
     if pretrained:  # the images of a resumed run were checked when it started
-        findings = check_images_if_cheap(
-            Path(str(settings.data)),
-            train_set,
-            model,
-            images=Path(settings.images) if settings.images else None,
-            imgsz=config.imgsz,
-            device=device,
-        )
+        findings = check_images_if_cheap(config, train_set, model, device)
         if findings is not None:
             splits = replace(splits, findings=findings)
     processes.broadcast_tensors(list(model.state_dict().values()))
@@ -146,11 +138,23 @@ def prepare(
         choices=choices,
         learner=make_learner(model, config, spec, plan, device, precision.dtype, processes),
         processes=processes,
-        loader=_make_loader(config, train_set, plan, augmentation, workers, device, processes),
+        loader=TrainLoader(
+            train_set,
+            imgsz=config.imgsz,
+            batch_size=batch,
+            seed=settings.seed,
+            augmentation=augmentation,
+            strong_until=plan.strong_until,
+            workers=workers,
+            cache=settings.cache,
+            cache_budget=int(settings.cache_gb * 1e9) or None,
+            rank=processes.rank,
+            world_size=processes.size,
+            pin_memory=device.type == "cuda",
+        ),
         header=_make_header(config, spec, splits, train_set, val_set, start),
         augmentation=augmentation,
-        precision=precision.name,
-        precision_reason=precision.reason,
+        precision=precision,
         workers=workers,
         start=start,
         transfer=transfer,
@@ -159,32 +163,6 @@ def prepare(
 
 
 # ---- parts ------------------------------------------------------------------------------------------------------
-
-
-def _make_loader(
-    config: RunConfig,
-    train_set: Dataset,
-    plan: Plan,
-    augmentation: Augmentation,
-    workers: int,
-    device: torch.device,
-    processes: ProcessGroup,
-) -> TrainLoader:
-    settings = config.settings
-    return TrainLoader(
-        train_set,
-        imgsz=config.imgsz,
-        batch_size=images_per_process(settings.effective_batch, processes.size),
-        seed=settings.seed,
-        augmentation=augmentation,
-        strong_until=plan.strong_until,
-        workers=workers,
-        cache=settings.cache,
-        cache_budget=int(settings.cache_gb * 1e9) or None,
-        rank=processes.rank,
-        world_size=processes.size,
-        pin_memory=device.type == "cuda",
-    )
 
 
 def load_data(config: RunConfig, run: RunFolder | None = None) -> Splits:
@@ -428,7 +406,7 @@ def refuse_differences(processes: ProcessGroup, facts: Mapping[str, str]) -> Non
                 )
 
 
-def versions(processes: ProcessGroup = SINGLE_PROCESS) -> dict[str, str]:
+def versions(processes: ProcessGroup) -> dict[str, str]:
     """Return what the numbers of a run depend on besides its settings."""
     return {
         "rtdetr-cli": __version__,

@@ -171,7 +171,7 @@ class Recorder:
         prepared, processes = self._prepared, self._prepared.processes
         facts = {
             "device": f"{prepared.learner.device}" + (f" x {processes.size}" if processes.distributed else ""),
-            "precision": f"{prepared.precision} ({prepared.precision_reason})",
+            "precision": f"{prepared.precision.name} ({prepared.precision.reason})",
             "parameters": f"{sum(p.numel() for p in prepared.learner.model.parameters()):,}",
             "peak memory": f"{self._memory / 2**30:.1f} GiB",
             "loader processes": str(prepared.workers),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rtdetr_cli.config.presets import load_preset, preset_names
-from rtdetr_cli.config.run import NAMED, RunConfig
+from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.config.schema import ModelSpec, Preset
 from rtdetr_cli.config.settings import PUBLISHED_WEIGHTS
 from rtdetr_cli.datasets.records import Dataset
@@ -41,7 +41,7 @@ def settings_from_weights(weights: str) -> tuple[Path, dict[str, Any]] | None:
         ModelError: the file cannot be read.
     """
     path = weights_file(weights)
-    if weights in NAMED["weights"] or not path.is_file():
+    if not path.is_file():
         return None
     size: tuple[int, int] | None = None
     settings: dict[str, Any] = {}

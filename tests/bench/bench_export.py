@@ -83,7 +83,7 @@ def export_all(
     assert plan.images is not None
     artefacts: dict[str, Artefact] = {}
     try:
-        for event in plan.events(MODEL_SETTING, dedupe=None):
+        for event in plan.events(**MODEL_SETTING, dedupe=None):
             if isinstance(event, Artefact):
                 artefacts[event.path.name] = event
     except RtdetrError as error:

@@ -308,7 +308,6 @@ def test_a_dry_run_warns_about_too_little_memory_or_disk_space(
         memory_total=memory_total,
         disk_bytes=10**8,
         disk_free=disk_free,
-        metrics={},
     )
     warnings = dry_run_warnings(report)
     assert len(warnings) == len(words)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ from tests.bench.speed.harness import Comparison, Settings, Turn, Used, compare,
 
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = Settings(threads=1)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "tests/bench/speed").glob("[!_]*.py")))
+def test_the_scripts_fit_the_package(name: str) -> None:
+    """Those that need a GPU are not run elsewhere, but what they import must exist."""
+    import_module(f"tests.bench.speed.{name}")
 
 
 @pytest.mark.parametrize(("at_most", "ratio", "reached"), [(False, 2.0, False), (True, 0.5, True)])

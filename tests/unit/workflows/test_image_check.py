@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rtdetr_cli.checks.load import load_splits
-from rtdetr_cli.config.presets import load_preset
+from rtdetr_cli.config.run import resolve_run
 from rtdetr_cli.datasets.generate import generate_dataset
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.model.build import build_detector
@@ -29,9 +29,9 @@ def check(data: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float
         monkeypatch.setattr(image_check, "timeit", lambda work, number: costs.pop(0))
         train = load_splits(data).train
         assert train is not None
-        model = build_detector(load_preset("tiny").model, num_classes=5)
-        cpu = torch.device("cpu")
-        return image_check.check_images_if_cheap(data, train, model, images=None, imgsz=(64, 64), device=cpu)
+        config = resolve_run({"data": str(data), "preset": "tiny", "imgsz": 64})
+        model = build_detector(config.preset.model, num_classes=5)
+        return image_check.check_images_if_cheap(config, train, model, torch.device("cpu"))
 
     return run
 
