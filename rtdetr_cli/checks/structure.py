@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rtdetr_cli.checks.files import image_location
-from rtdetr_cli.datasets.findings import Spot
 from rtdetr_cli.datasets.raw import RawDataset
+from rtdetr_cli.datasets.records import Spot
 from rtdetr_cli.text import counted
 
 FEW_BOXES = 10
@@ -38,8 +37,7 @@ def check_structure(dataset: RawDataset, *, for_training: bool = False) -> None:
             findings.add("split-no-objects", f"the split {name} has no boxes", file=file, spot=Spot(name))
         boxes = np.bincount(split.box_images, minlength=len(split))
         for image in np.flatnonzero((boxes == 0) & split.usable & (split.image_labels >= 0)).tolist():
-            message = f"{split.file_names[image]} has no objects"
-            findings.add("image-no-objects", message, **image_location(dataset, split, image))
+            dataset.report_image(split, image, "image-no-objects", f"{split.file_names[image]} has no objects")
     if not dataset.splits and not dataset.has_errors():
         findings.add("split-missing", "no split was found", file=file)
     if dataset.splits and not dataset.categories and not any(f.code.startswith("category-") for f in findings):
@@ -58,7 +56,6 @@ def check_train_split(dataset: RawDataset) -> None:
 
 
 def _check_classes(dataset: RawDataset, file: str) -> None:
-    """Check ids and numbers of boxes of each class."""
     findings, categories = dataset.findings, dataset.categories
     count = len(categories)
     boxes = {name: np.bincount(split.labels[~split.crowd], minlength=count) for name, split in dataset.splits.items()}

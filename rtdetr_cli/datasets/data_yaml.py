@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from rtdetr_cli.datasets.findings import Findings
-from rtdetr_cli.datasets.label_text import Oddities, is_valid_name
+from rtdetr_cli.datasets.label_text import is_valid_name
 from rtdetr_cli.datasets.raw import RawDataset
 from rtdetr_cli.datasets.survey import is_inside
 from rtdetr_cli.text import counted, whole_number
@@ -77,10 +77,10 @@ class DataYaml:
         return (columns, "") if polygon else (0, "5, or a class and at least three points")
 
 
-def read_yaml(dataset: RawDataset, path: Path, images: Path | None, oddities: Oddities) -> DataYaml | None:
+def read_yaml(dataset: RawDataset, path: Path) -> DataYaml | None:
     """Read a `data.yaml`; None with a finding if that is not possible."""
     findings = dataset.findings
-    file, text = dataset.read_label(path, oddities, limit=_MAX_YAML_BYTES)
+    file, text = dataset.read_label(path, limit=_MAX_YAML_BYTES)
     if text is None:
         return None
     document = _parse(text, file, findings)
@@ -89,7 +89,7 @@ def read_yaml(dataset: RawDataset, path: Path, images: Path | None, oddities: Od
     classes = _class_names(document, file, text, findings)
     if classes is None:
         return None
-    base = _base(dataset, document, path, file, text, images)
+    base = _base(dataset, document, path, file, text)
     splits: dict[str, list[str]] = {}
     for split, keys in SPLIT_KEYS.items():
         for key in keys:
@@ -205,11 +205,11 @@ def _keypoints(document: dict[Any, Any]) -> int | None:
     return None
 
 
-def _base(dataset: RawDataset, document: dict[Any, Any], path: Path, file: str, text: str, images: Path | None) -> Path:
+def _base(dataset: RawDataset, document: dict[Any, Any], path: Path, file: str, text: str) -> Path:
     """Return the folder that the paths of splits are relative to; it becomes one of the dataset's roots."""
     home = path.parent
-    if images is not None:
-        return images
+    if dataset.images is not None:
+        return dataset.images
     value = document.get("path")
     if not isinstance(value, str) or value in ("", ".", "./") or not is_valid_name(value):
         return home
