@@ -14,7 +14,7 @@ from rtdetr_cli.checks.boxes import check_boxes
 from rtdetr_cli.checks.duplicates import check_duplicates, groups_by_path
 from rtdetr_cli.checks.files import check_files, measure_images
 from rtdetr_cli.checks.images import ImageInfo, check_images, find_duplicates
-from rtdetr_cli.checks.structure import check_structure, check_train_split
+from rtdetr_cli.checks.structure import check_structure
 from rtdetr_cli.checks.val_split import VAL_FRACTION, choose_val, report_drawn
 from rtdetr_cli.datasets.codes import CODES, HARMS
 from rtdetr_cli.datasets.findings import SEVERITIES
@@ -80,14 +80,8 @@ class Report:
 
         Splits without an image left go as well. Afterwards the spots of the findings no longer fit the records.
         """
-        dropped = self.images_with(*codes)
-        found = {code: len(self.images_with(code)) for code in codes}
-        for name, split in list(self.raw.splits.items()):
-            keep = np.asarray([(name, image) not in dropped for image in range(len(split))], np.bool_)
-            self.raw.splits[name] = split.select_images(keep, name)
-            if not keep.any():
-                del self.raw.splits[name]
-        return found
+        self.raw.splits = self.raw.without(self.images_with(*codes))
+        return {code: len(self.images_with(code)) for code in codes}
 
     def summary(self) -> dict[str, Any]:
         """Return the dataset's counts; the keys are those of JSON version 1."""
@@ -160,7 +154,6 @@ def examine(
         measure_images(raw, all_images=False)
     check_boxes(raw, imgsz=imgsz, queries=queries)
     check_structure(raw, for_training=True)
-    check_train_split(raw)
     if decode:
         check_duplicates(raw, *find_duplicates(raw, report.image_info))
     else:

@@ -132,18 +132,14 @@ def _inspect_truncated(path: Path, info: ImageInfo) -> ImageInfo:
 
 def _mode_codes(image: Image.Image) -> tuple[str, ...]:
     mode = image.mode
-    codes = []
-    if mode.startswith("I") or _has_16_bits(image):
-        codes.append("image-16bit")
-    if mode in ("P", "PA"):
-        codes.append("image-palette")
-    if mode == "CMYK":
-        codes.append("image-cmyk")
-    if mode in ("L", "1", "LA") or mode.startswith("I"):
-        codes.append("image-grey")
-    if mode in ("RGBA", "LA", "PA", "La", "RGBa") or (mode == "P" and "transparency" in image.info):
-        codes.append("image-alpha")
-    return tuple(codes)
+    found = {
+        "image-16bit": mode.startswith("I") or _has_16_bits(image),
+        "image-palette": mode in ("P", "PA"),
+        "image-cmyk": mode == "CMYK",
+        "image-grey": mode in ("L", "1", "LA") or mode.startswith("I"),
+        "image-alpha": mode in ("RGBA", "LA", "PA", "La", "RGBa") or (mode == "P" and "transparency" in image.info),
+    }
+    return tuple(code for code, present in found.items() if present)
 
 
 def _has_16_bits(image: Image.Image) -> bool:

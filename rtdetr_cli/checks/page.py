@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.checks.doctor import Report
+from rtdetr_cli.checks.duplicates import Member
 from rtdetr_cli.datasets.codes import CODES
 from rtdetr_cli.datasets.records import Finding, Spot
 from rtdetr_cli.files import write_text
@@ -34,7 +35,6 @@ SIDE_PX = 400
 _HEATMAP_CELLS = 24
 _PLOT_WH = (420.0, 160.0)
 
-Member = tuple[str, int]
 Images = dict[Member, dict[str, Any]]
 """(split, index) -> an image as the page shows it."""
 

@@ -22,7 +22,8 @@ def check_structure(dataset: RawDataset, *, for_training: bool = False) -> None:
 
     Args:
         dataset: gets the findings.
-        for_training: makes a train split without objects an error; a split for evaluation may have none.
+        for_training: makes a train split without objects an error, and reports that there is no train split; a split
+            for evaluation may have no objects.
     """
     findings = dataset.findings
     file = dataset.main_file()
@@ -45,14 +46,8 @@ def check_structure(dataset: RawDataset, *, for_training: bool = False) -> None:
     if dataset.splits and dataset.categories:
         _check_classes(dataset, file)
         _check_names([c.name for c in dataset.categories], dataset, file)
-
-
-def check_train_split(dataset: RawDataset) -> None:
-    """Report a dataset without a train split: it can be evaluated on but not trained on."""
-    splits = dataset.splits
-    if splits and "train" not in splits and not dataset.has_errors():
-        message = f"there is no train split, only {' and '.join(splits)}"
-        dataset.findings.add("split-missing", message, file=dataset.main_file())
+    if for_training and dataset.splits and "train" not in dataset.splits and not dataset.has_errors():
+        findings.add("split-missing", f"there is no train split, only {' and '.join(dataset.splits)}", file=file)
 
 
 def _check_classes(dataset: RawDataset, file: str) -> None:

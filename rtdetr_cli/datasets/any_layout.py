@@ -49,9 +49,9 @@ def read_any_layout(source: Path, found: Survey, images: Path | None, kinds: dic
     """
     kinds = dict(kinds)
     holds_labels = any(path.parent == source for paths in kinds.values() for path in paths)
-    if not {"coco", "yaml"} & kinds.keys() and holds_labels and images is None and not _holds_images(found):
+    if not {"coco", "yaml"} & kinds.keys() and holds_labels and images is None and not found.holds_images():
         around = survey(source.resolve().parent)  # the folder of the labels was given
-        if _holds_images(around):
+        if around.holds_images():
             found, kinds = around, label_kinds(survey(source.resolve()).folders)
     if "yaml" in kinds:
         kinds.pop("yolo", None)
@@ -69,7 +69,7 @@ def read_any_layout(source: Path, found: Survey, images: Path | None, kinds: dic
         )
     ((kind, files),) = kinds.items()
     image_survey = survey(images) if images is not None else found
-    if kind not in ("coco", "yaml") and not _holds_images(image_survey):
+    if kind not in ("coco", "yaml") and not image_survey.holds_images():
         raise DataError(
             f"{source} has {_TITLES[kind]} labels but no images: found {found.describe()}",
             hint="pass the folder of the images with --images",
@@ -85,10 +85,6 @@ def read_any_layout(source: Path, found: Survey, images: Path | None, kinds: dic
             code="images-missing",
         )
     return raw
-
-
-def _holds_images(found: Survey) -> bool:
-    return any(folder.images for folder in found.folders)
 
 
 def _container(files: list[Path]) -> Path:
@@ -116,7 +112,7 @@ def _no_labels(source: Path, found: Survey) -> DataError:
             table = found.files("csv")[0]
             header = edges(table).decode("utf-8-sig", "replace").split("\n", 1)[0].strip()
             message += f": {table.name} has {printable(header)[:80]}"
-    elif _holds_images(found):
+    elif found.holds_images():
         message += ", but no label files"
         hint = "put a YOLO text file or a Pascal VOC XML file next to each image, or pass the folder that has both"
     return DataError(message, hint=hint, code="format-unknown")

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from rtdetr_cli.datasets.findings import Findings
+from rtdetr_cli.datasets.json_text import line_of
 from rtdetr_cli.datasets.label_text import is_valid_name
 from rtdetr_cli.datasets.raw import RawDataset
 from rtdetr_cli.datasets.survey import is_inside
@@ -165,25 +166,21 @@ def _class_names(document: dict[Any, Any], file: str, text: str, findings: Findi
     else:
         findings.add("category-none", "has no list of names", file=file, line=line)
         return None
-    valid = True
     for key, name in pairs:
         number = _count(key)
-        if number is None or number < 0 or not isinstance(name, str) or not is_valid_name(name.strip()):
-            findings.add(
-                "category-malformed", f"has the class {str(key)[:40]}: {str(name)[:40]!r}", file=file, line=line
-            )
-            valid = False
+        if number is None or not isinstance(name, str) or not is_valid_name(name.strip()):
+            message = f"has the class {str(key)[:40]}: {str(name)[:40]!r}"
+            findings.add("category-malformed", message, file=file, line=line)
         elif number in classes:
             findings.add("category-conflict", f"has class {number} twice", file=file, line=line)
-            valid = False
         else:
             classes[number] = name.strip()
     if count is not None and count != len(pairs):
         message = f"has nc: {count}, but names has {counted(len(pairs), 'class')}"
         findings.add("category-count", message, file=file, line=_line(text, "nc"))
-    if not classes and valid:
+    if not pairs:
         findings.add("category-none", "has no names", file=file, line=line)
-    return classes if valid else None
+    return classes if len(classes) == len(pairs) else None
 
 
 def _category_ids(document: dict[Any, Any], classes: dict[int, str]) -> dict[int, int]:
@@ -237,7 +234,5 @@ def _count(value: Any) -> int | None:
 
 
 def _line(text: str, key: str) -> int:
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.lstrip().startswith(f"{key}:"):
-            return number
-    return 1
+    match = re.search(rf"^[ \t]*{key}:", text, re.MULTILINE)
+    return line_of(text, match.start()) if match else 1

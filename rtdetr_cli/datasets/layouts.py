@@ -104,7 +104,7 @@ def datasets_below(found: Survey) -> list[Path]:
     datasets: list[Path] = []
     rest: list[Folder] = []
     for top in sorted({folder.parts[:1] for folder in found.folders}):
-        folders = list(found.below(top)) if top else found.folders[:1]
+        folders = [folder for folder in found.folders if folder.parts[:1] == top]
         if top and split_of_parts(top) is None and _is_dataset(folders):
             datasets.append(found.root.joinpath(*top))
         else:
@@ -174,7 +174,7 @@ def pair_files(found: Survey, images: Survey, label_files: list[Path], lists: di
     label_folders: dict[Path, dict[str, Path]] = {}
     for path in label_files:
         label_folders.setdefault(path.parent, {}).setdefault(path.stem, path)
-    image_names = [_first_by_stem(folder.images) for folder in images.folders]
+    image_names = [{os.path.splitext(name)[0]: name for name in reversed(f.images)} for f in images.folders]
     paired: set[Path] = set()
     used: set[int] = set()
     for folder, number in _rank_folders(found, images, label_folders, image_names):
@@ -206,10 +206,6 @@ def pair_files(found: Survey, images: Survey, label_files: list[Path], lists: di
     ]
     _assign_splits(layout, found, paths, lists)
     return layout
-
-
-def _first_by_stem(names: list[str]) -> dict[str, str]:
-    return {os.path.splitext(name)[0]: name for name in reversed(names)}
 
 
 def _rank_folders(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Container
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
@@ -172,11 +173,8 @@ class RawDataset:
 
     def show(self, path: Path) -> str:
         """Return a path to show: relative to the dataset's folder if it lies in it."""
-        try:
-            shown = str(path.relative_to(self.folder))
-        except ValueError:
-            return str(path)
-        return shown if shown != "." else str(path)
+        inside = path != self.folder and path.is_relative_to(self.folder)
+        return str(path.relative_to(self.folder) if inside else path)
 
     def read_label(self, path: Path, *, limit: int = MAX_SMALL_BYTES) -> tuple[str, str | None]:
         """Note a label file; return its path to show, and its text, or None with a finding if it cannot be read."""
@@ -211,6 +209,14 @@ class RawDataset:
                     kind = "file" if plain else "link" if entry.is_symlink() else "other"
                     listing.setdefault(entry.name.lower(), {})[entry.name] = kind
         return self.listings[folder]
+
+    def without(self, images: Container[tuple[str, int]]) -> dict[str, RawSplit]:
+        """Return the splits without some images, given by split and index, and without splits that have no other."""
+        keep = {
+            name: np.asarray([(name, image) not in images for image in range(len(split))], np.bool_)
+            for name, split in self.splits.items()
+        }
+        return {name: self.splits[name].select_images(kept, name) for name, kept in keep.items() if kept.any()}
 
     def has_errors(self) -> bool:
         """Return whether any finding is an error."""

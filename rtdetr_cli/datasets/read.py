@@ -92,7 +92,7 @@ def _read_folder(folder: Path, images: Path | None) -> RawDataset:
             code="format-ambiguous",
         )
     archives = found.files("zip")
-    if len(archives) == 1 and not kinds and not any(f.images for f in found.folders):
+    if len(archives) == 1 and not kinds and not found.holds_images():
         return _read_file(archives[0], images)
     return read_any_layout(folder, found, images, kinds)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -62,9 +62,9 @@ class Survey:
     folders: list[Folder]
     complete: bool = True
 
-    def below(self, parts: tuple[str, ...]) -> Iterator[Folder]:
-        """Yield a folder and those below it."""
-        return (folder for folder in self.folders if folder.parts[: len(parts)] == parts)
+    def holds_images(self) -> bool:
+        """Return whether there is any image."""
+        return any(folder.images for folder in self.folders)
 
     def files(self, *suffixes: str) -> list[Path]:
         """Return all files with one of these suffixes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from array import array
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,7 @@ from defusedxml.common import DefusedXmlException
 from rtdetr_cli.datasets.findings import Findings
 from rtdetr_cli.datasets.ids_file import BoxFacts, IdsFile, image_facts, read_ids, write_ids
 from rtdetr_cli.datasets.image_names import copy_image, image_names
+from rtdetr_cli.datasets.json_text import line_of, lines_of
 from rtdetr_cli.datasets.label_text import is_valid_name
 from rtdetr_cli.datasets.layouts import Layout
 from rtdetr_cli.datasets.raw import RawBox, RawDataset, Rows
@@ -192,7 +194,7 @@ class _SplitReader(Rows):
             file_name = declared if usable else f"{stem}.jpg"
         elif declared and declared.replace("\\", "/").rpartition("/")[2] != Path(file_name).name:
             message = f"has <filename>{declared}</filename>, but its image is {file_name}"
-            line, spot = _line(label.text, "<filename"), Spot(self.split, position)
+            line, spot = line_of(label.text, label.text.find("<filename")), Spot(self.split, position)
             self.findings.add("voc-filename", message, file=label.file, line=line, spot=spot)
         size = (0, 0)
         if root is not None:
@@ -207,7 +209,7 @@ class _SplitReader(Rows):
             file = self.dataset.show(self.root / file_name)
             self.report("label-missing", f"{file_name} has no XML file", image, file=file)
         objects = root.findall("object") if root is not None else []
-        lines = _object_lines(label.text)
+        lines = lines_of(label.text, array("q", (match.start() for match in _OBJECT.finditer(label.text)))).tolist()
         for entry, element in enumerate(objects):
             line = lines[entry] if len(lines) == len(objects) else 0
             box_facts = facts[entry] if len(facts) == len(objects) else BoxFacts()
@@ -247,20 +249,6 @@ class _SplitReader(Rows):
         area = facts.area_fraction * width * height if width and height else math.nan
         box = (corners[0], corners[1], corners[2], corners[3])
         self.boxes.append(RawBox(image, box, label, line, entry, area, facts.crowd, facts.annotation_id))
-
-
-def _line(text: str, tag: str) -> int:
-    position = text.find(tag)
-    return text.count("\n", 0, position) + 1 if position >= 0 else 0
-
-
-def _object_lines(text: str) -> list[int]:
-    lines, line, last = [], 1, 0
-    for match in _OBJECT.finditer(text):
-        line += text.count("\n", last, match.start())
-        last = match.start()
-        lines.append(line)
-    return lines
 
 
 # ---- writing

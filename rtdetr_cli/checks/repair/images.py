@@ -56,11 +56,6 @@ def reset_orientations(report: Report) -> tuple[Report, dict[Path, Tag]]:
     return again, reset
 
 
-def _reasons(report: Report, *codes: str) -> dict[tuple[str, int], tuple[str, str]]:
-    """Return the images that one of the codes was found for, with code and message."""
-    return {member: (finding.code, finding.message) for member, finding in report.images_with(*codes).items()}
-
-
 def upright_tag(path: Path) -> Tag | None:
     """Return the edit that makes an image's EXIF orientation 1, or None where that could damage the file."""
     data = path.read_bytes()
@@ -97,18 +92,21 @@ def choose_left_out(plan: Plan, before: Report, reset: Mapping[Path, Tag]) -> No
     raw = plan.report.raw
     label_files = files_of_one_image(raw)
     broken_files = {f.file: f.message for f in raw.findings if f.code in BROKEN_FILE and f.file in label_files}
-    plan.left_out |= _reasons(plan.report, *_UNUSABLE, *(() if plan.allow_outside else ("image-elsewhere",)))
+
+    def leave_out(report: Report, *codes: str) -> None:
+        for (name, image), finding in report.images_with(*codes).items():
+            if finding.code != "image-exif-swapped" or raw.splits[name].path(image) not in reset:
+                plan.left_out.setdefault((name, image), (finding.code, finding.message))
+
+    leave_out(plan.report, *_UNUSABLE, *(() if plan.allow_outside else ("image-elsewhere",)))
     _keep_truncated(plan)
     if not plan.keep_unlabelled:
-        plan.left_out |= _reasons(plan.report, "label-missing") | plan.left_out
-    swapped, ambiguous = (_reasons(before, code) for code in ("image-exif-swapped", "image-exif-ambiguous"))
-    for (name, image), reason in swapped.items():
-        if raw.splits[name].path(image) not in reset:
-            plan.left_out.setdefault((name, image), reason)
+        leave_out(plan.report, "label-missing")
+    leave_out(before, "image-exif-swapped")
     if labels_are_upright(before.raw, before.image_info):
         plan.assumed = [f for f in before.findings if f.code == "image-exif-ambiguous"]
     else:
-        plan.left_out |= {key: reason for key, reason in ambiguous.items() if key not in plan.left_out}
+        leave_out(before, "image-exif-ambiguous")
     for name, split in raw.splits.items():
         for image in np.flatnonzero(~split.usable).tolist():
             plan.left_out.setdefault((name, image), ("image-unreadable", "cannot be used"))

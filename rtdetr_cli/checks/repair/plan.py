@@ -108,25 +108,22 @@ class Plan:
     def destination(self, path: Path) -> str:
         """Return where a file of the dataset goes in the copy."""
         raw = self.report.raw
-        text = normpath(path)
-        for number, root in enumerate((raw.folder, *raw.roots)):
-            try:
-                inside = Path(text).relative_to(normpath(root))
-            except ValueError:
-                continue
-            # Images from elsewhere (--images) go where the reader looks for them.
-            elsewhere = number > 0 and raw.format != "yolo"
-            return str(("JPEGImages" if raw.format == "voc" else "images") / inside) if elsewhere else str(inside)
-        return Path(text).name
+        path = Path(normpath(path))
+        for root in raw.roots:
+            if path.is_relative_to(normpath(root)):
+                inside = path.relative_to(normpath(root))
+                # Images from elsewhere (--images) go where the reader looks for them.
+                elsewhere = root != raw.folder and raw.format != "yolo"
+                return str(("JPEGImages" if raw.format == "voc" else "images") / inside) if elsewhere else str(inside)
+        return path.name
 
     def leave_out(self, path: Path, code: str, why: str, **facts: Any) -> None:
         """Leave a file out of the copy, but keep it below `left-out/` if it belongs to the dataset."""
         target = self.destination(path)
-        change = {"op": "leave-out", "code": code, "file": target, "why": why, **facts}
         if code not in ("image-missing", "image-outside", "image-elsewhere") and path.is_file():
-            change["kept"] = f"{LEFT_OUT}/{target}"
-            self.files[change["kept"]] = path
-        self.changes.append(change)
+            facts["kept"] = f"{LEFT_OUT}/{target}"
+            self.files[facts["kept"]] = path
+        self.record("leave-out", code, target, why, **facts)
 
     def record(self, op: str, code: str, target: str, why: str, **facts: Any) -> None:
         """Add an entry to `changes.json`."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from copy import copy
 from pathlib import Path
 
-import numpy as np
-
 from rtdetr_cli.checks.doctor import Report
 from rtdetr_cli.checks.repair.plan import BROKEN_FILE, Plan
 from rtdetr_cli.datasets.codes import CODES
@@ -42,11 +40,7 @@ def plan_rewrite(plan: Plan) -> None:
 def write_rewritten(plan: Plan, folder: Path) -> Path:
     """Write the images that are not left out, with their checked boxes; return the path to train on."""
     raw = copy(plan.report.raw)
-    raw.splits = {
-        name: split.select_images(kept, name)
-        for name, split in raw.splits.items()
-        if (kept := np.asarray([(name, image) not in plan.left_out for image in range(len(split))], np.bool_)).any()
-    }
+    raw.splits = raw.without(plan.left_out)
     parts = to_splits(raw).parts
     data = write_dataset(parts, "coco", folder)
     for name, part in parts.items() if plan.completed else ():

@@ -120,10 +120,7 @@ def _inside_copy(key: str, value: str, base: Path, home: Path) -> str:
     if key == "path":
         inside = os.path.relpath(base.absolute(), home.absolute())
         return value if value in ("", ".", "./", "null", "~") else "." if inside.startswith("..") else inside
-    if any(key in keys for keys in SPLIT_KEYS.values()) and os.path.isabs(value):
-        inside = os.path.relpath(normpath(value), normpath(base.absolute()))
-        return value if inside.startswith("..") else inside
-    return value
+    return _relative(value, base) if any(key in keys for keys in SPLIT_KEYS.values()) else value
 
 
 def _quoted(value: str) -> str:
@@ -168,7 +165,7 @@ def _plan_lists(plan: Plan) -> None:
 
 
 def _relative(name: str, root: Path) -> str:
-    """Return a listed name that doesn't lead back to the original."""
+    """Return a name that doesn't lead back to the original."""
     if not os.path.isabs(name):
         return name
     inside = os.path.relpath(normpath(name), normpath(root.absolute()))
