@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.boxes import iou
-from rtdetr_cli.checks.files import image_location
 from rtdetr_cli.datasets.raw import RawDataset, RawSplit
 from rtdetr_cli.text import counted
 
@@ -38,10 +37,9 @@ def check_boxes(dataset: RawDataset, *, imgsz: tuple[int, int] = (640, 640), que
     for split in dataset.splits.values():
         split.denormalize_boxes()
         _clip_boxes(dataset, split)
-        if len(split.box_images):
-            _check_sizes(dataset, split, imgsz)
-            _check_duplicates(dataset, split)
-            _check_counts(dataset, split, queries)
+        _check_sizes(dataset, split, imgsz)
+        _check_duplicates(dataset, split)
+        _check_counts(dataset, split, queries)
 
 
 def _report(
@@ -75,8 +73,6 @@ def _box_name(dataset: RawDataset, split: RawSplit, box: int) -> str:
 
 def _clip_boxes(dataset: RawDataset, split: RawSplit) -> None:
     """Check the corners of each box; clip boxes to their images and drop those without an area."""
-    if not len(split.box_images):
-        return
     boxes = split.boxes_xyxy_px
     sizes = split.sizes_wh[split.box_images].astype(np.float64)
     limit = np.where(sizes > 0, sizes, np.inf)
@@ -107,9 +103,7 @@ def _clip_boxes(dataset: RawDataset, split: RawSplit) -> None:
     ):
         _report(dataset, split, code, mask, describe)
     split.boxes_xyxy_px = np.concatenate([low, high], axis=1)
-    keep = valid & ~outside
-    if not keep.all():
-        split.keep_boxes(keep)
+    split.take_boxes(valid & ~outside)
 
 
 def _size_text(sides: NDArray[np.float64]) -> str:
@@ -147,12 +141,9 @@ def _check_counts(dataset: RawDataset, split: RawSplit, queries: int) -> None:
         _report(dataset, split, "box-no-area", missing[:1], lambda box: f"{subject} no area")
     per_image = np.bincount(split.box_images[~split.crowd], minlength=len(split))
     for image in np.flatnonzero(per_image > queries).tolist():
-        dataset.findings.add(
-            "box-over-queries",
-            f"{split.file_names[image]} has {counted(int(per_image[image]), 'box')}, "
-            f"but the model has {counted(queries, 'query', 'queries')}",
-            **image_location(dataset, split, image),
-        )
+        boxes = counted(int(per_image[image]), "box")
+        message = f"{split.file_names[image]} has {boxes}, but the model has {counted(queries, 'query', 'queries')}"
+        dataset.report_image(split, image, "box-over-queries", message)
 
 
 def _check_duplicates(dataset: RawDataset, split: RawSplit) -> None:

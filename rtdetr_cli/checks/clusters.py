@@ -77,7 +77,7 @@ def related_images(names: Sequence[str], counts: NDArray[np.int64], groups: Sequ
     return sorted((sorted(c, key=lambda i: names[i]) for c in merged), key=lambda c: names[c[0]])
 
 
-def sequences(names: Sequence[str], counts: NDArray[np.int64] | None = None) -> Sequences:
+def sequences(names: Sequence[str], counts: NDArray[np.int64]) -> Sequences:
     """Find frames of the same sequence, and Roboflow's copies of one image, by their names.
 
     `cam1_0007` and `cam1_0008` are frames of one sequence, and so are `clip1/0007` and `clip1/0008`. If a sequence has
@@ -101,7 +101,7 @@ def sequences(names: Sequence[str], counts: NDArray[np.int64] | None = None) -> 
         keys.append((folder, _LABEL_STUDIO.sub("", PurePosixPath(original).name)))
 
     found = Sequences([group for group in copies.values() if len(group) > 1], [])
-    has_class = None if counts is None else counts[:, :-1] > 0
+    has_class = counts[:, :-1] > 0
     for frames in _numbered_frames(keys):
         images = [i for _, i in frames]
         block = min(round(len(names) / _BLOCKS), max(1, round(len(frames) / _BLOCKS_PER_SEQUENCE)))
@@ -141,10 +141,8 @@ def _frame_field(numbers: Sequence[Sequence[str]]) -> int | None:
     return len(numbers[0]) - 1 if numbers[0] else None
 
 
-def _has_most_of_a_class(has_class: NDArray[np.bool_] | None, images: Sequence[int], block: int) -> bool:
+def _has_most_of_a_class(has_class: NDArray[np.bool_], images: Sequence[int], block: int) -> bool:
     """Return whether a sequence has most images of some class, and enough of them to divide among the splits."""
-    if has_class is None:
-        return False
     here = has_class[images].sum(axis=0)
     return bool(np.any((here > block) & (2 * here > has_class.sum(axis=0))))
 

@@ -15,13 +15,15 @@ from rtdetr_cli.checks.boxes import check_boxes
 from rtdetr_cli.checks.duplicates import check_duplicates, groups_by_path
 from rtdetr_cli.checks.files import check_files, measure_images
 from rtdetr_cli.checks.images import ImageInfo, check_images, find_duplicates
-from rtdetr_cli.checks.structure import check_structure, check_train_split
+from rtdetr_cli.checks.structure import check_structure
 from rtdetr_cli.checks.val_split import VAL_FRACTION, choose_val, report_drawn
 from rtdetr_cli.datasets.codes import CODES, HARMS
-from rtdetr_cli.datasets.findings import SEVERITIES, Spot
+from rtdetr_cli.datasets.findings import SEVERITIES
 from rtdetr_cli.datasets.raw import RawDataset
 from rtdetr_cli.datasets.read import read_raw
 from rtdetr_cli.datasets.records import Finding
+
+_JSON_KEYS = ("code", "severity", "message", "file", "line", "image_id", "annotation_id", "hint")
 
 
 @dataclass(slots=True, eq=False)
@@ -32,40 +34,33 @@ class Report:
         raw: the records; boxes are clipped, and unusable ones are gone.
         decoded: whether the images were decoded.
         imgsz: height and width of the network's input, which decide what is tiny.
-        image_info: split -> one result per image; empty if the images were not decoded.
+        image_info: path -> result for every image that is a file; empty if the images were not decoded.
     """
 
     raw: RawDataset
     decoded: bool
     imgsz: tuple[int, int]
-    image_info: dict[str, list[ImageInfo]] = field(default_factory=dict)
+    image_info: dict[Path, ImageInfo] = field(default_factory=dict)
 
     @property
     def findings(self) -> Sequence[Finding]:
         """Findings in the order they were made."""
         return self.raw.findings
 
-    @property
-    def spots(self) -> Sequence[Spot]:
-        """For each finding, where it lies in the records."""
-        return self.raw.findings.spots
-
     def counts(self) -> dict[str, int]:
         """Return the number of errors, warnings and infos."""
         counts = Counter(f.severity for f in self.findings)
         return {severity: counts[severity] for severity in SEVERITIES}
 
-    def by_code(self) -> dict[str, list[int]]:
-        """Return code -> indices of its findings, the most severe first; the codes are sorted by what they cost."""
-        groups: dict[str, list[int]] = defaultdict(list)
-        for index, finding in enumerate(self.findings):
-            groups[finding.code].append(index)
+    def by_code(self) -> dict[str, list[Finding]]:
+        """Return code -> its findings, the most severe first; the codes are sorted by what they cost."""
 
-        def rank(index: int) -> int:
-            return SEVERITIES.index(self.findings[index].severity)
+        def rank(finding: Finding) -> int:
+            return SEVERITIES.index(finding.severity)
 
-        for indices in groups.values():
-            indices.sort(key=rank)
+        groups: dict[str, list[Finding]] = defaultdict(list)
+        for finding in sorted(self.findings, key=rank):
+            groups[finding.code].append(finding)
 
         def cost(code: str) -> tuple[int, int, int, str]:
             return rank(groups[code][0]), HARMS.index(CODES[code].harm), -len(groups[code]), code
@@ -77,26 +72,17 @@ class Report:
         severities = {f.severity for f in self.findings if f.code == code}
         return severities == {"info"} or (CODES[code].harm == "none" and "error" not in severities)
 
-    def images_with(self, code: str) -> set[tuple[str, int]]:
-        """Return split and position of the images that have a finding of this code."""
-        return {(s.split, s.image) for f, s in zip(self.findings, self.spots, strict=True) if f.code == code}
+    def images_with(self, *codes: str) -> dict[tuple[str, int], Finding]:
+        """Return split and position of the images that one of the codes was found for, with the last such finding."""
+        return {f.spot.member: f for f in self.findings if f.code in codes and f.spot.image >= 0}
 
     def drop_images(self, *codes: str) -> dict[str, int]:
         """Drop the images that have a finding of these codes, and return how many of each.
 
         Splits without an image left go as well. Afterwards the spots of the findings no longer fit the records.
         """
-        found = {code: self.images_with(code) for code in codes}
-        spots = set().union(*found.values())
-        for name, split in list(self.raw.splits.items()):
-            keep = np.asarray([(name, image) not in spots for image in range(len(split))], np.bool_)
-            self.raw.splits[name] = split.select_images(keep, name)
-            if name in self.image_info:
-                self.image_info[name] = [info for info, kept in zip(self.image_info[name], keep, strict=True) if kept]
-            if not keep.any():
-                del self.raw.splits[name]
-                self.image_info.pop(name, None)
-        return {code: len(images) for code, images in found.items()}
+        self.raw.splits = self.raw.without(self.images_with(*codes))
+        return {code: len(self.images_with(code)) for code in codes}
 
     def summary(self) -> dict[str, Any]:
         """Return the dataset's counts; the keys are those of JSON version 1."""
@@ -123,16 +109,7 @@ class Report:
             "dataset": self.summary(),
             "counts": self.counts(),
             "findings": [
-                {
-                    "code": f.code,
-                    "severity": f.severity,
-                    "message": f.message,
-                    "file": f.file or None,
-                    "line": f.line or None,
-                    "image_id": f.image_id,
-                    "annotation_id": f.annotation_id,
-                    "hint": f.hint,
-                }
+                {**{key: getattr(f, key) for key in _JSON_KEYS}, "file": f.file or None, "line": f.line or None}
                 for f in self.findings
             ],
         }
@@ -144,11 +121,10 @@ def examine(
     images: Path | None = None,
     imgsz: tuple[int, int] = (640, 640),
     decode: bool = True,
-    workers: int | None = None,
     queries: int = 300,
     processes: bool = False,
     progress: Callable[[int, str], AbstractContextManager[Any]] | None = None,
-    known: Mapping[str, ImageInfo] | None = None,
+    known: Mapping[Path, ImageInfo] | None = None,
     keep_truncated: bool = False,
 ) -> Report:
     """Examine a dataset.
@@ -158,7 +134,6 @@ def examine(
         images: the image folder, if it cannot be guessed.
         imgsz: height and width of the network's input, which decide what is tiny.
         decode: False checks only labels and folder listings, and headers of images whose labels declare no size.
-        workers: images decoded at once; one per core by default.
         queries: objects that the model can detect in one image.
         processes: decode in processes instead of threads if there are many cores; they import the calling program's
             main module, so a script must be guarded by `if __name__ == "__main__"`.
@@ -174,13 +149,12 @@ def examine(
     report = Report(raw=raw, decoded=decode, imgsz=imgsz)
     if decode:
         report.image_info = check_images(
-            raw, workers=workers, processes=processes, progress=progress, known=known, keep_truncated=keep_truncated
+            raw, processes=processes, progress=progress, known=known, keep_truncated=keep_truncated
         )
     else:
         measure_images(raw, all_images=False)
     check_boxes(raw, imgsz=imgsz, queries=queries)
     check_structure(raw, for_training=True)
-    check_train_split(raw)
     if decode:
         check_duplicates(raw, *find_duplicates(raw, report.image_info))
     else:

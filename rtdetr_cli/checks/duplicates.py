@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.checks.boxes import EDGE_PX
-from rtdetr_cli.checks.files import image_location
-from rtdetr_cli.datasets.findings import Spot
 from rtdetr_cli.datasets.raw import RawDataset, RawSplit
+from rtdetr_cli.datasets.records import Spot
 from rtdetr_cli.text import counted
 
 THUMBNAIL = 32
@@ -152,7 +151,7 @@ def check_duplicates(
             else:
                 code = "image-near-leak"
                 message = f"{split.file_names[image]} ({name}) looks nearly the same as {original} ({first_split})"
-            dataset.findings.add(code, message, **image_location(dataset, split, image, other=group[0]))
+            dataset.report_image(split, image, code, message, other=group[0])
 
 
 def _check_equal_splits(dataset: RawDataset, identical: list[list[Member]]) -> set[frozenset[str]]:
@@ -177,16 +176,15 @@ def _check_identical(dataset: RawDataset, group: list[Member], equal_splits: set
     for name, image in group[1:]:
         split = dataset.splits[name]
         message = f"{split.file_names[image]} is the same image as {original.file_names[first]}"
-        location = image_location(dataset, split, image, other=group[0])
         if frozenset((first_split, name)) not in equal_splits:
             code = "image-duplicate" if name == first_split else "image-leak"
             listed_twice = split.path(image) == original.path(first)
             problem = f"{split.file_names[image]} is listed twice" if listed_twice else message
             where = "" if name == first_split else f", once in {first_split} and once in {name}"
-            dataset.findings.add(code, problem + where, **location)
+            dataset.report_image(split, image, code, problem + where, other=group[0])
         if not _same_boxes(original, first, split, image):
             message += f" ({first_split}), but their boxes differ"
-            dataset.findings.add("image-other-boxes", message, **location)
+            dataset.report_image(split, image, "image-other-boxes", message, other=group[0])
 
 
 def _same_boxes(a: RawSplit, first: int, b: RawSplit, second: int) -> bool:
@@ -196,6 +194,6 @@ def _same_boxes(a: RawSplit, first: int, b: RawSplit, second: int) -> bool:
 
 def _sorted_boxes(split: RawSplit, image: int) -> NDArray[np.float64]:
     """Return the labels and boxes of one image (N, 5), sorted."""
-    low, high = np.searchsorted(split.box_images, [image, image + 1])
-    table = np.column_stack([split.labels[low:high], split.boxes_xyxy_px[low:high]])
+    rows = split.rows(image)
+    table = np.column_stack([split.labels[rows], split.boxes_xyxy_px[rows]])
     return np.asarray(table[np.lexsort(table.T[::-1])])

@@ -4,64 +4,18 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from rtdetr_cli.datasets.label_text import is_utf8
 from rtdetr_cli.datasets.raw import RawDataset, RawSplit
-from rtdetr_cli.datasets.survey import lies_in
+from rtdetr_cli.datasets.survey import is_inside
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.images.decode import EXIF_SIDEWAYS, EXIF_TAG, FORMATS, ImageError, image_size
 from rtdetr_cli.machine import cpu_count
-
-
-@dataclass(slots=True)
-class Listing:
-    """The entries of one folder.
-
-    Attributes:
-        inside: whether the folder lies in the dataset, links followed.
-        kinds: name -> `file`, `link` or `other`.
-        by_lower_case: lower-case name -> names.
-    """
-
-    inside: bool
-    kinds: dict[str, str] = field(default_factory=dict)
-    by_lower_case: dict[str, list[str]] = field(default_factory=dict)
-
-    def variants(self, name: str) -> list[str]:
-        """Return the names that differ from `name` in upper and lower case only."""
-        return self.by_lower_case.get(name.lower(), [])
-
-
-class Listings:
-    """Folder listings, each read once, so that looking for an image costs no system call."""
-
-    def __init__(self, roots: tuple[Path, ...]) -> None:
-        self._roots = [os.path.realpath(root) for root in roots]
-        self._listings: dict[str, Listing] = {}
-
-    def contains(self, path: str) -> bool:
-        """Return whether a path, links followed, lies in one of the roots."""
-        return lies_in(os.path.realpath(path), self._roots)
-
-    def read(self, folder: str) -> Listing:
-        """Return the listing of a folder; empty if it cannot be read."""
-        listing = self._listings.get(folder)
-        if listing is None:
-            listing = self._listings[folder] = Listing(self.contains(folder))
-            try:
-                with os.scandir(folder) as entries:
-                    for entry in entries:
-                        plain = entry.is_file(follow_symlinks=False)
-                        listing.kinds[entry.name] = "file" if plain else "link" if entry.is_symlink() else "other"
-                        listing.by_lower_case.setdefault(entry.name.lower(), []).append(entry.name)
-            except (OSError, ValueError):
-                pass
-        return listing
 
 
 def check_files(dataset: RawDataset) -> None:
@@ -70,34 +24,26 @@ def check_files(dataset: RawDataset) -> None:
     Raises:
         DataError: none of the images exists.
     """
-    listings, missing = Listings(dataset.roots), 0
+    is_in_dataset = cache(lambda folder: is_inside(folder, dataset.roots))
+    missing = 0
     for split in dataset.splits.values():
-        root = str(split.root)
         for image, name in enumerate(split.file_names):
-            folder, _, base = name.rpartition("/")
-            if name in (".", ".."):
-                folder = name
-            if folder:
-                where = os.path.join(root, folder)
-            else:
-                where = "/" if name.startswith("/") else root
-            listing = listings.read(where)
-            variants = listing.variants(base)
-            if base not in listing.kinds and len(variants) == 1 and listing.inside:
-                base = variants[0]
+            folder, base = os.path.split(os.path.join(split.root, name))
+            variants = dataset.list_folder(folder).get(base.lower(), {})
+            if base not in variants and len(variants) == 1 and is_in_dataset(folder):
+                (on_disk,) = variants
                 split.label_names[image] = name
-                split.file_names[image] = f"{folder}/{base}" if folder else base
-                message = f"{name} is named {base} on disk"
-                dataset.findings.add("image-name-case", message, **image_location(dataset, split, image))
-            problem = _file_problem(dataset, listings, where, base)
+                split.file_names[image] = name[: len(name) - len(base)] + on_disk
+                base = on_disk
+                dataset.report_image(split, image, "image-name-case", f"{name} is named {base} on disk")
+            problem = _file_problem(dataset, folder, base, variants, inside=is_in_dataset(folder))
             if problem is not None:
                 code, message = problem
                 split.usable[image] = code == "image-elsewhere"
                 missing += code == "image-missing"
-                dataset.findings.add(code, f"{name} {message}", **image_location(dataset, split, image))
-            elif not base.isascii() and not _is_utf8(split.file_names[image]):
-                message = f"{name} is not valid UTF-8"
-                dataset.findings.add("image-name-encoding", message, **image_location(dataset, split, image))
+                dataset.report_image(split, image, code, f"{name} {message}")
+            elif not is_utf8(split.file_names[image]):
+                dataset.report_image(split, image, "image-name-encoding", f"{name} is not valid UTF-8")
     _refuse_missing(dataset, missing)
 
 
@@ -112,51 +58,30 @@ def _refuse_missing(dataset: RawDataset, missing: int) -> None:
         )
 
 
-def _file_problem(dataset: RawDataset, listings: Listings, folder: str, name: str) -> tuple[str, str] | None:
+def _file_problem(
+    dataset: RawDataset, folder: str, name: str, variants: dict[str, str], *, inside: bool
+) -> tuple[str, str] | None:
     """Return code and message of what makes a file unusable as an image, or of one outside the folder."""
-    listing = listings.read(folder)
-    if dataset.contained and not listing.inside:
+    if dataset.contained and not inside:
         return "image-outside", "is outside the dataset folder"
     if name in ("", ".", ".."):
         return "image-missing", "is a folder, not an image"
-    kind = listing.kinds.get(name)
+    kind = variants.get(name)
     if kind is None:
-        variants = listing.variants(name)
         alternatives = f", which has {' and '.join(variants)}" if variants else ""
         return "image-missing", f"is not in {dataset.show(Path(folder))}{alternatives}"
     path = os.path.join(folder, name)
-    leaves = kind == "link" and not listings.contains(path)
+    leaves = kind == "link" and not is_inside(path, dataset.roots)
     if dataset.contained and leaves:
         return "image-outside", "is a link that leaves the dataset folder"
     if kind == "link" and not os.path.exists(path):
         return "image-missing", "is a broken link"
     if kind != "file" and not os.path.isfile(path):  # reading a pipe would block forever
         return "image-unreadable", "is a folder, not an image" if os.path.isdir(path) else "is not a regular file"
-    if leaves or not listing.inside:
-        where = "is a link to a file" if leaves and listing.inside else "is"
+    if leaves or not inside:
+        where = "is a link to a file" if leaves and inside else "is"
         return "image-elsewhere", f"{where} outside the dataset folder"
     return None
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def image_location(
-    dataset: RawDataset, split: RawSplit, image: int, *, other: tuple[str, int] | None = None
-) -> dict[str, Any]:
-    """Return where an image's entry lies, as the arguments of `Findings.add`."""
-    file = split.label_file(image)
-    return {
-        "file": file or dataset.show(split.path(image)),
-        "line": int(split.image_lines[image]) if file else 0,
-        "image_id": int(split.image_ids[image]),
-        "spot": replace(split.image_spot(image), other=other),
-    }
 
 
 def measure_images(dataset: RawDataset, *, all_images: bool = True) -> None:
@@ -170,7 +95,7 @@ def measure_images(dataset: RawDataset, *, all_images: bool = True) -> None:
         with ThreadPoolExecutor(min(16, cpu_count() + 4)) as pool:
             for image, size in zip(wanted.tolist(), pool.map(measure_image, paths, chunksize=64), strict=True):
                 if isinstance(size, ImageError):
-                    report_unusable(dataset, split, image, size)
+                    report_unusable(dataset, split, image, size.code, size.message)
                 else:
                     report_size(dataset, split, image, size)
         report_undeclared(dataset, split)
@@ -193,14 +118,13 @@ def report_undeclared(dataset: RawDataset, split: RawSplit) -> None:
         first = int(undeclared[0])
         verb = f"and {len(undeclared) - 1} more have" if len(undeclared) > 1 else "has"
         message = f"{split.file_names[first]} {verb} no size in the labels"
-        dataset.findings.add("image-size-undeclared", message, **image_location(dataset, split, first))
+        dataset.report_image(split, first, "image-size-undeclared", message)
 
 
-def report_unusable(dataset: RawDataset, split: RawSplit, image: int, error: ImageError) -> None:
+def report_unusable(dataset: RawDataset, split: RawSplit, image: int, code: str, message: str) -> None:
     """Report an image that cannot be used, and mark it."""
     split.usable[image] = False
-    message = error.message.replace(str(split.path(image)), split.file_names[image])
-    dataset.findings.add(error.code, message, **image_location(dataset, split, image))
+    dataset.report_image(split, image, code, message.replace(str(split.path(image)), split.file_names[image]))
 
 
 def report_size(
@@ -224,7 +148,7 @@ def report_size(
         else:
             code = "image-size"
             message = f"{name} is {width}x{height}, but the labels declare {declared[0]}x{declared[1]}"
-        dataset.findings.add(code, message, **image_location(dataset, split, image))
+        dataset.report_image(split, image, code, message)
     split.sizes_wh[image] = size_wh
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from rtdetr_cli.checks.duplicates import THUMBNAIL, Member, all_members, equal_groups, near_groups
-from rtdetr_cli.checks.files import image_location, report_size, report_undeclared, report_unusable
+from rtdetr_cli.checks.files import report_size, report_undeclared, report_unusable
 from rtdetr_cli.datasets.raw import RawDataset, RawSplit
 from rtdetr_cli.images.decode import (
     EXIF_SIDEWAYS,
@@ -84,11 +84,10 @@ class ImageInfo:
     thumbnail: bytes = b""
 
 
-def inspect_image(path: str) -> ImageInfo:
+def inspect_image(path: Path) -> ImageInfo:
     """Decode one image and describe it."""
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        data = path.read_bytes()
     except OSError:
         return _without_details(path)
     info = ImageInfo(digest=hashlib.blake2b(data, digest_size=16).digest())
@@ -111,19 +110,19 @@ def inspect_image(path: str) -> ImageInfo:
     return info
 
 
-def _without_details(path: str, digest: bytes = b"") -> ImageInfo:
+def _without_details(path: Path, digest: bytes = b"") -> ImageInfo:
     """Return the fault of an image, or its size alone if it can be decoded after all."""
     try:
-        with open_image(Path(path)) as image:
+        with open_image(path) as image:
             return ImageInfo(size_wh=image.size, digest=digest)
     except ImageError as error:
         return ImageInfo(fault=(error.code, error.message))
 
 
-def _inspect_truncated(path: str, info: ImageInfo) -> ImageInfo:
+def _inspect_truncated(path: Path, info: ImageInfo) -> ImageInfo:
     """Describe an image that cannot be decoded to its end; return `info` if hardly anything is left of it."""
     try:
-        with partly_decoded(Path(path)) as (image, missing):
+        with partly_decoded(path) as (image, missing):
             if missing > MAX_MISSING:
                 return info
             orientation = exif_orientation(image)
@@ -135,18 +134,14 @@ def _inspect_truncated(path: str, info: ImageInfo) -> ImageInfo:
 
 def _mode_codes(image: Image.Image) -> tuple[str, ...]:
     mode = image.mode
-    codes = []
-    if mode.startswith("I") or _has_16_bits(image):
-        codes.append("image-16bit")
-    if mode in ("P", "PA"):
-        codes.append("image-palette")
-    if mode == "CMYK":
-        codes.append("image-cmyk")
-    if mode in ("L", "1", "LA") or mode.startswith("I"):
-        codes.append("image-grey")
-    if mode in ("RGBA", "LA", "PA", "La", "RGBa") or (mode == "P" and "transparency" in image.info):
-        codes.append("image-alpha")
-    return tuple(codes)
+    found = {
+        "image-16bit": mode.startswith("I") or _has_16_bits(image),
+        "image-palette": mode in ("P", "PA"),
+        "image-cmyk": mode == "CMYK",
+        "image-grey": mode in ("L", "1", "LA") or mode.startswith("I"),
+        "image-alpha": mode in ("RGBA", "LA", "PA", "La", "RGBa") or (mode == "P" and "transparency" in image.info),
+    }
+    return tuple(code for code, present in found.items() if present)
 
 
 def _has_16_bits(image: Image.Image) -> bool:
@@ -168,52 +163,45 @@ def _thumbnail(image: Image.Image, orientation: int) -> bytes:
 def check_images(
     raw: RawDataset,
     *,
-    workers: int | None = None,
     processes: bool = False,
     progress: Callable[[int, str], AbstractContextManager[Any]] | None = None,
-    known: Mapping[str, ImageInfo] | None = None,
+    known: Mapping[Path, ImageInfo] | None = None,
     keep_truncated: bool = False,
-) -> dict[str, list[ImageInfo]]:
+) -> dict[Path, ImageInfo]:
     """Decode every image once, however often it is listed, and report what is wrong with it.
 
     Args:
         raw: gets the findings and the images' sizes.
-        workers: images decoded at once; one per core by default.
         processes: use processes instead of threads where that is faster.
         progress: starts a display of so many images, whose `advance` is called for each.
         known: path -> result of an earlier check; these images are not decoded again.
         keep_truncated: describe images that decode except for their end like any other, but report them.
 
     Returns:
-        Split -> one result per image.
+        Path -> result, for every image that is a file.
     """
-    paths: dict[str, None] = {}
-    for split in raw.splits.values():
-        for image in np.flatnonzero(split.usable).tolist():
-            paths[str(split.path(image))] = None
-    by_path: dict[str, ImageInfo] = dict(known or {})
-    paths = {path: None for path in paths if path not in by_path}
+    by_path = dict(known or {})
+    usable = (s.path(image) for s in raw.splits.values() for image in np.flatnonzero(s.usable).tolist())
+    paths = list(dict.fromkeys(path for path in usable if path not in by_path))
     with progress(len(paths), "images") if progress else nullcontext() as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's warnings; those that matter become findings
-        for path, info in zip(paths, _inspect_all(list(paths), workers, processes), strict=True):
+        for path, info in zip(paths, _inspect_all(paths, processes), strict=True):
             by_path[path] = info
             if bar is not None:
                 bar.advance()
     for path, info in by_path.items() if keep_truncated else ():
         if info.fault is not None and info.fault[0] == "image-truncated":
             by_path[path] = _inspect_truncated(path, info)
-    infos: dict[str, list[ImageInfo]] = {}
-    for name, split in raw.splits.items():
-        infos[name] = [by_path.get(str(split.path(image)), ImageInfo()) for image in range(len(split))]
+    for split in raw.splits.values():
         for image in np.flatnonzero(split.usable).tolist():
-            _report(raw, split, image, infos[name][image])
+            _report(raw, split, image, by_path[split.path(image)])
         report_undeclared(raw, split)
-    _report_ambiguous_orientations(raw, infos)
-    return infos
+    _report_ambiguous_orientations(raw, by_path)
+    return by_path
 
 
-def _inspect_all(paths: list[str], workers: int | None, processes: bool) -> Iterator[ImageInfo]:
-    count = max(1, min(cpu_count() if workers is None else workers, len(paths)))
+def _inspect_all(paths: list[Path], processes: bool) -> Iterator[ImageInfo]:
+    count = max(1, min(cpu_count(), len(paths)))
     pool: Executor
     if not processes or count <= _MAX_THREADS or len(paths) < _MIN_IMAGES_PER_PROCESS * count:
         pool = ThreadPoolExecutor(count)
@@ -227,11 +215,10 @@ def _report(raw: RawDataset, split: RawSplit, image: int, info: ImageInfo) -> No
     name = split.file_names[image]
 
     def add(code: str, message: str) -> None:
-        raw.findings.add(code, f"{name} {message}", **image_location(raw, split, image))
+        raw.report_image(split, image, code, f"{name} {message}")
 
     if info.fault is not None:
-        code, message = info.fault
-        report_unusable(raw, split, image, ImageError(message, code=code))
+        report_unusable(raw, split, image, *info.fault)
         return
     if info.missing is not None:
         add("image-truncated", f"is truncated: the lowest {info.missing:.0%} of the image is missing")
@@ -254,20 +241,17 @@ def _report(raw: RawDataset, split: RawSplit, image: int, info: ImageInfo) -> No
         add("image-huge", f"is {width}x{height}")
 
 
-def _label_frames(raw: RawDataset, infos: dict[str, list[ImageInfo]]) -> dict[Member, str]:
+def _label_frames(raw: RawDataset, infos: Mapping[Path, ImageInfo]) -> dict[Member, str]:
     """Return what the boxes of each image with an EXIF orientation refer to: `upright`, `stored`, or "" for unknown.
 
     The declared size decides, unless it is wrong or the same in both cases: an orientation of 2 to 4 keeps the size,
     and so does any orientation of a square image.
     """
-    codes: dict[Member, str] = {}
-    for finding, spot in zip(raw.findings, raw.findings.spots, strict=True):
-        if finding.code in ("image-exif-swapped", "image-size"):
-            codes[spot.split, spot.image] = finding.code
+    codes = {f.spot.member: f.code for f in raw.findings if f.code in ("image-exif-swapped", "image-size")}
     frames: dict[Member, str] = {}
     for name, split in raw.splits.items():
         for image in np.flatnonzero(split.usable).tolist():
-            info, code = infos[name][image], codes.get((name, image))
+            info, code = infos[split.path(image)], codes.get((name, image))
             size_differs = info.orientation in EXIF_SIDEWAYS and info.size_wh[0] != info.size_wh[1]
             if info.orientation in EXIF_TRANSPOSES:
                 known = size_differs and bool(split.declared[image]) and code != "image-size"
@@ -275,13 +259,13 @@ def _label_frames(raw: RawDataset, infos: dict[str, list[ImageInfo]]) -> dict[Me
     return frames
 
 
-def labels_are_upright(raw: RawDataset, infos: dict[str, list[ImageInfo]]) -> bool:
+def labels_are_upright(raw: RawDataset, infos: Mapping[Path, ImageInfo]) -> bool:
     """Return whether most labels refer to the upright image, judged by enough images whose size shows it."""
     frames = Counter(_label_frames(raw, infos).values()) if infos else Counter()
     return frames["upright"] > frames["stored"] and frames["upright"] + frames["stored"] >= MIN_FRAMES_KNOWN
 
 
-def _report_ambiguous_orientations(raw: RawDataset, infos: dict[str, list[ImageInfo]]) -> None:
+def _report_ambiguous_orientations(raw: RawDataset, infos: Mapping[Path, ImageInfo]) -> None:
     """If the labels of one image ignore its EXIF orientation, report the images whose labels may do so unnoticed."""
     frames = _label_frames(raw, infos)
     if "stored" not in frames.values():
@@ -290,23 +274,21 @@ def _report_ambiguous_orientations(raw: RawDataset, infos: dict[str, list[ImageI
     for (name, image), frame in frames.items():
         if not frame:
             split = raw.splits[name]
-            raw.findings.add(
-                "image-exif-ambiguous",
-                f"{split.file_names[image]} has EXIF orientation {infos[name][image].orientation}, and it is unclear "
-                f"whether its boxes refer to the upright image{assumed}",
-                **image_location(raw, split, image),
+            orientation = infos[split.path(image)].orientation
+            message = (
+                f"{split.file_names[image]} has EXIF orientation {orientation}, and it is unclear "
+                f"whether its boxes refer to the upright image{assumed}"
             )
+            raw.report_image(split, image, "image-exif-ambiguous", message)
 
 
-def find_duplicates(
-    raw: RawDataset, infos: dict[str, list[ImageInfo]]
-) -> tuple[list[list[Member]], list[list[Member]]]:
+def find_duplicates(raw: RawDataset, infos: Mapping[Path, ImageInfo]) -> tuple[list[list[Member]], list[list[Member]]]:
     """Return groups of images with the same bytes, and groups of nearly identical ones (one of each identical group).
 
     `infos` are from `check_images`.
     """
     members = all_members(raw)
-    info = [infos[name][image] for name, image in members]
+    info = [infos.get(raw.splits[name].path(image), ImageInfo()) for name, image in members]
     identical = equal_groups(i.digest for i in info)
     copies = {index for group in identical for index in group[1:]}
     rows = [i for i in range(len(members)) if i not in copies and info[i].thumbnail]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.checks.doctor import Report
+from rtdetr_cli.checks.duplicates import Member
 from rtdetr_cli.datasets.codes import CODES
-from rtdetr_cli.datasets.findings import Spot
+from rtdetr_cli.datasets.records import Finding, Spot
 from rtdetr_cli.files import write_text
 from rtdetr_cli.images.decode import ImageError, open_image
 from rtdetr_cli.images.draw import css_color
@@ -33,7 +35,6 @@ SIDE_PX = 400
 _HEATMAP_CELLS = 24
 _PLOT_WH = (420.0, 160.0)
 
-Member = tuple[str, int]
 Images = dict[Member, dict[str, Any]]
 """(split, index) -> an image as the page shows it."""
 
@@ -53,14 +54,14 @@ def page_context(report: Report) -> dict[str, Any]:
     chosen = _choose_findings(report)
     samples = _choose_samples(report)
     wanted = dict.fromkeys(samples)
-    for i in chosen:
-        spot = report.spots[i]
+    for finding in chosen:
+        spot = finding.spot
         if spot.image >= 0 and len(wanted) < MAX_IMAGES:
-            wanted[spot.split, spot.image] = None
+            wanted[spot.member] = None
             if spot.other is not None:
                 wanted[spot.other] = None
     images = _load_images(report, list(wanted))
-    findings = [_finding(report, i, images) for i in chosen]
+    findings = [_finding(report, finding, images) for finding in chosen]
     on_page = Counter(f["code"] for f in findings)
     _fold_minor(report, findings)
     summary = report.summary()
@@ -70,17 +71,8 @@ def page_context(report: Report) -> dict[str, Any]:
         "counts": report.counts(),
         "imgsz": report.imgsz,
         "codes": [
-            {
-                "code": code,
-                "severity": report.findings[indices[0]].severity,
-                "title": CODES[code].title,
-                "explanation": CODES[code].explanation,
-                "hint": CODES[code].hint,
-                "repair": CODES[code].repair,
-                "count": len(indices),
-                "on_page": on_page[code],
-            }
-            for code, indices in report.by_code().items()
+            {**asdict(CODES[code]), "severity": same[0].severity, "count": len(same), "on_page": on_page[code]}
+            for code, same in report.by_code().items()
         ],
         "classes": _classes(summary),
         "classes_left_out": max(0, summary["classes"] - MAX_CLASSES),
@@ -96,23 +88,23 @@ def page_context(report: Report) -> dict[str, Any]:
 # ---- what to show
 
 
-def _choose_findings(report: Report) -> list[int]:
+def _choose_findings(report: Report) -> list[Finding]:
     """Return the findings to show: all of them, or as many of each code as fit."""
     by_code = report.by_code()
-    chosen: dict[str, list[int]] = {}
+    chosen: dict[str, list[Finding]] = {}
     room = MAX_FINDINGS
     for done, code in enumerate(sorted(by_code, key=lambda code: len(by_code[code]))):
         chosen[code] = by_code[code][: room // (len(by_code) - done)]
         room -= len(chosen[code])
-    return [i for code in by_code for i in chosen[code]]
+    return [finding for code in by_code for finding in chosen[code]]
 
 
 def _fold_minor(report: Report, findings: list[dict[str, Any]]) -> None:
     """Hide repeated findings that cost nothing behind the first of their code, until the code is chosen."""
-    for code, indices in report.by_code().items():
+    for code, found in report.by_code().items():
         same = [finding for finding in findings if finding["code"] == code]
         if len(same) >= MIN_FOLDED and report.is_minor(code):
-            same[0]["more"] = len(indices) - 1
+            same[0]["more"] = len(found) - 1
             for finding in same[1:]:
                 finding["folded"] = True
 
@@ -163,9 +155,9 @@ def _load_images(report: Report, members: list[Member]) -> Images:
         return {member: image for member, image in loaded if image is not None}
 
 
-def _finding(report: Report, i: int, images: Images) -> dict[str, Any]:
-    finding, spot = report.findings[i], report.spots[i]
-    image = images.get((spot.split, spot.image))
+def _finding(report: Report, finding: Finding, images: Images) -> dict[str, Any]:
+    spot = finding.spot
+    image = images.get(spot.member)
     other = images.get(spot.other) if spot.other is not None else None
     box = _drawable_box(spot, image) if image else None
     missing = ""
@@ -235,8 +227,8 @@ def _drawable_range(one: float, other: float, side: float) -> tuple[float, float
 def _sample(report: Report, member: Member, image: dict[str, Any]) -> dict[str, Any]:
     name, index = member
     split = report.raw.splits[name]
-    low, high = np.searchsorted(split.box_images, [index, index + 1])
-    labels = split.labels[low:high].tolist()
+    rows = split.rows(index)
+    labels = split.labels[rows].tolist()
     names = [c.name for c in report.raw.categories]
     boxes = [
         {
@@ -247,7 +239,7 @@ def _sample(report: Report, member: Member, image: dict[str, Any]) -> dict[str, 
             "name": names[label],
             "color": css_color(label),
         }
-        for (x1, y1, x2, y2), label in zip(split.boxes_xyxy_px[low:high].tolist(), labels, strict=True)
+        for (x1, y1, x2, y2), label in zip(split.boxes_xyxy_px[rows].tolist(), labels, strict=True)
     ]
     return {
         **image,

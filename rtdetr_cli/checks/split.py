@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from rtdetr_cli.checks.clusters import assign_clusters, class_counts, related_images
+from rtdetr_cli.checks.doctor import Report
 from rtdetr_cli.checks.duplicates import all_members
 from rtdetr_cli.checks.images import find_duplicates
 from rtdetr_cli.datasets.records import Dataset, FlatStrings
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.text import counted
-
-if TYPE_CHECKING:
-    from rtdetr_cli.checks.doctor import Report
-
-from rtdetr_cli.checks.clusters import assign_clusters, class_counts, related_images
 
 NAMES = ("train", "val", "test")
 _CONCATENATED = ("image_ids", "sizes_wh", "boxes_xyxy_px", "labels", "areas", "crowd", "annotation_ids")

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rtdetr_cli.checks.files import image_location
-from rtdetr_cli.datasets.findings import Spot
 from rtdetr_cli.datasets.raw import RawDataset
+from rtdetr_cli.datasets.records import Spot
 from rtdetr_cli.text import counted
 
 FEW_BOXES = 10
@@ -23,7 +22,8 @@ def check_structure(dataset: RawDataset, *, for_training: bool = False) -> None:
 
     Args:
         dataset: gets the findings.
-        for_training: makes a train split without objects an error; a split for evaluation may have none.
+        for_training: makes a train split without objects an error, and reports that there is no train split; a split
+            for evaluation may have no objects.
     """
     findings = dataset.findings
     file = dataset.main_file()
@@ -38,8 +38,7 @@ def check_structure(dataset: RawDataset, *, for_training: bool = False) -> None:
             findings.add("split-no-objects", f"the split {name} has no boxes", file=file, spot=Spot(name))
         boxes = np.bincount(split.box_images, minlength=len(split))
         for image in np.flatnonzero((boxes == 0) & split.usable & (split.image_labels >= 0)).tolist():
-            message = f"{split.file_names[image]} has no objects"
-            findings.add("image-no-objects", message, **image_location(dataset, split, image))
+            dataset.report_image(split, image, "image-no-objects", f"{split.file_names[image]} has no objects")
     if not dataset.splits and not dataset.has_errors():
         findings.add("split-missing", "no split was found", file=file)
     if dataset.splits and not dataset.categories and not any(f.code.startswith("category-") for f in findings):
@@ -47,18 +46,11 @@ def check_structure(dataset: RawDataset, *, for_training: bool = False) -> None:
     if dataset.splits and dataset.categories:
         _check_classes(dataset, file)
         _check_names([c.name for c in dataset.categories], dataset, file)
-
-
-def check_train_split(dataset: RawDataset) -> None:
-    """Report a dataset without a train split: it can be evaluated on but not trained on."""
-    splits = dataset.splits
-    if splits and "train" not in splits and not dataset.has_errors():
-        message = f"there is no train split, only {' and '.join(splits)}"
-        dataset.findings.add("split-missing", message, file=dataset.main_file())
+    if for_training and dataset.splits and "train" not in dataset.splits and not dataset.has_errors():
+        findings.add("split-missing", f"there is no train split, only {' and '.join(dataset.splits)}", file=file)
 
 
 def _check_classes(dataset: RawDataset, file: str) -> None:
-    """Check ids and numbers of boxes of each class."""
     findings, categories = dataset.findings, dataset.categories
     count = len(categories)
     boxes = {name: np.bincount(split.labels[~split.crowd], minlength=count) for name, split in dataset.splits.items()}

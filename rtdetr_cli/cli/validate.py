@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import count
@@ -237,15 +238,15 @@ def _show(report: Report) -> None:
         + (f"; unpacked in {report.raw.folder}" if report.raw.source.suffix.lower() == ".zip" else "")
     )
     rows, harmless = [], []
-    for code, positions in report.by_code().items():
-        finding = report.findings[positions[0]]
+    for code, findings in report.by_code().items():
+        finding = findings[0]
         if finding.severity == "info" and CODES[code].harm == "none":
-            harmless.append(f"{CODES[code].title} ({len(positions):,}, {code})")
+            harmless.append(f"{CODES[code].title} ({len(findings):,}, {code})")
             continue
         first = format_finding(finding)
         if len(first) > FIRST_WIDTH:
             first = first[: FIRST_WIDTH - 3] + "..."
-        rows.append((finding.severity, code, len(positions), first))
+        rows.append((finding.severity, code, len(findings), first))
     if rows:
         terminal.table(("severity", "code", "count", "first"), rows)
     if harmless:
@@ -344,8 +345,7 @@ def _write(
             else "",
             code=next(f.code for f in report.findings if f.severity == "error"),
         )
-    splits = to_splits(report.raw)
-    parts = {d.split: d for d in (splits.train, splits.val, splits.test) if d is not None}
+    parts = to_splits(report.raw).parts
     facts: dict[str, Any] = {}
     if fractions is not None:
         from rtdetr_cli.checks.split import resplit
@@ -356,8 +356,8 @@ def _write(
     format_name = convert or (report.raw.format if report.raw.format in FORMATS else "coco")
     data = write_dataset(parts, format_name, to)
     counts = {name: len(part) for name, part in parts.items()}
-    findings = {code: len(positions) for code, positions in report.by_code().items()}
-    changed = {what: {c: findings[c] for c in codes if c in findings} for what, codes in CHANGED.items()}
+    found = Counter(finding.code for finding in report.findings)
+    changed = {what: {c: found[c] for c in codes if c in found} for what, codes in CHANGED.items()}
     document["written"] = {"format": format_name, "data": str(data), "splits": counts, **changed, **facts}
     if as_json:
         return data

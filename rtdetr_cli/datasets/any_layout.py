@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 from rtdetr_cli.datasets.coco import read_coco
-from rtdetr_cli.datasets.coco_files import ROBOFLOW_FILE, choose_coco_files, find_image_folder
+from rtdetr_cli.datasets.coco_files import ROBOFLOW_FILE, choose_coco_files
 from rtdetr_cli.datasets.csv_boxes import read_csv
 from rtdetr_cli.datasets.data_yaml import DataYaml
 from rtdetr_cli.datasets.image_paths import index_images, split_of, split_of_parts
-from rtdetr_cli.datasets.label_text import CLASS_LISTS, Oddities
+from rtdetr_cli.datasets.label_text import CLASS_LISTS
 from rtdetr_cli.datasets.labelme import read_labelme
 from rtdetr_cli.datasets.layouts import DATA_YAMLS, Layout, label_kinds, pair_files, read_list
 from rtdetr_cli.datasets.raw import RawDataset, new_dataset
@@ -50,9 +49,9 @@ def read_any_layout(source: Path, found: Survey, images: Path | None, kinds: dic
     """
     kinds = dict(kinds)
     holds_labels = any(path.parent == source for paths in kinds.values() for path in paths)
-    if not {"coco", "yaml"} & kinds.keys() and holds_labels and images is None and not _holds_images(found):
+    if not {"coco", "yaml"} & kinds.keys() and holds_labels and images is None and not found.holds_images():
         around = survey(source.resolve().parent)  # the folder of the labels was given
-        if _holds_images(around):
+        if around.holds_images():
             found, kinds = around, label_kinds(survey(source.resolve()).folders)
     if "yaml" in kinds:
         kinds.pop("yolo", None)
@@ -70,13 +69,14 @@ def read_any_layout(source: Path, found: Survey, images: Path | None, kinds: dic
         )
     ((kind, files),) = kinds.items()
     image_survey = survey(images) if images is not None else found
-    if kind not in ("coco", "yaml") and not _holds_images(image_survey):
+    if kind not in ("coco", "yaml") and not image_survey.holds_images():
         raise DataError(
             f"{source} has {_TITLES[kind]} labels but no images: found {found.describe()}",
             hint="pass the folder of the images with --images",
             code="images-missing",
         )
-    raw = _READERS[kind](source, found, image_survey, files)
+    raw = new_dataset("yolo" if kind == "yaml" else kind, source, found.root, images)
+    _READERS[kind](raw, found, image_survey, files)
     if kind in ("voc", "yolo", "labelme") and not raw.splits:
         raise DataError(
             f"{source} has {counted(len(files), _TITLES[kind] + ' label file')}, and no image has the name of one: "
@@ -85,10 +85,6 @@ def read_any_layout(source: Path, found: Survey, images: Path | None, kinds: dic
             code="images-missing",
         )
     return raw
-
-
-def _holds_images(found: Survey) -> bool:
-    return any(folder.images for folder in found.folders)
 
 
 def _container(files: list[Path]) -> Path:
@@ -100,57 +96,46 @@ def _container(files: list[Path]) -> Path:
 
 def _no_labels(source: Path, found: Survey) -> DataError:
     """Return the error that says what was found and what is closest to it."""
-    other = other_format(found)
-    if other is not None:
-        name, advice = other
-        message = f"{source} looks like {name}, which is not read: found {found.describe()}"
-        return DataError(message, hint=advice, code="format-unknown")
     message = f"{source} does not contain a supported dataset: found {found.describe()}"
-    archives = found.files("zip")
-    if archives:
-        return DataError(message, hint=f"pass the zip file: {archives[0]}", code="format-unknown")
-    reasons = [reason for suffix, reason in _NEAREST.items() if found.files(suffix)]
-    if reasons:
-        reason = reasons[0]
-        if reason == _NEAREST["csv"]:
+    hint = "pass the folder with the images and labels"
+    other, archives = other_format(found), found.files("zip")
+    nearest = next((suffix for suffix in _NEAREST if found.files(suffix)), "")
+    if other is not None:
+        name, hint = other
+        message = f"{source} looks like {name}, which is not read: found {found.describe()}"
+    elif archives:
+        hint = f"pass the zip file: {archives[0]}"
+    elif nearest:
+        message += f"; {_NEAREST[nearest]}"
+        hint = "export the labels as COCO or YOLO"
+        if nearest == "csv":
             table = found.files("csv")[0]
             header = edges(table).decode("utf-8-sig", "replace").split("\n", 1)[0].strip()
-            reason += f": {table.name} has {printable(header)[:80]}"
-        return DataError(f"{message}; {reason}", hint="export the labels as COCO or YOLO", code="format-unknown")
-    if _holds_images(found):
+            message += f": {table.name} has {printable(header)[:80]}"
+    elif found.holds_images():
+        message += ", but no label files"
         hint = "put a YOLO text file or a Pascal VOC XML file next to each image, or pass the folder that has both"
-        return DataError(f"{message}, but no label files", hint=hint, code="format-unknown")
-    return DataError(message, hint="pass the folder with the images and labels", code="format-unknown")
+    return DataError(message, hint=hint, code="format-unknown")
 
 
 def read_csv_file(source: Path, images: Path | None) -> RawDataset:
     """Read a CSV file, and those of the other splits beside it."""
     found = survey(source.parent)
+    raw = new_dataset("csv", source, source.parent, images)
     files = label_kinds(found.folders[:1]).get("csv", [])
-    return _read_csv(source, found, survey(images) if images is not None else found, [source, *files])
+    _read_csv(raw, found, survey(images) if images is not None else found, [source, *files])
+    return raw
 
 
 # ---- one reader per format
 
 
-def _start(form: str, source: Path, found: Survey, image_survey: Survey) -> RawDataset:
-    images = image_survey.root if image_survey is not found else None
-    return new_dataset("", form, source, found.root, images)
-
-
-def _read_pairs(
-    form: str,
-    read: Callable[[RawDataset, Layout], None],
-    source: Path,
-    found: Survey,
-    image_survey: Survey,
-    files: list[Path],
-) -> RawDataset:
-    raw = _start(form, source, found, image_survey)
-    layout = pair_files(found, image_survey, files, {})
+def _read_pairs(raw: RawDataset, found: Survey, images: Survey, files: list[Path]) -> None:
+    layout = pair_files(found, images, files, {})
     _note_lists(raw, layout)
-    read(raw, layout)
-    return raw
+    (read_voc if raw.format == "voc" else read_labelme)(raw, layout)
+    for path in layout.orphans:
+        raw.findings.add("label-orphan", "has no image", file=raw.show(path))
 
 
 def _note_lists(raw: RawDataset, layout: Layout) -> None:
@@ -170,79 +155,66 @@ def _report_unlisted(
         raw.findings.add("image-unlisted", message, file=raw.show(lists[0]))
 
 
-def _read_csv(source: Path, found: Survey, image_survey: Survey, files: list[Path]) -> RawDataset:
-    raw = _start("csv", source, found, image_survey)
+def _read_csv(raw: RawDataset, found: Survey, images: Survey, files: list[Path]) -> None:
     by_split: dict[str, Path] = {}
     for path in dict.fromkeys(files):
         split = split_of(path.stem) or split_of_parts(path.parent.relative_to(found.root).parts)
-        if split is None and len(files) > 1 and path != source:
+        if split is None and len(files) > 1 and path != raw.source:
+            name = path.relative_to(found.root)
             raise DataError(
-                f"{source} has {len(files)} CSV files with boxes, and {path.relative_to(found.root)} names no split",
+                f"{raw.source} has {len(files)} CSV files with boxes, and {name} names no split",
                 hint=f"pass one of them, such as {files[0]}",
                 code="format-ambiguous",
             )
         by_split.setdefault(split or "train", path)
-    read_csv(raw, by_split, index_images(image_survey), image_survey.root)
+    read_csv(raw, by_split, index_images(images), images.root)
     listed = {name for split in raw.splits.values() for name in split.file_names}
     homes = {name.rpartition("/")[0] for name in listed}
-    folders = [folder for folder in image_survey.folders if "/".join(folder.parts) in homes]
-    images = ("/".join((*folder.parts, name)) for folder in folders for name in folder.images)
-    _report_unlisted(raw, [image for image in images if image not in listed], list(by_split.values()))
-    return raw
+    folders = [folder for folder in images.folders if "/".join(folder.parts) in homes]
+    paths = ("/".join((*folder.parts, name)) for folder in folders for name in folder.images)
+    _report_unlisted(raw, [path for path in paths if path not in listed], list(by_split.values()))
 
 
-def _read_coco(source: Path, found: Survey, image_survey: Survey, files: list[Path]) -> RawDataset:
+def _read_coco(raw: RawDataset, found: Survey, images: Survey, files: list[Path]) -> None:
     usual = ([p for p in files if p.parent == home] for home in (found.root, found.root / "annotations"))
     chosen = next(filter(None, (choose_coco_files(group, found.root) for group in (*usual, files) if group)), {})
     if not chosen:
         names = ", ".join(str(path.relative_to(found.root)) for path in files[:3])
         raise DataError(
-            f"{source} has {len(files)} COCO files, and their names don't say which is train: {names}",
+            f"{raw.source} has {len(files)} COCO files, and their names don't say which is train: {names}",
             hint=f"pass the one you want, such as {files[0]}",
             code="format-ambiguous",
         )
-    roboflow = any(path.name == ROBOFLOW_FILE for path in chosen.values())
-    raw = _start("roboflow" if roboflow else "coco", source, found, image_survey)
-    folders = {split: raw.images or find_image_folder(path, split, found.root) for split, path in chosen.items()}
-    read_coco(raw, {split: (path, folders[split]) for split, path in chosen.items()})
-    return raw
+    if any(path.name == ROBOFLOW_FILE for path in chosen.values()):
+        raw.format = "roboflow"
+    read_coco(raw, chosen)
 
 
-def _read_yaml(source: Path, found: Survey, image_survey: Survey, files: list[Path]) -> RawDataset:
+def _read_yaml(raw: RawDataset, found: Survey, images: Survey, files: list[Path]) -> None:
     files = [path for path in files if path.parent == found.root] or files
     files = [path for path in files if path.name in DATA_YAMLS][:1] or files
     if len(files) > 1:
         names = ", ".join(str(path.relative_to(found.root)) for path in files[:3])
         raise DataError(
-            f"{source} has several YAML files of datasets: {names}",
+            f"{raw.source} has several YAML files of datasets: {names}",
             hint=f"pass the one you want, such as {files[0]}",
             code="format-ambiguous",
         )
-    return read_yaml_file(files[0], source, found.root, image_survey.root if image_survey is not found else None)
+    read_yolo(raw, files[0])
 
 
-def read_yaml_file(path: Path, source: Path, folder: Path, images: Path | None) -> RawDataset:
-    """Read a `data.yaml` of a dataset in `folder`, where the user named `source`."""
-    name = path.stem if path.stem not in ("data", "dataset") else ""
-    raw = new_dataset(name, "yolo", source, folder, images)
-    read_yolo(raw, path, images)
-    return raw
-
-
-def _read_yolo(source: Path, found: Survey, image_survey: Survey, files: list[Path]) -> RawDataset:
+def _read_yolo(raw: RawDataset, found: Survey, images: Survey, files: list[Path]) -> None:
     """Read YOLO labels without a `data.yaml`: class names come from a list, or from `obj.data`."""
-    raw = _start("yolo", source, found, image_survey)
-    oddities = Oddities()
     names_file, lists = _darknet(raw, found)
-    layout = pair_files(found, image_survey, files, lists)
+    layout = pair_files(found, images, files, lists)
     classes: dict[int, str] = {}
     if names_file is not None:
-        shown, text = raw.read_label(names_file, oddities)
+        shown, text = raw.read_label(names_file)
         text = (text or "").strip()
         names = [line.strip() for line in text.split("\n")]
         classes = {number: name or f"class{number}" for number, name in enumerate(names)} if text else {}
     if not classes:
-        shown = str(source)
+        shown = str(raw.source)
         classes = {number: f"class{number}" for number in range(_highest_class(layout) + 1)}
         raw.findings.add(
             "category-unnamed",
@@ -254,8 +226,7 @@ def _read_yolo(source: Path, found: Survey, image_survey: Survey, files: list[Pa
     config = DataYaml(layout.root, classes, {number: number for number in classes}, {}, None, file=shown)
     listed = {split: [layout.root / name for name in names] for split, names in layout.splits.items()}
     labels = {layout.root / image: path for image, path in layout.labels.items()}
-    read_yolo_files(raw, config, listed, labels, shown, oddities)
-    return raw
+    read_yolo_files(raw, config, listed, labels, shown)
 
 
 def _darknet(raw: RawDataset, found: Survey) -> tuple[Path | None, dict[str, Path]]:
@@ -278,7 +249,6 @@ def _base_name(path: str) -> str:
 
 
 def _highest_class(layout: Layout) -> int:
-    """Return the highest class number in the label files."""
     highest = 0
     for path in layout.labels.values():
         for line in read_list(path):
@@ -286,11 +256,11 @@ def _highest_class(layout: Layout) -> int:
     return min(highest, _MAX_CLASSES)
 
 
-_READERS: dict[str, Callable[[Path, Survey, Survey, list[Path]], RawDataset]] = {
-    "voc": partial(_read_pairs, "voc", read_voc),
+_READERS = {
+    "voc": _read_pairs,
     "yolo": _read_yolo,
     "yaml": _read_yaml,
-    "labelme": partial(_read_pairs, "labelme", read_labelme),
+    "labelme": _read_pairs,
     "coco": _read_coco,
     "csv": _read_csv,
 }

@@ -77,7 +77,6 @@ def is_unpacked(folder: Path) -> bool:
 
 
 def _remove_unused(cache: Path) -> None:
-    """Remove the folders in the cache that were not used for a long time."""
     with suppress(OSError):
         for folder in cache.iterdir():
             if folder.stat().st_mtime < time.time() - _UNUSED_DAYS * 86_400:

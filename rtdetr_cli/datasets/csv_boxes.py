@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from rtdetr_cli.datasets.findings import Spot
+import numpy as np
+
 from rtdetr_cli.datasets.image_paths import ImageIndex
-from rtdetr_cli.datasets.label_text import MAX_BYTES, Oddities, is_valid_name
-from rtdetr_cli.datasets.raw import RawBox, RawDataset, RawSplit, Rows
-from rtdetr_cli.datasets.records import Category
-from rtdetr_cli.datasets.survey import edges
-from rtdetr_cli.images.decode import IMAGE_SUFFIXES
+from rtdetr_cli.datasets.label_text import MAX_BYTES, is_valid_name
+from rtdetr_cli.datasets.raw import RawBox, RawDataset, Rows
+from rtdetr_cli.datasets.records import Category, Spot
+from rtdetr_cli.datasets.survey import edges, is_image
 from rtdetr_cli.text import whole_number
 
 _NAMES = {
@@ -63,9 +62,9 @@ def _format(text: str) -> _Format | None:
             columns[column] = position
     if all(column in columns for column in _REQUIRED):
         return _Format(delimiter, columns, True)
-    is_image = len(cells) == 6 and os.path.splitext(cells[0])[1].lower() in IMAGE_SUFFIXES
-    if is_image and (not any(cells[1:]) or all(_number(cell) is not None for cell in cells[1:5])):
-        return _Format(delimiter, _HEADERLESS, False)
+    if len(cells) == 6 and is_image(cells[0]):
+        is_row = not any(cells[1:]) or all(_number(cell) is not None for cell in cells[1:5])
+        return _Format(delimiter, _HEADERLESS, False) if is_row else None
     return None
 
 
@@ -82,45 +81,47 @@ def _side(text: str) -> int:
 
 def read_csv(dataset: RawDataset, files: dict[str, Path], index: ImageIndex, root: Path) -> None:
     """Read one table per split into `dataset`, classes sorted by name; `index` has the images below `root`."""
-    oddities = Oddities()
-    tables = {split: _Table(dataset, split, path, index, oddities) for split, path in files.items()}
-    names = sorted({name for table in tables.values() for name in table.names})
+    numbers: dict[str, int] = {}  # by their first line
+    for split, path in files.items():
+        _Table(dataset, split, index, numbers).read(path, root)
+    names = sorted(numbers)
     dataset.categories = tuple(Category(number, name) for number, name in enumerate(names, 1))
-    first_id = 1
-    for split, table in tables.items():
-        dataset.splits[split] = table.to_split({name: label for label, name in enumerate(names)}, first_id, root)
-        first_id += len(table.images)
-    oddities.report(dataset.findings)
+    labels = np.argsort([numbers[name] for name in names])
+    for part in dataset.splits.values():
+        part.labels = labels[part.labels]
+    dataset.oddities.report(dataset.findings)
 
 
-class _Table:
-    """The rows of one file: its images in the order of their first line, and its boxes."""
+class _Table(Rows):
+    """The rows of one file: its images in the order of their first line, and its boxes.
 
-    def __init__(self, dataset: RawDataset, split: str, path: Path, index: ImageIndex, oddities: Oddities) -> None:
-        self.dataset, self.split, self.path, self.index = dataset, split, path, index
-        self.images: dict[str, tuple[str, tuple[int, int], int]] = {}  # name -> path, declared size, line
+    `numbers` gets the classes; a label is the number of its class there.
+    """
+
+    def __init__(self, dataset: RawDataset, split: str, index: ImageIndex, numbers: dict[str, int]) -> None:
+        super().__init__(dataset, split)
+        self.index, self.numbers = index, numbers
         self.positions: dict[str, int] = {}
-        self.boxes: list[tuple[str, tuple[float, float, float, float], str, int]] = []
-        self.file, text = dataset.read_label(path, oddities, limit=MAX_BYTES)
-        form = _format(text) if text is not None else None
-        if text is not None and form is None:
-            dataset.findings.add("file-malformed", "has no columns of image, class and box", file=self.file, line=1)
-        elif text is not None and form is not None:
-            self._read(text, form)
 
-    @property
-    def names(self) -> set[str]:
-        return {name for *_, name, _ in self.boxes}
-
-    def _read(self, text: str, form: _Format) -> None:
-        reader = csv.reader(text.split("\n"), delimiter=form.delimiter)
-        try:
-            for number, cells in enumerate(reader):
-                if any(cell.strip() for cell in cells) and not (number == 0 and form.has_header):
-                    self._row([cell.strip() for cell in cells], form.columns, reader.line_num)
-        except csv.Error as error:
-            line = reader.line_num
-            self.dataset.findings.add("file-malformed", f"is not valid CSV: {error}", file=self.file, line=line)
+    def read(self, path: Path, root: Path) -> None:
+        """Read a file; boxes whose corners are all from 0 to 1 are fractions of the image."""
+        findings = self.dataset.findings
+        self.file, text = self.dataset.read_label(path, limit=MAX_BYTES)
+        form = _format(text or "")
+        if form is not None:
+            reader = csv.reader((text or "").split("\n"), delimiter=form.delimiter)
+            try:
+                for number, cells in enumerate(reader):
+                    if any(cell.strip() for cell in cells) and not (number == 0 and form.has_header):
+                        self._row([cell.strip() for cell in cells], form.columns, reader.line_num)
+            except csv.Error as error:
+                message = f"is not valid CSV: {error}"
+                findings.add("file-malformed", message, file=self.file, line=reader.line_num)
+        elif text is not None:
+            findings.add("file-malformed", "has no columns of image, class and box", file=self.file, line=1)
+        split = self.finish(root)
+        boxes = split.boxes_xyxy_px
+        split.normalized = bool(boxes.size and (boxes >= 0).all() and (boxes <= 1).all())
 
     def _row(self, cells: list[str], columns: dict[str, int], line: int) -> None:
         def report(code: str, message: str) -> None:
@@ -132,11 +133,10 @@ class _Table:
         if not is_valid_name(name):
             report("entry-malformed", f"has the image name {name[:60]!r}")
             return
-        if name not in self.images:
-            self.positions[name] = len(self.images)
+        if name not in self.positions:
             size = (_side(values.get("width", "")), _side(values.get("height", "")))
             path = self.index.find(name, self.split) or name.replace("\\", "/")
-            self.images[name] = (path, size if all(size) else (0, 0), line)
+            self.positions[name] = self.add_image(path, label_file=self.file, line=line, size_wh=size)
         words = [values[corner] for corner in ("x1", "y1", "x2", "y2")]
         if not any(words):
             return  # an image without objects
@@ -150,19 +150,5 @@ class _Table:
             report("category-unknown", "has a box without a class")
         else:
             x1, y1, x2, y2 = (corner or 0.0 for corner in corners)
-            self.boxes.append((name, (x1, y1, x2, y2), values["label"], line))
-
-    def to_split(self, labels: dict[str, int], first_id: int, root: Path) -> RawSplit:
-        """Return the rows as arrays; boxes whose corners are all from 0 to 1 are fractions of the image."""
-        rows = Rows()
-        for number, (path, size, _) in enumerate(self.images.values()):
-            rows.add_image(path, image_id=first_id + number, size_wh=size, label_file=self.file)
-        for name, corners, label, line in self.boxes:
-            rows.boxes.append(RawBox(self.positions[name], corners, labels[label], line=line, entry=line - 1))
-        split = rows.split(self.split, root)
-        split.label_files = [self.file]
-        split.image_labels[:] = 0
-        split.image_lines[:] = [line for *_, line in self.images.values()]
-        split.normalized = bool(self.boxes) and all(0 <= v <= 1 for _, corners, *_ in self.boxes for v in corners)
-        split.sort_boxes()
-        return split
+            label = self.numbers.setdefault(values["label"], len(self.numbers))
+            self.boxes.append(RawBox(self.positions[name], (x1, y1, x2, y2), label, line=line, entry=line - 1))

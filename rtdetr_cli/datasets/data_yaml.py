@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from rtdetr_cli.datasets.findings import Findings
-from rtdetr_cli.datasets.label_text import Oddities, is_valid_name
+from rtdetr_cli.datasets.json_text import line_of
+from rtdetr_cli.datasets.label_text import is_valid_name
 from rtdetr_cli.datasets.raw import RawDataset
 from rtdetr_cli.datasets.survey import is_inside
 from rtdetr_cli.text import counted, whole_number
@@ -77,10 +78,10 @@ class DataYaml:
         return (columns, "") if polygon else (0, "5, or a class and at least three points")
 
 
-def read_yaml(dataset: RawDataset, path: Path, images: Path | None, oddities: Oddities) -> DataYaml | None:
+def read_yaml(dataset: RawDataset, path: Path) -> DataYaml | None:
     """Read a `data.yaml`; None with a finding if that is not possible."""
     findings = dataset.findings
-    file, text = dataset.read_label(path, oddities, limit=_MAX_YAML_BYTES)
+    file, text = dataset.read_label(path, limit=_MAX_YAML_BYTES)
     if text is None:
         return None
     document = _parse(text, file, findings)
@@ -89,7 +90,7 @@ def read_yaml(dataset: RawDataset, path: Path, images: Path | None, oddities: Od
     classes = _class_names(document, file, text, findings)
     if classes is None:
         return None
-    base = _base(dataset, document, path, file, text, images)
+    base = _base(dataset, document, path, file, text)
     splits: dict[str, list[str]] = {}
     for split, keys in SPLIT_KEYS.items():
         for key in keys:
@@ -165,25 +166,21 @@ def _class_names(document: dict[Any, Any], file: str, text: str, findings: Findi
     else:
         findings.add("category-none", "has no list of names", file=file, line=line)
         return None
-    valid = True
     for key, name in pairs:
         number = _count(key)
-        if number is None or number < 0 or not isinstance(name, str) or not is_valid_name(name.strip()):
-            findings.add(
-                "category-malformed", f"has the class {str(key)[:40]}: {str(name)[:40]!r}", file=file, line=line
-            )
-            valid = False
+        if number is None or not isinstance(name, str) or not is_valid_name(name.strip()):
+            message = f"has the class {str(key)[:40]}: {str(name)[:40]!r}"
+            findings.add("category-malformed", message, file=file, line=line)
         elif number in classes:
             findings.add("category-conflict", f"has class {number} twice", file=file, line=line)
-            valid = False
         else:
             classes[number] = name.strip()
     if count is not None and count != len(pairs):
         message = f"has nc: {count}, but names has {counted(len(pairs), 'class')}"
         findings.add("category-count", message, file=file, line=_line(text, "nc"))
-    if not classes and valid:
+    if not pairs:
         findings.add("category-none", "has no names", file=file, line=line)
-    return classes if valid else None
+    return classes if len(classes) == len(pairs) else None
 
 
 def _category_ids(document: dict[Any, Any], classes: dict[int, str]) -> dict[int, int]:
@@ -205,11 +202,11 @@ def _keypoints(document: dict[Any, Any]) -> int | None:
     return None
 
 
-def _base(dataset: RawDataset, document: dict[Any, Any], path: Path, file: str, text: str, images: Path | None) -> Path:
+def _base(dataset: RawDataset, document: dict[Any, Any], path: Path, file: str, text: str) -> Path:
     """Return the folder that the paths of splits are relative to; it becomes one of the dataset's roots."""
     home = path.parent
-    if images is not None:
-        return images
+    if dataset.images is not None:
+        return dataset.images
     value = document.get("path")
     if not isinstance(value, str) or value in ("", ".", "./") or not is_valid_name(value):
         return home
@@ -237,7 +234,5 @@ def _count(value: Any) -> int | None:
 
 
 def _line(text: str, key: str) -> int:
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.lstrip().startswith(f"{key}:"):
-            return number
-    return 1
+    match = re.search(rf"^[ \t]*{key}:", text, re.MULTILINE)
+    return line_of(text, match.start()) if match else 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rtdetr_cli.datasets.json_text import JSONFault, report_fault, scan_value
-from rtdetr_cli.datasets.label_text import MAX_BYTES, Oddities, read_text
+from rtdetr_cli.datasets.label_text import MAX_BYTES
 from rtdetr_cli.datasets.raw import RawDataset
 from rtdetr_cli.datasets.records import Dataset
 
@@ -52,26 +52,21 @@ def _is_id(value: Any) -> bool:
 
 
 def _box_facts(entry: Any) -> BoxFacts:
-    if not isinstance(entry, list) or len(entry) != 3:
-        return BoxFacts()
-    identifier, fraction, crowd = entry
-    return BoxFacts(
-        identifier if _is_id(identifier) else None,
-        fraction if isinstance(fraction, float) and math.isfinite(fraction) else math.nan,
-        crowd == 1,
-    )
+    match entry:
+        case [int(identifier), float(fraction), crowd] if _is_id(identifier):
+            return BoxFacts(identifier, fraction if math.isfinite(fraction) else math.nan, crowd == 1)
+    return BoxFacts()
 
 
-def read_ids(dataset: RawDataset, folder: Path, oddities: Oddities) -> IdsFile:
+def read_ids(dataset: RawDataset, folder: Path) -> IdsFile:
     """Read the file of a folder; an empty one if there is none."""
     path = folder / IDS_FILE
     if not path.is_file():
         return IdsFile()
-    file = dataset.show(path)
-    text = read_text(path, file, dataset.findings, oddities, limit=MAX_BYTES)
+    file, text = dataset.read_label(path, limit=MAX_BYTES)
     if text is None:
+        del dataset.label_paths[file]  # so that a repaired copy does without it
         return IdsFile()
-    dataset.label_paths[file] = path
     try:
         document, _ = scan_value(text, len(text) - len(text.lstrip(" \t\r\n")))
     except JSONFault as fault:
@@ -79,21 +74,17 @@ def read_ids(dataset: RawDataset, folder: Path, oddities: Oddities) -> IdsFile:
         return IdsFile()
     if not isinstance(document, dict):
         return IdsFile()
-    splits = document.get("splits")
+    categories, splits = document.get("categories"), document.get("splits")
     return IdsFile(
-        _categories(document.get("categories")),
+        _categories(categories) if isinstance(categories, list) else (),
         {s: p for s, p in splits.items() if isinstance(p, dict)} if isinstance(splits, dict) else {},
     )
 
 
-def _categories(entries: Any) -> tuple[tuple[int, str], ...]:
-    pairs: list[tuple[int, str]] = []
-    for pair in entries if isinstance(entries, list) else ():
-        if not (isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int and isinstance(pair[1], str)):
-            return ()
-        pairs.append((pair[0], pair[1]))
-    unique = len({i for i, _ in pairs}) == len({name for _, name in pairs}) == len(pairs)
-    return tuple(pairs) if unique else ()
+def _categories(entries: list[Any]) -> tuple[tuple[int, str], ...]:
+    pairs = tuple((e[0], e[1]) for e in entries if isinstance(e, list) and [type(v) for v in e] == [int, str])
+    unique = len(dict(pairs)) == len({name for _, name in pairs}) == len(entries)
+    return pairs if unique else ()
 
 
 def image_facts(dataset: Dataset, index: int) -> dict[str, Any]:

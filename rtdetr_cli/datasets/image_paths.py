@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 from rtdetr_cli.datasets.raw import RawDataset, RawSplit
-from rtdetr_cli.datasets.survey import Survey, holds_linked_images, is_inside, survey
-from rtdetr_cli.images.decode import IMAGE_SUFFIXES
+from rtdetr_cli.datasets.survey import Survey, holds_linked_images, is_image, is_inside, survey
 from rtdetr_cli.text import counted
 
 SPLIT_WORDS = {
@@ -64,7 +65,7 @@ class ImageIndex:
         candidates = self._by_stem.get(_stem(wanted[-1]), [])
         if _stem(wanted[-1]) != wanted[-1]:
             candidates = [parts for parts in candidates if parts[-1].lower() == wanted[-1]]
-        ends = [_common_end(wanted[:-1], parts[:-1]) for parts in candidates]
+        ends = [common_start(wanted[-2::-1], map(str.lower, parts[-2::-1])) for parts in candidates]
         best = [parts for parts, end in zip(candidates, ends, strict=True) if end == max(ends)]
         if len(best) > 1:
             best = [parts for parts in best if split_of_parts(parts[:-1]) == split]
@@ -73,17 +74,12 @@ class ImageIndex:
 
 def _stem(name: str) -> str:
     """Return a lower-case name without the suffix of an image."""
-    stem, suffix = os.path.splitext(name.lower())
-    return stem if suffix in IMAGE_SUFFIXES else name.lower()
+    return os.path.splitext(name.lower())[0] if is_image(name) else name.lower()
 
 
-def _common_end(a: list[str], b: tuple[str, ...]) -> int:
-    count = 0
-    for x, y in zip(reversed(a), reversed(b), strict=False):
-        if x != y.lower():
-            break
-        count += 1
-    return count
+def common_start(a: Iterable[str], b: Iterable[str]) -> int:
+    """Return how many elements two sequences have in common at their start."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def index_images(found: Survey) -> ImageIndex:
@@ -103,21 +99,11 @@ def find_moved_images(raw: RawDataset, folder: Path) -> None:
         if not moved:
             continue
         first = next(iter(moved))
-        report_moved(
-            raw,
-            len(moved),
-            f"{split.file_names[first]} is {moved[first]}",
-            split.label_file(first),
-            int(split.image_lines[first]),
-        )
-        prefix = split.root.relative_to(folder).as_posix()
-        for i, name in enumerate(split.file_names):
-            if i in moved:
-                split.label_names[i] = name
-            elif not os.path.isabs(name) and prefix != ".":
-                split.file_names[i] = f"{prefix}/{name}"
-        for i, path in moved.items():
-            split.file_names[i] = path
+        example = f"{split.file_names[first]} is {moved[first]}"
+        report_moved(raw, len(moved), example, split.label_file(first), int(split.image_lines[first]))
+        prefix = split.root.relative_to(folder).parts
+        split.label_names |= {i: split.file_names[i] for i in moved}
+        split.file_names = [moved.get(i) or os.path.join(*prefix, name) for i, name in enumerate(split.file_names)]
         split.root = folder
 
 
@@ -129,18 +115,11 @@ def report_moved(raw: RawDataset, count: int, example: str, file: str, line: int
 
 def _missing(raw: RawDataset, split: RawSplit) -> list[int]:
     """Return the images that are not in the folder that their path names, upper and lower case apart."""
-    listings: dict[str, set[str]] = {}
+    is_in_dataset = cache(lambda folder: is_inside(folder, raw.roots))
     missing = []
     for image, name in enumerate(split.file_names):
-        folder, _, base = name.rpartition("/")
-        if folder not in listings:
-            path = split.root / folder if folder or not name.startswith("/") else Path("/")
-            inside = is_inside(path, raw.roots)
-            try:
-                listings[folder] = {entry.lower() for entry in os.listdir(path)} if inside else set()
-            except (OSError, ValueError):
-                listings[folder] = set()
-        if base.lower() not in listings[folder]:
+        folder, base = os.path.split(os.path.join(split.root, name))
+        if not is_in_dataset(folder) or base.lower() not in raw.list_folder(folder):
             missing.append(image)
     return missing
 

@@ -63,69 +63,60 @@ def walk_object(text: str, lists: Mapping[str, tuple[Callable[[Any], None], arra
         JSONFault: the document is not an object, is broken, or has a key twice.
     """
     position = _skip_blank(text, 0)
-    if text[position : position + 1] != "{":
-        actual = "a list" if text[position : position + 1] == "[" else "something else"
+    if not text.startswith("{", position):
+        actual = "a list" if text.startswith("[", position) else "something else"
         raise JSONFault(
             f"a COCO file is an object with images, annotations and categories, but this is {actual}", position
         )
     keys: set[str] = set()
-    position = _skip_blank(text, position + 1)
-    if text[position : position + 1] == "}":
-        position += 1
-    else:
-        more = True
-        while more:
-            start = position
-            if text[position : position + 1] != '"':
-                raise JSONFault("a key is expected", position)
-            key, position = scan_value(text, position)
-            if key in keys:
-                raise JSONFault(f"the key {key!r} appears twice", start, "file-repeated-key")
-            keys.add(key)
-            position = _skip_blank(text, position)
-            if text[position : position + 1] != ":":
-                raise JSONFault("a colon is missing", position)
-            position = _skip_blank(text, position + 1)
-            if key in lists:
-                position = _walk_list(text, position, key, *lists[key])
-            else:
-                _, position = scan_value(text, position)
-            position, more = _next(text, position, "}", "object")
-    position = _skip_blank(text, position)
+
+    def member(position: int) -> int:
+        if not text.startswith('"', position):
+            raise JSONFault("a key is expected", position)
+        key, after_key = scan_value(text, position)
+        if key in keys:
+            raise JSONFault(f"the key {key!r} appears twice", position, "file-repeated-key")
+        keys.add(key)
+        position = _skip_blank(text, after_key)
+        if not text.startswith(":", position):
+            raise JSONFault("a colon is missing", position)
+        position = _skip_blank(text, position + 1)
+        if key not in lists:
+            return scan_value(text, position)[1]
+        if not text.startswith("[", position):
+            raise JSONFault(f"{key} must be a list", position)
+        visit, starts = lists[key]
+
+        def element(position: int) -> int:
+            starts.append(position)
+            value, position = scan_value(text, position)
+            visit(value)
+            return position
+
+        return _walk(text, position, "]", "list", element)
+
+    position = _skip_blank(text, _walk(text, position, "}", "object", member))
     if position != len(text):
         raise JSONFault("there is more text after the end of the document", position)
     return keys
 
 
-def _walk_list(text: str, position: int, key: str, visit: Callable[[Any], None], starts: array[int]) -> int:
-    """Visit every element of the list at `position`; return the position after the list."""
-    if text[position : position + 1] != "[":
-        raise JSONFault(f"{key} must be a list", position)
+def _walk(text: str, position: int, closing: str, what: str, element: Callable[[int], int]) -> int:
+    """Call `element`, which returns the end of one, at each element after an opening bracket; return the end of all."""
     position = _skip_blank(text, position + 1)
-    if text[position : position + 1] == "]":
+    if text.startswith(closing, position):
         return position + 1
-    follows = text.startswith
-    more = True
-    while more:
-        starts.append(position)
-        value, position = scan_value(text, position)
-        visit(value)
-        if follows(", {", position):  # how Python writes it: a shortcut for the long lists of one-line files
+    while True:
+        position = element(position)
+        if text.startswith(", {", position):  # how Python writes it: a shortcut for the long lists of one-line files
             position += 2
-        else:
-            position, more = _next(text, position, "]", "list")
-    return position
-
-
-def _next(text: str, position: int, closing: str, what: str) -> tuple[int, bool]:
-    """Return the position after a comma or the closing bracket, and whether another element follows."""
-    position = _skip_blank(text, position)
-    mark = text[position : position + 1]
-    if mark == ",":
-        return _skip_blank(text, position + 1), True
-    if mark == closing:
-        return position + 1, False
-    raise JSONFault(f"a comma or the end of the {what} is missing", position)
+            continue
+        position = _skip_blank(text, position)
+        if text.startswith(closing, position):
+            return position + 1
+        if not text.startswith(",", position):
+            raise JSONFault(f"a comma or the end of the {what} is missing", position)
+        position = _skip_blank(text, position + 1)
 
 
 def _skip_blank(text: str, position: int) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import re
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rtdetr_cli.datasets.findings import Findings
+from rtdetr_cli.documents import NotRegularError, read_bounded
 
 MAX_BYTES = 4 << 30
 """Larger label files are refused; the largest public one (Objects365) has less than 4 GB."""
@@ -22,6 +23,7 @@ CLASS_LISTS = (
 )
 """Files with one class name per line."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_NO_NAME = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 
 TRUNCATED_HINT = "copy, download or export the file again"
 
@@ -39,32 +41,24 @@ class Oddities:
             ("file-bom", "with a byte order mark", self.bom),
             ("file-crlf", "with Windows line endings", self.crlf),
         ):
-            if len(files) == 1:
-                findings.add(code, f"is a label file {what}", file=files[0], line=1)
-            elif files:
-                more = f"and {len(files) - 1:,} more are label files {what}"
-                findings.add(code, more, file=files[0], line=1)
+            if files:
+                subject = f"and {len(files) - 1:,} more are label files" if len(files) > 1 else "is a label file"
+                findings.add(code, f"{subject} {what}", file=files[0], line=1)
 
 
-def read_text(
-    path: Path, shown: str, findings: Findings, oddities: Oddities, *, limit: int = MAX_SMALL_BYTES
-) -> str | None:
+def read_text(path: Path, shown: str, findings: Findings, oddities: Oddities, *, limit: int) -> str | None:
     """Return the text of a file without its byte order mark; None, and a finding, if it cannot be read."""
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # reading a pipe would block forever
-            findings.add("file-missing", "is not a regular file", file=shown)
-            return None
-        with open(path, "rb") as file:
-            data = file.read(min(found.st_size, limit) + 1)  # which is allocated at once
-    except FileNotFoundError:
-        findings.add("file-missing", "does not exist", file=shown)
-        return None
-    except (OSError, ValueError) as error:
-        findings.add("file-missing", f"cannot be read: {getattr(error, 'strerror', None) or error}", file=shown)
-        return None
-    if len(data) > limit:
-        findings.add("file-bounds", f"is larger than {limit >> 20:,} MiB", file=shown)
+        data = read_bounded(path, limit=limit)
+    except OSError as error:
+        code, message = "file-missing", f"cannot be read: {error.strerror or error}"
+        if isinstance(error, FileNotFoundError):
+            message = "does not exist"
+        elif isinstance(error, IsADirectoryError | NotRegularError):
+            message = "is not a regular file"
+        elif error.errno == errno.EFBIG:
+            code, message = "file-bounds", f"is larger than {limit >> 20:,} MiB"
+        findings.add(code, message, file=shown)
         return None
     if data.startswith(codecs.BOM_UTF8):
         oddities.bom.append(shown)
@@ -87,19 +81,11 @@ def read_text(
     return text
 
 
-def is_valid_class(name: str) -> bool:
-    """Return whether a class can have this name: as a file can, and it can be written as UTF-8."""
-    return is_valid_name(name) and (name.isascii() or not _SURROGATE.search(name))
-
-
 def is_valid_name(name: str) -> bool:
     """Return whether a file or a class can have this name: not empty, no NUL, no character that cannot be encoded."""
-    if not name or "\0" in name:
-        return False
-    if name.isascii():
-        return True
-    try:
-        name.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return False
-    return True
+    return bool(name) and not _NO_NAME.search(name)
+
+
+def is_utf8(name: str) -> bool:
+    """Return whether a name can be written as UTF-8: that of a file may have bytes that cannot be decoded."""
+    return not _SURROGATE.search(name)

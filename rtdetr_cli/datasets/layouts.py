@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rtdetr_cli.datasets.coco_files import ROBOFLOW_FILE, is_coco_json
 from rtdetr_cli.datasets.csv_boxes import is_box_table
-from rtdetr_cli.datasets.image_paths import SPLIT_WORDS, ImageIndex, split_of, split_of_parts
+from rtdetr_cli.datasets.image_paths import SPLIT_WORDS, ImageIndex, common_start, split_of, split_of_parts
 from rtdetr_cli.datasets.label_text import CLASS_LISTS, MAX_SMALL_BYTES, is_valid_name
 from rtdetr_cli.datasets.survey import Folder, Survey, edges
 from rtdetr_cli.errors import DataError
@@ -104,7 +104,7 @@ def datasets_below(found: Survey) -> list[Path]:
     datasets: list[Path] = []
     rest: list[Folder] = []
     for top in sorted({folder.parts[:1] for folder in found.folders}):
-        folders = list(found.below(top)) if top else found.folders[:1]
+        folders = [folder for folder in found.folders if folder.parts[:1] == top]
         if top and split_of_parts(top) is None and _is_dataset(folders):
             datasets.append(found.root.joinpath(*top))
         else:
@@ -174,20 +174,21 @@ def pair_files(found: Survey, images: Survey, label_files: list[Path], lists: di
     label_folders: dict[Path, dict[str, Path]] = {}
     for path in label_files:
         label_folders.setdefault(path.parent, {}).setdefault(path.stem, path)
-    image_names = [_first_by_stem(folder.images) for folder in images.folders]
-    owner: dict[str, Path] = {}
+    image_names = [{os.path.splitext(name)[0]: name for name in reversed(f.images)} for f in images.folders]
     paired: set[Path] = set()
     used: set[int] = set()
     for folder, number in _rank_folders(found, images, label_folders, image_names):
         labels, where = label_folders[folder], images.folders[number]
         clash: Counter[Path] = Counter()
-        for stem in [stem for stem in labels if stem in image_names[number] and labels[stem] not in paired]:
-            image = "/".join((*where.parts, image_names[number][stem]))
-            if image in owner:
-                clash[owner[image]] += 1
+        for stem, path in labels.items():
+            if stem not in image_names[number] or path in paired:
                 continue
-            owner[image], layout.labels[image] = folder, labels[stem]
-            paired.add(labels[stem])
+            image = "/".join((*where.parts, image_names[number][stem]))
+            if image in layout.labels:
+                clash[layout.labels[image].parent] += 1
+                continue
+            layout.labels[image] = path
+            paired.add(path)
             used.add(number)
         for other, count in clash.items():
             if 2 * count > len(labels):
@@ -205,10 +206,6 @@ def pair_files(found: Survey, images: Survey, label_files: list[Path], lists: di
     ]
     _assign_splits(layout, found, paths, lists)
     return layout
-
-
-def _first_by_stem(names: list[str]) -> dict[str, str]:
-    return {os.path.splitext(name)[0]: name for name in reversed(names)}
 
 
 def _rank_folders(
@@ -235,8 +232,7 @@ def _distance(labels: tuple[str, ...], images: tuple[str, ...]) -> tuple[bool, i
     split, other = split_of_parts(labels), split_of_parts(images)
     if split and other and split != other:
         return None
-    common = next((i for i, (a, b) in enumerate(zip(labels, images, strict=False)) if a != b), None)
-    common = min(len(labels), len(images)) if common is None else common
+    common = common_start(labels, images)
     ends = sum(a == b for a, b in zip(labels[:common:-1], images[:common:-1], strict=False))
     return bool(images and _MASKS.search(images[-1])), len(labels) + len(images) - 2 * common - 2 * ends
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Container
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtdetr_cli.datasets.archive import is_unpacked
-from rtdetr_cli.datasets.findings import Findings, Spot
+from rtdetr_cli.datasets.findings import Findings
 from rtdetr_cli.datasets.label_text import MAX_SMALL_BYTES, Oddities, read_text
-from rtdetr_cli.datasets.records import Category
+from rtdetr_cli.datasets.records import Category, Spot
 
 
 @dataclass(slots=True, eq=False)
@@ -87,9 +90,9 @@ class RawSplit:
         file = int(self.image_labels[image])
         return self.label_files[file] if file >= 0 else ""
 
-    def image_spot(self, image: int) -> Spot:
-        """Return where the entry of an image is."""
-        return Spot(self.split, image, int(self.image_entries[image]))
+    def rows(self, image: int) -> slice:
+        """Return where the boxes of an image are in the arrays."""
+        return slice(*np.searchsorted(self.box_images, [image, image + 1]).tolist())
 
     def box_spot(self, box: int) -> Spot:
         """Return where the entry of a box is."""
@@ -104,15 +107,10 @@ class RawSplit:
         sizes = self.sizes_wh[self.box_images].astype(np.float64)
         self.boxes_xyxy_px = self.boxes_xyxy_px * np.concatenate([sizes, sizes], 1)
         self.areas = self.areas * sizes[:, 0] * sizes[:, 1]
-        known = sizes[:, 0] > 0
-        if not known.all():
-            self.keep_boxes(known)
+        self.take_boxes(sizes[:, 0] > 0)
 
-    def keep_boxes(self, keep: NDArray[np.bool_]) -> None:
-        """Drop the boxes where `keep` is False."""
-        self._take_boxes(keep)
-
-    def _take_boxes(self, rows: NDArray[Any]) -> None:
+    def take_boxes(self, rows: NDArray[Any]) -> None:
+        """Keep the boxes at these rows, a mask or indices."""
         for name in _BOX_ARRAYS:
             setattr(self, name, getattr(self, name)[rows])
 
@@ -124,15 +122,14 @@ class RawSplit:
         part.file_names = [f for f, selected in zip(self.file_names, images, strict=True) if selected]
         for array in _IMAGE_ARRAYS:
             setattr(part, array, getattr(self, array)[images])
-        part.keep_boxes(images[self.box_images])
+        part.take_boxes(images[self.box_images])
         part.box_images = new_index[part.box_images]
         part.label_names = {int(new_index[i]): label for i, label in self.label_names.items() if images[i]}
         return part
 
     def sort_boxes(self) -> None:
         """Sort the boxes by image; those of one image keep their order."""
-        if len(self.box_images) and (np.diff(self.box_images) < 0).any():
-            self._take_boxes(np.argsort(self.box_images, kind="stable"))
+        self.take_boxes(np.argsort(self.box_images, kind="stable"))
 
 
 _IMAGE_ARRAYS = ("image_ids", "sizes_wh", "image_labels", "image_lines", "image_entries", "declared", "usable")
@@ -152,9 +149,11 @@ class RawDataset:
         roots: folders that images must lie in: `folder`, the one given with `--images`, and those that links lead to.
         label_paths: path to show -> path on disk, for every label file.
         findings: of the reader, and then of the checks.
+        oddities: of the label files that were read.
         images: the folder given with `--images`.
         split_made: True if the val split was held out from train.
         contained: True for an unpacked zip file: nothing outside its folder is read.
+        listings: see `list_folder`.
     """
 
     source: Path
@@ -166,23 +165,58 @@ class RawDataset:
     splits: dict[str, RawSplit] = field(default_factory=dict)
     label_paths: dict[str, Path] = field(default_factory=dict)
     findings: Findings = field(default_factory=Findings)
+    oddities: Oddities = field(default_factory=Oddities)
     images: Path | None = None
     split_made: bool = False
     contained: bool = False
+    listings: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
 
     def show(self, path: Path) -> str:
         """Return a path to show: relative to the dataset's folder if it lies in it."""
-        try:
-            shown = str(path.relative_to(self.folder))
-        except ValueError:
-            return str(path)
-        return shown if shown != "." else str(path)
+        inside = path != self.folder and path.is_relative_to(self.folder)
+        return str(path.relative_to(self.folder) if inside else path)
 
-    def read_label(self, path: Path, oddities: Oddities, *, limit: int = MAX_SMALL_BYTES) -> tuple[str, str | None]:
+    def read_label(self, path: Path, *, limit: int = MAX_SMALL_BYTES) -> tuple[str, str | None]:
         """Note a label file; return its path to show, and its text, or None with a finding if it cannot be read."""
         file = self.show(path)
         self.label_paths[file] = path
-        return file, read_text(path, file, self.findings, oddities, limit=limit)
+        return file, read_text(path, file, self.findings, self.oddities, limit=limit)
+
+    def report_image(
+        self, split: RawSplit, image: int, code: str, message: str, *, other: tuple[str, int] | None = None
+    ) -> None:
+        """Add a finding about an image, at its entry in the label file; `other` is the image that it duplicates."""
+        file = split.label_file(image)
+        self.findings.add(
+            code,
+            message,
+            file=file or self.show(split.path(image)),
+            line=int(split.image_lines[image]) if file else 0,
+            image_id=int(split.image_ids[image]),
+            spot=Spot(split.split, image, int(split.image_entries[image]), other=other),
+        )
+
+    def list_folder(self, folder: str) -> dict[str, dict[str, str]]:
+        """Return lower-case name -> names that differ in upper and lower case only -> `file`, `link` or `other`.
+
+        Each folder is read once, so that looking for a file costs no system call; one that cannot be read is empty.
+        """
+        if folder not in self.listings:
+            listing = self.listings[folder] = {}
+            with suppress(OSError, ValueError), os.scandir(folder) as entries:
+                for entry in entries:
+                    plain = entry.is_file(follow_symlinks=False)
+                    kind = "file" if plain else "link" if entry.is_symlink() else "other"
+                    listing.setdefault(entry.name.lower(), {})[entry.name] = kind
+        return self.listings[folder]
+
+    def without(self, images: Container[tuple[str, int]]) -> dict[str, RawSplit]:
+        """Return the splits without some images, given by split and index, and without splits that have no other."""
+        keep = {
+            name: np.asarray([(name, image) not in images for image in range(len(split))], np.bool_)
+            for name, split in self.splits.items()
+        }
+        return {name: self.splits[name].select_images(kept, name) for name, kept in keep.items() if kept.any()}
 
     def has_errors(self) -> bool:
         """Return whether any finding is an error."""
@@ -202,13 +236,12 @@ _NO_NAMES = frozenset(
 """Names of folders that don't say which dataset it is."""
 
 
-def new_dataset(name: str, form: str, source: Path, folder: Path, images: Path | None) -> RawDataset:
-    """Return an empty dataset; without a name it is named like its folder, or the first one above with a real name."""
+def new_dataset(form: str, source: Path, folder: Path, images: Path | None) -> RawDataset:
+    """Return an empty dataset that is named like its folder, or the first one above it whose name says anything."""
     roots = (folder,) if images is None else (folder, images)
     folders = (part for part in reversed(folder.resolve().parts[1:]) if part.lower() not in _NO_NAMES)
-    name = name or next(folders, "dataset")
-    contained = is_unpacked(folder)
-    return RawDataset(source, name, form, folder, roots, images=images, contained=contained)
+    name = next(folders, "dataset")
+    return RawDataset(source, name, form, folder, roots, images=images, contained=is_unpacked(folder))
 
 
 class RawBox(NamedTuple):
@@ -225,47 +258,63 @@ class RawBox(NamedTuple):
     beyond: bool = False
 
 
-@dataclass(slots=True)
 class Rows:
-    """Collects images and boxes one by one, for the formats with one label file per image."""
+    """Collects the images and boxes of one split one by one, for the formats with one label file per image."""
 
-    label_files: list[str] = field(default_factory=list)
-    file_names: list[str] = field(default_factory=list)
-    image_ids: list[int] = field(default_factory=list)
-    sizes_wh: list[tuple[int, int]] = field(default_factory=list)
-    image_labels: list[int] = field(default_factory=list)
-    boxes: list[RawBox] = field(default_factory=list)
+    def __init__(self, dataset: RawDataset, split: str) -> None:
+        self.dataset, self.split = dataset, split
+        self.first_id = 1 + sum(map(len, dataset.splits.values()))
+        self.label_files: list[str] = []
+        self.file_names: list[str] = []
+        self.image_ids: list[int] = []
+        self.sizes_wh: list[tuple[int, int]] = []
+        self.image_labels: list[int] = []
+        self.image_lines: list[int] = []
+        self.boxes: list[RawBox] = []
 
-    def add_image(self, file_name: str, *, image_id: int, size_wh: tuple[int, int], label_file: str) -> int:
-        """Add an image and return its index; an empty `label_file` means none."""
+    def add_image(
+        self,
+        file_name: str,
+        *,
+        label_file: str = "",
+        line: int = 0,
+        size_wh: tuple[int, int] = (0, 0),
+        image_id: int | None = None,
+    ) -> int:
+        """Add an image and return its index; it is numbered without an id, and sides that are not positive are 0."""
+        index = len(self.file_names)
         self.file_names.append(file_name)
-        self.image_ids.append(image_id)
-        self.sizes_wh.append(size_wh)
-        if label_file:
+        self.image_ids.append(self.first_id + index if image_id is None else image_id)
+        self.sizes_wh.append(size_wh if all(0 < side < 1 << 31 for side in size_wh) else (0, 0))
+        if label_file and self.label_files[-1:] != [label_file]:
             self.label_files.append(label_file)
         self.image_labels.append(len(self.label_files) - 1 if label_file else -1)
-        return len(self.file_names) - 1
+        self.image_lines.append(line)
+        return index
 
-    def number_images(self, first_id: int) -> None:
-        """Number the images from `first_id` if two of them have the same id."""
-        if len(set(self.image_ids)) != len(self.image_ids):
-            self.image_ids = list(range(first_id, first_id + len(self.image_ids)))
+    def report(self, code: str, message: str, image: int, *, entry: int = -1, file: str = "", line: int = 0) -> None:
+        """Add a finding about an image or a box of it, by default in the label file that was added last."""
+        file = file or self.label_files[-1]
+        spot = Spot(self.split, image, entry)
+        self.dataset.findings.add(code, message, file=file, line=line, image_id=self.image_ids[image], spot=spot)
 
-    def split(self, name: str, root: Path) -> RawSplit:
-        """Return everything as flat arrays; boxes are numbered unless all have unique ids."""
+    def finish(self, root: Path) -> RawSplit:
+        """Add everything as flat arrays to the dataset; ids that are not unique are replaced by numbers."""
         count = len(self.file_names)
         annotation_ids = [box.annotation_id for box in self.boxes]
         if None in annotation_ids or len(set(annotation_ids)) != len(annotation_ids):
             annotation_ids = list(range(1, len(annotation_ids) + 1))
-        split = RawSplit(
-            split=name,
+        if len(set(self.image_ids)) != count:
+            self.image_ids = list(range(self.first_id, self.first_id + count))
+        split = self.dataset.splits[self.split] = RawSplit(
+            split=self.split,
             root=root,
             label_files=self.label_files,
             file_names=self.file_names,
             image_ids=np.asarray(self.image_ids, np.int64),
             sizes_wh=np.asarray(self.sizes_wh, np.int32).reshape(count, 2),
             image_labels=np.asarray(self.image_labels, np.int32),
-            image_lines=np.zeros(count, np.int32),
+            image_lines=np.asarray(self.image_lines, np.int32),
             image_entries=np.full(count, -1, np.int32),
             box_images=np.asarray([box.image for box in self.boxes], np.int64),
             boxes_xyxy_px=np.asarray([box.box_xyxy_px for box in self.boxes], np.float64).reshape(-1, 4),
@@ -277,4 +326,5 @@ class Rows:
             box_entries=np.asarray([box.entry for box in self.boxes], np.int32),
         )
         split.reported_outside = np.asarray([box.beyond for box in self.boxes], np.bool_)
+        split.sort_boxes()
         return split

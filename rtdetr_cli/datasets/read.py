@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rtdetr_cli.datasets.any_layout import read_any_layout, read_csv_file, read_yaml_file
+from rtdetr_cli.datasets.any_layout import read_any_layout, read_csv_file
 from rtdetr_cli.datasets.archive import unpack
 from rtdetr_cli.datasets.coco import read_coco
-from rtdetr_cli.datasets.coco_files import ROBOFLOW_FILE, SPLITS, coco_kind, find_image_folder, is_coco_json
+from rtdetr_cli.datasets.coco_files import ROBOFLOW_FILE, choose_coco_files, coco_kind, is_coco_json
 from rtdetr_cli.datasets.image_paths import allow_linked_images, find_moved_images, split_of
 from rtdetr_cli.datasets.layouts import datasets_below, label_kinds, usual_kinds
 from rtdetr_cli.datasets.raw import RawDataset, new_dataset
 from rtdetr_cli.datasets.survey import other_format_of, survey
+from rtdetr_cli.datasets.yolo import read_yolo
 from rtdetr_cli.errors import DataError
 from rtdetr_cli.files import missing_path_hint
+from rtdetr_cli.text import abbreviate
 
 MAX_LISTED = 5
 _SUPPORTED = "a COCO JSON file, a YOLO data.yaml, a CSV file, a zip file or the folder of a dataset"
@@ -56,7 +58,9 @@ def _read_file(source: Path, images: Path | None) -> RawDataset:
     if suffix == ".json":
         return _read_coco_file(source, images)
     if suffix in (".yaml", ".yml"):
-        return read_yaml_file(source, source, source.parent, images)
+        raw = new_dataset("yolo", source, source.parent, images)
+        read_yolo(raw, source)
+        return raw
     if suffix == ".csv":
         return read_csv_file(source, images)
     raise DataError(
@@ -81,15 +85,14 @@ def _read_folder(folder: Path, images: Path | None) -> RawDataset:
     if len(inner) == 1:
         return _read_folder(inner[0], images)
     if inner:
-        names = ", ".join(str(path.relative_to(folder)) for path in inner[:MAX_LISTED])
-        more = f" and {len(inner) - MAX_LISTED:,} more" if len(inner) > MAX_LISTED else ""
+        names = abbreviate([str(path.relative_to(folder)) for path in inner], MAX_LISTED)
         raise DataError(
-            f"{folder} contains {len(inner)} datasets: {names}{more}",
+            f"{folder} contains {len(inner)} datasets: {names}",
             hint=f"pass one of them, such as {inner[0]}",
             code="format-ambiguous",
         )
     archives = found.files("zip")
-    if len(archives) == 1 and not kinds and not any(f.images for f in found.folders):
+    if len(archives) == 1 and not kinds and not found.holds_images():
         return _read_file(archives[0], images)
     return read_any_layout(folder, found, images, kinds)
 
@@ -105,15 +108,12 @@ def _read_coco_file(path: Path, images: Path | None) -> RawDataset:
         if split is not None and len(list(folder.parent.glob(f"*/{ROBOFLOW_FILE}"))) > 1:
             return _read_folder(folder.parent, images)
     elif split is not None:
-        siblings = {
-            s: p for p in sorted(folder.glob("*.json")) if (s := split_of(p.stem)) and coco_kind(p) == coco_kind(path)
-        }
-        if len(siblings) > 1 and "train" in siblings:
-            siblings[split] = path
-            files = {s: siblings[s] for s in SPLITS if s in siblings}
-    name = path.stem if split is None and path.stem not in ("instances", "annotations", "_annotations.coco") else ""
-    raw = new_dataset(name, "coco", path, home, images)
-    read_coco(raw, {s: (p, images or find_image_folder(p, s, home)) for s, p in files.items()})
+        siblings = [p for p in sorted(folder.glob("*.json")) if coco_kind(p) == coco_kind(path)]
+        files = choose_coco_files([path, *siblings], folder) or files
+    raw = new_dataset("coco", path, home, images)
+    if split is None and path.stem not in ("instances", "annotations", "_annotations.coco"):
+        raw.name = path.stem
+    read_coco(raw, files)
     return raw
 
 

@@ -156,6 +156,34 @@ def spread(count: int, maximum: int) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True, slots=True)
+class Spot:
+    """Where a finding lies in the records; the report page and the repair use it.
+
+    Attributes:
+        split: name of the split; empty if the finding concerns the whole dataset.
+        image: index of the image in the split; -1 for none.
+        entry: index in the label file (from 0): annotation or image of a COCO list, object of a VOC file, line of a
+            YOLO file; -1 for none.
+        box: corners in pixels, to be drawn.
+        other: split and index of the image that this one duplicates.
+    """
+
+    split: str = ""
+    image: int = -1
+    entry: int = -1
+    box: tuple[float, float, float, float] | None = None
+    other: tuple[str, int] | None = None
+
+    @property
+    def member(self) -> tuple[str, int]:
+        """Split and index of the image."""
+        return self.split, self.image
+
+
+NOWHERE = Spot()
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """One problem or remark about a dataset. `code` is stable; `severity` is `error`, `warning` or `info`."""
 
@@ -167,6 +195,7 @@ class Finding:
     image_id: int | str | None = None
     annotation_id: int | str | None = None
     hint: str = ""
+    spot: Spot = NOWHERE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -190,3 +219,8 @@ class Splits:
     fingerprint: str
     findings: tuple[Finding, ...] = ()
     split_made: bool = False
+
+    @property
+    def parts(self) -> dict[str, Dataset]:
+        """The splits that exist, by name."""
+        return {part.split: part for part in (self.train, self.val, self.test) if part is not None}

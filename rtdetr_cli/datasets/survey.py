@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -62,9 +62,9 @@ class Survey:
     folders: list[Folder]
     complete: bool = True
 
-    def below(self, parts: tuple[str, ...]) -> Iterator[Folder]:
-        """Yield a folder and those below it."""
-        return (folder for folder in self.folders if folder.parts[: len(parts)] == parts)
+    def holds_images(self) -> bool:
+        """Return whether there is any image."""
+        return any(folder.images for folder in self.folders)
 
     def files(self, *suffixes: str) -> list[Path]:
         """Return all files with one of these suffixes."""
@@ -110,10 +110,10 @@ def survey(root: Path) -> Survey:
                             below = Folder(folder.path / entry.name, (*folder.parts, entry.name))
                             waiting.insert(position + 1 if first else len(waiting), below)
                         continue
-                    suffix = os.path.splitext(entry.name)[1].lower()
-                    if suffix in IMAGE_SUFFIXES:
+                    if is_image(entry.name):
                         folder.images.append(entry.name)
                     else:
+                        suffix = os.path.splitext(entry.name)[1].lower()
                         folder.files.setdefault(suffix[1:], []).append(entry.name)
                     count += 1
                     if count > _MAX_FILES:
@@ -128,18 +128,20 @@ def survey(root: Path) -> Survey:
     return result
 
 
+def is_image(name: str) -> bool:
+    """Return whether a file counts as an image, by its suffix."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
 def _follows(link: str, root: Path) -> bool:
     return is_inside(link, (root,)) or holds_linked_images(Path(link), root)
 
 
 def is_inside(path: str | Path, roots: Iterable[str | Path]) -> bool:
     """Return whether a path, links followed, lies in one of the folders."""
-    return lies_in(os.path.realpath(path), map(os.path.realpath, roots))
-
-
-def lies_in(path: str, roots: Iterable[str]) -> bool:
-    """Return whether a path lies in one of the folders; all are as from `realpath`."""
-    return any(path == root or path.startswith(root.rstrip(os.sep) + os.sep) for root in roots)
+    real = os.path.realpath(path)
+    homes = map(os.path.realpath, roots)
+    return any(real == home or real.startswith(home.rstrip(os.sep) + os.sep) for home in homes)
 
 
 def holds_linked_images(folder: Path, home: Path) -> bool:
@@ -158,7 +160,7 @@ def holds_linked_images(folder: Path, home: Path) -> bool:
                 for entry in islice(entries, _MAX_LINKED_FILES):
                     if entry.is_dir(follow_symlinks=False) and depth < 2:
                         waiting.append((entry.path, depth + 1))
-                    elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+                    elif is_image(entry.name):
                         images += 1
                     elif not entry.name.startswith("."):
                         return False

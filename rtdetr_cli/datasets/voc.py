@@ -6,7 +6,9 @@ file doesn't say which; the difference is at most one pixel.
 
 from __future__ import annotations
 
+import math
 import re
+from array import array
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,14 +18,15 @@ from xml.etree.ElementTree import Element, ParseError, SubElement, TreeBuilder, 
 from defusedxml import ElementTree
 from defusedxml.common import DefusedXmlException
 
-from rtdetr_cli.datasets.findings import Findings, Spot
+from rtdetr_cli.datasets.findings import Findings
 from rtdetr_cli.datasets.ids_file import BoxFacts, IdsFile, image_facts, read_ids, write_ids
 from rtdetr_cli.datasets.image_names import copy_image, image_names
-from rtdetr_cli.datasets.label_text import Oddities, is_valid_name
+from rtdetr_cli.datasets.json_text import line_of, lines_of
+from rtdetr_cli.datasets.label_text import is_valid_name
 from rtdetr_cli.datasets.layouts import Layout
 from rtdetr_cli.datasets.raw import RawBox, RawDataset, Rows
-from rtdetr_cli.datasets.records import Category, Dataset
-from rtdetr_cli.images.decode import IMAGE_SUFFIXES
+from rtdetr_cli.datasets.records import Category, Dataset, Spot
+from rtdetr_cli.datasets.survey import is_image
 from rtdetr_cli.text import counted, whole_number
 
 CLASS_LISTS = ("classes.txt", "labels.txt", "class_names.txt")
@@ -49,32 +52,25 @@ class _LabelFile:
 
 def read_voc(dataset: RawDataset, layout: Layout) -> None:
     """Read every split's XML files into `dataset`; classes come from a class list, or are sorted by name."""
-    oddities = Oddities()
     files: dict[str, list[_LabelFile]] = {}
     for split, images in layout.splits.items():
         files[split] = [_LabelFile(image) for image in images]
         for label in files[split]:
             if (path := layout.labels.get(label.image)) is not None:
-                label.file, text = dataset.read_label(path, oddities)
+                label.file, text = dataset.read_label(path)
                 if text is not None:
                     label.text, label.root = text, _parse(text, label.file, dataset.findings)
     names = _used_classes(files)
-    listed = _class_list(dataset, oddities)
-    ids = read_ids(dataset, dataset.folder, oddities)
-    oddities.report(dataset.findings)
+    listed = _class_list(dataset)
+    ids = read_ids(dataset, dataset.folder)
+    dataset.oddities.report(dataset.findings)
     if ids.categories and set(names) <= {name for _, name in ids.categories}:
         dataset.categories = tuple(Category(i, name) for i, name in sorted(ids.categories))
     else:
         classes = names if listed is None else listed
         dataset.categories = tuple(Category(i, name) for i, name in enumerate(classes, 1))
-    first_id = 1
     for split, labels in files.items():
-        root = _move_to_folder(labels, layout.root)
-        rows = _SplitReader(dataset, split, root, ids, first_id).read(labels)
-        dataset.splits[split] = rows.split(split, root)
-        first_id += len(labels)
-    for path in layout.orphans:
-        dataset.findings.add("label-orphan", "has no image", file=dataset.show(path))
+        _SplitReader(dataset, split, _move_to_folder(labels, layout.root), ids).read(labels)
 
 
 def _move_to_folder(labels: list[_LabelFile], root: Path) -> Path:
@@ -100,11 +96,6 @@ def listed_name(line: str, known: Container[str]) -> str:
     name = column[1] if column else name
     stem = name[: len(name) - len(Path(name).suffix)]
     return stem if name not in known and is_image(name) and stem in known else name
-
-
-def is_image(name: str) -> bool:
-    """Return whether a file counts as an image, by its suffix."""
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _parse(text: str, file: str, findings: Findings) -> Element | None:
@@ -138,12 +129,12 @@ def _too_deep(root: Element) -> bool:
     return True
 
 
-def _class_list(dataset: RawDataset, oddities: Oddities) -> list[str] | None:
+def _class_list(dataset: RawDataset) -> list[str] | None:
     """Return the classes of a class list in the dataset's folder, if there is one."""
     for file in CLASS_LISTS:
         path = dataset.folder / file
         if path.is_file():
-            _, text = dataset.read_label(path, oddities)
+            _, text = dataset.read_label(path)
             names = [line.strip() for line in (text or "").splitlines() if line.strip()]
             if names:
                 return list(dict.fromkeys(names))
@@ -165,26 +156,25 @@ def _text(element: Element, path: str) -> str:
     return (element.findtext(path) or "").strip()
 
 
-def _integer(element: Element, path: str) -> int | None:
-    return whole_number(_text(element, path))
+def _integer(element: Element, path: str) -> int:
+    return whole_number(_text(element, path)) or 0
 
 
-class _SplitReader:
+class _SplitReader(Rows):
     """Reads the images and boxes of one split."""
 
-    def __init__(self, dataset: RawDataset, split: str, root: Path, ids: IdsFile, first_id: int) -> None:
-        self.dataset, self.findings = dataset, dataset.findings
-        self.split, self.root, self.ids, self.first_id = split, root, ids, first_id
+    def __init__(self, dataset: RawDataset, split: str, root: Path, ids: IdsFile) -> None:
+        super().__init__(dataset, split)
+        self.root, self.ids, self.findings = root, ids, dataset.findings
         self.labels = {category.name: label for label, category in enumerate(dataset.categories)}
-        self.rows = Rows()
         self.folders: dict[tuple[str, str], list[tuple[str, int]]] = {}
         self.difficult: list[str] = []
 
-    def read(self, labels: list[_LabelFile]) -> Rows:
-        """Return the rows of all images."""
+    def read(self, labels: list[_LabelFile]) -> None:
+        """Read all images, and add the split to the dataset."""
         for position, label in enumerate(labels):
             self._image(position, label)
-        self.rows.number_images(self.first_id)
+        self.finish(self.root)
         for (folder, actual), places in self.folders.items():
             others = len(places) - 1
             more = f" (and {others:,} more)" if others else ""
@@ -194,10 +184,9 @@ class _SplitReader:
             verb = "is" if len(self.difficult) == 1 else "are"
             message = f"{counted(len(self.difficult), 'object')} of {self.split} {verb} marked difficult"
             self.findings.add("box-difficult", message, file=self.difficult[0])
-        return self.rows
 
     def _image(self, position: int, label: _LabelFile) -> None:
-        file_name, root, spot = label.image, label.root, Spot(self.split, position)
+        file_name, root = label.image, label.root
         stem = file_name.removesuffix(PurePosixPath(file_name).suffix) if is_image(file_name) else file_name
         declared = _text(root, "filename") if root is not None else ""
         if stem == file_name:
@@ -205,50 +194,40 @@ class _SplitReader:
             file_name = declared if usable else f"{stem}.jpg"
         elif declared and declared.replace("\\", "/").rpartition("/")[2] != Path(file_name).name:
             message = f"has <filename>{declared}</filename>, but its image is {file_name}"
-            line = _line(label.text, "<filename")
+            line, spot = line_of(label.text, label.text.find("<filename")), Spot(self.split, position)
             self.findings.add("voc-filename", message, file=label.file, line=line, spot=spot)
         size = (0, 0)
         if root is not None:
-            size = (_integer(root, "size/width") or 0, _integer(root, "size/height") or 0)
-            if not (0 < size[0] < 1 << 31 and 0 < size[1] < 1 << 31):
-                size = (0, 0)
+            size = (_integer(root, "size/width"), _integer(root, "size/height"))
             folder = _text(root, "folder")
             actual = (self.root / file_name).parent.name
             if folder and folder.replace("\\", "/").rstrip("/").rpartition("/")[2] != actual:
                 self.folders.setdefault((folder, actual), []).append((label.file, position))
-        elif not label.file:
-            file, number = self.dataset.show(self.root / file_name), self.first_id + position
-            message = f"{file_name} has no XML file"
-            self.findings.add("label-missing", message, file=file, image_id=number, spot=spot)
         image_id, facts = self.ids.image(self.split, stem)
-        image = self.rows.add_image(
-            file_name,
-            image_id=self.first_id + position if image_id is None else image_id,
-            size_wh=size,
-            label_file=label.file,
-        )
+        image = self.add_image(file_name, label_file=label.file, size_wh=size, image_id=image_id)
+        if not label.file:
+            file = self.dataset.show(self.root / file_name)
+            self.report("label-missing", f"{file_name} has no XML file", image, file=file)
         objects = root.findall("object") if root is not None else []
-        lines = _object_lines(label.text)
+        lines = lines_of(label.text, array("q", (match.start() for match in _OBJECT.finditer(label.text)))).tolist()
         for entry, element in enumerate(objects):
             line = lines[entry] if len(lines) == len(objects) else 0
             box_facts = facts[entry] if len(facts) == len(objects) else BoxFacts()
-            self._object(image, element, entry, line, box_facts, label.file)
+            self._object(image, element, entry, line, box_facts)
             if _text(element, "difficult") == "1":
                 self.difficult.append(label.file)
 
-    def _object(self, image: int, element: Element, entry: int, line: int, facts: BoxFacts, file: str) -> None:
+    def _object(self, image: int, element: Element, entry: int, line: int, facts: BoxFacts) -> None:
         def report(code: str, message: str) -> None:
-            spot, image_id = Spot(self.split, image, entry), self.rows.image_ids[image]
-            message = f"object {entry + 1} {message}"
-            self.findings.add(code, message, file=file, line=line, image_id=image_id, spot=spot)
+            self.report(code, f"object {entry + 1} {message}", image, entry=entry, line=line)
 
-        box = element.find("bndbox")
-        if box is None:
+        bounds = element.find("bndbox")
+        if bounds is None:
             report("box-count", "has no <bndbox>")
             return
         corners = []
         for side in SIDES:
-            elements = box.findall(side)
+            elements = bounds.findall(side)
             if len(elements) != 1:
                 report("box-count", f"has {len(elements)} <{side}> in its box")
                 return
@@ -266,33 +245,10 @@ class _SplitReader:
                 f"has the class {name[:60]!r}, which is not in the class list" if name else "has no <name>",
             )
             return
-        width, height = self.rows.sizes_wh[image]
-        self.rows.boxes.append(
-            RawBox(
-                image,
-                (corners[0], corners[1], corners[2], corners[3]),
-                label,
-                line=line,
-                entry=entry,
-                area=facts.area_fraction * width * height if width and height else float("nan"),
-                crowd=facts.crowd,
-                annotation_id=facts.annotation_id,
-            )
-        )
-
-
-def _line(text: str, tag: str) -> int:
-    position = text.find(tag)
-    return text.count("\n", 0, position) + 1 if position >= 0 else 0
-
-
-def _object_lines(text: str) -> list[int]:
-    lines, line, last = [], 1, 0
-    for match in _OBJECT.finditer(text):
-        line += text.count("\n", last, match.start())
-        last = match.start()
-        lines.append(line)
-    return lines
+        width, height = self.sizes_wh[image]
+        area = facts.area_fraction * width * height if width and height else math.nan
+        box = (corners[0], corners[1], corners[2], corners[3])
+        self.boxes.append(RawBox(image, box, label, line, entry, area, facts.crowd, facts.annotation_id))
 
 
 # ---- writing

@@ -11,7 +11,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from os.path import normpath
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,13 @@ import yaml
 from numpy.typing import NDArray
 
 from rtdetr_cli.datasets.data_yaml import DataYaml, read_yaml
-from rtdetr_cli.datasets.findings import Findings, Spot
 from rtdetr_cli.datasets.ids_file import BoxFacts, IdsFile, image_facts, read_ids, write_ids
 from rtdetr_cli.datasets.image_names import copy_image, image_names
 from rtdetr_cli.datasets.image_paths import ImageIndex, index_images, may_read, report_moved, split_of_parts
-from rtdetr_cli.datasets.label_text import CLASS_LISTS, Oddities, is_valid_name
+from rtdetr_cli.datasets.label_text import CLASS_LISTS, is_valid_name
 from rtdetr_cli.datasets.raw import RawBox, RawDataset, Rows
-from rtdetr_cli.datasets.records import Category, Dataset
-from rtdetr_cli.datasets.survey import edges, is_inside, survey
-from rtdetr_cli.images.decode import IMAGE_SUFFIXES
+from rtdetr_cli.datasets.records import Category, Dataset, Spot
+from rtdetr_cli.datasets.survey import edges, is_image, is_inside, survey
 from rtdetr_cli.text import counted
 
 _ROUNDING = 1e-3
@@ -41,19 +38,16 @@ _NEARLY_ALL = 0.9
 _SLACK = 0.01
 
 
-def read_yolo(dataset: RawDataset, path: Path, images: Path | None) -> None:
-    """Read a `data.yaml` and everything it names into `dataset`."""
-    oddities = Oddities()
-    file = dataset.show(path)
-    config = read_yaml(dataset, path, images, oddities)
+def read_yolo(dataset: RawDataset, path: Path) -> None:
+    """Read a `data.yaml` and everything it names into `dataset`, which is named like the file if that says anything."""
+    if path.stem not in ("data", "dataset"):
+        dataset.name = path.stem
+    config = read_yaml(dataset, path)
     if config is None:
         return
-    listed: dict[str, list[Path]] = {}
-    for split, entries in config.splits.items():
-        paths = _images(dataset, config, split, entries, file, oddities)
-        if paths is not None:
-            listed[split] = paths
-    read_yolo_files(dataset, config, listed, {}, file, oddities)
+    file = dataset.show(path)
+    listed = {split: _images(dataset, config, split, entries, file) for split, entries in config.splits.items()}
+    read_yolo_files(dataset, config, {s: paths for s, paths in listed.items() if paths is not None}, {}, file)
 
 
 def read_yolo_files(
@@ -62,7 +56,6 @@ def read_yolo_files(
     listed: dict[str, list[Path]],
     label_files: Mapping[Path, Path],
     file: str,
-    oddities: Oddities,
 ) -> None:
     """Read the label files of images.
 
@@ -72,32 +65,27 @@ def read_yolo_files(
         listed: split -> images.
         label_files: image -> label file, where it is not the one that `label_path` gives.
         file: the file that defines the classes, to show.
-        oddities: gets those of the label files.
     """
     numbers = sorted(config.classes, key=lambda n: config.category_ids[n])
     dataset.categories = tuple(Category(config.category_ids[n], config.classes[n]) for n in numbers)
     labels = {number: label for label, number in enumerate(numbers)}
-    ids = read_ids(dataset, config.base, oddities)
+    ids = read_ids(dataset, config.base)
     label_files = {p: label_files.get(p) or _find_label(p) for paths in listed.values() for p in paths}
     if config.keypoints is None:
         _guess_keypoints(dataset, config, list(label_files.values()), file)
-    first_id = 1
     for split, paths in listed.items():
-        files = [(path, label_files[path]) for path in paths]
-        rows = _read_split(dataset, config, split, files, labels, ids, first_id, oddities)
-        dataset.splits[split] = rows.split(split, config.base)
-        dataset.splits[split].normalized = True
-        first_id += len(paths)
+        rows = _SplitReader(dataset, split, config, labels, ids)
+        for path in paths:
+            rows.read_image(path, label_files[path])
+        rows.finish(config.base).normalized = True
     _report_orphans(dataset)
-    oddities.report(dataset.findings)
+    dataset.oddities.report(dataset.findings)
 
 
 # ---- images
 
 
-def _images(
-    dataset: RawDataset, config: DataYaml, split: str, entries: list[str], file: str, oddities: Oddities
-) -> list[Path] | None:
+def _images(dataset: RawDataset, config: DataYaml, split: str, entries: list[str], file: str) -> list[Path] | None:
     """Return the images of a split, or None with a finding."""
     paths: list[Path] = []
     for entry in entries:
@@ -114,7 +102,7 @@ def _images(
                 return None
             paths += _images_below(where)
         else:
-            paths += _listed(dataset, config, where, oddities)
+            paths += _listed(dataset, config, where)
     return paths
 
 
@@ -141,18 +129,13 @@ def _images_below(folder: Path) -> list[Path]:
     paths = []
     for parent, folders, files in os.walk(folder):
         folders.sort()
-        for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                paths.append(Path(parent, name))
+        paths += [Path(parent, name) for name in sorted(files) if is_image(name)]
     return paths
 
 
-def _listed(dataset: RawDataset, config: DataYaml, path: Path, oddities: Oddities) -> list[Path]:
-    file, text = dataset.read_label(path, oddities)
-    if text is None:
-        return []
-    lines = [line.strip() for line in text.split("\n")]
-    names = [line for line in lines if line and is_valid_name(line)]
+def _listed(dataset: RawDataset, config: DataYaml, path: Path) -> list[Path]:
+    file, text = dataset.read_label(path)
+    names = [line.strip() for line in (text or "").split("\n") if is_valid_name(line.strip())]
     bases = [config.base, path.parent]
     best = max(bases, key=lambda b: sum(os.path.lexists(os.path.join(b, name)) for name in names[:32]))
     index: ImageIndex | None = None
@@ -194,123 +177,82 @@ def _with_last(parts: Sequence[str], name: str, new: str) -> Path:
 # ---- labels
 
 
-@dataclass(slots=True)
-class _LabelContext:
-    """What every label line of a split is read with."""
+class _SplitReader(Rows):
+    """Reads the label files of one split."""
 
-    findings: Findings
-    config: DataYaml
-    labels: dict[int, int]
-    classes_text: str
+    def __init__(self, dataset: RawDataset, split: str, config: DataYaml, labels: dict[int, int], ids: IdsFile) -> None:
+        super().__init__(dataset, split)
+        self.config, self.labels, self.ids = config, labels, ids
+        self.classes_text = f"{config.file} defines {counted(len(labels), 'class')}"
+        if labels:
+            self.classes_text += f": {min(labels)}-{max(labels)}"
 
-
-def _read_split(
-    dataset: RawDataset,
-    config: DataYaml,
-    split: str,
-    files: list[tuple[Path, Path]],
-    labels: dict[int, int],
-    ids: IdsFile,
-    first_id: int,
-    oddities: Oddities,
-) -> Rows:
-    rows = Rows()
-    listings: dict[Path, set[str]] = {}
-    classes_text = f"{config.file} defines {counted(len(labels), 'class')}"
-    if labels:
-        classes_text += f": {min(labels)}-{max(labels)}"
-    context = _LabelContext(dataset.findings, config, labels, classes_text)
-    for position, (path, label) in enumerate(files):
-        name = str(path.relative_to(config.base)) if path.is_relative_to(config.base) else str(path)
-        if label.parent not in listings:
-            listings[label.parent] = _listing(label.parent)
-        own_id, facts = ids.image(split, name)
-        image_id = first_id + position if own_id is None else own_id
-        if label.name not in listings[label.parent]:
-            rows.add_image(name, image_id=image_id, size_wh=(0, 0), label_file="")
-            message, spot = f"has no label file ({dataset.show(label)})", Spot(split, position)
-            dataset.findings.add("label-missing", message, file=dataset.show(path), image_id=image_id, spot=spot)
-            continue
-        file, text = dataset.read_label(label, oddities)
-        image = rows.add_image(name, image_id=image_id, size_wh=(0, 0), label_file=file)
-        if text is None:
-            continue
-        lines = [(number, line) for number, line in enumerate(text.split("\n")) if line.strip()]
+    def read_image(self, path: Path, label: Path) -> None:
+        """Add an image and the boxes in its label file."""
+        base = self.config.base
+        name = str(path.relative_to(base)) if path.is_relative_to(base) else str(path)
+        image_id, facts = self.ids.image(self.split, name)
+        if label.name not in self.dataset.list_folder(str(label.parent)).get(label.name.lower(), ()):
+            message = f"has no label file ({self.dataset.show(label)})"
+            image = self.add_image(name, image_id=image_id)
+            self.report("label-missing", message, image, file=self.dataset.show(path))
+            return
+        file, text = self.dataset.read_label(label)
+        image = self.add_image(name, image_id=image_id, label_file=file)
+        lines = [(number, line) for number, line in enumerate((text or "").split("\n")) if line.strip()]
         if len(facts) != len(lines):
             facts = [BoxFacts()] * len(lines)
         for (number, line), box_facts in zip(lines, facts, strict=True):
-            _read_line(context, rows, image, line, box_facts, Spot(split, image, number), file)
-    rows.number_images(first_id)
-    return rows
+            self._read_line(image, line, number, box_facts)
 
+    def _read_line(self, image: int, line: str, number: int, facts: BoxFacts) -> None:
+        def report(code: str, message: str) -> None:
+            self.report(code, message, image, entry=number, line=number + 1)
 
-def _listing(folder: Path) -> set[str]:
-    try:
-        return set(os.listdir(folder))
-    except OSError:
-        return set()
-
-
-def _read_line(
-    context: _LabelContext, rows: Rows, image: int, line: str, facts: BoxFacts, spot: Spot, file: str
-) -> None:
-    """Read one line of a label file into `rows`, or report what is wrong with it."""
-
-    def report(code: str, message: str) -> None:
-        context.findings.add(code, message, file=file, line=spot.entry + 1, image_id=rows.image_ids[image], spot=spot)
-
-    words = line.split()
-    values = []
-    for word in words:
-        try:
-            values.append(float(word))
-        except ValueError:
-            report("box-not-number", f"has {word[:40]!r}, which is not a number")
+        words = line.split()
+        values = []
+        for word in words:
+            try:
+                values.append(float(word))
+            except ValueError:
+                report("box-not-number", f"has {word[:40]!r}, which is not a number")
+                return
+        columns, wanted = self.config.box_columns(len(values))
+        if not columns:
+            report("label-columns", f"has {counted(len(values), 'column')} instead of {wanted}")
             return
-    columns, wanted = context.config.box_columns(len(values))
-    if not columns:
-        report("label-columns", f"has {counted(len(values), 'column')} instead of {wanted}")
-        return
-    values = values[:columns]
-    if not all(map(math.isfinite, values)):
-        report("box-not-finite", f"has the values {' '.join(words[:7])[:80]}")
-        return
-    label = context.labels.get(int(values[0])) if values[0].is_integer() else None
-    if label is None:
-        report("category-unknown", f"class index {words[0][:20]} is out of range ({context.classes_text})")
-        return
-    coordinates = values[1:]
-    low, high = min(coordinates), max(coordinates)
-    if high > 2 or low < -1:
-        outlier = low if low < -1 else high
-        report("label-pixels", f"has the coordinate {outlier:g}, which is not a fraction of the image")
-        return
-    beyond = low < -_ROUNDING or high > 1 + _ROUNDING
-    if len(coordinates) == 4:
-        cx, cy, w, h = coordinates
-        box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-        area = math.nan
-        if w < 0 or h < 0:
-            beyond = False  # reported as an inverted box
-    else:
-        xs, ys = coordinates[0::2], coordinates[1::2]
-        box = (min(xs), min(ys), max(xs), max(ys))
-        area = abs(sum(xs[i - 1] * ys[i] - xs[i] * ys[i - 1] for i in range(len(xs)))) / 2
-    if beyond:
-        report("label-beyond-one", f"has the coordinate {(high if high > 1 else low):g}, which is not in 0 to 1")
-    rows.boxes.append(
-        RawBox(
-            image,
-            box,
-            label,
-            line=spot.entry + 1,
-            entry=spot.entry,
-            area=area if math.isnan(facts.area_fraction) else facts.area_fraction,
-            crowd=facts.crowd,
-            annotation_id=facts.annotation_id,
-            beyond=beyond,
-        )
-    )
+        values = values[:columns]
+        if not all(map(math.isfinite, values)):
+            report("box-not-finite", f"has the values {' '.join(words[:7])[:80]}")
+            return
+        label = self.labels.get(int(values[0])) if values[0].is_integer() else None
+        if label is None:
+            report("category-unknown", f"class index {words[0][:20]} is out of range ({self.classes_text})")
+            return
+        coordinates = values[1:]
+        low, high = min(coordinates), max(coordinates)
+        if high > 2 or low < -1:
+            outlier = low if low < -1 else high
+            report("label-pixels", f"has the coordinate {outlier:g}, which is not a fraction of the image")
+            return
+        beyond = low < -_ROUNDING or high > 1 + _ROUNDING
+        if len(coordinates) == 4:
+            cx, cy, w, h = coordinates
+            box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+            area = math.nan
+            beyond = beyond and w >= 0 and h >= 0  # else it is reported as an inverted box
+        else:
+            xs, ys = coordinates[0::2], coordinates[1::2]
+            box = (min(xs), min(ys), max(xs), max(ys))
+            area = abs(sum(xs[i - 1] * ys[i] - xs[i] * ys[i - 1] for i in range(len(xs)))) / 2
+        if beyond:
+            report("label-beyond-one", f"has the coordinate {(high if high > 1 else low):g}, which is not in 0 to 1")
+        area = area if math.isnan(facts.area_fraction) else facts.area_fraction
+        self.boxes.append(RawBox(image, box, label, number + 1, number, area, facts.crowd, facts.annotation_id, beyond))
+
+
+def _names(dataset: RawDataset, folder: Path) -> list[str]:
+    return [name for names in dataset.list_folder(str(folder)).values() for name in names]
 
 
 # ---- keypoints that data.yaml does not declare
@@ -375,20 +317,12 @@ def _report_orphans(dataset: RawDataset) -> None:
     used = {dataset.label_paths[file] for split in dataset.splits.values() for file in split.label_files}
     known = {*used, *dataset.label_paths.values()}  # a list of images may lie beside the labels
     for folder in sorted({path.parent for path in used}):
-        images: set[str] | None = None
-        for name in sorted(_listing(folder)):
-            if not name.endswith(".txt") or name in CLASS_LISTS or folder / name in known:
-                continue
-            if images is None:
-                images = _stems_of(folder)
-            if name[:-4] not in images:
+        home = _with_last(folder.parts, "labels", "images")
+        images = {Path(name).stem for name in _names(dataset, home) if is_image(name)}
+        for name in sorted(_names(dataset, folder)):
+            unknown = name not in CLASS_LISTS and folder / name not in known
+            if unknown and name.endswith(".txt") and name[:-4] not in images:
                 dataset.findings.add("label-orphan", "has no image", file=dataset.show(folder / name))
-
-
-def _stems_of(label_folder: Path) -> set[str]:
-    """Return the names, without suffix, of the images whose labels are in a folder."""
-    files = _listing(_with_last(label_folder.parts, "labels", "images"))
-    return {os.path.splitext(f)[0] for f in files if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES}
 
 
 # ---- writing

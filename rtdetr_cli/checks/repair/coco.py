@@ -12,7 +12,6 @@ import numpy as np
 
 from rtdetr_cli.checks.repair.plan import CLIPPED_BOXES, DROPPED_BOXES, Plan, box_of, box_row, read_label
 from rtdetr_cli.datasets.coco import format_document, id_key
-from rtdetr_cli.datasets.findings import Spot
 from rtdetr_cli.datasets.raw import RawSplit
 from rtdetr_cli.datasets.records import Finding
 
@@ -23,8 +22,8 @@ def plan_coco(plan: Plan) -> None:
     for path in raw.label_paths.values():
         plan.files[plan.destination(path)] = path
     files = {name: _CocoFile(plan, split) for name, split in raw.splits.items()}
-    for i, finding, spot in plan.findings():
-        if spot.split in files and _repair(files[spot.split], finding, spot):
+    for i, finding in plan.findings():
+        if finding.spot.split in files and _repair(files[finding.spot.split], finding):
             plan.repaired.add(i)
     for name, split in raw.splits.items():
         file = files[name]
@@ -83,13 +82,13 @@ class _CocoFile:
         self.plan.texts[self.target] = format_document(self.document)
 
 
-def _repair(file: _CocoFile, finding: Finding, spot: Spot) -> bool:
+def _repair(file: _CocoFile, finding: Finding) -> bool:
     """Repair what one finding names; return whether that is possible."""
-    split, code, why, entry = file.split, finding.code, finding.message, spot.entry
+    split, code, why, image, entry = file.split, finding.code, finding.message, finding.spot.image, finding.spot.entry
     if code == "image-size-undeclared":
-        for image in np.flatnonzero(split.usable & ~split.declared).tolist():
-            width, height = split.sizes_wh[image].tolist()
-            file.change("images", int(split.image_entries[image]), code, "has no size", width=width, height=height)
+        for one in np.flatnonzero(split.usable & ~split.declared).tolist():
+            width, height = split.sizes_wh[one].tolist()
+            file.change("images", int(split.image_entries[one]), code, "has no size", width=width, height=height)
     elif code == "box-no-area":
         for row in np.flatnonzero(np.isnan(split.areas)).tolist():
             x1, y1, x2, y2 = split.boxes_xyxy_px[row].tolist()
@@ -100,19 +99,19 @@ def _repair(file: _CocoFile, finding: Finding, spot: Spot) -> bool:
     elif code == "entry-malformed":
         file.drop("images", entry, code, why)
     elif code == "image-size":
-        width, height = split.sizes_wh[spot.image].tolist()
+        width, height = split.sizes_wh[image].tolist()
         file.change("images", entry, code, why, width=width, height=height)
     elif code == "image-name-case":
-        file.change("images", entry, code, why, file_name=split.file_names[spot.image])
+        file.change("images", entry, code, why, file_name=split.file_names[image])
     elif code in DROPPED_BOXES:
         file.drop("annotations", entry, code, why)
-    elif code in CLIPPED_BOXES and (corners := box_of(split, spot.image, entry)) is not None:
+    elif code in CLIPPED_BOXES and (corners := box_of(split, image, entry)) is not None:
         x1, y1, x2, y2 = (round(v, 6) for v in corners)
         values: dict[str, Any] = {"bbox": [x1, y1, round(x2 - x1, 6), round(y2 - y1, 6)]}
         if _area_is_of_box(file.document["annotations"][entry]):
             values["area"] = round(values["bbox"][2] * values["bbox"][3], 6)
         file.change("annotations", entry, code, why, **values)
-    elif code == "annotation-id-duplicate" and (box := box_row(split, spot.image, entry)) is not None:
+    elif code == "annotation-id-duplicate" and (box := box_row(split, image, entry)) is not None:
         file.change("annotations", entry, code, why, id=int(split.annotation_ids[box]))
     else:
         return False

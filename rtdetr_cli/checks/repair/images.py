@@ -40,7 +40,7 @@ def reset_orientations(report: Report) -> tuple[Report, dict[Path, Tag]]:
     for name, split in raw.splits.items():
         for image in range(len(split)):
             entries[split.path(image)].append((name, image))
-    swapped = _images_with(report, "image-exif-swapped")
+    swapped = report.images_with("image-exif-swapped")
     reset: dict[Path, Tag] = {}
     for path in {raw.splits[name].path(image): None for name, image in swapped}:
         # If another entry declares the upright size, there is no orientation that suits both.
@@ -48,23 +48,12 @@ def reset_orientations(report: Report) -> tuple[Report, dict[Path, Tag]]:
             reset[path] = tag
     if not reset:
         return report, {}
-    known = {}
-    for name, infos in report.image_info.items():
-        for image, info in enumerate(infos):
-            path = raw.splits[name].path(image)
-            without = replace(info, size_wh=info.size_wh[::-1], orientation=1) if path in reset else info
-            known[str(path)] = without
+    known = {
+        path: replace(info, size_wh=info.size_wh[::-1], orientation=1) if path in reset else info
+        for path, info in report.image_info.items()
+    }
     again = examine(raw.source, images=raw.images, imgsz=report.imgsz, decode=report.decoded, known=known)
     return again, reset
-
-
-def _images_with(report: Report, *codes: str) -> dict[tuple[str, int], tuple[str, str]]:
-    """Return the images that one of the codes was found for, with code and message."""
-    return {
-        (spot.split, spot.image): (finding.code, finding.message)
-        for finding, spot in zip(report.findings, report.spots, strict=True)
-        if finding.code in codes and spot.image >= 0
-    }
 
 
 def upright_tag(path: Path) -> Tag | None:
@@ -103,18 +92,21 @@ def choose_left_out(plan: Plan, before: Report, reset: Mapping[Path, Tag]) -> No
     raw = plan.report.raw
     label_files = files_of_one_image(raw)
     broken_files = {f.file: f.message for f in raw.findings if f.code in BROKEN_FILE and f.file in label_files}
-    plan.left_out |= _images_with(plan.report, *_UNUSABLE, *(() if plan.allow_outside else ("image-elsewhere",)))
+
+    def leave_out(report: Report, *codes: str) -> None:
+        for (name, image), finding in report.images_with(*codes).items():
+            if finding.code != "image-exif-swapped" or raw.splits[name].path(image) not in reset:
+                plan.left_out.setdefault((name, image), (finding.code, finding.message))
+
+    leave_out(plan.report, *_UNUSABLE, *(() if plan.allow_outside else ("image-elsewhere",)))
     _keep_truncated(plan)
     if not plan.keep_unlabelled:
-        plan.left_out |= _images_with(plan.report, "label-missing") | plan.left_out
-    swapped, ambiguous = (_images_with(before, code) for code in ("image-exif-swapped", "image-exif-ambiguous"))
-    for (name, image), reason in swapped.items():
-        if raw.splits[name].path(image) not in reset:
-            plan.left_out.setdefault((name, image), reason)
+        leave_out(plan.report, "label-missing")
+    leave_out(before, "image-exif-swapped")
     if labels_are_upright(before.raw, before.image_info):
         plan.assumed = [f for f in before.findings if f.code == "image-exif-ambiguous"]
     else:
-        plan.left_out |= {key: reason for key, reason in ambiguous.items() if key not in plan.left_out}
+        leave_out(before, "image-exif-ambiguous")
     for name, split in raw.splits.items():
         for image in np.flatnonzero(~split.usable).tolist():
             plan.left_out.setdefault((name, image), ("image-unreadable", "cannot be used"))
@@ -124,23 +116,23 @@ def choose_left_out(plan: Plan, before: Report, reset: Mapping[Path, Tag]) -> No
     if raw.format != "yolo":  # its boxes are fractions of the image, whatever its size
         _leave_out_unknown_frames(plan)
     _leave_out_shared_ids(plan)
-    for i, finding, spot in plan.findings():
-        gone = (spot.split, spot.image) in plan.left_out and finding.code not in _OF_MANY
+    for i, finding in plan.findings():
+        gone = finding.spot.member in plan.left_out and finding.code not in _OF_MANY
         if gone or finding.file in broken_files:
             plan.repaired.add(i)
     for code in ("image-exif-swapped", "image-exif-ambiguous"):
-        plan.repaired_before[code] = len(_images_with(before, code)) - len(_images_with(plan.report, code))
+        plan.repaired_before[code] = len(before.images_with(code)) - len(plan.report.images_with(code))
     plan.repaired_before["image-exif-ambiguous"] -= len(plan.assumed)
 
 
 def _keep_truncated(plan: Plan) -> None:
     """Keep the truncated images that the report describes, unless a box lies in the missing part for the most part."""
-    for name, infos in plan.report.image_info.items():
-        split = plan.report.raw.splits[name]
-        for image, info in enumerate(infos):
-            if info.missing is None:
+    for name, split in plan.report.raw.splits.items():
+        for image in range(len(split)):
+            info = plan.report.image_info.get(split.path(image))
+            if info is None or info.missing is None:
                 continue
-            centers = split.boxes_xyxy_px[split.box_images == image][:, 1::2].mean(axis=1)
+            centers = split.boxes_xyxy_px[split.rows(image)][:, 1::2].mean(axis=1)
             # The missing rows are the last ones of the stored image, which may be elsewhere in the upright one.
             first_missing = 0 if info.orientation in EXIF_TRANSPOSES else (1 - info.missing) * info.size_wh[1]
             if info.missing and (centers > first_missing).any():
@@ -156,28 +148,28 @@ def _leave_out_unknown_frames(plan: Plan) -> None:
     That is the case if boxes reach over the border of an image whose size is not the declared one (it may have been
     resized after it was annotated), or if the declared size fits neither the stored nor the upright image.
     """
-    resized = _images_with(plan.report, "image-size")
-    outside = _images_with(plan.report, "box-outside", "box-partly-outside")
+    resized = plan.report.images_with("image-size").keys()
+    outside = plan.report.images_with("box-outside", "box-partly-outside").keys()
     for name, image in sorted(resized | outside):
         split = plan.report.raw.splits[name]
         path = split.path(image)
         if (name, image) in plan.left_out:
             continue
         if (name, image) in resized:
-            unknown = (name, image) in outside or _sideways(plan, name, image, path)
+            unknown = (name, image) in outside or _sideways(plan, path)
         elif split.declared[image]:
             unknown = not plan.report.decoded and measure_image(path) != tuple(split.sizes_wh[image].tolist())
         else:
-            unknown = _sideways(plan, name, image, path)
+            unknown = _sideways(plan, path)
         if unknown:
             why = "the labels don't declare the image's size, and its boxes may refer to another size or orientation"
             plan.left_out[name, image] = ("image-size", why)
 
 
-def _sideways(plan: Plan, name: str, image: int, path: Path) -> bool:
+def _sideways(plan: Plan, path: Path) -> bool:
     """Return whether an image is rotated by 90 degrees in the copy."""
     if plan.report.image_info:
-        return plan.report.image_info[name][image].orientation in EXIF_SIDEWAYS
+        return plan.report.image_info[path].orientation in EXIF_SIDEWAYS
     return is_sideways(path, unknown=True)
 
 
@@ -198,9 +190,9 @@ def plan_images(plan: Plan, reset: Mapping[Path, Tag]) -> None:
     """Plan the name and the orientation of each copied image."""
     raw = plan.report.raw
     positions: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
-    for i, finding, spot in plan.findings():
-        if spot.image >= 0 and finding.code.startswith("image-"):
-            positions[spot.split, spot.image].setdefault(finding.code, i)
+    for i, finding in plan.findings():
+        if finding.spot.image >= 0 and finding.code.startswith("image-"):
+            positions[finding.spot.member].setdefault(finding.code, i)
     copied: dict[Path, tuple[str, set[str]]] = {}  # new suffix and repaired codes
     for name, split in raw.splits.items():
         for image, file_name in enumerate(split.file_names):
@@ -231,19 +223,15 @@ def _plan_image(plan: Plan, name: str, image: int, codes: set[str], tag: Tag | N
         target = wanted
         repaired.add("image-name-case")
     if "image-extension" in codes:
-        usual = SUFFIXES[plan.report.image_info[name][image].format][0]
+        usual = SUFFIXES[plan.report.image_info[path].format][0]
         wanted = str(Path(target).with_suffix(usual))
         if wanted not in plan.files and not path.with_suffix(usual).exists():
             plan.rename(target, wanted, "image-extension")
             target, suffix = wanted, usual
             repaired.add("image-extension")
     if path in plan.completed:
-        plan.record(
-            "complete",
-            "image-truncated",
-            target,
-            f"{plan.report.image_info[name][image].missing:.0%} of its rows are missing",
-        )
+        why = f"{plan.report.image_info[path].missing:.0%} of its rows are missing"
+        plan.record("complete", "image-truncated", target, why)
         repaired.add("image-truncated")
     code, why = "image-exif-swapped", "the labels refer to the image as it is stored"
     if tag is None and "image-exif-invalid" in codes:

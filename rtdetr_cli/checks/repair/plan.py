@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from rtdetr_cli.checks.doctor import Report
-from rtdetr_cli.datasets.findings import Spot
 from rtdetr_cli.datasets.raw import RawDataset, RawSplit
 from rtdetr_cli.datasets.records import Finding
 
@@ -75,15 +74,13 @@ class Plan:
     repaired_before: Counter[str] = field(default_factory=Counter)
     assumed: list[Finding] = field(default_factory=list)
 
-    def findings(self) -> Iterator[tuple[int, Finding, Spot]]:
-        """Yield every finding that is not dealt with yet: position, finding, spot."""
-        for i, (finding, spot) in enumerate(zip(self.report.findings, self.report.spots, strict=True)):
-            if i not in self.repaired:
-                yield i, finding, spot
+    def findings(self) -> Iterator[tuple[int, Finding]]:
+        """Yield every finding that is not dealt with yet, with its position."""
+        return ((i, finding) for i, finding in enumerate(self.report.findings) if i not in self.repaired)
 
     def not_repaired(self) -> list[Finding]:
         """Return the errors and warnings that stay as they are."""
-        findings = (finding for _, finding, _ in self.findings() if finding.severity in ("error", "warning"))
+        findings = (finding for _, finding in self.findings() if finding.severity in ("error", "warning"))
         return [*findings, *self.assumed]
 
     def images_left_out(self) -> tuple[LeftOut, ...]:
@@ -98,7 +95,7 @@ class Plan:
     def count_boxes(self, split: str, image: int) -> int:
         """Return the boxes of an image; YOLO boxes are counted in the label file if the image's size is unknown."""
         raw = self.report.raw
-        count = int(np.sum(raw.splits[split].box_images == image))
+        count = len(raw.splits[split].labels[raw.splits[split].rows(image)])
         path = raw.label_paths.get(raw.splits[split].label_file(image))
         if not count and raw.format == "yolo" and path is not None and path.is_file():
             count = sum(bool(line.strip()) for line in path.read_bytes().splitlines())
@@ -111,25 +108,22 @@ class Plan:
     def destination(self, path: Path) -> str:
         """Return where a file of the dataset goes in the copy."""
         raw = self.report.raw
-        text = normpath(path)
-        for number, root in enumerate((raw.folder, *raw.roots)):
-            try:
-                inside = Path(text).relative_to(normpath(root))
-            except ValueError:
-                continue
-            # Images from elsewhere (--images) go where the reader looks for them.
-            elsewhere = number > 0 and raw.format != "yolo"
-            return str(("JPEGImages" if raw.format == "voc" else "images") / inside) if elsewhere else str(inside)
-        return Path(text).name
+        path = Path(normpath(path))
+        for root in raw.roots:
+            if path.is_relative_to(normpath(root)):
+                inside = path.relative_to(normpath(root))
+                # Images from elsewhere (--images) go where the reader looks for them.
+                elsewhere = root != raw.folder and raw.format != "yolo"
+                return str(("JPEGImages" if raw.format == "voc" else "images") / inside) if elsewhere else str(inside)
+        return path.name
 
     def leave_out(self, path: Path, code: str, why: str, **facts: Any) -> None:
         """Leave a file out of the copy, but keep it below `left-out/` if it belongs to the dataset."""
         target = self.destination(path)
-        change = {"op": "leave-out", "code": code, "file": target, "why": why, **facts}
         if code not in ("image-missing", "image-outside", "image-elsewhere") and path.is_file():
-            change["kept"] = f"{LEFT_OUT}/{target}"
-            self.files[change["kept"]] = path
-        self.changes.append(change)
+            facts["kept"] = f"{LEFT_OUT}/{target}"
+            self.files[facts["kept"]] = path
+        self.record("leave-out", code, target, why, **facts)
 
     def record(self, op: str, code: str, target: str, why: str, **facts: Any) -> None:
         """Add an entry to `changes.json`."""
@@ -141,7 +135,7 @@ class Plan:
 
     def normalize_text(self) -> None:
         """Remove byte order marks and Windows line endings; their findings name only the first of several files."""
-        positions = [i for i, finding, _ in self.findings() if finding.code in ("file-bom", "file-crlf")]
+        positions = [i for i, finding in self.findings() if finding.code in ("file-bom", "file-crlf")]
         self.repaired.update(positions)
         for path in self.report.raw.label_paths.values() if positions else ():
             target = self.destination(path)
@@ -170,9 +164,9 @@ def files_of_one_image(raw: RawDataset) -> set[str]:
 
 def box_row(split: RawSplit, image: int, entry: int) -> int | None:
     """Return the row of a box, or None if the checks dropped it."""
-    start, stop = np.searchsorted(split.box_images, [image, image + 1]).tolist()
-    rows = np.flatnonzero(split.box_entries[start:stop] == entry)
-    return start + int(rows[0]) if len(rows) else None
+    rows = split.rows(image)
+    same = np.flatnonzero(split.box_entries[rows] == entry)
+    return rows.start + int(same[0]) if len(same) else None
 
 
 def box_of(split: RawSplit, image: int, entry: int) -> list[float] | None:
@@ -199,7 +193,7 @@ def plan_label_files(plan: Plan) -> set[str]:
         elif path.is_file():
             plan.files[plan.destination(path)] = path
             copied.add(file)
-    for i, finding, _ in plan.findings():
+    for i, finding in plan.findings():
         if finding.code == "label-orphan":
             plan.leave_out(raw.folder / finding.file, finding.code, finding.message)
             plan.repaired.add(i)
@@ -219,6 +213,15 @@ def edit_lines(plan: Plan, path: Path, lines: Sequence[str], edits: LineEdits) -
     if edits:
         new_lines = (edits[number][0] if number in edits else line for number, line in enumerate(lines))
         plan.texts[target] = "\n".join(line for line in new_lines if line is not None)
+
+
+def edit_list(plan: Plan, path: Path, lines: Sequence[str], edits: LineEdits, *, emptied: bool) -> None:
+    """Plan the new text of a list of images; that of a split without any is left out."""
+    if emptied:
+        plan.leave_out(path, "split-empty", "every image of the split is left out")
+        del plan.files[plan.destination(path)]
+    else:
+        edit_lines(plan, path, lines, edits)
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from copy import copy
 from pathlib import Path
 
-import numpy as np
-
 from rtdetr_cli.checks.doctor import Report
 from rtdetr_cli.checks.repair.plan import BROKEN_FILE, Plan
 from rtdetr_cli.datasets.codes import CODES
@@ -33,7 +31,7 @@ def plan_rewrite(plan: Plan) -> None:
     plan.record("convert", "format", "", f"a repaired copy of a {raw.format} dataset{why} is written as COCO")
     for (name, image), (code, why) in plan.left_out.items():
         plan.leave_out(raw.splits[name].path(image), code, why, boxes=plan.count_boxes(name, image))
-    for i, finding, _ in plan.findings():
+    for i, finding in plan.findings():
         if CODES[finding.code].repair and finding.code not in _NOT_REPAIRED:
             plan.record("edit", finding.code, finding.file, finding.message, line=finding.line)
             plan.repaired.add(i)
@@ -42,13 +40,8 @@ def plan_rewrite(plan: Plan) -> None:
 def write_rewritten(plan: Plan, folder: Path) -> Path:
     """Write the images that are not left out, with their checked boxes; return the path to train on."""
     raw = copy(plan.report.raw)
-    raw.splits = {
-        name: split.select_images(kept, name)
-        for name, split in raw.splits.items()
-        if (kept := np.asarray([(name, image) not in plan.left_out for image in range(len(split))], np.bool_)).any()
-    }
-    splits = to_splits(raw)
-    parts = {part.split: part for part in (splits.train, splits.val, splits.test) if part is not None}
+    raw.splits = raw.without(plan.left_out)
+    parts = to_splits(raw).parts
     data = write_dataset(parts, "coco", folder)
     for name, part in parts.items() if plan.completed else ():
         for index, image in enumerate(image_names(part, flat=False, stems=False, used=set())):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from pathlib import Path
-from xml.etree.ElementTree import SubElement, tostring
+from xml.etree.ElementTree import Element, SubElement, tostring
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from rtdetr_cli.checks.repair.plan import (
     LineEdits,
     Plan,
     box_of,
-    edit_lines,
+    edit_list,
     files_in,
     files_of_one_image,
     plan_label_files,
@@ -37,27 +37,24 @@ class _LabelFile:
         self.objects = self.root.findall("object")
         self.dropped: set[int] = set()
 
-    def set(self, code: str, why: str, **texts: str) -> None:
-        """Set the texts of elements; the path of `size__width` is `size/width`."""
+    def set(self, code: str, why: str, texts: dict[str, str], parent: Element | None = None, **where: int) -> None:
+        """Set the texts of elements, by their paths below `parent`, or below the root."""
         old = {}
-        for name, text in texts.items():
-            element = self.root
-            for tag in name.split("__"):
+        for path, text in texts.items():
+            element = self.root if parent is None else parent
+            for tag in path.split("/"):
                 child = element.find(tag)
                 element = child if child is not None else SubElement(element, tag)
-            old[name.replace("__", "/")], element.text = element.text, text
-        new = {name.replace("__", "/"): text for name, text in texts.items()}
-        self.plan.record("edit", code, self.target, why, old=old, new=new)
+            old[path], element.text = element.text, text
+        self.plan.record("edit", code, self.target, why, **where, old=old, new=texts)
 
     def clip(self, entry: int, corners: list[float], code: str, why: str) -> None:
         """Write the corners that differ."""
-        old, new = {}, {}
-        for side, value in zip(SIDES, corners, strict=True):
-            element = self.objects[entry].find(f"bndbox/{side}")
-            if element is not None and abs(float(element.text or "nan") - value) > 1e-9:
-                old[side], new[side] = element.text, f"{value:.10g}"
-                element.text = new[side]
-        self.plan.record("edit", code, self.target, why, object=entry + 1, old=old, new=new)
+        box = self.objects[entry].find("bndbox")
+        assert box is not None  # the reader took a box from it
+        sides = zip(SIDES, corners, strict=True)
+        texts = {s: f"{value:.10g}" for s, value in sides if abs(float(box.findtext(s, "nan")) - value) > 1e-9}
+        self.set(code, why, texts, box, object=entry + 1)
 
     def drop(self, entry: int, code: str, why: str) -> None:
         """Remove an object."""
@@ -81,32 +78,32 @@ def plan_voc(plan: Plan) -> None:
         return files[file]
 
     dropped: dict[tuple[str, int], set[int]] = defaultdict(set)
-    for i, finding, spot in plan.findings():
-        code, why = finding.code, finding.message
+    for i, finding in plan.findings():
+        code, why, spot = finding.code, finding.message, finding.spot
         if code == "label-missing":
             _create(plan, raw.splits[spot.split], spot.image, why)
         elif code == "image-size-undeclared":
             split = raw.splits[spot.split]
             for image in np.flatnonzero(split.usable & ~split.declared).tolist():
                 if split.label_file(image) in copied:
-                    opened(split.label_file(image)).set(code, "has no size", **_size(split, image))
+                    opened(split.label_file(image)).set(code, "has no size", _size(split, image))
         elif finding.file not in copied or spot.image < 0:
             continue
         elif code in DROPPED_BOXES and spot.entry >= 0:
             opened(finding.file).drop(spot.entry, code, why)
-            dropped[spot.split, spot.image].add(spot.entry)
+            dropped[spot.member].add(spot.entry)
         elif code in CLIPPED_BOXES and (corners := box_of(raw.splits[spot.split], spot.image, spot.entry)):
             opened(finding.file).clip(spot.entry, corners, code, why)
         elif code == "image-size":
-            opened(finding.file).set(code, why, **_size(raw.splits[spot.split], spot.image))
+            opened(finding.file).set(code, why, _size(raw.splits[spot.split], spot.image))
         elif code == "voc-filename" and (name := raw.splits[spot.split].path(spot.image).name).isprintable():
-            opened(finding.file).set(code, why, filename=name)
+            opened(finding.file).set(code, why, {"filename": name})
         else:
             continue
         plan.repaired.add(i)
     for (name, image), new in plan.renamed.items():
         if (label := raw.splits[name].label_file(image)) in copied:
-            opened(label).set("image-extension", "the image is renamed", filename=Path(new).name)
+            opened(label).set("image-extension", "the image is renamed", {"filename": Path(new).name})
     for file in files.values():
         plan.texts[file.target] = format_xml(file.root, declaration=file.has_declaration)
     plan_ids(plan, dropped)
@@ -114,7 +111,7 @@ def plan_voc(plan: Plan) -> None:
 
 def _size(split: RawSplit, image: int) -> dict[str, str]:
     width, height = split.sizes_wh[image].tolist()
-    return {"size__width": str(width), "size__height": str(height)}
+    return {"size/width": str(width), "size/height": str(height)}
 
 
 def _create(plan: Plan, split: RawSplit, image: int, why: str) -> None:
@@ -150,8 +147,4 @@ def _plan_lists(plan: Plan) -> None:
         edits: LineEdits = {
             n: (None, "image", f"{name} is left out") for n, name in enumerate(names) if left_out.get(name)
         }
-        if path.stem in plan.report.raw.splits and plan.is_emptied(path.stem):
-            plan.leave_out(path, "split-empty", "every image of the split is left out")
-            del plan.files[plan.destination(path)]
-        else:
-            edit_lines(plan, path, lines, edits)
+        edit_list(plan, path, lines, edits, emptied=path.stem in raw.splits and plan.is_emptied(path.stem))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from functools import cache
 from os.path import normpath
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from rtdetr_cli.checks.repair.plan import (
     Plan,
     box_of,
     edit_lines,
+    edit_list,
     files_of_one_image,
     plan_label_files,
     read_label,
@@ -31,31 +33,29 @@ def plan_yolo(plan: Plan) -> None:
     """Plan the label files of a YOLO dataset."""
     raw = plan.report.raw
     copied = plan_label_files(plan)
-    lines: dict[str, list[str]] = {}
+    lines = cache(lambda file: read_label(raw.label_paths[file]).split("\n"))
     edits: dict[str, LineEdits] = defaultdict(dict)
     dropped: dict[tuple[str, int], set[int]] = defaultdict(set)
     # Boxes are dropped first: one that is dropped needs no clipping.
-    for i, finding, spot in sorted(plan.findings(), key=lambda item: item[1].code in CLIPPED_BOXES):
-        code, file, entry = finding.code, finding.file, spot.entry
+    for i, finding in sorted(plan.findings(), key=lambda item: item[1].code in CLIPPED_BOXES):
+        code, file, spot, entry = finding.code, finding.file, finding.spot, finding.spot.entry
         if code == "label-missing":
             target = plan.destination(label_path(raw.splits[spot.split].path(spot.image)))
             plan.texts[target] = ""
             plan.record("create", code, target, finding.message)
         elif file in copied and entry >= 0 and code in DROPPED_BOXES | CLIPPED_BOXES:
-            if file not in lines:
-                lines[file] = read_label(raw.label_paths[file]).split("\n")
             if entry not in edits[file]:
                 new = None
                 if code in CLIPPED_BOXES:
-                    new = _clip_line(lines[file][entry], raw.splits[spot.split], spot.image, entry)
+                    new = _clip_line(lines(file)[entry], raw.splits[spot.split], spot.image, entry)
                 else:
-                    dropped[spot.split, spot.image].add(sum(1 for line in lines[file][:entry] if line.strip()))
+                    dropped[spot.member].add(sum(1 for line in lines(file)[:entry] if line.strip()))
                 edits[file][entry] = (new, code, finding.message)
         else:
             continue
         plan.repaired.add(i)
     for file, file_edits in edits.items():
-        edit_lines(plan, raw.label_paths[file], lines[file], file_edits)
+        edit_lines(plan, raw.label_paths[file], lines(file), file_edits)
     _plan_yaml(plan)
     _plan_lists(plan)
     plan_ids(plan, dropped)
@@ -110,7 +110,7 @@ def _plan_yaml(plan: Plan) -> None:
         for start, end, new in reversed(edits):
             text = text[:start] + _quoted(new) + text[end:]
             plan.texts[target] = text
-        for i, finding, _ in plan.findings():
+        for i, finding in plan.findings():
             if finding.code == "yolo-path" and finding.file == file and edits:
                 plan.repaired.add(i)
 
@@ -120,10 +120,7 @@ def _inside_copy(key: str, value: str, base: Path, home: Path) -> str:
     if key == "path":
         inside = os.path.relpath(base.absolute(), home.absolute())
         return value if value in ("", ".", "./", "null", "~") else "." if inside.startswith("..") else inside
-    if any(key in keys for keys in SPLIT_KEYS.values()) and os.path.isabs(value):
-        inside = os.path.relpath(normpath(value), normpath(base.absolute()))
-        return value if inside.startswith("..") else inside
-    return value
+    return _relative(value, base) if any(key in keys for keys in SPLIT_KEYS.values()) else value
 
 
 def _quoted(value: str) -> str:
@@ -164,15 +161,11 @@ def _plan_lists(plan: Plan) -> None:
             elif new != name:
                 edits[number] = (new, "image-outside", "an absolute path would lead back to the original")
         kept = any(line.strip() and edits.get(n, ("",))[0] is not None for n, line in enumerate(lines))
-        if not kept and any(map(plan.is_emptied, raw.splits)):
-            plan.leave_out(path, "split-empty", "every image of the split is left out")
-            del plan.files[plan.destination(path)]
-        else:
-            edit_lines(plan, path, lines, edits)
+        edit_list(plan, path, lines, edits, emptied=not kept and any(map(plan.is_emptied, raw.splits)))
 
 
 def _relative(name: str, root: Path) -> str:
-    """Return a listed name that doesn't lead back to the original."""
+    """Return a name that doesn't lead back to the original."""
     if not os.path.isabs(name):
         return name
     inside = os.path.relpath(normpath(name), normpath(root.absolute()))

@@ -26,10 +26,11 @@ from rtdetr_cli.datasets.json_text import lines_of
 def test_processes_and_threads_give_the_same_report(coco: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (coco.folder / "images/train_1.jpg").write_bytes(b"nothing")
     folder = coco.write()
-    threads = examine(folder, workers=2)
+    threads = examine(folder)
+    monkeypatch.setattr(images, "cpu_count", lambda: 2)
     monkeypatch.setattr(images, "_MAX_THREADS", 1)
     monkeypatch.setattr(images, "_MIN_IMAGES_PER_PROCESS", 1)
-    processes = examine(folder, workers=2, processes=True)
+    processes = examine(folder, processes=True)
     assert threads.to_json() == processes.to_json()
     assert threads.image_info == processes.image_info
 
@@ -84,7 +85,7 @@ def test_changed_copies_are_near_duplicates(bccd: Path, tmp_path: Path, change: 
             }[change](image)
         changed = tmp_path / f"{path.stem}{'.jpg' if change == 'JPEG again' else '.png'}"
         copy.save(changed)
-        thumbnails += [inspect_image(str(path)).thumbnail, inspect_image(str(changed)).thumbnail]
+        thumbnails += [inspect_image(path).thumbnail, inspect_image(changed).thumbnail]
     groups = near_groups(np.frombuffer(b"".join(thumbnails), np.uint8).reshape(-1, THUMBNAIL, THUMBNAIL))
     pairs = {frozenset(group) for group in groups}
     # 37 and 38 show the same field of view, so they form one group with their copies.

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtdetr_cli.checks.clusters import assign_clusters, cut_into_blocks, sequences
+from rtdetr_cli.checks.clusters import Sequences, assign_clusters, cut_into_blocks, sequences
 from rtdetr_cli.checks.doctor import examine
 from rtdetr_cli.checks.duplicates import members_by_label, merge_groups
 from rtdetr_cli.checks.split import Resplit, resplit
@@ -67,8 +67,12 @@ def test_the_seed_determines_the_splits(coco: Any) -> None:
     assert any(side != sides[0] for side in sides)
 
 
+def _sequences(names: list[str]) -> Sequences:
+    return sequences(names, np.ones((len(names), 1), np.int64))
+
+
 def groups(names: list[str]) -> list[list[int]]:
-    return sorted(sorted(group) for group in sequences(names).groups)
+    return sorted(sorted(group) for group in _sequences(names).groups)
 
 
 def test_sequences_are_recognized_by_name() -> None:
@@ -80,7 +84,7 @@ def test_sequences_are_recognized_by_name() -> None:
     assert groups([name.replace(".jpg", f"_jpg.rf.{i:03x}f.jpg") for i, name in enumerate(cameras)]) == by_camera
     assert groups([f"{i * 7919:08x}-{name}" for i, name in enumerate(cameras)]) == by_camera
     assert groups([f"clip{c}/{i:06d}.jpg" for c in range(5) for i in range(3)]) == by_camera
-    assert sequences([f"IMG_{i:04d}.jpg" for i in range(20)]) == ([], [])
+    assert _sequences([f"IMG_{i:04d}.jpg" for i in range(20)]) == ([], [])
     assert groups(["a_jpg.rf.0f3.jpg", "b_jpg.rf.77a.jpg", "a_jpg.rf.9c1.jpg"]) == [[0, 2]]
     assert groups(["one/001.jpg", "two/001.jpg"]) == []
 
@@ -94,7 +98,7 @@ def test_folders_of_the_old_splits_do_not_divide_a_sequence() -> None:
 
 def test_large_sequences_are_cut_into_blocks_of_consecutive_frames() -> None:
     names = [f"cam{c}_{i:04d}_x.jpg" for c in (1, 2) for i in range(200)]
-    found = sequences(names)
+    found = _sequences(names)
     assert found.groups == []
     assert [(len(run), block) for run, block in found.runs] == [(200, 20), (200, 20)]
     made = cut_into_blocks(found.runs, np.arange(400))
@@ -104,9 +108,9 @@ def test_large_sequences_are_cut_into_blocks_of_consecutive_frames() -> None:
 
 def test_runs_end_where_the_numbers_pause_and_random_numbers_form_none() -> None:
     strided = [f"frame_{10 * i}.jpg" for i in (*range(50), *range(200, 250))]
-    assert [len(run) for run, _ in sequences(strided).runs] == [50, 50]
+    assert [len(run) for run, _ in _sequences(strided).runs] == [50, 50]
     random = np.random.default_rng(0).choice(581_929, 5000, replace=False)
-    assert sequences([f"{n:012d}.jpg" for n in random]) == ([], [])
+    assert _sequences([f"{n:012d}.jpg" for n in random]) == ([], [])
 
 
 def test_near_duplicates_do_not_merge_blocks() -> None:
@@ -124,7 +128,7 @@ def test_a_class_that_only_one_sequence_shows_is_in_both_splits() -> None:
     counts = np.zeros((480, 13), np.int64)
     counts[np.arange(480), np.repeat(np.arange(12), 40)] = 2
     counts[:, -1] = 1
-    assert len(sequences(names).groups) == 12
+    assert len(_sequences(names).groups) == 12
     found = sequences(names, counts)
     assert (len(found.groups), len(found.runs)) == (0, 12)
     clusters = cut_into_blocks(found.runs, np.arange(480))
