@@ -261,7 +261,7 @@ class ErrorAnalysis:
             }
             for s in self.suspects
         ]
-        document: dict[str, Any] = {
+        return {
             "thresholds": {"origin": self.origin, "per_class": self.thresholds.tolist()},
             "kinds": [{"kind": kind, "count": n, "gain": gains.get(kind)} for kind, n in self.counts.items()],
             "empty_pictures": self.empty,
@@ -269,11 +269,10 @@ class ErrorAnalysis:
             "suspects_note": self.suspects_note,
             "suspects_left_out": self.unreliable_classes,
             "suspects": suspects,
+            "duplicates": self.duplicate_threshold,
+            "duplicates_without_dedupe": self.duplicates_without_dedupe,
+            "confusion": {"names": [*names, "nothing"], "matrix": self.confusion.tolist()},
         }
-        document["duplicates"] = self.duplicate_threshold
-        document["duplicates_without_dedupe"] = self.duplicates_without_dedupe
-        document["confusion"] = {"names": [*names, "nothing"], "matrix": self.confusion.tolist()}
-        return document
 
 
 def _image_facts(dataset: Dataset, image: int) -> dict[str, Any]:

@@ -75,29 +75,14 @@ class Bottleneck(nn.Module):
         return functional.relu(self.branch2c(self.branch2b(self.branch2a(x))) + self.short(x))
 
 
-class Stage(nn.Module):
-    """Blocks at one resolution; the first has the stride, and a projection in its shortcut."""
-
-    def __init__(
-        self, *, block: type[BasicBlock | Bottleneck], in_channels: int, channels: int, count: int, stride: int
-    ) -> None:
-        super().__init__()
-        out_channels = channels * block.expansion
-        self.blocks = nn.ModuleList(
-            block(
-                in_channels=in_channels if i == 0 else out_channels,
-                channels=channels,
-                stride=stride if i == 0 else 1,
-                project=i == 0,
-            )
-            for i in range(count)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, C', H / stride, W / stride)."""
-        for block in self.blocks:
-            x = block(x)
-        return x
+def _stage(
+    block: type[BasicBlock | Bottleneck], *, in_channels: int, channels: int, count: int, stride: int
+) -> nn.Sequential:
+    """Return the blocks at one resolution; the first has the stride, and a projection in its shortcut."""
+    first = block(in_channels=in_channels, channels=channels, stride=stride, project=True)
+    n = channels * block.expansion
+    others = [block(in_channels=n, channels=channels, stride=1, project=False) for _ in range(count - 1)]
+    return nn.Sequential(OrderedDict(blocks=nn.Sequential(first, *others)))
 
 
 class Backbone(nn.Module):
@@ -114,12 +99,6 @@ class Backbone(nn.Module):
     def parts(self) -> Sequence[nn.Module]:
         """The stem, which includes any pooling, and the stages."""
         raise NotImplementedError
-
-    def finish(self, *, freeze_at: int, freeze_norm: bool) -> None:
-        """Freeze what a configuration says, after the modules have been made."""
-        if freeze_norm:
-            freeze_norms(self)
-        self.freeze(freeze_at)
 
     def freeze(self, at: int) -> None:
         """Freeze the stem (0), the stem and `at` stages (1 to 4), or nothing (-1)."""
@@ -157,11 +136,9 @@ class ResNet(Backbone):
     Args:
         depth: 10, 18, 34, 50 or 101.
         width: channels of the first stage; the other stages and the stem scale with it.
-        freeze_at: -1 freezes nothing, 0 the stem, n the stem and n stages.
-        freeze_norm: make every batch norm constant.
     """
 
-    def __init__(self, *, depth: int, width: int = 64, freeze_at: int = -1, freeze_norm: bool = False) -> None:
+    def __init__(self, *, depth: int, width: int = 64) -> None:
         super().__init__()
         block: type[BasicBlock | Bottleneck] = Bottleneck if depth >= 50 else BasicBlock
         half = width // 2
@@ -175,14 +152,11 @@ class ResNet(Backbone):
         stages: list[nn.Module] = []
         in_channels = width
         for i, count in enumerate(BLOCKS[depth]):
-            channels = width * 2**i
-            stages.append(
-                Stage(block=block, in_channels=in_channels, channels=channels, count=count, stride=1 if i == 0 else 2)
-            )
+            channels, stride = width * 2**i, 2 if i else 1
+            stages.append(_stage(block, in_channels=in_channels, channels=channels, count=count, stride=stride))
             in_channels = channels * block.expansion
         self.res_layers = nn.ModuleList(stages)
         self.out_channels = tuple(width * 2**i * block.expansion for i in (1, 2, 3))
-        self.finish(freeze_at=freeze_at, freeze_norm=freeze_norm)
 
     @property
     def parts(self) -> Sequence[nn.Module]:

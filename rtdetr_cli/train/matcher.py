@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rtdetr_cli.model.detector import Prediction
+from rtdetr_cli.model.decoder import Prediction
 from rtdetr_cli.model.layers import cxcywh_to_xyxy
 
 CLASS_COST, L1_COST, GIOU_COST = 2.0, 5.0, 2.0

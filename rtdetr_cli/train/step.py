@@ -146,8 +146,6 @@ def draw_size(plan: Plan, *, epoch: int, step: int, seed: int) -> tuple[int, int
 def draw_group(learner: Learner, batch: Batch | GlobalBatch, *, step: int, seed: int) -> DenoisingGroup | None:
     """Draw the denoising queries of an effective batch from (seed, step), on the CPU."""
     spec = learner.spec
-    if not spec.denoising:
-        return None
     digest = hashlib.sha256(f"denoising {seed} {step}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return draw_denoising(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from rtdetr_cli import machine
+from rtdetr_cli.batches.examples import ExampleLoader
 from rtdetr_cli.batches.loader import TrainLoader
 from rtdetr_cli.checks.load import unlabelled_note
 from rtdetr_cli.config.run import RunConfig
@@ -171,18 +172,21 @@ def _make_loader(
     processes: ProcessGroup,
 ) -> TrainLoader:
     settings = config.settings
-    return TrainLoader(
-        train_set,
+    examples = ExampleLoader(
+        dataset=train_set,
         imgsz=config.imgsz,
         batch_size=images_per_process(settings.effective_batch, processes.size),
         seed=settings.seed,
         augmentation=augmentation,
         strong_until=plan.strong_until,
+        rank=processes.rank,
+        world_size=processes.size,
+    )
+    return TrainLoader(
+        examples,
         workers=workers,
         cache=settings.cache,
         cache_budget=int(settings.cache_gb * 1e9) or None,
-        rank=processes.rank,
-        world_size=processes.size,
         pin_memory=device.type == "cuda",
     )
 
