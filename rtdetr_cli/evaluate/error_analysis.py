@@ -296,7 +296,7 @@ def analyze_errors(
         thresholds = [0.5 if best is None else best] * len(dataset.categories)
         origin = "score 0.5, as nothing was detected" if best is None else f"score {best:.3f}, where F1 is highest"
     per_class = np.asarray(thresholds, np.float64)
-    counted = table.scores >= per_class[table.labels] if len(table) else np.zeros(0, bool)
+    counted = table.scores >= per_class[table.labels]
     kinds = np.full(len(table), NOT_COUNTED, np.int8)
     kinds[counted & (matches.outcomes[0] == TRUE_POSITIVE)] = CORRECT
     related_box = np.full(len(table), -1, np.int64)

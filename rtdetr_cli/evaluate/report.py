@@ -123,10 +123,10 @@ def curves_svg(evaluation: Evaluation) -> str:
             if label in named:
                 style = {"color": css_color(label), "linewidth": 1.4, "label": _plot_text(dataset.names[label])}
             left.plot(recall, precision[:, label], **style)
-            _plot_f1(right, score_curve(dataset, evaluation.table, evaluation.matches, label), **style)
+            _plot_f1(right, score_curve(evaluation.matches, label), **style)
         style = {"color": GREY, "linewidth": 2.4}
         left.plot(recall, precision[:, present].mean(axis=1), label="all classes", **style)
-        _plot_f1(right, score_curve(dataset, evaluation.table, evaluation.matches, None), **style)
+        _plot_f1(right, score_curve(evaluation.matches, None), **style)
         if evaluation.best.threshold is not None:
             right.axvline(evaluation.best.threshold, color=GREY, linewidth=0.8, linestyle=":")
         _style_axes(left, "recall", "precision (IoU 0.5)")
