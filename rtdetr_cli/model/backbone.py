@@ -11,9 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -97,7 +95,7 @@ class Backbone(nn.Module):
 
     @property
     def parts(self) -> Sequence[nn.Module]:
-        """The stem, which includes any pooling, and the stages."""
+        """The stem and the stages."""
         raise NotImplementedError
 
     def freeze(self, at: int) -> None:
@@ -115,14 +113,10 @@ class Backbone(nn.Module):
             part.eval()
         return self
 
-    def pool(self, x: Tensor) -> Tensor:
-        """Reduce the stem's output (B, C, H, W) where the stages expect it; most backbones need nothing."""
-        return x
-
     def forward(self, images: Tensor) -> list[Tensor]:
         """Map (B, 3, H, W) to three maps (B, C_l, H / s, W / s), s = 8, 16, 32."""
         stem, *stages = self.parts
-        x = self.pool(stem(images))
+        x = stem(images)
         maps = []
         for stage in stages:
             x = stage(x)
@@ -147,6 +141,7 @@ class ResNet(Backbone):
                 conv1_1=ConvNorm(in_channels=3, out_channels=half, kernel=3, stride=2, act=nn.ReLU(inplace=True)),
                 conv1_2=ConvNorm(in_channels=half, out_channels=half, kernel=3, act=nn.ReLU(inplace=True)),
                 conv1_3=ConvNorm(in_channels=half, out_channels=width, kernel=3, act=nn.ReLU(inplace=True)),
+                pool=nn.MaxPool2d(3, stride=2, padding=1),
             )
         )
         stages: list[nn.Module] = []
@@ -163,20 +158,13 @@ class ResNet(Backbone):
         """The stem and the stages."""
         return [self.conv1, *self.res_layers]
 
-    def pool(self, x: Tensor) -> Tensor:
-        """Halve the stem's output."""
-        return functional.max_pool2d(x, 3, stride=2, padding=1)
-
 
 def freeze_norms(module: nn.Module) -> None:
     """Replace every batch norm in `module` with a constant one of the same values."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            frozen = FrozenBatchNorm2d(channels=child.num_features, eps=child.eps)
-            frozen.to(child.weight.device)
-            with torch.no_grad():
-                for part in ("weight", "bias", "running_mean", "running_var"):
-                    cast(Tensor, getattr(frozen, part)).copy_(getattr(child, part))
+            frozen = FrozenBatchNorm2d(channels=child.num_features, eps=child.eps).to(child.weight.device)
+            frozen.load_state_dict(child.state_dict())
             setattr(module, name, frozen)
         else:
             freeze_norms(child)

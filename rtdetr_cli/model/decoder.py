@@ -140,7 +140,6 @@ class Decoder(nn.Module):
         super().__init__()
         act: Activation = functional.silu if form == "deim" else functional.relu
         self.num_classes = num_classes
-        self.dim = dim
         self.num_points = tuple(num_points)
         self.num_layers = layers
         self.eval_layers = eval_layers
@@ -235,11 +234,7 @@ class Decoder(nn.Module):
         )
 
     def _select(self, memory: Tensor, levels: Levels, queries: int) -> tuple[Tensor, Tensor, Prediction | None]:
-        """Select the best tokens as queries.
-
-        Returns:
-            Contents (B, Q, C) and logits of boxes (B, Q, 4), both detached; and the output for the encoder's loss.
-        """
+        """Select the best tokens: contents (B, Q, C) and logits of boxes (B, Q, 4), detached, and what has a loss."""
         anchors = self._anchors(levels, memory)
         tokens = self.enc_output(anchors.valid.to(memory.dtype) * memory)  # B N C
         logits = self.enc_score_head(tokens)  # B N K

@@ -119,7 +119,6 @@ class HybridEncoder(nn.Module):
         depth_mult: float,
     ) -> None:
         super().__init__()
-        self.hidden_dim = hidden_dim
         self._constants = ConstantCache()
         self.input_proj = nn.ModuleList(ConvNorm(in_channels=c, out_channels=hidden_dim) for c in in_channels)
         attention = nn.ModuleList(EncoderLayer(dim=hidden_dim, heads=heads, ffn=ffn) for _ in range(layers))
