@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -111,7 +111,7 @@ class TrainLoader:
         """Return the number of batches in an epoch; every image is used at least once."""
         return len(self._examples)
 
-    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, *, start: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches of an epoch, from index `start` on.
 
         Raises:
@@ -121,7 +121,7 @@ class TrainLoader:
         self._epochs_begun += 1
         return self._batches(epoch, start, self._epochs_begun)
 
-    def _batches(self, epoch: int, start: int, number: int) -> Iterator[Batch]:
+    def _batches(self, epoch: int, start: int, number: int) -> Generator[Batch, None, None]:
         for index in range(start, len(self)):
             if number != self._epochs_begun:
                 raise RuntimeError("another epoch was begun; call `epoch` again with `start` to continue this one")

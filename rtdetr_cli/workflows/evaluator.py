@@ -84,7 +84,7 @@ class Evaluator:
             except Exception as error:
                 if not memory.is_out_of_memory(error):
                     raise
-            memory.release(device)
+            torch.cuda.empty_cache()  # does nothing without CUDA
             self.max_batch = memory.halve(batch, where=str(device))
 
     @property
