@@ -9,13 +9,14 @@ from __future__ import annotations
 import base64
 import re
 from functools import cache
-from io import BytesIO
+from io import BytesIO, StringIO
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     from jinja2 import Environment
     from markupsafe import Markup
+    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
 _FLAG = re.compile(r"--[a-z][a-z-]*")
@@ -53,6 +54,21 @@ def render_page(template: str, **context: Any) -> str:
     text = _environment().get_template(template).render(**{"version": __version__, "title": "rtdetr", **context})
     # File names that are not UTF-8 carry lone surrogates, which no encoding can write.
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def figure_svg(figure: Figure, name: str, *, ink: str = "currentColor") -> str:
+    """Return a figure as inline SVG without a background, so that it suits dark pages too.
+
+    `name` makes the ids of its elements differ from those of others on the page; the color `ink` becomes the page's
+    text color.
+    """
+    from matplotlib import rc_context
+
+    buffer = StringIO()
+    with rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace(ink, "currentColor")
 
 
 def image_uri(image: NDArray[np.uint8], *, max_side: int = 640, quality: int = 78) -> str:

@@ -7,6 +7,7 @@ on the process that loads it, on how many ranks share the epoch, or on what was 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -54,7 +55,9 @@ class ExampleLoader:
     Attributes:
         imgsz: height and width in pixels.
         batch_size: images of this rank per optimizer step.
+        seed: of the order and of the augmentation.
         strong_until: the first epoch without the strong augmentations.
+        rank: of this process among the `world_size` processes of the run.
     """
 
     dataset: Dataset
@@ -62,10 +65,10 @@ class ExampleLoader:
     batch_size: int
     seed: int
     augmentation: Augmentation
-    strong_until: int
-    cache: ImageCache | None
-    rank: int
-    world_size: int
+    strong_until: int = sys.maxsize
+    cache: ImageCache | None = None
+    rank: int = 0
+    world_size: int = 1
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch; every image is used at least once."""

@@ -14,8 +14,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,9 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from rtdetr_cli.batches.cache import ImageCache
 from rtdetr_cli.batches.examples import Example, ExampleLoader
-from rtdetr_cli.datasets import records
 from rtdetr_cli.errors import DataError, EnvironmentProblem, RtdetrError
-from rtdetr_cli.images.augment import Augmentation
 from rtdetr_cli.machine import free_bytes, keep_freed_memory
 
 Position = tuple[int, int]  # epoch, and index of a batch in it
@@ -49,17 +47,10 @@ class TrainLoader:
     """Loads any number of epochs in full batches, with persistent worker processes, or in this process with none.
 
     Args:
-        dataset: crowd boxes are left out.
-        imgsz: height and width in pixels.
-        batch_size: images of this rank per optimizer step; the training loop cuts them into micro-batches.
-        seed: of the order and of the augmentation.
-        augmentation: of every image.
-        strong_until: the first epoch without the strong augmentations.
+        examples: loads one batch; the training loop cuts it into micro-batches.
         workers: number of processes.
         cache: `none`, or `ram` or `disk` to keep decoded images there.
         cache_budget: bytes for the cache; None for half of the free memory or disk space.
-        rank: of this process among the `world_size` processes of the run.
-        world_size: that many ranks share the batches of `world_size * batch_size` images.
         pin_memory: put images into page-locked memory, so that copying them overlaps with the GPU's work.
 
     Raises:
@@ -70,20 +61,14 @@ class TrainLoader:
 
     def __init__(
         self,
-        dataset: records.Dataset,
+        examples: ExampleLoader,
         *,
-        imgsz: tuple[int, int],
-        batch_size: int,
-        seed: int,
-        augmentation: Augmentation,
-        strong_until: int = sys.maxsize,
         workers: int,
         cache: str = "none",
         cache_budget: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
         pin_memory: bool = False,
     ) -> None:
+        dataset, batch_size, imgsz = examples.dataset, examples.batch_size, examples.imgsz
         if not len(dataset):
             raise DataError(f"{dataset.name}: the {dataset.split} split has no images to train on")
         batch_bytes = batch_size * 3 * imgsz[0] * imgsz[1]
@@ -101,17 +86,7 @@ class TrainLoader:
             largest = 4 * int(dataset.sizes_wh.astype(np.int64).prod(1).sum())  # 3 channels, at scales 1, 1/2, ...
             regions = max(workers, 1)
             self._cache = ImageCache(len(dataset), kind=cache, regions=regions, budget=cache_budget, largest=largest)
-        self._examples = ExampleLoader(
-            dataset=dataset,
-            imgsz=imgsz,
-            batch_size=batch_size,
-            seed=seed,
-            augmentation=augmentation,
-            strong_until=strong_until,
-            cache=self._cache,
-            rank=rank,
-            world_size=world_size,
-        )
+        self._examples = replace(examples, cache=self._cache)
         self._positions = _Positions(len(self))
         self._loader: DataLoader[_Loaded | RtdetrError] | None
         with _any_number_of_workers():
@@ -136,7 +111,7 @@ class TrainLoader:
         """Return the number of batches in an epoch; every image is used at least once."""
         return len(self._examples)
 
-    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, *, start: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches of an epoch, from index `start` on.
 
         Raises:
@@ -146,7 +121,7 @@ class TrainLoader:
         self._epochs_begun += 1
         return self._batches(epoch, start, self._epochs_begun)
 
-    def _batches(self, epoch: int, start: int, number: int) -> Iterator[Batch]:
+    def _batches(self, epoch: int, start: int, number: int) -> Generator[Batch, None, None]:
         for index in range(start, len(self)):
             if number != self._epochs_begun:
                 raise RuntimeError("another epoch was begun; call `epoch` again with `start` to continue this one")

@@ -157,21 +157,20 @@ def resolve_run(
         UsageError: unknown keys or invalid values; all problems at once.
     """
     layers: list[tuple[str, Mapping[str, Any]]] = [inherited] if inherited is not None else []
-    resolved_preset: Mapping[str, Any] = {}
+    document: dict[str, Any] = {}
+    rest: dict[str, Any] | None = None  # of a resolved preset
     # For the file of a resolved run: where each chosen value came from; the others were chosen by nobody.
     sources: Mapping[str, str] | None = None
     if config_file is not None:
         document = read_toml(config_file)
         sources = _take_table(document, PROVENANCE, text, config_file)
         rest = _take_table(document, PRESET, plain, config_file)
-        if rest is not None:
-            if not isinstance(rest.get("official"), dict):
-                raise UsageError(
-                    f"{config_file}: {PRESET} has no table official",
-                    hint=f"remove {PRESET} from the file",
-                    code="config-invalid",
-                )
-            resolved_preset = {"named": document.get("preset"), "rest": rest}
+        if rest is not None and not isinstance(rest.get("official"), dict):
+            raise UsageError(
+                f"{config_file}: {PRESET} has no table official",
+                hint=f"remove {PRESET} from the file",
+                code="config-invalid",
+            )
         layers.append((str(config_file), _dotted(document)))
     layers += [("--set", parse_set(sets)), ("flag", flags)]
     values: dict[str, Any] = {}
@@ -187,7 +186,7 @@ def resolve_run(
                 provenance[key] = _flag(key) if source == "flag" else source
 
     named = str(values.get("preset", SETTINGS["preset"].default))
-    preset = _preset_values(named, resolved_preset)
+    preset = _preset_values(named, rest if document.get("preset") == named else None)
     _refuse_unknown(values, preset, named, provenance)
     for key, value in values.items():
         table, dot, inner = key.partition(".")
@@ -213,13 +212,13 @@ def _take_table(document: dict[str, Any], name: str, read: Reader[Any], file: Pa
         ) from None
 
 
-def _preset_values(named: str, resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the plain values of the preset: those that a resolved run holds, if they are of the same preset."""
-    if resolved and resolved["named"] == named:
+def _preset_values(named: str, rest: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the plain values of the preset, or those that the file of a resolved run holds."""
+    if rest is not None:
         # A key of an older version that has no meaning any more is dropped. The tables model and optim of the same
         # file hold every value of these two.
-        rest = {key: value for key, value in resolved["rest"].items() if key in Preset.model_fields}
-        return {**rest, "model": ModelSpec().model_dump(), "optim": OptimSpec().model_dump()}
+        known = {key: value for key, value in rest.items() if key in Preset.model_fields}
+        return {**known, "model": ModelSpec().model_dump(), "optim": OptimSpec().model_dump()}
     return load_preset(named).model_dump()
 
 

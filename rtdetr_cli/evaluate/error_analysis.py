@@ -261,7 +261,7 @@ class ErrorAnalysis:
             }
             for s in self.suspects
         ]
-        document: dict[str, Any] = {
+        return {
             "thresholds": {"origin": self.origin, "per_class": self.thresholds.tolist()},
             "kinds": [{"kind": kind, "count": n, "gain": gains.get(kind)} for kind, n in self.counts.items()],
             "empty_pictures": self.empty,
@@ -269,11 +269,10 @@ class ErrorAnalysis:
             "suspects_note": self.suspects_note,
             "suspects_left_out": self.unreliable_classes,
             "suspects": suspects,
+            "duplicates": self.duplicate_threshold,
+            "duplicates_without_dedupe": self.duplicates_without_dedupe,
+            "confusion": {"names": [*names, "nothing"], "matrix": self.confusion.tolist()},
         }
-        document["duplicates"] = self.duplicate_threshold
-        document["duplicates_without_dedupe"] = self.duplicates_without_dedupe
-        document["confusion"] = {"names": [*names, "nothing"], "matrix": self.confusion.tolist()}
-        return document
 
 
 def _image_facts(dataset: Dataset, image: int) -> dict[str, Any]:
@@ -297,7 +296,7 @@ def analyze_errors(
         thresholds = [0.5 if best is None else best] * len(dataset.categories)
         origin = "score 0.5, as nothing was detected" if best is None else f"score {best:.3f}, where F1 is highest"
     per_class = np.asarray(thresholds, np.float64)
-    counted = table.scores >= per_class[table.labels] if len(table) else np.zeros(0, bool)
+    counted = table.scores >= per_class[table.labels]
     kinds = np.full(len(table), NOT_COUNTED, np.int8)
     kinds[counted & (matches.outcomes[0] == TRUE_POSITIVE)] = CORRECT
     related_box = np.full(len(table), -1, np.int64)

@@ -46,6 +46,8 @@ class Matches:
     D detections (rows of the table), G boxes of the dataset, A sizes (`coco.SIZES`).
 
     Attributes:
+        dataset: with the boxes.
+        table: the detections, in the dataset's labels.
         outcomes: (A, D) int8: TRUE_POSITIVE, FALSE_POSITIVE, IGNORED (matched a crowd or a box of another size, or is
             itself of another size) or OVER_LIMIT (not among the 100 best of its image and class).
         matched_box: (D,) int64, the box that a detection matched at size `all`, -1 for none.
@@ -55,6 +57,8 @@ class Matches:
         class_offsets: (K + 1,) int64: class k is `order[class_offsets[k]:class_offsets[k + 1]]`.
     """
 
+    dataset: Dataset
+    table: DetectionTable
     outcomes: NDArray[np.int8]
     matched_box: NDArray[np.int64]
     matched_detection: NDArray[np.int64]
@@ -111,8 +115,7 @@ def match(dataset: Dataset, table: DetectionTable, *, iou: float = 0.5) -> Match
     counted = np.zeros((len(SIZES), len(dataset.labels)), bool)
     for size, (smallest, largest) in enumerate(AREA_RANGES):
         counted[size] = ~dataset.crowd & (dataset.areas >= smallest) & (dataset.areas <= largest)
-        matched = _assign(pairs, rank, counted[size], dataset.crowd)
-        outcomes[size] = _outcomes(matched, counted[size], rank)
+        matched, outcomes[size] = _assign(pairs, rank, counted[size], dataset.crowd)
         other_size = (detection_area < smallest) | (detection_area > largest)
         outcomes[size, (outcomes[size] == FALSE_POSITIVE) & other_size] = IGNORED
         if size == 0:
@@ -122,7 +125,7 @@ def match(dataset: Dataset, table: DetectionTable, *, iou: float = 0.5) -> Match
     matched_detection[matched_box[hits]] = hits
     order = np.lexsort((-table.scores, table.labels))
     class_offsets = np.searchsorted(table.labels[order], np.arange(len(dataset.categories) + 1))
-    return Matches(outcomes, matched_box, matched_detection, counted, order, class_offsets)
+    return Matches(dataset, table, outcomes, matched_box, matched_detection, counted, order, class_offsets)
 
 
 def outcomes_at(dataset: Dataset, table: DetectionTable, ious: Sequence[float]) -> NDArray[np.int8]:
@@ -131,8 +134,7 @@ def outcomes_at(dataset: Dataset, table: DetectionTable, ious: Sequence[float]) 
     counted = ~dataset.crowd
     outcomes = np.zeros((len(ious), len(table)), np.int8)
     for row, iou in enumerate(ious):
-        matched = _assign(pairs.select(pairs.ious >= min(iou, HIGHEST_IOU)), rank, counted, dataset.crowd)
-        outcomes[row] = _outcomes(matched, counted, rank)
+        _, outcomes[row] = _assign(pairs.select(pairs.ious >= min(iou, HIGHEST_IOU)), rank, counted, dataset.crowd)
     return outcomes
 
 
@@ -151,8 +153,8 @@ def _candidates(dataset: Dataset, table: DetectionTable, iou: float) -> tuple[ND
 
 def _assign(
     pairs: Pairs, rank: NDArray[np.int64], counted: NDArray[np.bool_], crowd: NDArray[np.bool_]
-) -> NDArray[np.int64]:
-    """Return the box that each detection matches, (D,), -1 for none.
+) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+    """Return the box that each detection matches, (D,), -1 for none; and the outcomes, (D,).
 
     A box that is not `counted` is matched only when no counted one is free; any number of detections match a `crowd`.
     """
@@ -167,12 +169,8 @@ def _assign(
         winners, first = np.unique(rows[available], return_index=True)
         matched[winners] = boxes[available][first]
         free[matched[winners]] = False
-    return matched
-
-
-def _outcomes(matched: NDArray[np.int64], counted: NDArray[np.bool_], rank: NDArray[np.int64]) -> NDArray[np.int8]:
     outcomes = np.full(len(matched), FALSE_POSITIVE, np.int8)
     has_box = matched >= 0
     outcomes[has_box] = np.where(counted[matched[has_box]], TRUE_POSITIVE, IGNORED)
     outcomes[rank >= MAX_PER_CLASS] = OVER_LIMIT
-    return outcomes
+    return matched, outcomes

@@ -34,7 +34,7 @@ def fit_post_processing(header: ModelHeader, evaluation: Evaluation) -> tuple[Mo
     `evaluation` is that of the model on val, without rescoring.
     """
     dedupe, best = choose_dedupe(evaluation)
-    thresholds, _ = calibrate(best.dataset, best.table, best.matches, "f1")
+    thresholds, _ = calibrate(best.matches, "f1")
     used = replace(
         in_model_order(thresholds, map_classes(header.names, best.dataset).labels),
         imgsz=header.imgsz,

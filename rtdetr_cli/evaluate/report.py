@@ -6,7 +6,6 @@ class, and each image is in the file once although it is shown twice.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,7 +26,7 @@ from rtdetr_cli.evaluate.thresholds import ScoreCurve, score_curve
 from rtdetr_cli.files import write_text
 from rtdetr_cli.images.decode import ImageError, read_image
 from rtdetr_cli.images.draw import css_color
-from rtdetr_cli.page import image_uri, render_page
+from rtdetr_cli.page import figure_svg, image_uri, render_page
 from rtdetr_cli.text import counted
 from rtdetr_cli.weights.header import Thresholds
 
@@ -42,6 +41,7 @@ IMAGES_PER_CLASS = 4
 IMAGE_SIDE = 720  # pixels of an embedded image's longer side
 CROP_SIDE = 260
 MATRIX_CLASSES = 20
+MOST_CONFUSED = 12
 LETTER_WIDTH = 0.66  # of a bold letter, relative to its height; ample, since the browser chooses the font
 NAMED_CURVES = 10
 LEGEND_LETTERS = 150  # that fit in one line below the plots
@@ -115,7 +115,7 @@ def curves_svg(evaluation: Evaluation) -> str:
     present = [label for label, row in enumerate(per_class) if row["AP"] is not None]
     named = sorted(present, key=lambda label: per_class[label]["AP"])[:NAMED_CURVES]  # a legend of all is too long
     recall, precision = np.linspace(0, 1, 101), np.maximum(evaluation.coco.precision[0, :, :, 0, 2], 0)
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "rtdetr", "font.size": 9}):
+    with rc_context({"svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(10, 4.3), layout="constrained")
         left, right = figure.subplots(1, 2)
         for label in present:
@@ -123,10 +123,10 @@ def curves_svg(evaluation: Evaluation) -> str:
             if label in named:
                 style = {"color": css_color(label), "linewidth": 1.4, "label": _plot_text(dataset.names[label])}
             left.plot(recall, precision[:, label], **style)
-            _plot_f1(right, score_curve(dataset, evaluation.table, evaluation.matches, label), **style)
+            _plot_f1(right, score_curve(evaluation.matches, label), **style)
         style = {"color": GREY, "linewidth": 2.4}
         left.plot(recall, precision[:, present].mean(axis=1), label="all classes", **style)
-        _plot_f1(right, score_curve(dataset, evaluation.table, evaluation.matches, None), **style)
+        _plot_f1(right, score_curve(evaluation.matches, None), **style)
         if evaluation.best.threshold is not None:
             right.axvline(evaluation.best.threshold, color=GREY, linewidth=0.8, linestyle=":")
         _style_axes(left, "recall", "precision (IoU 0.5)")
@@ -137,10 +137,7 @@ def curves_svg(evaluation: Evaluation) -> str:
         figure.legend(
             handles, labels, loc="outside lower center", frameon=False, fontsize=8, labelcolor=GREY, ncols=columns
         )
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
+        return figure_svg(figure, "rtdetr")
 
 
 def _plot_text(name: str) -> str:
@@ -179,12 +176,12 @@ def _confusion_rows(analysis: ErrorAnalysis) -> list[tuple[str, list[int]]] | No
     return list(zip(names, analysis.confusion.tolist(), strict=True))
 
 
-def _most_confused(analysis: ErrorAnalysis, limit: int = 12) -> list[tuple[str, str, int]]:
+def _most_confused(analysis: ErrorAnalysis) -> list[tuple[str, str, int]]:
     """Return the commonest (annotated, detected, count) of different classes."""
     names = analysis.evaluation.dataset.names
     matrix = analysis.confusion[:-1, :-1].copy()
     np.fill_diagonal(matrix, 0)
-    commonest = np.argsort(-matrix, axis=None, kind="stable")[:limit].tolist()
+    commonest = np.argsort(-matrix, axis=None, kind="stable")[:MOST_CONFUSED].tolist()
     pairs = [divmod(position, len(names)) for position in commonest]
     return [(names[a], names[b], int(matrix[a, b])) for a, b in pairs if matrix[a, b]]
 

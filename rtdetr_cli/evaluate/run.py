@@ -106,13 +106,13 @@ class Evaluation:
         return rows
 
     def _best_point(self, label: int | None, size: int = 0) -> OperatingPoint:
-        return score_curve(self.dataset, self.table, self.matches, label, size=size).best_point()
+        return score_curve(self.matches, label, size=size).best_point()
 
     def at_thresholds(self, thresholds: Thresholds) -> tuple[OperatingPoint, OperatingPoint, list[OperatingPoint]]:
         """Return the points of all classes with each at its own threshold, of all at the overall one, and of each."""
         same = np.full(len(self.dataset.categories), thresholds.overall)
-        single, _ = points_at(self.dataset, self.table, self.matches, same)
-        overall, classes = points_at(self.dataset, self.table, self.matches, np.array(thresholds.per_class, np.float64))
+        single, _ = points_at(self.matches, same)
+        overall, classes = points_at(self.matches, np.array(thresholds.per_class, np.float64))
         return overall, single, classes
 
     def to_json(self) -> dict[str, Any]:
@@ -165,12 +165,8 @@ def evaluate_table(
     return Evaluation(dataset, table, result, notes=notes)
 
 
-def rescore_evaluation(evaluation: Evaluation, gamma: float, overlap: NDArray[np.float64] | None = None) -> Evaluation:
-    """Evaluate the same detections with the scores of duplicates lowered.
-
-    `overlap` is the table's `overlap_with_better`, where it is known.
-    """
-    overlap = evaluation.table.overlap_with_better() if overlap is None else overlap
+def rescore_evaluation(evaluation: Evaluation, gamma: float, overlap: NDArray[np.float64]) -> Evaluation:
+    """Evaluate the same detections with the scores of duplicates lowered, given their table's `overlap_with_better`."""
     table = evaluation.table.rescored(gamma, overlap)
     result = coco_metrics(evaluation.dataset, table, evaluator=evaluation.coco.evaluator)
     return replace(evaluation, table=table, coco=result, dedupe=gamma, without_dedupe=evaluation)
@@ -249,7 +245,7 @@ def evaluate(
     )
     if not gamma or backend.dedupe_in_graph:
         return replace(evaluation, dedupe=gamma)
-    return rescore_evaluation(evaluation, gamma)
+    return rescore_evaluation(evaluation, gamma, evaluation.table.overlap_with_better())
 
 
 def evaluate_detections(

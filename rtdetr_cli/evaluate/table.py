@@ -49,8 +49,7 @@ class DetectionTable:
     @classmethod
     def join(cls, parts: Sequence[DetectionTable]) -> DetectionTable:
         """Return the rows of all parts, by image and best first; each image must be in one part only."""
-        if not parts:
-            return cls.empty()
+        parts = [cls.empty(), *parts]
         table = cls(*(np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(cls)))
         return table.rows(np.lexsort((-table.scores, table.image_index)))
 

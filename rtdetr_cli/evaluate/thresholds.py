@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.errors import RtdetrError, UsageError
 from rtdetr_cli.evaluate.classes import map_classes
 from rtdetr_cli.evaluate.matching import FALSE_POSITIVE, TRUE_POSITIVE, Matches
-from rtdetr_cli.evaluate.table import DetectionTable
 from rtdetr_cli.text import abbreviate
 from rtdetr_cli.weights.binding import rebind_thresholds
 from rtdetr_cli.weights.header import EXPORT_SUFFIXES, ModelHeader, Thresholds, read_header, rewrite_header
@@ -71,8 +69,8 @@ class ScoreCurve:
     def from_outcomes(cls, scores: NDArray[np.float64], correct: NDArray[np.bool_], boxes: int) -> ScoreCurve:
         """Return the curve of descending scores and whether each detection is correct."""
         # No threshold can separate detections that share a score.
-        last_of_score = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)) if len(scores) else np.zeros(0, int)
-        true = np.cumsum(correct)[last_of_score]
+        last_of_score = np.flatnonzero(np.diff(scores, append=-np.inf))
+        true = np.cumsum(correct, dtype=np.int64)[last_of_score]
         return cls(scores[last_of_score], true, last_of_score + 1 - true, boxes)
 
     @property
@@ -113,26 +111,23 @@ class ScoreCurve:
         return OperatingPoint.from_counts(self.threshold(row), true, false, self.boxes)
 
 
-def score_curve(
-    dataset: Dataset, table: DetectionTable, matches: Matches, label: int | None, *, size: int = 0
-) -> ScoreCurve:
+def score_curve(matches: Matches, label: int | None, *, size: int = 0) -> ScoreCurve:
     """Return the curve of one class, or of all classes together (None), among boxes of one of `coco.SIZES`."""
+    scores, counted = matches.table.scores, matches.counted[size]
     if label is None:
-        rows = np.argsort(-table.scores, kind="stable")
-        boxes = int(np.count_nonzero(matches.counted[size]))
+        rows = np.argsort(-scores, kind="stable")
     else:
-        rows = matches.rows_of(label)
-        boxes = int(np.count_nonzero(matches.counted[size] & (dataset.labels == label)))
+        rows, counted = matches.rows_of(label), counted & (matches.dataset.labels == label)
     rows = rows[matches.outcomes[size, rows] >= 0]
-    return ScoreCurve.from_outcomes(table.scores[rows], matches.outcomes[size, rows] == TRUE_POSITIVE, boxes)
+    correct = matches.outcomes[size, rows] == TRUE_POSITIVE
+    return ScoreCurve.from_outcomes(scores[rows], correct, int(np.count_nonzero(counted)))
 
 
-def points_at(
-    dataset: Dataset, table: DetectionTable, matches: Matches, thresholds: NDArray[np.float64]
-) -> tuple[OperatingPoint, list[OperatingPoint]]:
+def points_at(matches: Matches, thresholds: NDArray[np.float64]) -> tuple[OperatingPoint, list[OperatingPoint]]:
     """Return the points at given thresholds, (K,) one for each class: over all classes together, and of each class."""
+    dataset, table = matches.dataset, matches.table
     classes = len(dataset.categories)
-    kept = table.scores >= thresholds[table.labels] if len(table) else np.zeros(0, bool)
+    kept = table.scores >= thresholds[table.labels]
     outcomes = matches.outcomes[0]
     true = np.bincount(table.labels[kept & (outcomes == TRUE_POSITIVE)], minlength=classes)
     false = np.bincount(table.labels[kept & (outcomes == FALSE_POSITIVE)], minlength=classes)
@@ -163,9 +158,7 @@ def parse_target(text: str) -> float:
     )
 
 
-def calibrate(
-    dataset: Dataset, table: DetectionTable, matches: Matches, target: str, *, min_boxes: int = MIN_BOXES
-) -> tuple[Thresholds, tuple[str, ...]]:
+def calibrate(matches: Matches, target: str, *, min_boxes: int = MIN_BOXES) -> tuple[Thresholds, tuple[str, ...]]:
     """Find the score threshold for each class and for all classes together; see `ScoreCurve.best_point`.
 
     A class with fewer than `min_boxes` boxes in the split, or that is never detected, gets the overall threshold. The
@@ -174,11 +167,11 @@ def calibrate(
     Raises:
         UsageError: there is no such target.
     """
-    precision = parse_target(target)
+    precision, dataset = parse_target(target), matches.dataset
     notes: list[str] = []
 
     def point_of(label: int | None, name: str) -> OperatingPoint:
-        point = score_curve(dataset, table, matches, label).best_point(precision)
+        point = score_curve(matches, label).best_point(precision)
         if point.precision is not None and point.precision < precision:
             notes.append(
                 f"{name}: precision {precision:g} is never reached; the highest is {point.precision:.3f}, "
@@ -248,7 +241,7 @@ def calibrate_model(
     Returns:
         The thresholds in the labels of the dataset, notes for people, and the model's new header.
     """
-    thresholds, notes = calibrate(evaluation.dataset, evaluation.table, evaluation.matches, target)
+    thresholds, notes = calibrate(evaluation.matches, target)
     ran = backend.header
     layers, queries = ran.layers or None, ran.queries or None
     used = replace(thresholds, imgsz=backend.imgsz, layers=layers, queries=queries, dedupe=evaluation.dedupe)

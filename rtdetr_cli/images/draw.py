@@ -147,12 +147,10 @@ def _draw_outline(
     pen: ImageDraw.ImageDraw, box: NDArray[np.float64], fill: Color, line: int, size: tuple[int, int]
 ) -> None:
     """Draw one box, with the line inside its edges and inside the image, and a thin dark inner line for contrast."""
-    width, height = size
-    x1, y1 = (min(max(float(v), 0.0), limit - 1.0) for v, limit in zip(box[:2], size, strict=True))
-    x2, y2 = (min(max(float(v) - 1.0, 0.0), limit - 1.0) for v, limit in zip(box[2:], size, strict=True))
-    if box[2] <= 0 or box[3] <= 0 or box[0] >= width or box[1] >= height:
+    if (box[2:] <= 0).any() or (box[:2] >= size).any():
         return
-    corners = (round(x1), round(y1), max(round(x1), round(x2)), max(round(y1), round(y2)))
+    x1, y1, x2, y2 = np.clip(np.rint(box - (0, 0, 1, 1)), 0, np.tile(size, 2) - 1).astype(int).tolist()
+    corners = (x1, y1, max(x1, x2), max(y1, y2))
     inner = (corners[0] + line, corners[1] + line, corners[2] - line, corners[3] - line)
     if line > 2 and inner[2] > inner[0] and inner[3] > inner[1]:
         pen.rectangle(inner, outline=tuple(channel // 2 for channel in fill), width=max(1, line // 4))

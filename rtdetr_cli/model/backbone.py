@@ -11,9 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -75,29 +73,14 @@ class Bottleneck(nn.Module):
         return functional.relu(self.branch2c(self.branch2b(self.branch2a(x))) + self.short(x))
 
 
-class Stage(nn.Module):
-    """Blocks at one resolution; the first has the stride, and a projection in its shortcut."""
-
-    def __init__(
-        self, *, block: type[BasicBlock | Bottleneck], in_channels: int, channels: int, count: int, stride: int
-    ) -> None:
-        super().__init__()
-        out_channels = channels * block.expansion
-        self.blocks = nn.ModuleList(
-            block(
-                in_channels=in_channels if i == 0 else out_channels,
-                channels=channels,
-                stride=stride if i == 0 else 1,
-                project=i == 0,
-            )
-            for i in range(count)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, C', H / stride, W / stride)."""
-        for block in self.blocks:
-            x = block(x)
-        return x
+def _stage(
+    block: type[BasicBlock | Bottleneck], *, in_channels: int, channels: int, count: int, stride: int
+) -> nn.Sequential:
+    """Return the blocks at one resolution; the first has the stride, and a projection in its shortcut."""
+    first = block(in_channels=in_channels, channels=channels, stride=stride, project=True)
+    n = channels * block.expansion
+    others = [block(in_channels=n, channels=channels, stride=1, project=False) for _ in range(count - 1)]
+    return nn.Sequential(OrderedDict(blocks=nn.Sequential(first, *others)))
 
 
 class Backbone(nn.Module):
@@ -112,14 +95,8 @@ class Backbone(nn.Module):
 
     @property
     def parts(self) -> Sequence[nn.Module]:
-        """The stem, which includes any pooling, and the stages."""
+        """The stem and the stages."""
         raise NotImplementedError
-
-    def finish(self, *, freeze_at: int, freeze_norm: bool) -> None:
-        """Freeze what a configuration says, after the modules have been made."""
-        if freeze_norm:
-            freeze_norms(self)
-        self.freeze(freeze_at)
 
     def freeze(self, at: int) -> None:
         """Freeze the stem (0), the stem and `at` stages (1 to 4), or nothing (-1)."""
@@ -136,14 +113,10 @@ class Backbone(nn.Module):
             part.eval()
         return self
 
-    def pool(self, x: Tensor) -> Tensor:
-        """Reduce the stem's output (B, C, H, W) where the stages expect it; most backbones need nothing."""
-        return x
-
     def forward(self, images: Tensor) -> list[Tensor]:
         """Map (B, 3, H, W) to three maps (B, C_l, H / s, W / s), s = 8, 16, 32."""
         stem, *stages = self.parts
-        x = self.pool(stem(images))
+        x = stem(images)
         maps = []
         for stage in stages:
             x = stage(x)
@@ -157,11 +130,9 @@ class ResNet(Backbone):
     Args:
         depth: 10, 18, 34, 50 or 101.
         width: channels of the first stage; the other stages and the stem scale with it.
-        freeze_at: -1 freezes nothing, 0 the stem, n the stem and n stages.
-        freeze_norm: make every batch norm constant.
     """
 
-    def __init__(self, *, depth: int, width: int = 64, freeze_at: int = -1, freeze_norm: bool = False) -> None:
+    def __init__(self, *, depth: int, width: int = 64) -> None:
         super().__init__()
         block: type[BasicBlock | Bottleneck] = Bottleneck if depth >= 50 else BasicBlock
         half = width // 2
@@ -170,39 +141,30 @@ class ResNet(Backbone):
                 conv1_1=ConvNorm(in_channels=3, out_channels=half, kernel=3, stride=2, act=nn.ReLU(inplace=True)),
                 conv1_2=ConvNorm(in_channels=half, out_channels=half, kernel=3, act=nn.ReLU(inplace=True)),
                 conv1_3=ConvNorm(in_channels=half, out_channels=width, kernel=3, act=nn.ReLU(inplace=True)),
+                pool=nn.MaxPool2d(3, stride=2, padding=1),
             )
         )
         stages: list[nn.Module] = []
         in_channels = width
         for i, count in enumerate(BLOCKS[depth]):
-            channels = width * 2**i
-            stages.append(
-                Stage(block=block, in_channels=in_channels, channels=channels, count=count, stride=1 if i == 0 else 2)
-            )
+            channels, stride = width * 2**i, 2 if i else 1
+            stages.append(_stage(block, in_channels=in_channels, channels=channels, count=count, stride=stride))
             in_channels = channels * block.expansion
         self.res_layers = nn.ModuleList(stages)
         self.out_channels = tuple(width * 2**i * block.expansion for i in (1, 2, 3))
-        self.finish(freeze_at=freeze_at, freeze_norm=freeze_norm)
 
     @property
     def parts(self) -> Sequence[nn.Module]:
         """The stem and the stages."""
         return [self.conv1, *self.res_layers]
 
-    def pool(self, x: Tensor) -> Tensor:
-        """Halve the stem's output."""
-        return functional.max_pool2d(x, 3, stride=2, padding=1)
-
 
 def freeze_norms(module: nn.Module) -> None:
     """Replace every batch norm in `module` with a constant one of the same values."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            frozen = FrozenBatchNorm2d(channels=child.num_features, eps=child.eps)
-            frozen.to(child.weight.device)
-            with torch.no_grad():
-                for part in ("weight", "bias", "running_mean", "running_var"):
-                    cast(Tensor, getattr(frozen, part)).copy_(getattr(child, part))
+            frozen = FrozenBatchNorm2d(channels=child.num_features, eps=child.eps).to(child.weight.device)
+            frozen.load_state_dict(child.state_dict())
             setattr(module, name, frozen)
         else:
             freeze_norms(child)

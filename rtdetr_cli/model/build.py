@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.model.attention import Rounding, Sampling
-from rtdetr_cli.model.backbone import Backbone, ResNet
+from rtdetr_cli.model.backbone import Backbone, ResNet, freeze_norms
 from rtdetr_cli.model.decoder import Decoder
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.model.encoder import HybridEncoder
@@ -38,10 +38,16 @@ def build_shapes(spec: ModelSpec, *, num_classes: int, **options: Any) -> RTDETR
 
 
 def build_backbone(spec: ModelSpec) -> Backbone:
-    """Build the backbone of an architecture, with initial values."""
+    """Build the backbone of an architecture, with initial values, and freeze what it says."""
+    backbone: Backbone
     if spec.backbone == "resnet":
-        return ResNet(depth=spec.depth, width=spec.width, freeze_at=spec.freeze_at, freeze_norm=spec.freeze_norm)
-    return HGNetV2(name=spec.backbone, width=spec.width, freeze_at=spec.freeze_at, freeze_norm=spec.freeze_norm)
+        backbone = ResNet(depth=spec.depth, width=spec.width)
+    else:
+        backbone = HGNetV2(name=spec.backbone, width=spec.width)
+    if spec.freeze_norm:
+        freeze_norms(backbone)
+    backbone.freeze(spec.freeze_at)
+    return backbone
 
 
 def build_detector(

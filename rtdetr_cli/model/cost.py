@@ -28,7 +28,6 @@ def count_gflops(
     model = build_shapes(spec, num_classes=num_classes).eval()
     with torch.device("meta"), torch.no_grad():
         model.set_inference(layers=layers, queries=queries)
-        counter = FlopCounterMode(display=False)
-        with counter:
+        with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, 3, *imgsz))
     return float(counter.get_total_flops()) / 1e9

@@ -14,6 +14,7 @@ Shapes: B batch, Q queries, N tokens of all maps, C channels, K classes.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, cast
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rtdetr_cli.model.attention import DeformableAttention, Levels, Operator, Rounding, Sampling, SelfAttention
+from rtdetr_cli.model.attention import DeformableAttention, Levels, SelfAttention
 from rtdetr_cli.model.denoising import DenoisingGroup
 from rtdetr_cli.model.layers import (
     MLP,
@@ -39,6 +40,7 @@ query positions with three linear layers instead of two."""
 
 INVALID_ANCHOR = 50.0
 """Logit of anchors too close to the border; its sigmoid is exactly 1 in float32 and float64, as that of infinity."""
+MARGIN = 1e-2  # of the anchors to the border, in shares of the image
 
 
 class Anchors(NamedTuple):
@@ -49,11 +51,7 @@ class Anchors(NamedTuple):
 
 
 def anchor_table(
-    shapes: Sequence[tuple[int, int]],
-    device: torch.device | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    margin: float = 1e-2,
+    shapes: Sequence[tuple[int, int]], device: torch.device | None = None, *, dtype: torch.dtype = torch.float32
 ) -> Anchors:
     """Return the anchors of maps of these (height, width). Half precision would be too coarse for them."""
     levels = []
@@ -64,7 +62,7 @@ def anchor_table(
         boxes = torch.stack([x.expand(height, width), y[:, None].expand(height, width), side, side], -1)
         levels.append(boxes.reshape(1, height * width, 4))
     boxes = torch.cat(levels, 1)
-    valid = ((boxes > margin) & (boxes < 1 - margin)).all(-1, keepdim=True)
+    valid = ((boxes > MARGIN) & (boxes < 1 - MARGIN)).all(-1, keepdim=True)
     logits = torch.log(boxes / (1 - boxes))
     return Anchors(torch.where(valid, logits, INVALID_ANCHOR), valid)
 
@@ -100,32 +98,7 @@ class DecoderLayer(nn.Module):
         return cast(Tensor, self.norm3(add_bounded(x, self.linear2(self.act(self.linear1(x))))))
 
 
-class DecoderStack(nn.Module):
-    """The list of layers; a module of its own only for the published parameter names."""
-
-    def __init__(
-        self, *, layers: int, dim: int, heads: int, ffn: int, num_points: Sequence[int], act: Activation
-    ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            DecoderLayer(dim=dim, heads=heads, ffn=ffn, num_points=num_points, act=act) for _ in range(layers)
-        )
-
-
-class TokenProjection(nn.Module):
-    """The linear layer and layer norm before tokens are scored."""
-
-    def __init__(self, *, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N, C) to (B, N, C)."""
-        return cast(Tensor, self.norm(self.proj(x)))
-
-
-class LayerOutput(NamedTuple):
+class Prediction(NamedTuple):
     """The output of one layer: logits (B, Q, K) and boxes_cxcywh (B, Q, 4), 0 to 1."""
 
     logits: Tensor
@@ -147,6 +120,7 @@ class Decoder(nn.Module):
 
     Attributes:
         eval_layers, eval_queries: layers and queries at inference; `RTDETR.set_inference` changes them.
+        published_anchors: those that a published file brought, by the shapes of the maps.
     """
 
     def __init__(
@@ -166,20 +140,22 @@ class Decoder(nn.Module):
         super().__init__()
         act: Activation = functional.silu if form == "deim" else functional.relu
         self.num_classes = num_classes
-        self.dim = dim
         self.num_points = tuple(num_points)
         self.num_layers = layers
         self.eval_layers = eval_layers
         self.num_queries = queries
         self.eval_queries = queries
         self._constants = ConstantCache()
-        self._published_anchors: dict[tuple[tuple[int, int], ...], Anchors] = {}
+        self.published_anchors: dict[tuple[tuple[int, int], ...], Anchors] = {}
         self.input_proj = nn.ModuleList(ConvNorm(in_channels=feature_dim, out_channels=dim) for _ in num_points)
-        self.decoder = DecoderStack(layers=layers, dim=dim, heads=heads, ffn=ffn, num_points=num_points, act=act)
+        decoder_layers = nn.ModuleList(
+            DecoderLayer(dim=dim, heads=heads, ffn=ffn, num_points=num_points, act=act) for _ in range(layers)
+        )
+        self.decoder = nn.ModuleDict({"layers": decoder_layers})  # a level of its own for the published names
         self.denoising_class_embed = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes)
         width, depth = (dim, 3) if form == "deim" else (2 * dim, 2)
         self.query_pos_head = MLP(in_dim=4, hidden_dim=width, out_dim=dim, layers=depth, act=act)
-        self.enc_output = TokenProjection(dim=dim)
+        self.enc_output = nn.Sequential(OrderedDict(proj=nn.Linear(dim, dim), norm=nn.LayerNorm(dim)))
         self.enc_score_head = nn.Linear(dim, num_classes)
         self.enc_bbox_head = MLP(in_dim=dim, hidden_dim=dim, out_dim=4, layers=3, act=act)
         self.dec_score_head = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(layers))
@@ -196,19 +172,12 @@ class Decoder(nn.Module):
             last = cast(nn.Linear, cast(MLP, bbox_head).layers[-1])
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
-        nn.init.xavier_uniform_(self.enc_output.proj.weight)
+        nn.init.xavier_uniform_(cast(nn.Linear, self.enc_output.proj).weight)
         for linear in self.query_pos_head.layers:
             nn.init.xavier_uniform_(cast(nn.Linear, linear).weight)
         for proj in self.input_proj:
             nn.init.xavier_uniform_(cast(ConvNorm, proj).conv.weight)
         nn.init.normal_(self.denoising_class_embed.weight[:-1])
-
-    def set_sampling(
-        self, method: Sampling, rounding: Rounding = "published", operator: Operator | None = None
-    ) -> None:
-        """Choose the sampling of every layer; see `DeformableAttention.set_sampling`."""
-        for layer in self.decoder.layers:
-            cast(DecoderLayer, layer).cross_attn.set_sampling(method, rounding, operator)
 
     def use_published_anchors(self, shapes: Sequence[tuple[int, int]], logits: Tensor, valid: Tensor) -> None:
         """Use a published file's own anchors for maps of these shapes, at inference only.
@@ -217,15 +186,11 @@ class Decoder(nn.Module):
         2e-4; the published weights were evaluated with these. Training computes anchors, as the official code does.
         """
         finite = torch.where(torch.isfinite(logits), logits, INVALID_ANCHOR)
-        self._published_anchors[tuple(shapes)] = Anchors(finite.detach().float(), valid.detach().bool())
-
-    def published_anchors(self, shapes: Sequence[tuple[int, int]]) -> Anchors | None:
-        """Return the anchors that a published file brought for maps of these shapes, if it did."""
-        return self._published_anchors.get(tuple(shapes))
+        self.published_anchors[tuple(shapes)] = Anchors(finite.detach().float(), valid.detach().bool())
 
     def forward(
         self, maps: Sequence[Tensor], group: DenoisingGroup | None = None
-    ) -> tuple[list[LayerOutput], LayerOutput | None]:
+    ) -> tuple[list[Prediction], Prediction | None]:
         """Predict.
 
         Args:
@@ -258,8 +223,8 @@ class Decoder(nn.Module):
     def _anchors(self, levels: Levels, like: Tensor) -> Anchors:
         """Return the anchors of these levels on the device of `like`, in its type or in float32 for half precision."""
         device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
-        if not self.training and levels.shapes in self._published_anchors:
-            published = self._published_anchors[levels.shapes]
+        if not self.training and levels.shapes in self.published_anchors:
+            published = self.published_anchors[levels.shapes]
             return self._constants.get(
                 ("published", levels.shapes, device, dtype),
                 lambda: Anchors(published.logits.to(device, dtype), published.valid.to(device)),
@@ -268,12 +233,8 @@ class Decoder(nn.Module):
             ("anchors", levels.shapes, device, dtype), lambda: anchor_table(levels.shapes, device, dtype=dtype)
         )
 
-    def _select(self, memory: Tensor, levels: Levels, queries: int) -> tuple[Tensor, Tensor, LayerOutput | None]:
-        """Select the best tokens as queries.
-
-        Returns:
-            Contents (B, Q, C) and logits of boxes (B, Q, 4), both detached; and the output for the encoder's loss.
-        """
+    def _select(self, memory: Tensor, levels: Levels, queries: int) -> tuple[Tensor, Tensor, Prediction | None]:
+        """Select the best tokens: contents (B, Q, C) and logits of boxes (B, Q, 4), detached, and what has a loss."""
         anchors = self._anchors(levels, memory)
         tokens = self.enc_output(anchors.valid.to(memory.dtype) * memory)  # B N C
         logits = self.enc_score_head(tokens)  # B N K
@@ -282,7 +243,7 @@ class Decoder(nn.Module):
         content = _select_rows(tokens, best)
         initial = _select_rows(anchors.logits.expand(memory.shape[0], -1, -1), best)
         unactivated = self.enc_bbox_head(content) + initial  # B Q 4, at least float32
-        output = LayerOutput(_select_rows(logits, best), torch.sigmoid(unactivated)) if self.training else None
+        output = Prediction(_select_rows(logits, best), torch.sigmoid(unactivated)) if self.training else None
         return content.detach(), unactivated.detach(), output
 
     def _add_denoising(
@@ -302,21 +263,22 @@ class Decoder(nn.Module):
 
     def _refine(
         self, x: Tensor, reference: Tensor, memory: Tensor, levels: Levels, attention_mask: Tensor | None
-    ) -> list[LayerOutput]:
+    ) -> list[Prediction]:
         """Run the layers on queries `x` (B, Q, C) with boxes `reference` (B, Q, 4)."""
-        outputs: list[LayerOutput] = []
+        outputs: list[Prediction] = []
         previous: Tensor | None = None  # the boxes of the layer before, with their gradient
+        layers = cast(nn.ModuleList, self.decoder.layers)
         last = self.num_layers if self.training else self.eval_layers
         for i in range(last):
             positions = self.query_pos_head(reference.to(x.dtype))
-            x = self.decoder.layers[i](x, positions, reference, memory, levels, attention_mask)
+            x = layers[i](x, positions, reference, memory, levels, attention_mask)
             if not self.training and i < last - 1:
                 reference = torch.sigmoid(self.dec_bbox_head[i](x) + inverse_sigmoid(reference))
                 continue
             delta = self.dec_bbox_head[i](x)
             refined = torch.sigmoid(delta + inverse_sigmoid(reference))
             boxes = refined if previous is None else torch.sigmoid(delta + inverse_sigmoid(previous))
-            outputs.append(LayerOutput(self.dec_score_head[i](x), boxes))
+            outputs.append(Prediction(self.dec_score_head[i](x), boxes))
             previous, reference = refined, refined.detach()
         return outputs
 

@@ -78,7 +78,7 @@ def attention_mask(*, size: int, num_groups: int, queries: int) -> Tensor:
 
     Selected queries do not attend to denoising queries, and groups do not attend to each other.
     """
-    group = torch.arange(size) // max(size // max(num_groups, 1), 1)
+    group = torch.arange(size) // (size // num_groups)
     mask = torch.zeros(size + queries, size + queries, dtype=torch.bool)
     mask[size:, :size] = True
     mask[:size, :size] = group[:, None] != group[None]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from rtdetr_cli.config.image_size import STRIDE
 from rtdetr_cli.errors import UsageError
-from rtdetr_cli.model.attention import Operator, Rounding, Sampling
+from rtdetr_cli.model.attention import DeformableAttention, Operator, Rounding, Sampling
 from rtdetr_cli.model.backbone import Backbone
-from rtdetr_cli.model.decoder import Decoder, LayerOutput
+from rtdetr_cli.model.decoder import Decoder, Prediction
 from rtdetr_cli.model.denoising import DenoisingGroup
 from rtdetr_cli.model.encoder import HybridEncoder, RepBlock
 from rtdetr_cli.model.layers import ConvNorm
-
-Prediction = LayerOutput
-"""Logits (B, Q, K) and boxes_cxcywh (B, Q, 4), 0 to 1, of one layer."""
 
 
 @dataclass(slots=True)
@@ -139,13 +137,17 @@ class RTDETR(nn.Module):
             rounding: rounding of discrete sampling.
             operator: operator of bilinear sampling: `grid_sample` or `gather`; None leaves it as it is.
         """
-        self.decoder.set_sampling(method, rounding, operator)
+        for attention in self._sampling_layers():
+            attention.set_sampling(method, rounding, operator)
 
     @property
     def sampling(self) -> tuple[Sampling, Rounding]:
         """The sampling method and rounding in use."""
-        attention = self.decoder.decoder.layers[0].cross_attn
-        return attention.sampling, attention.rounding  # type: ignore[union-attr, return-value]
+        attention = next(self._sampling_layers())
+        return attention.sampling, attention.rounding
+
+    def _sampling_layers(self) -> Iterator[DeformableAttention]:
+        return (module for module in self.modules() if isinstance(module, DeformableAttention))
 
     def fuse(self) -> RTDETR:
         """Return a copy for inference, with re-parameterized blocks and norms folded into convolutions.

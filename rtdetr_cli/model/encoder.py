@@ -51,20 +51,6 @@ class EncoderLayer(nn.Module):
         return cast(Tensor, self.norm2(add_bounded(x, self.linear2(functional.gelu(self.linear1(x))))))
 
 
-class EncoderStack(nn.Module):
-    """The transformer layers of one map."""
-
-    def __init__(self, *, dim: int, heads: int, ffn: int, layers: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(dim=dim, heads=heads, ffn=ffn) for _ in range(layers))
-
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Map (B, N, C) to (B, N, C)."""
-        for layer in self.layers:
-            x = layer(x, positions)
-        return x
-
-
 class RepBlock(nn.Module):
     """The sum of a 3x3 and a 1x1 convolution, and SiLU (RepVGG, arXiv 2101.03697); `fuse` merges the two."""
 
@@ -133,10 +119,10 @@ class HybridEncoder(nn.Module):
         depth_mult: float,
     ) -> None:
         super().__init__()
-        self.hidden_dim = hidden_dim
         self._constants = ConstantCache()
         self.input_proj = nn.ModuleList(ConvNorm(in_channels=c, out_channels=hidden_dim) for c in in_channels)
-        self.encoder = nn.ModuleList([EncoderStack(dim=hidden_dim, heads=heads, ffn=ffn, layers=layers)])
+        attention = nn.ModuleList(EncoderLayer(dim=hidden_dim, heads=heads, ffn=ffn) for _ in range(layers))
+        self.encoder = nn.ModuleList([nn.ModuleDict({"layers": attention})])  # nested for the published names
         depth = round(3 * depth_mult)
         steps = range(len(in_channels) - 1)
         self.lateral_convs = nn.ModuleList(
@@ -178,5 +164,6 @@ class HybridEncoder(nn.Module):
             (height, width, x.device), lambda: position_table(height, width, channels, x.device)
         )
         tokens = x.flatten(2).transpose(1, 2)  # B H*W C
-        tokens = cast(Tensor, self.encoder[0](tokens, positions.to(x.dtype)))
+        for layer in cast(nn.ModuleList, self.encoder[0].layers):
+            tokens = layer(tokens, positions.to(x.dtype))
         return tokens.transpose(1, 2).reshape(-1, channels, height, width)

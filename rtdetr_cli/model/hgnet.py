@@ -9,6 +9,7 @@ two convolutions of the stem have one more level in their names; `weights.names`
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, cast
 
@@ -21,54 +22,39 @@ from rtdetr_cli.model.layers import ConvNorm
 
 HGNetName = Literal["hgnetv2-l", "hgnetv2-x", "hgnetv2-h"]
 LAYERS = 6  # of every block
-
-
-class StageSizes(NamedTuple):
-    """Channels, number of blocks and kind of one stage."""
-
-    in_channels: int
-    channels: int  # of each layer
-    out_channels: int
-    blocks: int
-    light: bool
+LIGHT = (False, False, True, True)  # whether the layers of a stage are light
 
 
 class Sizes(NamedTuple):
-    """Channels of the stem, within and out of it, and the four stages."""
+    """Channels of the stem, within and out of it; and of the four stages: channels of a layer and out, and blocks."""
 
     stem: tuple[int, int]
-    stages: tuple[StageSizes, ...]
+    channels: tuple[int, ...]
+    out_channels: tuple[int, ...]
+    blocks: tuple[int, ...]
+
+    @property
+    def in_channels(self) -> tuple[int, ...]:
+        """Channels of the input of each stage."""
+        return (self.stem[1], *self.out_channels[:-1])
 
 
 SIZES: dict[HGNetName, Sizes] = {
-    "hgnetv2-l": Sizes((32, 48), (
-        StageSizes(48, 48, 128, 1, False), StageSizes(128, 96, 512, 1, False),
-        StageSizes(512, 192, 1024, 3, True), StageSizes(1024, 384, 2048, 1, True),
-    )),
-    "hgnetv2-x": Sizes((32, 64), (
-        StageSizes(64, 64, 128, 1, False), StageSizes(128, 128, 512, 2, False),
-        StageSizes(512, 256, 1024, 5, True), StageSizes(1024, 512, 2048, 2, True),
-    )),
-    "hgnetv2-h": Sizes((48, 96), (
-        StageSizes(96, 96, 192, 2, False), StageSizes(192, 192, 512, 3, False),
-        StageSizes(512, 384, 1024, 6, True), StageSizes(1024, 768, 2048, 3, True),
-    )),
-}  # fmt: skip
+    "hgnetv2-l": Sizes((32, 48), (48, 96, 192, 384), (128, 512, 1024, 2048), (1, 1, 3, 1)),
+    "hgnetv2-x": Sizes((32, 64), (64, 128, 256, 512), (128, 512, 1024, 2048), (1, 2, 5, 2)),
+    "hgnetv2-h": Sizes((48, 96), (96, 192, 384, 768), (192, 512, 1024, 2048), (2, 3, 6, 3)),
+}
 """The published sizes, at width 64."""
 
 
 def scaled_sizes(name: HGNetName, width: int) -> Sizes:
     """Return the sizes of a backbone whose channels are `width` / 64 of the published ones."""
-
-    def scaled(channels: int) -> int:
-        return max(2, channels * width // 64)
-
     sizes = SIZES[name]
-    stages = tuple(
-        s._replace(in_channels=scaled(s.in_channels), channels=scaled(s.channels), out_channels=scaled(s.out_channels))
-        for s in sizes.stages
-    )
-    return Sizes((scaled(sizes.stem[0]), scaled(sizes.stem[1])), stages)
+    scaled = {
+        field: tuple(max(2, channels * width // 64) for channels in getattr(sizes, field))
+        for field in ("stem", "channels", "out_channels")
+    }
+    return sizes._replace(**scaled)
 
 
 class Stem(nn.Module):
@@ -107,16 +93,15 @@ class LightLayer(nn.Module):
 class Block(nn.Module):
     """Layers in a row whose outputs are concatenated and reduced; all but a stage's first block are residual."""
 
-    def __init__(self, *, in_channels: int, sizes: StageSizes, residual: bool) -> None:
+    def __init__(self, *, in_channels: int, channels: int, out_channels: int, light: bool, residual: bool) -> None:
         super().__init__()
         self.residual = residual
-        inputs = [in_channels, *[sizes.channels] * (LAYERS - 1)]
+        inputs = [in_channels, *[channels] * (LAYERS - 1)]
         self.layers = nn.ModuleList(
-            LightLayer(in_channels=n, channels=sizes.channels) if sizes.light else _conv(n, sizes.channels, kernel=3)
-            for n in inputs
+            LightLayer(in_channels=n, channels=channels) if light else _conv(n, channels, kernel=3) for n in inputs
         )
-        self.aggregation_squeeze_conv = _conv(in_channels + LAYERS * sizes.channels, sizes.out_channels // 2)
-        self.aggregation_excitation_conv = _conv(sizes.out_channels // 2, sizes.out_channels)
+        self.aggregation_squeeze_conv = _conv(in_channels + LAYERS * channels, out_channels // 2)
+        self.aggregation_excitation_conv = _conv(out_channels // 2, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C', H, W)."""
@@ -127,26 +112,21 @@ class Block(nn.Module):
         return out + x if self.residual else out
 
 
-class Stage(nn.Module):
-    """Blocks at one resolution, after a depthwise convolution of stride 2 in all stages but the first."""
-
-    def __init__(self, *, sizes: StageSizes, downsample: bool) -> None:
-        super().__init__()
-        n = sizes.in_channels
-        self.downsample: nn.Module = nn.Identity()
-        if downsample:
-            self.downsample = ConvNorm(in_channels=n, out_channels=n, kernel=3, stride=2, groups=n)
-        self.blocks = nn.ModuleList(
-            Block(in_channels=n if i == 0 else sizes.out_channels, sizes=sizes, residual=i > 0)
-            for i in range(sizes.blocks)
+def _stage(sizes: Sizes, index: int) -> nn.Sequential:
+    """Return the blocks at one resolution, after a depthwise convolution of stride 2 in all stages but the first."""
+    n, out_channels = sizes.in_channels[index], sizes.out_channels[index]
+    downsample = ConvNorm(in_channels=n, out_channels=n, kernel=3, stride=2, groups=n) if index else nn.Identity()
+    blocks = [
+        Block(
+            in_channels=out_channels if i else n,
+            channels=sizes.channels[index],
+            out_channels=out_channels,
+            light=LIGHT[index],
+            residual=i > 0,
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, C', H / stride, W / stride)."""
-        x = self.downsample(x)
-        for block in self.blocks:
-            x = block(x)
-        return x
+        for i in range(sizes.blocks[index])
+    ]
+    return nn.Sequential(OrderedDict(downsample=downsample, blocks=nn.Sequential(*blocks)))
 
 
 class HGNetV2(Backbone):
@@ -155,17 +135,14 @@ class HGNetV2(Backbone):
     Args:
         name: the published sizes.
         width: 64 for those sizes; other widths scale every channel.
-        freeze_at: -1 freezes nothing, 0 the stem, n the stem and n stages.
-        freeze_norm: make every batch norm constant.
     """
 
-    def __init__(self, *, name: HGNetName, width: int = 64, freeze_at: int = -1, freeze_norm: bool = False) -> None:
+    def __init__(self, *, name: HGNetName, width: int = 64) -> None:
         super().__init__()
-        (channels, out_channels), stages = scaled_sizes(name, width)
-        self.stem = Stem(channels=channels, out_channels=out_channels)
-        self.stages = nn.ModuleList(Stage(sizes=sizes, downsample=i > 0) for i, sizes in enumerate(stages))
-        self.out_channels = tuple(s.out_channels for s in stages[1:])
-        self.finish(freeze_at=freeze_at, freeze_norm=freeze_norm)
+        sizes = scaled_sizes(name, width)
+        self.stem = Stem(channels=sizes.stem[0], out_channels=sizes.stem[1])
+        self.stages = nn.ModuleList(_stage(sizes, index) for index in range(4))
+        self.out_channels = sizes.out_channels[1:]
 
     @property
     def parts(self) -> Sequence[nn.Module]:

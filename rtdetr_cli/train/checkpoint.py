@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from rtdetr_cli.errors import ModelError, RtdetrError
 from rtdetr_cli.files import is_full, sync_folder
@@ -142,13 +143,7 @@ def require_room(folder: Path, wanted: int) -> None:
 
 def bytes_of(value: Any) -> int:
     """Return about how many bytes containers and tensors take in a file."""
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(bytes_of(v) for v in value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(bytes_of(v) for v in value)
-    return 64
+    return sum(leaf.nbytes if isinstance(leaf, torch.Tensor) else 64 for leaf in tree_leaves(value))
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------

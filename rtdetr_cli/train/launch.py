@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -178,12 +178,10 @@ def _explains(child: _Child) -> int:
     return 1 if child.report().get("code") == "peer-lost" else 2
 
 
-@contextlib.contextmanager
-def _forward_signals(children: Sequence[_Child]) -> Iterator[None]:
+def _forward_signals(children: Sequence[_Child]) -> contextlib.AbstractContextManager[None]:
     """Forward SIGINT and SIGTERM to every process; a second one kills them."""
-    handlers: dict[signal.Signals, Any] = {}
 
-    def forward(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, before: Any) -> None:
         signal.signal(number, kill)
         for child in children:
             child.process.send_signal(number)
@@ -192,13 +190,24 @@ def _forward_signals(children: Sequence[_Child]) -> Iterator[None]:
         for child in children:
             child.kill()
 
+    return handle_signals(forward)
+
+
+@contextlib.contextmanager
+def handle_signals(handle: Callable[[int, Any], None]) -> Iterator[None]:
+    """Within this block, call `handle` for SIGINT and SIGTERM, with the signal and its handler before.
+
+    Only the main thread can, so in another one nothing changes.
+    """
+    before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, forward)
+        before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number in before:
+            signal.signal(number, lambda number, frame: handle(number, before[number]))
         yield
     finally:
-        for number, handler in handlers.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from rtdetr_cli import documents as doc
 from rtdetr_cli.errors import EnvironmentProblem, RtdetrError
@@ -32,16 +32,6 @@ PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-sk
 FLUSH_SECONDS = 2.0
 PROJECT = "rtdetr"
 LAST_LAYER_LOSSES = ("loss_vfl", "loss_bbox", "loss_giou")
-
-
-class _Logger(Protocol):
-    """One of the loggers. `add` may buffer until `flush`; `finish` adds metrics and images of the run, and closes."""
-
-    def add(self, values: Mapping[str, float], step: int) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def finish(self, metrics: Mapping[str, float], images: Sequence[Path]) -> None: ...
 
 
 def require_loggers(names: Sequence[str]) -> None:
@@ -313,3 +303,7 @@ class _MLflow:
         for path in images:
             self._client.log_artifact(self.identity, str(path), PLOTS)
         self._client.set_terminated(self.identity)
+
+
+_Logger: TypeAlias = _TensorBoard | _WeightsAndBiases | _MLflow
+"""`add` may buffer until `flush`; `finish` adds metrics and images of the run, and closes."""

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from rtdetr_cli.batches.loader import Batch, TrainLoader
+from rtdetr_cli.config.settings import RunSettings
 from rtdetr_cli.datasets.records import FlatStrings
 from rtdetr_cli.errors import RtdetrError
 from rtdetr_cli.evaluate.coco import METRICS
@@ -59,10 +61,7 @@ class Trainer:
             behind the metrics is None in all processes but the main one.
         write_best: writes the model to deploy, with its evaluation and epoch; called in the main process.
         stop: set by a signal; the current step is finished and saved.
-        seed: of the run.
-        patience: evaluated epochs without a better score before training stops; 0 for never.
-        checkpoint_seconds: between saves within an epoch.
-        checkpoint_steps: likewise in steps; 0 for none.
+        settings: of the run: its seed, patience, and how often checkpoints are saved within an epoch.
         identity: settings and dataset fingerprint that a resumed run must match.
         files: names of the training images, for messages.
         began: when the run began, for `Checkpoints`.
@@ -76,13 +75,10 @@ class Trainer:
     evaluate_model: Callable[[nn.Module], tuple[Metrics, Evaluation | None]]
     write_best: Callable[[nn.Module, Evaluation, int], None]
     stop: StopFlag
-    seed: int
-    patience: int
-    checkpoint_seconds: float
-    checkpoint_steps: int
+    settings: RunSettings
     identity: Mapping[str, Any]
     files: Sequence[str] | FlatStrings
-    began: float = field(default_factory=time.monotonic)
+    began: float
 
     def __post_init__(self) -> None:
         learner, progress, folder = self.learner, self.progress, self.folder
@@ -123,14 +119,14 @@ class Trainer:
         if learner.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(learner.device)
         learner.train_mode()
-        batches = self.loader.epoch(progress.epoch, start=progress.batch)
-        try:
+        every_steps = self.settings.checkpoint_steps
+        with closing(self.loader.epoch(progress.epoch, start=progress.batch)) as batches:
             while progress.batch < plan.steps_per_epoch:
                 started = time.monotonic()
                 batch = self._next_batch(batches)
                 loader_seconds = time.monotonic() - started
                 self._loader_seconds += loader_seconds
-                save_due = time.monotonic() - self._checkpoints.saved_at > self.checkpoint_seconds
+                save_due = time.monotonic() - self._checkpoints.saved_at > 60 * self.settings.checkpoint_minutes
                 whole = processes.exchange_targets(batch, stop_signal=self.stop.signal, save_due=save_due)
                 self._agreed_signal = whole.stop_signal
                 if batch is None or whole.incomplete:
@@ -145,12 +141,9 @@ class Trainer:
                     return False
                 if self._stop_signal:
                     break
-                if whole.save_due or (self.checkpoint_steps and progress.step % self.checkpoint_steps == 0):
+                if whole.save_due or (every_steps and progress.step % every_steps == 0):
                     yield from self._read_last_step()
                     yield self._checkpoints.save("time" if whole.save_due else "steps")
-        finally:
-            if isinstance(batches, Generator):
-                batches.close()
         yield from self._read_last_step()
         if self._stop_signal:
             yield self._checkpoints.save("stop")
@@ -181,7 +174,7 @@ class Trainer:
         self, batch: Batch, whole: GlobalBatch, *, started: float, loader_seconds: float
     ) -> Iterator[TrainingEvent]:
         """Run one optimizer step; its own results are read after the next one has been queued."""
-        learner, progress, plan, seed = self.learner, self.progress, self.plan, self.seed
+        learner, progress, plan, seed = self.learner, self.progress, self.plan, self.settings.seed
         optimizer = learner.optimizer
         rate = plan.rate(progress.step) * progress.rate_scale
         optimizer.set_rate(rate)
@@ -192,7 +185,7 @@ class Trainer:
             batch,
             size=draw_size(plan, epoch=progress.epoch, step=progress.step, seed=seed),
             group=group.rows(whole.local_rows) if group is not None else None,
-            num_boxes=float(max(1, sum(len(labels) for labels in whole.labels))),
+            num_boxes=sum(len(labels) for labels in whole.labels),
         )
         yield from self._read_last_step()
         totals = learner.processes.all_reduce_gradients(optimizer.parameters, terms.sum(0))
@@ -233,11 +226,7 @@ class Trainer:
         yield result
 
     def _evaluate(self) -> Generator[TrainingEvent, None, tuple[Metrics | None, Evaluation | None, bool]]:
-        """Measure the moving average, if the plan says so.
-
-        Returns:
-            The metrics, the evaluation behind them, and whether the score is the best so far.
-        """
+        """Measure the moving average, if the plan says so; the last result is whether it is the best so far."""
         progress = self.progress
         if not self.plan.evaluates(progress.epoch):
             return None, None, False
@@ -282,7 +271,7 @@ class Trainer:
         yield done
 
         progress.start_next_epoch()
-        if self.patience and progress.waited >= self.patience:
+        if 0 < self.settings.patience <= progress.waited:
             progress.finished = "patience"
         elif progress.epoch == plan.epochs:
             progress.finished = "done"

@@ -7,13 +7,15 @@ here waits for the device, and values that are not finite come out as they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rtdetr_cli.model.decoder import Prediction
 from rtdetr_cli.model.denoising import DenoisingGroup
-from rtdetr_cli.model.detector import Outputs, Prediction
+from rtdetr_cli.model.detector import Outputs
 from rtdetr_cli.model.layers import cxcywh_to_xyxy
 from rtdetr_cli.train.matcher import Matches, iou_and_giou, match
 
@@ -91,10 +93,8 @@ def _denoising_matches(
     group: DenoisingGroup, boxes_cxcywh: Sequence[Tensor], layers: int, device: torch.device
 ) -> Matches:
     """Return rows and targets of the denoising queries, which are the same for every layer."""
-    rows, targets, start = [], [], 0
-    for image, (positives, of_image) in enumerate(zip(group.positives, group.targets, strict=True)):
-        rows.append(positives + image * group.size)
-        targets.append(of_image + start)
-        start += len(boxes_cxcywh[image])
-    pairs = torch.stack([torch.cat(rows), torch.cat(targets)]).to(device, non_blocking=True)
+    starts = [0, *accumulate(map(len, boxes_cxcywh))][:-1]
+    rows = torch.cat([positives + image * group.size for image, positives in enumerate(group.positives)])
+    targets = torch.cat([of_image + start for of_image, start in zip(group.targets, starts, strict=True)])
+    pairs = torch.stack([rows, targets]).to(device, non_blocking=True)
     return Matches(pairs[0].expand(layers, -1), pairs[1].expand(layers, -1))

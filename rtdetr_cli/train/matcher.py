@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rtdetr_cli.model.detector import Prediction
+from rtdetr_cli.model.decoder import Prediction
 from rtdetr_cli.model.layers import cxcywh_to_xyxy
 
 CLASS_COST, L1_COST, GIOU_COST = 2.0, 5.0, 2.0
@@ -69,9 +69,6 @@ def match(predictions: Sequence[Prediction], boxes_cxcywh: Sequence[Tensor], lab
     """
     device = predictions[0].logits.device
     counts = [len(b) for b in boxes_cxcywh]
-    if sum(counts) == 0:
-        none = torch.zeros(len(predictions), 0, dtype=torch.int64, device=device)
-        return Matches(none, none)
     logits = torch.stack([p.logits for p in predictions])  # (S, B, Q, K)
     boxes = torch.stack([p.boxes_cxcywh for p in predictions])
     dtype = torch.promote_types(boxes.dtype, torch.float32)
@@ -97,15 +94,11 @@ def _cost_matrix(logits: Tensor, boxes_cxcywh: Tensor, target_boxes: Tensor, tar
 
 def _assign(cost: np.ndarray, counts: Sequence[int], device: torch.device) -> Matches:
     """Solve the assignments of cost (S, B, Q, M) on the host, and copy the pairs to the device."""
-    layers, _, queries, _ = cost.shape
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    pairs: list[np.ndarray] = []
-    for layer in range(layers):
-        of_layer = []
-        for image, count in enumerate(counts):
-            if count:
-                query, target = linear_sum_assignment(cost[layer, image, :, :count])
-                of_layer.append(np.stack([image * queries + query, starts[image] + target]))
-        pairs.append(np.concatenate(of_layer, 1))
+    offsets = np.stack([np.arange(len(counts)) * cost.shape[2], np.cumsum(counts) - counts], 1)  # (B, 2)
+    pairs = []
+    for layer in cost:
+        of_images = zip(layer, counts, offsets, strict=True)
+        found = [np.stack(linear_sum_assignment(c[:, :count])) + offset[:, None] for c, count, offset in of_images]
+        pairs.append(np.concatenate(found, 1))
     on_device = torch.from_numpy(np.stack(pairs)).to(device, non_blocking=True)  # (S, 2, M)
     return Matches(on_device[:, 0], on_device[:, 1])

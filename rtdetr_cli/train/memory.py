@@ -50,12 +50,6 @@ def halve(micro: int, *, where: str) -> int:
     return -(-micro // 2)
 
 
-def release(device: torch.device) -> None:
-    """Return cached memory to the device, after an error."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def free_bytes(device: torch.device) -> int:
     """Return the bytes that are free on a device."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host_free_bytes(None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.evaluate.coco import METRICS
 from rtdetr_cli.files import write_text
 from rtdetr_cli.images.draw import css_color
-from rtdetr_cli.page import image_uri, render_page
+from rtdetr_cli.page import figure_svg, image_uri, render_page
 from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.train import plots
 from rtdetr_cli.train.explain import Choice
@@ -79,8 +78,8 @@ def write_report(
         classes=[{**row, "color": css_color(label)} for label, row in enumerate(per_class)],
         threshold=evaluation.best.threshold if evaluation is not None else None,
         val_loss=val_loss_note(rows),
-        curves=figure_svg(plots.curves_figure(rows, best_epoch=best_epoch), "curves"),
-        labels=figure_svg(labels, "labels") if labels is not None else "",
+        curves=figure_svg(plots.curves_figure(rows, best_epoch=best_epoch), "curves", ink=plots.INK),
+        labels=figure_svg(labels, "labels", ink=plots.INK) if labels is not None else "",
         batch=_data_uri(batch),
         predictions=_data_uri(predictions),
         choices=choices,
@@ -110,22 +109,6 @@ def val_loss_note(rows: Sequence[Mapping[str, float | None]]) -> str:
         f"{text}, while that of the training images fell from {best[1]:.2f} to {last[1]:.2f}: the model overfits from "
         "there on."
     )
-
-
-def figure_svg(figure: Figure, name: str) -> str:
-    """Return a figure as SVG without a background and in the page's text color, so that it suits dark pages too.
-
-    It is drawn with `plots.INK`; `name` makes the ids of its elements differ from those of others on the page.
-    """
-    from matplotlib import rc_context
-
-    for axes in figure.axes:
-        axes.patch.set_alpha(0)
-    buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :].replace(plots.INK, "currentColor")
 
 
 def _data_uri(image: NDArray[np.uint8] | None) -> str:

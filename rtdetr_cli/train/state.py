@@ -23,7 +23,7 @@ from rtdetr_cli.train.events import CheckpointSaved, RolledBack, StepDone, StepS
 from rtdetr_cli.train.guard import EVIDENCE_FOLDER
 from rtdetr_cli.train.optim import FusedOptimizer, MovingAverage, NormStatistics
 from rtdetr_cli.train.processes import SINGLE_PROCESS, ProcessGroup
-from rtdetr_cli.train.sync_norm import NormSync, synchronize_norms
+from rtdetr_cli.train.sync_norm import NormSync
 
 MAX_ROLLBACKS = 3
 
@@ -99,13 +99,6 @@ class Learner:
     processes: ProcessGroup = SINGLE_PROCESS
     norm_sync: NormSync | None = None  # of the norms that average over all processes
 
-    def with_synchronized_norms(self) -> Learner:
-        """Return a learner whose norms average over all processes; the model is changed in place.
-
-        Finding the micro-batch that fits comes before, since each process does that on its own.
-        """
-        return replace(self, norm_sync=synchronize_norms(self.model, self.processes))
-
     def train_mode(self) -> None:
         """Switch to training; norms whose parameters are all frozen keep their statistics."""
         self.model.train()
@@ -133,6 +126,7 @@ class Learner:
 # ---- checkpoints ------------------------------------------------------------------------------------------------
 
 
+@dataclass
 class Checkpoints:
     """Saves the state of a run, and takes the run back to it; only the main process writes.
 
@@ -140,14 +134,16 @@ class Checkpoints:
     of `time.monotonic`; for a resumed run, when it would have begun without the pause.
     """
 
-    def __init__(
-        self, learner: Learner, progress: Progress, folder: RunFolder, identity: Mapping[str, Any], began: float
-    ) -> None:
-        self.learner, self.progress, self.folder, self.identity = learner, progress, folder, identity
-        self.began = began
+    learner: Learner
+    progress: Progress
+    folder: RunFolder
+    identity: Mapping[str, Any]
+    began: float
+
+    def __post_init__(self) -> None:
         self.saved_at = time.monotonic()
         # A checkpoint written after a skipped step is no state to go back to: the next save replaces it.
-        self._saved_after_skipped_step = progress.in_a_row > 0
+        self._saved_after_skipped_step = self.progress.in_a_row > 0
 
     def save(self, reason: str) -> CheckpointSaved:
         """Write `last.ckpt`, and keep the checkpoint before it.

@@ -108,7 +108,7 @@ def accumulate_with_retry(
             return rows, names, terms
         learner.optimizer.zero_grad()
         learner.norms.restore()
-        memory.release(learner.device)
+        torch.cuda.empty_cache()  # does nothing without CUDA
         before = rows[0].stop  # the first micro-batch is the largest
         progress.micro_batch = memory.halve(before, where=str(learner.device))
         yield MicroBatchReduced(progress.step, before, progress.micro_batch)
@@ -146,8 +146,6 @@ def draw_size(plan: Plan, *, epoch: int, step: int, seed: int) -> tuple[int, int
 def draw_group(learner: Learner, batch: Batch | GlobalBatch, *, step: int, seed: int) -> DenoisingGroup | None:
     """Draw the denoising queries of an effective batch from (seed, step), on the CPU."""
     spec = learner.spec
-    if not spec.denoising:
-        return None
     digest = hashlib.sha256(f"denoising {seed} {step}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return draw_denoising(
@@ -190,13 +188,13 @@ def run_largest_step(
     learner.norms.save()
     size = (int(batch.images.shape[-2]), int(batch.images.shape[-1]))
     group = draw_group(learner, batch, step=0, seed=0)
-    num_boxes = float(max(1, most_boxes * plan.effective_batch))
     rows = memory.micro_batches(plan.effective_batch, micro_batch)[:parts]
     try:
+        num_boxes = most_boxes * plan.effective_batch
         accumulate_gradients(learner, batch, rows=rows, size=size, group=group, num_boxes=num_boxes)
         if learner.device.type == "cuda":
             torch.cuda.synchronize(learner.device)
     finally:
         learner.optimizer.zero_grad()
         learner.norms.restore()
-        memory.release(learner.device)
+        torch.cuda.empty_cache()  # does nothing without CUDA

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rtdetr_cli.errors import RtdetrError
+from rtdetr_cli.train.launch import handle_signals
 from rtdetr_cli.train.processes import launched
 
 
@@ -51,10 +50,9 @@ def stop_on_signals() -> Iterator[StopFlag]:
     """
     flag = StopFlag()
     flag.polled = launched()
-    handlers: dict[int, Any] = {}
 
-    def request_stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, handlers[number])
+    def request_stop(number: int, before: Any) -> None:
+        signal.signal(number, before)
         if flag.polled:
             flag.signal = number
         elif number == signal.SIGINT:
@@ -62,12 +60,5 @@ def stop_on_signals() -> Iterator[StopFlag]:
         else:
             raise SystemExit(128 + number)
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-            handlers[number] = signal.getsignal(number)
-            signal.signal(number, request_stop)
-    try:
+    with handle_signals(request_stop):
         yield flag
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

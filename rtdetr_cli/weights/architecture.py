@@ -53,11 +53,11 @@ def derive_backbone(state: Mapping[str, Tensor]) -> dict[str, object]:
     fields: dict[str, object] = {"freeze_at": 0 if frozen else -1, "freeze_norm": frozen}
     if norm.startswith("stem"):
         blocks = tuple(count_modules(state, rf"stages\.{i}\.blocks\.(\d+)\.") for i in range(4))
-        names = [n for n, sizes in SIZES.items() if tuple(s.blocks for s in sizes.stages) == blocks]
+        names = [n for n, sizes in SIZES.items() if sizes.blocks == blocks]
         if not names:
             raise ValueError(f"no HGNetv2 has {blocks} blocks")
         outputs = state["stages.3.blocks.0.aggregation_excitation_conv.conv.weight"].shape[0]
-        return fields | {"backbone": names[0], "width": 64 * outputs // SIZES[names[0]].stages[3].out_channels}
+        return fields | {"backbone": names[0], "width": 64 * outputs // SIZES[names[0]].out_channels[3]}
     blocks = tuple(count_modules(state, rf"res_layers\.{i}\.blocks\.(\d+)\.") for i in range(4))
     depth = resnet_depth(blocks, bottleneck=any(".branch2c." in n for n in state))
     return fields | {"backbone": "resnet", "depth": depth, "width": state["conv1.conv1_3.conv.weight"].shape[0]}

@@ -24,7 +24,7 @@ from rtdetr_cli.errors import ModelError
 from rtdetr_cli.files import atomic_write, write_text
 from rtdetr_cli.model.backbone import BLOCKS, resnet_depth
 from rtdetr_cli.model.build import build_shapes
-from rtdetr_cli.model.hgnet import LAYERS, SIZES, scaled_sizes
+from rtdetr_cli.model.hgnet import LAYERS, LIGHT, SIZES, scaled_sizes
 from rtdetr_cli.weights.architecture import point_scales
 from rtdetr_cli.weights.class_names import COCO_CATEGORY_IDS, COCO_NAMES
 from rtdetr_cli.weights.header import TRANSFORMERS_TENSORS, ModelHeader
@@ -320,21 +320,21 @@ def _resnet_config(spec: ModelSpec) -> dict[str, Any]:
 
 def _hgnet_config(spec: ModelSpec) -> dict[str, Any]:
     assert spec.backbone != "resnet"
-    stem, stages = scaled_sizes(spec.backbone, spec.width)
+    sizes = scaled_sizes(spec.backbone, spec.width)
     return {
         "model_type": "hgnet_v2",
-        "stem_channels": [3, *stem],
-        "stage_in_channels": [s.in_channels for s in stages],
-        "stage_mid_channels": [s.channels for s in stages],
-        "stage_out_channels": [s.out_channels for s in stages],
-        "stage_num_blocks": [s.blocks for s in stages],
+        "stem_channels": [3, *sizes.stem],
+        "stage_in_channels": list(sizes.in_channels),
+        "stage_mid_channels": list(sizes.channels),
+        "stage_out_channels": list(sizes.out_channels),
+        "stage_num_blocks": list(sizes.blocks),
         "stage_downsample": [False, True, True, True],
-        "stage_light_block": [s.light for s in stages],
-        "stage_kernel_size": [5 if s.light else 3 for s in stages],
+        "stage_light_block": list(LIGHT),
+        "stage_kernel_size": [5 if light else 3 for light in LIGHT],
         "stage_numb_of_layers": [LAYERS] * 4,
         "use_learnable_affine_block": False,
-        "hidden_sizes": [s.out_channels for s in stages],
-        "depths": [s.blocks for s in stages],
+        "hidden_sizes": list(sizes.out_channels),
+        "depths": list(sizes.blocks),
         "out_features": ["stage2", "stage3", "stage4"],
         "out_indices": [2, 3, 4],
     }

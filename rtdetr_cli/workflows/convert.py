@@ -137,7 +137,7 @@ def write_official(path: Path, model: RTDETR, header: ModelHeader, *, v1: bool) 
     state = to_official({n: t.detach().cpu() for n, t in model.state_dict().items()}, v1=v1)
     if not v1:
         shapes = [(height // stride, width // stride) for stride in (8, 16, 32)]
-        anchors = model.decoder.published_anchors(shapes) or anchor_table(shapes)
+        anchors = model.decoder.published_anchors.get(tuple(shapes)) or anchor_table(shapes)
         state["decoder.anchors"] = torch.where(anchors.valid, anchors.logits, torch.inf)
         state["decoder.valid_mask"] = anchors.valid
     with atomic_write(path) as temporary:

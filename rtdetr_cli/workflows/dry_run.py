@@ -7,7 +7,6 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,8 +103,7 @@ def _time_real_steps(prepared: Prepared, micro_batch: int) -> float:
         if learner.device.type == "cuda":
             torch.cuda.synchronize(learner.device)
         times.append(time.monotonic() - began)
-    if isinstance(batches, Generator):
-        batches.close()
+    batches.close()
     learner.norms.restore()
     return statistics.median_high(times[1:] or times)  # the first waits for the loader's processes to start
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rtdetr_cli.batches.examples import ExampleLoader
 from rtdetr_cli.batches.loader import Batch, TrainLoader
 from rtdetr_cli.datasets.records import Dataset
 from rtdetr_cli.evaluate.classes import map_classes
@@ -83,7 +84,7 @@ class Evaluator:
             except Exception as error:
                 if not memory.is_out_of_memory(error):
                     raise
-            memory.release(device)
+            torch.cuda.empty_cache()  # does nothing without CUDA
             self.max_batch = memory.halve(batch, where=str(device))
 
     @property
@@ -120,7 +121,8 @@ class Evaluator:
         count = min(len(dataset), MAX_SAMPLE, max(MIN_SAMPLE, share))
         chosen = dataset.subset(np.linspace(0, len(dataset) - 1, count).astype(np.int64))
         imgsz = self.prepared.config.imgsz
-        with TrainLoader(chosen, imgsz=imgsz, batch_size=count, seed=0, augmentation=NONE, workers=0) as loader:
+        examples = ExampleLoader(dataset=chosen, imgsz=imgsz, batch_size=count, seed=0, augmentation=NONE)
+        with TrainLoader(examples, workers=0) as loader:
             return next(iter(loader.epoch(0)))
 
     def _check_stop(self, done: int) -> None:

@@ -36,6 +36,7 @@ from rtdetr_cli.train.processes import images_per_process, join_process_group, l
 from rtdetr_cli.train.report import val_loss_note
 from rtdetr_cli.train.state import Progress, restore
 from rtdetr_cli.train.stop import StopFlag
+from rtdetr_cli.train.sync_norm import synchronize_norms
 from rtdetr_cli.weights.download import ShowProgress
 from rtdetr_cli.weights.header import read_header
 from rtdetr_cli.weights.load import save_model
@@ -181,8 +182,9 @@ def _train(
     settings, is_main = prepared.config.settings, prepared.processes.is_main
     evaluator = Evaluator(prepared, progress, stop)
     recorder = Recorder(prepared, folder) if is_main else None
-    # Only now, since each process has to measure alone how much fits into its memory.
-    learner = prepared.learner.with_synchronized_norms()
+    # Only now, since each process has to measure alone how much fits into its memory. The model is changed in place.
+    norm_sync = synchronize_norms(prepared.learner.model, prepared.processes)
+    learner = replace(prepared.learner, norm_sync=norm_sync)
 
     def write_best(model: nn.Module, evaluation: Evaluation, epoch: int) -> None:
         assert recorder is not None
@@ -198,10 +200,7 @@ def _train(
         evaluate_model=evaluator,
         write_best=write_best,
         stop=stop,
-        seed=settings.seed,
-        patience=settings.patience,
-        checkpoint_seconds=settings.checkpoint_minutes * 60,
-        checkpoint_steps=settings.checkpoint_steps,
+        settings=settings,
         identity=identity.facts,
         files=prepared.train_set.file_names,
         began=began,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from rtdetr_cli import machine
+from rtdetr_cli.batches.examples import ExampleLoader
 from rtdetr_cli.batches.loader import TrainLoader
 from rtdetr_cli.checks.load import unlabelled_note
 from rtdetr_cli.config.run import RunConfig
@@ -129,6 +130,16 @@ def prepare(
             splits = replace(splits, findings=findings)
     processes.broadcast_tensors(list(model.state_dict().values()))
     workers = choose_workers(device) if settings.workers == "auto" else settings.workers
+    examples = ExampleLoader(
+        dataset=train_set,
+        imgsz=config.imgsz,
+        batch_size=batch,
+        seed=settings.seed,
+        augmentation=augmentation,
+        strong_until=plan.strong_until,
+        rank=processes.rank,
+        world_size=processes.size,
+    )
     return Prepared(
         config=config,
         splits=splits,
@@ -139,17 +150,10 @@ def prepare(
         learner=make_learner(model, config, spec, plan, device, precision.dtype, processes),
         processes=processes,
         loader=TrainLoader(
-            train_set,
-            imgsz=config.imgsz,
-            batch_size=batch,
-            seed=settings.seed,
-            augmentation=augmentation,
-            strong_until=plan.strong_until,
+            examples,
             workers=workers,
             cache=settings.cache,
             cache_budget=int(settings.cache_gb * 1e9) or None,
-            rank=processes.rank,
-            world_size=processes.size,
             pin_memory=device.type == "cuda",
         ),
         header=_make_header(config, spec, splits, train_set, val_set, start),

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from rtdetr_cli.batches.examples import ExampleLoader
 from rtdetr_cli.batches.loader import TrainLoader
 from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.datasets.generate import generate_dataset
@@ -94,7 +95,8 @@ def loading(value: int, folder: Path) -> Turn:
     train = load_splits(data).train
     assert train is not None
     train = train.subset(list(range(64)) * 4)
-    loader = TrainLoader(train, imgsz=(320, 320), batch_size=8, seed=0, augmentation=RECIPE, workers=value)
+    examples = ExampleLoader(dataset=train, imgsz=(320, 320), batch_size=8, seed=0, augmentation=RECIPE)
+    loader = TrainLoader(examples, workers=value)
     epochs = iter(range(1000))
     return lambda: list(loader.epoch(next(epochs)))
 

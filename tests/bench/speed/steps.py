@@ -23,7 +23,8 @@ from rtdetr_cli.config.run import resolve_run
 from rtdetr_cli.model.attention import Levels, sample_bilinear
 from rtdetr_cli.model.build import build_detector
 from rtdetr_cli.model.cpu_sampling import sample_bilinear_cpu
-from rtdetr_cli.model.detector import RTDETR, Outputs, Prediction
+from rtdetr_cli.model.decoder import Prediction
+from rtdetr_cli.model.detector import RTDETR, Outputs
 from rtdetr_cli.train.losses import compute_losses
 from rtdetr_cli.train.plan import make_plan
 from rtdetr_cli.train.precision import choose_precision

@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from rtdetr_cli.batches.examples import ExampleLoader
 from rtdetr_cli.batches.loader import Batch, TrainLoader
 from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.datasets.generate import generate_dataset
@@ -38,8 +39,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def loader(dataset: Dataset, **how: Any) -> TrainLoader:
-    given = {"imgsz": (64, 96), "batch_size": 4, "seed": 5, "augmentation": RECIPE, "workers": 0}
-    return TrainLoader(dataset, **(given | how))
+    loading = {"workers": 0} | {key: how.pop(key) for key in ("workers", "cache", "cache_budget") if key in how}
+    given = {"imgsz": (64, 96), "batch_size": 4, "seed": 5, "augmentation": RECIPE} | how
+    return TrainLoader(ExampleLoader(dataset=dataset, **given), **loading)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -313,10 +315,11 @@ PROGRAM = """
 import os, sys, psutil
 from pathlib import Path
 from rtdetr_cli.images.augment import NONE
+from rtdetr_cli.batches.examples import ExampleLoader
 from rtdetr_cli.batches.loader import TrainLoader
 from rtdetr_cli.checks.load import load_splits
 train = load_splits(Path(sys.argv[1])).train
-it = TrainLoader(train, imgsz=(64, 64), batch_size=4, seed=0, augmentation=NONE, workers=2)
+it = TrainLoader(ExampleLoader(dataset=train, imgsz=(64, 64), batch_size=4, seed=0, augmentation=NONE), workers=2)
 batch = next(iter(it.epoch(0)))
 """
 

@@ -39,7 +39,7 @@ def simple(make: Any) -> tuple[Dataset, DetectionTable]:
 
 def test_best_f1_by_hand(simple: tuple[Dataset, DetectionTable]) -> None:
     dataset, table = simple
-    point = score_curve(dataset, table, match(dataset, table), 0).best_point()
+    point = score_curve(match(dataset, table), 0).best_point()
     assert (point.true_positives, point.false_positives, point.boxes) == (3, 1, 4)
     assert point.f1 == pytest.approx(6 / 8)
     assert 0.3 < (point.threshold or 0) < 0.4
@@ -48,13 +48,13 @@ def test_best_f1_by_hand(simple: tuple[Dataset, DetectionTable]) -> None:
 def test_a_precision_target_takes_the_lowest_threshold_that_reaches_it(simple: tuple[Dataset, DetectionTable]) -> None:
     dataset, table = simple
     matches = match(dataset, table)
-    thresholds, notes = calibrate(dataset, table, matches, "precision=0.75", min_boxes=1)
+    thresholds, notes = calibrate(matches, "precision=0.75", min_boxes=1)
     assert thresholds.per_class[0] == pytest.approx(0.35)  # between .4 (precision 3/4) and .3 (3/5)
     assert thresholds.per_class[1] == pytest.approx(0.3)  # 1/2 at best, below the target
     assert any("b: precision 0.75 is never reached" in note for note in notes)
     assert thresholds.per_class[2] == thresholds.overall
     assert any("c has no boxes" in note for note in notes)
-    assert calibrate(dataset, table, matches, "precision=1", min_boxes=1)[0].per_class[0] == pytest.approx(0.75)
+    assert calibrate(matches, "precision=1", min_boxes=1)[0].per_class[0] == pytest.approx(0.75)
 
 
 def test_classes_without_a_useful_threshold_are_named_in_one_note(make: Any) -> None:
@@ -75,19 +75,19 @@ def test_classes_without_a_useful_threshold_are_named_in_one_note(make: Any) -> 
         [0.9] * 18 + [0.8] * 90 + [0.1] * 2 + [0.9],
     )
     matches = match(dataset, table)
-    _, (note,) = calibrate(dataset, table, matches, "f1", min_boxes=1)
+    _, (note,) = calibrate(matches, "f1", min_boxes=1)
     assert "b, c" in note
     assert "a," not in note
-    assert not any("b, c" in n for n in calibrate(dataset, table, matches, "precision=0.9", min_boxes=1)[1])
+    assert not any("b, c" in n for n in calibrate(matches, "precision=0.9", min_boxes=1)[1])
 
 
 def test_a_class_of_few_boxes_gets_the_overall_threshold(simple: tuple[Dataset, DetectionTable]) -> None:
     dataset, table = simple
     matches = match(dataset, table)
-    thresholds, notes = calibrate(dataset, table, matches, "f1")
+    thresholds, notes = calibrate(matches, "f1")
     assert set(thresholds.per_class) == {thresholds.overall}
     assert "fewer than 30 boxes in the split, so the overall threshold is used for a (4), b (1)" in notes
-    four, _ = calibrate(dataset, table, matches, "precision=1", min_boxes=4)
+    four, _ = calibrate(matches, "precision=1", min_boxes=4)
     assert four.per_class == (pytest.approx(0.75), four.overall, four.overall)
     assert four.overall < 0.75
 
@@ -96,10 +96,10 @@ def test_a_class_of_few_boxes_gets_the_overall_threshold(simple: tuple[Dataset, 
 def test_points_at_calibrated_thresholds_lie_on_the_curve(make: Any, target: str) -> None:
     dataset, table = make.random(seed=11)
     matches = match(dataset, table)
-    thresholds, _ = calibrate(dataset, table, matches, target, min_boxes=1)
-    _, points = points_at(dataset, table, matches, np.array(thresholds.per_class))
+    thresholds, _ = calibrate(matches, target, min_boxes=1)
+    _, points = points_at(matches, np.array(thresholds.per_class))
     for label, point in enumerate(points):
-        curve = score_curve(dataset, table, matches, label)
+        curve = score_curve(matches, label)
         row = int(np.searchsorted(-curve.scores, -thresholds.per_class[label]) - 1)
         assert point.precision == pytest.approx(curve.precision[row])
         assert point.recall == pytest.approx(curve.true_positives[row] / curve.boxes)
@@ -111,9 +111,9 @@ def test_small_score_differences_do_not_change_the_points(make: Any) -> None:
     """A threshold lies between two scores, so scores of another backend that differ slightly give the same points."""
     dataset, table = make.random(seed=12)
     matches = match(dataset, table)
-    thresholds = np.array(calibrate(dataset, table, matches, "f1", min_boxes=1)[0].per_class)
+    thresholds = np.array(calibrate(matches, "f1", min_boxes=1)[0].per_class)
     perturbed = replace(table, scores=table.scores + np.random.default_rng(0).uniform(-1e-5, 1e-5, len(table)))
-    assert points_at(dataset, table, matches, thresholds)[1] == points_at(dataset, perturbed, matches, thresholds)[1]
+    assert points_at(matches, thresholds)[1] == points_at(replace(matches, table=perturbed), thresholds)[1]
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.booleans()), max_size=60), st.integers(0, 40))
@@ -136,7 +136,7 @@ def test_without_boxes_or_detections(make: Any) -> None:
     a, b = evaluation.per_class
     assert (a["precision"], a["recall"], a["f1"], a["threshold"]) == (None, 0, 0, None)
     assert (b["precision"], b["recall"], b["f1"]) == (None, None, None)
-    thresholds, notes = calibrate(dataset, evaluation.table, evaluation.matches, "f1")
+    thresholds, notes = calibrate(evaluation.matches, "f1")
     assert thresholds.overall == 0.5
     assert any("no object of the split was detected" in note for note in notes)
 

@@ -30,7 +30,8 @@ from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.inspect import inspect_model
 from rtdetr_cli.infer.torch_backend import TorchBackend
 from rtdetr_cli.model.attention import Levels, sample_bilinear
-from rtdetr_cli.model.detector import RTDETR, Outputs, Prediction
+from rtdetr_cli.model.decoder import Prediction
+from rtdetr_cli.model.detector import RTDETR, Outputs
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 Edit = Callable[[Callable[[onnx.ModelProto], None]], Path]

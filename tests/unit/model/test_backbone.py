@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from rtdetr_cli.config.schema import ModelSpec
 from rtdetr_cli.model.backbone import ResNet, freeze_norms
+from rtdetr_cli.model.build import build_backbone
 from rtdetr_cli.model.layers import FrozenBatchNorm2d
 
 
@@ -23,7 +25,7 @@ def test_three_maps_of_strides_8_16_32(depth: int, width: int, channels: tuple[i
 
 @pytest.mark.parametrize(("at", "stages"), [(-1, None), (0, 0), (1, 1), (4, 4)])
 def test_freezing(at: int, stages: int | None) -> None:
-    backbone = ResNet(depth=10, width=8, freeze_at=at).train()
+    backbone = build_backbone(ModelSpec(depth=10, width=8, freeze_at=at)).train()
     before = {n: b.clone() for n, b in backbone.named_buffers()}
     sum(m.sum() for m in backbone(torch.rand(2, 3, 32, 32)) if m.requires_grad or at == 4)
     frozen = {n.split(".blocks")[0] for n, p in backbone.named_parameters() if not p.requires_grad}
@@ -52,6 +54,6 @@ def test_frozen_norms_equal_norms_in_eval_mode_and_have_no_parameters() -> None:
 
 
 def test_frozen_norm_model_has_no_norm_parameters() -> None:
-    backbone = ResNet(depth=50, width=8, freeze_at=0, freeze_norm=True)
+    backbone = build_backbone(ModelSpec(depth=50, width=8, freeze_at=0, freeze_norm=True))
     assert not [n for n, _ in backbone.named_parameters() if ".norm." in n]
     assert not [n for n in backbone.state_dict() if n.endswith("num_batches_tracked")]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rtdetr_cli.config.schema import ModelSpec
-from rtdetr_cli.model.build import build_detector
+from rtdetr_cli.model.build import build_backbone, build_detector
 from rtdetr_cli.model.hgnet import SIZES, HGNetV2
 from rtdetr_cli.weights.architecture import derive_spec
 
@@ -37,7 +37,7 @@ def test_the_architecture_is_derived_and_the_fused_network_gives_the_same() -> N
 
 
 def test_freezing() -> None:
-    backbone = HGNetV2(name="hgnetv2-l", width=4, freeze_at=1, freeze_norm=True).train()
+    backbone = build_backbone(ModelSpec(backbone="hgnetv2-l", width=4, freeze_at=1, freeze_norm=True)).train()
     trained = {".".join(n.split(".")[:2]) for n, p in backbone.named_parameters() if p.requires_grad}
     assert trained == {"stages.1", "stages.2", "stages.3"}
     assert not [n for n in backbone.state_dict() if n.endswith("num_batches_tracked")]

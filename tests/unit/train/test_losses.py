@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rtdetr_cli.model.decoder import Prediction
 from rtdetr_cli.model.denoising import DenoisingGroup, draw_denoising
-from rtdetr_cli.model.detector import Outputs, Prediction
+from rtdetr_cli.model.detector import Outputs
 from rtdetr_cli.model.layers import cxcywh_to_xyxy
 from rtdetr_cli.train.losses import compute_losses
 from rtdetr_cli.train.matcher import iou_and_giou, match

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rtdetr_cli.model.detector import Prediction
+from rtdetr_cli.model.decoder import Prediction
 from rtdetr_cli.train.matcher import iou_and_giou, match
 
 K = 4

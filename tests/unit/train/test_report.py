@@ -17,11 +17,12 @@ from rtdetr_cli.config.run import resolve_run
 from rtdetr_cli.datasets.records import Category
 from rtdetr_cli.evaluate.run import evaluate_table
 from rtdetr_cli.evaluate.table import DetectionTable
+from rtdetr_cli.page import figure_svg
 from rtdetr_cli.runs import RunFolder
 from rtdetr_cli.train import plots
 from rtdetr_cli.train.explain import explain_plan
 from rtdetr_cli.train.plan import make_plan
-from rtdetr_cli.train.report import figure_svg, val_loss_note, write_report
+from rtdetr_cli.train.report import val_loss_note, write_report
 
 EVIL = '<script>alert("x")</script> $\\frac$'
 ROWS: list[dict[str, float | None]] = [
@@ -108,13 +109,13 @@ def test_a_run_without_evaluation_has_a_report(facts: dict[str, Any], tmp_path: 
 
 
 def test_figures_suit_a_dark_page() -> None:
-    svg = figure_svg(plots.curves_figure(ROWS, best_epoch=3), "curves")
+    svg = figure_svg(plots.curves_figure(ROWS, best_epoch=3), "curves", ink=plots.INK)
     assert svg.startswith("<svg")
     assert "currentColor" in svg
     assert plots.INK not in svg
     # Neither the figure nor the axes have a background.
     assert not re.search(r'id="patch_\d+">\s*<path[^>]*style="fill: #ffffff"', svg)
-    assert svg == figure_svg(plots.curves_figure(ROWS, best_epoch=3), "curves")
+    assert svg == figure_svg(plots.curves_figure(ROWS, best_epoch=3), "curves", ink=plots.INK)
 
 
 def test_a_browser_renders_it(text: str, tmp_path: Path, browse: Callable[..., str]) -> None:
