@@ -343,7 +343,7 @@ class Detector:
             model=path,
             header=backend.header,
         )
-        size = default_batch(backend, self.options.get("device", "auto")) if batch == "auto" else batch
+        size = default_batch(backend) if batch == "auto" else batch
         result = run.evaluate(backend, chosen.dataset, batch=size, progress=progress, evaluator=evaluator)
         notes: tuple[str, ...] = ()
         if calibrate is not None:

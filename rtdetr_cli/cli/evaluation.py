@@ -105,7 +105,7 @@ def evaluate_model(
         if note not in known_notes:
             terminal.say(note)
     with terminal.progress(len(selected.dataset), "eval") as bar:
-        batch = batch or default_batch(backend, device)
+        batch = batch or default_batch(backend)
         evaluation = evaluate(backend, selected.dataset, batch=batch, progress=bar.advance, evaluator=evaluator)
     facts = {
         "model": str(path),

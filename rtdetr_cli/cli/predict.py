@@ -291,13 +291,14 @@ class _Run:
             self.interrupted = True
 
     def _predict_images(self, sources: Sequence[Source]) -> None:
-        from rtdetr_cli.infer.stream import Unreadable, predict_images
+        from rtdetr_cli.images.decode import ImageError
+        from rtdetr_cli.infer.stream import predict_images
 
         events = predict_images(sources, self.backend, self.selection, batch=self.batch, draw_to=self.draw_to)
         with closing(events), _progress(len(sources), "images", show=len(sources) > 1) as advance:
             for event in events:
-                if isinstance(event, Unreadable):
-                    self._add_error(event.error)
+                if isinstance(event, ImageError):
+                    self._add_error(event)
                 else:
                     self._add(event, print_line=True)
                 advance()

@@ -41,21 +41,15 @@ def verify(
         raise UsageError(f"{path} cannot be verified against itself")
 
     from rtdetr_cli.export.check_file import open_pair, record, verify_pair
-    from rtdetr_cli.export.verify import Reference, Verdict
+    from rtdetr_cli.export.verify import Reference, result_of
 
     pair = open_pair(path, model, device=device, write=write)
-    for note in pair.notes:
-        terminal.say(note)
+    if pair.foreign:
+        terminal.say(f"{path.name} has no header: the classes and the preprocessing of {model.name} are assumed")
     reference = Reference(pair.reference, _images(data, model, pair.reference.header, split))
     terminal.say(f"verify  {path} against {model} on {counted(len(reference.paths), 'image')}")
-    verdict: Verdict | None = None
     with terminal.progress(2 * len(reference.paths), "verify") as bar:
-        for event in verify_pair(pair, reference, tol_ap=tol_ap):
-            if isinstance(event, Verdict):
-                verdict = event
-            else:
-                bar.advance()
-    assert verdict is not None
+        verdict = result_of(verify_pair(pair, reference, tol_ap=tol_ap), bar.advance)
     written = write and record(pair, verdict)
     _report(pair, verdict, written=written, as_json=as_json)
     if write and not written:

@@ -13,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from rtdetr_cli.boxes import iou
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.graph import GraphSpec
+from rtdetr_cli.infer.inspect import graph_precision
 from rtdetr_cli.weights.header import ModelHeader
 
 SCORE_FLOOR = 0.1  # detections below are background, whose ranking depends on rounding
@@ -99,6 +100,18 @@ class Part:
         return {"passed": self.passed, "findings": list(self.findings), **self.figures}
 
 
+def compare_graph(facts: Mapping[str, Any], stated: str, actual: GraphSpec, expected: GraphSpec) -> list[str]:
+    """Return what is wrong with a graph before it runs, by its tensors, and by its types and operators.
+
+    `facts` are those of `inspect_model`. The precision that the header has `stated` chooses the limits; an engine's
+    types were checked when it was built.
+    """
+    findings = compare_interfaces(actual, expected)
+    if (precision := graph_precision(facts)) not in (None, stated):
+        findings.append(f"the header states {stated}, but the types of the graph are those of {precision}")
+    return findings + compare_operators(facts.get("operators", {}))
+
+
 def compare_interfaces(actual: GraphSpec, expected: GraphSpec) -> list[str]:
     """Return the differences in names, types and shapes of the tensors."""
     findings = []
@@ -115,16 +128,6 @@ def compare_interfaces(actual: GraphSpec, expected: GraphSpec) -> list[str]:
                 shapes = ["x".join("?" if d is None else str(d) for d in t.shape) for t in (a, b)]
                 findings.append(f"{kind} {a.name} has shape {shapes[0]}, not {shapes[1]}")
     return findings
-
-
-def compare_precision(claimed: str, actual: str | None) -> list[str]:
-    """Return the difference between a header's precision, which chooses the limits, and the graph's own types.
-
-    `actual` is None for an engine, whose types were checked when it was built.
-    """
-    if actual in (None, claimed):
-        return []
-    return [f"the header states {claimed}, but the types of the graph are those of {actual}"]
 
 
 def compare_headers(actual: ModelHeader, expected: ModelHeader) -> list[str]:

@@ -23,6 +23,7 @@ from rtdetr_cli.export.graph import DeployGraph, count_norms, deployable, exampl
 from rtdetr_cli.export.options import ExportOptions
 from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.infer.graph import GraphSpec, first_line
+from rtdetr_cli.infer.inspect import count_operators
 from rtdetr_cli.infer.openvino_backend import import_openvino, openvino_core
 from rtdetr_cli.infer.tensorrt_backend import RTX_VERSION, import_tensorrt
 from rtdetr_cli.model.detector import RTDETR
@@ -91,12 +92,6 @@ class ExportContext:
         onnx_file.audit(model, norms=self.norm_count, gridsample=self.options.gridsample)
         return model
 
-    @property
-    def calibration_set(self) -> int8.Calibration:
-        """The images to calibrate INT8 on."""
-        assert self.calibration is not None
-        return self.calibration
-
     def final_path(self, name: str) -> Path:
         """Return the path of a format that passes verification."""
         return self.folder / f"{self.stem}{NAME_ENDINGS[name]}"
@@ -163,7 +158,7 @@ DraftEvents = Generator[Notice | tensorrt.BuildProgress, None, Draft]
 def write_onnx(context: ExportContext, path: Path) -> DraftEvents:
     """Write the float32 graph."""
     yield Notice(f"onnx  opset {context.options.opset}")
-    return onnx_draft(context, copy.deepcopy(context.float_onnx), context.header_for("onnx", "fp32"))
+    return onnx_draft(context, copy.deepcopy(context.float_onnx), "fp32")
 
 
 def write_fp16(context: ExportContext, path: Path) -> DraftEvents:
@@ -171,16 +166,15 @@ def write_fp16(context: ExportContext, path: Path) -> DraftEvents:
     yield Notice("onnx  float16, sensitive layers float32")
     program = fp16.traced_program(context.graph, context.example_inputs, dynamic=context.options.dynamic)
     islands = fp16.TURING_ISLANDS if tensorrt.TURING in context.options.targets else fp16.ISLANDS
-    program = fp16.halve(program, functools.partial(fp16.stays_float32, islands=islands))
-    header = context.header_for("onnx", "fp16", islands=fp16.describe(islands))
-    draft = onnx_draft(context, context.trace(program), header)
+    program = fp16.halve(program, islands)
+    draft = onnx_draft(context, context.trace(program), "fp16", islands=fp16.describe(islands))
     spec = expected_spec(replace(context.options, preprocess=False), context.header)
     device = tensorrt.engine_device(context.device) or torch.device("cpu")
     draft.half_twin = fp16.HalfTwin(program, spec, device=device)
     return draft
 
 
-def onnx_draft(context: ExportContext, model: onnx.ModelProto, header: ModelHeader) -> Draft:
+def onnx_draft(context: ExportContext, model: onnx.ModelProto, precision: str, **facts: Any) -> Draft:
     """Return the draft of an ONNX graph."""
     if context.options.preprocess:
         onnx_file.prepend_preprocessing(model, context.header.imgsz)
@@ -189,7 +183,7 @@ def onnx_draft(context: ExportContext, model: onnx.ModelProto, header: ModelHead
         onnx_file.embed(model, header)
         onnx_file.save(model, path)
 
-    return Draft(header, save, dict(sorted(onnx_file.operators(model).items())))
+    return Draft(context.header_for("onnx", precision, **facts), save, dict(sorted(count_operators(model).items())))
 
 
 def write_openvino(context: ExportContext, path: Path) -> DraftEvents:
@@ -229,45 +223,23 @@ def openvino_draft(context: ExportContext, model: Any, precision: str, **facts: 
     return Draft(header, save, operators)
 
 
-def write_int8(context: ExportContext, path: Path) -> DraftEvents:
-    """Write the ONNX graph with INT8 convolutions."""
-
-    def draft(floats: Sequence[fp16.Island], facts: dict[str, Any]) -> Draft:
-        model = int8.quantize_onnx(context.float_onnx, context.calibration_set, context.spec, floats)
-        return onnx_draft(context, model, context.header_for("onnx", "int8", **facts))
-
-    return (yield from int8_draft(context, "onnx", int8.ONNX_FLOATS, draft))
-
-
-def write_openvino_int8(context: ExportContext, path: Path) -> DraftEvents:
-    """Write the OpenVINO model with INT8 operators."""
-
-    def draft(floats: Sequence[fp16.Island], facts: dict[str, Any]) -> Draft:
-        float_model = read_float_openvino(context)
-        model = int8.quantize_openvino(float_model, context.calibration_set, context.spec, floats)
-        return openvino_draft(context, model, "int8", **facts)
-
-    return (yield from int8_draft(context, "openvino", int8.OPENVINO_FLOATS, draft))
-
-
-def int8_draft(
-    context: ExportContext,
-    format: str,
-    floats: Sequence[fp16.Island],
-    draft: Callable[[Sequence[fp16.Island], dict[str, Any]], Draft],
-) -> DraftEvents:
-    """Return the draft of an INT8 format, with a way to make it with one more part in float.
-
-    `draft` makes one from the parts that stay float and what the header says about them.
-    """
-    count = len(context.calibration_set)
-    yield Notice(f"{format}  int8, calibrated on {counted(count, 'image')}")
-    floats = [*floats, *(part for part in int8.PARTS if part.name in context.options.float_parts)]
+def write_int8(context: ExportContext, path: Path, *, format: str) -> DraftEvents:
+    """Write the ONNX graph with INT8 convolutions, or the OpenVINO model with INT8 operators."""
+    calibration = context.calibration
+    assert calibration is not None
+    yield Notice(f"{format}  int8, calibrated on {counted(len(calibration), 'image')}")
+    floats = list(int8.ONNX_FLOATS if format == "onnx" else int8.OPENVINO_FLOATS)
+    floats += [part for part in int8.PARTS if part.name in context.options.float_parts]
     for part in floats:
         yield Notice(f"{format}  int8, float32: {part.name} ({part.why})")
 
     def make(parts: Sequence[fp16.Island]) -> Draft:
-        return draft(parts, {"float_parts": fp16.describe(parts), "calibration_images": count})
+        facts = {"float_parts": fp16.describe(parts), "calibration_images": len(calibration)}
+        if format == "onnx":
+            model = int8.quantize_onnx(context.float_onnx, calibration, context.spec, parts)
+            return onnx_draft(context, model, "int8", **facts)
+        model = int8.quantize_openvino(read_float_openvino(context), calibration, context.spec, parts)
+        return openvino_draft(context, model, "int8", **facts)
 
     result = make(floats)
     rest = [part for part in int8.PARTS if part not in floats]
@@ -347,10 +319,10 @@ def engine_shapes(context: ExportContext) -> tuple[tensorrt.Shapes, str]:
 
 WRITERS: dict[str, Callable[[ExportContext, Path], DraftEvents]] = {
     "onnx": write_onnx,
-    "int8": write_int8,
+    "int8": functools.partial(write_int8, format="onnx"),
     "fp16": write_fp16,
     "openvino": write_openvino,
-    "openvino-int8": write_openvino_int8,
+    "openvino-int8": functools.partial(write_int8, format="openvino"),
     "trt-fp16": write_engine,
     "rtx-fp16": write_rtx_engine,
 }

@@ -98,7 +98,7 @@ def describe(islands: Sequence[Island]) -> list[dict[str, str]]:
     return [{"name": island.name, "why": island.why} for island in islands]
 
 
-def stays_float32(path: str, op: str, islands: Sequence[Island] = ISLANDS) -> bool:
+def stays_float32(path: str, op: str, islands: Sequence[Island]) -> bool:
     """Return whether an operator, by its module's path and its name, belongs to an island."""
     return any(island.contains(path, op) for island in islands)
 
@@ -110,11 +110,8 @@ def traced_program(module: nn.Module, inputs: Sequence[Tensor], *, dynamic: bool
         return program.module(check_guards=False)
 
 
-def halve(graph_module: fx.GraphModule, float32: Callable[[str, str], bool] = stays_float32) -> fx.GraphModule:
-    """Rewrite a program of `traced_program` with float16 types, in place; its inputs and outputs stay float32.
-
-    `float32` says whether an operator stays float32, by the module's path and the operator's name.
-    """
+def halve(graph_module: fx.GraphModule, islands: Sequence[Island] = ISLANDS) -> fx.GraphModule:
+    """Rewrite a program of `traced_program` with float16 types, in place; its inputs and outputs stay float32."""
     graph = graph_module.graph
     types: dict[fx.Node, torch.dtype] = {}
     casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
@@ -154,7 +151,7 @@ def halve(graph_module: fx.GraphModule, float32: Callable[[str, str], bool] = st
         else:
             activations = [n for n in sources if n.op != "get_attr"] or sources  # weights follow their type
             half = op in HEAVY or all(types[n] == torch.float16 for n in activations)
-            dtype = torch.float16 if half and not float32(module_path(node), op) else torch.float32
+            dtype = torch.float16 if half and not stays_float32(module_path(node), op, islands) else torch.float32
             node.args = fx.map_arg(node.args, functools.partial(cast_to, dtype))
             node.kwargs = fx.map_arg(node.kwargs, functools.partial(cast_to, dtype))
             if is_float(node):
@@ -206,11 +203,11 @@ class HalfTwin(GraphBackend):
         return self._spec
 
     @torch.inference_mode()
-    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run one batch; return every output by name."""
+    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Run one batch; return every output, in the order of `spec`."""
         inputs = [torch.from_numpy(array).to(self._device) for array in feeds.values()]
         outputs = Accumulating(self._program).run(*inputs)
-        return {item.name: tensor.cpu().numpy() for item, tensor in zip(self._spec.outputs, outputs, strict=True)}
+        return [tensor.cpu().numpy() for tensor in outputs]
 
 
 class Accumulating(fx.Interpreter):

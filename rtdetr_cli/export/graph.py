@@ -44,10 +44,10 @@ class DeployGraph(nn.Module):
             (B, Q, classes) and boxes (B, Q, 4) cxcywh, 0 to 1.
         """
         main = self.model(images).main
-        if self.raw:
-            return main.logits.float(), main.boxes_cxcywh.float()
-        assert orig_target_sizes is not None
         logits, boxes = main.logits.float(), main.boxes_cxcywh.float()
+        if self.raw:
+            return logits, boxes
+        assert orig_target_sizes is not None
         return select_detections(logits, boxes, orig_target_sizes, TOP_K, gamma=self.gamma)
 
 
@@ -93,21 +93,17 @@ def expected_spec(options: ExportOptions, header: ModelHeader) -> GraphSpec:
     tokens = sum((height // stride) * (width // stride) for stride in STRIDES)
     queries, classes = min(header.queries, tokens), len(header.names)
     rows = min(TOP_K, queries * classes)
-    float32, int64 = np.dtype(np.float32), np.dtype(np.int64)
-    images = TensorSpec(IMAGES, float32, (batch, 3, height, width))
+
+    def tensor(name: str, dtype: type[np.generic], *shape: int | None) -> TensorSpec:
+        return TensorSpec(name, np.dtype(dtype), (batch, *shape))
+
+    images = tensor(IMAGES, np.float32, 3, height, width)
     if options.preprocess:
-        images = TensorSpec(IMAGES, np.dtype(np.uint8), (batch, None, None, 3))
+        images = tensor(IMAGES, np.uint8, None, None, 3)
     if options.raw:
         logits, boxes = RAW
-        outputs = [
-            TensorSpec(logits, float32, (batch, queries, classes)),
-            TensorSpec(boxes, float32, (batch, queries, 4)),
-        ]
+        outputs = [tensor(logits, np.float32, queries, classes), tensor(boxes, np.float32, queries, 4)]
         return GraphSpec(header, [images], outputs)
     labels, boxes, scores = FINISHED
-    outputs = [
-        TensorSpec(labels, int64, (batch, rows)),
-        TensorSpec(boxes, float32, (batch, rows, 4)),
-        TensorSpec(scores, float32, (batch, rows)),
-    ]
-    return GraphSpec(header, [images, TensorSpec(SIZES, int64, (batch, 2))], outputs)
+    outputs = [tensor(labels, np.int64, rows), tensor(boxes, np.float32, rows, 4), tensor(scores, np.float32, rows)]
+    return GraphSpec(header, [images, tensor(SIZES, np.int64, 2)], outputs)

@@ -34,6 +34,7 @@ def verification_images(
     """
     try:
         chosen = choose_split(verify, split=split, model=model, header=header)
+        return chosen.dataset, chosen.notes
     except UsageError as error:
         if error.code != "data-missing":
             raise
@@ -45,8 +46,6 @@ def verification_images(
             raise _no_images(error.message, "verify", hint) from None
         if error.code != "format-unknown" or not verify.is_dir():
             raise
-    else:
-        return chosen.dataset, chosen.notes
     images = images_in(verify, "verify", hint)
     return images, [f"verify {verify}: {counted(len(images), 'image')} without labels, so AP is not compared"]
 

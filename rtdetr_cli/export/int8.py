@@ -7,9 +7,9 @@ import io
 import itertools
 import logging
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,24 +17,16 @@ from numpy.typing import NDArray
 
 from rtdetr_cli.datasets.records import spread
 from rtdetr_cli.errors import DataError, ExportError
-from rtdetr_cli.export.artefacts import Notice, PartCost
-from rtdetr_cli.export.compare import LIMITS, match_images
 from rtdetr_cli.export.fp16 import Island, is_first_convolution, stays_float32
 from rtdetr_cli.export.onnx import quiet
 from rtdetr_cli.export.options import INT8_PARTS
-from rtdetr_cli.export.verify import Reference, average_precision, predict
-from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.graph import IMAGES, SIZES, GraphSpec, first_line
 from rtdetr_cli.infer.openvino_backend import without_telemetry
 from rtdetr_cli.infer.packages import import_package
 from rtdetr_cli.infer.prefetch import prefetch
 
-if TYPE_CHECKING:
-    from rtdetr_cli.export.formats import Draft
-
 FEW_IMAGES = 8
 
-Result = TypeVar("Result")
 Feeds = dict[str, NDArray[Any]]
 
 
@@ -140,7 +132,8 @@ def quantize_openvino(model: Any, calibration: Calibration, spec: GraphSpec, flo
         ExportError: NNCF cannot quantize the graph.
         EnvironmentProblem: NNCF is missing.
     """
-    nncf = import_nncf()
+    with without_telemetry():  # which it shares with OpenVINO
+        nncf = import_package("nncf", "NNCF", extra="openvino")
     names = {node.get_friendly_name(): node.get_type_name() for node in model.get_ops()}
     ignored = [name for name, op in names.items() if stays_float(name, op, floats)]
     nncf.set_log_level(logging.ERROR)
@@ -155,45 +148,3 @@ def quantize_openvino(model: Any, calibration: Calibration, spec: GraphSpec, flo
             )
         except Exception as error:
             raise ExportError(f"NNCF cannot quantize the graph: {first_line(error)}") from error
-
-
-def import_nncf() -> Any:
-    """Import NNCF, without the telemetry that it shares with OpenVINO."""
-    with without_telemetry():
-        return import_package("nncf", "NNCF", extra="openvino")
-
-
-def measure_costs(
-    alternatives: Mapping[str, Callable[[], Draft]], reference: Reference, suffix: str
-) -> Generator[Notice, None, tuple[PartCost, ...]]:
-    """Return what each alternative would detect on the verification images, the best first.
-
-    `suffix` is of the format's files.
-    """
-    costs = []
-    for part, make in alternatives.items():
-        yield Notice(f"verify  int8 with the {part} in float32, to find out what costs most")
-        draft = make()
-        with tempfile.TemporaryDirectory(prefix="rtdetr-int8-") as folder:
-            path = Path(folder) / f"model{suffix}"
-            draft.save(path, draft.header)
-            backend = open_backend(path, device="cpu")
-            expected, predictions = result_of(reference.predictions()), result_of(predict(backend, reference.paths))
-            del backend
-        match = match_images(list(expected.values()), list(predictions.values()), LIMITS["int8"])
-        ap = None
-        if reference.dataset is not None:
-            with contextlib.suppress(DataError):  # labelled with other classes than the model's
-                ap = average_precision(reference.dataset, predictions, draft.header)
-        costs.append(PartCost(part, match.share, ap))
-    return tuple(sorted(costs, key=lambda cost: (cost.ap or 0.0, cost.matched), reverse=True))
-
-
-def result_of(generator: Generator[object, None, Result]) -> Result:
-    """Run a generator to its end and return its result."""
-    while True:
-        try:
-            next(generator)
-        except StopIteration as stop:
-            result: Result = stop.value
-            return result

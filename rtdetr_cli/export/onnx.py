@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import ast
-import itertools
 import logging
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnx.version_converter
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from rtdetr_cli.errors import ExportError
 from rtdetr_cli.files import atomic_write
 from rtdetr_cli.infer.graph import GraphSpec, first_line
+from rtdetr_cli.infer.inspect import count_operators
 from rtdetr_cli.weights.header import METADATA_KEY, ModelHeader
 
 MAX_BATCH = 1024
@@ -124,24 +124,12 @@ def drop_defaults(model: onnx.ModelProto) -> None:
                 node.attribute.remove(attribute)
 
 
-def operators(model: onnx.ModelProto) -> Counter[str]:
-    """Count the operators of a graph, including those in branches and functions."""
-
-    def visit(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
-        for node in nodes:
-            yield node.op_type
-            for attribute in node.attribute:
-                yield from visit(attribute.g.node)
-
-    return Counter(visit(itertools.chain(model.graph.node, *(function.node for function in model.functions))))
-
-
 def audit(model: onnx.ModelProto, *, norms: int, gridsample: bool = False) -> None:
     """Raise ExportError with everything in a graph that runtimes are known to get wrong.
 
     `norms` is the number of layer norms of the network, each of which must be one operator.
     """
-    counts = operators(model)
+    counts = count_operators(model)
     banned = BANNED if gridsample else (*BANNED, "GridSample")
     problems = [f"{counts[name]} {name}" for name in banned if counts[name]]
     if counts["LayerNormalization"] != norms:
@@ -165,11 +153,8 @@ def audit(model: onnx.ModelProto, *, norms: int, gridsample: bool = False) -> No
 
 def embed(model: onnx.ModelProto, header: ModelHeader) -> None:
     """Write the header into the graph's metadata, replacing an earlier one."""
-    others = [(p.key, p.value) for p in model.metadata_props if p.key != METADATA_KEY]
-    model.ClearField("metadata_props")
-    for key, value in (*others, (METADATA_KEY, header.to_json())):
-        entry = model.metadata_props.add()
-        entry.key, entry.value = key, value
+    others = {entry.key: entry.value for entry in model.metadata_props}
+    helper.set_model_props(model, {**others, METADATA_KEY: header.to_json()})
     model.producer_name, model.producer_version = "rtdetr-cli", header.version
 
 
@@ -187,6 +172,26 @@ def save(model: onnx.ModelProto, path: Path) -> None:
         temporary.write_bytes(data)
 
 
+PREPROCESSING = """
+preprocessing (uint8[BATCH, height, width, 3] images) => (float[BATCH, 3, HEIGHT, WIDTH] images_float)
+<int64[1] preprocess_width = {WIDTH}, int64[1] preprocess_height = {HEIGHT}, float preprocess_half = {0.5},
+ float preprocess_white = {255.0}>
+{
+    preprocess_planes = Transpose <perm = [0, 3, 1, 2]> (images)
+    preprocess_float = Cast <to = 1> (preprocess_planes)
+    preprocess_across_sums = Resize <axes = [3], RESIZE> (preprocess_float, , , preprocess_width)
+    preprocess_across_raised = Add (preprocess_across_sums, preprocess_half)
+    preprocess_across = Floor (preprocess_across_raised)
+    preprocess_down_sums = Resize <axes = [2], RESIZE> (preprocess_across, , , preprocess_height)
+    preprocess_down_raised = Add (preprocess_down_sums, preprocess_half)
+    preprocess_down = Floor (preprocess_down_raised)
+    images_float = Div (preprocess_down, preprocess_white)
+}
+"""
+# `exclude_outside`: weights at the border sum to one, as in Pillow.
+RESIZE = 'mode = "linear", antialias = 1, exclude_outside = 1, coordinate_transformation_mode = "half_pixel"'
+
+
 def prepend_preprocessing(model: onnx.ModelProto, imgsz: tuple[int, int]) -> None:
     """Make the graph accept uint8 images, (1, any height, any width, RGB), instead of its float input.
 
@@ -195,43 +200,16 @@ def prepend_preprocessing(model: onnx.ModelProto, imgsz: tuple[int, int]) -> Non
     """
     graph = model.graph
     images = next(value for value in graph.input if value.name == "images")
-    for node in graph.node:
-        for position, name in enumerate(node.input):
-            if name == "images":
-                node.input[position] = "images_float"
     batch = images.type.tensor_type.shape.dim[0]
-    batch_size = batch.dim_value if batch.HasField("dim_value") else batch.dim_param
-    images.CopyFrom(helper.make_tensor_value_info("images", TensorProto.UINT8, [batch_size, "height", "width", 3]))
-    height, width = imgsz
-    constants = {
-        "preprocess_width": np.array([width], np.int64),
-        "preprocess_height": np.array([height], np.int64),
-        "preprocess_half": np.array(0.5, np.float32),
-        "preprocess_white": np.array(255, np.float32),
-    }
-    graph.initializer.extend(numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items())
-
-    def resize(source: str, size: str, axis: int, target: str) -> list[onnx.NodeProto]:
-        resized = helper.make_node(
-            "Resize",
-            [source, "", "", size],
-            [f"{target}_sums"],
-            mode="linear",
-            antialias=1,
-            exclude_outside=1,  # weights at the border sum to one, as in Pillow
-            axes=[axis],
-            coordinate_transformation_mode="half_pixel",
-        )
-        raised = helper.make_node("Add", [f"{target}_sums", "preprocess_half"], [f"{target}_raised"])
-        return [resized, raised, helper.make_node("Floor", [f"{target}_raised"], [target])]
-
-    nodes = [
-        helper.make_node("Transpose", ["images"], ["preprocess_planes"], perm=[0, 3, 1, 2]),
-        helper.make_node("Cast", ["preprocess_planes"], ["preprocess_float"], to=TensorProto.FLOAT),
-        *resize("preprocess_float", "preprocess_width", 3, "preprocess_across"),
-        *resize("preprocess_across", "preprocess_height", 2, "preprocess_down"),
-        helper.make_node("Div", ["preprocess_down", "preprocess_white"], ["images_float"]),
-    ]
+    size = {"BATCH": batch.dim_param or batch.dim_value, "HEIGHT": imgsz[0], "WIDTH": imgsz[1], "RESIZE": RESIZE}
+    text = PREPROCESSING
+    for name, value in size.items():
+        text = text.replace(name, str(value))
+    preprocessing = onnx.parser.parse_graph(text)
+    images.CopyFrom(preprocessing.input[0])
+    for node in graph.node:
+        node.input[:] = ["images_float" if name == "images" else name for name in node.input]
     network = list(graph.node)
     del graph.node[:]
-    graph.node.extend([*nodes, *network])
+    graph.node.extend([*preprocessing.node, *network])
+    graph.initializer.extend(preprocessing.initializer)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +14,27 @@ from typing import Any
 import numpy as np
 
 from rtdetr_cli.datasets.records import Dataset
-from rtdetr_cli.errors import ExportError, ModelError, RtdetrError, UsageError
+from rtdetr_cli.errors import DataError, ExportError, ModelError, RtdetrError, UsageError
 from rtdetr_cli.export import tensorrt
-from rtdetr_cli.export.artefacts import Artefact, Notice, mark_name, remove_artefact, rename_artefact, write_parity
-from rtdetr_cli.export.compare import compare_interfaces, compare_operators, compare_precision
-from rtdetr_cli.export.formats import WRITERS, ExportContext
+from rtdetr_cli.export.artefacts import (
+    Artefact,
+    Notice,
+    PartCost,
+    mark_name,
+    remove_artefact,
+    rename_artefact,
+    write_parity,
+)
+from rtdetr_cli.export.compare import LIMITS, compare_graph, match_images
+from rtdetr_cli.export.formats import WRITERS, Draft, ExportContext
 from rtdetr_cli.export.images import CALIBRATION_HINT
-from rtdetr_cli.export.int8 import FEW_IMAGES, Calibration, measure_costs
+from rtdetr_cli.export.int8 import FEW_IMAGES, Calibration
 from rtdetr_cli.export.options import CALIBRATION_IMAGES, ENGINES, FLOAT_FORMATS, ExportOptions
-from rtdetr_cli.export.verify import MAX_IMAGES, ImageRun, Reference, Verdict, verify
+from rtdetr_cli.export.verify import ImageRun, Reference, Verdict, average_precision, predict, result_of, verify
 from rtdetr_cli.files import ensure_writable
 from rtdetr_cli.infer.backend import open_backend
 from rtdetr_cli.infer.graph import GraphBackend
-from rtdetr_cli.infer.inspect import graph_precision, inspect_model
+from rtdetr_cli.infer.inspect import inspect_model
 from rtdetr_cli.infer.tensorrt_backend import TensorrtBackend
 from rtdetr_cli.infer.timing import images_to_time, latencies
 from rtdetr_cli.infer.torch_backend import TorchBackend
@@ -147,15 +157,10 @@ def export_format(
         elif reference is not None:
             yield Notice(f"verify  {format} {precision} on {counted(len(reference.paths), 'image')}")
             candidate = open_draft(path, context)
-            problems = compare_interfaces(candidate.spec, context.spec)
-            facts = inspect_model(path)
-            problems += compare_precision(precision, graph_precision(facts))
-            problems += compare_operators(facts.get("operators", {}))
-            for event in verify(candidate, reference, tol_ap=tol_ap, problems=problems, half_twin=draft.half_twin):
-                if isinstance(event, Verdict):
-                    verdict = event
-                else:
-                    yield event
+            problems = compare_graph(inspect_model(path), precision, candidate.spec, context.spec)
+            verdict = yield from verify(
+                candidate, reference, tol_ap=tol_ap, problems=problems, half_twin=draft.half_twin
+            )
             del candidate  # it may hold the file open
         elif path.suffix in (".onnx", ".xml"):
             run_once(path, context)
@@ -217,6 +222,32 @@ def compare_latency(context: ExportContext, name: str, path: Path) -> Generator[
     return tuple(latencies([open_draft(file, context) for file in (source.path, path)], images_to_time(None)))
 
 
+def measure_costs(
+    alternatives: Mapping[str, Callable[[], Draft]], reference: Reference, suffix: str
+) -> Generator[Notice, None, tuple[PartCost, ...]]:
+    """Return what each alternative would detect on the verification images, the best first.
+
+    `suffix` is of the format's files.
+    """
+    costs = []
+    for part, make in alternatives.items():
+        yield Notice(f"verify  int8 with the {part} in float32, to find out what costs most")
+        draft = make()
+        with tempfile.TemporaryDirectory(prefix="rtdetr-int8-") as folder:
+            path = Path(folder) / f"model{suffix}"
+            draft.save(path, draft.header)
+            backend = open_backend(path, device="cpu")
+            expected, predictions = result_of(reference.predictions()), result_of(predict(backend, reference.paths))
+            del backend
+        match = match_images(list(expected.values()), list(predictions.values()), LIMITS["int8"])
+        ap = None
+        if reference.dataset is not None:
+            with contextlib.suppress(DataError):  # labelled with other classes than the model's
+                ap = average_precision(reference.dataset, predictions, draft.header)
+        costs.append(PartCost(part, match.share, ap))
+    return tuple(sorted(costs, key=lambda cost: (cost.ap or 0.0, cost.matched), reverse=True))
+
+
 def open_draft(path: Path, context: ExportContext) -> GraphBackend:
     """Open an exported file in its runtime; an engine runs on the device that it was built on."""
     if path.suffix == ".engine":
@@ -224,8 +255,3 @@ def open_draft(path: Path, context: ExportContext) -> GraphBackend:
     backend = open_backend(path, device=context.device if path.suffix == ".onnx" else "auto")
     assert isinstance(backend, GraphBackend)
     return backend
-
-
-def count_image_runs(formats: Sequence[str], images: Dataset | Sequence[Path]) -> int:
-    """Return how many images verification runs: on the model, on each format, and on the float16 twin."""
-    return (1 + len(formats) + ("fp16" in formats)) * min(len(images), MAX_IMAGES)

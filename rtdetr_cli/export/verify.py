@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ SQUARE = 1000  # pixels
 MAX_SINGLE_IMAGES = 8  # images that are also run alone: each costs a whole batch where the batch is fixed
 BATCH_SHARE = 0.95  # of detections that must stay the same when only the other images of a batch change
 
+Result = TypeVar("Result")
 Predictions = dict[int, Detections]
 """The detections of every readable image, by its position among the verification images."""
 
@@ -185,8 +186,8 @@ def verify(
     tol_ap: float | None = None,
     problems: Sequence[str] = (),
     half_twin: Backend | None = None,
-) -> Iterator[ImageRun | Verdict]:
-    """Run the whole check of one export against its model. The verdict is the last event.
+) -> Generator[ImageRun, None, Verdict]:
+    """Run the whole check of one export against its model, and return the verdict.
 
     Args:
         candidate: the export, opened from its file; its header states the precision, which chooses the limits. One
@@ -206,8 +207,7 @@ def verify(
     except Exception as error:  # each runtime raises its own kind
         contract = check_contract(candidate, reference, limits, problems)
         failed = Part(False, (f"the export does not run: {first_line(error)}",))
-        yield Verdict(precision, limits, len(expected), contract, failed, Part(None))
-        return
+        return Verdict(precision, limits, len(expected), contract, failed, Part(None))
     outside = check_rows(expected, predictions, len(candidate.header.names))
     contract = check_contract(candidate, reference, limits, [*problems, *outside])
     agreement = compare_detections(list(expected.values()), list(predictions.values()), limits)
@@ -216,7 +216,18 @@ def verify(
         twin = yield from predict(half_twin, reference.paths)
         half = compare_detections(list(expected.values()), list(twin.values()), limits)
     ap = compare_ap(reference, expected, predictions, candidate.header, limits)
-    yield Verdict(precision, limits, len(expected), contract, agreement, ap, half)
+    return Verdict(precision, limits, len(expected), contract, agreement, ap, half)
+
+
+def result_of(events: Generator[object, None, Result], advance: Callable[[], None] = lambda: None) -> Result:
+    """Run a generator to its end, call `advance` with each event, and return its result."""
+    while True:
+        try:
+            next(events)
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
+        advance()
 
 
 def predict(backend: Backend, paths: Sequence[Path]) -> Generator[ImageRun, None, Predictions]:

@@ -167,15 +167,10 @@ def name_classes(backend: Backend, names: Sequence[str], category_ids: Sequence[
     backend.header = replace(backend.header, names=tuple(names), category_ids=tuple(category_ids))
 
 
-def default_batch(backend: Backend, device: str) -> int:
+def default_batch(backend: Backend) -> int:
     """Return the graph's own batch, or one that keeps the device busy: 16 on a GPU, 4 on a CPU or for any graph."""
-    if backend.fixed_batch is not None:
-        return backend.fixed_batch
-    if backend.kind != "torch" or device == "cpu":
-        return 4
-    import torch
-
-    return 16 if torch.cuda.is_available() else 4
+    device = getattr(backend, "device", None)  # of torch
+    return backend.fixed_batch or (16 if device is not None and device.type == "cuda" else 4)
 
 
 def neighbours(path: Path) -> str:

@@ -138,29 +138,27 @@ class GraphBackend(ABC):
         """Open `self.path` in the runtime."""
 
     @abstractmethod
-    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run one batch; return every output by name."""
+    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Run one batch; return every output, in the order of `spec`."""
 
     def run(self, images: NDArray[np.uint8], sizes_wh: NDArray[np.int64]) -> list[Detections]:
         """Detect objects; see `Backend.run`."""
-        count = len(images)
-        step = self.largest_batch or max(count, 1)
+        sizes_wh = np.asarray(sizes_wh, np.int64)
+        step = self.largest_batch or max(len(images), 1)
         detections: list[Detections] = []
-        for start in range(0, count, step):
-            part, sizes = images[start : start + step], np.asarray(sizes_wh[start : start + step], np.int64)
-            part_count = len(part)
-            if self.fixed_batch is not None and part_count < self.fixed_batch:
-                padding = self.fixed_batch - part_count
-                part = np.concatenate([part, np.repeat(part[-1:], padding, axis=0)])
-                sizes = np.concatenate([sizes, np.repeat(sizes[-1:], padding, axis=0)])
-            detections.extend(self._run_part(part, sizes)[:part_count])
-        return detections
+        for start in range(0, len(images), step):
+            part, sizes = images[start : start + step], sizes_wh[start : start + step]
+            if self.fixed_batch is not None and len(part) < self.fixed_batch:
+                filled = np.minimum(np.arange(self.fixed_batch), len(part) - 1)  # with the last image
+                part, sizes = part[filled], sizes[filled]
+            detections += self._run_part(part, sizes)
+        return detections[: len(images)]
 
     def _run_part(self, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> list[Detections]:
         feeds: dict[str, NDArray[Any]] = {IMAGES: self._prepare(images)}
         if self._size_input is not None:
             feeds[SIZES] = sizes.astype(self._size_input.dtype)
-        outputs = self.infer(feeds)
+        outputs = dict(zip((item.name for item in self.spec.outputs), self.infer(feeds), strict=True))
         names = FINISHED if self._finished else RAW
         self._check_outputs([outputs[name] for name in names], names, len(images))
         if self._finished:
@@ -214,7 +212,7 @@ class GraphBackend(ABC):
 
 
 def finish_raw(
-    logits: NDArray[Any], boxes_cxcywh: NDArray[Any], sizes_wh: NDArray[np.int64], top_k: int = TOP_K
+    logits: NDArray[Any], boxes_cxcywh: NDArray[Any], sizes_wh: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
     """Post-process raw outputs as the detector does: the best pairs of query and class, without clipping.
 
@@ -222,14 +220,13 @@ def finish_raw(
         logits: (N, Q, K).
         boxes_cxcywh: (N, Q, 4), 0 to 1.
         sizes_wh: (N, 2) of the originals in pixels.
-        top_k: maximum number of rows of an image.
 
     Returns:
-        labels (N, k), boxes (N, k, 4) xyxy in pixels, scores (N, k), best first.
+        labels (N, k), boxes (N, k, 4) xyxy in pixels, scores (N, k), best first; k is `TOP_K` or fewer.
     """
     batch, _, classes = logits.shape
     flat = logits.reshape(batch, -1).astype(np.float32)
-    order = np.argsort(-flat, axis=1, kind="stable")[:, :top_k]
+    order = np.argsort(-flat, axis=1, kind="stable")[:, :TOP_K]
     with np.errstate(over="ignore"):  # the exponential of a very negative logit is infinite, and its score 0
         scores = 1 / (1 + np.exp(-np.take_along_axis(flat, order, axis=1)))
     centres = np.take_along_axis(boxes_cxcywh.astype(np.float32), (order // classes)[..., None], axis=1)

@@ -15,7 +15,7 @@ from rtdetr_cli.errors import ModelError
 from rtdetr_cli.infer.backend import check_model_path
 from rtdetr_cli.infer.graph import FINISHED, IMAGES, RAW, first_line
 from rtdetr_cli.weights.binding import PARTS, header_path, read_export_header, status
-from rtdetr_cli.weights.header import EXPORT_SUFFIXES, METADATA_KEY, ModelHeader
+from rtdetr_cli.weights.header import EXPORT_SUFFIXES, METADATA_KEY, ModelHeader, read_layout
 
 # Names of types in safetensors, ONNX and OpenVINO -> numpy's.
 _TYPE_NAMES = {"float": "float32", "bf16": "bfloat16", "f64": "float64", "i64": "int64", "i32": "int32", "u8": "uint8"}
@@ -68,8 +68,6 @@ def graph_precision(facts: Mapping[str, Any]) -> str | None:
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
-    from rtdetr_cli.weights.header import read_layout
-
     layout = read_layout(path)
     text = layout.metadata.get(METADATA_KEY)
     if text is None and {n.split(".", 1)[0] for n in layout.tensors} & {"model", "decoder", "conv1", "stem"}:
@@ -108,14 +106,6 @@ def _onnx(path: Path) -> dict[str, Any]:
             code="model-unreadable",
         ) from error
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    operators: Counter[str] = Counter()
-    graphs = [model.graph]
-    while graphs:
-        graph = graphs.pop()
-        for node in graph.node:
-            tanh = any(a.name == "approximate" and a.s == b"tanh" for a in node.attribute)
-            operators[f"{node.op_type}(tanh)" if tanh else node.op_type] += 1
-            graphs.extend(a.g for a in node.attribute if a.HasField("g"))
     opsets = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
     initializers = {initializer.name for initializer in model.graph.initializer}
     text = metadata.get(METADATA_KEY)
@@ -129,9 +119,21 @@ def _onnx(path: Path) -> dict[str, Any]:
         "inputs": inputs,
         "outputs": outputs,
         **_count_tensors(path, (("", _onnx_type(t.data_type), t.dims) for t in model.graph.initializer)),
-        "operators": dict(operators.most_common()),
+        "operators": dict(count_operators(model).most_common()),
         "header": ModelHeader.from_json(text, source=str(path)) if text else None,
     }
+
+
+def count_operators(model: Any) -> Counter[str]:
+    """Count the operators of an ONNX model, including those in branches and functions."""
+    counts: Counter[str] = Counter()
+    blocks = [model.graph, *model.functions]
+    while blocks:
+        for node in blocks.pop().node:
+            tanh = any(a.name == "approximate" and a.s == b"tanh" for a in node.attribute)
+            counts[f"{node.op_type}(tanh)" if tanh else node.op_type] += 1
+            blocks.extend(a.g for a in node.attribute if a.HasField("g"))
+    return counts
 
 
 def _onnx_port(value: Any) -> dict[str, Any]:

@@ -63,7 +63,6 @@ class OnnxBackend(GraphBackend):
                 hint="the file is truncated or not an ONNX model; export it again",
                 code="model-unreadable",
             ) from error
-        self._outputs = [item.name for item in outputs]
         header = ModelHeader.from_json(text, source=str(self.path)) if text else None
         return GraphSpec(header, inputs, outputs)
 
@@ -75,10 +74,11 @@ class OnnxBackend(GraphBackend):
         shape = tuple(n if isinstance(n, int) and n > 0 else None for n in value.shape)
         return TensorSpec(value.name, np.dtype(_TYPES[value.type]), shape)
 
-    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run one batch; return every output by name."""
+    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Run one batch; return every output, in the order of `spec`."""
         try:
-            return dict(zip(self._outputs, self.session.run(None, dict(feeds)), strict=True))
+            outputs: list[NDArray[Any]] = self.session.run(None, dict(feeds))
+            return outputs
         except Exception as error:
             shape = "x".join(str(n) for n in feeds["images"].shape)
             raise ModelError(f"{self.path} fails on a batch of {shape}: {_reason(error)}", code="model-run") from error

@@ -50,7 +50,6 @@ class OpenvinoBackend(GraphBackend):
                 text = str(model.get_rt_info([METADATA_KEY]).astype(str))
                 header = ModelHeader.from_json(text, source=str(self.path))
             inputs, outputs = [_spec(value) for value in model.inputs], [_spec(value) for value in model.outputs]
-            self._outputs = [item.name for item in outputs]
             self._compiled = core.compile_model(model, name, settings)
         except ModelError:
             raise
@@ -62,13 +61,13 @@ class OpenvinoBackend(GraphBackend):
             ) from error
         return GraphSpec(header, inputs, outputs)
 
-    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run one batch; return every output by name."""
+    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Run one batch; return every output, in the order of `spec`."""
         try:
             results = self._compiled(dict(feeds))
         except RuntimeError as error:
             raise ModelError(f"{self.path} fails on this batch: {first_line(error)}", code="model-run") from error
-        return {name: np.array(results[name]) for name in self._outputs}
+        return [np.array(results[item.name]) for item in self.spec.outputs]
 
 
 def openvino_core() -> Any:

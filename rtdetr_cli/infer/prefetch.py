@@ -61,12 +61,7 @@ def read_source(source: ImageSource) -> NDArray[np.uint8]:
 
 
 def prefetch(
-    images: Sequence[ImageSource],
-    hw: tuple[int, int],
-    *,
-    threads: int | None = None,
-    ahead: int | None = None,
-    keep: bool = False,
+    images: Sequence[ImageSource], hw: tuple[int, int], *, ahead: int | None = None, keep: bool = False
 ) -> Generator[Prefetched, None, None]:
     """Yield images in order, decoded and stretched ahead of use; one that cannot be read comes with its error.
 
@@ -82,7 +77,7 @@ def prefetch(
                 error = ImageError(f"{source}: {error.message}", code=error.code)
             return Prefetched(position, None, None, error)
 
-    return read_ahead(read, enumerate(images), threads=threads, ahead=ahead)
+    return read_ahead(read, enumerate(images), ahead=ahead)
 
 
 def read_ahead(

@@ -13,7 +13,7 @@ from rtdetr_cli.boxes import iou
 from rtdetr_cli.errors import UsageError
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.duplicates import gamma_word
-from rtdetr_cli.text import counted, whole_number
+from rtdetr_cli.text import abbreviate, counted, whole_number
 from rtdetr_cli.weights.header import ModelHeader, Thresholds
 
 DEFAULT_THRESHOLD = 0.5
@@ -98,10 +98,10 @@ def describe_thresholds(thresholds: Thresholds) -> str:
     return f"{min(values):.3f} to {max(values):.3f} by class ({target})"
 
 
-def overlaps(detections: Detections, iou_above: float = 0.7) -> int:
-    """Return how many of the detections of an image, best first, overlap one with a higher score."""
+def overlaps(detections: Detections) -> int:
+    """Return how many of the detections of an image, best first, overlap one with a higher score (IoU above 0.7)."""
     boxes = detections.boxes_xyxy_px
-    return int((np.triu(iou(boxes[:, None], boxes[None]), k=1) > iou_above).any(axis=0).sum())
+    return int((np.triu(iou(boxes[:, None], boxes[None]), k=1) > 0.7).any(axis=0).sum())
 
 
 def threshold_mismatch(header: ModelHeader, imgsz: tuple[int, int]) -> tuple[str, str] | None:
@@ -114,24 +114,21 @@ def threshold_mismatch(header: ModelHeader, imgsz: tuple[int, int]) -> tuple[str
     stored = header.thresholds
     if stored is None:
         return None
-    calibrated, used, flags = [], [], []
+    differences: list[tuple[str, str, str]] = []  # each as calibrated, as used, and as a flag
     size = stored.imgsz or header.imgsz
     if size != imgsz:
-        calibrated.append(f"{size[0]}x{size[1]}")
-        used.append(f"{imgsz[0]}x{imgsz[1]}")
-        flags.append(f"--imgsz {used[-1]}")
-    settings = (("layer", "layers", stored.layers, header.layers), ("query", "queries", stored.queries, header.queries))
-    for singular, plural, before, now in settings:
-        if before and now and before != now:
-            calibrated.append(counted(before, singular, plural))
-            used.append(counted(now, singular, plural))
-            flags.append(f"--{plural} {now}")
+        before, now = ("x".join(map(str, sides)) for sides in (size, imgsz))
+        differences.append((before, now, f"--imgsz {now}"))
+    numbers = (("layer", "layers", stored.layers, header.layers), ("query", "queries", stored.queries, header.queries))
+    for singular, plural, old, new in numbers:
+        if old and new and old != new:
+            differences.append((counted(old, singular, plural), counted(new, singular, plural), f"--{plural} {new}"))
     if stored.dedupe is not None and stored.dedupe != header.dedupe_gamma:
-        calibrated.append(f"--dedupe {gamma_word(stored.dedupe)}")
-        used.append(f"--dedupe {gamma_word(header.dedupe_gamma)}")
-        flags.append(used[-1])
-    if not flags:
+        before, now = (f"--dedupe {gamma_word(gamma)}" for gamma in (stored.dedupe, header.dedupe_gamma))
+        differences.append((before, now, now))
+    if not differences:
         return None
+    calibrated, used, flags = zip(*differences, strict=True)
     warning = (
         f"the stored thresholds were calibrated at {', '.join(calibrated)} and are used at {', '.join(used)}, "
         "where scores differ"
@@ -162,12 +159,11 @@ def resolve_classes(words: Sequence[str], names: Sequence[str]) -> tuple[int, ..
     for word in words:
         stripped = word.strip()
         requested += [stripped] if stripped in names else [part.strip() for part in word.split(",") if part.strip()]
-    exact = {name: label for label, name in reversed(list(enumerate(names)))}
     folded = {name.casefold(): label for label, name in reversed(list(enumerate(names)))}
     labels: list[int] = []
     unknown: list[str] = []
     for word in requested:
-        label = exact.get(word, folded.get(word.casefold()))
+        label = names.index(word) if word in names else folded.get(word.casefold())
         if label is None and not names:
             label = whole_number(word.removeprefix("class").strip())
         if label is None:
@@ -191,5 +187,4 @@ def _class_hint(unknown: Sequence[str], names: Sequence[str]) -> str:
     close = [folded[m[0]] for word in unknown if (m := get_close_matches(word.casefold(), folded, n=1, cutoff=0.6))]
     if close:
         return f"did you mean {', '.join(dict.fromkeys(close))}?"
-    listed = ", ".join(names[:12])
-    return f"it has {listed}" + (f" and {len(names) - 12} more (rtdetr info MODEL)" if len(names) > 12 else "")
+    return f"it has {abbreviate(names, 12)}" + (" (rtdetr info MODEL)" if len(names) > 12 else "")

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from rtdetr_cli.errors import DataError, UsageError
 from rtdetr_cli.files import missing_path_hint
 from rtdetr_cli.images.decode import IMAGE_SUFFIXES, ImageError
+from rtdetr_cli.text import abbreviate
 
 VIDEO_SUFFIXES = frozenset((".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"))
 _SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
@@ -67,7 +68,7 @@ def find_sources(words: Sequence[str], listed: Iterable[str] = ()) -> list[Sourc
     if not found:
         raise DataError("the list on stdin is empty", hint="ls images/*.jpg | rtdetr predict -", code="no-images")
     sources: dict[str, Source] = {}
-    names = _Names()
+    used = {"classes": False}  # the list of classes is a result too
     for path, base, url in found:
         key = url or os.path.abspath(path)  # symbolic links are not resolved
         if key in sources:
@@ -75,30 +76,26 @@ def find_sources(words: Sequence[str], listed: Iterable[str] = ()) -> list[Sourc
         inside = path.relative_to(base) if path.is_relative_to(base) else Path(path.name)
         stem = inside.with_suffix("") if inside.name not in ("", "..") else Path("image")
         video = path.suffix.lower() in VIDEO_SUFFIXES
-        sources[key] = Source(path, names.unique(stem, video=video), video, url)
+        sources[key] = Source(path, _unique_name(stem, used, video=video), video, url)
     return list(sources.values())
 
 
-class _Names:
-    """Names of results that are in use: also those of a video's frames, and of the list of classes."""
+def _unique_name(stem: Path, used: dict[str, bool], *, video: bool) -> Path:
+    """Return a name as it is, or with a number that makes it different from all earlier ones.
 
-    def __init__(self) -> None:
-        self._used, self._videos = {"classes"}, set[str]()
-
-    def unique(self, stem: Path, *, video: bool) -> Path:
-        """Return a name as it is, or with a number that makes it different from all earlier ones."""
-        for number in itertools.count(1):
-            name = stem if number == 1 else stem.with_name(f"{stem.name}_{number}")
-            folded = str(name).casefold()
-            frame = re.fullmatch(r"(.*)_[0-9]{6,}", folded, re.DOTALL)
-            is_frame = frame is not None and frame[1] in self._videos
-            has_frames = video and any(re.fullmatch(re.escape(folded) + "_[0-9]{6,}", used) for used in self._used)
-            if folded not in self._used and not is_frame and not has_frames:
-                self._used.add(folded)
-                if video:
-                    self._videos.add(folded)
-                return name
-        raise AssertionError("unreachable")
+    `used` has the earlier names, and whether each is that of a video, whose frames have names as well.
+    """
+    name = stem
+    for number in itertools.count(2):
+        folded = str(name).casefold()
+        frame = re.fullmatch(r"(.*)_[0-9]{6,}", folded, re.DOTALL)
+        is_frame = frame is not None and used.get(frame[1], False)
+        has_frames = video and any(re.fullmatch(re.escape(folded) + "_[0-9]{6,}", other) for other in used)
+        if folded not in used and not is_frame and not has_frames:
+            used[folded] = video
+            break
+        name = stem.with_name(f"{stem.name}_{number}")
+    return name
 
 
 def is_url(word: str) -> bool:
@@ -209,5 +206,5 @@ def _pattern_hint(pattern: Path) -> str:
     name = "this folder" if folder == Path() else str(folder)
     files = sorted(p.name for p in folder.iterdir() if _is_source(p))
     if files:
-        return f"{name} contains {', '.join(files[:3])}" + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+        return f"{name} contains {abbreviate(files, 3)}"
     return f"{name} contains no images or videos; {folder / '**' / '*.jpg'} matches in subfolders too"

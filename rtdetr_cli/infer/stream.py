@@ -56,21 +56,12 @@ class Predicted:
     best_score: float | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Unreadable:
-    """An image that could not be read."""
-
-    source: Source
-    error: ImageError
-
-
 def detect_images(
     backend: Backend, images: Sequence[ImageSource], *, batch: int = 1, keep: bool = False
 ) -> Generator[Detected, None, None]:
     """Run a backend over images in order, `batch` at a time; `keep` returns the originals too."""
     ahead = max(4, 2 * batch)  # with less than two batches, the network would wait for the rest of each
-    threads = 1 if len(images) == 1 else None
-    return _run_batches(backend, prefetch(images, backend.imgsz, threads=threads, ahead=ahead, keep=keep), batch)
+    return _run_batches(backend, prefetch(images, backend.imgsz, ahead=ahead, keep=keep), batch)
 
 
 def predict_images(
@@ -80,13 +71,16 @@ def predict_images(
     *,
     batch: int = 1,
     draw_to: Path | None = None,
-) -> Generator[Predicted | Unreadable, None, None]:
-    """Predict images in order; threads draw annotated copies and write them to `draw_to`."""
+) -> Generator[Predicted | ImageError, None, None]:
+    """Predict images in order, or give the error of one that cannot be read.
 
-    def finish(result: Detected) -> Predicted | Unreadable:
+    Threads draw annotated copies and write them to `draw_to`.
+    """
+
+    def finish(result: Detected) -> Predicted | ImageError:
         source = sources[result.item.position]
         if result.item.error is not None:
-            return Unreadable(source, result.item.error)
+            return result.item.error
         predicted = _select(source, result, selection)
         if draw_to is not None:
             save_image(_draw(result, predicted), draw_to / saved_name(source))

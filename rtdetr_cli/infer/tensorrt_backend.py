@@ -31,7 +31,7 @@ _TYPES = {
 
 
 class TensorrtBackend(GraphBackend):
-    """An engine with its buffers. It runs only on the kind of GPU and the TensorRT version that built it."""
+    """An engine. It runs only on the kind of GPU and the TensorRT version that built it."""
 
     kind = "tensorrt"
 
@@ -63,40 +63,34 @@ class TensorrtBackend(GraphBackend):
         self._runtime = tensorrt.Runtime(self._logger)
         with torch.cuda.stream(self._stream):  # TensorRT loads an engine on the current device; a no-op for None
             self._engine = self._runtime.deserialize_cuda_engine(self.path.read_bytes())
-        if self._engine is None:
-            raise ModelError(
-                f"{self.path} does not open in TensorRT {tensorrt.__version__}: it is truncated, or was built by "
-                "another version or for another GPU",
-                hint="build it again on this machine: rtdetr export MODEL --trt-fp16",
-                code="model-unreadable",
-            )
-        with torch.cuda.stream(self._stream):
+            if self._engine is None:
+                raise ModelError(
+                    f"{self.path} does not open in TensorRT {tensorrt.__version__}: it is truncated, or was built by "
+                    "another version or for another GPU",
+                    hint="build it again on this machine: rtdetr export MODEL --trt-fp16",
+                    code="model-unreadable",
+                )
             self._context = self._engine.create_execution_context()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         inputs = [n for n in names if self._engine.get_tensor_mode(n) == tensorrt.TensorIOMode.INPUT]
-        self._outputs = [n for n in names if n not in inputs]
-        self._buffers: dict[str, Any] = {}
+        outputs = [n for n in names if n not in inputs]
         max_batch = None
         if IMAGES in inputs and self._engine.get_tensor_shape(IMAGES)[0] < 0:
             _, _, largest = self._engine.get_tensor_profile_shape(IMAGES, 0)
             max_batch = int(largest[0])
-        input_specs, output_specs = map(self._spec, inputs), map(self._spec, self._outputs)
-        return GraphSpec(header, list(input_specs), list(output_specs), max_batch)
+        return GraphSpec(header, list(map(self._spec, inputs)), list(map(self._spec, outputs)), max_batch)
 
     def _spec(self, name: str) -> TensorSpec:
-        shape = tuple(int(n) if n >= 0 else None for n in self._engine.get_tensor_shape(name))
-        return TensorSpec(name, np.dtype(self._dtype(name)), shape)
-
-    def _dtype(self, name: str) -> type[np.generic]:
         kind = self._engine.get_tensor_dtype(name)
         type_name = getattr(kind, "name", str(kind).rpartition(".")[2])
         if type_name not in _TYPES:
             message = f"{self.path}: the tensor {name} has the unsupported type {type_name}"
             raise ModelError(message, code="model-foreign")
-        return _TYPES[type_name]
+        shape = tuple(int(n) if n >= 0 else None for n in self._engine.get_tensor_shape(name))
+        return TensorSpec(name, np.dtype(_TYPES[type_name]), shape)
 
-    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run one batch; return every output by name."""
+    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Run one batch; return every output, in the order of `spec`."""
         import torch
 
         stream = self._stream.cuda_stream if self._stream is not None else 0
@@ -112,20 +106,17 @@ class TensorrtBackend(GraphBackend):
                         code="model-run",
                     )
                 self._context.set_tensor_address(name, tensor.data_ptr())
-            results = {}
-            for name in self._outputs:
-                shape = tuple(int(n) for n in self._context.get_tensor_shape(name))
-                buffer = self._buffers.get(name)
-                if buffer is None or tuple(buffer.shape) != shape:
-                    kind = torch.from_numpy(np.zeros(0, self._dtype(name))).dtype
-                    buffer = self._buffers[name] = torch.empty(shape, dtype=kind, device=self._device)
-                self._context.set_tensor_address(name, buffer.data_ptr())
-                results[name] = buffer
+            results = []
+            for item in self.spec.outputs:
+                shape = tuple(int(n) for n in self._context.get_tensor_shape(item.name))
+                kind = torch.from_numpy(np.zeros(0, item.dtype)).dtype
+                results.append(torch.empty(shape, dtype=kind, device=self._device))
+                self._context.set_tensor_address(item.name, results[-1].data_ptr())
             if not self._context.execute_async_v3(stream):
                 raise ModelError(f"TensorRT could not run {self.path.name}", code="model-run")
             if self._stream is not None:
                 self._stream.synchronize()
-            return {name: buffer.cpu().numpy().copy() for name, buffer in results.items()}
+            return [buffer.cpu().numpy() for buffer in results]
 
 
 def import_tensorrt(*, rtx: bool = False) -> Any:

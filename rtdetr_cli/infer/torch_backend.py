@@ -12,6 +12,7 @@ from rtdetr_cli.errors import EnvironmentProblem, UsageError
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.model.postprocess import select_detections
+from rtdetr_cli.text import counted
 from rtdetr_cli.weights.header import ModelHeader, own_header
 
 
@@ -105,7 +106,7 @@ def choose_device(device: str) -> torch.device:
     if chosen.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (chosen.index or 0) >= count:
-            devices = f"{count} CUDA device{'s' if count != 1 else ''}" if count else "no CUDA device"
+            devices = counted(count, "CUDA device") if count else "no CUDA device"
             message = f"device {device} was not found: torch sees {devices}"
             raise EnvironmentProblem(message, hint="--device cpu, or rtdetr doctor")
     elif chosen.type == "mps" and not torch.backends.mps.is_available():

@@ -142,7 +142,5 @@ def coco_image_ids(sources: Sequence[Source], by_file: Mapping[str, int] | None 
         ids[str(source.name)] = str(source.name) if number is None else number
     if len(set(ids.values())) < len(ids):  # 7.jpg and 007.jpg, or the same number in two folders
         ids = {name: name for name in ids}
-    for source in sources:
-        if by_file and source.path.name in by_file:
-            ids[str(source.name)] = by_file[source.path.name]
-    return ids
+    known = by_file or {}
+    return ids | {str(source.name): known[source.path.name] for source in sources if source.path.name in known}

@@ -86,8 +86,10 @@ def write_export_header(path: Path, header: ModelHeader) -> None:
         return
     span = find_header(path)
     if kind == "onnx":
-        entry = _onnx_field(1, METADATA_KEY.encode()) + _onnx_field(2, text.encode())
-        data = _onnx_field(_METADATA_FIELD, entry)
+        import onnx
+
+        entry = onnx.StringStringEntryProto(key=METADATA_KEY, value=text)
+        data = onnx.ModelProto(metadata_props=[entry]).SerializeToString()
     else:
         data = f'<{METADATA_KEY} value="{html.escape(text)}" />'.encode()
         if span.text is None and not path.read_bytes().startswith(b"</rt_info>", span.end):
@@ -260,18 +262,6 @@ def _read_varint(file: IO[bytes]) -> int:
             return value
         shift += 7
     raise ValueError("it is not a protobuf file")
-
-
-def _onnx_field(number: int, value: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*encoded, value])
 
 
 def _openvino_span(data: bytes) -> HeaderSpan:

@@ -12,6 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,6 +55,8 @@ _REASONS = {
     "ConnectionError": "no connection",
     "ConnectTimeout": "no response",
     "ReadTimeout": "no response",
+}
+_HOPELESS = {
     "ProxyError": "the proxy refused the connection",
     "SSLError": "no secure connection",
     "TooManyRedirects": "the server redirects without end",
@@ -61,7 +64,6 @@ _REASONS = {
     "InvalidSchema": "not a valid address",
     "InvalidURL": "not a valid address",
 }
-_HOPELESS = {"ProxyError", "SSLError", "TooManyRedirects", "MissingSchema", "InvalidSchema", "InvalidURL"}
 
 
 class _Failure(Exception):
@@ -87,10 +89,8 @@ def offline() -> bool:
     return os.environ.get(OFFLINE_VARIABLE, "").lower() not in ("", "0", "false", "no")
 
 
-def download(
-    url: str, part: Path, *, name: str, hint: str, progress: ShowProgress | None = None, limits: Limits | None = None
-) -> None:
-    """Download `url` to `part`, whose folder exists; continue what is there from an earlier attempt.
+def download(url: str, part: Path, *, name: str, hint: str, progress: ShowProgress | None = None) -> None:
+    """Download `url` to `part`, whose folder exists, within `LIMITS`; continue what is there from an earlier attempt.
 
     Args:
         url: the address.
@@ -98,21 +98,19 @@ def download(
         name: of the file, in messages.
         hint: what to do when it fails.
         progress: a display of the bytes.
-        limits: time limits.
 
     Raises:
         ModelError: it did not arrive. What did is kept only where it can be continued.
     """
-    limits = limits or LIMITS
-    deadline = time.monotonic() + limits.total
-    for attempt in range(limits.attempts):
+    deadline = time.monotonic() + LIMITS.total
+    for attempt in range(LIMITS.attempts):
         try:
-            _attempt(url, part, name, progress, limits, deadline)
+            _attempt(url, part, name, progress, deadline)
             _record_path(part).unlink(missing_ok=True)
             return
         except _Failure as failure:
-            pause = limits.wait * 2**attempt
-            if failure.final or attempt + 1 == limits.attempts or time.monotonic() + pause > deadline:
+            pause = LIMITS.wait * 2**attempt
+            if failure.final or attempt + 1 == LIMITS.attempts or time.monotonic() + pause > deadline:
                 raise _gave_up(failure, url, part, name, hint) from failure
             time.sleep(pause)
         except BaseException:
@@ -127,7 +125,7 @@ def discard(part: Path) -> None:
 
 
 @contextmanager
-def exclusive(part: Path, progress: ShowProgress | None = None, limits: Limits | None = None) -> Iterator[None]:
+def exclusive(part: Path, progress: ShowProgress | None = None) -> Iterator[None]:
     """Keep other processes from downloading the same file; wait where one does.
 
     Raises:
@@ -135,7 +133,6 @@ def exclusive(part: Path, progress: ShowProgress | None = None, limits: Limits |
     """
     import filelock
 
-    total = (limits or LIMITS).total
     lock = filelock.FileLock(part.with_name(part.name + ".lock"))
     try:
         lock.acquire(timeout=0)
@@ -143,9 +140,9 @@ def exclusive(part: Path, progress: ShowProgress | None = None, limits: Limits |
         what = f"waiting for another process that fetches {part.name}"
         with progress(None, what) if progress else nullcontext():
             try:
-                lock.acquire(timeout=total, poll_interval=0.2)
+                lock.acquire(timeout=LIMITS.total, poll_interval=0.2)
             except filelock.Timeout:
-                message = f"another process has been downloading {part.name} for {total:.0f} s"
+                message = f"another process has been downloading {part.name} for {LIMITS.total:.0f} s"
                 raise ModelError(message, hint="end it, and try again", code="weights-locked") from None
     try:
         yield
@@ -153,9 +150,10 @@ def exclusive(part: Path, progress: ShowProgress | None = None, limits: Limits |
         lock.release()
 
 
-def _attempt(url: str, part: Path, name: str, progress: ShowProgress | None, limits: Limits, deadline: float) -> None:
+def _attempt(url: str, part: Path, name: str, progress: ShowProgress | None, deadline: float) -> None:
     """Make one request and store what it brings."""
     import requests
+    from urllib3.exceptions import HTTPError
 
     record = _read_record(part)
     begin = part.stat().st_size if record is not None and record.url == url and part.is_file() else 0
@@ -164,7 +162,7 @@ def _attempt(url: str, part: Path, name: str, progress: ShowProgress | None, lim
     if begin and record is not None:
         headers |= {"Range": f"bytes={begin}-", "If-Range": record.validator}
     try:
-        with _open(url, headers, limits, deadline) as response:
+        with _open(url, headers, deadline) as response:
             if response.status_code == 416:
                 discard(part)
                 raise _Failure("the server cannot continue the file")
@@ -173,7 +171,8 @@ def _attempt(url: str, part: Path, name: str, progress: ShowProgress | None, lim
                 raise _Failure(f"the server answered {response.status_code}", final=not again)
             if url.startswith("https:") and not response.url.startswith("https:"):
                 raise _Failure("the server redirects to an address without encryption", final=True)
-            if response.status_code != 206 or not _continues(response, begin):
+            continued = response.headers.get("Content-Range", "").startswith(f"bytes {begin}-")
+            if response.status_code != 206 or not continued:
                 begin = 0
             source = _source(url, response, begin)
             if not begin:
@@ -186,7 +185,7 @@ def _attempt(url: str, part: Path, name: str, progress: ShowProgress | None, lim
             with display as bar, part.open("ab") as file:
                 if bar is not None and begin:
                     bar.advance(begin)
-                for chunk in _chunks(response, limits, deadline):
+                for chunk in _chunks(response, deadline):
                     file.write(chunk)
                     if bar is not None:
                         bar.advance(len(chunk))
@@ -196,40 +195,36 @@ def _attempt(url: str, part: Path, name: str, progress: ShowProgress | None, lim
     except requests.exceptions.RequestException as error:
         reason = type(error).__name__
         unreachable = not begin and _never_connected(error)  # with a part at hand, the network has worked before
-        raise _Failure(_REASONS.get(reason, reason), final=unreachable or reason in _HOPELESS) from error
-    except _network_errors() as error:
+        raise _Failure((_REASONS | _HOPELESS).get(reason, reason), final=unreachable or reason in _HOPELESS) from error
+    except (HTTPError, TimeoutError, ConnectionError) as error:
         raise _Failure("the connection was lost") from error
 
 
-def _open(url: str, headers: dict[str, str], limits: Limits, deadline: float) -> requests.Response:
+def _open(url: str, headers: dict[str, str], deadline: float) -> requests.Response:
     """Send a request, and wait for the answer no longer than the limits say, however slowly its headers come."""
     import requests
 
-    answer: list[requests.Response | BaseException] = []
-    abandoned = threading.Event()
+    answer: Future[requests.Response] = Future()
 
     def send() -> None:
         try:
-            response = requests.get(url, stream=True, timeout=limits.silence, headers=headers)
+            answer.set_result(requests.get(url, stream=True, timeout=LIMITS.silence, headers=headers))
         except BaseException as error:
-            answer.append(error)
-            return
-        answer.append(response)
-        if abandoned.is_set():
-            response.close()
+            answer.set_exception(error)
 
-    thread = threading.Thread(target=send, daemon=True)
-    thread.start()
-    thread.join(max(0.0, min(2 * limits.silence, deadline - time.monotonic())))
-    if not answer:
-        abandoned.set()
-        raise _Failure("no response")
-    if isinstance(answer[0], BaseException):
-        raise answer[0]
-    return answer[0]
+    def close(late: Future[requests.Response]) -> None:
+        if late.exception() is None:
+            late.result().close()
+
+    threading.Thread(target=send, daemon=True).start()
+    try:
+        return answer.result(max(0.0, min(2 * LIMITS.silence, deadline - time.monotonic())))
+    except TimeoutError:
+        answer.add_done_callback(close)
+        raise _Failure("no response") from None
 
 
-def _chunks(response: requests.Response, limits: Limits, deadline: float) -> Iterator[bytes]:
+def _chunks(response: requests.Response, deadline: float) -> Iterator[bytes]:
     """Yield the bytes of a response as they come; a server that is too slow counts as lost."""
     since, received = time.monotonic(), 0
     while chunk := response.raw.read1(CHUNK):
@@ -237,15 +232,11 @@ def _chunks(response: requests.Response, limits: Limits, deadline: float) -> Ite
         received += len(chunk)
         now = time.monotonic()
         if now > deadline:
-            raise _Failure(f"it took longer than {limits.total:.0f} s", final=True)
-        if now - since >= limits.silence:
-            if received < limits.slowest * (now - since):
+            raise _Failure(f"it took longer than {LIMITS.total:.0f} s", final=True)
+        if now - since >= LIMITS.silence:
+            if received < LIMITS.slowest * (now - since):
                 raise _Failure(f"the server sent only {received:,} bytes in {now - since:.0f} s")
             since, received = now, 0
-
-
-def _continues(response: requests.Response, begin: int) -> bool:
-    return response.headers.get("Content-Range", "").startswith(f"bytes {begin}-")
 
 
 def _source(url: str, response: requests.Response, begin: int) -> _Source:
@@ -295,9 +286,3 @@ def _never_connected(error: Exception) -> bool:
 
     reason = getattr(error.args[0], "reason", None) if error.args else None
     return isinstance(error, ConnectTimeout) or isinstance(reason, NewConnectionError)
-
-
-def _network_errors() -> tuple[type[Exception], ...]:
-    from urllib3.exceptions import HTTPError
-
-    return (HTTPError, TimeoutError, ConnectionError)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -215,10 +217,17 @@ def is_safetensors(path: Path) -> bool:
 
 def first_bytes(path: Path) -> bytes:
     """Return the first 512 bytes of a model file; raises ModelError where there are none to read."""
-    try:
+    with _model_errors(path):
         require_regular(path)
         with path.open("rb") as file:
             return file.read(512)
+
+
+@contextmanager
+def _model_errors(path: Path) -> Iterator[None]:
+    """Raise ModelError where a model file cannot be read."""
+    try:
+        yield
     except FileNotFoundError:
         raise ModelError(f"there is no model file {path}", code="model-missing") from None
     except IsADirectoryError:
@@ -242,7 +251,7 @@ def read_layout(path: Path) -> Layout:
     Raises:
         ModelError: the file is missing, truncated, or not a safetensors file.
     """
-    try:
+    with _model_errors(path):
         size = require_regular(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -251,10 +260,6 @@ def read_layout(path: Path) -> Layout:
             if 8 + length > size:
                 raise _truncated(path, size, 8 + length)
             text = file.read(length)
-    except FileNotFoundError:
-        raise ModelError(f"there is no model file {path}", code="model-missing") from None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}", code="model-unreadable") from error
     try:
         tensors = parse_json(text)
         metadata = doc.table(doc.text)(tensors.pop("__metadata__", {}))

@@ -23,6 +23,7 @@ from rtdetr_cli.errors import ModelError, RtdetrError
 from rtdetr_cli.files import HOME_VARIABLE, atomic_write, cache_folder, sync_folder
 from rtdetr_cli.weights.catalogue import MIRROR_VARIABLE, Published, catalogue, find_by_file, find_published
 from rtdetr_cli.weights.download import OFFLINE_VARIABLE, ShowProgress, discard, download, exclusive, offline
+from rtdetr_cli.weights.header import first_bytes
 
 if TYPE_CHECKING:
     from rtdetr_cli.weights.published import PublishedFile
@@ -112,11 +113,11 @@ def fetch(
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(part.parent)
         with exclusive(part, progress):
-            if path.is_file() and not force:  # another process has fetched it
-                verify(name, notify=notify)
-                return path
             if force:
                 discard(part)
+            elif path.is_file():  # another process has fetched it
+                verify(name, notify=notify)
+                return path
             by_hand = manual_download_hint(entry)
             download(entry.url, part, name=entry.file, hint=by_hand, progress=progress)
             try:
@@ -257,9 +258,7 @@ def _check(
     expected = entry.sha256 if force else expected_sha256(entry.file)
     sha256, code = file_sha256(path), "weights-foreign"
     size = path.stat().st_size
-    with path.open("rb") as file:
-        is_web_page = file.read(512).lstrip()[:1] == b"<"
-    if is_web_page:
+    if first_bytes(path).lstrip()[:1] == b"<":
         problem = f"it is a web page of {size:,} bytes"
     elif entry.bytes and size != entry.bytes:
         problem = f"it has {size:,} bytes, not {entry.bytes:,}"

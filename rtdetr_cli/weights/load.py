@@ -121,7 +121,15 @@ def load_published(path: Path, file: PublishedFile, sampling: str | None = None)
         sampling=method,
         layers=file.spec.eval_layers,
         identity=tensors_identity(file.state),
-        extra={**header.extra, **_origin(path, file)},
+        extra={
+            **header.extra,
+            "layout": file.layout,
+            "source": path.name,
+            "maker": file.maker,
+            "tensors_loaded": file.tensors_total,
+            "tensors_total": file.tensors_total,
+            **({"v1": True} if file.is_v1 else {}),
+        },
     )
     model.set_inference(queries=header.queries)
     return model, header
@@ -133,12 +141,6 @@ def published_sampling(path: Path, file: PublishedFile) -> str:
         return file.header.sampling
     entry = find_by_file(path.name)
     return entry.sampling if entry is not None else "bilinear"
-
-
-def _origin(path: Path, file: PublishedFile) -> dict[str, object]:
-    origin = {"layout": file.layout, "source": path.name, "maker": file.maker}
-    total = file.tensors_total
-    return {**origin, "tensors_loaded": total, "tensors_total": total, **({"v1": True} if file.is_v1 else {})}
 
 
 def _load_into(
@@ -154,12 +156,6 @@ def _load_into(
     model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # type: ignore[no-untyped-call]
     model.load_state_dict(dict(state))
     return model
-
-
-def load_strictly(model: RTDETR, state: Mapping[str, Tensor], *, source: str, hint: str = LOADABLE_HINT) -> None:
-    """Load a state dict that fits exactly, see `check_fit`."""
-    check_fit(model, state, source=source, hint=hint)
-    model.load_state_dict(dict(state))
 
 
 def check_fit(model: RTDETR, state: Mapping[str, Tensor], *, source: str, hint: str = LOADABLE_HINT) -> None:

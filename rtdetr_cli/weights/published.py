@@ -79,12 +79,9 @@ def read_published(path: Path) -> PublishedFile:
     check_tensors(state, source=str(path))
     total = len(state)
     if any(n.startswith(("model.backbone.", "model.encoder.")) for n in state):
-        found = read_transformers(path, state)
-        layout = f"{_version(found.is_v1)} of transformers"
-        classes = len(found.header.names)
-        return PublishedFile(
-            found.state, found.spec, classes, layout, total, None, "transformers", found.is_v1, found.header
-        )
+        state, spec, header, is_v1 = read_transformers(path, state)
+        layout = f"{_version(is_v1)} of transformers"
+        return PublishedFile(state, spec, len(header.names), layout, total, None, "transformers", is_v1, header)
     if all(n.startswith("module.") for n in state):  # saved from within a data-parallel wrapper
         state = {n.removeprefix("module."): t for n, t in state.items()}
     state, is_v1 = from_official(state)

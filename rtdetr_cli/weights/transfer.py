@@ -17,7 +17,7 @@ from rtdetr_cli.config.presets import load_preset, preset_names
 from rtdetr_cli.errors import ModelError
 from rtdetr_cli.model.detector import RTDETR
 from rtdetr_cli.weights.architecture import has_backbone
-from rtdetr_cli.weights.load import load_strictly
+from rtdetr_cli.weights.load import check_fit
 from rtdetr_cli.weights.published import read_published
 
 _BATCH_COUNTER = "num_batches_tracked"
@@ -69,13 +69,12 @@ def transfer_weights(
     for name in target_names:
         label = labels.get(_normalized(name))
         rows.append(ClassRow(name, None if label is None else source_names[label], label))
-    pairs = [(i, row.source_label) for i, row in enumerate(rows) if row.source_label is not None]
-    target_labels = torch.tensor([i for i, _ in pairs], dtype=torch.int64)
-    source_labels = torch.tensor([j for _, j in pairs], dtype=torch.int64)
+    pairs = {i: row.source_label for i, row in enumerate(rows) if row.source_label is not None}
+    target_labels, source_labels = list(pairs), list(pairs.values())
     same_classes = [_normalized(n) for n in source_names] == [_normalized(n) for n in target_names]
     by_class = () if same_classes else tuple(n for n in initial if n.startswith(_PER_CLASS))
 
-    # What is missing or misshapen here is reported by load_strictly, all of it at once.
+    # What is missing or misshapen here is reported by check_fit, all of it at once.
     merged = {n: t for n, t in state.items() if n in initial or not n.endswith(_BATCH_COUNTER)}
     reinitialized = []
     for name, tensor in initial.items():
@@ -89,7 +88,8 @@ def transfer_weights(
             filled = tensor.detach().cpu().clone()
             filled[target_labels] = state[name].to(filled.dtype)[source_labels]
             merged[name] = filled
-    load_strictly(model, merged, source=source, hint=_MISFIT_HINT)
+    check_fit(model, merged, source=source, hint=_MISFIT_HINT)
+    model.load_state_dict(merged)
     return TransferTable(
         classes=tuple(rows),
         tensors_loaded=len(initial) - len(reinitialized) - len(by_class),

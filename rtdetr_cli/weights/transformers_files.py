@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +61,18 @@ _FIXED_IMAGES: dict[str, Any] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TransformersModel:
-    """A model of transformers: its tensors under our names, and everything else that its folder says."""
-
-    state: dict[str, Tensor]
-    spec: ModelSpec
-    header: ModelHeader
-    is_v1: bool
-
-
 def is_transformers_folder(folder: Path) -> bool:
     """Return whether a folder looks like a model of transformers."""
     return (folder / CONFIG).is_file() and (folder / TRANSFORMERS_TENSORS).is_file()
 
 
-def read_transformers(path: Path, tensors: Mapping[str, Tensor]) -> TransformersModel:
+def read_transformers(
+    path: Path, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], ModelSpec, ModelHeader, bool]:
     """Read the files beside a `model.safetensors`, and rename its tensors.
+
+    Returns:
+        The tensors under our names, the architecture, everything else that the folder says, and whether it is v1.
 
     Raises:
         ModelError: `config.json` is missing, or has a setting that our network cannot follow.
@@ -116,7 +111,7 @@ def read_transformers(path: Path, tensors: Mapping[str, Tensor]) -> Transformers
         sampling=sampling,
         queries=spec.queries,
     )
-    return TransformersModel(state, spec, _with_our_facts(header, state, path.with_name(OURS)), is_v1)
+    return state, spec, _with_our_facts(header, state, path.with_name(OURS)), is_v1
 
 
 def write_transformers(

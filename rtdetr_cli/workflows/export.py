@@ -46,15 +46,15 @@ class ExportPlan:
     notes: Sequence[str]
 
     def image_runs(self) -> int | None:
-        """Return how many images verification runs; None where it is skipped."""
+        """Return how many images verification runs: on the model, each format, and the float16 twin; None without."""
         if self.images is None:
             return None
-        from rtdetr_cli.export.run import count_image_runs
         from rtdetr_cli.export.tensorrt import runs_here
+        from rtdetr_cli.export.verify import MAX_IMAGES
 
         options = self.options
         formats = [f for f in options.formats if f != "rtx-fp16" or runs_here(options.targets, self.device)]
-        return count_image_runs(formats, self.images)
+        return (1 + len(formats) + ("fp16" in formats)) * min(len(self.images), MAX_IMAGES)
 
     def events(
         self, *, sampling: str | None, layers: int | None, queries: int | None, dedupe: float | None, **details: Any

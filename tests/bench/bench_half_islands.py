@@ -28,10 +28,19 @@ from torch import fx
 
 from rtdetr_cli.checks.load import load_splits
 from rtdetr_cli.export.compare import LIMITS, compare_detections
-from rtdetr_cli.export.fp16 import ISLANDS, Accumulating, HalfTwin, halve, module_path, operator_name, traced_program
+from rtdetr_cli.export.fp16 import (
+    ISLANDS,
+    Accumulating,
+    HalfTwin,
+    Island,
+    halve,
+    module_path,
+    operator_name,
+    traced_program,
+)
 from rtdetr_cli.export.graph import DeployGraph, count_norms, deployable, example_inputs, expected_spec
 from rtdetr_cli.export.options import ExportOptions
-from rtdetr_cli.export.verify import Reference
+from rtdetr_cli.export.verify import Reference, result_of
 from rtdetr_cli.infer.backend import Backend
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.torch_backend import TorchBackend
@@ -89,16 +98,6 @@ def largest_values(program: fx.GraphModule, images: Any) -> dict[str, float]:
     return largest
 
 
-def predictions_of(reference: Reference) -> dict[int, Detections]:
-    """Run a model on all images."""
-    events = reference.predictions()
-    while True:
-        try:
-            next(events)
-        except StopIteration as stop:
-            return dict(stop.value)
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,7 +117,7 @@ def main() -> None:
     reference = Reference(backend, dataset, max_images=arguments.images)
 
     def detections(backend: Backend) -> list[Detections]:
-        return list(predictions_of(Reference(backend, reference.paths)).values())
+        return list(result_of(Reference(backend, reference.paths).predictions()).values())
 
     ours = detections(backend)
     graph = DeployGraph(deployable(model)).eval()
@@ -127,7 +126,7 @@ def main() -> None:
     program = traced_program(graph, inputs, dynamic=True)
 
     def error(single: Rule) -> dict[str, float]:
-        half = halve(copy.deepcopy(program), single)
+        half = halve(copy.deepcopy(program), [Island("float32", "", single)])
         twin = HalfTwin(half, expected_spec(ExportOptions(dynamic=True), header), device=backend.device)
         figures = compare_detections(ours, detections(twin), LOOSE).figures
         return {

@@ -27,9 +27,9 @@ from rtdetr_cli.export.compare import LIMITS, compare_detections
 from rtdetr_cli.export.formats import Draft, ExportContext, onnx_draft, openvino_draft, read_float_openvino
 from rtdetr_cli.export.fp16 import Island
 from rtdetr_cli.export.images import calibration_images, verification_images
-from rtdetr_cli.export.int8 import Calibration, result_of
+from rtdetr_cli.export.int8 import Calibration
 from rtdetr_cli.export.options import ExportOptions
-from rtdetr_cli.export.verify import Reference, average_precision, predict
+from rtdetr_cli.export.verify import Reference, average_precision, predict, result_of
 from rtdetr_cli.infer.backend import Backend, open_backend
 from rtdetr_cli.infer.timing import images_to_time, latencies
 from rtdetr_cli.infer.torch_backend import TorchBackend
@@ -84,13 +84,13 @@ def main() -> None:
             quantized = int8.quantize_openvino(read_float_openvino(context), calibration, context.spec, floats)
             return openvino_draft(context, quantized, "int8")
         quantized = int8.quantize_onnx(context.float_onnx, calibration, context.spec, floats)
-        return onnx_draft(context, quantized, context.header_for("onnx", "int8"))
+        return onnx_draft(context, quantized, "int8")
 
     expected = result_of(reference.predictions())
     if arguments.openvino:
         floating, size = write(openvino_draft(context, read_float_openvino(context), "fp16"))
     else:
-        floating, size = write(onnx_draft(context, context.float_onnx, context.header_for("onnx", "fp32")))
+        floating, size = write(onnx_draft(context, context.float_onnx, "fp32"))
     assert isinstance(reference.dataset, Dataset)
     before = average_precision(reference.dataset, expected, header) or 0.0
     print(f"{path}, {len(expected)} val images: AP {before:.4f}, {size:.2f} MB")

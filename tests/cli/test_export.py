@@ -119,7 +119,7 @@ def test_without_tensorrt_the_other_formats_are_exported(
     monkeypatch.setattr("rtdetr_cli.export.fp16.traced_program", lambda graph, *args, **options: graph)
     monkeypatch.setattr("rtdetr_cli.export.fp16.halve", lambda program, *args: program)
     monkeypatch.setattr("rtdetr_cli.export.fp16.HalfTwin", lambda *args, **options: None)
-    monkeypatch.setattr("rtdetr_cli.export.run.compare_precision", lambda *args: [])  # the graph stays float32
+    monkeypatch.setattr("rtdetr_cli.export.compare.graph_precision", lambda facts: None)  # the graph stays float32
     words = ["--trt-fp16", "--openvino", "--dynamic", "--verify", shapes_data, "--device", "cpu"]
     ran = rtdetr("export", model, *words, *(["--json"] if as_json else []), code=7)
     folder = model.parent / "export"

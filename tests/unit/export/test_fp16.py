@@ -10,7 +10,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from rtdetr_cli.export.artefacts import Artefact
-from rtdetr_cli.export.fp16 import ISLANDS, Accumulating, halve, traced_program
+from rtdetr_cli.export.fp16 import ISLANDS, Accumulating, Island, halve, traced_program
 
 
 def types_of(model: onnx.ModelProto) -> dict[str, int]:
@@ -79,7 +79,7 @@ def test_rewritten_program() -> None:
     actual = Accumulating(half).run(x)[0]
     assert actual.dtype == torch.float32
     assert 0 < (actual - expected).abs().max() < 2e-2
-    unchanged = halve(traced_program(module, (x,)), lambda path, op: True)
+    unchanged = halve(traced_program(module, (x,)), [Island("all", "", lambda path, op: True)])
     torch.testing.assert_close(Accumulating(unchanged).run(x)[0], expected, rtol=0, atol=0)
     names = {n for n, _ in half.named_buffers()}
     assert names == {"half_first_weight", "half_first_bias", "half_second_weight", "half_second_bias"}

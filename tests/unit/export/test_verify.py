@@ -24,7 +24,7 @@ from rtdetr_cli.export.compare import LIMITS, Limits, Part, compare_operators
 from rtdetr_cli.export.fp16 import HalfTwin, halve, traced_program
 from rtdetr_cli.export.graph import DeployGraph, count_norms, deployable, example_inputs, expected_spec
 from rtdetr_cli.export.options import ExportOptions
-from rtdetr_cli.export.verify import ImageRun, Reference, Verdict, images_per_run, verify
+from rtdetr_cli.export.verify import Reference, Verdict, images_per_run, result_of, verify
 from rtdetr_cli.infer.backend import Backend, open_backend
 from rtdetr_cli.infer.detections import Detections
 from rtdetr_cli.infer.inspect import inspect_model
@@ -102,11 +102,7 @@ def candidate(exported: dict[str, Artefact]) -> Backend:
 
 
 def verdict_of(candidate: Backend, reference: Reference, **options: Any) -> Verdict:
-    """Verify, and return the last event."""
-    *progress, verdict = verify(candidate, reference, **options)
-    assert all(isinstance(event, ImageRun) for event in progress)
-    assert isinstance(verdict, Verdict)
-    return verdict
+    return result_of(verify(candidate, reference, **options))
 
 
 def failure_of(candidate: Backend, reference: Reference) -> Verdict:
@@ -139,7 +135,7 @@ def test_unreadable_images_are_left_out(loaded: Loaded, dataset: Dataset, tmp_pa
 
 def test_the_model_is_run_once_for_all_exports(loaded: Loaded, dataset: Dataset, candidate: Backend) -> None:
     reference = Reference(TorchBackend(*loaded, device="cpu"), dataset, max_images=4)
-    counts = [sum(isinstance(event, ImageRun) for event in verify(candidate, reference)) for _ in range(2)]
+    counts = [sum(1 for _ in verify(candidate, reference)) for _ in range(2)]
     assert counts == [8, 4]
 
 

@@ -20,7 +20,7 @@ def test_order_and_sizes(tmp_path: Path) -> None:
         paths.append(path)
     (tmp_path / "bad.png").write_bytes(b"no image")
     paths.insert(1, tmp_path / "bad.png")
-    results = list(prefetch(paths, (32, 64), threads=3))
+    results = list(prefetch(paths, (32, 64)))
     assert [f.position for f in results] == [0, 1, 2, 3]
     assert [f.size_wh for f in results] == [(40, 30), None, (64, 64), (10, 90)]
     assert results[1].image is None

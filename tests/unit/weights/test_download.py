@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,23 @@ from typing import Any
 import pytest
 
 from rtdetr_cli.errors import ModelError
+from rtdetr_cli.weights import download as module
 from rtdetr_cli.weights.download import Limits, discard, download, exclusive
 from tests.server import Behavior, serve
 
 CONTENT = bytes(range(256)) * 2000  # 512,000 bytes
 QUICK = Limits(attempts=3, wait=0.01, silence=0.2, slowest=1e4, total=3.0)
+
+
+@pytest.fixture(autouse=True)
+def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[[Limits], None]:
+    """Set short limits, and return a function that sets others."""
+
+    def set_limits(limits: Limits) -> None:
+        monkeypatch.setattr(module, "LIMITS", limits)
+
+    set_limits(QUICK)
+    return set_limits
 
 
 @pytest.fixture
@@ -30,7 +42,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, Behavior]]:
 
 def fetch(url: str, part: Path, **options: Any) -> None:
     part.parent.mkdir(exist_ok=True)
-    download(url, part, name="x.pth", hint="do it by hand", limits=options.pop("limits", QUICK), **options)
+    download(url, part, name="x.pth", hint="do it by hand", **options)
 
 
 def left(tmp_path: Path) -> list[str]:
@@ -89,12 +101,14 @@ def test_an_odd_content_length_ends_in_one_sentence(server: tuple[str, Behavior]
     ids=str,
 )
 def test_a_download_that_fails_ends_in_time_and_says_why(
-    server: tuple[str, Behavior], tmp_path: Path, fault: dict[str, Any], message: str, kept: bool, requests: int
+    server: tuple[str, Behavior], tmp_path: Path, fault: dict[str, Any], message: str, kept: bool, requests: int, limit
 ) -> None:
     url, behavior = server
     behavior.faults = [fault]
+    if "redirect" in fault:
+        limit(replace(QUICK, silence=5))
     with pytest.raises(ModelError, match=rf"x.pth could not be downloaded from {url}: {message}") as caught:
-        fetch(url, tmp_path / "incomplete/x.pth", limits=replace(QUICK, silence=5) if "redirect" in fault else QUICK)
+        fetch(url, tmp_path / "incomplete/x.pth")
     assert (caught.value.exit_code, caught.value.code) == (4, "weights-network")
     assert ("continues where this one stopped" in caught.value.hint) == kept
     assert "do it by hand" in caught.value.hint
@@ -121,11 +135,12 @@ def test_a_proxy_from_the_environment_is_used(
     assert behavior.asked == ["http://weights.invalid/x.pth"]
 
 
-def test_the_whole_time_is_bounded(server: tuple[str, Behavior], tmp_path: Path) -> None:
+def test_the_whole_time_is_bounded(server: tuple[str, Behavior], tmp_path: Path, limit) -> None:
     url, behavior = server
+    limit(Limits(attempts=9, silence=5, slowest=0, total=0.1))
     behavior.faults = [{"step": 500, "pause": 0.01}]
     with pytest.raises(ModelError, match="it took longer than 0 s"):
-        fetch(url, tmp_path / "incomplete/x.pth", limits=Limits(attempts=9, silence=5, slowest=0, total=0.1))
+        fetch(url, tmp_path / "incomplete/x.pth")
     assert len(behavior.requests) == 1
 
 
@@ -158,17 +173,16 @@ def _hold(part: Path, ready: Any, release: Any) -> None:
         release.wait(10)
 
 
-def test_one_process_at_a_time(tmp_path: Path) -> None:
+def test_one_process_at_a_time(tmp_path: Path, limit) -> None:
     context = multiprocessing.get_context("fork")
     ready, release = context.Event(), context.Event()
     holder = context.Process(target=_hold, args=(tmp_path / "x.pth", ready, release))
     holder.start()
     ready.wait(10)
-    with (
-        pytest.raises(ModelError, match="another process has been downloading"),
-        exclusive(tmp_path / "x.pth", limits=Limits(total=0.3)),
-    ):
+    limit(Limits(total=0.3))
+    with pytest.raises(ModelError, match="another process has been downloading"), exclusive(tmp_path / "x.pth"):
         pass
+    limit(Limits(total=10))
     threading.Timer(0.1, release.set).start()
     begin = time.monotonic()
     with exclusive(tmp_path / "x.pth"):

@@ -21,7 +21,9 @@ def test_a_model_of_another_maker(shapes_model: Path, shapes_data: Path, tmp_pat
     plan = plan_export(path, ExportOptions(), verify=shapes_data)
     assert len(plan.images) == 16
     assert plan.folder == tmp_path / "export"
-    assert plan.image_runs() == 32
+    assert plan.image_runs() == 2 * 16
+    more = replace(plan, options=ExportOptions(("onnx", "fp16", "openvino")), images=[tmp_path] * 300)
+    assert more.image_runs() == 5 * 200, "float16 also in torch"
 
 
 def test_notes_on_the_images_are_given_once(shapes_model: Path, shapes_data: Path, tmp_path: Path) -> None:
