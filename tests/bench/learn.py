@@ -261,6 +261,8 @@ def main() -> None:
         name, colon, settings = word.partition(":")
         arms |= {name: tuple(settings.split(","))} if colon else {name: ()} if "@" in name else {}
     names = list(dict.fromkeys(word.partition(":")[0] for word in [args.against, *args.arm]))
+    if args.split == "val" and any("@" in name for name in names) and "cards" in args.set:
+        raise SystemExit("cards has no val split of its own: another commit can only be compared on --split test")
     command = ["git", "log", "-1", "--format=%h", "--", "rtdetr_cli", "presets"]
     commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     wanted = [

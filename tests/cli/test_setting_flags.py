@@ -61,7 +61,7 @@ def test_train_shows_the_real_defaults(rtdetr) -> None:
         unset = f"({declaration.unset})" if declaration.unset else ""
         assert shown[f"--{name.replace('_', '-')}"] == (real or unset), name
     assert shown["--epochs"] == "50"
-    assert shown["--lr-backbone"] == "(the preset's share of --lr)"
+    assert shown["--lr-backbone"] == "(the preset's share of --lr, or --lr from random weights)"
 
 
 def test_finetune_discrete_shows_no_default_of_train(rtdetr) -> None:
