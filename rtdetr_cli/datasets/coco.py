@@ -39,6 +39,8 @@ class _Document:
         self.annotations: dict[str, list[Any]] = {
             key: [] for key in ("id", "image_id", "category_id", "area", "iscrowd")
         }
+        self._image_columns = [(key, column.append) for key, column in self.images.items()]
+        self._annotation_columns = [(key, column.append) for key, column in self.annotations.items()]
         self.categories: list[Any] = []
         self.boxes = array("d")
         self.bad_boxes: dict[int, tuple[str, str]] = {}
@@ -52,27 +54,24 @@ class _Document:
         return keys
 
     def _image(self, entry: Any) -> None:
-        _append(self.images, entry)
+        get = (entry if type(entry) is dict else {}).get
+        for key, append in self._image_columns:
+            append(get(key))
 
     def _annotation(self, entry: Any) -> None:
-        box: Any = _append(self.annotations, entry).get("bbox")
-        row = len(self.boxes) // 4
+        get = (entry if type(entry) is dict else {}).get
+        for key, append in self._annotation_columns:
+            append(get(key))
         try:
-            x, y, w, h = box
-            if bool in map(type, (x, y, w, h)):
+            x, y, w, h = get("bbox")
+            if bool in (type(x), type(y), type(w), type(h)):
                 raise TypeError  # an array takes `true` for 1
             self.boxes.extend((x, y, w, h))
         except (TypeError, ValueError, OverflowError):
+            row = len(self.annotations["id"]) - 1
             del self.boxes[4 * row :]  # `extend` may have added the first of the four
             self.boxes.extend((0.0, 0.0, 0.0, 0.0))
-            self.bad_boxes[row] = _box_fault(box)
-
-
-def _append(columns: dict[str, list[Any]], entry: Any) -> dict[str, Any]:
-    fields: dict[str, Any] = entry if type(entry) is dict else {}
-    for key, column in columns.items():
-        column.append(fields.get(key))
-    return fields
+            self.bad_boxes[row] = _box_fault(get("bbox"))
 
 
 def _box_fault(box: Any) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -115,11 +115,16 @@ def report_moved(raw: RawDataset, count: int, example: str, file: str, line: int
 
 def _missing(raw: RawDataset, split: RawSplit) -> list[int]:
     """Return the images that are not in the folder that their path names, upper and lower case apart."""
-    is_in_dataset = cache(lambda folder: is_inside(folder, raw.roots))
+
+    @cache
+    def listed(folder: str) -> Collection[str]:
+        path = os.path.join(split.root, folder)
+        return raw.list_folder(path) if is_inside(path, raw.roots) else ()
+
     missing = []
     for image, name in enumerate(split.file_names):
-        folder, base = os.path.split(os.path.join(split.root, name))
-        if not is_in_dataset(folder) or base.lower() not in raw.list_folder(folder):
+        folder, slash, base = name.rpartition("/")
+        if base.lower() not in listed(folder or slash):
             missing.append(image)
     return missing
 
