@@ -62,8 +62,9 @@ class _Document:
         get = (entry if type(entry) is dict else {}).get
         for key, append in self._annotation_columns:
             append(get(key))
+        box: Any = get("bbox")
         try:
-            x, y, w, h = get("bbox")
+            x, y, w, h = box
             if bool in (type(x), type(y), type(w), type(h)):
                 raise TypeError  # an array takes `true` for 1
             self.boxes.extend((x, y, w, h))
@@ -71,7 +72,7 @@ class _Document:
             row = len(self.annotations["id"]) - 1
             del self.boxes[4 * row :]  # `extend` may have added the first of the four
             self.boxes.extend((0.0, 0.0, 0.0, 0.0))
-            self.bad_boxes[row] = _box_fault(get("bbox"))
+            self.bad_boxes[row] = _box_fault(box)
 
 
 def _box_fault(box: Any) -> tuple[str, str]:
