@@ -31,6 +31,7 @@ from rtdetr_cli.weights.header import ModelHeader
 from rtdetr_cli.weights.load import load_model
 
 Loaded = tuple[RTDETR, ModelHeader]
+TOL_AP = 0.03  # 16 images are few: on some processors the AP of the small detector changes by 0.016
 Export = Callable[..., tuple[list[Artefact], list[str]]]
 
 
@@ -116,12 +117,18 @@ def test_no_int8_of_a_float_file_that_failed(export: Export, monkeypatch: pytest
 
 
 @pytest.mark.slow
-def test_openvino(export: Export) -> None:
+def test_openvino(loaded: Loaded, dataset: Dataset, tmp_path: Path) -> None:
+    """With a fixed batch: with an open one, OpenVINO 2026.4 computes INT8 wrongly on some processors."""
     pytest.importorskip("nncf", reason="nncf is not installed")
-    (whole, small), messages = export("openvino", "openvino-int8", count=8)
-    assert small.passed
+    options, calibration = ExportOptions(("openvino", "openvino-int8")), [dataset.path(i) for i in range(8)]
+    events = list(
+        export_events(*loaded, tmp_path, options, images=dataset, calibration=calibration, device="cpu", tol_ap=TOL_AP)
+    )
+    messages = [event.message for event in events if isinstance(event, Notice)]
+    whole, small = (event for event in events if isinstance(event, Artefact))
+    assert small.passed, small.verdict.summary
     assert small.path.with_suffix(".bin").stat().st_size < 0.6 * whole.path.with_suffix(".bin").stat().st_size
-    assert small.operators["FakeQuantize"] > 100
+    assert small.operators["FakeQuantize"] > 60
     assert inspect_model(small.path)["types"]["int8"] > 30
     assert any("openvino  int8, float32: first convolution" in message for message in messages)
 
@@ -134,6 +141,7 @@ def test_variants(options: dict[str, Any], loaded: Loaded, dataset: Dataset, tmp
         *(model, header, tmp_path, ExportOptions(("onnx", "int8"), **options)),
         images=dataset,
         device="cpu",
+        tol_ap=TOL_AP,
         calibration=[dataset.path(i) for i in range(4)],
     )
     assert [a.passed for a in events if isinstance(a, Artefact)] == [True, True]
