@@ -41,7 +41,7 @@ class Bounds:
 
 
 CALM_STEPS = 200
-# Learning rate with Muon from random weights: a lower one is worse for r18, twice as much for `tiny` (docs/learning.md).
+# Learning rate with Muon from random weights: less is worse for r18, twice that for `tiny` (docs/learning.md).
 MUON_RATE = 1e-3
 MAX_BATCH = 65_536
 MAX_EPOCHS = 100_000
