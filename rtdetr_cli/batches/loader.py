@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,9 +136,7 @@ class TrainLoader:
         try:
             with _errors_of_workers():
                 if self._stream is None or self._next != position:
-                    self._positions.start = position
-                    with _any_number_of_workers():
-                        self._stream = iter(self._loader)
+                    self._stream = self._stream_from(self._loader, position)
                 self._next = None
                 loaded = next(self._stream)
         except RuntimeError as error:
@@ -156,6 +155,20 @@ class TrainLoader:
             if example.stored is not None and self._cache is not None:
                 self._cache.publish(example.stored)
         return loaded.batch()
+
+    def start(self) -> None:
+        """Start the workers and load the first batches of epoch 0.
+
+        A forked process keeps the memory that its parent has at that time, so this comes before there is a network.
+        """
+        if self._loader is not None:
+            with _errors_of_workers():
+                self._stream = self._stream_from(self._loader, (0, 0))
+
+    def _stream_from(self, loader: DataLoader[Any], position: Position) -> Iterator[_Loaded | RtdetrError]:
+        self._positions.start = self._next = position
+        with _any_number_of_workers():
+            return iter(loader)
 
     def close(self) -> None:
         """Stop the workers and free their memory; the loader cannot be used afterwards."""

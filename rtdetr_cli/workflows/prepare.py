@@ -20,6 +20,7 @@ from rtdetr_cli.batches.loader import TrainLoader
 from rtdetr_cli.checks.load import unlabelled_note
 from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.config.schema import ModelSpec
+from rtdetr_cli.config.settings import RunSettings
 from rtdetr_cli.datasets.records import Dataset, Splits
 from rtdetr_cli.errors import DataError, EnvironmentProblem, UsageError
 from rtdetr_cli.evaluate.source import TrainingData, training_data
@@ -119,16 +120,6 @@ def prepare(
     choices = explain_plan(config, plan, images=len(train_set))
     choices += explain_rare_classes(dict(zip(train_set.names, boxes, strict=True)))
 
-    _seed(config, device)
-    pretrained = pretrained and processes.is_main
-    model, transfer, start = _build_model(config, spec, train_set, device, pretrained, fetching)
-    if run is not None:  # its tensors come from the checkpoint, and started where the run did
-        start = run.manifest().get("weights", start)
-    if pretrained:  # the images of a resumed run were checked when it started
-        findings = check_images_if_cheap(config, train_set, model, device)
-        if findings is not None:
-            splits = replace(splits, findings=findings)
-    processes.broadcast_tensors(list(model.state_dict().values()))
     workers = choose_workers(device) if settings.workers == "auto" else settings.workers
     examples = ExampleLoader(
         dataset=train_set,
@@ -140,6 +131,18 @@ def prepare(
         rank=processes.rank,
         world_size=processes.size,
     )
+    loader = _start_loader(examples, settings, workers=workers, device=device)
+
+    _seed(config, device)
+    pretrained = pretrained and processes.is_main
+    model, transfer, start = _build_model(config, spec, train_set, device, pretrained, fetching)
+    if run is not None:  # its tensors come from the checkpoint, and started where the run did
+        start = run.manifest().get("weights", start)
+    if pretrained:  # the images of a resumed run were checked when it started
+        findings = check_images_if_cheap(config, train_set, model, device)
+        if findings is not None:
+            splits = replace(splits, findings=findings)
+    processes.broadcast_tensors(list(model.state_dict().values()))
     return Prepared(
         config=config,
         splits=splits,
@@ -149,13 +152,7 @@ def prepare(
         choices=choices,
         learner=make_learner(model, config, spec, plan, device, precision.dtype, processes),
         processes=processes,
-        loader=TrainLoader(
-            examples,
-            workers=workers,
-            cache=settings.cache,
-            cache_budget=int(settings.cache_gb * 1e9) or None,
-            pin_memory=device.type == "cuda",
-        ),
+        loader=loader,
         header=_make_header(config, spec, splits, train_set, val_set, start),
         augmentation=augmentation,
         precision=precision,
@@ -167,6 +164,18 @@ def prepare(
 
 
 # ---- parts ------------------------------------------------------------------------------------------------------
+
+
+def _start_loader(examples: ExampleLoader, settings: RunSettings, *, workers: int, device: torch.device) -> TrainLoader:
+    loader = TrainLoader(
+        examples,
+        workers=workers,
+        cache=settings.cache,
+        cache_budget=int(settings.cache_gb * 1e9) or None,
+        pin_memory=device.type == "cuda",
+    )
+    loader.start()  # before there is a network
+    return loader
 
 
 def load_data(config: RunConfig, run: RunFolder | None = None) -> Splits:

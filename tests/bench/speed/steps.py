@@ -278,6 +278,19 @@ def tiny_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
             there.close()
 
 
+@contextmanager
+def server_sides(settings: Settings, *, ours: str, peer: str, peer_threads: int = 0) -> Iterator[tuple[Turn, Turn]]:
+    """Give a turn of each of two functions of this module, in processes of their own."""
+    code = "from tests.bench.speed.steps import {} as make"
+    here = StepServer(ROOT, code.format(ours), settings.threads)
+    there = StepServer(ROOT, code.format(peer), peer_threads or settings.threads)
+    try:
+        yield here, there
+    finally:
+        here.close()
+        there.close()
+
+
 def tiny_step() -> Turn:
     """Return a step of `tiny`, in the precision that is chosen on this machine."""
     device = torch.device("cpu")
@@ -288,6 +301,25 @@ def tiny_step() -> Turn:
 def r18_step() -> Turn:
     """Return a step of r18 at 320 px, batch 4, in float32."""
     return our_step(make_batch(4, 320), preset="r18", classes=CLASSES, device=torch.device("cpu"), autocast=None)
+
+
+def r18_default_step(prepare: Callable[[RTDETR], None] | None = None) -> Turn:
+    """Return a step of r18 at 320 px, batch 4, in the precision that is chosen on this machine."""
+    device = torch.device("cpu")
+    autocast = choose_precision("auto", device).dtype
+    return our_step(
+        make_batch(4, 320), preset="r18", classes=CLASSES, device=device, autocast=autocast, prepare=prepare
+    )
+
+
+def r18_compiled_step() -> Turn:
+    """Return the same with `--compile`; its first steps compile."""
+
+    def compile_parts(model: RTDETR) -> None:
+        model.backbone.compile()
+        model.encoder.compile()
+
+    return r18_default_step(compile_parts)
 
 
 EARLIER_STEP = f"""
@@ -409,6 +441,24 @@ COMPARISONS = (
         aim=1.25,
         sides=prediction_sides,
         rounds=15,
+    ),
+    Comparison(
+        name="compile",
+        title="training step of r18, 320 px, batch 4, default precision, with `--compile`",
+        peer="without; the lowest ratio is the first step, which compiles",
+        aim=1.0,
+        sides=partial(server_sides, ours="r18_compiled_step", peer="r18_default_step"),
+        rounds=15,
+        warmup=0,
+        slow=True,
+    ),
+    Comparison(
+        name="threads",
+        title="training step of r18, 320 px, batch 4, default precision, with two threads",
+        peer="one thread",
+        aim=1.3,
+        sides=partial(server_sides, ours="r18_default_step", peer="r18_default_step", peer_threads=1),
+        rounds=7,
     ),
     Comparison(
         name="limit-predict",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -89,6 +91,27 @@ def test_the_cache_has_the_given_budget(settings: Callable[..., RunConfig], monk
     monkeypatch.setattr("rtdetr_cli.workflows.prepare.TrainLoader", watched)
     prepare(settings(cache="ram", cache_gb=0.5)).loader.close()
     assert (given["cache"], given["cache_budget"]) == ("ram", 500_000_000)
+
+
+def test_workers_start_before_there_is_a_network(
+    settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A forked process keeps what its parent had in memory, which was a network, its average and its moments.
+    def workers() -> int:
+        return len([c for c in psutil.Process().children() if c.status() != psutil.STATUS_ZOMBIE])
+
+    before, seen = workers(), []
+
+    def build(*_: object) -> None:
+        seen.append(workers() - before)
+        raise ModelError("no network")
+
+    monkeypatch.setattr("rtdetr_cli.workflows.prepare._build_model", build)
+    with pytest.raises(ModelError, match="no network"):
+        prepare(settings(workers=2))
+    assert seen == [2]
+    gc.collect()
+    assert workers() == before
 
 
 def test_the_loader_is_closed_when_no_micro_batch_fits(
