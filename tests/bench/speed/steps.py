@@ -16,12 +16,13 @@ import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.config.run import resolve_run
 from rtdetr_cli.model.attention import Levels, sample_bilinear
 from rtdetr_cli.model.build import build_detector
+from rtdetr_cli.model.cpu_convolution import activate_in_convolutions
 from rtdetr_cli.model.cpu_sampling import sample_bilinear_cpu
 from rtdetr_cli.model.decoder import Prediction
 from rtdetr_cli.model.detector import RTDETR, Outputs
@@ -211,9 +212,11 @@ def sampling_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
 
 
 def our_prediction(device: torch.device) -> Turn:
-    """Return a forward pass of r18 on one image of 640 px, with norms folded."""
+    """Return a forward pass of r18 on one image of 640 px, as `predict` does it."""
     spec = resolve_run({"preset": "r18"}).preset.model
     model = build_detector(spec, num_classes=CLASSES).eval().fuse()
+    if device.type == "cpu":
+        activate_in_convolutions(model)
     return prediction(model.to(device, memory_format=torch.channels_last), device)  # type: ignore[call-overload]
 
 
@@ -238,6 +241,10 @@ def prediction_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
     yield our_prediction(device), prediction(peer_model(device).eval(), device)
 
 
+def _count_activated(x_shape: list[int], weight_shape: list[int], *_: object, out_shape: list[int]) -> int:
+    return conv_flop_count(x_shape, weight_shape, out_shape)
+
+
 @contextmanager
 def limit_sides(
     settings: Settings, *, make: Callable[[], Turn], dtype: torch.dtype | None = torch.float32
@@ -249,7 +256,8 @@ def limit_sides(
     """
     torch.set_num_threads(settings.threads)
     ours = make()
-    with FlopCounterMode(display=False) as counter:
+    activated = torch.ops.mkldnn._convolution_pointwise.default
+    with FlopCounterMode(display=False, custom_mapping={activated: _count_activated}) as counter:
         ours()
     dtype = dtype or choose_precision("auto", torch.device("cpu")).dtype or torch.float32
     channels, side, kernel = 256, 40, 3
