@@ -256,7 +256,7 @@ def limit_sides(
     """
     torch.set_num_threads(settings.threads)
     ours = make()
-    activated = torch.ops.mkldnn._convolution_pointwise.default
+    activated = torch.ops.mkldnn._convolution_pointwise
     with FlopCounterMode(display=False, custom_mapping={activated: _count_activated}) as counter:
         ours()
     dtype = dtype or choose_precision("auto", torch.device("cpu")).dtype or torch.float32
