@@ -114,7 +114,6 @@ class Preset(Schema):
     )
     imagenet: str | None = Field(None, description="file name of the published ImageNet backbone")
     imgsz: tuple[Positive, Positive] = Field((640, 640), description="input size in pixels, height first")
-    recipe_steps: Count = Field(500, description="steps from which a run uses the recipe's augmentation, else light")
     model: ModelSpec
     optim: OptimSpec
     official: OfficialSchedule

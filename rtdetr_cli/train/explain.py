@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from rtdetr_cli.config.run import RunConfig
-from rtdetr_cli.config.settings import CALM_STEPS, PUBLISHED_WEIGHTS
+from rtdetr_cli.config.settings import CALM_STEPS, PUBLISHED_WEIGHTS, RECIPE_STEPS
 from rtdetr_cli.text import abbreviate, counted
 from rtdetr_cli.train.plan import (
     LARGEST_RATE_FACTOR,
@@ -223,7 +223,7 @@ def _explain_average(config: RunConfig, plan: Plan) -> Choice:
 
 
 def _explain_augmentation(config: RunConfig, plan: Plan) -> list[Choice]:
-    settings, steps = config.settings, config.preset.recipe_steps
+    settings = config.settings
     if settings.aug != "auto":
         reason = config.source("aug")
     elif settings.overfit and not config.given("aug"):
@@ -231,9 +231,9 @@ def _explain_augmentation(config: RunConfig, plan: Plan) -> list[Choice]:
     elif settings.schedule == "official":
         reason = "published"
     elif plan.augmentation == "light":
-        reason = f"fewer than {steps:,} steps (preset {config.preset.name}): strong crops lower AP in short runs"
+        reason = f"fewer than {RECIPE_STEPS} steps: strong crops do not raise AP in short runs"
     else:
-        reason = f"published; used in runs of at least {steps:,} steps (preset {config.preset.name})"
+        reason = f"published; used in runs of at least {RECIPE_STEPS} steps"
     choices = [Choice("augmentation", plan.augmentation, reason)]
 
     if plan.augmentation not in ("none", "light"):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from rtdetr_cli.config.image_size import STRIDE
 from rtdetr_cli.config.run import RunConfig
 from rtdetr_cli.config.schema import ModelSpec
-from rtdetr_cli.config.settings import CALM_STEPS, MUON_RATE
+from rtdetr_cli.config.settings import CALM_STEPS, MUON_RATE, RECIPE_STEPS
 
 # The published scales at 640 pixels, 480 to 800 in steps of 32 with 640 three times, as shares.
 SCALES = tuple(s / 640 for s in (480, 512, 544, 576, 608, 640, 640, 640, 672, 704, 736, 768, 800))
@@ -200,12 +200,11 @@ def _augmentation(config: RunConfig, steps: int) -> str:
     """Return the augmentation.
 
     The recipe was published for long runs. In short ones its crops and shrunken images cost AP: they show objects at
-    sizes and positions that the val split does not have, before the network knows those that it has. A network with
-    more capacity gains from them sooner, so the preset says from which number of steps they are used.
+    sizes and positions that the val split does not have, before the network knows those that it has.
     """
     settings = config.settings
     if settings.overfit and not config.given("aug"):
         return "none"
     if settings.aug != "auto":
         return settings.aug
-    return "recipe" if settings.schedule == "official" or steps >= config.preset.recipe_steps else "light"
+    return "recipe" if settings.schedule == "official" or steps >= RECIPE_STEPS else "light"

@@ -79,14 +79,14 @@ def test_the_reason_for_the_learning_rate(flags: dict[str, Any], sets: list[str]
 @pytest.mark.parametrize(
     ("flags", "value", "reason"),
     [
-        ({}, "light", "fewer than 500 steps (preset r18): strong crops lower AP in short runs"),
-        ({"steps": 500}, "recipe", "published; used in runs of at least 500 steps (preset r18)"),
+        ({}, "light", "fewer than 500 steps: strong crops do not raise AP in short runs"),
+        ({"steps": 500}, "recipe", "published; used in runs of at least 500 steps"),
         ({"overfit": 4}, "none", "--overfit"),
         ({"overfit": 4, "aug": "recipe"}, "recipe", "--aug"),
         (
             {"overfit": 4, "aug": "auto"},
             "light",
-            "fewer than 500 steps (preset r18): strong crops lower AP in short runs",
+            "fewer than 500 steps: strong crops do not raise AP in short runs",
         ),
     ],
 )
