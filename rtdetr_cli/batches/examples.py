@@ -34,6 +34,20 @@ def epoch_order(seed: int, epoch: int, images: int) -> NDArray[np.int64]:
     return random_generator(seed, epoch, 0).permutation(images)
 
 
+def balanced_order(dataset: Dataset, seed: int, epoch: int, power: float) -> NDArray[np.int64]:
+    """Return an epoch of as many images, those of rare classes more often (repeat-factor sampling, LVIS)."""
+    count = len(dataset)
+    has = np.zeros((count, len(dataset.names)), bool)
+    has[np.repeat(np.arange(count), np.diff(dataset.offsets)), dataset.labels] = True
+    frequency = has.sum(0)
+    factor = (frequency.max() / np.maximum(frequency, 1)) ** power
+    weight = np.where(has, factor, 1.0).max(1)
+    ends = np.cumsum(weight) / weight.sum() * count
+    rng = random_generator(seed, epoch, 0)
+    chosen = np.searchsorted(ends, np.arange(count) + rng.random(), side="right").clip(max=count - 1)
+    return rng.permutation(chosen)
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One image of a batch without its pixels."""
@@ -69,6 +83,7 @@ class ExampleLoader:
     cache: ImageCache | None = None
     rank: int = 0
     world_size: int = 1
+    repeat: float = 0.0
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch; every image is used at least once."""
@@ -83,6 +98,8 @@ class ExampleLoader:
         images = np.empty((self.batch_size, 3, *self.imgsz), np.uint8)
         first = (index * self.world_size + self.rank) * self.batch_size
         order = epoch_order(self.seed, epoch, len(self.dataset))
+        if self.repeat:
+            order = balanced_order(self.dataset, self.seed, epoch, self.repeat)
         augmentation = self.augmentation if epoch < self.strong_until else self.augmentation.without_strong()
         # The last batch is filled up from the start of the same order.
         return images, [

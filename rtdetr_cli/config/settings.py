@@ -165,6 +165,11 @@ class RunSettings:
         "adamw",
         "Optimizer: adamw, or muon for the matrices of hidden layers; from random weights the default is muon.",
     )
+    loss: Literal["varifocal", "matchability", "position", "position-cost"] = _key(
+        "varifocal", "Classification loss, to be measured."
+    )
+    vfl: Annotated[float, Bounds(gt=0, le=10)] = _key(1.0, "Weight of the classification loss, to be measured.")
+    repeat: Fraction = _key(0.0, "Power by which images of rare classes are seen more often, to be measured.")
     warmup: Share = _key(0.05, "Fraction of the steps used for warmup.")
     flat: Fraction = _key(0.8, "Fraction of the steps after which the learning rate starts to decay.")
     final_rate: Fraction = _key(0.05, "Fraction of the learning rate left at the end.")

@@ -19,6 +19,7 @@ from rtdetr_cli.model.detector import Outputs
 from rtdetr_cli.model.layers import cxcywh_to_xyxy
 from rtdetr_cli.train.matcher import Matches, iou_and_giou, match
 
+KIND, VFL_WEIGHT, MAL_GAMMA = "varifocal", 1.0, 1.5
 VFL_ALPHA, VFL_GAMMA = 0.75, 2.0  # arXiv 2008.13367
 BBOX_WEIGHT, GIOU_WEIGHT = 5.0, 2.0  # that of the varifocal loss is 1
 
@@ -78,11 +79,24 @@ def _loss_terms(
     target = torch.zeros_like(logits).flatten(1).scatter(1, cells, iou.detach())
     matched = torch.zeros_like(target).scatter(1, cells, 1.0)
     flat = logits.flatten(1)
-    weight = VFL_ALPHA * flat.detach().sigmoid() ** VFL_GAMMA * (1 - matched) + target
+    p = flat.detach().sigmoid()
+    weight = VFL_ALPHA * p**VFL_GAMMA * (1 - matched) + target
+    quality = iou.detach()
+    if KIND == "matchability":
+        target = torch.zeros_like(target).scatter(1, cells, quality**MAL_GAMMA)
+        weight = p**MAL_GAMMA * (1 - matched) + matched
+    elif KIND.startswith("position"):
+        first = next(iter(predictions.values())).logits
+        image = matches.rows // first.shape[1]
+        best = torch.zeros(len(quality), first.shape[0], dtype=dtype, device=quality.device)
+        best = best.scatter_reduce(1, image, quality**2, "amax")
+        quality = quality**2 / best.gather(1, image).clamp(min=1e-6)
+        target = torch.zeros_like(target).scatter(1, cells, quality)
+        weight = 0.75 * p**2 * (1 - matched) + 0.25 * (target - p) ** 2 * matched
     vfl = functional.binary_cross_entropy_with_logits(flat, target, weight=weight, reduction="none").sum(1)
 
     by_term = {
-        "loss_vfl": vfl / normalizer,
+        "loss_vfl": VFL_WEIGHT * vfl / normalizer,
         "loss_bbox": BBOX_WEIGHT * (predicted - expected).abs().sum((1, 2)) / normalizer,
         "loss_giou": GIOU_WEIGHT * (1 - giou).sum(1) / normalizer,
     }

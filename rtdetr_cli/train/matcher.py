@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rtdetr_cli.model.decoder import Prediction
 from rtdetr_cli.model.layers import cxcywh_to_xyxy
 
+POSITION = False
 CLASS_COST, L1_COST, GIOU_COST = 2.0, 5.0, 2.0
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 NON_FINITE_COST = 1e6
@@ -85,6 +86,9 @@ def _cost_matrix(logits: Tensor, boxes_cxcywh: Tensor, target_boxes: Tensor, tar
     """Return the costs (S, B, Q, M) of matching each of Q queries with each of M padded targets."""
     index = target_labels[:, None].expand(*logits.shape[:-1], -1)
     p = logits.gather(-1, index).sigmoid()  # (S, B, Q, M)
+    _, giou = iou_and_giou(cxcywh_to_xyxy(boxes_cxcywh)[..., :, None, :], cxcywh_to_xyxy(target_boxes)[..., None, :, :])
+    if POSITION:
+        p = p * ((giou + 1) / 2).clamp(min=0).sqrt()
     positive = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * -(p + 1e-8).log()
     negative = (1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * -(1 - p + 1e-8).log()
     l1 = torch.cdist(boxes_cxcywh, target_boxes.expand(*boxes_cxcywh.shape[:-2], -1, -1), p=1)

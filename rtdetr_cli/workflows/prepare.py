@@ -130,7 +130,12 @@ def prepare(
             splits = replace(splits, findings=findings)
     processes.broadcast_tensors(list(model.state_dict().values()))
     workers = choose_workers(device) if settings.workers == "auto" else settings.workers
+    from rtdetr_cli.train import losses, matcher
+
+    losses.KIND, losses.VFL_WEIGHT = settings.loss, settings.vfl
+    matcher.POSITION = settings.loss == "position-cost"
     examples = ExampleLoader(
+        repeat=settings.repeat,
         dataset=train_set,
         imgsz=config.imgsz,
         batch_size=batch,
