@@ -40,7 +40,7 @@ class Bounds:
         return handler(source) | {name: bound for name, bound in bounds.items() if bound is not None}
 
 
-# From 500 steps on the published augmentation gains AP, and in shorter runs it does not (docs/learning.md).
+# The published augmentation lost AP in 500 steps and gained in 598 (docs/learning.md).
 RECIPE_STEPS = 500
 CALM_STEPS = 200
 # Learning rate with Muon from random weights: less is worse for r18, twice that for `tiny` (docs/learning.md).

@@ -231,9 +231,9 @@ def _explain_augmentation(config: RunConfig, plan: Plan) -> list[Choice]:
     elif settings.schedule == "official":
         reason = "published"
     elif plan.augmentation == "light":
-        reason = f"fewer than {RECIPE_STEPS} steps: strong crops do not raise AP in short runs"
+        reason = f"no more than {RECIPE_STEPS} steps: strong crops do not raise AP in short runs"
     else:
-        reason = f"published; used in runs of at least {RECIPE_STEPS} steps"
+        reason = f"published; used in runs of more than {RECIPE_STEPS} steps"
     choices = [Choice("augmentation", plan.augmentation, reason)]
 
     if plan.augmentation not in ("none", "light"):

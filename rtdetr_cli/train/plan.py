@@ -207,4 +207,4 @@ def _augmentation(config: RunConfig, steps: int) -> str:
         return "none"
     if settings.aug != "auto":
         return settings.aug
-    return "recipe" if settings.schedule == "official" or steps >= RECIPE_STEPS else "light"
+    return "recipe" if settings.schedule == "official" or steps > RECIPE_STEPS else "light"

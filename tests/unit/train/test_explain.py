@@ -79,14 +79,14 @@ def test_the_reason_for_the_learning_rate(flags: dict[str, Any], sets: list[str]
 @pytest.mark.parametrize(
     ("flags", "value", "reason"),
     [
-        ({}, "light", "fewer than 500 steps: strong crops do not raise AP in short runs"),
-        ({"steps": 500}, "recipe", "published; used in runs of at least 500 steps"),
+        ({}, "light", "no more than 500 steps: strong crops do not raise AP in short runs"),
+        ({"steps": 510}, "recipe", "published; used in runs of more than 500 steps"),
         ({"overfit": 4}, "none", "--overfit"),
         ({"overfit": 4, "aug": "recipe"}, "recipe", "--aug"),
         (
             {"overfit": 4, "aug": "auto"},
             "light",
-            "fewer than 500 steps: strong crops do not raise AP in short runs",
+            "no more than 500 steps: strong crops do not raise AP in short runs",
         ),
     ],
 )
@@ -132,8 +132,8 @@ def test_the_cache_and_its_budget() -> None:
 
 
 def test_the_plan_on_one_line() -> None:
-    plan = make_plan(resolve_run({"preset": "r18", "epochs": 50}), images=IMAGES)
-    expected = "plan  50 epochs x 10 steps, effective batch 16 (4 x 4), lr 0.0001, warmup 25 steps, recipe augmentation"
+    plan = make_plan(resolve_run({"preset": "r18", "epochs": 60}), images=IMAGES)
+    expected = "plan  60 epochs x 10 steps, effective batch 16 (4 x 4), lr 0.0001, warmup 30 steps, recipe augmentation"
     assert plan_line(plan, 4) == expected
     assert "effective batch 16 (2 x 4 x 2)" in plan_line(plan, 4, processes=2)
 

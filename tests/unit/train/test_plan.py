@@ -138,8 +138,8 @@ def test_the_published_moving_average_can_be_shortened() -> None:
 
 @pytest.mark.parametrize("preset", ["r18", "r101", "tiny"])
 def test_short_runs_use_light_augmentation(preset: str) -> None:
-    assert plan_of(200, preset=preset).augmentation == plan_of(490, preset=preset).augmentation == "light"
-    assert plan_of(500, preset=preset).augmentation == plan_of(200_000, preset=preset).augmentation == "recipe"
+    assert plan_of(200, preset=preset).augmentation == plan_of(500, preset=preset).augmentation == "light"
+    assert plan_of(510, preset=preset).augmentation == plan_of(200_000, preset=preset).augmentation == "recipe"
 
 
 def test_a_chosen_augmentation_is_used_at_any_length() -> None:
