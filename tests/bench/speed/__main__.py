@@ -4,7 +4,8 @@
 
 A figure is the median of the ratios of single rounds, so that other work on the machine hurts both sides alike; the
 ratio of processor time is next to it. The peers come with `pip install -e '.[dev]'`; a comparison whose peer is not
-installed is skipped and says so. ultralytics is installed in an environment of its own for each of its comparisons. Comparisons that take minutes run only when they are named.
+installed is skipped and says so. ultralytics is installed in an environment of its own for each of its comparisons.
+Comparisons that take minutes run only when they are named.
 
 Tried without success: SyncBatchNorm and DistributedDataParallel (see `train.processes`), torch's elastic launcher (see
 `train.launch`), `grid_sample` on channels-last maps and other kernels (see `model.cpu_sampling`).
