@@ -157,7 +157,7 @@ class TrainLoader:
         return loaded.batch()
 
     def start(self) -> None:
-        """Start the workers and load the first batches of epoch 0.
+        """Start the workers and load the first batches of epoch 0, which a resumed run drops.
 
         A forked process keeps the memory that its parent has at that time, so this comes before there is a network.
         """

@@ -127,7 +127,9 @@ class RunSettings:
         None, "Learning rate of the backbone.", unset="the preset's share of --lr, or --lr from random weights"
     )
     aug: str = _flag(
-        "auto", "Augmentation: recipe, light, none, an Albumentations file, or auto (light in short runs, else recipe)."
+        "auto",
+        "Augmentation: recipe, light, none, an Albumentations file, or auto (light in runs of up to "
+        f"{RECIPE_STEPS} steps, else recipe).",
     )
     freeze: Literal["preset", "none", "stem", "backbone", "encoder"] = _flag(
         "preset", "Part of the network to freeze: none, stem, backbone, encoder, or preset (as the preset says)."

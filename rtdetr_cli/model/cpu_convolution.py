@@ -42,13 +42,10 @@ def activate_in_convolutions(model: nn.Module) -> None:
     on_x86 = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not on_x86 or any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
         return
-    for name, child in model.named_children():
-        if isinstance(child, ConvNorm):
-            activation = _ACTIVATIONS.get(type(child.act))
-            if activation is not None:
-                setattr(model, name, ActivatedConvolution(child.conv, activation))
-        elif isinstance(child, RepBlock):
-            assert child.conv is not None, "the model is not fused"
-            setattr(model, name, ActivatedConvolution(child.conv, "swish"))
-        else:
-            activate_in_convolutions(child)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, RepBlock):
+                assert child.conv is not None, "the model is not fused"
+                setattr(parent, name, ActivatedConvolution(child.conv, "swish"))
+            elif isinstance(child, ConvNorm) and type(child.act) in _ACTIVATIONS:
+                setattr(parent, name, ActivatedConvolution(child.conv, _ACTIVATIONS[type(child.act)]))

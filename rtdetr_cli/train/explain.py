@@ -231,7 +231,7 @@ def _explain_augmentation(config: RunConfig, plan: Plan) -> list[Choice]:
     elif settings.schedule == "official":
         reason = "published"
     elif plan.augmentation == "light":
-        reason = f"no more than {RECIPE_STEPS} steps: strong crops do not raise AP in short runs"
+        reason = f"{RECIPE_STEPS} steps or fewer: too short to gain from strong crops"
     else:
         reason = f"published; used in runs of more than {RECIPE_STEPS} steps"
     choices = [Choice("augmentation", plan.augmentation, reason)]

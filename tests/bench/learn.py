@@ -33,8 +33,8 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
+from tests.bench.speed import harness
 from tests.bench.speed.harness import ROOT, checkout, take_turn
-from tests.bench.speed.harness import run as run_program
 
 DATA = ROOT.parent / "shared" / "data"
 LEDGER = ROOT / "docs" / "learning" / "ledger.csv"
@@ -169,7 +169,7 @@ def train_at(commit: str, flags: dict[str, object], words: Sequence[str]) -> Non
     options = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     options += [text for word in words for text in ("--set", word)]
     with checkout(commit) as tree:
-        run_program(["-m", "rtdetr_cli", "train", *options], tree=tree, threads=1)
+        harness.run(["-m", "rtdetr_cli", "train", *options], tree=tree, threads=1)
 
 
 def measure(job: Job, folder: Path, commit: str, device: str) -> Row:
@@ -276,7 +276,7 @@ def main() -> None:
     missing = [] if args.summary else [job for job in wanted if job not in known]
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     out = args.out.resolve()
-    for data in args.set.split(","):
+    for data in {job.set for job in missing}:
         data_of(data, out)  # before several processes need it
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         for done in as_completed([pool.submit(run, job, out, commit, args.device) for job in missing]):

@@ -142,18 +142,18 @@ def checkout(commit: str) -> Iterator[Path]:
 
 
 def run(command: Sequence[object], *, tree: Path = ROOT, threads: int = 0) -> str:
-    """Run a Python program with the package of `tree`; return its output, or raise RuntimeError if it fails."""
-    more = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    ran = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=tree,
-        env=os.environ | {"PYTHONPATH": str(tree)} | more,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Run a Python program with the package of `tree`; see `run_program`."""
+    return run_program([sys.executable, *command], folder=tree, threads=threads, PYTHONPATH=str(tree))
+
+
+def run_program(command: Sequence[object], *, folder: Path, threads: int = 0, **environment: str) -> str:
+    """Run a program in a folder; return its output, or raise RuntimeError if it fails."""
+    if threads:
+        environment |= {"OMP_NUM_THREADS": str(threads)}
+    words = list(map(str, command))
+    ran = subprocess.run(words, cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=False)
     if ran.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command[:4]))} failed:\n{ran.stderr[-3000:]}")
+        raise RuntimeError(f"{' '.join(words[:5])} failed:\n{ran.stderr[-3000:]}")
     return ran.stdout
 
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import site
-import subprocess
-import sys
 import tempfile
 import venv
 from collections.abc import Iterator, Sequence
@@ -17,12 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rtdetr_cli.datasets.generate import NAMES, generate_image
-from tests.bench.speed.harness import ROOT, Comparison, Settings, Turn, checkout, run
+from rtdetr_cli.datasets.generate import generate_dataset
+from tests.bench.speed.harness import ROOT, Comparison, Settings, Turn, checkout, run, run_program
 from tests.bench.speed.steps import EARLIER
 
 IMAGES = 200  # for the comparison of backends
-YOLO_IMAGES = {"train": 48, "val": 16}
 
 
 def export_preset(folder: Path, *, preset: str = "r18", verify_on: Sequence[Path] | None = None) -> tuple[Path, Path]:
@@ -133,97 +128,30 @@ def demo_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
 
 
 @contextmanager
-def ultralytics_command() -> Iterator[list[str]]:
-    """Install ultralytics in an environment of its own, which shares this one's torch, and give its command."""
-    with tempfile.TemporaryDirectory() as folder:
-        venv.create(folder)
-        shared = Path(folder) / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
-        (shared / "shared.pth").write_text("\n".join(site.getsitepackages()))
-        python = Path(folder) / "bin" / "python"
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "ultralytics"], check=True)
-        words = {"YOLO_CONFIG_DIR": str(Path(folder) / "settings"), "YOLO_OFFLINE": "true"}
-        yield ["env", *(f"{name}={value}" for name, value in words.items()), str(python.with_name("yolo"))]
+def ultralytics_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
+    """Give an epoch of the same network from random weights, with its evaluation; each program uses its own defaults.
 
-
-def write_yolo_dataset(folder: Path) -> Path:
-    """Write generated images of 640x480 in YOLO's layout; return the file that describes it."""
-    for number, (split, count) in enumerate(YOLO_IMAGES.items()):
-        images, labels = folder / "images" / split, folder / "labels" / split
-        images.mkdir(parents=True)
-        labels.mkdir(parents=True)
-        for index in range(count):
-            pixels, boxes, classes = generate_image(np.random.default_rng((number, index)), (480, 640))
-            Image.fromarray(pixels).save(images / f"{index:03d}.jpg", quality=92)
-            shares = np.concatenate([boxes[:, :2] + boxes[:, 2:], 2 * (boxes[:, 2:] - boxes[:, :2])], 1) / 2
-            shares /= (640, 480, 640, 480)
-            lines = [" ".join(map(str, [label, *box])) for label, box in zip(classes, shares.tolist(), strict=True)]
-            (labels / f"{index:03d}.txt").write_text("\n".join(lines))
-    file = folder / "data.yaml"
-    names = "\n".join(f"  {number}: {name}" for number, name in enumerate(NAMES))
-    file.write_text(f"path: {folder}\ntrain: images/train\nval: images/val\nnames:\n{names}\n")
-    return file
-
-
-def run_program(command: Sequence[object], *, threads: int, folder: Path) -> None:
-    """Run a program that is not ours."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    ran = subprocess.run(
-        [str(c) for c in command], env=environment, cwd=folder, capture_output=True, text=True, check=False
-    )
-    if ran.returncode:
-        raise RuntimeError(f"{command[-1]} failed:\n{ran.stderr[-3000:]}")
-
-
-@contextmanager
-def ultralytics_sides(settings: Settings, *, predict: bool) -> Iterator[tuple[Turn, Turn]]:
-    """Give an epoch of the same network from random weights with its evaluation, or the prediction of all its images.
-
-    The network is RT-DETR with HGNetv2-L, which both have. Each program uses its own defaults.
+    The network is RT-DETR with HGNetv2-L, which both have. ultralytics gets an environment of its own, which shares
+    this one's torch and is removed.
     """
-    with tempfile.TemporaryDirectory() as name, ultralytics_command() as yolo:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = write_yolo_dataset(folder / "data")
-        common = [
-            f"imgsz={settings.imgsz}",
-            "device=cpu",
-            "plots=False",
-            f"project={folder / 'theirs'}",
-            "exist_ok=True",
-        ]
-        theirs = [*yolo, "detect", "train", "model=rtdetr-l.yaml", f"data={data}", "epochs=1", "pretrained=False"]
-        theirs += [f"batch={settings.batch}", "name=run", *common]
-        ours = ["-m", "rtdetr_cli", "train", "--preset", "hgl", "--data", data, "--weights", "none", "--epochs", 1]
-        ours += [
-            "--imgsz",
-            settings.imgsz,
-            "--effective-batch",
-            settings.batch,
-            "--out",
-            folder / "ours",
-            "--name",
-            "run",
-        ]
-
-        def train() -> None:
-            shutil.rmtree(folder / "ours", ignore_errors=True)
-            run([*ours, "--device", "cpu"], threads=settings.threads)
-
-        their_train = partial(run_program, theirs, threads=settings.threads, folder=folder)
-        if not predict:
-            yield train, their_train
-            return
-        train()
-        their_train()
-        images = data.parent / "images" / "train"
-        model = ["--weights", folder / "ours" / "run", "--out", folder / "out", "--device", "cpu"]
-        weights = folder / "theirs" / "run" / "weights" / "best.pt"
+        venv.create(folder / "venv")
+        packages = next((folder / "venv" / "lib").glob("python*/site-packages"))
+        (packages / "shared.pth").write_text("\n".join(site.getsitepackages()))
+        python = folder / "venv" / "bin" / "python"
+        run_program([python, "-m", "pip", "install", "--quiet", "ultralytics"], folder=folder)
+        shapes = generate_dataset(folder / "shapes", train=48, val=16, imgsz=(480, 640))
+        run(["-m", "rtdetr_cli", "validate", shapes, "--convert", "yolo", "--to", folder / "yolo"])
+        ours = f"train --preset hgl --weights none --epochs 1 --device cpu --data {folder / 'yolo'}".split()
+        ours += f"--imgsz {settings.imgsz} --effective-batch {settings.batch} --out {folder / 'ours'}".split()
+        theirs = ["detect", "train", "model=rtdetr-l.yaml", "pretrained=False", "epochs=1", "device=cpu", "plots=False"]
+        theirs += [f"data={folder / 'yolo' / 'data.yaml'}", f"imgsz={settings.imgsz}", f"batch={settings.batch}"]
+        offline = {"YOLO_OFFLINE": "true", "YOLO_CONFIG_DIR": str(folder)}
         yield (
-            partial(run, ["-m", "rtdetr_cli", "predict", images, *model], threads=settings.threads),
+            partial(run, ["-m", "rtdetr_cli", *ours], threads=settings.threads),
             partial(
-                run_program,
-                [*yolo, "detect", "predict", f"model={weights}", f"source={images}", "name=out", *common],
-                threads=settings.threads,
-                folder=folder,
+                run_program, [python.with_name("yolo"), *theirs], folder=folder, threads=settings.threads, **offline
             ),
         )
 
@@ -267,22 +195,13 @@ COMPARISONS = (
         slow=True,
     ),
     Comparison(
-        name="ultralytics-train",
-        title="`rtdetr train`, one epoch of hgl from random weights with its evaluation, 64 images",
+        name="ultralytics",
+        title="`rtdetr train`, one epoch of hgl from random weights with its evaluation, 48 images",
         peer="`yolo train` of the same network",
         aim=1.2,
-        sides=partial(ultralytics_sides, predict=False),
+        sides=ultralytics_sides,
         rounds=3,
         warmup=0,
-        slow=True,
-    ),
-    Comparison(
-        name="ultralytics-predict",
-        title="`rtdetr predict` on 48 images, hgl",
-        peer="`yolo predict` with the same network",
-        aim=1.2,
-        sides=partial(ultralytics_sides, predict=True),
-        rounds=3,
         slow=True,
     ),
 )

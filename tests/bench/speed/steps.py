@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from rtdetr_cli.train.losses import compute_losses
 from rtdetr_cli.train.plan import make_plan
 from rtdetr_cli.train.precision import choose_precision
 from rtdetr_cli.train.step import accumulate_gradients, draw_group, to_input
-from rtdetr_cli.workflows.prepare import make_learner
+from rtdetr_cli.workflows.prepare import compiled, make_learner
 from tests.bench.speed.harness import ROOT, Comparison, Settings, Turn, Used, checkout
 
 CLASSES, BOXES = 80, 8
@@ -211,11 +211,11 @@ def sampling_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
     yield partial(turn, sample_bilinear_cpu), partial(turn, partial(sample_bilinear, num_points=points))
 
 
-def our_prediction(device: torch.device) -> Turn:
-    """Return a forward pass of r18 on one image of 640 px, as `predict` does it."""
+def our_prediction(device: torch.device, *, activate: bool = True) -> Turn:
+    """Return a forward pass of r18 on one image of 640 px, as `predict` does it, or with its activations apart."""
     spec = resolve_run({"preset": "r18"}).preset.model
     model = build_detector(spec, num_classes=CLASSES).eval().fuse()
-    if device.type == "cpu":
+    if activate and device.type == "cpu":
         activate_in_convolutions(model)
     return prediction(model.to(device, memory_format=torch.channels_last), device)  # type: ignore[call-overload]
 
@@ -239,6 +239,13 @@ def prediction_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
     torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)
     yield our_prediction(device), prediction(peer_model(device).eval(), device)
+
+
+@contextmanager
+def activation_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
+    """Give that pass with activations inside the convolutions, and with activations apart."""
+    torch.set_num_threads(settings.threads)
+    yield tuple(our_prediction(torch.device("cpu"), activate=activate) for activate in (True, False))  # type: ignore[misc]
 
 
 def _count_activated(x_shape: list[int], weight_shape: list[int], *_: object, out_shape: list[int]) -> int:
@@ -276,27 +283,32 @@ def limit_sides(
 @contextmanager
 def tiny_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
     """Give a step of `tiny` at 192 px, batch 16, in the default precision, and that of an earlier commit of ours."""
-    with checkout(EARLIER) as tree:
-        here = StepServer(ROOT, "from tests.bench.speed.steps import tiny_step as make", settings.threads)
-        there = StepServer(tree, EARLIER_STEP, settings.threads)
-        try:
-            yield here, there
-        finally:
-            here.close()
-            there.close()
+    with (
+        checkout(EARLIER) as tree,
+        closing(StepServer(ROOT, _MAKE.format("tiny_step"), settings.threads)) as here,
+        closing(StepServer(tree, EARLIER_STEP, settings.threads)) as there,
+    ):
+        yield here, there
 
 
 @contextmanager
-def server_sides(settings: Settings, *, ours: str, peer: str, peer_threads: int = 0) -> Iterator[tuple[Turn, Turn]]:
-    """Give a turn of each of two functions of this module, in processes of their own."""
-    code = "from tests.bench.speed.steps import {} as make"
-    here = StepServer(ROOT, code.format(ours), settings.threads)
-    there = StepServer(ROOT, code.format(peer), peer_threads or settings.threads)
-    try:
+def compile_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
+    """Give a step of r18 with `--compile`, whose first turn compiles, and without."""
+    with (
+        closing(StepServer(ROOT, _MAKE.format("compiled_step"), settings.threads)) as here,
+        closing(StepServer(ROOT, _MAKE.format("default_step"), settings.threads)) as there,
+    ):
         yield here, there
-    finally:
-        here.close()
-        there.close()
+
+
+@contextmanager
+def threads_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
+    """Give a step of r18 with several threads, and with one."""
+    with (
+        closing(StepServer(ROOT, _MAKE.format("default_step"), settings.threads)) as here,
+        closing(StepServer(ROOT, _MAKE.format("default_step"), 1)) as there,
+    ):
+        yield here, there
 
 
 def tiny_step() -> Turn:
@@ -306,30 +318,28 @@ def tiny_step() -> Turn:
     return our_step(make_batch(16, 192), preset="tiny", classes=CLASSES, device=device, autocast=autocast)
 
 
-def r18_step() -> Turn:
-    """Return a step of r18 at 320 px, batch 4, in float32."""
-    return our_step(make_batch(4, 320), preset="r18", classes=CLASSES, device=torch.device("cpu"), autocast=None)
+def r18_step(autocast: torch.dtype | None = None, prepare: Callable[[RTDETR], None] | None = None) -> Turn:
+    """Return a step of r18 at 320 px, batch 4."""
+    batch, device = make_batch(4, 320), torch.device("cpu")
+    return our_step(batch, preset="r18", classes=CLASSES, device=device, autocast=autocast, prepare=prepare)
 
 
-def r18_default_step(prepare: Callable[[RTDETR], None] | None = None) -> Turn:
-    """Return a step of r18 at 320 px, batch 4, in the precision that is chosen on this machine."""
-    device = torch.device("cpu")
-    autocast = choose_precision("auto", device).dtype
-    return our_step(
-        make_batch(4, 320), preset="r18", classes=CLASSES, device=device, autocast=autocast, prepare=prepare
-    )
+def default_step(prepare: Callable[[RTDETR], None] | None = None) -> Turn:
+    """Return the same in the precision that is chosen on this machine."""
+    return r18_step(choose_precision("auto", torch.device("cpu")).dtype, prepare)
 
 
-def r18_compiled_step() -> Turn:
-    """Return the same with `--compile`; its first steps compile."""
+def compiled_step() -> Turn:
+    """Return the same with `--compile`."""
 
     def compile_parts(model: RTDETR) -> None:
-        model.backbone.compile()
-        model.encoder.compile()
+        with compiled(model, wanted=True):
+            pass
 
-    return r18_default_step(compile_parts)
+    return default_step(compile_parts)
 
 
+_MAKE = "from tests.bench.speed.steps import {} as make"
 EARLIER_STEP = f"""
 from rtdetr_cli.config.run import resolve_run
 from rtdetr_cli.data.loader import Batch
@@ -451,11 +461,19 @@ COMPARISONS = (
         rounds=15,
     ),
     Comparison(
+        name="activations",
+        title="prediction of r18 at 640, one image, float32, activations inside the convolutions",
+        peer="activations apart",
+        aim=1.04,
+        sides=activation_sides,
+        rounds=15,
+    ),
+    Comparison(
         name="compile",
         title="training step of r18, 320 px, batch 4, default precision, with `--compile`",
         peer="without; the lowest ratio is the first step, which compiles",
         aim=1.0,
-        sides=partial(server_sides, ours="r18_compiled_step", peer="r18_default_step"),
+        sides=compile_sides,
         rounds=15,
         warmup=0,
         slow=True,
@@ -465,7 +483,7 @@ COMPARISONS = (
         title="training step of r18, 320 px, batch 4, default precision, with two threads",
         peer="one thread",
         aim=1.3,
-        sides=partial(server_sides, ours="r18_default_step", peer="r18_default_step", peer_threads=1),
+        sides=threads_sides,
         rounds=7,
     ),
     Comparison(
