@@ -108,7 +108,6 @@ def open_backend(
         import torch
 
         from rtdetr_cli.infer.torch_backend import TorchBackend, check_sampling, choose_device
-        from rtdetr_cli.model.cpu_convolution import activate_in_convolutions
         from rtdetr_cli.weights.load import load_model
 
         check_sampling(path, sampling)
@@ -116,10 +115,7 @@ def open_backend(
         if threads is not None:
             torch.set_num_threads(threads)
         model, header = load_model(path, sampling=sampling, layers=layers, queries=queries)
-        model = model.eval().fuse()
-        if torch_device.type == "cpu":
-            activate_in_convolutions(model)
-        return TorchBackend(model, header.with_dedupe(dedupe), device=torch_device, imgsz=imgsz)
+        return TorchBackend(model.eval().fuse(), header.with_dedupe(dedupe), device=torch_device, imgsz=imgsz)
     for option, value in {"layers": layers, "queries": queries, "sampling": sampling}.items():
         if value is not None:
             export_again = f"rtdetr export MODEL --{option} {value}"

@@ -16,13 +16,12 @@ import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from rtdetr_cli.batches.loader import Batch
 from rtdetr_cli.config.run import resolve_run
 from rtdetr_cli.model.attention import Levels, sample_bilinear
 from rtdetr_cli.model.build import build_detector
-from rtdetr_cli.model.cpu_convolution import activate_in_convolutions
 from rtdetr_cli.model.cpu_sampling import sample_bilinear_cpu
 from rtdetr_cli.model.decoder import Prediction
 from rtdetr_cli.model.detector import RTDETR, Outputs
@@ -211,12 +210,10 @@ def sampling_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
     yield partial(turn, sample_bilinear_cpu), partial(turn, partial(sample_bilinear, num_points=points))
 
 
-def our_prediction(device: torch.device, *, activate: bool = True) -> Turn:
-    """Return a forward pass of r18 on one image of 640 px, as `predict` does it, or with its activations apart."""
+def our_prediction(device: torch.device) -> Turn:
+    """Return a forward pass of r18 on one image of 640 px, with norms folded."""
     spec = resolve_run({"preset": "r18"}).preset.model
     model = build_detector(spec, num_classes=CLASSES).eval().fuse()
-    if activate and device.type == "cpu":
-        activate_in_convolutions(model)
     return prediction(model.to(device, memory_format=torch.channels_last), device)  # type: ignore[call-overload]
 
 
@@ -242,17 +239,6 @@ def prediction_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
 
 
 @contextmanager
-def activation_sides(settings: Settings) -> Iterator[tuple[Turn, Turn]]:
-    """Give that pass with activations inside the convolutions, and with activations apart."""
-    torch.set_num_threads(settings.threads)
-    yield tuple(our_prediction(torch.device("cpu"), activate=activate) for activate in (True, False))  # type: ignore[misc]
-
-
-def _count_activated(x_shape: list[int], weight_shape: list[int], *_: object, out_shape: list[int]) -> int:
-    return conv_flop_count(x_shape, weight_shape, out_shape)
-
-
-@contextmanager
 def limit_sides(
     settings: Settings, *, make: Callable[[], Turn], dtype: torch.dtype | None = torch.float32
 ) -> Iterator[tuple[Turn, Turn]]:
@@ -263,8 +249,7 @@ def limit_sides(
     """
     torch.set_num_threads(settings.threads)
     ours = make()
-    activated = torch.ops.mkldnn._convolution_pointwise
-    with FlopCounterMode(display=False, custom_mapping={activated: _count_activated}) as counter:
+    with FlopCounterMode(display=False) as counter:
         ours()
     dtype = dtype or choose_precision("auto", torch.device("cpu")).dtype or torch.float32
     channels, side, kernel = 256, 40, 3
@@ -458,14 +443,6 @@ COMPARISONS = (
         peer="transformers",
         aim=1.25,
         sides=prediction_sides,
-        rounds=15,
-    ),
-    Comparison(
-        name="activations",
-        title="prediction of r18 at 640, one image, float32, activations inside the convolutions",
-        peer="activations apart",
-        aim=1.04,
-        sides=activation_sides,
         rounds=15,
     ),
     Comparison(
